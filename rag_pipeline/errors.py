@@ -1,0 +1,15 @@
+"""Errors that a user can mend. The command line prints them as one line and exits with 1."""
+
+from __future__ import annotations
+
+
+class RagPipelineError(ValueError):
+    """A fault in what the user gave; the message says what was given, what is allowed, and what to change."""
+
+
+class ModelError(RagPipelineError):
+    """A model or embedder name that cannot be turned into a folder of weights."""
+
+
+class EngineError(RagPipelineError):
+    """The engine cannot be started or reached as asked."""
