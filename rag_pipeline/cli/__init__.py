@@ -1,1 +1,7 @@
-"""Placeholder docstring, replaced by the owning change."""
+"""The `rag-pipeline` command. :func:`main` is its only door."""
+
+from __future__ import annotations
+
+from rag_pipeline.cli.app import main
+
+__all__ = ["main"]

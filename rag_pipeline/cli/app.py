@@ -1,0 +1,214 @@
+"""Commands, their options, and the one place where a user's mistake becomes one line.
+
+Every command imports what it needs inside its function, so that ``--help`` starts as fast as
+Python does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
+# what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
+_UsageError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="rag-pipeline",
+    help="RAG serving on SGLang: FAISS retrieval, chunk-KV cache, CacheBlend fusion.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_EMBEDDER = "all-minilm-l6-v2"
+
+IndexOption = Annotated[Path, typer.Option("--index", help="Index folder.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Hub id, model folder, GGUF file, or packaged name.")
+]
+EmbedderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--embedder",
+        help=f"Hub id, folder or packaged name; default {DEFAULT_EMBEDDER}, "
+        "or the one the index was built with.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=1, max=64, help="Chunks to retrieve.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"rag-pipeline {installed_version('rag-pipeline')}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    model: ModelOption = DEFAULT_MODEL,
+    json_output: JsonOption = False,
+) -> None:
+    """Ingest a corpus that every CPython carries, ask three questions, show answers and sources."""
+    from rag_pipeline.cli.demo import run_demo
+
+    run_demo(model=model, json_output=json_output)
+
+
+@app.command()
+def ingest(
+    paths: Annotated[
+        list[str], typer.Argument(help="Files or folders, or the built-in corpus pydoc-topics.")
+    ],
+    index: IndexOption,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=16, max=8192, help="Most tokens in a chunk.")
+    ] = 256,
+    overlap: Annotated[int, typer.Option(min=0, help="Tokens shared by neighbours.")] = 0,
+    embedder: EmbedderOption = None,
+    factory: Annotated[
+        str | None, typer.Option(help="FAISS index_factory string; default exact search.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Glob of files to take; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob of files to leave; may be repeated.")
+    ] = None,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Also remove documents that are gone from PATHS.")
+    ] = False,
+    model: ModelOption = DEFAULT_MODEL,
+    json_output: JsonOption = False,
+) -> None:
+    """Read files, split them by the model's tokens, embed the chunks and write an index."""
+    from rag_pipeline.cli.ingest import IngestOptions, run_ingest
+
+    run_ingest(
+        IngestOptions(
+            paths=tuple(paths),
+            index=index,
+            chunk_tokens=chunk_tokens,
+            overlap=overlap,
+            embedder=embedder,
+            factory=factory,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            sync=sync,
+            model=model,
+        ),
+        json_output=json_output,
+    )
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    index: IndexOption,
+    model: ModelOption = DEFAULT_MODEL,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a running SGLang server to use.")
+    ] = None,
+    embedder: EmbedderOption = None,
+    search: Annotated[str, typer.Option(help="dense, bm25 or hybrid.")] = "dense",
+    top_k: TopKOption = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Answer a question from an index, with sources, token usage and timings."""
+    from rag_pipeline.cli.ask import AskOptions, run_ask
+
+    run_ask(
+        AskOptions(
+            question=question,
+            index=index,
+            model=model,
+            server=server,
+            embedder=embedder,
+            search=search,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            stream=stream,
+        ),
+        json_output=json_output,
+    )
+
+
+@app.command()
+def doctor(
+    model: ModelOption = DEFAULT_MODEL,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this running server instead of starting an engine.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Start an engine and show what really runs: platform, attention backend, plugin, versions."""
+    from rag_pipeline.cli.doctor import run_doctor
+
+    run_doctor(model=model, server=server, json_output=json_output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        Words after the program's name; ``None`` takes ``sys.argv``.
+
+    Returns
+    -------
+    int
+        0 on success, 1 for a fault in the input, 2 for a mistake in the options, 130 on Ctrl-C.
+    """
+    command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = command.main(
+            args=words or ["--help"],
+            prog_name="rag-pipeline",
+            standalone_mode=False,
+        )
+    except _UsageError as error:
+        # Formatted by hand: typer's own rendering is a box of several lines.
+        return _fail(_usage_line(error), code=2)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing that was finished is lost", code=130)
+    except _user_errors() as error:
+        return _fail(str(error), code=1)
+    return result if isinstance(result, int) else 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from rag_pipeline.errors import RagPipelineError
+    from retrievers.errors import RetrievalError
+
+    return (RagPipelineError, RetrievalError)
+
+
+def _usage_line(error: Exception) -> str:
+    """What was wrong with the words given, and where the allowed ones are listed."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "rag-pipeline"
+    text: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{text.rstrip('.')}; `{where} --help` lists what is allowed"
+
+
+def _fail(message: str, *, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+    return code
