@@ -1,0 +1,77 @@
+"""Attention of non-contiguous rows, causal by absolute position: one function, one path per device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rag_kernels.plan import PositionCausalPlan
+
+
+def position_causal_attention(
+    q_RNH: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    plan: PositionCausalPlan,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_cap: float | None = None,
+) -> Tensor:
+    """Attend with every row to keys ``0 .. position`` of its own request.
+
+    The keys and values of the rows themselves must be in the pool before the call.
+
+    Parameters
+    ----------
+    q_RNH : Tensor
+        ``[R, Hq, D]`` rotated queries, rows in the order in which the plan was given their positions.
+    k_pool, v_pool : Tensor
+        ``[num_slots, Hk, D]``.
+    plan : PositionCausalPlan
+        From :func:`plan_position_causal`.
+    scale : float
+        Softmax scale.
+    sliding_window : int, optional
+        A row at position ``p`` sees only keys ``p - sliding_window + 1 .. p`` (its own key counted).
+    logit_cap : float, optional
+        Logits become ``cap * tanh(logit / cap)``.
+
+    Returns
+    -------
+    Tensor
+        ``[R, Hq, D]`` in the type of ``q_RNH``.
+
+    Notes
+    -----
+    The CPU path is measured; the FlashInfer and Triton paths have not been run on a GPU here: their numbers
+    are unmeasured.
+    """
+    if tuple(q_RNH.shape) != (plan.num_rows, plan.num_q_heads, plan.head_dim):
+        raise ValueError(
+            f"queries have shape {tuple(q_RNH.shape)}; the plan was made for "
+            f"({plan.num_rows}, {plan.num_q_heads}, {plan.head_dim})."
+        )
+    if k_pool.shape[1:] != (plan.num_kv_heads, plan.head_dim) or v_pool.shape != k_pool.shape:
+        raise ValueError(
+            f"pools have shapes {tuple(k_pool.shape)} and {tuple(v_pool.shape)}; the plan was made for "
+            f"[slots, {plan.num_kv_heads}, {plan.head_dim}]."
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window.")
+    if plan.num_rows == 0:
+        return q_RNH.new_empty(q_RNH.shape)
+    plain = sliding_window is None and not logit_cap
+    if plan.path == "cpu" and plain:
+        from rag_kernels.attention_cpu import attend_cpu
+
+        return attend_cpu(q_RNH, k_pool, v_pool, plan, scale)
+    if plan.path == "flashinfer" and plain:
+        from rag_kernels.attention_flashinfer import attend_flashinfer
+
+        return attend_flashinfer(q_RNH, k_pool, v_pool, plan, scale)
+    if plan.path == "triton":
+        from rag_kernels.attention_triton import attend_triton
+
+        return attend_triton(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+    from rag_kernels.attention_reference import attend_reference
+
+    return attend_reference(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
