@@ -56,7 +56,9 @@ def position_causal_attention(
             f"[slots, {plan.num_kv_heads}, {plan.head_dim}]."
         )
     if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window.")
+        raise ValueError(
+            f"sliding_window is {sliding_window}; it must be at least 1, or None for no window."
+        )
     if plan.num_rows == 0:
         return q_RNH.new_empty(q_RNH.shape)
     plain = sliding_window is None and not logit_cap

@@ -31,7 +31,12 @@ def attend_cpu(
             plan.memo[index] = mask
         qs = q[block.row_lo : block.row_hi].transpose(0, 1)[None]
         o = F.scaled_dot_product_attention(
-            qs, k[None, :, : block.kv_len], v[None, :, : block.kv_len], attn_mask=mask, scale=scale, enable_gqa=gqa
+            qs,
+            k[None, :, : block.kv_len],
+            v[None, :, : block.kv_len],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=gqa,
         )
         out[block.row_lo : block.row_hi] = o[0].transpose(0, 1)
     return out if plan.inverse is None else out.index_select(0, plan.inverse)

@@ -48,7 +48,12 @@ def query_attention_mass(
     for lo in range(0, rows, block):
         q = q_RNH[lo : lo + block]
         n = q.shape[0]
-        packed = q.float().view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * n, dim)
+        packed = (
+            q.float()
+            .view(n, kv_heads, group, dim)
+            .permute(1, 2, 0, 3)
+            .reshape(kv_heads, group * n, dim)
+        )
         logits = torch.bmm(packed * scale, k_t).view(q_heads, n, kv_len)
         future = key_at[None, :] > positions[lo : lo + n, None]
         logits.masked_fill_(future, float("-inf"))

@@ -79,7 +79,9 @@ def plan_mean_shift(
         Chunks with fewer than 2 recomputed tokens, or with no other token, are left out.
     """
     if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"mean-shift strength is {strength}; it must be between 0 and 1 (0.4 is usual).")
+        raise ValueError(
+            f"mean-shift strength is {strength}; it must be between 0 and 1 (0.4 is usual)."
+        )
     device = slots.device
     rows = row_positions.detach().to("cpu", torch.int64)
     planned = []
@@ -145,7 +147,10 @@ def mean_shift_inplace(
         shift_k = rotate(moved, chunk.probe_cos, chunk.probe_sin, spec).mean(dim=0) * chunk.weight
         shift_v = (v_new[chunk.probe_rows].float() - old_v.float()).mean(dim=0) * chunk.weight
         turned = rotate(
-            shift_k[None].expand(chunk.other_slots.numel(), *shift_k.shape), chunk.other_cos, chunk.other_sin, spec
+            shift_k[None].expand(chunk.other_slots.numel(), *shift_k.shape),
+            chunk.other_cos,
+            chunk.other_sin,
+            spec,
         )
         stays_k = k_pool[chunk.other_slots].float().add_(turned)
         k_pool.index_copy_(0, chunk.other_slots, stays_k.to(k_pool.dtype))

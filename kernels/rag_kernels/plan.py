@@ -127,12 +127,18 @@ def plan_position_causal(
         Counts that do not agree, a position outside ``0 .. kv_len - 1``, or an unknown path.
     """
     if len(q_positions) != len(slots):
-        raise ValueError(f"{len(q_positions)} position lists for {len(slots)} slot lists; give one of each a request.")
+        raise ValueError(
+            f"{len(q_positions)} position lists for {len(slots)} slot lists; give one of each a request."
+        )
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"{num_q_heads} query heads for {num_kv_heads} key/value heads; the first must be a multiple."
         )
-    target = torch.device(device) if device is not None else (slots[0].device if slots else torch.device("cpu"))
+    target = (
+        torch.device(device)
+        if device is not None
+        else (slots[0].device if slots else torch.device("cpu"))
+    )
     chosen = choose_path(path, target)
     limit = block_rows if block_rows is not None else _default_block_rows(chosen)
     if limit < 1:
@@ -183,7 +189,9 @@ def plan_position_causal(
 def choose_path(path: str, device: torch.device) -> str:
     """The path that ``auto`` stands for on a device; refuses a path that the device cannot run."""
     if path not in _PATHS:
-        raise ValueError(f"attention path {path!r} is not known; choose one of {', '.join(_PATHS)}.")
+        raise ValueError(
+            f"attention path {path!r} is not known; choose one of {', '.join(_PATHS)}."
+        )
     if path == "auto":
         if device.type == "cpu":
             return "cpu"
@@ -195,7 +203,9 @@ def choose_path(path: str, device: torch.device) -> str:
     if path == "cpu" and device.type != "cpu":
         raise ValueError(f"attention path 'cpu' cannot run on {device}; use 'auto'.")
     if path == "flashinfer" and device.type != "cuda":
-        raise ValueError(f"attention path 'flashinfer' needs a CUDA device, not {device}; use 'auto'.")
+        raise ValueError(
+            f"attention path 'flashinfer' needs a CUDA device, not {device}; use 'auto'."
+        )
     return path
 
 

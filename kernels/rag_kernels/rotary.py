@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_KEPT_TABLES = 256  # per spec: about as many as chunks can be live in one batch; 64 kB at 64 frequencies
+_KEPT_TABLES = (
+    256  # per spec: about as many as chunks can be live in one batch; 64 kB at 64 frequencies
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

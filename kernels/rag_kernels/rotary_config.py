@@ -42,13 +42,17 @@ def rotary_spec_from_config(hf_config: Any, is_neox_style: bool = True) -> Rotar
         )
     kind = params.get("rope_type") or params.get("type") or "default"
     if kind not in _ROTATABLE:
-        reason = _REASONS.get(kind, "it is not known to rotate every key by position times a fixed frequency")
+        reason = _REASONS.get(
+            kind, "it is not known to rotate every key by position times a fixed frequency"
+        )
         raise RotaryUnsupportedError(
             f"rope type {kind!r} is not supported: {reason}; allowed: {', '.join(_ROTATABLE)}. "
             "Chunk reuse stays off for this model."
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    partial = params.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    partial = (
+        params.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    )
     dim = int(head_dim * partial)
     if kind == "default":
         exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim

@@ -1,0 +1,40 @@
+"""Selection policies: which reused tokens are computed anew, and what that costs.
+
+Pure torch on positions and scores; knows no engine. Start with :func:`create_policy`.
+"""
+
+from __future__ import annotations
+
+from chunk_cache.policies.adaptive import AdaptiveConfig, AdaptivePolicy, balance_ratio
+from chunk_cache.policies.base import Policy, Signal, top_positions
+from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
+from chunk_cache.policies.epic import EpicConfig, EpicPolicy
+from chunk_cache.policies.full import FullConfig, FullPolicy
+from chunk_cache.policies.layout import ReuseLayout, qkv_share
+from chunk_cache.policies.query import QueryConfig, QueryPolicy
+from chunk_cache.policies.registry import DEFAULT_POLICY, create_policy, policy_names
+from chunk_cache.policies.reuse import ReuseConfig, ReusePolicy
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "AdaptiveConfig",
+    "AdaptivePolicy",
+    "CacheBlendConfig",
+    "CacheBlendPolicy",
+    "EpicConfig",
+    "EpicPolicy",
+    "FullConfig",
+    "FullPolicy",
+    "Policy",
+    "QueryConfig",
+    "QueryPolicy",
+    "ReuseConfig",
+    "ReuseLayout",
+    "ReusePolicy",
+    "Signal",
+    "balance_ratio",
+    "create_policy",
+    "policy_names",
+    "qkv_share",
+    "top_positions",
+]

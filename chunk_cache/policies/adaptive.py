@@ -1,0 +1,116 @@
+"""Adaptive ratio: as much recomputation as hides behind loading, and more where the deviation is spread out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
+from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
+from chunk_cache.policies.layout import ReuseLayout
+
+
+def balance_ratio(prefill_s: float, load_s: float) -> float:
+    """The ratio at which recomputing takes as long as loading: ``r * prefill_s == load_s``, at most 1."""
+    if prefill_s <= 0:
+        return 1.0
+    return min(1.0, max(0.0, load_s / prefill_s))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptiveConfig:
+    """Options of :class:`AdaptivePolicy`."""
+
+    ratio: float = 0.15
+    """The least ratio (the paper's r*), and the ratio where nothing was measured."""
+    max_ratio: float = 0.5
+    """The largest ratio that balance or deviation may ask for."""
+    coverage: float = 0.5
+    """Share of the summed deviation that the recomputed tokens must hold; 0 leaves the ratio to the balance."""
+    metric: Literal["k", "v", "kv"] = "kv"
+    """What deviates."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_ratio(self.max_ratio, "max_ratio")
+        check_ratio(self.coverage, "coverage")
+        if self.max_ratio < self.ratio:
+            raise ValueError(f"max_ratio {self.max_ratio} is below ratio {self.ratio}; raise it.")
+
+
+class AdaptivePolicy(Policy):
+    """CacheBlend's loading controller, then its deviation.
+
+    The ratio is ``max(r*, r)`` with ``T_recompute(r) = T_load`` (CacheBlend, arXiv 2405.16444, section 5.1), where
+    ``layout`` carries both times. At the check layer it is raised until the selected tokens hold ``coverage`` of
+    the total deviation. The second step is ours. Tokens are chosen by deviation, once, at layer 1.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    signal: ClassVar[Signal] = "deviation"
+
+    def __init__(self, config: AdaptiveConfig) -> None:
+        self.config = config
+
+    @property
+    def ratio(self) -> float:
+        """The least ratio."""
+        return self.config.ratio
+
+    @property
+    def metric(self) -> Literal["k", "v", "kv"]:
+        """As configured."""
+        return self.config.metric
+
+    def check_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layer 1."""
+        return self._base(self.ratio).check_layers(num_layers)
+
+    def planned_ratio(self, layout: ReuseLayout) -> float:
+        """The ratio before any deviation is known."""
+        if layout.prefill_s is None or layout.load_s is None:
+            return self.config.ratio
+        balanced = balance_ratio(layout.prefill_s, layout.load_s)
+        return min(self.config.max_ratio, max(self.config.ratio, balanced))
+
+    def _base(self, ratio: float) -> CacheBlendPolicy:
+        return CacheBlendPolicy(
+            CacheBlendConfig(ratio=ratio, metric=self.config.metric, num_check_layers=1)
+        )
+
+    def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
+        """What the planned ratio pays for."""
+        return self._base(self.planned_ratio(layout)).num_selected(layout)
+
+    def select(
+        self,
+        layout: ReuseLayout,
+        *,
+        scores: Tensor | None = None,
+        candidates: Tensor | None = None,
+        stage: int = 0,
+    ) -> Tensor:
+        """The tokens that deviate most, as many as planned or as the coverage needs."""
+        if scores is None and not self.needs_signal(layout):
+            return layout.reused_positions()[: self.num_selected(layout)[-1]]
+        if scores is None:
+            raise ValueError(
+                "adaptive selects by deviation: give scores (rag_kernels.kv_deviation)."
+            )
+        positions = layout.reused_positions() if candidates is None else candidates
+        count = self.num_selected(layout)[0]
+        ceiling = self._base(self.config.max_ratio).num_selected(layout)[0]
+        if self.config.coverage > 0 and scores.numel():
+            falling = torch.sort(torch.nan_to_num(scores.double()), descending=True).values
+            held = falling.cumsum(0)
+            needed = int((held < self.config.coverage * held[-1]).sum()) + 1
+            count = max(count, min(needed, ceiling))
+        return top_positions(scores, positions, count)
+
+    def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
+        """As CacheBlend with one check; hand in ``kept``, the plan does not know the deviation."""
+        return self._base(self.planned_ratio(layout)).computed_row_layers(layout, kept)

@@ -1,0 +1,135 @@
+"""Query-aware selection: recompute the tokens that the question attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
+from chunk_cache.policies.epic import EpicConfig, EpicPolicy
+from chunk_cache.policies.layout import ReuseLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryConfig:
+    """Options of :class:`QueryPolicy`."""
+
+    ratio: float = 0.15
+    """Budget: share of the reused tokens' full computation, scoring pass included."""
+    first_layer: float = 0.5
+    """Depth at which scores begin, as a share of the layers."""
+    stop_layer: float = 0.8
+    """Depth at which the scoring pass ends, as a share of the layers."""
+    pool: int = 1
+    """Scores are averaged over this many neighbouring tokens of a chunk; 1 for none."""
+    mean_shift: float = 0.4
+    """Strength of the mean shift on tokens that stay cached; 0 for none."""
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_ratio(self.mean_shift, "mean_shift")
+        if not 0.0 <= self.first_layer < self.stop_layer <= 1.0:
+            raise ValueError(
+                f"first_layer {self.first_layer} and stop_layer {self.stop_layer} must satisfy "
+                "0 <= first_layer < stop_layer <= 1."
+            )
+        if self.pool < 1:
+            raise ValueError(f"pool is {self.pool}; it must be at least 1.")
+
+
+class QueryPolicy(Policy):
+    """Tokens with the largest attention mass from the question over the middle layers.
+
+    The fresh rows run over the loaded KV through layers ``0 .. 0.8 L``; the mass is the mean over question rows,
+    heads and layers ``0.5 L .. 0.8 L``. Same family as ProphetKV (arXiv 2602.02579) and A3 (arXiv 2511.17560), which
+    score all layers, or one; the middle layers measured best here. Without a question behind the last chunk
+    the policy is EPIC at the same budget.
+    """
+
+    name: ClassVar[str] = "query"
+    signal: ClassVar[Signal] = "attention"
+
+    def __init__(self, config: QueryConfig) -> None:
+        self.config = config
+        self._fallback = EpicPolicy(EpicConfig(ratio=config.ratio))
+
+    @property
+    def ratio(self) -> float:
+        """Nominal ratio."""
+        return self.config.ratio
+
+    @property
+    def mean_shift(self) -> float:
+        """As configured."""
+        return self.config.mean_shift
+
+    def scoring_layers(self, num_layers: int) -> range:
+        """At least one layer."""
+        stop = max(1, ceil(self.config.stop_layer * num_layers - 1e-9))
+        return range(min(int(self.config.first_layer * num_layers + 1e-9), stop - 1), stop)
+
+    def needs_signal(self, layout: ReuseLayout) -> bool:
+        """False without a question, and where the budget leaves no token or all of them."""
+        count = self._count(layout)
+        return layout.question_len > 0 and 0 < count < layout.num_reused
+
+    def _count(self, layout: ReuseLayout) -> int:
+        if self.ratio >= 1.0:
+            return layout.num_reused
+        budget = self.ratio * layout.num_reused * layout.num_layers - self._overhead(layout)
+        return max(0, min(layout.num_reused, int(budget / layout.num_layers + 1e-6)))
+
+    def _overhead(self, layout: ReuseLayout) -> int:
+        return layout.scoring_rows * self.scoring_layers(layout.num_layers).stop
+
+    def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
+        """What the budget leaves after the scoring pass."""
+        if layout.question_len == 0 and self.ratio < 1.0:
+            return self._fallback.num_selected(layout)
+        return (self._count(layout),)
+
+    def select(
+        self,
+        layout: ReuseLayout,
+        *,
+        scores: Tensor | None = None,
+        candidates: Tensor | None = None,
+        stage: int = 0,
+    ) -> Tensor:
+        """The tokens with the largest mass."""
+        count = self.num_selected(layout)[0]
+        if count == layout.num_reused:
+            return layout.reused_positions()
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        if layout.question_len == 0:
+            return self._fallback.select(layout)
+        if scores is None:
+            raise ValueError(
+                "query selects by attention mass: give scores (rag_kernels.query_attention_mass)."
+            )
+        positions = layout.reused_positions() if candidates is None else candidates
+        return top_positions(self._pooled(scores, layout), positions, count)
+
+    def _pooled(self, scores: Tensor, layout: ReuseLayout) -> Tensor:
+        if self.config.pool == 1:
+            return scores
+        out, lo = torch.empty_like(scores), 0
+        for start, end in layout.spans:
+            hi = lo + end - start
+            for block in range(lo, hi, self.config.pool):
+                stop = min(block + self.config.pool, hi)
+                out[block:stop] = scores[block:stop].mean()
+            lo = hi
+        return out
+
+    def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
+        """Selected tokens through all layers, and the scoring pass where there is one."""
+        rows = kept[-1] if kept else self.num_selected(layout)[0]
+        scoring = self._overhead(layout) if self.needs_signal(layout) else 0
+        return float(rows * layout.num_layers + scoring)

@@ -1,0 +1,108 @@
+"""From a name, or ``name:ratio``, to a policy."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Union
+
+from chunk_cache.policies.adaptive import AdaptiveConfig, AdaptivePolicy
+from chunk_cache.policies.base import Policy
+from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
+from chunk_cache.policies.epic import EpicConfig, EpicPolicy
+from chunk_cache.policies.full import FullConfig, FullPolicy
+from chunk_cache.policies.query import QueryConfig, QueryPolicy
+from chunk_cache.policies.reuse import ReuseConfig, ReusePolicy
+
+_POLICIES: Mapping[str, tuple[type[Any], type[Any]]] = types.MappingProxyType(
+    {
+        "full": (FullPolicy, FullConfig),
+        "reuse": (ReusePolicy, ReuseConfig),
+        "cacheblend": (CacheBlendPolicy, CacheBlendConfig),
+        "epic": (EpicPolicy, EpicConfig),
+        "query": (QueryPolicy, QueryConfig),
+        "adaptive": (AdaptivePolicy, AdaptiveConfig),
+    }
+)
+DEFAULT_POLICY = "query"
+"""The most faithful at equal work on the models measured."""
+
+
+def policy_names() -> tuple[str, ...]:
+    """Names that :func:`create_policy` knows."""
+    return tuple(_POLICIES)
+
+
+def create_policy(name: str, ratio: float | None = None, **options: Any) -> Policy:
+    """Make a policy.
+
+    Parameters
+    ----------
+    name : str
+        ``full``, ``reuse``, ``cacheblend``, ``epic``, ``query`` or ``adaptive``, or ``NAME:RATIO``
+        (``cacheblend:0.15``).
+    ratio : float, optional
+        Share of the reused tokens' full computation, 0 to 1; the policy's own default when not given.
+    **options
+        Fields of the policy's config.
+
+    Raises
+    ------
+    ValueError
+        An unknown name or option, a wrong type or value; one line that says what is allowed.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"policy is {name!r}; give a name: {', '.join(_POLICIES)}.")
+    base, colon, tail = name.partition(":")
+    if base not in _POLICIES:
+        raise ValueError(f"policy {base!r} is not known; choose one of {', '.join(_POLICIES)}.")
+    if colon:
+        if ratio is not None:
+            raise ValueError(
+                f"policy {name!r} names a ratio and ratio={ratio} is given too; give one of them."
+            )
+        try:
+            ratio = float(tail)
+        except ValueError:
+            raise ValueError(
+                f"policy {name!r}: {tail!r} is not a ratio; write {base}:0.15."
+            ) from None
+    policy_type, config_type = _POLICIES[base]
+    hints = typing.get_type_hints(config_type)
+    known = {f.name: hints[f.name] for f in fields(config_type)}
+    given = dict(options)
+    if ratio is not None:
+        if "ratio" not in known:
+            raise ValueError(f"policy {base!r} takes no ratio; leave it out.")
+        given["ratio"] = ratio
+    for key, value in given.items():
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"policy {base!r} has no option {key!r}; allowed: {allowed}.")
+        given[key] = _typed(base, key, value, known[key])
+    policy: Policy = policy_type(config_type(**given))
+    return policy
+
+
+def _typed(policy: str, key: str, value: Any, hint: Any) -> Any:
+    options = (
+        typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    )
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, bool) and type(value) is option:
+            return value
+    raise ValueError(f"policy {policy!r}: option {key} is {value!r}; expected {_spelled(hint)}.")
+
+
+def _spelled(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
