@@ -1,1 +1,99 @@
-"""Placeholder docstring, replaced by the owning change."""
+"""Chunk-KV cache: keys, records, the in-memory tier, automatic matching, import and export.
+
+Knows torch, knows no serving engine. Names are loaded on first use, so that
+``import chunk_cache.keys`` costs no more than NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chunk_cache.errors import ChunkCacheError, IntegrityError
+    from chunk_cache.folder import LoadReport, StoreFolder
+    from chunk_cache.handles import Build, ChunkState, Lease
+    from chunk_cache.keys import (
+        STORE_FORMAT_VERSION,
+        ChunkKey,
+        KVContext,
+        as_prompt_ids,
+        as_token_ids,
+        canonical_json,
+        hash_token_ids,
+    )
+    from chunk_cache.matching import ChunkMatcher, MatchResult
+    from chunk_cache.memory_store import EntryInfo, MemoryStore, Resolution
+    from chunk_cache.records import ChunkKV, KVLayout, LayerKV
+    from chunk_cache.spans import Match, check_spans, merge_matches
+    from chunk_cache.stats import StoreStats
+    from chunk_cache.tier import Tier
+
+_HOME = {
+    "STORE_FORMAT_VERSION": "keys",
+    "Build": "handles",
+    "ChunkCacheError": "errors",
+    "ChunkKV": "records",
+    "ChunkKey": "keys",
+    "ChunkMatcher": "matching",
+    "ChunkState": "handles",
+    "EntryInfo": "memory_store",
+    "IntegrityError": "errors",
+    "KVContext": "keys",
+    "KVLayout": "records",
+    "LayerKV": "records",
+    "Lease": "handles",
+    "LoadReport": "folder",
+    "Match": "spans",
+    "MatchResult": "matching",
+    "MemoryStore": "memory_store",
+    "Resolution": "memory_store",
+    "StoreFolder": "folder",
+    "StoreStats": "stats",
+    "Tier": "tier",
+    "as_prompt_ids": "keys",
+    "as_token_ids": "keys",
+    "canonical_json": "keys",
+    "check_spans": "spans",
+    "hash_token_ids": "keys",
+    "merge_matches": "spans",
+}
+
+__all__ = [
+    "STORE_FORMAT_VERSION",
+    "Build",
+    "ChunkCacheError",
+    "ChunkKV",
+    "ChunkKey",
+    "ChunkMatcher",
+    "ChunkState",
+    "EntryInfo",
+    "IntegrityError",
+    "KVContext",
+    "KVLayout",
+    "LayerKV",
+    "Lease",
+    "LoadReport",
+    "Match",
+    "MatchResult",
+    "MemoryStore",
+    "Resolution",
+    "StoreFolder",
+    "StoreStats",
+    "Tier",
+    "as_prompt_ids",
+    "as_token_ids",
+    "canonical_json",
+    "check_spans",
+    "hash_token_ids",
+    "merge_matches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'chunk_cache' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"chunk_cache.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

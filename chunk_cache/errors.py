@@ -1,0 +1,11 @@
+"""Errors of the chunk cache, each one line: what was given, what is allowed, what to change."""
+
+from __future__ import annotations
+
+
+class ChunkCacheError(ValueError):
+    """A fault in what a caller gave (ids, shapes, spans, settings). The store itself is unharmed."""
+
+
+class IntegrityError(RuntimeError):
+    """The store contradicts itself: a fault in this package, never in the caller's data."""

@@ -1,0 +1,266 @@
+"""What a chunk's KV is a function of, and the key made from it.
+
+The KV of a token run depends on far more than its text: weights, number formats, RoPE parameters,
+adapter, the prefix it was computed behind, the head shard of this rank. :class:`KVContext` names all
+of it, and :class:`ChunkKey` is a BLAKE2b hash over the context *and* the token ids, so KV made under
+other conditions cannot be found by accident. This module needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunk_cache.errors import ChunkCacheError
+
+STORE_FORMAT_VERSION = 1
+"""Raised whenever the meaning of stored bytes changes; part of every key."""
+
+TokenIds = npt.NDArray[np.int32]
+"""Checked token ids: int32 ``[T]``, C-contiguous, read-only."""
+
+PromptIds = npt.NDArray[np.int64]
+"""Token ids of a whole prompt: int64 ``[N]``. Engines put ids past int32 there (image pads)."""
+
+_MAX_TOKEN_ID = 2**31 - 1
+_NAMESPACE_BYTES = 16
+_DIGEST_BYTES = 32
+
+
+def as_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> TokenIds:
+    """Check and freeze the token ids of a chunk.
+
+    Parameters
+    ----------
+    ids
+        Integers in ``[0, 2**31)``; a list, an integer array or anything NumPy reads as one.
+
+    Returns
+    -------
+    numpy.ndarray
+        int32 ``[T]``, C-contiguous and not writeable. A read-only int32 array is returned as it is.
+
+    Raises
+    ------
+    ChunkCacheError
+        For an empty run, floats, more than one dimension, or an id out of range.
+    """
+    if isinstance(ids, np.ndarray):
+        array = ids
+        if array.dtype == np.int32 and not array.flags.writeable and array.flags.c_contiguous:
+            # Nothing can hide here but the shape and the sign: the fast path of every look-up.
+            if array.ndim == 1 and array.size and int(array.min()) >= 0:
+                return array
+    else:
+        array = np.asarray(ids if isinstance(ids, Sequence) else list(ids))
+    if array.ndim != 1 or array.size == 0:
+        raise ChunkCacheError(
+            f"token ids of shape {list(array.shape)}: give at least one id in one dimension"
+        )
+    if array.dtype.kind not in "iu":
+        raise ChunkCacheError(f"token ids of dtype {array.dtype}: give integers")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > _MAX_TOKEN_ID:
+        raise ChunkCacheError(f"token ids from {low} to {high}: allowed is 0 to {_MAX_TOKEN_ID}")
+    frozen = np.array(array, dtype=np.int32, order="C", copy=True)
+    frozen.flags.writeable = False
+    return frozen
+
+
+def as_prompt_ids(ids: Iterable[int] | npt.NDArray[Any]) -> PromptIds:
+    """Read the ids of a prompt as int64 ``[N]``; empty is allowed, any integer value is allowed.
+
+    Raises
+    ------
+    ChunkCacheError
+        For floats, values past 64 bits, or more than one dimension.
+    """
+    try:
+        array = np.asarray(ids if isinstance(ids, (Sequence, np.ndarray)) else list(ids))
+        if array.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ChunkCacheError(
+                f"prompt ids of dtype {array.dtype} and shape {list(array.shape)}: "
+                "give integers in one dimension"
+            )
+        return np.ascontiguousarray(array, dtype=np.int64)
+    except OverflowError as error:
+        raise ChunkCacheError(f"prompt ids past 64 bits: {error}") from None
+
+
+def hash_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> str:
+    """Hash a token sequence, for example the shared prefix chunks are computed behind.
+
+    Parameters
+    ----------
+    ids
+        Token ids; may be empty (no prefix at all).
+
+    Returns
+    -------
+    str
+        64 hex digits of BLAKE2b over the number of ids and the ids as little-endian int64.
+    """
+    array = as_prompt_ids(ids)
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"ragkv-ids")
+    digest.update(struct.pack("<Q", array.size))
+    digest.update(array.astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """Write a mapping (RoPE parameters, say) the same way whatever order its keys came in.
+
+    Raises
+    ------
+    ChunkCacheError
+        For values JSON has no exact form for: NaN, infinity, objects.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ChunkCacheError(
+            f"cannot write {value!r} as JSON ({error}): give plain numbers, strings, lists and maps"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KVContext:
+    """Everything except the token ids that decides what a chunk's KV is.
+
+    Two engines that differ in any field never see each other's chunks. The fields are plain strings
+    and integers, so that a context can be written to JSON and compared between processes.
+    """
+
+    model_fingerprint: str
+    """Identifies the weights: a hash of the files, not a name that may be re-used for others."""
+    dtype: str
+    """Compute dtype of the model, as in ``bfloat16``."""
+    kv_dtype: str
+    """Dtype of the stored keys and values."""
+    rope: str
+    """RoPE parameters as :func:`canonical_json` (base, rotary dim, scaling, interleaving)."""
+    prefix_digest: str
+    """:func:`hash_token_ids` of the shared prefix the chunks are computed behind."""
+    adapter: str = ""
+    """LoRA or other adapter (identity and revision); empty for the bare model."""
+    attention: str = "causal"
+    """Attention pattern of the layers, with window sizes where there are any."""
+    tenant: str = ""
+    """Salt of the tenant: chunks of one tenant are invisible to another. May be a secret."""
+    tp_rank: int = 0
+    """Rank in the attention tensor-parallel group: each rank stores its own head shard."""
+    tp_size: int = 1
+    head_shard: str = ""
+    """How heads are laid out over ranks when rank and size do not say it (replicated KV heads)."""
+    format_version: int = STORE_FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Reject what would make two different situations look the same."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            wanted = int if field.name in ("tp_rank", "tp_size", "format_version") else str
+            if type(value) is not wanted:
+                raise ChunkCacheError(
+                    f"KVContext.{field.name}={value!r}: give {'an int' if wanted is int else 'a str'}"
+                )
+        for name in ("model_fingerprint", "dtype", "kv_dtype", "rope", "prefix_digest"):
+            if not getattr(self, name):
+                raise ChunkCacheError(f"KVContext.{name} is empty: chunks of any model would mix")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ChunkCacheError(
+                f"KVContext.tp_rank={self.tp_rank} of tp_size={self.tp_size}: "
+                "allowed is 0 to tp_size - 1"
+            )
+        if self.format_version < 1:
+            raise ChunkCacheError(
+                f"KVContext.format_version={self.format_version}: allowed is >= 1"
+            )
+
+    def encode(self) -> bytes:
+        """Encode every field with its name and length, so no two contexts share an encoding."""
+        parts = [struct.pack("<I", len(dataclasses.fields(self)))]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # The type is encoded too: "1" and 1 are different values.
+            is_int = isinstance(value, int)
+            tag = b"i" if is_int else b"s"
+            data = str(value).encode("utf-8", "surrogatepass")
+            name = field.name.encode()
+            parts += [struct.pack("<I", len(name)), name, tag, struct.pack("<Q", len(data)), data]
+        return b"".join(parts)
+
+    @property
+    def namespace(self) -> str:
+        """32 hex digits: BLAKE2b-128 of :meth:`encode`. Matching never leaves a namespace."""
+        digest = hashlib.blake2b(
+            self.encode(), digest_size=_NAMESPACE_BYTES, person=b"ragkv-context"
+        )
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, str | int]:
+        """Return the fields as a JSON-ready dict; the tenant salt is included."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> KVContext:
+        """Read what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        ChunkCacheError
+            For unknown, missing or mistyped fields.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise ChunkCacheError(
+                f"KV context with fields {sorted(fields)}: exactly {sorted(names)} are needed"
+            )
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkKey:
+    """Name of one chunk's KV: a hash over its context and its token ids.
+
+    Make one with :meth:`of`. ``digest`` alone decides equality of content; ``namespace`` and
+    ``num_tokens`` ride along for listings and are themselves part of what was hashed.
+    """
+
+    namespace: str
+    """:attr:`KVContext.namespace`, 32 hex digits."""
+    digest: str
+    """64 hex digits of BLAKE2b over namespace, number of ids and the ids."""
+    num_tokens: int
+
+    @classmethod
+    def of(cls, context: KVContext | str, token_ids: Iterable[int] | npt.NDArray[Any]) -> ChunkKey:
+        """Key of ``token_ids`` computed under ``context``.
+
+        Parameters
+        ----------
+        context
+            The context, or its :attr:`KVContext.namespace` when that is at hand already.
+        token_ids
+            Ids of the chunk, as in :func:`as_token_ids`.
+        """
+        namespace = context if isinstance(context, str) else context.namespace
+        if len(namespace) != 2 * _NAMESPACE_BYTES:
+            raise ChunkCacheError(f"namespace {namespace!r}: give KVContext.namespace")
+        ids = as_token_ids(token_ids)
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"ragkv-chunk")
+        digest.update(bytes.fromhex(namespace))
+        digest.update(struct.pack("<Q", ids.size))
+        digest.update(ids.astype("<i4", copy=False).tobytes())
+        return cls(namespace, digest.hexdigest(), int(ids.size))
+
+    def __str__(self) -> str:
+        return self.digest

@@ -1,0 +1,166 @@
+"""The stored KV of one chunk: tensors, where they were computed, and a way to notice damage.
+
+Shape letters: L layers, T tokens, H KV heads of this rank, D head size, R latent size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from chunk_cache.errors import ChunkCacheError
+from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
+
+
+class KVLayout(enum.Enum):
+    """What the two tensors of a record hold."""
+
+    HEADS = "heads"
+    """Multi-head and grouped-query attention: K ``[L, T, H, D]`` rotated, V ``[L, T, H, D_v]``."""
+    LATENT = "latent"
+    """Multi-head latent attention: latents ``[L, T, 1, R]`` and rotated keys ``[L, T, 1, D_rope]``.
+    The name and shapes are reserved so that stores stay readable; such records are refused for now.
+    """
+
+
+class LayerKV(NamedTuple):
+    """One layer's part of a record; views, read-only by contract."""
+
+    k: torch.Tensor
+    """``[T, H, D]``, contiguous, rotated to positions ``base_position + arange(T)``."""
+    v: torch.Tensor
+    """``[T, H, D_v]``, contiguous."""
+
+
+_RECORD_OVERHEAD_BYTES = 1024
+"""Charged per record for keys, fingerprints and Python objects, so tiny chunks are not free."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ChunkKV:
+    """KV of one chunk, shared by every request that uses it.
+
+    Keys are stored exactly as they lay in the engine's pool, rotated for ``base_position``, and are
+    rotated by the *difference* on load: un-rotating into bf16 first would round twice.
+
+    Shared records are **read-only**. PyTorch cannot enforce that, so the tensors are handed out as
+    views without gradient, and :meth:`verify` finds a writer by checksum. The maker gives the
+    tensors away: it must not write to them after building the record.
+
+    Parameters
+    ----------
+    key
+        Must be the key of ``token_ids``; the digest is recomputed to check it.
+    token_ids
+        int32 ``[T]``.
+    base_position
+        Absolute position of the chunk's first token when the KV was computed (prefix length).
+    k, v
+        ``[L, T, H, D]`` and ``[L, T, H, D_v]``, same dtype and device, contiguous.
+    layout
+        Only :attr:`KVLayout.HEADS` is implemented.
+
+    Raises
+    ------
+    ChunkCacheError
+        If shapes, dtypes, devices, ids and key do not fit each other.
+    """
+
+    key: ChunkKey
+    token_ids: TokenIds
+    base_position: int
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: KVLayout = KVLayout.HEADS
+    checksum: str | None = None
+    """Set by :meth:`sealed`; ``None`` means nobody asked for one."""
+
+    def __post_init__(self) -> None:
+        if self.layout is not KVLayout.HEADS:
+            raise ChunkCacheError(
+                f"KV layout {self.layout.value!r} is not implemented: only 'heads' (MHA/GQA) is"
+            )
+        ids = as_token_ids(self.token_ids)
+        object.__setattr__(self, "token_ids", ids)
+        if ChunkKey.of(self.key.namespace, ids) != self.key:
+            raise ChunkCacheError(f"key {self.key} does not belong to these {ids.size} token ids")
+        if self.base_position < 0:
+            raise ChunkCacheError(f"base_position={self.base_position}: allowed is >= 0")
+        for name, tensor in (("k", self.k), ("v", self.v)):
+            if tensor.ndim != 4 or tensor.shape[1] != ids.size or not tensor.is_contiguous():
+                raise ChunkCacheError(
+                    f"{name} of shape {list(tensor.shape)} for {ids.size} tokens: "
+                    "give a contiguous [layers, tokens, kv_heads, head_dim]"
+                )
+            if not tensor.is_floating_point():
+                raise ChunkCacheError(f"{name} of dtype {tensor.dtype}: quantised KV is refused")
+        if self.k.shape[:3] != self.v.shape[:3] or self.k.dtype != self.v.dtype:
+            raise ChunkCacheError(
+                f"k {list(self.k.shape)} {self.k.dtype} and v {list(self.v.shape)} {self.v.dtype} "
+                "differ in more than the head size"
+            )
+        if self.k.device != self.v.device:
+            raise ChunkCacheError(f"k on {self.k.device} and v on {self.v.device}: use one device")
+        object.__setattr__(self, "k", self.k.detach())
+        object.__setattr__(self, "v", self.v.detach())
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return int(self.k.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return int(self.k.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """What the record is charged against a byte budget: tensors, ids and a fixed overhead."""
+        tensors = self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+        return int(tensors + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
+
+    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
+        """Views of one layer's tokens ``[start, end)``; see :class:`LayerKV`."""
+        return LayerKV(self.k[index, start:end], self.v[index, start:end])
+
+    def tokens_equal(self, ids: np.ndarray[tuple[int], np.dtype[np.integer]]) -> bool:
+        """Whether ``ids`` are exactly this chunk's tokens: the last word on every hit."""
+        return bool(np.array_equal(self.token_ids, ids))
+
+    def compute_checksum(self) -> str:
+        """BLAKE2b-128 over shapes, dtypes, base position, ids and tensor bytes (about 1 GB/s)."""
+        digest = hashlib.blake2b(digest_size=16, person=b"ragkv-record")
+        header = (
+            f"{self.layout.value}|{self.k.dtype}|{list(self.k.shape)}|{list(self.v.shape)}|"
+            f"{self.base_position}|{self.key.digest}|"
+        )
+        digest.update(header.encode())
+        digest.update(self.token_ids.tobytes())
+        for tensor in (self.k, self.v):
+            flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(flat.numpy()))
+        return digest.hexdigest()
+
+    def sealed(self) -> ChunkKV:
+        """Return the same record (same tensors) with its checksum taken now."""
+        return dataclasses.replace(self, checksum=self.compute_checksum())
+
+    def verify(self) -> bool:
+        """Recompute the checksum: ``False`` if the tensors changed since :meth:`sealed`.
+
+        Raises
+        ------
+        ChunkCacheError
+            If the record was never sealed: there is nothing to compare with.
+        """
+        if self.checksum is None:
+            raise ChunkCacheError(
+                f"chunk {self.key} has no checksum: seal it (MemoryStore(checksums=True)) first"
+            )
+        return self.compute_checksum() == self.checksum
