@@ -15,7 +15,7 @@ from chunk_cache.policies.layout import ReuseLayout
 
 
 def balance_ratio(prefill_s: float, load_s: float) -> float:
-    """The ratio at which recomputing takes as long as loading: ``r * prefill_s == load_s``, at most 1."""
+    """Return the ratio at which recomputing takes as long as loading (``r * prefill_s == load_s``), at most 1."""
     if prefill_s <= 0:
         return 1.0
     return min(1.0, max(0.0, load_s / prefill_s))
@@ -71,7 +71,7 @@ class AdaptivePolicy(Policy):
         return self._base(self.ratio).check_layers(num_layers)
 
     def planned_ratio(self, layout: ReuseLayout) -> float:
-        """The ratio before any deviation is known."""
+        """Return the ratio that holds before any deviation is known."""
         if layout.prefill_s is None or layout.load_s is None:
             return self.config.ratio
         balanced = balance_ratio(layout.prefill_s, layout.load_s)
@@ -83,7 +83,7 @@ class AdaptivePolicy(Policy):
         )
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
-        """What the planned ratio pays for."""
+        """Count what the planned ratio pays for."""
         return self._base(self.planned_ratio(layout)).num_selected(layout)
 
     def select(
@@ -94,7 +94,7 @@ class AdaptivePolicy(Policy):
         candidates: Tensor | None = None,
         stage: int = 0,
     ) -> Tensor:
-        """The tokens that deviate most, as many as planned or as the coverage needs."""
+        """Take the tokens that deviate most, as many as planned or as the coverage needs."""
         if scores is None and not self.needs_signal(layout):
             return layout.reused_positions()[: self.num_selected(layout)[-1]]
         if scores is None:

@@ -134,7 +134,7 @@ class Policy(ABC):
 
 
 def top_positions(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """The ``count`` candidates with the highest scores, rising by position; equal scores go to the earlier one.
+    """Return the ``count`` highest-scored candidates, rising by position; equal scores go to the earlier one.
 
     A score that is not a number counts as the highest: what cannot be judged is recomputed.
     """

@@ -118,7 +118,7 @@ class CacheBlendPolicy(Policy):
         candidates: Tensor | None = None,
         stage: int = 0,
     ) -> Tensor:
-        """The candidates that deviate most."""
+        """Take the candidates that deviate most."""
         if scores is None and not self.needs_signal(layout):
             return layout.reused_positions()[: self.num_selected(layout)[-1]]
         if scores is None:

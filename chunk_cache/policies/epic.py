@@ -87,5 +87,5 @@ class EpicPolicy(Policy):
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
-        """Selected tokens times layers: choosing costs nothing."""
+        """Count selected tokens times layers: choosing costs nothing."""
         return float((kept[-1] if kept else self.num_selected(layout)[0]) * layout.num_layers)

@@ -74,7 +74,7 @@ class QueryPolicy(Policy):
         return range(min(int(self.config.first_layer * num_layers + 1e-9), stop - 1), stop)
 
     def needs_signal(self, layout: ReuseLayout) -> bool:
-        """False without a question, and where the budget leaves no token or all of them."""
+        """Answer False without a question, and where the budget leaves no token or all of them."""
         count = self._count(layout)
         return layout.question_len > 0 and 0 < count < layout.num_reused
 
@@ -88,7 +88,7 @@ class QueryPolicy(Policy):
         return layout.scoring_rows * self.scoring_layers(layout.num_layers).stop
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
-        """What the budget leaves after the scoring pass."""
+        """Count what the budget leaves after the scoring pass."""
         if layout.question_len == 0 and self.ratio < 1.0:
             return self._fallback.num_selected(layout)
         return (self._count(layout),)
@@ -101,7 +101,7 @@ class QueryPolicy(Policy):
         candidates: Tensor | None = None,
         stage: int = 0,
     ) -> Tensor:
-        """The tokens with the largest mass."""
+        """Take the tokens with the largest mass."""
         count = self.num_selected(layout)[0]
         if count == layout.num_reused:
             return layout.reused_positions()
@@ -129,7 +129,7 @@ class QueryPolicy(Policy):
         return out
 
     def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
-        """Selected tokens through all layers, and the scoring pass where there is one."""
+        """Count selected tokens through all layers, and the scoring pass where there is one."""
         rows = kept[-1] if kept else self.num_selected(layout)[0]
         scoring = self._overhead(layout) if self.needs_signal(layout) else 0
         return float(rows * layout.num_layers + scoring)

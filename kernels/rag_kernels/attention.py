@@ -62,15 +62,16 @@ def position_causal_attention(
     if plan.num_rows == 0:
         return q_RNH.new_empty(q_RNH.shape)
     plain = sliding_window is None and not logit_cap
-    if plan.path == "cpu" and plain:
+    if plan.path == "cpu":
         from rag_kernels.attention_cpu import attend_cpu
 
-        return attend_cpu(q_RNH, k_pool, v_pool, plan, scale)
+        return attend_cpu(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
     if plan.path == "flashinfer" and plain:
-        from rag_kernels.attention_flashinfer import attend_flashinfer
+        from rag_kernels.attention_flashinfer import attend_flashinfer, supports
 
-        return attend_flashinfer(q_RNH, k_pool, v_pool, plan, scale)
-    if plan.path == "triton":
+        if supports(plan, q_RNH.dtype) and k_pool.dtype == q_RNH.dtype:
+            return attend_flashinfer(q_RNH, k_pool, v_pool, plan, scale)
+    if plan.path in ("triton", "flashinfer"):
         from rag_kernels.attention_triton import attend_triton
 
         return attend_triton(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)

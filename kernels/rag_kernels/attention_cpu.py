@@ -1,42 +1,96 @@
-"""Position-causal attention on the CPU."""
+"""Position-causal attention on the CPU: short blocks of sorted rows against the keys that they can see.
+
+Why not one masked call of torch's fused attention: with a mask it computes every key for every row, 1.8 times the
+causal triangle, and on 16-bit types it multiplies at fp32 speed. Here the query heads that share a key head
+are stacked into one matrix product, logits are fp32, and the product with V runs in bf16 where V is bf16 (twice
+the fp32 rate on AVX512-BF16; the fused kernel rounds the probabilities alike). Keys behind a block's
+last position are never read, and only the keys behind its first position need a mask.
+
+Measured with ``rag_eval.benchmarks.kernels`` at 9 query / 3 key heads of 64, 2460 keys, bf16, one thread: 364 rows
+take 15.5 ms against 20.5 ms in four to twelve masked calls and 30 ms in one; all rows 84 against 105 ms.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rag_kernels.plan import PositionCausalPlan
+from rag_kernels.plan import PositionCausalPlan, RowBlock
 
 
 def attend_cpu(
-    q_RNH: Tensor, k_pool: Tensor, v_pool: Tensor, plan: PositionCausalPlan, scale: float
+    q_RNH: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    plan: PositionCausalPlan,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_cap: float | None = None,
 ) -> Tensor:
     """See :func:`rag_kernels.position_causal_attention`."""
+    kv_heads, dim = plan.num_kv_heads, plan.head_dim
+    group = plan.num_q_heads // kv_heads
     q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
-    out = torch.empty_like(q)
-    gqa = plan.num_q_heads != plan.num_kv_heads
-    gathered: tuple[int, Tensor, Tensor] | None = None
-    for index, block in enumerate(plan.blocks):
-        if gathered is None or gathered[0] != block.request:
-            slots = plan.slots[block.request]
-            k = k_pool.index_select(0, slots).transpose(0, 1).contiguous()
-            v = v_pool.index_select(0, slots).transpose(0, 1).contiguous()
-            gathered = (block.request, k, v)
-        _, k, v = gathered
-        mask = plan.memo.get(index)
-        if mask is None:
-            rows = plan.sorted_positions[block.row_lo : block.row_hi]
-            mask = torch.arange(block.kv_len)[None, :] <= rows[:, None]
-            plan.memo[index] = mask
-        qs = q[block.row_lo : block.row_hi].transpose(0, 1)[None]
-        o = F.scaled_dot_product_attention(
-            qs,
-            k[None, :, : block.kv_len],
-            v[None, :, : block.kv_len],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=gqa,
+    rows = plan.num_rows
+    # [Hk, rows * group, D]: the query heads of one key head stand together, row by row.
+    packed = (
+        q.reshape(rows, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, rows * group, dim)
+    )
+    packed = packed.float().mul_(scale)
+    # bf16 products accumulate in fp32 and are fast; fp16 ones are emulated, so they are done in fp32.
+    pv_dtype = torch.bfloat16 if v_pool.dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(packed.shape, dtype=pv_dtype)
+    request = -1
+    k_heads = v_heads = packed
+    for block in plan.blocks:
+        if block.request != request:
+            request = block.request
+            slots = plan.slots[request]
+            k_heads = k_pool.index_select(0, slots).transpose(0, 1).float()
+            v_heads = v_pool.index_select(0, slots).transpose(0, 1).to(pv_dtype)
+        first, bias = _bias(plan, block, group, sliding_window)
+        lo, hi = block.row_lo * group, block.row_hi * group
+        masked = slice(block.kv_len - first - bias.shape[1], None)
+        for head in range(kv_heads):
+            logits = torch.mm(packed[head, lo:hi], k_heads[head, first : block.kv_len].t())
+            if logit_cap:
+                logits = logits.div_(logit_cap).tanh_().mul_(logit_cap)
+            if bias.shape[1]:
+                logits[:, masked].add_(bias)
+            weights = torch.softmax(logits, dim=-1).to(pv_dtype)
+            torch.mm(weights, v_heads[head, first : block.kv_len], out=out[head, lo:hi])
+    rejoined = (
+        out.view(kv_heads, rows, group, dim).transpose(0, 1).reshape(rows, plan.num_q_heads, dim)
+    )
+    result = rejoined.to(q_RNH.dtype)
+    return result if plan.inverse is None else result.index_select(0, plan.inverse)
+
+
+def _bias(
+    plan: PositionCausalPlan, block: RowBlock, group: int, sliding_window: int | None
+) -> tuple[int, Tensor]:
+    """First key of the block and the additive mask of its last keys, ``[rows * group, masked keys]``."""
+    first = 0 if sliding_window is None else max(0, block.open_len - sliding_window)
+    # Every run of n rows has the same triangle; with a window only while it starts at the same distance.
+    key = (
+        ("run", block.row_hi - block.row_lo, block.open_len - first, sliding_window)
+        if block.is_run and sliding_window is not None
+        else ("run", block.row_hi - block.row_lo)
+        if block.is_run
+        else (block.row_lo, sliding_window)
+    )
+    bias = plan.memo.get(key)
+    if bias is None:
+        rows = plan.sorted_positions[block.row_lo : block.row_hi].long()[:, None]
+        masked_from = block.open_len if sliding_window is None else first
+        keys = torch.arange(masked_from, block.kv_len)[None, :]
+        hidden = keys > rows
+        if sliding_window is not None:
+            hidden |= keys <= rows - sliding_window
+        bias = (
+            torch.zeros(hidden.shape)
+            .masked_fill_(hidden, float("-inf"))
+            .repeat_interleave(group, dim=0)
         )
-        out[block.row_lo : block.row_hi] = o[0].transpose(0, 1)
-    return out if plan.inverse is None else out.index_select(0, plan.inverse)
+        plan.memo[key] = bias
+    return first, bias

@@ -59,6 +59,12 @@ def load_chunk_inplace(
         )
     table = delta if isinstance(delta, RotationTable) else spec.table(delta, k_pool.device)
     k = k_src.to(k_pool.device, non_blocking=True)
+    if k_pool.device.type == "cuda":
+        from rag_kernels.load_triton import load_chunk_triton
+
+        v = v_src.to(v_pool.device, non_blocking=True)
+        load_chunk_triton(k_pool, v_pool, slots, k.contiguous(), v.contiguous(), table, spec)
+        return
     if not table.is_zero:
         out = k.new_empty(k.shape, dtype=k_pool.dtype)
         k = rerotate_keys(k, table, spec, out=out)

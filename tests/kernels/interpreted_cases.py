@@ -1,0 +1,111 @@
+"""Run by test_triton.py in a process of its own with TRITON_INTERPRET=1; prints one JSON object.
+
+bf16 arithmetic is wrong in Triton's interpreter, so the cases are fp32 and fp16; bf16 is only copied.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from rag_kernels import RotarySpec, plan_position_causal, position_causal_attention, rerotate_keys
+from rag_kernels.load_triton import load_chunk_triton
+
+
+def reference(q, k, v, positions, slots, scale, window=None, cap=None):
+    """Plain fp32 attention of one request, mask written out."""
+    group = q.shape[1] // k.shape[1]
+    kk = k[slots].float().repeat_interleave(group, 1)
+    vv = v[slots].float().repeat_interleave(group, 1)
+    logits = torch.einsum("rhd,thd->hrt", q.float(), kk) * scale
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    key = torch.arange(slots.numel())[None]
+    hidden = key > positions[:, None]
+    if window:
+        hidden |= key <= positions[:, None] - window
+    return torch.einsum("hrt,thd->rhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), vv)
+
+
+def attention_cases() -> dict[str, float]:
+    """Largest error of each case."""
+    torch.manual_seed(0)
+    errors = {}
+    cases = [
+        ("fp32 scattered", torch.float32, 4, 2, 32, None, None, 32),
+        ("fp32 head_dim 24 one kv head", torch.float32, 3, 1, 24, None, None, 32),
+        ("fp16 scattered", torch.float16, 4, 2, 32, None, None, 32),
+        ("fp32 window", torch.float32, 2, 2, 16, 20, None, 16),
+        ("fp32 cap", torch.float32, 2, 1, 16, None, 5.0, 64),
+    ]
+    for name, dtype, q_heads, kv_heads, dim, window, cap, block_rows in cases:
+        positions = [
+            torch.randperm(150)[:40],
+            torch.tensor([70]),
+            torch.empty(0, dtype=torch.int64),
+            torch.arange(19),
+        ]
+        lengths = [150, 99, 5, 19]
+        free = torch.randperm(400)
+        slots, used = [], 0
+        for n in lengths:
+            slots.append(free[used : used + n])
+            used += n
+        k, v = torch.randn(2, 400, kv_heads, dim).to(dtype)
+        q = torch.randn(60, q_heads, dim).to(dtype)
+        plan = plan_position_causal(
+            positions,
+            slots,
+            num_q_heads=q_heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            path="triton",
+            block_rows=block_rows,
+        )
+        got = position_causal_attention(q, k, v, plan, 0.3, window, cap)
+        parts, row = [], 0
+        for p, s in zip(positions, slots, strict=True):
+            parts.append(reference(q[row : row + p.numel()], k, v, p, s, 0.3, window, cap))
+            row += p.numel()
+        errors[name] = float((got.float() - torch.cat(parts)).abs().max())
+    return errors
+
+
+def load_cases() -> dict[str, float]:
+    """Largest error of each case against the torch path; 0 where bits must agree."""
+    torch.manual_seed(1)
+    errors = {}
+    for name, dtype, neox, dim, rotary, delta in [
+        ("load fp32 neox", torch.float32, True, 32, 32, -700),
+        ("load fp32 pairs", torch.float32, False, 32, 32, 1234),
+        ("load fp32 partial", torch.float32, True, 24, 16, 77),
+        (
+            "load fp32 per token",
+            torch.float32,
+            True,
+            16,
+            16,
+            torch.tensor([0, 5, -9, 0, 3, 100, 0]),
+        ),
+        ("load bf16 zero", torch.bfloat16, True, 32, 32, 0),
+    ]:
+        spec = RotarySpec.from_inv_freq(
+            10000.0 ** -(torch.arange(0, rotary, 2) / rotary), rotary, neox
+        )
+        k_src, v_src = torch.randn(2, 7, 3, dim).to(dtype)
+        k_src[0, 0, :4] = -0.0
+        slots = torch.randperm(20)[:7]
+        k_pool, v_pool = torch.zeros(2, 20, 3, dim).to(dtype)
+        load_chunk_triton(k_pool, v_pool, slots, k_src, v_src, spec.table(delta), spec)
+        want = rerotate_keys(k_src, delta, spec)
+        errors[name] = float((k_pool[slots].float() - want.float()).abs().max())
+        errors[name + " values"] = float((v_pool[slots].float() - v_src.float()).abs().max())
+        if isinstance(delta, int) and delta == 0:
+            errors[name + " bits"] = float(
+                not torch.equal(k_pool[slots].view(torch.int16), k_src.view(torch.int16))
+            )
+    return errors
+
+
+if __name__ == "__main__":
+    print(json.dumps(attention_cases() | load_cases()))
