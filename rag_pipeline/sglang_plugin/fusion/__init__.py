@@ -1,0 +1,44 @@
+"""Chunk-KV fusion in SGLang's forward pass.
+
+A prompt is ``[system][chunk 1] ... [chunk N][question]``. The radix tree serves the exact prefix and is never touched.
+Chunks behind it that are stored are loaded at their new positions (keys rotated by the difference), a policy
+names the few rows to compute anew, and those run together with all fresh rows as one smaller batch whose
+attention is causal by absolute position. How a request travels, module by module:
+
+=================  ==================================================================================
+``request_spans``  the client's wish, checked in the tokenizer process (HTTP 400), read in the scheduler
+``admission``      when a request is considered for a batch: match, lease, charge the scheduler's budget
+                   with rows really computed, say how much may be published as exact
+``plan``           rows of a piece (chunked prefill) as plain arithmetic
+``forward``        around ``ModelRunner.forward``: probing passes, row selection, the fused pass, capture
+``batch_view``     a ``ForwardBatch`` with fewer rows
+``attention``      around ``RadixAttention.forward``: load, write, attend
+``probes``         what probing passes look at
+``capture``        chunk KV out of the paged pool into the store
+``radix``          the tree: fused KV never becomes exact; a conversation's next turn may use it
+``background``     missing chunks, computed when the engine is idle
+``context``        identity of the model, its rotation; ``support``: what is refused and why
+``metrics``        counters in SGLang's ``/metrics``; ``self_check``: proof at start; ``tp``: ranks agree
+``runtime``        the process-wide object that holds all this; ``hooks``: the table of hooked targets
+=================  ==================================================================================
+
+Why rows are chosen before layer 0, and probing passes are stopped and run again instead of shrinking a batch inside
+a layer: shrinking needs SGLang's residual stream and per-layer hooks of every model family; running the few
+chosen rows again through the checked layers costs about ``r * check_layer / num_layers`` of a prefill and needs
+neither. All of it is counted in ``computed_fraction``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register fusion's hooks in the calling process; called by the plugin's entry point."""
+    from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+
+    if not FusionConfig.from_env().enabled:
+        return
+    from rag_pipeline.sglang_plugin.fusion import hooks
+
+    hooks.register_hooks()

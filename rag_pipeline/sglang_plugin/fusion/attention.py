@@ -1,0 +1,196 @@
+"""Inside one forward pass: load chunk KV layer by layer, write the computed rows, attend by position.
+
+:class:`FusedPass` travels in ``ForwardBatch.model_specific_states``, a declared field that survives the copies that
+SGLang makes of a batch; the hook on ``RadixAttention.forward`` finds it there. Nothing else of a layer changes, so
+every attention backend and model of the supported families works alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from chunk_cache import ChunkKV
+from rag_kernels import (
+    MeanShiftPlan,
+    PositionCausalPlan,
+    RotarySpec,
+    load_chunk_inplace,
+    mean_shift_inplace,
+    position_causal_attention,
+)
+
+STATE_KEY = "rag_fusion"
+
+
+class StopPassError(Exception):
+    """Ends a probing pass at the layer where nothing further is needed; not an error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoadItem:
+    """Run ``[chunk_offset, chunk_offset + len(slots))`` of a record, to be written at ``slots``.
+
+    ``delta`` is the new position minus the one that the record was computed at.
+    """
+
+    record: ChunkKV
+    chunk_offset: int
+    slots: Tensor
+    delta: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CopyItem:
+    """KV of other slots of the pool, at the same positions: bit for bit."""
+
+    sources: Tensor
+    slots: Tensor
+
+
+class Loader:
+    """Writes the loads of one forward into a layer's pool on the first touch of the layer.
+
+    The passes of a forward share it: what a later pass finds in the pool was loaded, or computed by an
+    earlier pass on top of it.
+    """
+
+    def __init__(self, loads: Sequence[LoadItem], copies: Sequence[CopyItem], spec: RotarySpec) -> None:
+        self._loads = list(loads)
+        self._copies = list(copies)
+        self._spec = spec
+        self._done: set[int] = set()
+
+    def ensure(self, layer_id: int, k_pool: Tensor, v_pool: Tensor) -> None:
+        """Load a layer unless that was done."""
+        if layer_id in self._done:
+            return
+        self._done.add(layer_id)
+        for copy in self._copies:
+            k_pool.index_copy_(0, copy.slots, k_pool.index_select(0, copy.sources))
+            v_pool.index_copy_(0, copy.slots, v_pool.index_select(0, copy.sources))
+        for item in self._loads:
+            end = item.chunk_offset + item.slots.numel()
+            k_src, v_src = item.record.layer(layer_id, item.chunk_offset, end)
+            table = self._spec.table(item.delta, k_pool.device)
+            load_chunk_inplace(k_pool, v_pool, item.slots, k_src, v_src, table, self._spec)
+
+
+class Observer(Protocol):
+    """Looks at a probing pass; raises :class:`StopPassError` when it has seen enough."""
+
+    def before_write(self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor) -> None:
+        """Called with the loaded pool and the new keys and values ``[R, N, H]`` of all rows."""
+        ...
+
+    def after_write(self, layer_id: int, q: Tensor, k_pool: Tensor) -> None:
+        """Called with the rotated queries ``[R, Hq, H]`` when the new rows are in the pool."""
+        ...
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, eq=False)
+class FusedPass:
+    """One pass of the model over chosen rows.
+
+    Attributes
+    ----------
+    row_slots : Tensor
+        int64 ``[R]``: where each row's new key and value go.
+    attention : PositionCausalPlan
+        Rows and slots of every request in the pass.
+    loader : Loader
+        Shared by the passes of a forward.
+    shifts : tuple of MeanShiftPlan
+        Applied to the cached rows of each layer but the first.
+    observer : Observer or None
+        For probing passes.
+    attend : callable, optional
+        Replaces the attention function in tests.
+    """
+
+    row_slots: Tensor
+    attention: PositionCausalPlan
+    loader: Loader
+    scaling: float
+    shifts: tuple[MeanShiftPlan, ...] = ()
+    observer: Observer | None = None
+    attend: Callable[..., Tensor] = position_causal_attention
+
+    def run_layer(
+        self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Parameters
+        ----------
+        layer : RadixAttention
+            The layer.
+        pool : MHATokenToKVPool
+            The paged pool.
+        q, k, v : Tensor
+            Rotated queries and keys, and values, ``[R, heads * head_dim]`` or ``[R, heads, head_dim]``.
+        save_kv_cache : bool
+            Whether SGLang asks for the new rows to be written.
+
+        Returns
+        -------
+        Tensor
+            ``[R, Hq * head_dim]``.
+        """
+        index = int(layer.layer_id)
+        k_pool, v_pool = pool.get_key_buffer(index), pool.get_value_buffer(index)
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        self.loader.ensure(index, k_pool, v_pool)
+        if self.observer is not None:
+            self.observer.before_write(index, k_pool, v_pool, k, v)
+        if index > 0:
+            for shift in self.shifts:
+                mean_shift_inplace(k_pool, v_pool, k, v, shift)
+        if save_kv_cache:
+            k_pool.index_copy_(0, self.row_slots, k.to(k_pool.dtype))
+            v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
+        if self.observer is not None:
+            self.observer.after_write(index, q, k_pool)
+        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling)
+        return out.reshape(out.shape[0], -1)
+
+
+def find_pass(forward_batch: Any) -> FusedPass | None:
+    """The fused pass that a batch belongs to, or None."""
+    states = getattr(forward_batch, "model_specific_states", None)
+    found = states.get(STATE_KEY) if states else None
+    return found if isinstance(found, FusedPass) else None
+
+
+def around_radix_attention(
+    original: Callable[..., Tensor],
+    layer: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_batch: Any,
+    save_kv_cache: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Hook on ``RadixAttention.forward``: ordinary batches pass through untouched."""
+    if forward_batch.model_specific_states is None:
+        return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
+    fused = find_pass(forward_batch)
+    if fused is None:
+        return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
+    from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+    return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, save_kv_cache)
+
+
+def pool_slots(req_to_token: Tensor, row: int | Tensor, length: int) -> Tensor:
+    """int64 ``[length]``: slots of a request's positions 0, 1, ..., on the pool's device."""
+    slots: Tensor = req_to_token[row, :length]
+    return slots.to(torch.int64)

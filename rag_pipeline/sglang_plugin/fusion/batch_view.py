@@ -1,0 +1,144 @@
+"""A ``ForwardBatch`` over chosen rows: what SGLang's model runner is given instead of the whole batch.
+
+The view is a copy with fewer rows; the scheduler's batch is never changed, so nothing needs restoring. Every length
+that SGLang derives (start offsets, last rows for the logits, prefix lengths) follows the rows of the view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rag_kernels import PositionCausalPlan, plan_position_causal
+from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass
+from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RequestRows:
+    """Rows of one request of a batch.
+
+    Attributes
+    ----------
+    index : int
+        Index of the request in the batch.
+    positions : Tensor
+        int64 ``[R]`` on the host, rising.
+    ids : Tensor
+        Token ids ``[R]`` on the device.
+    kv_slots : Tensor
+        int64 ``[kv_len]`` on the device; slot ``j`` holds position ``j``.
+    """
+
+    index: int
+    positions: Tensor
+    ids: Tensor
+    kv_slots: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return int(self.positions.numel())
+
+    @property
+    def row_slots(self) -> Tensor:
+        """int64 ``[R]``: slots of the rows themselves."""
+        return self.kv_slots[self.positions.to(self.kv_slots.device)]
+
+
+def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionCausalPlan, Tensor]:
+    """Attention plan of a pass, and the slots of its rows in order."""
+    plan = plan_position_causal(
+        [r.positions for r in rows],
+        [r.kv_slots for r in rows],
+        num_q_heads=facts.num_q_heads,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+    )
+    return plan, torch.cat([r.row_slots for r in rows])
+
+
+def make_view(
+    batch: Any, rows: Sequence[RequestRows], fused: FusedPass, *, whole_batch: bool
+) -> Any:
+    """Copy of a batch with only these rows.
+
+    Parameters
+    ----------
+    batch : ForwardBatch
+        The batch as SGLang made it, in an extend mode.
+    rows : sequence of RequestRows
+        In the order of the batch; every request of it when ``whole_batch``.
+    fused : FusedPass
+        Travels with the view.
+    whole_batch : bool
+        The view's logits are sampled from: keep all per-request fields. Otherwise the view holds only the
+        given requests and must be stopped before its end.
+    """
+    device = batch.input_ids.device
+    counts = [r.count for r in rows]
+    positions = torch.cat([r.positions for r in rows]).to(device, batch.positions.dtype)
+    lens = torch.tensor(counts, dtype=torch.int32)
+    seq_lens = [_seq_len(batch, r.index) for r in rows]
+    prefixes = [length - count for length, count in zip(seq_lens, counts, strict=True)]
+    changes: dict[str, Any] = {
+        "input_ids": torch.cat([r.ids for r in rows]).to(batch.input_ids.dtype),
+        "positions": positions,
+        "out_cache_loc": fused.row_slots.to(batch.out_cache_loc.dtype),
+        "extend_num_tokens": sum(counts),
+        "extend_seq_lens": lens.to(device),
+        "extend_seq_lens_cpu": counts,
+        # Attention is ours; the lengths only have to add up for the backend's own metadata.
+        "extend_prefix_lens": torch.tensor(prefixes, dtype=torch.int32).to(device),
+        "extend_prefix_lens_cpu": prefixes,
+        "extend_start_loc": (lens.cumsum(0, dtype=torch.int32) - lens).to(device),
+        "model_specific_states": {**(batch.model_specific_states or {}), STATE_KEY: fused},
+    }
+    if batch.global_num_token_non_padded_cpu is not None:
+        changes["global_num_token_non_padded_cpu"] = sum(counts)
+    if batch.global_num_token_non_padded is not None:
+        changes["global_num_token_non_padded"] = torch.tensor(
+            sum(counts), dtype=torch.int32, device=device
+        )
+    if whole_batch:
+        if batch.extend_logprob_start_lens_cpu is not None:
+            # The rows that input logprobs are asked for are the last ones of a request: always computed.
+            changes["extend_logprob_start_lens_cpu"] = [
+                max(0, count - (full - start))
+                for count, full, start in zip(
+                    counts,
+                    batch.extend_seq_lens_cpu,
+                    batch.extend_logprob_start_lens_cpu,
+                    strict=True,
+                )
+            ]
+        return dataclasses.replace(batch, **changes)
+    chosen = [r.index for r in rows]
+    at = torch.tensor(chosen, dtype=torch.int64, device=device)
+    changes |= {
+        "batch_size": len(rows),
+        "req_pool_indices": batch.req_pool_indices[at],
+        "seq_lens": batch.seq_lens[at],
+        "seq_lens_cpu": torch.tensor(seq_lens, dtype=torch.int64),
+        "seq_lens_sum": sum(seq_lens),
+        "orig_seq_lens": None if batch.orig_seq_lens is None else batch.orig_seq_lens[at],
+        "lora_ids": None if batch.lora_ids is None else [batch.lora_ids[i] for i in chosen],
+        "rids": None if batch.rids is None else [batch.rids[i] for i in chosen],
+        "return_logprob": False,
+        "extend_logprob_start_lens_cpu": None,
+        "extend_input_logprob_token_ids_gpu": None,
+        "top_logprobs_nums": None,
+        "token_ids_logprobs": None,
+        "mm_inputs": None,
+    }
+    if getattr(batch, "req_pool_indices_cpu", None) is not None:
+        changes["req_pool_indices_cpu"] = batch.req_pool_indices_cpu[chosen]
+    return dataclasses.replace(batch, **changes)
+
+
+def _seq_len(batch: Any, index: int) -> int:
+    return int(batch.extend_prefix_lens_cpu[index] + batch.extend_seq_lens_cpu[index])

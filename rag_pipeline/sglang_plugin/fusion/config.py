@@ -1,0 +1,108 @@
+"""Switches of fusion for a whole engine; they reach SGLang's processes through the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from chunk_cache.policies import DEFAULT_POLICY, create_policy
+from rag_pipeline.errors import EngineError
+
+CONFIG_VARIABLE = "RAG_PIPELINE_FUSION"
+"""Environment variable: ``off``, ``on`` (the defaults), or a JSON object of :class:`FusionConfig`."""
+
+_OFF = frozenset({"off", "0", "false", "no"})
+_ON = frozenset({"", "on", "1", "true", "yes"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FusionConfig:
+    """What an operator may set.
+
+    Attributes
+    ----------
+    enabled : bool
+        Off means that no request is touched.
+    store_bytes : int
+        Byte budget of the chunk-KV store of one rank.
+    policy : str
+        Policy of requests that name none; ``NAME`` or ``NAME:RATIO``.
+    automatic : bool
+        Scan prompts without spans for stored chunks.
+    background : bool
+        Compute missing chunks when the engine is idle.
+    max_background : int
+        Bound of that queue; what does not fit is dropped and counted.
+    min_reused_tokens : int
+        Below this many loadable tokens a prompt is prefilled as usual.
+    conversation : bool
+        Keep the fused KV of a finished request for the next turn, in its own namespace.
+    checksums : bool
+        Take a checksum of every record.
+    self_check : bool
+        Prove the path on the loaded model at start, before the first request is fused.
+    """
+
+    enabled: bool = True
+    store_bytes: int = 2 << 30
+    policy: str = DEFAULT_POLICY
+    automatic: bool = True
+    background: bool = True
+    max_background: int = 64
+    min_reused_tokens: int = 16
+    conversation: bool = True
+    checksums: bool = False
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), type(field.default)
+            if type(value) is not wanted:
+                raise EngineError(
+                    f"{CONFIG_VARIABLE}: {field.name} is {value!r}; give {wanted.__name__}."
+                )
+        if self.store_bytes <= 0 or self.max_background < 0 or self.min_reused_tokens < 1:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: store_bytes={self.store_bytes}, max_background="
+                f"{self.max_background}, min_reused_tokens={self.min_reused_tokens}; the first and "
+                "the last must be positive, the other not negative."
+            )
+        try:
+            create_policy(self.policy)
+        except ValueError as error:
+            raise EngineError(f"{CONFIG_VARIABLE}: {error}") from None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> FusionConfig:
+        """Read :data:`CONFIG_VARIABLE`.
+
+        Raises
+        ------
+        EngineError
+            The variable holds something else than ``on``, ``off`` or a JSON object of known fields.
+        """
+        text = (os.environ if environ is None else environ).get(CONFIG_VARIABLE, "").strip()
+        if text.lower() in _OFF:
+            return cls(enabled=False)
+        if text.lower() in _ON:
+            return cls()
+        try:
+            given: Any = json.loads(text)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise EngineError(f"{CONFIG_VARIABLE}={text!r}: give on, off, or a JSON object.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in known:
+                raise EngineError(
+                    f"{CONFIG_VARIABLE} has no field {key!r}; allowed: {', '.join(known)}."
+                )
+        return cls(**given)
+
+    def to_env(self) -> str:
+        """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -1,0 +1,7 @@
+"""Hooked targets."""
+
+from __future__ import annotations
+
+
+def register_hooks() -> None:
+    """Register."""

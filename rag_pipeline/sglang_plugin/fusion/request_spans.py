@@ -1,0 +1,254 @@
+"""What a request asks of fusion: spans, policy, and how both are written on the wire.
+
+Two carriers hold the same fields. ``kv_hints`` on ``/generate`` (one action of type ``rag.fusion``) may nest::
+
+    {"mode": "fuse", "spans": [[120, 520], [520, 900]], "prefix_len": 120,
+     "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}}
+
+``custom_params`` (OpenAI endpoints, ``sgl.Engine`` sampling parameters) allows flat lists only, so every
+field is prefixed and the spans are written start, end, start, end::
+
+    {"rag_mode": "fuse", "rag_spans": [120, 520, 520, 900], "rag_prefix_len": 120, "rag_policy": "query:0.15"}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from chunk_cache import ChunkCacheError, check_spans
+from chunk_cache.policies import Policy, create_policy
+from rag_pipeline.errors import RagPipelineError
+
+ACTION_TYPE = "rag.fusion"
+ACTION_VERSION = "1"
+PARAM_PREFIX = "rag_"
+MAX_SPANS = 4096
+"""More than any prompt holds; bounds the work that one request can cause."""
+
+Mode = Literal["fuse", "build", "off"]
+_MODES = ("fuse", "build", "off")
+_FIELDS = ("mode", "spans", "prefix_len", "policy", "ratio", "options")
+
+
+class RequestError(RagPipelineError):
+    """A malformed fusion field of a request; the client gets it as HTTP 400."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FusionRequest:
+    """Checked wish of one request.
+
+    Attributes
+    ----------
+    mode : str
+        ``fuse``: reuse what is stored. ``build``: prefill as usual and store the spans' KV. ``off``:
+        leave this request alone, no automatic matching either.
+    spans : tuple of (int, int)
+        Half-open token positions of chunks, rising, disjoint, not empty; none means: look yourself.
+    prefix_len : int
+        Tokens of the shared prefix that chunk KV is computed behind; by default all before the first span.
+    policy : str
+        Policy name, ``NAME:RATIO`` allowed; empty for the engine's default.
+    ratio : float or None
+        Share of the reused tokens' computation.
+    options : tuple of (str, object)
+        Further fields of the policy's configuration.
+    """
+
+    mode: Mode = "fuse"
+    spans: tuple[tuple[int, int], ...] = ()
+    prefix_len: int = 0
+    policy: str = ""
+    ratio: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def make_policy(self, default: str) -> Policy:
+        """Build the policy; ``default`` is used where the request names none.
+
+        Raises
+        ------
+        RequestError
+            An unknown policy or option, or a value that is not allowed.
+        """
+        return _make_policy(self.policy or default, self.ratio, self.options)
+
+    @property
+    def wants_automatic(self) -> bool:
+        """Whether the prompt may be scanned for stored chunks: no spans were given."""
+        return self.mode == "fuse" and not self.spans
+
+    def to_custom_params(self) -> dict[str, Any]:
+        """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""
+        flat: dict[str, Any] = {"rag_mode": self.mode, "rag_prefix_len": self.prefix_len}
+        if self.spans:
+            flat["rag_spans"] = [edge for span in self.spans for edge in span]
+        if self.policy:
+            flat["rag_policy"] = self.policy
+        if self.ratio is not None:
+            flat["rag_ratio"] = self.ratio
+        if self.options:
+            flat["rag_options"] = dict(self.options)
+        return flat
+
+    def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
+        """Write the ``kv_hints`` envelope of ``/generate``."""
+        payload = {
+            key.removeprefix(PARAM_PREFIX): value for key, value in self.to_custom_params().items()
+        }
+        if self.spans:
+            payload["spans"] = [list(span) for span in self.spans]
+        action = {
+            "action_id": f"{message_id}-0",
+            "action_type": ACTION_TYPE,
+            "action_version": ACTION_VERSION,
+            "payload": payload,
+        }
+        return {"protocol_version": "1", "message_id": message_id, "actions": [action]}
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
+    return create_policy(name, ratio, **dict(options))
+
+
+def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
+    try:
+        return _cached_policy(name, ratio, options)
+    except (ValueError, TypeError) as error:
+        raise RequestError(str(error)) from None
+
+
+def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
+    """Check the fields of either carrier.
+
+    Parameters
+    ----------
+    fields : mapping
+        As in the module's first example; spans nested or flat.
+    prompt_len : int
+        Tokens of the prompt.
+
+    Raises
+    ------
+    RequestError
+        One line: what was given, what is allowed.
+    """
+    for key in fields:
+        if key not in _FIELDS:
+            raise RequestError(f"fusion field {key!r} is not known; allowed: {', '.join(_FIELDS)}.")
+    mode = fields.get("mode", "fuse")
+    if mode not in _MODES:
+        raise RequestError(f"fusion mode is {mode!r}; choose one of {', '.join(_MODES)}.")
+    spans = _read_spans(fields.get("spans"), prompt_len)
+    prefix_len = fields.get("prefix_len")
+    if prefix_len is None:
+        prefix_len = spans[0][0] if spans else 0
+    limit = spans[0][0] if spans else prompt_len
+    if type(prefix_len) is not int or not 0 <= prefix_len <= limit:
+        raise RequestError(
+            f"fusion prefix_len is {prefix_len!r}; give a whole number from 0 to {limit} "
+            "(it may not reach into the first span)."
+        )
+    policy = fields.get("policy") or ""
+    if not isinstance(policy, str):
+        raise RequestError(f"fusion policy is {policy!r}; give a name such as 'query:0.15'.")
+    ratio = fields.get("ratio")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
+        raise RequestError(f"fusion ratio is {ratio!r}; give a number between 0 and 1.")
+    request = FusionRequest(
+        mode=mode,
+        spans=tuple(spans),
+        prefix_len=prefix_len,
+        policy=policy,
+        ratio=None if ratio is None else float(ratio),
+        options=_read_options(fields.get("options")),
+    )
+    if mode == "build" and not spans:
+        raise RequestError("fusion mode 'build' needs spans: the chunks whose KV is to be stored.")
+    if request.policy:
+        request.make_policy(request.policy)
+    elif request.ratio is not None or request.options:
+        raise RequestError("fusion ratio or options without a policy; name the policy too.")
+    return request
+
+
+def parse_custom_params(params: Mapping[str, Any] | None, prompt_len: int) -> FusionRequest | None:
+    """Read the ``rag_*`` fields of ``custom_params``; None where there are none."""
+    if not isinstance(params, Mapping):
+        return None
+    fields = {
+        key.removeprefix(PARAM_PREFIX): value
+        for key, value in params.items()
+        if isinstance(key, str) and key.startswith(PARAM_PREFIX)
+    }
+    return parse_fields(fields, prompt_len) if fields else None
+
+
+def parse_kv_hints(envelope: Any, prompt_len: int) -> FusionRequest | None:
+    """Read our action of a ``kv_hints`` envelope; None where there is none."""
+    actions = [a for a in getattr(envelope, "actions", ()) if a.action_type == ACTION_TYPE]
+    if not actions:
+        return None
+    if len(actions) > 1:
+        raise RequestError(f"kv_hints holds {len(actions)} {ACTION_TYPE} actions; give one.")
+    if actions[0].action_version != ACTION_VERSION:
+        raise RequestError(
+            f"kv_hints action {ACTION_TYPE} has version {actions[0].action_version!r}; "
+            f"this engine reads version {ACTION_VERSION!r}."
+        )
+    return parse_fields(actions[0].payload, prompt_len)
+
+
+def parse_request(
+    envelope: Any, params: Mapping[str, Any] | None, prompt_len: int
+) -> FusionRequest | None:
+    """Read both carriers; a request may use one of them.
+
+    Raises
+    ------
+    RequestError
+        A malformed field, or both carriers at once.
+    """
+    hinted = parse_kv_hints(envelope, prompt_len)
+    flat = parse_custom_params(params, prompt_len)
+    if hinted is not None and flat is not None:
+        raise RequestError("fusion fields in kv_hints and in custom_params; use one of them.")
+    return hinted or flat
+
+
+def _read_spans(value: Any, prompt_len: int) -> list[tuple[int, int]]:
+    if value is None:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise RequestError(f"fusion spans is {value!r}; give [[start, end], ...] token positions.")
+    if value and all(type(edge) is int for edge in value):
+        if len(value) % 2:
+            raise RequestError(
+                f"fusion spans hold {len(value)} numbers; give pairs: start, end, start, end."
+            )
+        pairs: list[Any] = [tuple(value[i : i + 2]) for i in range(0, len(value), 2)]
+    else:
+        pairs = list(value)
+    if len(pairs) > MAX_SPANS:
+        raise RequestError(f"{len(pairs)} fusion spans; at most {MAX_SPANS} are allowed.")
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, (str, bytes)) or len(pair) != 2:
+            raise RequestError(f"fusion span {pair!r}; give [start, end].")
+    try:
+        return check_spans(((pair[0], pair[1]) for pair in pairs), prompt_len)
+    except ChunkCacheError as error:
+        raise RequestError(f"fusion {error}") from None
+
+
+def _read_options(value: Any) -> tuple[tuple[str, Any], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RequestError(f"fusion options is {value!r}; give an object of the policy's fields.")
+    for key, item in value.items():
+        if not isinstance(item, (bool, int, float, str, type(None))):
+            raise RequestError(f"fusion option {key!r} is {item!r}; give a number or a string.")
+    return tuple(sorted(value.items()))

@@ -1,0 +1,170 @@
+"""What fusion knows of one request while it lives in the scheduler, and what it reports in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunk_cache import Build, Lease, Match, as_prompt_ids
+from chunk_cache.policies import Policy
+from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
+
+ATTRIBUTE = "rag_fusion"
+"""Name under which the state hangs on SGLang's ``Req``."""
+META_KEY = "rag_fusion"
+"""Key of the report in a response's ``meta_info``."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class UsageReport:
+    """Tokens of one prompt by what happened to them; they add up to ``prompt_tokens``.
+
+    Attributes
+    ----------
+    exact_prefix_tokens : int
+        Found in the radix tree: exact KV.
+    reused_tokens : int
+        KV loaded and kept.
+    recomputed_tokens : int
+        KV loaded, then computed anew by the policy.
+    fresh_tokens : int
+        Computed, never loaded.
+    computed_fraction : float
+        Row-layers really computed, scoring passes included, over those of prefilling all behind the prefix.
+    policy : str
+        Policy that chose the rows; empty for ordinary prefill.
+    ratio : float
+        Its nominal ratio.
+    fallback : str
+        Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
+    """
+
+    prompt_tokens: int = 0
+    exact_prefix_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    fresh_tokens: int = 0
+    computed_fraction: float = 1.0
+    policy: str = ""
+    ratio: float = 0.0
+    fallback: str = ""
+    built_chunks: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dict."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Capture:
+    """A chunk whose KV this request computes exactly: prompt positions ``[start, end)``."""
+
+    start: int
+    end: int
+    base_position: int
+    build: Build
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LeasedSpan:
+    """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it."""
+
+    match: Match
+    lease: Lease
+
+    @property
+    def start(self) -> int:
+        """First prompt position."""
+        return self.match.prompt_start
+
+    @property
+    def end(self) -> int:
+        """One past the last prompt position."""
+        return self.match.prompt_end
+
+    @property
+    def delta(self) -> int:
+        """New position minus the position that the KV was computed at."""
+        return self.start - (self.lease.record.base_position + self.match.chunk_offset)
+
+
+class RequestState:
+    """Mutable state of one request; lives on ``Req`` as :data:`ATTRIBUTE`.
+
+    Attributes
+    ----------
+    request : FusionRequest
+        What was asked for.
+    policy : Policy
+        Chooses the rows.
+    resolved : bool
+        Matching was done in this scheduling attempt; spans are leased.
+    spans : list of LeasedSpan
+        What will be loaded, rising, disjoint.
+    captures : list of Capture
+        What will be stored after the forward.
+    radix_len : int
+        Exact tokens found in the tree when the prompt was admitted.
+    row_layers : float
+        Work done so far.
+    """
+
+    __slots__ = (
+        "captures",
+        "exact_limit",
+        "internal",
+        "policy",
+        "prompt",
+        "radix_len",
+        "report",
+        "request",
+        "resolved",
+        "row_layers",
+        "spans",
+    )
+
+    def __init__(
+        self, request: FusionRequest, policy: Policy, prompt_ids: Any, *, internal: bool = False
+    ) -> None:
+        self.request = request
+        self.policy = policy
+        self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
+        self.resolved = False
+        self.spans: list[LeasedSpan] = []
+        self.captures: list[Capture] = []
+        self.radix_len = 0
+        self.exact_limit: int | None = None
+        self.row_layers = 0.0
+        self.internal = internal
+        self.report = UsageReport(prompt_tokens=int(self.prompt.size))
+
+    @property
+    def loads(self) -> list[tuple[int, int]]:
+        """Loaded positions."""
+        return [(span.start, span.end) for span in self.spans]
+
+    def drop(self) -> None:
+        """Give leases and build rights back; a new scheduling attempt starts over."""
+        for span in self.spans:
+            span.lease.release()
+        for capture in self.captures:
+            capture.build.abort("request ended before its chunk was complete", failed=False)
+        self.spans = []
+        self.captures = []
+        self.resolved = False
+        self.exact_limit = None
+
+    def give_up(self, reason: str) -> None:
+        """Prefill as usual from here on, and say why."""
+        self.drop()
+        self.resolved = True
+        self.report.fallback = self.report.fallback or reason
+
+
+def state_of(req: Any) -> RequestState | None:
+    """The state that hangs on a request, or None."""
+    found = getattr(req, ATTRIBUTE, None)
+    return found if isinstance(found, RequestState) else None

@@ -1,0 +1,116 @@
+"""Which models and engine settings fusion works with; everything else is refused with one reason.
+
+A refusal is not an error: the engine serves on, by ordinary prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""Tested families. They keep rotated keys and plain values of every layer in one paged pool."""
+
+_KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuse_settings(server_args: Any) -> str | None:
+    """Reason why fusion cannot work with these settings, or None.
+
+    Parameters
+    ----------
+    server_args : sglang.srt.server_args.ServerArgs
+        Settings of the engine; unknown ones are taken as unset.
+    """
+
+    def setting(name: str, default: Any = None) -> Any:
+        return getattr(server_args, name, default)
+
+    if setting("pp_size", 1) > 1:
+        return "pipeline parallelism (--pp-size): rows and positions are not passed between stages yet"
+    if setting("enable_dp_attention", False):
+        return "data-parallel attention (--enable-dp-attention): its ranks pad to a common row count"
+    if setting("speculative_algorithm") is not None:
+        return "speculative decoding: the draft needs hidden states of every prompt token"
+    if setting("attn_cp_size", 1) > 1 or setting("dcp_size", 1) > 1:
+        return "context parallelism: a rank holds only a part of a request's keys"
+    if setting("disaggregation_mode", "null") not in ("null", None):
+        return "disaggregated prefill: chunk KV is not part of the transfer yet"
+    if setting("enable_two_batch_overlap", False):
+        return "two-batch overlap: it splits a batch by raw token counts"
+    if setting("disable_radix_cache", False):
+        return None
+    if setting("enable_hierarchical_cache", False):
+        return "hierarchical cache (--enable-hierarchical-cache): untested together with fusion"
+    if setting("enable_lmcache", False):
+        return "LMCache (--enable-lmcache): both would write the same slots"
+    return None
+
+
+def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
+    """Reason why the loaded model is refused, or None; the rotary embedding is judged elsewhere.
+
+    Parameters
+    ----------
+    hf_config : transformers.PretrainedConfig
+        The model's configuration.
+    pool : object
+        SGLang's KV pool of the model.
+    layers : list
+        Its ``RadixAttention`` modules.
+    """
+    names = getattr(hf_config, "architectures", None) or ["?"]
+    if names[0] not in SUPPORTED_ARCHITECTURES:
+        return (
+            f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    kind = type(pool).__name__
+    if kind != "MHATokenToKVPool":
+        return f"KV pool {kind}: only plain multi-head pools are supported (no MLA, SWA, hybrid)"
+    if pool.dtype not in _KV_DTYPES or pool.store_dtype != pool.dtype:
+        return f"KV dtype {pool.dtype}: quantised KV is refused"
+    if not layers:
+        return "the model has no RadixAttention layer"
+    if [layer.layer_id for layer in layers] != list(range(len(layers))):
+        return "attention layers are not numbered 0, 1, 2, ...: not a plain decoder stack"
+    for layer in layers:
+        if layer.sliding_window_size is not None and layer.sliding_window_size > 0:
+            return f"sliding-window attention in layer {layer.layer_id}"
+        if layer.is_cross_attention or layer.attn_type.value != "decoder":
+            return f"attention of layer {layer.layer_id} is not causal self-attention"
+        if layer.logit_cap:
+            return f"logit cap in layer {layer.layer_id}: not tested"
+        if layer.qk_head_dim != layer.v_head_dim:
+            return f"layer {layer.layer_id} has keys and values of different size"
+        if layer.k_scale is not None or layer.v_scale is not None:
+            return f"layer {layer.layer_id} scales its KV: quantised KV is refused"
+    return None
+
+
+def refuse_request(req: Any) -> str | None:
+    """Reason why one request is prefilled as usual, as a short label for the counters, or None."""
+    if req.input_embeds is not None or req.positional_embed_overrides is not None:
+        return "input_embeds"
+    if req.multimodal_inputs is not None:
+        return "multimodal"
+    if req.lora_id is not None:
+        return "lora"
+    if req.session is not None:
+        return "session"
+    if req.return_hidden_states or req.return_routed_experts or req.return_indexer_topk:
+        return "hidden_states"
+    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1:
+        return "input_logprobs"
+    if req.beam_group is not None:
+        return "beam_search"
+    if req.is_dllm():
+        return "diffusion_model"
+    if req.skip_radix_cache_insert:
+        return "not_cacheable"
+    return None
