@@ -1,1 +1,119 @@
-"""Placeholder docstring, replaced by the owning change."""
+"""Retrieval: from files to ranked chunks. Knows no SGLang, and no torch until a model is needed.
+
+This is the package's only public door. Names are resolved on first use, so importing it costs
+nothing and a command that only prints help never loads FAISS or a parser.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrievers.bm25 import Bm25Builder, Bm25Index
+    from retrievers.dense import DenseIndex
+    from retrievers.embedding import Embedder, TextEmbedder
+    from retrievers.errors import CorruptIndexError, EmbedderMismatchError, RetrievalError
+    from retrievers.faiss_factory import choose_factory
+    from retrievers.filters import Filter
+    from retrievers.hybrid import HybridRetriever
+    from retrievers.index_store import Index
+    from retrievers.index_writer import IndexSettings, IndexWriter, indexed_text
+    from retrievers.ingest import IngestProgress, IngestReport, Splitter, delete_documents, ingest
+    from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
+    from retrievers.manifest import Manifest
+    from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
+    from retrievers.splitter import TokenSplitter
+    from retrievers.tokenizer import HFTokenizer
+    from retrievers.types import Chunk, Document, Retriever, Scalar, SearchHit, Tokenizer
+
+# One line a public name: where it lives. Add yours here and, for type checkers, above.
+_EXPORTS = {
+    "Bm25Builder": "retrievers.bm25",
+    "Bm25Index": "retrievers.bm25",
+    "Chunk": "retrievers.types",
+    "CorruptIndexError": "retrievers.errors",
+    "CrossEncoderReranker": "retrievers.rerank",
+    "DenseIndex": "retrievers.dense",
+    "Document": "retrievers.types",
+    "Embedder": "retrievers.embedding",
+    "EmbedderMismatchError": "retrievers.errors",
+    "Filter": "retrievers.filters",
+    "HFTokenizer": "retrievers.tokenizer",
+    "HybridRetriever": "retrievers.hybrid",
+    "Index": "retrievers.index_store",
+    "IndexSettings": "retrievers.index_writer",
+    "IndexWriter": "retrievers.index_writer",
+    "IngestProgress": "retrievers.ingest",
+    "IngestReport": "retrievers.ingest",
+    "LoadReport": "retrievers.loaders",
+    "Manifest": "retrievers.manifest",
+    "RerankedRetriever": "retrievers.rerank",
+    "Reranker": "retrievers.rerank",
+    "RetrievalError": "retrievers.errors",
+    "Retriever": "retrievers.types",
+    "Scalar": "retrievers.types",
+    "SearchHit": "retrievers.types",
+    "SkippedSource": "retrievers.loaders",
+    "Splitter": "retrievers.ingest",
+    "TextEmbedder": "retrievers.embedding",
+    "TokenSplitter": "retrievers.splitter",
+    "Tokenizer": "retrievers.types",
+    "choose_factory": "retrievers.faiss_factory",
+    "delete_documents": "retrievers.ingest",
+    "indexed_text": "retrievers.index_writer",
+    "ingest": "retrievers.ingest",
+    "load_corpus": "retrievers.loaders",
+    "load_file": "retrievers.loaders",
+}
+
+__all__ = [
+    "Bm25Builder",
+    "Bm25Index",
+    "Chunk",
+    "CorruptIndexError",
+    "CrossEncoderReranker",
+    "DenseIndex",
+    "Document",
+    "Embedder",
+    "EmbedderMismatchError",
+    "Filter",
+    "HFTokenizer",
+    "HybridRetriever",
+    "Index",
+    "IndexSettings",
+    "IndexWriter",
+    "IngestProgress",
+    "IngestReport",
+    "LoadReport",
+    "Manifest",
+    "RerankedRetriever",
+    "Reranker",
+    "RetrievalError",
+    "Retriever",
+    "Scalar",
+    "SearchHit",
+    "SkippedSource",
+    "Splitter",
+    "TextEmbedder",
+    "TokenSplitter",
+    "Tokenizer",
+    "choose_factory",
+    "delete_documents",
+    "indexed_text",
+    "ingest",
+    "load_corpus",
+    "load_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'retrievers' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

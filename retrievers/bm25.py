@@ -1,0 +1,254 @@
+"""BM25 in the format of bm25s, built in a stream: memory does not grow with the texts.
+
+bm25s itself holds the token ids of the whole corpus as Python lists while it builds. Here they are
+spilled to a forward index of (term, count) pairs first; it stays in the generation, so that the
+next one tokenises only what is new. The arrays are the same as bm25s writes, and bm25s reads and
+scores them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrievers.dense import top_k
+from retrievers.errors import CorruptIndexError, RetrievalError
+
+K1 = 1.5
+B = 0.75
+_METHOD = "lucene"
+_BLOCK_ROWS = 4096
+_FORWARD_NAME = "forward.i32"
+_ROWS_NAME = "forward.rows.u64"
+_LENGTHS_NAME = "lengths.i32"
+_VOCABULARY_NAME = "vocab.index.json"
+# Scripts written without spaces would make one term of a sentence: there, each sign is a term.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_TERM = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+def terms(text: str) -> list[str]:
+    """Terms BM25 counts: case-folded words, without a stop list or stemming.
+
+    No words are dropped because in technical text ``with``, ``not`` or ``C`` carry the meaning;
+    BM25's own weighting makes the common ones nearly free.
+    """
+    return _TERM.findall(text.casefold())
+
+
+class Bm25Builder:
+    """Writes the BM25 files of a generation.
+
+    Parameters
+    ----------
+    folder
+        New folder for the files.
+    previous
+        Vocabulary of the generation whose rows will be copied.
+
+    Notes
+    -----
+    Scores follow Lucene's variant as bm25s has it, ``k1 = 1.5`` and ``b = 0.75``. In memory are
+    the vocabulary and 12 bytes a row.
+    """
+
+    def __init__(self, folder: Path, previous: Bm25Index | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._vocabulary = dict(previous.vocabulary) if previous is not None else {}
+        self._file = (folder / _FORWARD_NAME).open("wb")
+        self._ends: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+        self._lengths: list[NDArray[np.int32]] = []
+        self._num_pairs = 0
+
+    def append(self, texts: Sequence[str]) -> None:
+        """Tokenise and add the next rows."""
+        ends, lengths, pairs = [], [], []
+        for text in texts:
+            words = terms(text)
+            counts = Counter(words)
+            for word, count in counts.items():
+                pairs.append(self._vocabulary.setdefault(word, len(self._vocabulary)))
+                pairs.append(count)
+            self._num_pairs += len(counts)
+            ends.append(self._num_pairs)
+            lengths.append(len(words))
+        self._file.write(np.array(pairs, dtype="<i4").tobytes())
+        self._ends.append(np.array(ends, dtype=np.int64))
+        self._lengths.append(np.array(lengths, dtype=np.int32))
+
+    def copy(self, previous: Bm25Index, rows: NDArray[np.int64]) -> None:
+        """Add rows of the previous generation, whose vocabulary this builder started from."""
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            block = rows[start : start + _BLOCK_ROWS]
+            parts = [previous.forward(int(row)) for row in block]
+            counts = np.array([len(part) for part in parts], dtype=np.int64)
+            for part in parts:
+                self._file.write(part.tobytes())
+            self._ends.append(self._num_pairs + np.cumsum(counts))
+            self._num_pairs += int(counts.sum())
+            self._lengths.append(previous.lengths[block].astype(np.int32))
+
+    def finish(self) -> None:
+        """Compute the scores and write every file."""
+        self._file.close()
+        ends = np.concatenate(self._ends)
+        lengths = (
+            np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype=np.int32)
+        ).astype("<i4")
+        lengths.tofile(self._folder / _LENGTHS_NAME)
+        ends.astype("<u8").tofile(self._folder / _ROWS_NAME)
+        vocabulary = json.dumps(self._vocabulary, ensure_ascii=True)
+        (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
+        params = {
+            "k1": K1,
+            "b": B,
+            "delta": 0.5,
+            "method": _METHOD,
+            "idf_method": _METHOD,
+            "dtype": "float32",
+            "int_dtype": "int32",
+            "num_docs": len(lengths),
+            "backend": "numpy",
+        }
+        (self._folder / "params.index.json").write_text(json.dumps(params), encoding="utf-8")
+        self._write_scores(ends, lengths)
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
+    def _write_scores(self, ends: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
+        num_rows, num_terms = len(lengths), len(self._vocabulary)
+        path = self._folder / _FORWARD_NAME
+        pairs = _map(path, "<i4", 2 * self._num_pairs).reshape(-1, 2)
+        frequencies = np.zeros(num_terms, dtype=np.int64)
+        blocks = [
+            (first, min(first + _BLOCK_ROWS, num_rows)) for first in range(0, num_rows, _BLOCK_ROWS)
+        ]
+        for first, last in blocks:
+            found = np.bincount(pairs[ends[first] : ends[last], 0], minlength=num_terms)
+            frequencies += found
+        idf = np.zeros(num_terms, dtype=np.float32)
+        for column, df in enumerate(frequencies.tolist()):
+            if df:
+                idf[column] = math.log(1 + (num_rows - df + 0.5) / (df + 0.5))
+        indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(frequencies)])
+        np.save(self._folder / "indptr.csc.index.npy", indptr, allow_pickle=False)
+        data = _create(self._folder / "data.csc.index.npy", np.float32, self._num_pairs)
+        indices = _create(self._folder / "indices.csc.index.npy", np.int32, self._num_pairs)
+        cursor = indptr[:-1].copy()
+        mean_length = float(lengths.mean()) if num_rows else 0.0
+        for first, last in blocks:
+            block = pairs[ends[first] : ends[last]]
+            term, count = block[:, 0], block[:, 1].astype(np.float64)
+            row = np.repeat(np.arange(first, last), np.diff(ends[first : last + 1]))
+            norm = K1 * ((1 - B) + B * lengths[row] / mean_length) if mean_length else count
+            score = idf[term] * (count / (norm + count))
+            order = np.argsort(term, kind="stable")
+            term_sorted = term[order]
+            starts = np.searchsorted(term_sorted, term_sorted, side="left")
+            position = cursor[term_sorted] + np.arange(len(order)) - starts
+            data[position] = score[order]
+            indices[position] = row[order]
+            cursor += np.bincount(term, minlength=num_terms)
+        for array in (data, indices):
+            if isinstance(array, np.memmap):
+                array.flush()
+
+
+class Bm25Index:
+    """The BM25 files of a generation, scored by bm25s and mapped from disk.
+
+    Parameters
+    ----------
+    folder
+        Folder written by :class:`Bm25Builder`.
+    num_rows
+        Rows the manifest promises.
+    """
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        # Imported here: it takes a second, and dense search alone does not need it.
+        import bm25s
+
+        try:
+            self._bm25: Any = bm25s.BM25.load(
+                folder, mmap=num_rows > 0, auto_compile=False, show_progress=False
+            )
+            self.lengths = np.fromfile(folder / _LENGTHS_NAME, dtype="<i4")
+            self._rows = _map(folder / _ROWS_NAME, "<u8", num_rows + 1)
+            self._pairs = _map(folder / _FORWARD_NAME, "<i4", 2 * int(self._rows[-1])).reshape(
+                -1, 2
+            )
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as exc:
+            raise CorruptIndexError(f"{folder} is not a readable BM25 index; ingest again") from exc
+        if len(self.lengths) != num_rows or self._bm25.scores["num_docs"] != num_rows:
+            raise CorruptIndexError(f"{folder} does not hold {num_rows} rows; ingest again")
+        self._num_rows = num_rows
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Term to column."""
+        vocabulary: dict[str, int] = self._bm25.vocab_dict
+        return vocabulary
+
+    def forward(self, row: int) -> NDArray[np.int32]:
+        """``(distinct terms, 2)`` int32: term and count of one row."""
+        part: NDArray[np.int32] = self._pairs[int(self._rows[row]) : int(self._rows[row + 1])]
+        return part
+
+    def search(
+        self, query: str, k: int, *, mask: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Best rows that share a term with the query.
+
+        Parameters
+        ----------
+        query
+            Text; terms the corpus lacks are ignored.
+        k
+            Results at most.
+        mask
+            ``(num_rows,)`` bool, rows that may be returned.
+
+        Returns
+        -------
+        rows, scores
+            Best first, ties by row; fewer than `k` where fewer rows share a term.
+        """
+        if k < 1:
+            raise RetrievalError(f"k must be at least 1, got {k}")
+        words = [word for word in terms(query) if word in self.vocabulary]
+        if not words or not self._num_rows:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        weights = None if mask is None else mask.astype(np.float32)
+        scores = self._bm25.get_scores(words, weight_mask=weights)
+        best = top_k(scores, k)
+        best = best[scores[best] > 0]
+        return best, scores[best]
+
+
+def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    if path.stat().st_size != count * np.dtype(dtype).itemsize:
+        raise CorruptIndexError(f"{path} has {path.stat().st_size} bytes; ingest again")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
+
+
+def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
+    if count:
+        created: NDArray[Any] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            path, mode="w+", dtype=dtype, shape=(count,)
+        )
+        return created
+    np.save(path, np.empty(0, dtype=dtype), allow_pickle=False)
+    return np.empty(0, dtype=dtype)

@@ -1,0 +1,122 @@
+"""Chunk records as JSON lines with an offset table: any row is read without the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrievers.errors import CorruptIndexError
+from retrievers.types import Chunk
+
+_RECORDS_NAME = "chunks.jsonl"
+_OFFSETS_NAME = "chunks.u64"
+
+
+def encode_chunk(chunk: Chunk) -> bytes:
+    """One line of ``chunks.jsonl``."""
+    record = {
+        "id": chunk.id,
+        "document_id": chunk.document_id,
+        "text": chunk.text,
+        "title": chunk.title,
+        "start": chunk.start,
+        "end": chunk.end,
+        "num_tokens": chunk.num_tokens,
+        "path": chunk.path,
+        "metadata": dict(chunk.metadata),
+    }
+    # ASCII escapes keep lone surrogates, which some PDF extractors emit, and line separators.
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def id_hash(chunk_id: str) -> int:
+    """Eight bytes of SHA-256, the key of the table from id to row."""
+    return int.from_bytes(hashlib.sha256(chunk_id.encode("utf-8", "surrogatepass")).digest()[:8])
+
+
+class ChunkWriter:
+    """Appends records to a new store; only the offsets (8 bytes a row) stay in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / _RECORDS_NAME).open("wb")
+        self._offsets = [np.zeros(1, dtype="<u8")]
+        self._position = 0
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Add encoded records."""
+        ends = []
+        for line in lines:
+            self._file.write(line)
+            self._position += len(line)
+            ends.append(self._position)
+        self._offsets.append(np.array(ends, dtype="<u8"))
+
+    def close(self) -> None:
+        """Write the offsets and close."""
+        self._file.close()
+        np.concatenate(self._offsets).tofile(self._folder / _OFFSETS_NAME)
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
+
+class ChunkStore:
+    """Random access to the chunks of a generation; the text stays on disk.
+
+    Parameters
+    ----------
+    folder
+        Generation folder.
+    num_rows
+        Rows the manifest promises.
+    """
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        self._path = folder / _RECORDS_NAME
+        offsets_path = folder / _OFFSETS_NAME
+        try:
+            if offsets_path.stat().st_size != 8 * (num_rows + 1):
+                raise CorruptIndexError(f"{offsets_path} does not hold {num_rows} rows")
+            self._offsets = np.memmap(offsets_path, dtype="<u8", mode="r")
+            size = self._path.stat().st_size
+            if int(self._offsets[-1]) != size:
+                raise CorruptIndexError(f"{self._path} does not end where its offsets say")
+            self._file = self._path.open("rb")
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+        except OSError as exc:
+            raise CorruptIndexError(f"{self._path} cannot be read: {exc}") from exc
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def line(self, row: int) -> bytes:
+        """Read the encoded record of a row."""
+        if self._map is None or not 0 <= row < self._num_rows:
+            raise IndexError(f"row {row} of {self._num_rows}")
+        return self._map[int(self._offsets[row]) : int(self._offsets[row + 1])]
+
+    def chunk(self, row: int) -> Chunk:
+        """Read the chunk of a row."""
+        try:
+            return Chunk(**json.loads(self.line(row)))
+        except (ValueError, TypeError) as exc:
+            raise CorruptIndexError(f"{self._path} row {row} is not a chunk: {exc}") from exc
+
+    def chunks(self, rows: Iterable[int] | NDArray[np.int64]) -> Iterator[Chunk]:
+        """Chunks of several rows, read one at a time."""
+        return (self.chunk(int(row)) for row in rows)
+
+    def close(self) -> None:
+        """Release the mapping."""
+        if self._map is not None:
+            self._map.close()
+        self._file.close()
