@@ -1,1 +1,66 @@
-"""Placeholder docstring, replaced by the owning change."""
+"""RAG serving on SGLang: resolve models, lay out prompts, retrieve, generate.
+
+Names are loaded when they are first used, so that ``import rag_pipeline`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_pipeline.errors import EngineError, ModelError, RagPipelineError
+    from rag_pipeline.generation import EngineBackend, ServerBackend
+    from rag_pipeline.models import resolve_embedder, resolve_llm
+    from rag_pipeline.pipeline import RagPipeline
+    from rag_pipeline.prompt_layout import PromptBuilder
+    from rag_pipeline.tokenizer import ModelTokenizer
+    from rag_pipeline.types import Answer, PromptLayout, SamplingOptions, Source, Span, Usage
+
+_MODULES = {
+    "Answer": "types",
+    "EngineBackend": "generation",
+    "EngineError": "errors",
+    "ModelError": "errors",
+    "ModelTokenizer": "tokenizer",
+    "PromptBuilder": "prompt_layout",
+    "PromptLayout": "types",
+    "RagPipeline": "pipeline",
+    "RagPipelineError": "errors",
+    "SamplingOptions": "types",
+    "ServerBackend": "generation",
+    "Source": "types",
+    "Span": "types",
+    "Usage": "types",
+    "resolve_embedder": "models",
+    "resolve_llm": "models",
+}
+
+__all__ = [
+    "Answer",
+    "EngineBackend",
+    "EngineError",
+    "ModelError",
+    "ModelTokenizer",
+    "PromptBuilder",
+    "PromptLayout",
+    "RagPipeline",
+    "RagPipelineError",
+    "SamplingOptions",
+    "ServerBackend",
+    "Source",
+    "Span",
+    "Usage",
+    "resolve_embedder",
+    "resolve_llm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
