@@ -22,8 +22,9 @@ if TYPE_CHECKING:
         canonical_json,
         hash_token_ids,
     )
+    from chunk_cache.listing import EntryInfo, Resolution
     from chunk_cache.matching import ChunkMatcher, MatchResult
-    from chunk_cache.memory_store import EntryInfo, MemoryStore, Resolution
+    from chunk_cache.memory_store import MemoryStore
     from chunk_cache.records import ChunkKV, KVLayout, LayerKV
     from chunk_cache.spans import Match, check_spans, merge_matches
     from chunk_cache.stats import StoreStats
@@ -37,7 +38,7 @@ _HOME = {
     "ChunkKey": "keys",
     "ChunkMatcher": "matching",
     "ChunkState": "handles",
-    "EntryInfo": "memory_store",
+    "EntryInfo": "listing",
     "IntegrityError": "errors",
     "KVContext": "keys",
     "KVLayout": "records",
@@ -47,7 +48,7 @@ _HOME = {
     "Match": "spans",
     "MatchResult": "matching",
     "MemoryStore": "memory_store",
-    "Resolution": "memory_store",
+    "Resolution": "listing",
     "StoreFolder": "folder",
     "StoreStats": "stats",
     "Tier": "tier",

@@ -54,10 +54,11 @@ def as_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> TokenIds:
     """
     if isinstance(ids, np.ndarray):
         array = ids
-        if array.dtype == np.int32 and not array.flags.writeable and array.flags.c_contiguous:
-            # Nothing can hide here but the shape and the sign: the fast path of every look-up.
-            if array.ndim == 1 and array.size and int(array.min()) >= 0:
-                return array
+        frozen_already = (
+            array.dtype == np.int32 and not array.flags.writeable and array.flags.c_contiguous
+        )
+        if frozen_already and array.ndim == 1 and array.size and int(array.min()) >= 0:
+            return array  # the fast path of every look-up: nothing left to check or to copy
     else:
         array = np.asarray(ids if isinstance(ids, Sequence) else list(ids))
     if array.ndim != 1 or array.size == 0:

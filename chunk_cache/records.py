@@ -126,7 +126,7 @@ class ChunkKV:
         return int(tensors + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
-        """Views of one layer's tokens ``[start, end)``; see :class:`LayerKV`."""
+        """Return views of one layer's tokens ``[start, end)``; see :class:`LayerKV`."""
         return LayerKV(self.k[index, start:end], self.v[index, start:end])
 
     def tokens_equal(self, ids: np.ndarray[tuple[int], np.dtype[np.integer]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def check_spans(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple
         if start < end:
             checked.append((start, end))
     checked.sort()
-    for (a_start, a_end), (b_start, b_end) in zip(checked, checked[1:], strict=False):
+    for (a_start, a_end), (b_start, b_end) in itertools.pairwise(checked):
         if b_start < a_end:
             raise ChunkCacheError(
                 f"spans ({a_start}, {a_end}) and ({b_start}, {b_end}) overlap: give disjoint spans"
@@ -100,7 +101,7 @@ def merge_matches(
         If the explicit matches overlap each other.
     """
     fixed = sorted(explicit, key=lambda match: match.prompt_start)
-    for one, two in zip(fixed, fixed[1:], strict=False):
+    for one, two in itertools.pairwise(fixed):
         if two.prompt_start < one.prompt_end:
             raise ChunkCacheError(f"explicit matches {one[:2]} and {two[:2]} overlap")
     merged = list(fixed)

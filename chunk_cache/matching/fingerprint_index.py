@@ -1,7 +1,7 @@
 """Fingerprints of all chunks in sorted arrays, written in growing runs (a small LSM tree).
 
 16 bytes a fingerprint (hash, and chunk number with offset), no per-chunk Python containers. New
-fingerprints wait in a short list, become a sorted run at the next look-up, and runs are merged when
+fingerprints wait in a short list, become a sorted run at the next look-up at the latest, and runs are merged when
 the newer is at least a quarter of the older: a look-up searches a handful of arrays, and a
 fingerprint is moved a logarithmic number of times.
 """
@@ -22,6 +22,7 @@ _OFFSET_MASK = np.uint64(2**OFFSET_BITS - 1)
 
 _MERGE_RATIO = 4
 _MIN_DEAD_TO_COMPACT = 4096
+_MAX_PENDING = 8192
 
 
 class _Run(NamedTuple):
@@ -43,7 +44,8 @@ class PostingRanges(NamedTuple):
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """Postings per query, ``[Q]``, those of removed chunks included."""
-        return (self.high - self.low).sum(axis=0)
+        counts: npt.NDArray[np.int64] = (self.high - self.low).sum(axis=0)
+        return counts
 
     def gather(self, queries: Positions) -> tuple[Positions, npt.NDArray[np.uint64]]:
         """All postings of some queries, as (query number, posting) pairs."""
@@ -106,6 +108,7 @@ class FingerprintIndex:
         self._dead: set[int] = set()
         self._dead_entries = 0
         self._entries = 0
+        self._num_pending = 0
 
     @property
     def num_entries(self) -> int:
@@ -123,17 +126,25 @@ class FingerprintIndex:
             return
         postings = offsets.astype(np.uint64) | np.uint64(serial << OFFSET_BITS)
         self._pending.append(_Run(hashes, postings))
+        self._num_pending += int(hashes.size)
         self._entries += int(hashes.size)
+        if self._num_pending > _MAX_PENDING:
+            self._flush()
 
-    def remove(self, serial: int, num_entries: int) -> None:
-        """Mark a chunk's fingerprints dead; they go at the next merge or compaction."""
-        if not num_entries:
-            return
+    def remove(self, serial: int, num_entries: int) -> bool:
+        """Mark a chunk's fingerprints dead; ``True`` if that set off a compaction."""
         self._dead.add(serial)
         self._dead_entries += num_entries
         live = self._entries - self._dead_entries
-        if self._dead_entries > max(_MIN_DEAD_TO_COMPACT, live // 2):
-            self.compact()
+        if self._dead_entries <= max(_MIN_DEAD_TO_COMPACT, live // 2):
+            return False
+        self.compact()
+        return True
+
+    def revive(self, serial: int, num_entries: int) -> None:
+        """Take back a :meth:`remove` that no compaction has followed."""
+        self._dead.remove(serial)
+        self._dead_entries -= num_entries
 
     def look_up(self, hashes: Hashes) -> PostingRanges:
         """Find the postings of ``hashes`` (uint64 ``[Q]``)."""
@@ -183,6 +194,7 @@ class FingerprintIndex:
         hashes = np.concatenate([run.hashes for run in self._pending])
         postings = np.concatenate([run.postings for run in self._pending])
         self._pending.clear()
+        self._num_pending = 0
         order = np.argsort(hashes, kind="stable")
         # A new list: ranges handed out before keep the old one.
         self._runs = [*self._runs, _Run(hashes[order], postings[order])]

@@ -51,7 +51,7 @@ class ChunkMatcher:
     reported. Chunks shorter than ``min_match`` are therefore only ever matched by explicit spans.
 
     **Limit.** A fingerprint that occurs more than ``max_postings`` times (boiler-plate in very many
-    chunks, one token repeated) is followed only where nothing else covers the prompt, and then in
+    chunks, one token repeated; chunks removed a moment ago still count) is followed only where nothing else covers the prompt, and then in
     the ``max_postings`` places whose neighbourhood agrees best; no more than ``max_alignments``
     (chunk, shift) pairs are verified per prompt. When that cut anything, ``truncated`` is set: what
     is reported is still verified, but a run may be missing or a shorter one taken for it.
@@ -107,6 +107,9 @@ class ChunkMatcher:
         self._chunks: dict[int, _Chunk] = {}
         self._serials: dict[ChunkKey, int] = {}
         self._next_serial = 0
+        # Removed, but still in the index. A popular chunk that is evicted and rebuilt again and
+        # again must not leave a trail of dead fingerprints behind: it gets its old ones back.
+        self._removed: dict[ChunkKey, tuple[int, _Chunk]] = {}
 
     def __len__(self) -> int:
         return len(self._serials)
@@ -145,6 +148,13 @@ class ChunkMatcher:
         with self._lock:
             if key in self._serials:
                 return False
+            if key in self._removed:
+                serial, chunk = self._removed.pop(key)
+                if np.array_equal(chunk.ids, ids):
+                    self._index.revive(serial, chunk.num_fingerprints)
+                    self._chunks[serial] = chunk._replace(ids=ids)
+                    self._serials[key] = serial
+                    return True
             hashes = self._hasher(ids, _seed(key.namespace))
             offsets = winnow(hashes, self._num_hashes)
             serial = self._next_serial
@@ -160,7 +170,12 @@ class ChunkMatcher:
             serial = self._serials.pop(key, None)
             if serial is None:
                 return False
-            self._index.remove(serial, self._chunks.pop(serial).num_fingerprints)
+            chunk = self._chunks.pop(serial)
+            if not chunk.num_fingerprints:
+                return True
+            self._removed[key] = serial, chunk
+            if self._index.remove(serial, chunk.num_fingerprints):
+                self._removed.clear()
             return True
 
     def match(
@@ -297,8 +312,11 @@ class _Scan:
     def _best_postings(
         self, ranges: PostingRanges, query: int, places: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        postings = ranges.first(query, _RANKED_POSTINGS)
         self.truncated = True
+        postings = ranges.first(query, _RANKED_POSTINGS)
+        chunks = self.matcher._chunks
+        alive = [serial in chunks for serial in split_postings(postings)[0].tolist()]
+        postings = postings[alive]
         votes = np.zeros(postings.size, dtype=np.int64)
         for step in _NEIGHBOURS:
             other = query + step

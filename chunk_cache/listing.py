@@ -1,0 +1,52 @@
+"""What a store shows of itself: one line an entry, and how a prompt's spans came out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from chunk_cache.handles import ChunkState
+from chunk_cache.keys import ChunkKey
+from chunk_cache.spans import Match
+
+
+class Resolution(NamedTuple):
+    """What a prompt's spans came to."""
+
+    matches: list[Match]
+    """Disjoint runs that were in the store a moment ago, in prompt order; lease them to use them."""
+    missing: list[tuple[int, int]]
+    """Explicit spans whose chunk is not READY: worth building in the background."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EntryInfo:
+    """One line of a listing."""
+
+    key: ChunkKey
+    state: ChunkState
+    num_bytes: int = 0
+    base_position: int = 0
+    pinned: bool = False
+    in_use: int = 0
+    hits: int = 0
+    idle_s: float = 0.0
+    """Seconds since the last use."""
+    detail: str = ""
+    """Owner of a build, or why it failed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dict."""
+        return {
+            "key": self.key.digest,
+            "namespace": self.key.namespace,
+            "num_tokens": self.key.num_tokens,
+            "state": self.state.value,
+            "num_bytes": self.num_bytes,
+            "base_position": self.base_position,
+            "pinned": self.pinned,
+            "in_use": self.in_use,
+            "hits": self.hits,
+            "idle_s": round(self.idle_s, 3),
+            "detail": self.detail,
+        }
