@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retrievers.hybrid import HybridRetriever
     from retrievers.index_store import Index
     from retrievers.index_writer import IndexSettings, IndexWriter, indexed_text
-    from retrievers.ingest import IngestProgress, IngestReport, Splitter, delete_documents, ingest
+    from retrievers.ingestion import IngestProgress, IngestReport, Splitter, delete_documents, ingest
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -44,8 +44,8 @@ _EXPORTS = {
     "Index": "retrievers.index_store",
     "IndexSettings": "retrievers.index_writer",
     "IndexWriter": "retrievers.index_writer",
-    "IngestProgress": "retrievers.ingest",
-    "IngestReport": "retrievers.ingest",
+    "IngestProgress": "retrievers.ingestion",
+    "IngestReport": "retrievers.ingestion",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
     "RerankedRetriever": "retrievers.rerank",
@@ -55,14 +55,14 @@ _EXPORTS = {
     "Scalar": "retrievers.types",
     "SearchHit": "retrievers.types",
     "SkippedSource": "retrievers.loaders",
-    "Splitter": "retrievers.ingest",
+    "Splitter": "retrievers.ingestion",
     "TextEmbedder": "retrievers.embedding",
     "TokenSplitter": "retrievers.splitter",
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
-    "delete_documents": "retrievers.ingest",
+    "delete_documents": "retrievers.ingestion",
     "indexed_text": "retrievers.index_writer",
-    "ingest": "retrievers.ingest",
+    "ingest": "retrievers.ingestion",
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",
 }
