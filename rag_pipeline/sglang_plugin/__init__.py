@@ -1,1 +1,109 @@
-"""Placeholder docstring, replaced by the owning change."""
+"""Everything that touches SGLang's internals; unmodified SGLang finds it through two entry points.
+
+``sglang.srt.platforms: rag_cpu`` is :func:`activate_platform`, ``sglang.srt.plugins: rag_pipeline``
+is :func:`register`. SGLang calls both in every process it starts, so nothing heavy is imported here.
+
+``RAG_PIPELINE_PLUGIN=off`` switches both off: the engine is then stock SGLang.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.activation import Activation, activation_of
+    from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
+    from rag_pipeline.sglang_plugin.startup import create_engine
+
+__all__ = [
+    "OFF_SWITCH",
+    "Activation",
+    "HookTarget",
+    "activate_platform",
+    "activation_of",
+    "add_targets",
+    "create_engine",
+    "plugin_is_off",
+    "register",
+    "verify_targets",
+]
+
+OFF_SWITCH = "RAG_PIPELINE_PLUGIN"
+"""Environment variable: ``on`` (default) or ``off``."""
+
+_HOME = {
+    "Activation": "activation",
+    "activation_of": "activation",
+    "HookTarget": "hook_table",
+    "add_targets": "hook_table",
+    "verify_targets": "hook_table",
+    "create_engine": "startup",
+}
+
+
+def plugin_is_off() -> bool:
+    """Whether ``RAG_PIPELINE_PLUGIN=off`` is set.
+
+    Raises
+    ------
+    SystemExit
+        For any value but ``on`` and ``off``. Not an ``Exception``: SGLang would only log that and
+        serve on in a state nobody asked for.
+    """
+    value = os.environ.get(OFF_SWITCH, "on")
+    if value not in ("on", "off"):
+        raise SystemExit(f"{OFF_SWITCH} is {value!r}; allowed are 'on' and 'off'.")
+    return value == "off"
+
+
+def activate_platform() -> str | None:
+    """Entry point ``sglang.srt.platforms``: name the CPU platform, or decline.
+
+    Returns
+    -------
+    str or None
+        ``module:class`` of the platform where there is no accelerator and
+        ``SGLANG_USE_CPU_ENGINE`` is not set; otherwise None, and SGLang picks its own.
+    """
+    if plugin_is_off():
+        return None
+    from rag_pipeline.sglang_plugin.detect import accelerator_present
+
+    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or accelerator_present():
+        return None
+    return "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
+
+
+def register() -> None:
+    """Entry point ``sglang.srt.plugins``: register this project's hooks in the calling process.
+
+    Raises
+    ------
+    SystemExit
+        When a hook target is gone from the installed SGLang. See :mod:`.hook_table` for why this
+        is not an ``Exception``.
+    """
+    if plugin_is_off():
+        return
+    from rag_pipeline.sglang_plugin import noise
+    from rag_pipeline.sglang_plugin.hook_table import fail_hard
+
+    with fail_hard():
+        noise.install()
+        from rag_pipeline.sglang_plugin import activation, fusion
+
+        activation.register()
+        fusion.register()
+        from rag_pipeline.sglang_plugin.hook_table import verify_targets
+
+        verify_targets()
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,136 @@
+"""The one table of SGLang internals that this project hooks, and the check that they are there.
+
+SGLang catches every ``Exception`` of a plugin and of a hook that cannot be applied, logs it, and
+serves on *without* the plugin (``sglang.srt.plugins.load_plugins``, ``HookRegistry.apply_hooks``).
+A RAG server that silently lost its cache is worse than one that does not start. So the targets are
+resolved before SGLang gets to apply the hooks, and a fault is raised as :class:`PluginRefused`, a
+``SystemExit``, which SGLang's ``except Exception`` lets through: the process stops with one line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+__all__ = [
+    "CHECKED_WITH",
+    "HookTarget",
+    "PluginRefused",
+    "add_targets",
+    "fail_hard",
+    "targets",
+    "unapplied_targets",
+    "verify_targets",
+]
+
+CHECKED_WITH = "0.5.23"
+"""The SGLang release that every row was written for and run with."""
+
+
+class PluginRefused(SystemExit):
+    """The plugin cannot do what it promises in this process; carries one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HookTarget:
+    """One hooked callable of SGLang.
+
+    Parameters
+    ----------
+    path
+        Dotted path as ``HookRegistry.register`` takes it.
+    kind
+        ``before``, ``after``, ``around`` or ``replace``; or ``uses`` for a name that is called or
+        read without being hooked.
+    why
+        One sentence: what the hook is for.
+    params
+        Parameter names that the hook relies on; each must still be in the target's signature.
+    checked_with
+        SGLang release this row was run with.
+    """
+
+    path: str
+    kind: str
+    why: str
+    params: tuple[str, ...] = field(default=())
+    checked_with: str = CHECKED_WITH
+
+    def __post_init__(self) -> None:
+        allowed = ("before", "after", "around", "replace", "uses")
+        if self.kind not in allowed:
+            raise ValueError(f"HookTarget.kind is {self.kind!r}; allowed are {', '.join(allowed)}.")
+
+
+_TARGETS: dict[tuple[str, str], HookTarget] = {}
+
+
+def add_targets(rows: Iterable[HookTarget]) -> None:
+    """Add rows to the table; adding the same row twice changes nothing."""
+    for row in rows:
+        _TARGETS[row.path, row.kind] = row
+
+
+def targets() -> tuple[HookTarget, ...]:
+    """Return every row, in the order in which they were added."""
+    return tuple(_TARGETS.values())
+
+
+def _fault(row: HookTarget) -> str | None:
+    try:
+        found = pkgutil.resolve_name(row.path)
+    except (ImportError, AttributeError) as error:
+        return f"{row.path} ({error})"
+    if not row.params:
+        return None
+    try:
+        have = inspect.signature(found).parameters
+    except (TypeError, ValueError) as error:
+        return f"{row.path} has no readable signature ({error})"
+    # A wrapper that SGLang made keeps the signature through functools.wraps.
+    missing = [name for name in row.params if name not in have]
+    return f"{row.path} lost the parameter(s) {', '.join(missing)}" if missing else None
+
+
+def verify_targets() -> None:
+    """Resolve every row in this process.
+
+    Raises
+    ------
+    PluginRefused
+        Naming each target that is gone or changed, and the SGLang release to install.
+    """
+    faults = [text for row in targets() if (text := _fault(row))]
+    if faults:
+        from importlib.metadata import version
+
+        raise PluginRefused(
+            f"rag-pipeline cannot hook SGLang {version('sglang')}: {'; '.join(faults)}. "
+            f"It is written for SGLang {CHECKED_WITH}: pip install sglang=={CHECKED_WITH}, "
+            "or run without the plugin (RAG_PIPELINE_PLUGIN=off)."
+        )
+
+
+def unapplied_targets() -> list[str]:
+    """Paths that are in the table but that SGLang has not patched in this process.
+
+    Empty in a healthy process once ``load_plugins`` has returned.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    patched = HookRegistry._patched
+    return [row.path for row in targets() if row.kind != "uses" and row.path not in patched]
+
+
+@contextmanager
+def fail_hard() -> Iterator[None]:
+    """Turn any ``Exception`` of the body into :class:`PluginRefused`."""
+    try:
+        yield
+    except Exception as error:
+        raise PluginRefused(
+            f"rag-pipeline's SGLang plugin failed to register: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,101 @@
+"""SGLang's out-of-tree platform for a machine that has nothing but CPU cores."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sglang.srt.arg_groups import choices
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from rag_pipeline.sglang_plugin.detect import core_groups
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+
+__all__ = ["ATTENTION_BACKEND", "RagCpuPlatform", "offer_attention_backend"]
+
+ATTENTION_BACKEND = "rag_cpu"
+"""Name of this project's attention backend, as ``--attention-backend`` takes it."""
+
+_LAST_LOC = "sglang.srt.mem_cache.allocation.get_last_loc"
+_PARAMS = ("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor")
+_TARGETS = (
+    HookTarget(
+        path=_LAST_LOC,
+        kind="replace",
+        why="the last slot of a prefix without Triton, for pages above one token",
+        params=_PARAMS,
+    ),
+    HookTarget(
+        path="sglang.srt.mem_cache.allocation.get_last_loc_torch",
+        kind="uses",
+        why="what it is replaced by",
+        params=_PARAMS,
+    ),
+)
+
+
+def offer_attention_backend() -> None:
+    """Make ``rag_cpu`` an allowed ``--attention-backend`` in this process. Idempotent."""
+    if ATTENTION_BACKEND not in choices.ATTENTION_BACKEND_CHOICES:
+        choices.add_attention_backend_choices([ATTENTION_BACKEND])
+
+
+class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """Real scheduler, radix tree and paged pools on any CPU; no AMX, no ``sgl_kernel`` needed.
+
+    SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs a special build of its kernels and
+    AMX or Arm; this platform needs the wheels of PyPI only. It is out of tree (``PlatformEnum.OOT``),
+    so every choice that SGLang keys on CUDA falls back to plain torch.
+    """
+
+    _enum = PlatformEnum.OOT
+    device_name = "rag_cpu"
+    # No Triton, no graphs: SGLang then takes its torch allocators and eager runners.
+    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        offer_attention_backend()
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_device(self, device_id: int = 0) -> Any:
+        # A name, not a torch.device: SGLang's argument resolution splits what it gets at ":".
+        return "cpu"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Give every tensor-parallel rank its own cores when the user did not.
+
+        SGLang refuses more ranks than NUMA nodes unless ``SGLANG_CPU_OMP_THREADS_BIND`` names the
+        cores of each. With one rank the variable stays unset, because setting it also makes
+        SGLang give up on reading the memory size.
+        """
+        ranks = int(server_args.tp_size) * int(server_args.pp_size) * int(server_args.dp_size)
+        if ranks > 1:
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", core_groups(ranks))
+
+    def init_backend(self) -> None:
+        """Register the attention backend in the worker (called once there by SGLang)."""
+        from sglang.srt.mem_cache import allocation
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        from rag_pipeline.sglang_plugin.cpu_attention import register_backend
+        from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
+
+        with fail_hard():
+            add_targets(_TARGETS)
+            verify_targets()
+            register_backend()
+            # SGLang takes the torch variant for its own CPU backend by *name* and a Triton kernel
+            # for any other, in spite of capabilities.supports_triton (pages above one token).
+            HookRegistry.register(_LAST_LOC, allocation.get_last_loc_torch, HookType.REPLACE)
+            HookRegistry.apply_hooks()
