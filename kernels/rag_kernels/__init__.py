@@ -10,7 +10,7 @@ from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mean_shift import MeanShiftPlan, mean_shift_inplace, plan_mean_shift
-from rag_kernels.paged import gather_kv, load_chunk_inplace
+from rag_kernels.paged import gather_kv, load_chunk_inplace, scatter_kv_inplace
 from rag_kernels.plan import PositionCausalPlan, RowBlock, plan_position_causal
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
 from rag_kernels.rotary_config import rotary_spec_from_config
@@ -32,4 +32,5 @@ __all__ = [
     "query_attention_mass",
     "rerotate_keys",
     "rotary_spec_from_config",
+    "scatter_kv_inplace",
 ]

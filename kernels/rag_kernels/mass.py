@@ -41,21 +41,17 @@ def query_attention_mass(
         return mass
     kv_heads = k_pool.shape[1]
     group = q_heads // kv_heads
-    k_t = gather_kv(k_pool, slots[:kv_len]).permute(1, 2, 0).float()
+    keys = gather_kv(k_pool, slots[:kv_len]).transpose(0, 1).float()
+    positions = q_pos.to(q_RNH.device, torch.int64)
     key_at = torch.arange(kv_len, device=q_RNH.device)
-    positions = q_pos.to(q_RNH.device)
-    block = max(1, _BLOCK_ELEMENTS // (q_heads * kv_len))
+    packed = q_RNH.reshape(rows, kv_heads, group, dim).transpose(0, 1).float() * scale
+    block = max(1, _BLOCK_ELEMENTS // (group * kv_len))
     for lo in range(0, rows, block):
-        q = q_RNH[lo : lo + block]
-        n = q.shape[0]
-        packed = (
-            q.float()
-            .view(n, kv_heads, group, dim)
-            .permute(1, 2, 0, 3)
-            .reshape(kv_heads, group * n, dim)
+        hidden = (key_at[None, :] > positions[lo : lo + block, None]).repeat_interleave(
+            group, dim=0
         )
-        logits = torch.bmm(packed * scale, k_t).view(q_heads, n, kv_len)
-        future = key_at[None, :] > positions[lo : lo + n, None]
-        logits.masked_fill_(future, float("-inf"))
-        mass += torch.softmax(logits, dim=-1).sum(dim=(0, 1))
+        for head in range(kv_heads):
+            logits = torch.mm(packed[head, lo : lo + block].reshape(-1, dim), keys[head].t())
+            logits.masked_fill_(hidden, float("-inf"))
+            mass += torch.softmax(logits, dim=-1).sum(dim=0)
     return mass / (rows * q_heads)

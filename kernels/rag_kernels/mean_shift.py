@@ -19,32 +19,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rag_kernels.rotary import RotarySpec, rotate
+from rag_kernels.paged import gather_kv, scatter_kv_inplace
+from rag_kernels.rotary import RotarySpec, add_rotated_inplace, rotate
 
 _DAMPING = 4.0
 _FEWEST_PROBES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ShiftedChunk:
-    """One chunk's share of a plan: tensors on the device, see :func:`plan_mean_shift`."""
+class MeanShiftPlan:
+    """What every layer needs for the shift; made by :func:`plan_mean_shift`.
 
-    weight: float
+    Attributes
+    ----------
+    spec : RotarySpec
+        The model's rotation.
+    probe_rows, probe_slots : Tensor
+        int64 ``[P]``: rows of the new keys, and slots, of the recomputed tokens of all shifted chunks.
+    probe_cos, probe_sin : Tensor
+        fp32 ``[P, 1, rotary_dim / 2]``: rotation back to the chunk's first position.
+    averaging : Tensor
+        fp32 ``[C, P]``: weight of each probe in the shift of each chunk, damping included.
+    other_slots : Tensor
+        int64 ``[T]``: slot of every token that is shifted, chunk by chunk.
+    other_ends : tuple of int
+        Where each of the ``C`` chunks ends in ``other_slots``.
+    other_cos, other_sin : Tensor
+        fp32 ``[T, 1, rotary_dim / 2]``: rotation from the chunk's first position.
+    """
+
+    spec: RotarySpec
     probe_rows: Tensor
     probe_slots: Tensor
     probe_cos: Tensor
     probe_sin: Tensor
+    averaging: Tensor
     other_slots: Tensor
+    other_ends: tuple[int, ...]
     other_cos: Tensor
     other_sin: Tensor
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class MeanShiftPlan:
-    """What every layer needs for the shift; made by :func:`plan_mean_shift`."""
-
-    chunks: tuple[ShiftedChunk, ...]
-    spec: RotarySpec
+    @property
+    def num_shifted(self) -> int:
+        """Tokens that each layer rewrites."""
+        return int(self.other_slots.numel())
 
 
 def plan_mean_shift(
@@ -84,31 +102,46 @@ def plan_mean_shift(
         )
     device = slots.device
     rows = row_positions.detach().to("cpu", torch.int64)
-    planned = []
+    probe_parts, back_parts, other_parts, forth_parts, weights = [], [], [], [], []
     for start, end in chunks:
-        inside = (rows >= start) & (rows < end)
-        count = int(inside.sum())
+        inside = ((rows >= start) & (rows < end)).nonzero().flatten()
         stays = torch.ones(end - start, dtype=torch.bool)
         stays[rows[inside] - start] = False
+        count = inside.numel()
         if strength == 0.0 or count < _FEWEST_PROBES or not bool(stays.any()):
             continue
-        probes = rows[inside]
-        others = stays.nonzero().flatten() + start
-        back = spec.table(start - probes, device)
-        forth = spec.table(others - start, device)
-        planned.append(
-            ShiftedChunk(
-                weight=strength * count / (count + _DAMPING),
-                probe_rows=(inside.nonzero().flatten() + first_row).to(device),
-                probe_slots=slots[probes.to(device)].long(),
-                probe_cos=back.cos[:, None, :],
-                probe_sin=back.sin[:, None, :],
-                other_slots=slots[others.to(device)].long(),
-                other_cos=forth.cos[:, None, :],
-                other_sin=forth.sin[:, None, :],
-            )
-        )
-    return MeanShiftPlan(chunks=tuple(planned), spec=spec)
+        others = stays.nonzero().flatten()
+        probe_parts.append(inside)
+        back_parts.append(start - rows[inside])
+        other_parts.append(others + start)
+        forth_parts.append(others)
+        weights.append(strength / (count + _DAMPING))
+    probe_rows, others = _joined(probe_parts), _joined(other_parts)
+    averaging = torch.zeros(len(weights), probe_rows.numel())
+    other_ends: list[int] = []
+    probe_at = 0
+    for chunk, (probes, stay) in enumerate(zip(probe_parts, other_parts, strict=True)):
+        averaging[chunk, probe_at : probe_at + probes.numel()] = weights[chunk]
+        probe_at += probes.numel()
+        other_ends.append(stay.numel() + (other_ends[-1] if other_ends else 0))
+    back = spec.table(_joined(back_parts), device)
+    forth = spec.table(_joined(forth_parts), device)
+    return MeanShiftPlan(
+        spec=spec,
+        probe_rows=(probe_rows + first_row).to(device),
+        probe_slots=slots[rows[probe_rows].to(device)].long(),
+        probe_cos=back.cos[:, None, :],
+        probe_sin=back.sin[:, None, :],
+        averaging=averaging.to(device),
+        other_slots=slots[others.to(device)].long(),
+        other_ends=tuple(other_ends),
+        other_cos=forth.cos[:, None, :],
+        other_sin=forth.sin[:, None, :],
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def mean_shift_inplace(
@@ -139,20 +172,35 @@ def mean_shift_inplace(
     -----
     Layer 0 never needs it: there K and V depend on the token and its position only.
     """
-    spec = plan.spec
-    for chunk in plan.chunks:
-        old_k = k_pool[chunk.probe_slots] if k_old is None else k_old[chunk.probe_rows]
-        old_v = v_pool[chunk.probe_slots] if v_old is None else v_old[chunk.probe_rows]
-        moved = k_new[chunk.probe_rows].float() - old_k.float()
-        shift_k = rotate(moved, chunk.probe_cos, chunk.probe_sin, spec).mean(dim=0) * chunk.weight
-        shift_v = (v_new[chunk.probe_rows].float() - old_v.float()).mean(dim=0) * chunk.weight
-        turned = rotate(
-            shift_k[None].expand(chunk.other_slots.numel(), *shift_k.shape),
-            chunk.other_cos,
-            chunk.other_sin,
-            spec,
+    if plan.num_shifted == 0:
+        return
+    heads, dim = k_new.shape[1:]
+    chunks = plan.averaging.shape[0]
+    old_k = (
+        gather_kv(k_pool, plan.probe_slots)
+        if k_old is None
+        else k_old.index_select(0, plan.probe_rows)
+    )
+    old_v = (
+        gather_kv(v_pool, plan.probe_slots)
+        if v_old is None
+        else v_old.index_select(0, plan.probe_rows)
+    )
+    moved_k = k_new.index_select(0, plan.probe_rows).float() - old_k
+    moved_v = v_new.index_select(0, plan.probe_rows).float() - old_v
+    level = rotate(moved_k, plan.probe_cos, plan.probe_sin, plan.spec)
+    shift_k = torch.mm(plan.averaging, level.flatten(1)).view(chunks, heads, dim)
+    shift_v = torch.mm(plan.averaging, moved_v.flatten(1)).view(chunks, heads, dim)
+
+    stays_k = gather_kv(k_pool, plan.other_slots).float()
+    stays_v = gather_kv(v_pool, plan.other_slots).float()
+    lo = 0
+    for chunk, hi in enumerate(plan.other_ends):
+        # Chunk by chunk, because a copy of the shift for every token would cost more than the sum itself.
+        add_rotated_inplace(
+            stays_k[lo:hi], shift_k[chunk], plan.other_cos[lo:hi], plan.other_sin[lo:hi], plan.spec
         )
-        stays_k = k_pool[chunk.other_slots].float().add_(turned)
-        k_pool.index_copy_(0, chunk.other_slots, stays_k.to(k_pool.dtype))
-        stays_v = v_pool[chunk.other_slots].float().add_(shift_v)
-        v_pool.index_copy_(0, chunk.other_slots, stays_v.to(v_pool.dtype))
+        stays_v[lo:hi].add_(shift_v[chunk])
+        lo = hi
+    scatter_kv_inplace(k_pool, plan.other_slots, stays_k)
+    scatter_kv_inplace(v_pool, plan.other_slots, stays_v)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, N key/value heads, H head dimension. A pool is ``[num_
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
@@ -26,6 +27,33 @@ def gather_kv(pool: Tensor, slots: Tensor) -> Tensor:
         ``[T, N, H]``, a copy.
     """
     return pool.index_select(0, slots)
+
+
+def scatter_kv_inplace(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Write rows into a pool; the inverse of :func:`gather_kv`.
+
+    Parameters
+    ----------
+    pool : Tensor
+        ``[num_slots, N, H]``.
+    slots : Tensor
+        Integer ``[T]`` on the pool's device, all different.
+    rows : Tensor
+        ``[T, N, H]``; rounded once to the pool's type.
+    """
+    slots = slots.long()
+    rows = rows.to(pool.dtype)
+    row_bytes = pool[0].numel() * pool.element_size() if pool.shape[0] else 0
+    if (
+        pool.device.type == "cpu"
+        and pool.element_size() == 2
+        and row_bytes % 8 == 0
+        and pool.is_contiguous()
+    ):
+        # Scattering is bound by elements, not bytes: 8 bytes at a time takes half the time of 2.
+        pool.flatten(1).view(torch.int64)[slots] = rows.contiguous().flatten(1).view(torch.int64)
+        return
+    pool.index_copy_(0, slots, rows)
 
 
 def load_chunk_inplace(
@@ -66,7 +94,6 @@ def load_chunk_inplace(
         load_chunk_triton(k_pool, v_pool, slots, k.contiguous(), v.contiguous(), table, spec)
         return
     if not table.is_zero:
-        out = k.new_empty(k.shape, dtype=k_pool.dtype)
-        k = rerotate_keys(k, table, spec, out=out)
-    k_pool.index_copy_(0, slots.long(), k.to(k_pool.dtype))
-    v_pool.index_copy_(0, slots.long(), v_src.to(v_pool.device, v_pool.dtype, non_blocking=True))
+        k = rerotate_keys(k, table, spec, out=k.new_empty(k.shape, dtype=k_pool.dtype))
+    scatter_kv_inplace(k_pool, slots, k)
+    scatter_kv_inplace(v_pool, slots, v_src.to(v_pool.device, non_blocking=True))

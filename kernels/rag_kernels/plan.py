@@ -207,6 +207,10 @@ def choose_path(path: str, device: torch.device) -> str:
         raise ValueError(
             f"attention path 'flashinfer' needs a CUDA device, not {device}; use 'auto'."
         )
+    if path == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "attention path 'triton' runs on the CPU only with TRITON_INTERPRET=1; use 'auto'."
+        )
     return path
 
 

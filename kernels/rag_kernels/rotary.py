@@ -160,19 +160,34 @@ class RotarySpec:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec) -> Tensor:
     """Rotate the leading ``rotary_dim`` of fp32 ``x [..., H]``; tables broadcast against ``[..., rotary_dim/2]``."""
-    half = spec.rotary_dim // 2
-    out = torch.empty_like(x)
+    half, dim = spec.rotary_dim // 2, spec.rotary_dim
+    # Cosines spread over the whole head: one contiguous product in place of two strided ones.
+    wide = torch.cat([cos, cos], dim=-1) if spec.is_neox_style else cos.repeat_interleave(2, dim=-1)
+    if dim < x.shape[-1]:
+        wide = torch.nn.functional.pad(wide, (0, x.shape[-1] - dim), value=1.0)
+    out = x * wide
     if spec.is_neox_style:
-        a, b = x[..., :half], x[..., half : spec.rotary_dim]
-        out_a, out_b = out[..., :half], out[..., half : spec.rotary_dim]
+        out[..., :half].addcmul_(x[..., half:dim], sin, value=-1)
+        out[..., half:dim].addcmul_(x[..., :half], sin)
     else:
-        a, b = x[..., 0 : spec.rotary_dim : 2], x[..., 1 : spec.rotary_dim : 2]
-        out_a, out_b = out[..., 0 : spec.rotary_dim : 2], out[..., 1 : spec.rotary_dim : 2]
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    if spec.rotary_dim < x.shape[-1]:
-        out[..., spec.rotary_dim :] = x[..., spec.rotary_dim :]
+        out[..., 0:dim:2].addcmul_(x[..., 1:dim:2], sin, value=-1)
+        out[..., 1:dim:2].addcmul_(x[..., 0:dim:2], sin)
     return out
+
+
+def add_rotated_inplace(
+    target: Tensor, x: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec
+) -> None:
+    """Add fp32 ``x [N, H]``, rotated by each token's angle, to fp32 ``target [T, N, H]``; tables ``[T, 1, half]``."""
+    half, dim = spec.rotary_dim // 2, spec.rotary_dim
+    if spec.is_neox_style:
+        first, second = slice(0, half), slice(half, dim)
+    else:
+        first, second = slice(0, dim, 2), slice(1, dim, 2)
+    target[..., first].addcmul_(x[..., first], cos).addcmul_(x[..., second], sin, value=-1)
+    target[..., second].addcmul_(x[..., second], cos).addcmul_(x[..., first], sin)
+    if dim < x.shape[-1]:
+        target[..., dim:].add_(x[..., dim:])
 
 
 def rerotate_keys(
