@@ -342,7 +342,7 @@ class MemoryStore:
         return self._set_pinned(key, True)
 
     def unpin(self, key: ChunkKey) -> bool:
-        """Make a record evictable again; ``False`` if it is not READY."""
+        """Make a record evictable again, as if just used; ``False`` if it is not READY."""
         return self._set_pinned(key, False)
 
     def _set_pinned(self, key: ChunkKey, pinned: bool) -> bool:

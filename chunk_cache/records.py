@@ -72,10 +72,10 @@ class ChunkKV:
     """
 
     key: ChunkKey
-    token_ids: TokenIds
+    token_ids: TokenIds = dataclasses.field(repr=False)
     base_position: int
-    k: torch.Tensor
-    v: torch.Tensor
+    k: torch.Tensor = dataclasses.field(repr=False)
+    v: torch.Tensor = dataclasses.field(repr=False)
     layout: KVLayout = KVLayout.HEADS
     checksum: str | None = None
     """Set by :meth:`sealed`; ``None`` means nobody asked for one."""

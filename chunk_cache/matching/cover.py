@@ -34,8 +34,10 @@ def longest_cover(runs: Sequence[Match], *, min_piece: int = 16) -> list[Match]:
         Disjoint matches in prompt order whose union is the union of ``runs``.
     """
     chosen = _fewest(runs)
+    if not chosen:
+        return []
     cover: list[Match] = []
-    start = chosen[0].prompt_start if chosen else 0
+    start = chosen[0].prompt_start
     for match, following in zip(chosen, [*chosen[1:], None], strict=True):
         end = match.prompt_end
         if following is not None and following.prompt_start < end:
