@@ -1,0 +1,57 @@
+"""One door to every data set: a file by its path, a generator by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rag_eval.datasets.core import DatasetOptions, Encode, Example
+from rag_eval.datasets.files import read_examples
+from rag_eval.datasets.planted import planted_facts
+from rag_eval.datasets.ruler import TASKS, ruler_task
+from rag_eval.errors import EvalError
+
+GENERATORS = ("planted-1hop", "planted-2hop", *(f"ruler-{task}" for task in TASKS))
+DEFAULT_COUNT = 100
+"""Examples that a generator makes when no limit is given."""
+
+
+def load_dataset(
+    name_or_path: str | Path,
+    *,
+    encode: Encode,
+    options: DatasetOptions | None = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """Load or generate examples.
+
+    Parameters
+    ----------
+    name_or_path
+        One of ``GENERATORS`` or a file in one of the formats of :func:`read_examples`.
+    encode
+        Tokeniser of the model under test; generators measure chunks with it.
+    options
+        Chunks, lengths and seed of generated examples.
+    limit
+        First n examples only.
+
+    Raises
+    ------
+    EvalError
+        Unknown name, or a file that is missing, empty or malformed (the record is named).
+    """
+    if limit is not None and limit < 1:
+        raise EvalError(f"limit is {limit}; allowed: 1 or more")
+    options = options or DatasetOptions()
+    name = str(name_or_path)
+    if name in GENERATORS:
+        count = limit or DEFAULT_COUNT
+        if name.startswith("planted-"):
+            return planted_facts(count, 1 if name == "planted-1hop" else 2, options, encode)
+        return ruler_task(name.removeprefix("ruler-"), count, options, encode)
+    path = Path(name_or_path)
+    if not path.exists():
+        raise EvalError(
+            f"data set {name!r} is neither a file nor a generator; generators: {', '.join(GENERATORS)}"
+        )
+    return read_examples(path)[:limit]

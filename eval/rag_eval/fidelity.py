@@ -1,0 +1,94 @@
+"""Command ``python -m rag_eval.fidelity``: how far each mode is from full prefill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rag_pipeline.errors import RagPipelineError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rag_eval.fidelity",
+        description="Quality, distance to full prefill, and cost of every mode, in one engine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")
+    add("--model", default="smollm2-135m", help="hub id, folder, GGUF file or packaged name")
+    add("--modes", default="full,prefix,reuse,cacheblend,epic,query", help="modes, comma between")
+    add("--out", required=True, type=Path, help="folder of the run; an interrupted run goes on")
+    add("--limit", type=int, default=None, help="first n examples")
+    add("--seed", type=int, default=0, help="order, distractors, generators, bootstrap")
+    add("--chunks", type=int, default=6, help="chunks per prompt")
+    add("--chunk-tokens", type=int, default=280, help="target length of a chunk")
+    add("--distractors", type=int, default=None, help="most passages without the answer")
+    add("--order", default="shuffled", help="given, shuffled, gold_first or gold_last")
+    add("--zipf", type=float, default=None, help="draw distractors by Zipf's law, so they recur")
+    add("--max-new-tokens", type=int, default=16, help="length of the greedy answer")
+    add("--gold-tokens", type=int, default=10, help="teacher-forced tokens at most")
+    add("--noise-every", type=int, default=4, help="noise floor on every n-th example, 0 never")
+    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    from rag_eval.datasets import DatasetOptions
+    from rag_eval.runner import EvalConfig, run_eval, table_text
+
+    try:
+        config = EvalConfig(
+            dataset=given.dataset,
+            model=given.model,
+            out=given.out,
+            modes=given.modes,
+            limit=given.limit,
+            seed=given.seed,
+            options=DatasetOptions(
+                chunks=given.chunks,
+                chunk_tokens=given.chunk_tokens,
+                distractors=given.distractors,
+                order=given.order,
+                zipf=given.zipf,
+                seed=given.seed,
+            ),
+            max_new_tokens=given.max_new_tokens,
+            gold_tokens=given.gold_tokens,
+            noise_every=given.noise_every,
+            engine_args=_engine_args(given.engine_arg),
+        )
+        result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))
+    except RagPipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        print(table_text(result), end="")
+    return 0
+
+
+def _engine_args(pairs: Sequence[str]) -> dict[str, object]:
+    from rag_eval.errors import EvalError
+
+    found: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals:
+            raise EvalError(f"--engine-arg {pair!r} is not NAME=JSON; write page_size=16")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Scores of answers, of next-token distributions and of retrieval, and their uncertainty."""
+
+from rag_eval.metrics.answers import (
+    exact_match,
+    first_line,
+    normalise,
+    parts_found,
+    rouge_l,
+    token_f1,
+)
+from rag_eval.metrics.bootstrap import Interval, paired_bootstrap
+from rag_eval.metrics.distributions import answer_nll, kl_divergence, log_softmax
+from rag_eval.metrics.retrieval import retrieval_scores
+
+__all__ = [
+    "Interval",
+    "answer_nll",
+    "exact_match",
+    "first_line",
+    "kl_divergence",
+    "log_softmax",
+    "normalise",
+    "paired_bootstrap",
+    "parts_found",
+    "retrieval_scores",
+    "rouge_l",
+    "token_f1",
+]

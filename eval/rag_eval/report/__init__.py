@@ -1,0 +1,6 @@
+"""Tables and plots of a run."""
+
+from rag_eval.report.plots import write_plots
+from rag_eval.report.tables import render_tables
+
+__all__ = ["render_tables", "write_plots"]

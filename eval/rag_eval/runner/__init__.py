@@ -1,0 +1,44 @@
+"""Running modes side by side in one engine.
+
+The teacher-forcing logit processor is loaded from here inside the engine's processes, so nothing
+heavy is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_eval.runner.config import EvalConfig
+    from rag_eval.runner.modes import Mode, parse_modes
+    from rag_eval.runner.run import run_eval, table_text
+    from rag_eval.runner.summary import EvalResult, summarise
+
+__all__ = [
+    "EvalConfig",
+    "EvalResult",
+    "Mode",
+    "parse_modes",
+    "run_eval",
+    "summarise",
+    "table_text",
+]
+
+_HOME = {
+    "EvalConfig": "config",
+    "EvalResult": "summary",
+    "Mode": "modes",
+    "parse_modes": "modes",
+    "run_eval": "run",
+    "summarise": "summary",
+    "table_text": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,39 @@
+"""Starting the engine that a run measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rag_eval.runner.session import EngineSession
+
+DEFAULT_ENGINE_ARGS: dict[str, Any] = {
+    "max_total_tokens": 16_384,
+    "max_running_requests": 8,
+    "random_seed": 0,
+    "log_level": "error",
+}
+"""A small pool: a run has one request in flight, and the prompts of an example share it."""
+
+
+def start_session(
+    model: Path, tokenizer: Any, vocabulary: int, engine_args: dict[str, Any]
+) -> EngineSession:
+    """Start an engine with the plugin and wrap it.
+
+    Parameters
+    ----------
+    model
+        Folder in Hugging Face format.
+    tokenizer
+        Tokenizer of the model.
+    vocabulary
+        Columns of the logits that are real tokens.
+    engine_args
+        Added to ``DEFAULT_ENGINE_ARGS``.
+    """
+    from rag_pipeline.sglang_plugin import create_engine
+
+    arguments = {**DEFAULT_ENGINE_ARGS, "enable_custom_logit_processor": True, **engine_args}
+    engine = create_engine(str(model), **arguments)
+    return EngineSession(engine, tokenizer, vocabulary)

@@ -1,0 +1,167 @@
+"""A whole run: data set in, record, numbers, table and plots out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rag_eval.datasets import Example, Passage, load_dataset
+from rag_eval.report import render_tables, write_plots
+from rag_eval.runner.config import EvalConfig
+from rag_eval.runner.engine import start_session
+from rag_eval.runner.measure import measure_example
+from rag_eval.runner.predictions import METRICS, RunFolder, write_atomically
+from rag_eval.runner.prompts import PromptMaker
+from rag_eval.runner.session import EngineSession
+from rag_eval.runner.summary import EvalResult, summarise
+
+Progress = Callable[[str], None]
+"""Takes one line about where a run stands."""
+
+TABLE = "table.txt"
+_VERSIONS = ("sglang", "torch", "transformers", "numpy", "rag-pipeline")
+
+
+def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
+    """Measure every mode on a data set, side by side in one engine.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    progress
+        Called with one line now and then; silent when missing.
+
+    Returns
+    -------
+    EvalResult
+        The numbers that were also written to ``config.out``.
+
+    Raises
+    ------
+    EvalError
+        A bad data set, mode or output folder; ``ModeUnavailableError`` for a mode that this
+        engine does not serve.
+    """
+    report = progress or (lambda line: None)
+    folder = RunFolder(config.out, config.identity(), _notes(config))
+    folder_path, tokenizer, vocabulary = _model(config, report)
+    maker = PromptMaker(tokenizer, gold_tokens=config.gold_tokens)
+    options = replace(config.options, seed=config.seed)
+    examples = load_dataset(
+        config.dataset, encode=maker.encode, options=options, limit=config.limit
+    )
+    missing = [example for example in examples if example.id not in folder.records]
+    report(f"{len(examples)} examples, {len(examples) - len(missing)} done before")
+    if missing:
+        session = start_session(folder_path, tokenizer, vocabulary, config.engine_args)
+        try:
+            _measure(config, session, maker, examples, missing, folder, report)
+        finally:
+            session.close()
+    return finish(config, [folder.records[example.id] for example in examples])
+
+
+def finish(config: EvalConfig, records: Sequence[dict[str, Any]]) -> EvalResult:
+    """Summarise records and write ``metrics.json``, the table and the plots."""
+    result = summarise(
+        records,
+        [mode.name for mode in config.parsed_modes],
+        dataset=config.dataset,
+        model=config.model,
+        seed=config.seed,
+    )
+    text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(config.out / METRICS, text + "\n")
+    write_atomically(config.out / TABLE, table_text(result))
+    write_plots(result, records, config.out)
+    return result
+
+
+def table_text(result: EvalResult, *, width: int = 150) -> str:
+    """Render the tables of a run as plain text."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=width)
+    for table in render_tables(result):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return str(text)
+
+
+def _measure(
+    config: EvalConfig,
+    session: EngineSession,
+    maker: PromptMaker,
+    examples: Sequence[Example],
+    missing: Sequence[Example],
+    folder: RunFolder,
+    report: Progress,
+) -> None:
+    options = replace(config.options, seed=config.seed)
+    corpus = _corpus(examples)
+    started = time.monotonic()
+    turns = {example.id: turn for turn, example in enumerate(examples)}
+    for done, example in enumerate(missing, start=1):
+        turn = turns[example.id]
+        record = measure_example(
+            session,
+            maker.make(example, options, corpus),
+            config.parsed_modes,
+            max_new_tokens=config.max_new_tokens,
+            turn=turn,
+            with_noise_floor=config.noise_every > 0 and turn % config.noise_every == 0,
+        )
+        folder.append(record)
+        each = (time.monotonic() - started) / done
+        left = each * (len(missing) - done)
+        report(f"{done}/{len(missing)} {example.id}: {each:.1f} s each, {left / 60:.0f} min left")
+
+
+def _corpus(examples: Sequence[Example]) -> list[Passage]:
+    """Distinct passages of all examples, in order: the shared pool of distractors."""
+    pool: dict[str, Passage] = {}
+    for example in examples:
+        if not example.ready_chunks:
+            for passage in example.passages:
+                pool.setdefault(passage.text, replace(passage, is_gold=False))
+    return list(pool.values())
+
+
+def _model(config: EvalConfig, report: Progress) -> tuple[Any, Any, int]:
+    from rag_pipeline.models import resolve_llm
+
+    resolved = resolve_llm(config.model, progress=lambda line, share: report(line))
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(resolved.path))
+    vocabulary = int(AutoConfig.from_pretrained(str(resolved.path)).vocab_size)
+    return resolved.path, tokenizer, vocabulary
+
+
+def _notes(config: EvalConfig) -> dict[str, Any]:
+    found: dict[str, str | None] = {}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],  # noqa: PTH119
+        "limit": config.limit,
+        "versions": found,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

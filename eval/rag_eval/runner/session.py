@@ -1,0 +1,235 @@
+"""The engine as a run uses it: serve, follow the gold answer, build chunks, flush."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rag_eval.errors import ModeUnavailableError
+from rag_eval.runner.cpu import EngineCpu
+from rag_eval.runner.forcing import forcing_params, processor_string, read_logits
+from rag_eval.runner.modes import Mode
+from rag_eval.runner.prompts import EvalPrompt
+
+REPORT = "rag_fusion"
+"""Key of the fusion report in a response's ``meta_info``."""
+_FLUSH_TRIES = 50
+_FLUSH_WAIT_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """Greedy answer to one prompt.
+
+    Parameters
+    ----------
+    output_ids
+        Generated tokens, the end token included where there is one.
+    ttft_s
+        Wall time from sending the request to its first token.
+    ttft_cpu_s
+        CPU time of the engine's processes over the same interval.
+    usage
+        Tokens of the prompt by what happened to them, ``computed_fraction``, ``fallback``.
+    """
+
+    output_ids: tuple[int, ...]
+    ttft_s: float
+    ttft_cpu_s: float
+    usage: dict[str, Any]
+
+
+class EngineSession:
+    """One engine, one request at a time.
+
+    Parameters
+    ----------
+    engine
+        A running ``sglang.Engine`` with ``enable_custom_logit_processor``.
+    tokenizer
+        Its tokenizer (``decode(ids, skip_special_tokens=...)``).
+    vocabulary
+        Size of the model's vocabulary; padded columns of the logits behind it are dropped.
+    """
+
+    def __init__(self, engine: Any, tokenizer: Any, vocabulary: int) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._cpu = EngineCpu()
+        self._scratch = tempfile.TemporaryDirectory(prefix="rag-eval-")
+        self._processor = processor_string()
+        self._proven: set[str] = set()
+
+    def close(self) -> None:
+        """Stop the engine and remove the scratch files."""
+        self._engine.shutdown()
+        self._scratch.cleanup()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def flush(self) -> None:
+        """Empty the radix tree.
+
+        Raises
+        ------
+        RuntimeError
+            The engine refuses; it says so only by its return value, and a run that went on would
+            measure cache hits as prefill.
+        """
+        for _ in range(_FLUSH_TRIES):
+            answer = self._engine.flush_cache()
+            if getattr(answer, "success", answer):
+                return
+            time.sleep(_FLUSH_WAIT_S)
+        raise RuntimeError("the engine did not flush its cache: requests are still running in it")
+
+    def prefill(self, input_ids: Sequence[int], *, hints: dict[str, Any] | None = None) -> Any:
+        """Serve a prompt for its KV alone."""
+        return self._engine.generate(
+            input_ids=list(input_ids),
+            sampling_params={"temperature": 0.0, "max_new_tokens": 1},
+            kv_hints=hints if hints is not None else fusion_hints({"mode": "off"}),
+        )
+
+    def build_chunks(self, prompt: EvalPrompt, *, store: bool) -> None:
+        """Compute every chunk behind the shared prefix, and keep its KV when `store` is set."""
+        start = len(prompt.prefix_ids)
+        for chunk in prompt.chunks:
+            hints = None
+            if store:
+                span = [start, start + len(chunk.ids)]
+                hints = fusion_hints({"mode": "build", "spans": [span], "prefix_len": start})
+            self.prefill([*prompt.prefix_ids, *chunk.ids], hints=hints)
+
+    def serve(self, prompt: EvalPrompt, mode: Mode, *, max_new_tokens: int) -> Served:
+        """Answer greedily and time the first token.
+
+        Raises
+        ------
+        ModeUnavailableError
+            The engine does not fuse at all, or not the first prompt it is asked to.
+        """
+        stream = self._engine.generate(
+            input_ids=prompt.input_ids,
+            sampling_params={"temperature": 0.0, "max_new_tokens": max_new_tokens},
+            kv_hints=mode_hints(prompt, mode),
+            stream=True,
+        )
+        cpu_before = self._cpu.seconds()
+        started = time.perf_counter()
+        last: dict[str, Any] = {}
+        ttft_s = ttft_cpu_s = -1.0
+        for piece in stream:
+            last = piece
+            if ttft_s < 0:
+                ttft_s = time.perf_counter() - started
+                ttft_cpu_s = self._cpu.seconds() - cpu_before
+        usage = self._usage(last["meta_info"], mode)
+        return Served(
+            output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
+        )
+
+    def follow_gold(
+        self, prompt: EvalPrompt, mode: Mode
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Logits that predict each gold token, with the gold tokens before it forced.
+
+        Returns
+        -------
+        ndarray
+            ``(gold tokens, vocabulary)``, float32, as the engine sampled from them.
+        dict
+            Usage of this request.
+        """
+        gold = list(prompt.gold_ids)
+        file = Path(self._scratch.name) / "logits.bin"
+        answer = self._engine.generate(
+            input_ids=prompt.input_ids,
+            sampling_params={
+                "temperature": 0.0,
+                "max_new_tokens": len(gold),
+                "ignore_eos": True,
+                "custom_params": forcing_params(gold, file),
+            },
+            custom_logit_processor=self._processor,
+            kv_hints=mode_hints(prompt, mode),
+        )
+        if list(answer["output_ids"]) != gold:
+            raise RuntimeError(
+                f"forced answer of {prompt.example.id} came out as {answer['output_ids']}, "
+                f"expected {gold}: the engine sampled in the middle of the prompt"
+            )
+        logits = read_logits(file, len(gold))[:, : self._vocabulary]
+        return logits, self._usage(answer["meta_info"], mode)
+
+    def _usage(self, meta: dict[str, Any], mode: Mode) -> dict[str, Any]:
+        prompt_tokens, cached = int(meta["prompt_tokens"]), int(meta["cached_tokens"])
+        if not mode.fused:
+            return {
+                "exact_prefix_tokens": cached,
+                "reused_tokens": 0,
+                "recomputed_tokens": 0,
+                "fresh_tokens": prompt_tokens - cached,
+                "computed_fraction": (prompt_tokens - cached) / prompt_tokens,
+                "fallback": "",
+            }
+        report = meta.get(REPORT)
+        if not isinstance(report, dict):
+            raise ModeUnavailableError(
+                f"mode {mode.name!r} needs chunk-KV fusion, which this engine does not report; "
+                "start it with the plugin on, or leave the mode out"
+            )
+        # A run may meet a rare fallback and count it; one that begins with it compares nothing.
+        if report["fallback"] and not report["reused_tokens"] and mode.name not in self._proven:
+            raise ModeUnavailableError(
+                f"mode {mode.name!r} is not served by this engine: it prefilled as usual, "
+                f"reason {report['fallback']!r}; leave the mode out or mend the reason"
+            )
+        self._proven.add(mode.name)
+        keys = (
+            "exact_prefix_tokens",
+            "reused_tokens",
+            "recomputed_tokens",
+            "fresh_tokens",
+            "computed_fraction",
+            "fallback",
+        )
+        return {key: report[key] for key in keys}
+
+
+def mode_hints(prompt: EvalPrompt, mode: Mode) -> dict[str, Any]:
+    """``kv_hints`` of a request in a mode; modes without fusion switch matching off."""
+    if not mode.fused:
+        return fusion_hints({"mode": "off"})
+    payload: dict[str, Any] = {
+        "mode": "fuse",
+        "spans": [list(span) for span in prompt.spans],
+        "prefix_len": len(prompt.prefix_ids),
+        "policy": mode.policy,
+    }
+    if mode.ratio is not None:
+        payload["ratio"] = mode.ratio
+    if mode.options:
+        payload["options"] = dict(mode.options)
+    return fusion_hints(payload)
+
+
+def fusion_hints(payload: dict[str, Any]) -> dict[str, Any]:
+    """Build the ``kv_hints`` envelope that the plugin reads."""
+    action = {
+        "action_id": "rag-eval-0",
+        "action_type": "rag.fusion",
+        "action_version": "1",
+        "payload": payload,
+    }
+    return {"protocol_version": "1", "message_id": "rag-eval", "actions": [action]}
