@@ -36,7 +36,9 @@ def attend_cpu(
     packed = (
         q.reshape(rows, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, rows * group, dim)
     )
-    packed = packed.float().mul_(scale)
+    packed = (
+        packed.float() * scale
+    )  # never in place: with one key head this is a view of the caller's queries
     # bf16 products accumulate in fp32 and are fast; fp16 ones are emulated, so they are done in fp32.
     pv_dtype = torch.bfloat16 if v_pool.dtype == torch.bfloat16 else torch.float32
     out = torch.empty(packed.shape, dtype=pv_dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 import torch
+
 from rag_kernels import RotarySpec, plan_position_causal, position_causal_attention, rerotate_keys
 from rag_kernels.load_triton import load_chunk_triton
 

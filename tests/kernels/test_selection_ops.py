@@ -1,0 +1,233 @@
+"""Paged load, deviation, attention mass and mean shift against plain fp32 or fp64 torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rag_kernels import (
+    RotarySpec,
+    gather_kv,
+    kv_deviation,
+    load_chunk_inplace,
+    mean_shift_inplace,
+    plan_mean_shift,
+    query_attention_mass,
+    rerotate_keys,
+    scatter_kv_inplace,
+)
+
+
+def make_spec(dim, rotary_dim=None, neox=True):
+    rotary_dim = rotary_dim or dim
+    return RotarySpec.from_inv_freq(
+        10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim), rotary_dim, neox
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (1, 2), (5, 10)])
+@pytest.mark.parametrize("delta", [0, -300, "per token"])
+def test_loaded_chunk_lands_rotated_in_its_slots_and_nowhere_else(dtype, heads, dim, delta):
+    spec = make_spec(dim)
+    k_pool, v_pool = torch.randn(2, 60, heads, dim).to(dtype)
+    k_before, v_before = k_pool.clone(), v_pool.clone()
+    k, v = torch.randn(2, 19, heads, dim).to(dtype)
+    if delta == "per token":
+        delta = torch.randint(-50, 50, (19,))
+    slots = torch.randperm(60)[:19]
+    load_chunk_inplace(k_pool, v_pool, slots, k, v, delta, spec)
+    assert torch.equal(gather_kv(k_pool, slots), rerotate_keys(k, delta, spec))
+    assert torch.equal(gather_kv(v_pool, slots), v)
+    rest = torch.ones(60, dtype=torch.bool)
+    rest[slots] = False
+    assert torch.equal(k_pool[rest], k_before[rest])
+    assert torch.equal(v_pool[rest], v_before[rest])
+
+
+def test_fp32_records_are_rounded_once_into_a_bf16_pool():
+    spec = make_spec(16)
+    k, v = torch.randn(2, 9, 2, 16)
+    k_pool, v_pool = torch.zeros(2, 9, 2, 16, dtype=torch.bfloat16)
+    load_chunk_inplace(k_pool, v_pool, torch.arange(9), k, v, 31, spec)
+    assert torch.equal(k_pool, rerotate_keys(k, 31, spec).bfloat16())
+    assert torch.equal(v_pool, v.bfloat16())
+
+
+def test_scatter_into_a_pool_that_is_a_strided_view():
+    big = torch.zeros(10, 2, 4, 6, dtype=torch.bfloat16)
+    rows = torch.randn(3, 4, 6).bfloat16()
+    scatter_kv_inplace(big[:, 1], torch.tensor([7, 0, 3]), rows)
+    assert torch.equal(big[[7, 0, 3], 1], rows)
+    assert not big[:, 0].any()
+
+
+def test_chunk_of_no_tokens_loads_nothing():
+    k_pool, v_pool = torch.ones(2, 4, 1, 8)
+    none = torch.empty(0, 1, 8)
+    load_chunk_inplace(
+        k_pool, v_pool, torch.empty(0, dtype=torch.int64), none, none, 5, make_spec(8)
+    )
+    assert (k_pool == 1).all()
+    with pytest.raises(ValueError, match="2 slots for 0 keys"):
+        load_chunk_inplace(k_pool, v_pool, torch.arange(2), none, none, 5, make_spec(8))
+
+
+@pytest.mark.parametrize("metric", ["v", "k", "kv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deviation_is_the_squared_difference_over_heads_and_dimensions(metric, dtype):
+    k_new, k_old, v_new, v_old = torch.randn(4, 19, 3, 64).to(dtype)
+    want = torch.zeros(19, dtype=torch.float64)
+    if "k" in metric:
+        want += ((k_new.double() - k_old.double()) ** 2).sum((1, 2))
+    if "v" in metric:
+        want += ((v_new.double() - v_old.double()) ** 2).sum((1, 2))
+    got = kv_deviation(k_new, k_old, v_new, v_old, metric)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_deviation_of_keys_does_not_depend_on_the_position_they_are_rotated_to():
+    spec = make_spec(32)
+    new, old = torch.randn(2, 7, 2, 32)
+    base = kv_deviation(new, old, new, new, "k")
+    moved = kv_deviation(rerotate_keys(new, 91, spec), rerotate_keys(old, 91, spec), new, new, "k")
+    torch.testing.assert_close(base, moved, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_metric_is_named():
+    with pytest.raises(ValueError, match="choose k, v or kv"):
+        kv_deviation(*torch.zeros(4, 1, 1, 2), metric="q")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "q_heads", "kv_heads"), [(1, 9, 3), (13, 4, 1), (5, 2, 2)])
+@pytest.mark.parametrize("block_elements", [1, 8 << 20])
+def test_mass_is_the_mean_softmax_row(dtype, rows, q_heads, kv_heads, block_elements, monkeypatch):
+    from rag_kernels import mass as module
+
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block_elements)
+    pool = torch.randn(90, kv_heads, 16).to(dtype)
+    slots = torch.randperm(90)[:50]
+    q = torch.randn(rows, q_heads, 16).to(dtype)
+    positions = torch.randint(5, 50, (rows,))
+    want = torch.zeros(50, dtype=torch.float64)
+    for r in range(rows):
+        for h in range(q_heads):
+            keys = pool[slots[: positions[r] + 1], h // (q_heads // kv_heads)].double()
+            weights = torch.softmax(keys @ q[r, h].double() * 0.3, 0)
+            want[: positions[r] + 1] += weights / (rows * q_heads)
+    got = query_attention_mass(q, pool, slots, positions, 50, 0.3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+    assert got.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_mass_of_no_rows_is_zero():
+    got = query_attention_mass(
+        torch.empty(0, 2, 8),
+        torch.zeros(4, 1, 8),
+        torch.arange(4),
+        torch.empty(0, dtype=torch.int64),
+        4,
+        1.0,
+    )
+    assert got.shape == (4,)
+    assert not got.any()
+
+
+def reference_shift(k_pool, v_pool, k_new, v_new, chunks, rows, slots, spec, strength):
+    """fp64, by un-rotating to position 0, token by token."""
+    k_out, v_out = k_pool.double(), v_pool.double()
+    freq = spec.inv_freq
+
+    def turn(x, p):
+        half, out = spec.rotary_dim // 2, x.clone()
+        index = (
+            (slice(0, half), slice(half, 2 * half))
+            if spec.is_neox_style
+            else (
+                slice(0, 2 * half, 2),
+                slice(1, 2 * half, 2),
+            )
+        )
+        z = torch.complex(x[..., index[0]], x[..., index[1]])
+        z = z * torch.polar(torch.ones_like(freq), p * freq)
+        out[..., index[0]], out[..., index[1]] = z.real, z.imag
+        return out
+
+    for start, end in chunks:
+        inside = [(i, p) for i, p in enumerate(rows.tolist()) if start <= p < end]
+        if len(inside) < 2:
+            continue
+        weight = strength * len(inside) / (len(inside) + 4)
+        dk = torch.stack(
+            [turn(k_new[i].double() - k_pool[slots[p]].double(), -p) for i, p in inside]
+        ).mean(0)
+        dv = torch.stack([v_new[i].double() - v_pool[slots[p]].double() for i, p in inside]).mean(0)
+        done = {p for _, p in inside}
+        for p in range(start, end):
+            if p not in done:
+                k_out[slots[p]] += weight * turn(dk, p)
+                v_out[slots[p]] += weight * dv
+    return k_out, v_out
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (24, 16)])
+@pytest.mark.parametrize("given_old", [False, True])
+def test_mean_shift_moves_only_the_rows_that_stay(neox, dim, rotary_dim, given_old):
+    torch.manual_seed(3)
+    spec = make_spec(dim, rotary_dim, neox)
+    k_pool, v_pool = torch.randn(2, 400, 2, dim)
+    slots = torch.randperm(400)[:300]
+    # Chunk 1 gets five probes, chunk 2 one (too few), chunk 3 none, chunk 4 all of its tokens; 290.. is fresh.
+    chunks = [(20, 100), (100, 150), (150, 220), (220, 225)]
+    rows = torch.tensor([90, 25, 26, 70, 99, 120, 220, 221, 222, 223, 224, 295, 299])
+    k_new, v_new = torch.randn(2, 3 + rows.numel(), 2, dim)
+    want_k, want_v = reference_shift(
+        k_pool, v_pool, k_new[3:], v_new[3:], chunks, rows, slots, spec, 0.4
+    )
+    plan = plan_mean_shift(chunks, rows, slots, spec, 0.4, first_row=3)
+    assert plan.num_shifted == 75
+    old = {}
+    if given_old:
+        k_old, v_old = torch.zeros_like(k_new), torch.zeros_like(v_new)
+        k_old[3:], v_old[3:] = k_pool[slots[rows]], v_pool[slots[rows]]
+        k_pool[slots[rows]], v_pool[slots[rows]] = k_new[3:], v_new[3:]
+        want_k[slots[rows]], want_v[slots[rows]] = k_new[3:].double(), v_new[3:].double()
+        old = {"k_old": k_old, "v_old": v_old}
+    mean_shift_inplace(k_pool, v_pool, k_new, v_new, plan, **old)
+    torch.testing.assert_close(k_pool.double(), want_k, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(v_pool.double(), want_v, rtol=1e-5, atol=1e-6)
+
+
+def test_shift_of_a_common_offset_repairs_the_others():
+    """Every cached key off by the same un-rotated vector: strength 1 and many probes remove nearly all of it."""
+    spec = make_spec(32)
+    truth = torch.randn(200, 1, 32)
+    positions = torch.arange(500, 700)
+    offset = rerotate_keys(torch.ones(200, 1, 32), positions, spec)
+    pool, v_pool = torch.zeros(2, 700, 1, 32)
+    pool[500:] = truth - offset
+    rows = torch.arange(500, 596)
+    plan = plan_mean_shift([(500, 700)], rows, torch.arange(700), spec, strength=1.0)
+    mean_shift_inplace(pool, v_pool, truth[:96], torch.zeros(96, 1, 32), plan)
+    left = (pool[596:] - truth[96:]).norm() / offset[96:].norm()
+    assert left == pytest.approx(4 / 100, abs=1e-4)
+
+
+def test_strength_zero_or_no_probe_changes_nothing():
+    spec = make_spec(8)
+    pool = torch.randn(2, 30, 1, 8)
+    before = pool.clone()
+    new = torch.randn(2, 4, 1, 8)
+    for chunks, rows, strength in [
+        ([(0, 20)], [1, 2, 3, 4], 0.0),
+        ([(0, 20)], [25, 26, 27, 28], 0.4),
+        ([], [1, 2, 3, 4], 0.4),
+    ]:
+        plan = plan_mean_shift(chunks, torch.tensor(rows), torch.arange(30), spec, strength)
+        mean_shift_inplace(pool[0], pool[1], new[0], new[1], plan)
+    assert torch.equal(pool, before)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        plan_mean_shift([], torch.tensor([1]), torch.arange(3), spec, 1.5)
