@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from retrievers.hybrid import HybridRetriever
     from retrievers.index_store import Index
     from retrievers.index_writer import IndexSettings, IndexWriter, indexed_text
-    from retrievers.ingestion import IngestProgress, IngestReport, Splitter, delete_documents, ingest
+    from retrievers.ingestion import (
+        IngestProgress,
+        IngestReport,
+        Splitter,
+        delete_documents,
+        ingest,
+    )
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
