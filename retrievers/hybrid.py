@@ -54,6 +54,8 @@ class HybridRetriever:
         self, query: str, *, k: int, where: Mapping[str, object] | None = None
     ) -> list[SearchHit]:
         """Return at most `k` hits, best first; equal scores in the order of first appearance."""
+        if k < 1:
+            raise RetrievalError(f"k must be at least 1, got {k}")
         chunks: dict[str, Chunk] = {}
         scores: dict[str, float] = {}
         for retriever, weight in zip(self._retrievers, self._weights, strict=True):

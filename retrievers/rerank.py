@@ -96,6 +96,8 @@ class RerankedRetriever:
         self, query: str, *, k: int, where: Mapping[str, object] | None = None
     ) -> list[SearchHit]:
         """Return at most `k` hits, best first; equal scores keep the order of the first stage."""
+        if k < 1:
+            raise RetrievalError(f"k must be at least 1, got {k}")
         hits = self._base.search(query, k=max(k, self._depth), where=where)
         scores = self._reranker.score(query, [hit.chunk.text for hit in hits])
         order = sorted(range(len(hits)), key=lambda position: -scores[position])[:k]

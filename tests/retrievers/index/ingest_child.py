@@ -1,0 +1,59 @@
+"""Runs one ingest for the interruption tests: python ingest_child.py INDEX MODEL [DIE_AT].
+
+MODEL is a folder, or ``hash`` for the instant embedder. Prints a JSON line for every progress
+report and one for the result; with DIE_AT ``write`` it kills itself the hard way once the commit
+has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import HashEmbedder, LineSplitter
+
+import retrievers.ingestion
+from retrievers import Document, Embedder, IngestProgress, ingest
+
+NUM_DOCUMENTS = 330
+SHARD_CHUNKS = 32
+
+
+def documents() -> list[Document]:
+    lines = [
+        line.strip()
+        for topic in sorted(pydoc_data.topics.topics)
+        for line in pydoc_data.topics.topics[topic].split("\n")
+        if len(line) > 40
+    ]
+    distinct = list(dict.fromkeys(lines))[:NUM_DOCUMENTS]
+    return [Document(id=f"d{i}", text=line, title="t") for i, line in enumerate(distinct)]
+
+
+def main() -> None:
+    index, model = sys.argv[1:3]
+    die_at = sys.argv[3] if len(sys.argv) > 3 else None
+
+    def progress(state: IngestProgress) -> None:
+        print(json.dumps({"stage": state.stage, "embedded": state.embedded}), flush=True)
+        if state.stage == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # Small shards give the parent time to strike between two of them.
+    retrievers.ingestion.SHARD_CHUNKS = SHARD_CHUNKS
+    embedder = HashEmbedder() if model == "hash" else Embedder(model, device="cpu")
+    report = ingest(
+        documents(), index, splitter=LineSplitter(), embedder=embedder, progress=progress
+    )
+    print(json.dumps({"stage": "done", **asdict(report)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pydoc_data.topics
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import pytest
+
+from retrievers import Bm25Builder, Bm25Index, CorruptIndexError, RetrievalError
+from retrievers.bm25 import terms
+
+TEXTS = [
+    paragraph
+    for topic in sorted(pydoc_data.topics.topics)
+    for paragraph in pydoc_data.topics.topics[topic].split("\n\n")
+    if paragraph.strip()
+]
+QUERIES = [
+    "with statement context manager",
+    "How does the import system find modules?",
+    "yield expression in a generator",
+    "integer division and modulo",
+    "class __init__ metaclass",
+    "the the the of",
+]
+
+
+def build(texts: list[str], folder: Path, step: int = 700) -> Bm25Index:
+    builder = Bm25Builder(folder)
+    for start in range(0, len(texts), step):
+        builder.append(texts[start : start + step])
+    builder.finish()
+    return Bm25Index(folder, len(texts))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Bm25Index:
+    return build(TEXTS, tmp_path_factory.mktemp("bm25"))
+
+
+@pytest.fixture(scope="module")
+def direct() -> bm25s.BM25:
+    model = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    model.index([terms(text) for text in TEXTS], show_progress=False)
+    return model
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_equals_bm25s(query: str, index: Bm25Index, direct: bm25s.BM25) -> None:
+    assert len(TEXTS) > 2000
+    rows, scores = index.search(query, 25)
+    expected = direct.get_scores([word for word in terms(query) if word in direct.vocab_dict])
+    np.testing.assert_allclose(scores, np.sort(expected)[::-1][:25], rtol=1e-6)
+    np.testing.assert_allclose(scores, expected[rows], rtol=1e-6)
+
+
+def test_mask_is_a_filter(index: Bm25Index) -> None:
+    mask = np.zeros(len(TEXTS), dtype=bool)
+    mask[::3] = True
+    rows, scores = index.search(QUERIES[0], 10, mask=mask)
+    every, all_scores = index.search(QUERIES[0], len(TEXTS))
+    keep = mask[every]
+    np.testing.assert_array_equal(rows, every[keep][:10])
+    np.testing.assert_allclose(scores, all_scores[keep][:10])
+
+
+def test_no_shared_term_gives_nothing(index: Bm25Index) -> None:
+    assert len(index.search("zzzxqy", 5)[0]) == 0
+    assert len(index.search("", 5)[0]) == 0
+    assert len(index.search("?!", 5)[0]) == 0
+    with pytest.raises(RetrievalError, match="k must be"):
+        index.search("x", 0)
+
+
+def test_copied_rows_equal_a_fresh_build(index: Bm25Index, tmp_path: Path) -> None:
+    keep = np.arange(0, len(TEXTS), 2)
+    added = ["a wholly new paragraph about zebrafish", "import import import"]
+    builder = Bm25Builder(tmp_path / "a", index)
+    builder.copy(index, keep)
+    builder.append(added)
+    builder.finish()
+    copied = Bm25Index(tmp_path / "a", len(keep) + 2)
+    fresh = build([*(TEXTS[i] for i in keep), *added], tmp_path / "b")
+    for query in [*QUERIES, "zebrafish"]:
+        rows, scores = copied.search(query, 20)
+        expected_rows, expected = fresh.search(query, 20)
+        np.testing.assert_array_equal(rows, expected_rows)
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_empty(tmp_path: Path) -> None:
+    assert len(build([], tmp_path / "a").search("x", 3)[0]) == 0
+    assert len(build(["", "..."], tmp_path / "b").search("x", 3)[0]) == 0
+
+
+def test_terms() -> None:
+    assert terms("The C-API's __init__, Straße") == ["the", "c", "api", "s", "__init__", "strasse"]
+    assert terms("日本語 text かな") == ["日", "本", "語", "text", "か", "な"]
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    build(TEXTS[:20], tmp_path)
+    path = tmp_path / "forward.i32"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptIndexError):
+        Bm25Index(tmp_path, 20)
