@@ -18,7 +18,7 @@ from typing import Any
 
 from rag_pipeline.config import HOME_VARIABLE, models_dir
 from rag_pipeline.errors import ModelError
-from rag_pipeline.models.gguf_file import GgufSummary, check_convertible, read_gguf
+from rag_pipeline.models.gguf_file import GgufSummary, check_convertible, check_magic, read_gguf
 
 MANIFEST = "rag_pipeline_manifest.json"
 """Sizes and checksums of a converted folder; written last, so a folder with one is complete."""
@@ -57,6 +57,7 @@ def convert_once(source: Path, name: str, report: Report) -> Path:
     """
     from filelock import FileLock, Timeout
 
+    check_magic(source)
     root = models_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -155,6 +156,7 @@ def _convert(source: Path, digest: str, target: Path, report: Report) -> None:
         _write_manifest(temporary, source, digest)
         if target.exists():  # a damaged one: is_complete() said no
             shutil.rmtree(target)
+        temporary.chmod(0o755)  # mkdtemp gives 0o700; weights are no secret
         temporary.rename(target)
     except ModelError:
         raise

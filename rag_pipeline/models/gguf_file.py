@@ -27,6 +27,28 @@ class GgufSummary:
     num_parameters: int
 
 
+def check_magic(path: Path) -> None:
+    """Refuse a file that does not begin as a GGUF file does.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Raises
+    ------
+    ModelError
+        Unreadable, or another kind of file.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); check its rights") from error
+    if magic != _MAGIC:
+        raise ModelError(f"{path} is not a GGUF file; allowed is a GGUF file or a model folder")
+
+
 def read_gguf(path: Path) -> GgufSummary:
     """Read and check the header of a GGUF file.
 
@@ -45,13 +67,7 @@ def read_gguf(path: Path) -> GgufSummary:
     ModelError
         Not a GGUF file, truncated, or without an architecture.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); check its rights") from error
-    if magic != _MAGIC:
-        raise ModelError(f"{path} is not a GGUF file; allowed is a GGUF file or a model folder")
+    check_magic(path)
     from gguf import GGUFReader
 
     size = path.stat().st_size

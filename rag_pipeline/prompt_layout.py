@@ -1,0 +1,292 @@
+"""A RAG prompt as token ids with the place of every part: ``[system][chunk]...[chunk][question]``.
+
+Every chunk is tokenised alone and has no number and no separator, so the same chunk gives the same
+ids wherever it stands; that is what lets its KV be kept and used again. The system part is the
+same for every question, so that all chunks can be computed behind one shared prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.types import PromptLayout, Span
+from retrievers.types import Chunk, SearchHit
+
+DEFAULT_SYSTEM = (
+    "You answer questions using only the given text. "
+    "Answer in one or two short sentences. If the text does not say, say so."
+)
+DEFAULT_CONTEXT_HEADER = "Text:\n\n"
+DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
+DEFAULT_QUESTION_TEMPLATE = "Question: {question}"
+
+# Stand-ins while the chat template is rendered; letters only, so that no template escapes or
+# strips them.
+_SYSTEM_MARK = "RAGSYSTEMPARTMARK"
+_USER_MARK = "RAGUSERPARTMARK"
+
+
+class PromptBuilder:
+    """Lays out prompts for one model.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's tokenizer, or the model's folder.
+    system_prompt
+        System message; put at the head of the user message when the model's chat template has no
+        system role.
+    context_header
+        Text of the user message before the first chunk.
+    chunk_template
+        How a chunk is written; fields ``{title}`` and ``{text}``.
+    question_template
+        End of the user message; field ``{question}``.
+    context_length
+        Most tokens of prompt and answer together; None reads it from the model's folder.
+    chunk_cache_size
+        Number of chunks whose token ids are kept.
+
+    Raises
+    ------
+    RagPipelineError
+        A template without its field, or an unknown field.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer | Path | str,
+        *,
+        system_prompt: str = DEFAULT_SYSTEM,
+        context_header: str = DEFAULT_CONTEXT_HEADER,
+        chunk_template: str = DEFAULT_CHUNK_TEMPLATE,
+        question_template: str = DEFAULT_QUESTION_TEMPLATE,
+        context_length: int | None = None,
+        chunk_cache_size: int = 4096,
+    ) -> None:
+        _check_template("chunk_template", chunk_template, needed="text", allowed=("title", "text"))
+        _check_template(
+            "question_template", question_template, needed="question", allowed=("question",)
+        )
+        if not isinstance(tokenizer, ModelTokenizer):
+            folder = Path(tokenizer)
+            tokenizer = ModelTokenizer.load(folder)
+            if context_length is None:
+                context_length = model_context_length(folder)
+        if context_length is None:
+            raise RagPipelineError("context_length is missing; give it with a tokenizer object")
+        if context_length < 1:
+            raise RagPipelineError(f"context_length is {context_length}; it must be at least 1")
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self._chunk_template = chunk_template
+        self._question_template = question_template
+        self._cache: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._cache_size = max(0, chunk_cache_size)
+        self._lock = Lock()
+        self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
+        self._system_ids = tuple(tokenizer.encode_runs(self._head))
+
+    @property
+    def system_ids(self) -> tuple[int, ...]:
+        """Token ids of the system part, the prefix that all prompts share."""
+        return self._system_ids
+
+    def chunk_text(self, chunk: Chunk) -> str:
+        """Return the text of `chunk` as it stands in a prompt."""
+        return self._chunk_template.format(title=chunk.title, text=chunk.text)
+
+    def chunk_ids(self, chunk: Chunk) -> tuple[int, ...]:
+        """Token ids of `chunk` as it stands in a prompt, at any place of it.
+
+        Parameters
+        ----------
+        chunk
+            Only its title and text matter.
+
+        Returns
+        -------
+        tuple of int
+            Ids of the rendered chunk tokenised alone, special-token strings as ordinary text.
+        """
+        text = self.chunk_text(chunk)
+        with self._lock:
+            known = self._cache.get(text)
+            if known is not None:
+                self._cache.move_to_end(text)
+                return known
+        ids = tuple(self.tokenizer.encode(text))
+        with self._lock:
+            self._cache[text] = ids
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return ids
+
+    def build(
+        self,
+        question: str,
+        hits: Sequence[SearchHit],
+        *,
+        max_new_tokens: int,
+        context_length: int | None = None,
+    ) -> PromptLayout:
+        """Lay out one prompt.
+
+        Parameters
+        ----------
+        question
+            The user's question; outer white space is removed.
+        hits
+            Retrieved chunks in the order they shall stand in.
+        max_new_tokens
+            Room to leave for the answer, tokens.
+        context_length
+            Overrides the builder's limit, for a backend with a smaller one.
+
+        Returns
+        -------
+        PromptLayout
+            The chunks with the lowest scores are left out until the rest fits; see `dropped`.
+
+        Raises
+        ------
+        RagPipelineError
+            Empty question, or one that does not fit even without chunks.
+        """
+        question = question.strip()
+        if not question:
+            raise RagPipelineError("the question is empty; give at least one word")
+        limit = min(self.context_length, context_length or self.context_length)
+        question_text = self._question_template.format(question=question)
+        question_ids = self.tokenizer.encode_runs([(question_text, False), *self._tail])
+        room = limit - max_new_tokens - len(self._system_ids) - len(question_ids)
+        if room < 0:
+            raise RagPipelineError(
+                f"the question does not fit: {len(question_ids)} tokens with "
+                f"{len(self._system_ids)} of the system prompt and {max_new_tokens} for the answer "
+                f"exceed the context of {limit}; shorten it or lower max_new_tokens"
+            )
+        kept, dropped = self._fit(hits, room)
+        pieces = [self._system_ids, *(self.chunk_ids(hit.chunk) for hit in kept), question_ids]
+        edges = list(accumulate((len(piece) for piece in pieces), initial=0))
+        spans = [Span(start=a, end=b) for a, b in zip(edges, edges[1:], strict=False)]
+        return PromptLayout(
+            input_ids=tuple(token for piece in pieces for token in piece),
+            system_span=spans[0],
+            chunk_spans=tuple(
+                Span(start=span.start, end=span.end, chunk_id=hit.chunk.id)
+                for span, hit in zip(spans[1:-1], kept, strict=True)
+            ),
+            question_span=spans[-1],
+            text="".join(
+                [
+                    *(text for text, _ in self._head),
+                    *(self.chunk_text(hit.chunk) for hit in kept),
+                    question_text,
+                    *(text for text, _ in self._tail),
+                ]
+            ),
+            chunks=tuple(kept),
+            dropped=tuple(dropped),
+        )
+
+    def _fit(
+        self, hits: Sequence[SearchHit], room: int
+    ) -> tuple[list[SearchHit], list[SearchHit]]:
+        lengths = [len(self.chunk_ids(hit.chunk)) for hit in hits]
+        best_first = sorted(range(len(hits)), key=lambda i: -hits[i].score)
+        total = sum(lengths)
+        out: set[int] = set()
+        for index in reversed(best_first):
+            if total <= room:
+                break
+            total -= lengths[index]
+            out.add(index)
+        kept = [hit for i, hit in enumerate(hits) if i not in out]
+        return kept, [hits[i] for i in best_first if i in out]
+
+    def _template_parts(
+        self, system_prompt: str, header: str
+    ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+        """Runs ``(text, is_template)`` before the first chunk and behind the question."""
+        user = {"role": "user", "content": _USER_MARK}
+        system = {"role": "system", "content": _SYSTEM_MARK}
+        rendered = self._try_render([system, user]) if system_prompt else None
+        if rendered is not None:
+            before, _, rest = rendered.partition(_SYSTEM_MARK)
+            between, _, after = rest.partition(_USER_MARK)
+            head = [(before, True), (system_prompt, False), (between, True), (header, False)]
+            return head, [(after, True)]
+        if system_prompt:  # no system role: the instruction leads the user message
+            header = f"{system_prompt}\n\n{header}"
+        rendered = self._try_render([user])
+        if rendered is not None:
+            before, _, after = rendered.partition(_USER_MARK)
+            return [(before, True), (header, False)], [(after, True)]
+        bos = self.tokenizer.bos_token or ""  # a base model: plain text, with a cue to answer
+        return [(bos, True), (header, False)], [("\nAnswer:", False)]
+
+    def _try_render(self, messages: list[dict[str, str]]) -> str | None:
+        """Render, or None where the template is missing, refuses a role, or loses a message."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.render_chat(messages)
+        except TemplateError:
+            return None
+        if text is None or any(text.count(m["content"]) != 1 for m in messages):
+            return None
+        places = [text.index(message["content"]) for message in messages]
+        return text if places == sorted(places) else None
+
+
+def model_context_length(folder: Path) -> int:
+    """Most positions a model was made for, from its ``config.json``.
+
+    Parameters
+    ----------
+    folder
+        Folder in Hugging Face format.
+
+    Returns
+    -------
+    int
+        ``max_position_embeddings`` (of the text model, where there are several).
+
+    Raises
+    ------
+    RagPipelineError
+        When the configuration does not say.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RagPipelineError(f"{folder / 'config.json'} cannot be read ({error})") from error
+    for part in (config.get("text_config") or {}, config):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    raise RagPipelineError(
+        f"{folder / 'config.json'} names no max_position_embeddings; give context_length"
+    )
+
+
+def _check_template(name: str, template: str, *, needed: str, allowed: tuple[str, ...]) -> None:
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise RagPipelineError(f"{name} is not a format string ({error}): {template!r}") from error
+    unknown = fields - set(allowed)
+    if unknown or needed not in fields:
+        raise RagPipelineError(
+            f"{name} {template!r} must use {{{needed}}} and may use "
+            f"{', '.join('{' + field + '}' for field in allowed)} only"
+        )
