@@ -9,6 +9,7 @@ other conditions cannot be found by accident. This module needs NumPy only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import struct
@@ -54,8 +55,13 @@ def as_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> TokenIds:
     """
     if isinstance(ids, np.ndarray):
         array = ids
+        # Frozen means that nobody can write to the memory by another name either.
+        owner = array.base
         frozen_already = (
-            array.dtype == np.int32 and not array.flags.writeable and array.flags.c_contiguous
+            array.dtype == np.int32
+            and array.flags.c_contiguous
+            and not array.flags.writeable
+            and (owner is None or (isinstance(owner, np.ndarray) and not owner.flags.writeable))
         )
         if frozen_already and array.ndim == 1 and array.size and int(array.min()) >= 0:
             return array  # the fast path of every look-up: nothing left to check or to copy
@@ -202,10 +208,7 @@ class KVContext:
     @property
     def namespace(self) -> str:
         """32 hex digits: BLAKE2b-128 of :meth:`encode`. Matching never leaves a namespace."""
-        digest = hashlib.blake2b(
-            self.encode(), digest_size=_NAMESPACE_BYTES, person=b"ragkv-context"
-        )
-        return digest.hexdigest()
+        return _namespace_of(self)
 
     def to_json(self) -> dict[str, str | int]:
         """Return the fields as a JSON-ready dict; the tenant salt is included."""
@@ -226,6 +229,15 @@ class KVContext:
                 f"KV context with fields {sorted(fields)}: exactly {sorted(names)} are needed"
             )
         return cls(**fields)
+
+
+@functools.lru_cache(maxsize=256)
+def _namespace_of(context: KVContext) -> str:
+    """Hash a context once: it is asked for on every request."""
+    digest = hashlib.blake2b(
+        context.encode(), digest_size=_NAMESPACE_BYTES, person=b"ragkv-context"
+    )
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The seam for further tiers (disk, remote): what a store needs of one. None is shipped yet."""
+"""The seam for tiers below memory: what one has to offer. :class:`StoreFolder` is the first."""
 
 from __future__ import annotations
 

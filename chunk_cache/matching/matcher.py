@@ -22,7 +22,10 @@ from chunk_cache.matching.hashing import WindowHasher, winnow
 from chunk_cache.spans import Match
 
 _MAX_TOKENS = 2**OFFSET_BITS - 1
+# Of a frequent fingerprint so many places are ranked, and so many of them followed. The ranking is
+# what finds the right one; the number followed is what a prompt of one repeated token costs.
 _RANKED_POSTINGS = 1024
+_FOLLOWED_POSTINGS = 16
 _NEIGHBOURS = (-8, -4, -2, -1, 1, 2, 4, 8)
 
 
@@ -52,8 +55,8 @@ class ChunkMatcher:
 
     **Limit.** A fingerprint that occurs more than ``max_postings`` times (boiler-plate in very many
     chunks, one token repeated; chunks removed a moment ago still count) is followed only where nothing else covers the prompt, and then in
-    the ``max_postings`` places whose neighbourhood agrees best; no more than ``max_alignments``
-    (chunk, shift) pairs are verified per prompt. When that cut anything, ``truncated`` is set: what
+    the 16 places whose neighbourhood agrees best, of the 1024 oldest; no more than
+    ``max_alignments`` (chunk, shift) pairs are verified per prompt. When that cut anything, ``truncated`` is set: what
     is reported is still verified, but a run may be missing or a shorter one taken for it.
 
     How it works: windows of ``min_match // 2`` tokens are hashed; of every
@@ -326,7 +329,7 @@ class _Scan:
                 # only by accident: a wrong vote costs a comparison.
                 away = np.array(places[other] - places[query]).astype(np.uint64)
                 votes += ranges.contains(other, postings + away)
-        best = np.argsort(-votes, kind="stable")[: self.matcher.max_postings]
+        best = np.argsort(-votes, kind="stable")[:_FOLLOWED_POSTINGS]
         return split_postings(postings[best])
 
     def _verify(self, serial: int, shift: int) -> None:

@@ -108,6 +108,17 @@ def test_frozen_ids_are_a_copy_that_cannot_be_written_to():
         ids[0] = 9
 
 
+def test_a_read_only_view_of_writeable_memory_is_copied():
+    source = np.array([1, 2, 3], dtype=np.int32)
+    view = source[:]
+    view.flags.writeable = False
+    ids = as_token_ids(view)
+    source[0] = 9
+    assert ids.tolist() == [1, 2, 3]
+    assert as_token_ids(ids) is ids
+    assert np.shares_memory(as_token_ids(ids[1:]), ids)
+
+
 def test_prompt_ids_may_be_empty_or_larger_than_any_token():
     assert as_prompt_ids([]).size == 0
     assert as_prompt_ids([2**40, -5]).tolist() == [2**40, -5]

@@ -27,6 +27,7 @@ from chunk_cache import (
     merge_matches,
 )
 from chunk_cache.matching import fingerprint_index, longest_cover
+from chunk_cache.matching.hashing import WindowHasher, winnow
 
 CONTEXT = KVContext(model_fingerprint="m", dtype="f", kv_dtype="f", rope="r", prefix_digest="p")
 OTHER = dataclasses.replace(CONTEXT, tenant="other")
@@ -163,6 +164,37 @@ def test_the_longer_run_keeps_the_common_part_but_leaves_a_useful_piece():
     assert [m[:2] for m in longest_cover([long, short], min_piece=1)] == [(0, 200), (200, 204)]
     assert [m[:2] for m in longest_cover([long, short], min_piece=16)] == [(0, 188), (188, 204)]
     assert longest_cover([long, short], min_piece=16)[1].chunk_offset == 38
+
+
+def test_of_runs_that_reach_equally_far_the_earliest_then_the_whole_chunk_wins():
+    text = list(range(100))
+    late = Match(20, 60, ChunkKey.of(CONTEXT, text[20:60]))
+    part = Match(10, 60, ChunkKey.of(CONTEXT, text[5:60]), 5)
+    whole = Match(10, 60, ChunkKey.of(CONTEXT, text[10:60]))
+    first = Match(0, 30, ChunkKey.of(CONTEXT, text[:30]))
+    assert longest_cover([late, part, whole], min_piece=1) == [whole]
+    assert longest_cover([first, late, part, whole], min_piece=1) == [first.clipped(0, 10), whole]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 9))
+def test_winnowing_keeps_the_rightmost_minimum_of_every_window(values: list[int], width: int):
+    hashes = np.array(values, dtype=np.uint64)
+    expected = set()
+    for start in range(len(values) - width + 1):
+        window = values[start : start + width]
+        expected.add(start + width - 1 - window[::-1].index(min(window)))
+    assert winnow(hashes, width).tolist() == sorted(expected)
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 8), st.integers(0, 2**64 - 1))
+def test_equal_windows_hash_equally_wherever_they_stand(values: list[int], k: int, seed: int):
+    hashes = WindowHasher(k)(np.array(values, dtype=np.int32), seed).tolist()
+    windows = [tuple(values[i : i + k]) for i in range(len(values) - k + 1)]
+    assert len(hashes) == len(windows)
+    # Equal windows hash equally; different ones differ (but for chance of about 2**-50).
+    assert len(set(hashes)) == len(set(windows))
+    assert len(set(zip(hashes, windows, strict=True))) == len(set(windows))
 
 
 class MatcherMachine(RuleBasedStateMachine):
