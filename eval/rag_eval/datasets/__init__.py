@@ -1,7 +1,7 @@
 """Data sets: files in the public QA formats, generators, and prompts made from them."""
 
-from rag_eval.datasets.arrange import PromptChunk, arrange
-from rag_eval.datasets.catalog import GENERATORS, load_dataset
+from rag_eval.datasets.arrange import PromptChunk, arrange, shared_chunks
+from rag_eval.datasets.catalog import GENERATORS, check_dataset, load_dataset
 from rag_eval.datasets.core import (
     ORDERS,
     DatasetOptions,
@@ -23,6 +23,8 @@ __all__ = [
     "Passage",
     "PromptChunk",
     "arrange",
+    "check_dataset",
     "load_dataset",
     "read_examples",
+    "shared_chunks",
 ]

@@ -55,7 +55,8 @@ def arrange(
     encode
         Tokeniser of the model under test.
     corpus
-        Passages that may serve as further distractors.
+        Passages that may serve as further distractors; with ``options.zipf``, whole chunks made
+        by :func:`shared_chunks`.
 
     Returns
     -------
@@ -98,10 +99,9 @@ def _pack(
     own = {p.text for p in example.passages}
     foreign = [p for p in corpus if p.text not in own]
     if options.zipf is not None:
-        rest = _zipf(foreign, options, rng)
-    else:
-        # A few passages more than can fit; which ones is a matter of the seed.
-        rest += rng.sample(foreign, min(len(foreign), 4 * options.chunks))
+        return _beside_shared(gold or rest[:1], _zipf(foreign, options, rng), options)
+    # A few passages more than can fit; which ones is a matter of the seed.
+    rest += rng.sample(foreign, min(len(foreign), 4 * options.chunks))
     if options.distractors is not None:
         rest = rest[: options.distractors]
 
@@ -121,6 +121,38 @@ def _pack(
     return bins
 
 
+def shared_chunks(
+    corpus: Sequence[Passage], options: DatasetOptions, encode: Encode
+) -> list[Passage]:
+    """Join the passages of a corpus, in its order, into chunks that prompts share as they are.
+
+    Only an identical chunk has reusable KV, so what recurs must be the joined chunk.
+    """
+    joined: list[Passage] = []
+    group: list[str] = []
+    size = 0
+    for passage in corpus:
+        group.append(passage.body.strip())
+        size += len(encode(passage.body))
+        if size >= FILL * options.chunk_tokens:
+            joined.append(Passage(title="", text="\n".join(group), is_gold=False))
+            group, size = [], 0
+    return joined
+
+
+def _beside_shared(
+    own: list[Passage], shared: list[Passage], options: DatasetOptions
+) -> list[list[Passage]]:
+    """Spread the example's own passages over at most all chunks, and fill up with shared ones."""
+    bins: list[list[Passage]] = [[] for _ in range(min(len(own), options.chunks))]
+    for index, passage in enumerate(own):
+        bins[index % len(bins)].append(passage)
+    room = options.chunks - len(bins)
+    if options.distractors is not None:
+        room = min(room, options.distractors)
+    return bins + [[passage] for passage in shared[:room]]
+
+
 def _zipf(pool: Sequence[Passage], options: DatasetOptions, rng: random.Random) -> list[Passage]:
     """Draw distinct passages, the one of rank k with weight ``1 / k ** exponent``.
 
@@ -131,7 +163,7 @@ def _zipf(pool: Sequence[Passage], options: DatasetOptions, rng: random.Random) 
     keyed = sorted(
         (rng.expovariate(1.0) * (rank + 1) ** exponent, rank) for rank in range(len(pool))
     )
-    return [pool[rank] for _, rank in keyed[: 8 * options.chunks]]
+    return [pool[rank] for _, rank in keyed[: options.chunks]]
 
 
 def _chunk(

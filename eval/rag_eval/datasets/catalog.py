@@ -15,6 +15,18 @@ DEFAULT_COUNT = 100
 """Examples that a generator makes when no limit is given."""
 
 
+def check_dataset(name_or_path: str | Path) -> None:
+    """Find faults of a data set without a tokenizer.
+
+    Raises
+    ------
+    EvalError
+        Unknown name, or a file that is missing, empty or malformed (the record is named).
+    """
+    if str(name_or_path) not in GENERATORS:
+        _read(name_or_path)
+
+
 def load_dataset(
     name_or_path: str | Path,
     *,
@@ -49,9 +61,14 @@ def load_dataset(
         if name.startswith("planted-"):
             return planted_facts(count, 1 if name == "planted-1hop" else 2, options, encode)
         return ruler_task(name.removeprefix("ruler-"), count, options, encode)
+    return _read(name_or_path)[:limit]
+
+
+def _read(name_or_path: str | Path) -> list[Example]:
     path = Path(name_or_path)
     if not path.exists():
         raise EvalError(
-            f"data set {name!r} is neither a file nor a generator; generators: {', '.join(GENERATORS)}"
+            f"data set {str(path)!r} is neither a file nor a generator; "
+            f"generators: {', '.join(GENERATORS)}"
         )
-    return read_examples(path)[:limit]
+    return read_examples(path)

@@ -29,6 +29,12 @@ def render_tables(result: EvalResult) -> list[RenderableType]:
         _table(f"{result.dataset} · {result.model} · n = {result.n}", result.modes, result),
         _floor_line(result),
     ]
+    # A prompt that fell back was prefilled exactly, which flatters its mode.
+    found += [
+        f"{scores['fallbacks']} of {result.n} prompts of {name} fell back to ordinary prefill"
+        for name, scores in result.modes.items()
+        if scores.get("fallbacks")
+    ]
     right = result.full_right
     if right.get("n") and right["n"] < result.n:
         title = f"only the {right['n']} questions that full prefill answers exactly"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rag_eval.datasets import Example, Passage, load_dataset
+from rag_eval.datasets import Example, Passage, check_dataset, load_dataset, shared_chunks
 from rag_eval.report import render_tables, write_plots
 from rag_eval.runner.config import EvalConfig
 from rag_eval.runner.engine import start_session
@@ -51,17 +51,19 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
         engine does not serve.
     """
     report = progress or (lambda line: None)
-    folder = RunFolder(config.out, config.identity(), _notes(config))
-    folder_path, tokenizer, vocabulary = _model(config, report)
+    # A bad file is told at once, not after the model has been fetched and converted.
+    check_dataset(config.dataset)
+    model, tokenizer, vocabulary = _model(config, report)
     maker = PromptMaker(tokenizer, gold_tokens=config.gold_tokens)
     options = replace(config.options, seed=config.seed)
     examples = load_dataset(
         config.dataset, encode=maker.encode, options=options, limit=config.limit
     )
+    folder = RunFolder(config.out, config.identity(), _notes(config))
     missing = [example for example in examples if example.id not in folder.records]
     report(f"{len(examples)} examples, {len(examples) - len(missing)} done before")
     if missing:
-        session = start_session(folder_path, tokenizer, vocabulary, config.engine_args)
+        session = start_session(model, tokenizer, vocabulary, config.engine_args)
         try:
             _measure(config, session, maker, examples, missing, folder, report)
         finally:
@@ -109,6 +111,8 @@ def _measure(
 ) -> None:
     options = replace(config.options, seed=config.seed)
     corpus = _corpus(examples)
+    if options.zipf is not None:
+        corpus = shared_chunks(corpus, options, maker.encode)
     started = time.monotonic()
     turns = {example.id: turn for turn, example in enumerate(examples)}
     for done, example in enumerate(missing, start=1):
