@@ -72,6 +72,10 @@ def activate_platform() -> str | None:
 
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or accelerator_present():
         return None
+    from rag_pipeline.sglang_plugin import noise
+
+    # SGLang asks for its platform before it imports the modules that warn.
+    noise.install()
     return "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
 
 
@@ -86,17 +90,14 @@ def register() -> None:
     """
     if plugin_is_off():
         return
-    from rag_pipeline.sglang_plugin import noise
-    from rag_pipeline.sglang_plugin.hook_table import fail_hard
+    from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        noise.install()
-        from rag_pipeline.sglang_plugin import activation, fusion
+        from rag_pipeline.sglang_plugin import activation, fusion, launch_hooks
 
         activation.register()
+        launch_hooks.register()
         fusion.register()
-        from rag_pipeline.sglang_plugin.hook_table import verify_targets
-
         verify_targets()
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "PluginRefused",
     "add_targets",
     "fail_hard",
+    "hooked_targets",
     "targets",
     "unapplied_targets",
     "verify_targets",
@@ -43,8 +44,8 @@ class HookTarget:
     path
         Dotted path as ``HookRegistry.register`` takes it.
     kind
-        ``before``, ``after``, ``around`` or ``replace``; or ``uses`` for a name that is called or
-        read without being hooked.
+        ``before``, ``after``, ``around`` or ``replace`` of ``HookRegistry``; ``assigned`` for a
+        name that is set without it; ``uses`` for one that is only called or read.
     why
         One sentence: what the hook is for.
     params
@@ -60,7 +61,7 @@ class HookTarget:
     checked_with: str = CHECKED_WITH
 
     def __post_init__(self) -> None:
-        allowed = ("before", "after", "around", "replace", "uses")
+        allowed = ("before", "after", "around", "replace", "assigned", "uses")
         if self.kind not in allowed:
             raise ValueError(f"HookTarget.kind is {self.kind!r}; allowed are {', '.join(allowed)}.")
 
@@ -95,15 +96,20 @@ def _fault(row: HookTarget) -> str | None:
     return f"{row.path} lost the parameter(s) {', '.join(missing)}" if missing else None
 
 
-def verify_targets() -> None:
-    """Resolve every row in this process.
+def verify_targets(rows: Iterable[HookTarget] | None = None) -> None:
+    """Resolve rows in this process.
+
+    Parameters
+    ----------
+    rows
+        The rows to check; None for the whole table.
 
     Raises
     ------
     PluginRefused
         Naming each target that is gone or changed, and the SGLang release to install.
     """
-    faults = [text for row in targets() if (text := _fault(row))]
+    faults = [text for row in rows or targets() if (text := _fault(row))]
     if faults:
         from importlib.metadata import version
 
@@ -114,6 +120,11 @@ def verify_targets() -> None:
         )
 
 
+def hooked_targets() -> list[HookTarget]:
+    """Rows whose hook SGLang's ``HookRegistry`` applies."""
+    return [row for row in targets() if row.kind not in ("assigned", "uses")]
+
+
 def unapplied_targets() -> list[str]:
     """Paths that are in the table but that SGLang has not patched in this process.
 
@@ -122,7 +133,7 @@ def unapplied_targets() -> list[str]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     patched = HookRegistry._patched
-    return [row.path for row in targets() if row.kind != "uses" and row.path not in patched]
+    return [row.path for row in hooked_targets() if row.path not in patched]
 
 
 @contextmanager

@@ -1,2 +1,60 @@
-"""placeholder"""
-def install() -> None: ...
+"""Keep start-up messages that mean nothing on a CPU off the terminal; let every other one through.
+
+Each entry names the logger or module that speaks and the whole start of the sentence, so a new or
+changed warning is shown. Installed in every process as soon as the CPU platform is chosen, which is
+before SGLang imports the modules that warn.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+__all__ = ["LOG_NOISE", "WARNING_NOISE", "install"]
+
+WARNING_NOISE: tuple[tuple[str, str], ...] = (
+    # (module that warns, start of the message)
+    ("sglang.srt.layers.quantization.awq.awq", "Only CUDA, HIP and XPU support AWQ currently."),
+    (
+        "sglang.srt.layers.quantization.gguf",
+        "Only CUDA, MUSA and NPU support GGUF quantization currently.",
+    ),
+    (
+        "sglang.kernels.ops.attention.fla.utils",
+        "Triton is not supported on current platform, roll back to CPU.",
+    ),
+)
+"""Warnings about kernels of quantisations and linear attention that no CPU has. Asking for such a
+model still fails, with SGLang's own error."""
+
+LOG_NOISE: tuple[tuple[str, str], ...] = (
+    ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.falcon_mamba"),
+    ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.mamba:"),
+    ("sglang.srt.utils.common", "Cannot detect CUDA architecture."),
+    ("sglang.srt.distributed.bootstrap", "init_cpu_threads_env and shared memory based AllReduce"),
+)
+"""Log records, by logger and start of the text."""
+
+
+class _StartsWith(logging.Filter):
+    """Drop the records of one logger that start with one text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.text)
+
+
+def install() -> None:
+    """Install the filters in this process. Idempotent; changes no level and no handler."""
+    for module, text in WARNING_NOISE:
+        warnings.filterwarnings(
+            "ignore", message=re.escape(text), category=UserWarning, module=re.escape(module)
+        )
+    for name, text in LOG_NOISE:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _StartsWith) and f.text == text for f in logger.filters):
+            logger.addFilter(_StartsWith(text))

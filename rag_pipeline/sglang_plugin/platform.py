@@ -23,7 +23,7 @@ _PARAMS = ("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor")
 _TARGETS = (
     HookTarget(
         path=_LAST_LOC,
-        kind="replace",
+        kind="assigned",
         why="the last slot of a prefix without Triton, for pages above one token",
         params=_PARAMS,
     ),
@@ -73,12 +73,19 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return "native"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Give every tensor-parallel rank its own cores when the user did not.
+        """Choose the attention backend and, for several ranks, the cores of each.
+
+        SGLang has already filled in ``intel_amx`` where the user named no backend and the device
+        is an x86 CPU; out of tree it cannot work, its kernels are not in the wheels of PyPI. (On
+        Arm it fills in ``torch_native``, which a user may also have asked for, so there the name
+        has to be given; :func:`rag_pipeline.sglang_plugin.create_engine` does.)
 
         SGLang refuses more ranks than NUMA nodes unless ``SGLANG_CPU_OMP_THREADS_BIND`` names the
         cores of each. With one rank the variable stays unset, because setting it also makes
         SGLang give up on reading the memory size.
         """
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = ATTENTION_BACKEND
         ranks = int(server_args.tp_size) * int(server_args.pp_size) * int(server_args.dp_size)
         if ranks > 1:
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", core_groups(ranks))
@@ -86,16 +93,15 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def init_backend(self) -> None:
         """Register the attention backend in the worker (called once there by SGLang)."""
         from sglang.srt.mem_cache import allocation
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
         from rag_pipeline.sglang_plugin.cpu_attention import register_backend
         from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
         with fail_hard():
             add_targets(_TARGETS)
-            verify_targets()
+            verify_targets(_TARGETS)
             register_backend()
             # SGLang takes the torch variant for its own CPU backend by *name* and a Triton kernel
-            # for any other, in spite of capabilities.supports_triton (pages above one token).
-            HookRegistry.register(_LAST_LOC, allocation.get_last_loc_torch, HookType.REPLACE)
-            HookRegistry.apply_hooks()
+            # for any other, in spite of capabilities.supports_triton (pages above one token). Set
+            # by hand: this runs inside an import, where HookRegistry could not apply other hooks.
+            allocation.get_last_loc = allocation.get_last_loc_torch

@@ -1,0 +1,51 @@
+"""The reason why a scheduler process died, carried to the process that started it.
+
+A scheduler that fails logs a traceback and ends; its parent only sees that it is gone. When the
+parent sets ``RAG_PIPELINE_FAULT_FILE``, the reason goes there as one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FAULT_FILE", "run_and_report", "write_fault"]
+
+FAULT_FILE = "RAG_PIPELINE_FAULT_FILE"
+_LOGGER = "sglang.srt.managers.scheduler"
+
+
+def write_fault(text: str) -> None:
+    """Note the reason, if a parent asked for it; the first reason stands."""
+    name = os.environ.get(FAULT_FILE)
+    if name:
+        with contextlib.suppress(OSError), Path(name).open("a") as file:
+            file.write(text.strip().replace("\n", " ") + "\n")
+
+
+class _LastLine(logging.Handler):
+    """Takes the exception out of SGLang's "Scheduler hit an exception" record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text.startswith("Scheduler hit an exception"):
+            lines = [line for line in text.splitlines() if line.strip()]
+            write_fault(lines[-1])
+
+
+def run_and_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a child's entry function; note why it ended if it did not end well."""
+    logging.getLogger(_LOGGER).addHandler(_LastLine(level=logging.ERROR))
+    try:
+        return function(*args, **kwargs)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            write_fault(stop.code)
+        raise
+    except Exception as error:
+        write_fault(f"{type(error).__name__}: {error}")
+        raise

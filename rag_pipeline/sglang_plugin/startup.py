@@ -1,0 +1,259 @@
+"""Start a real SGLang engine: fast where that is safe, verified always, one line when it fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin import fork_server, launch_hooks
+from rag_pipeline.sglang_plugin.fault_report import FAULT_FILE, run_and_report
+
+if TYPE_CHECKING:
+    import sglang
+
+__all__ = ["CPU_DEFAULTS", "cpu_defaults", "create_engine", "prepare"]
+
+CPU_DEFAULTS: dict[str, Any] = {
+    "attention_backend": "rag_cpu",
+    "sampling_backend": "pytorch",
+    "disable_cuda_graph": True,
+    "max_total_tokens": 16384,
+    "log_level": "error",
+}
+"""What :func:`create_engine` fills in on the CPU platform where the caller says nothing. SGLang's own
+``max_total_tokens`` would take most of the memory of the machine for KV."""
+
+_prepared = False
+
+
+def prepare() -> bool:
+    """Apply the start-up cuts to this process. Call before SGLang is imported, or gain less.
+
+    Returns
+    -------
+    bool
+        Whether a fork server is used. False with ``RAG_PIPELINE_FAST_START=off``,
+        ``RAG_PIPELINE_PLUGIN=off``, where an accelerator may be, or off Linux.
+    """
+    from rag_pipeline.sglang_plugin import plugin_is_off
+
+    wanted = not plugin_is_off() and fork_server.fast_start_wanted()
+    if wanted:
+        # FlashInfer has no CPU kernels; SGLang imports it wherever it is installed.
+        os.environ.setdefault("SGLANG_IS_FLASHINFER_AVAILABLE", "false")
+        fork_server.start()
+    launch_hooks.use_fork_server(wanted)
+    return wanted
+
+
+def cpu_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with the CPU defaults under it, if this project's CPU platform is active."""
+    from sglang.srt.platforms import current_platform
+
+    from rag_pipeline.sglang_plugin.platform import RagCpuPlatform
+
+    return {**CPU_DEFAULTS, **given} if isinstance(current_platform, RagCpuPlatform) else given
+
+
+def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
+    """Start an in-process SGLang engine and prove that the plugin is active in it.
+
+    Parameters
+    ----------
+    model_path
+        Folder with a model in Hugging Face format.
+    **server_args
+        Any of SGLang's server arguments; they win over :data:`CPU_DEFAULTS`.
+
+    Returns
+    -------
+    sglang.Engine
+        Running; call its ``shutdown()``.
+
+    Raises
+    ------
+    EngineError
+        One line: the folder is missing, an argument is unknown, a port is in use, or the engine or
+        the plugin did not start, with the scheduler's own reason.
+    """
+    _check_folder(model_path)
+    _check_port(server_args)
+    with _fault_file() as fault_file:
+        fast = prepare()
+        try:
+            import sglang.srt.plugins
+            from sglang.srt.server_args import ServerArgs
+
+            sglang.srt.plugins.load_plugins()
+            launch_hooks.ensure_applied()
+            arguments = cpu_defaults(server_args)
+            _check_names(ServerArgs, arguments)
+            arguments.setdefault("log_level", "error")
+            with _no_process_kill(arguments) as arguments:
+                engine = _engine_class(fast)(model_path=model_path, **arguments)
+        except EngineError:
+            raise
+        except (Exception, SystemExit) as error:
+            _stop_children()
+            raise EngineError(_reason(fault_file, error, model_path)) from error
+    _verify(engine)
+    return engine
+
+
+def _engine_class(fast: bool) -> Callable[..., Any]:
+    from sglang.srt.entrypoints.engine import Engine
+
+    class ReportingEngine(Engine):  # type: ignore[misc]
+        """Stock engine; its scheduler leaves a note when it fails."""
+
+        run_scheduler_process_func = staticmethod(
+            _child(Engine.run_scheduler_process_func, fast=fast)
+        )
+        run_detokenizer_process_func = staticmethod(
+            _child(Engine.run_detokenizer_process_func, fast=fast)
+        )
+
+    return ReportingEngine
+
+
+def _child(function: Callable[..., Any], *, fast: bool) -> Callable[..., Any]:
+    reporting = functools.partial(run_and_report, function)
+    return fork_server.WithEnvironment(reporting) if fast else reporting
+
+
+def _verify(engine: Any) -> None:
+    """Raise unless the scheduler says that every hook of the table is in place."""
+    from rag_pipeline.sglang_plugin import plugin_is_off
+    from rag_pipeline.sglang_plugin.activation import activation_of
+
+    if plugin_is_off() or not _plugin_allowed():
+        return
+    facts = activation_of(engine)
+    if not facts.active or facts.unapplied:
+        engine.shutdown()
+        fault = f"without {', '.join(facts.unapplied)}" if facts.active else "without the plugin"
+        raise EngineError(
+            f"the engine started {fault}; reinstall rag-pipeline and sglang together, or set "
+            "RAG_PIPELINE_PLUGIN=off to run stock SGLang."
+        )
+
+
+def _plugin_allowed() -> bool:
+    """Whether SGLang's own white list leaves this plugin in."""
+    names = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
+    return not names or "rag_pipeline" in names
+
+
+def _check_folder(model_path: str) -> None:
+    config = Path(model_path) / "config.json"
+    if not config.is_file():
+        raise EngineError(
+            f"no model at {model_path!r} ({config.name} not found); give a folder in Hugging Face "
+            "format, or a name that rag_pipeline.models.resolve_llm knows."
+        )
+    try:
+        json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{config} cannot be read ({error}); download the model again.") from error
+
+
+def _check_port(server_args: dict[str, Any]) -> None:
+    port = server_args.get("port")
+    if port is None:
+        return
+    host = str(server_args.get("host", "127.0.0.1"))
+    try:
+        with socket.create_server((host, int(port))):
+            return
+    except (OSError, OverflowError, ValueError, TypeError) as error:
+        raise EngineError(
+            f"port {port} on {host} cannot be used ({error}); choose another port."
+        ) from error
+
+
+def _check_names(server_args_class: Any, arguments: dict[str, Any]) -> None:
+    known = set(getattr(server_args_class, "__struct_fields__", ()) or ()) or set(
+        getattr(server_args_class, "__dataclass_fields__", ())
+    )
+    unknown = sorted(set(arguments) - known) if known else []
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise EngineError(f"SGLang has no server argument {', '.join(unknown)}{hint}")
+
+
+@contextmanager
+def _fault_file() -> Iterator[Path]:
+    """A file in which a dying scheduler leaves its reason."""
+    with tempfile.TemporaryDirectory(prefix="rag-pipeline-") as folder:
+        path = Path(folder) / "fault"
+        before = os.environ.get(FAULT_FILE)
+        os.environ[FAULT_FILE] = str(path)
+        try:
+            yield path
+        finally:
+            if before is None:
+                os.environ.pop(FAULT_FILE, None)
+            else:
+                os.environ[FAULT_FILE] = before
+
+
+_launching = False
+
+
+def _on_child_failure(signum: int, frame: Any) -> None:
+    """A scheduler failed: while starting, raise; later, do what SGLang does (end the process tree)."""
+    if _launching:
+        raise RuntimeError("a scheduler process failed while starting")
+    from sglang.srt.utils import kill_process_tree
+
+    kill_process_tree(os.getpid())
+
+
+@contextmanager
+def _no_process_kill(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """While starting, a failing scheduler raises here instead of killing the caller's process."""
+    global _launching
+    if "custom_sigquit_handler" in arguments:
+        yield arguments
+        return
+    _launching = True
+    before = signal.getsignal(signal.SIGQUIT)
+    try:
+        yield {**arguments, "custom_sigquit_handler": _on_child_failure}
+    except BaseException:
+        if signal.getsignal(signal.SIGQUIT) is _on_child_failure:
+            signal.signal(signal.SIGQUIT, before)
+        raise
+    finally:
+        _launching = False
+
+
+def _stop_children() -> None:
+    """End the engine's processes after a failed start."""
+    for process in multiprocessing.active_children():
+        if process.name != "ForkServer":
+            process.kill()
+            process.join(timeout=5)
+
+
+def _reason(fault_file: Path, error: BaseException, model_path: str) -> str:
+    try:
+        text = fault_file.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        code = error.code if isinstance(error, SystemExit) else None
+        text = str(code if code is not None else error).strip().splitlines()[0:1] or [repr(error)]
+        text = text[0]
+    return f"SGLang did not start with {model_path!r}: {text}"
