@@ -198,9 +198,7 @@ class PromptBuilder:
             dropped=tuple(dropped),
         )
 
-    def _fit(
-        self, hits: Sequence[SearchHit], room: int
-    ) -> tuple[list[SearchHit], list[SearchHit]]:
+    def _fit(self, hits: Sequence[SearchHit], room: int) -> tuple[list[SearchHit], list[SearchHit]]:
         lengths = [len(self.chunk_ids(hit.chunk)) for hit in hits]
         best_first = sorted(range(len(hits)), key=lambda i: -hits[i].score)
         total = sum(lengths)
@@ -281,7 +279,9 @@ def model_context_length(folder: Path) -> int:
 
 def _check_template(name: str, template: str, *, needed: str, allowed: tuple[str, ...]) -> None:
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        fields = {
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
+        }
     except ValueError as error:
         raise RagPipelineError(f"{name} is not a format string ({error}): {template!r}") from error
     unknown = fields - set(allowed)

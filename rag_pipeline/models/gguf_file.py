@@ -78,11 +78,11 @@ def read_gguf(path: Path) -> GgufSummary:
         elements = sum(int(t.n_elements) for t in reader.tensors)
     except Exception as error:
         # gguf raises whatever NumPy raises when it reads behind the end of the file.
-        raise ModelError(f"{path} is truncated or damaged ({size} bytes); fetch it again") from error
-    if ends and max(ends) > size:
         raise ModelError(
-            f"{path} is truncated: {size} bytes of {max(ends)}; fetch the file again"
-        )
+            f"{path} is truncated or damaged ({size} bytes); fetch it again"
+        ) from error
+    if ends and max(ends) > size:
+        raise ModelError(f"{path} is truncated: {size} bytes of {max(ends)}; fetch the file again")
     if architecture is None or not ends:
         raise ModelError(f"{path} names no architecture or holds no tensors; fetch another file")
     return GgufSummary(architecture=str(architecture.contents()), num_parameters=elements)

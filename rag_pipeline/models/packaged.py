@@ -83,6 +83,4 @@ def packaged_file(model: PackagedModel) -> Path:
         found = Path(folder) / model.file
         if found.exists():
             return found
-    raise ModelError(
-        f"the installed {model.wheel} lacks {model.file}; run `{command} --reinstall`"
-    )
+    raise ModelError(f"the installed {model.wheel} lacks {model.file}; run `{command} --reinstall`")

@@ -93,9 +93,7 @@ def _resolve(name: str, *, kind: Kind, progress: Progress | None) -> ResolvedMod
     report = progress or (lambda step, share: None)
     packaged = (LLMS if kind == "llm" else EMBEDDERS).get(name)
     if packaged is not None:
-        return ResolvedModel(
-            path=_packaged_folder(packaged, report), name=name, source="packaged"
-        )
+        return ResolvedModel(path=_packaged_folder(packaged, report), name=name, source="packaged")
     other = (EMBEDDERS if kind == "llm" else LLMS).get(name)
     if other is not None:
         raise ModelError(f"{name!r} is not {_a_word(kind)}; {_allowed(kind)}")
@@ -108,9 +106,7 @@ def _resolve(name: str, *, kind: Kind, progress: Progress | None) -> ResolvedMod
             raise ModelError(f"embedder {name!r} is a file; {_allowed(kind)}")
         from rag_pipeline.models.converted import convert_once
 
-        return ResolvedModel(
-            path=convert_once(path, path.stem, report), name=name, source="gguf"
-        )
+        return ResolvedModel(path=convert_once(path, path.stem, report), name=name, source="gguf")
     if _looks_like_path(name):
         raise ModelError(_missing_line(name, path, kind))
     if _HUB_ID.fullmatch(name) is None:

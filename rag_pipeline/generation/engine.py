@@ -1,0 +1,169 @@
+"""Backend on an SGLang engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from rag_pipeline.errors import EngineError
+from rag_pipeline.generation.base import delta, extra_fields, finish_reason
+from rag_pipeline.generation.loop_runner import LoopRunner
+from rag_pipeline.types import GenerationPiece, GenerationRequest
+
+_END = object()
+
+ABORT_WAIT_S = 10.0
+"""Longest wait for the engine to confirm an abort; the loop must turn until then."""
+
+
+class EngineBackend:
+    """Generates with an in-process ``sglang.Engine``.
+
+    Parameters
+    ----------
+    engine
+        A running engine; the caller shuts it down. :meth:`start` makes one that :meth:`close`
+        shuts down.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._owned = False
+        self._runner = LoopRunner(engine.loop)
+        self._incremental = bool(engine.server_args.incremental_streaming_output)
+        # The manager starts its reader on the first request, and hooks SIGTERM when that comes
+        # from the main thread; do it now, while this is still the thread that made the engine.
+        if threading.current_thread() is threading.main_thread():
+            asyncio.set_event_loop(engine.loop)
+            engine.tokenizer_manager.auto_create_handle_loop()
+        info = getattr(engine, "scheduler_info", None) or {}
+        limit = info.get("max_req_input_len")
+        self._context_length = int(limit or engine.tokenizer_manager.context_len)
+
+    @classmethod
+    def start(cls, model_path: Path | str, **server_args: Any) -> EngineBackend:
+        """Start an engine with the plugin active.
+
+        Parameters
+        ----------
+        model_path
+            Folder in Hugging Face format.
+        **server_args
+            SGLang's server arguments.
+
+        Returns
+        -------
+        EngineBackend
+            Owns the engine: :meth:`close` shuts it down.
+
+        Raises
+        ------
+        EngineError
+            One line with the engine's own reason.
+        """
+        from rag_pipeline.sglang_plugin import create_engine
+
+        backend = cls(create_engine(str(model_path), **server_args))
+        backend._owned = True
+        return backend
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together that this engine admits."""
+        return self._context_length
+
+    def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
+        """Yield pieces as they come; closing the generator aborts the request."""
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        rid = uuid.uuid4().hex
+        with self._runner:
+            task = self._runner.submit(self._pump(request, rid, items.put))
+            ended = False
+            try:
+                while (item := items.get()) is not _END:
+                    yield item
+                ended = True
+            finally:
+                if not ended:
+                    self._runner.submit(self._abort(rid))
+                    with contextlib.suppress(queue.Empty):
+                        while items.get(timeout=ABORT_WAIT_S) is not _END:
+                            pass
+                    task.cancel()  # does nothing unless the engine is stuck
+            task.result()
+
+    async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
+        """Yield as :meth:`generate` does, without blocking the caller's event loop."""
+        here = asyncio.get_running_loop()
+        items: asyncio.Queue[Any] = asyncio.Queue()
+        rid = uuid.uuid4().hex
+
+        def put(item: Any) -> None:
+            # The caller's loop may be gone when a stream is dropped at exit.
+            with contextlib.suppress(RuntimeError):
+                here.call_soon_threadsafe(items.put_nowait, item)
+
+        with self._runner:
+            task = self._runner.submit(self._pump(request, rid, put))
+            ended = False
+            try:
+                while (item := await items.get()) is not _END:
+                    yield item
+                ended = True
+            finally:
+                if not ended:
+                    self._runner.submit(self._abort(rid))
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ABORT_WAIT_S):
+                            while await items.get() is not _END:
+                                pass
+                    task.cancel()
+            task.result()
+
+    def close(self) -> None:
+        """Shut down an engine made by :meth:`start`."""
+        if self._owned:
+            self._owned = False
+            self.engine.shutdown()
+
+    async def _abort(self, rid: str) -> None:
+        self.engine.tokenizer_manager.abort_request(rid)
+
+    async def _pump(self, request: GenerationRequest, rid: str, put: Callable[[Any], None]) -> None:
+        """Move pieces from the engine to `put`; runs on the engine's loop."""
+        done = False
+        try:
+            stream = await self.engine.async_generate(
+                input_ids=list(request.input_ids),
+                sampling_params=request.sampling.to_params(),
+                stream=True,
+                rid=rid,
+                **extra_fields(request),
+            )
+            seen = 0
+            async for out in stream:
+                meta = out["meta_info"]
+                kind, message = finish_reason(meta)
+                if kind == "abort":
+                    raise EngineError(f"the engine aborted the request: {message or 'no reason'}")
+                done = kind is not None
+                text, seen = delta(out["text"], seen, incremental=self._incremental)
+                put(GenerationPiece(text=text, meta_info=meta))
+        except EngineError:
+            raise
+        except ValueError as error:  # SGLang's word for a request it does not admit
+            raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
+        finally:
+            if not done:
+                self.engine.tokenizer_manager.abort_request(rid)
+            put(_END)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
