@@ -17,7 +17,7 @@ class BatchTokenizer(Protocol):
     """A tokenizer that also takes many texts at once, in parallel and without offsets."""
 
     def count_batch(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of every text alone: ``len(encode(text))`` for each."""
+        """Count the tokens of every text alone: ``len(encode(text))`` for each."""
         ...
 
 
@@ -101,7 +101,7 @@ class HFTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def count_batch(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of every text alone."""
+        """Count the tokens of every text alone."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [len(encoding) for encoding in encodings]
 

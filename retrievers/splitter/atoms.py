@@ -7,6 +7,7 @@ heading, never further, so an edit elsewhere in the document cannot move an atom
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import lru_cache
@@ -38,11 +39,11 @@ class _Line(NamedTuple):
 _MAX_HEADING_CHARS = 90
 _HASH_HEADING = re.compile(r"#{1,6}\s+\S")
 _UNDERLINE = re.compile(r"([=\-~*^#+\"'`._:])\1{2,}\s*$")
-_ITEM = re.compile(r"\s*(?:[-*+•‣–]|\(?(?:\d{1,3}|[A-Za-z])[.)])\s+\S")
+_ITEM = re.compile(r"\s*(?:[-*+\u2022\u2023\u2013]|\(?(?:\d{1,3}|[A-Za-z])[.)])\s+\S")
 _FENCE = re.compile(r"\s*(?:```|~~~|>>> |\.\.\. )")
 _CODE_SYMBOL = re.compile(r"[=(){}\[\];<>|\\@$&^~_`]|::|->")
 # Where a script writes sentences without a space behind the full stop.
-_WIDE_STOP = re.compile(r"[。！？｡]+[」』”’）]*")
+_WIDE_STOP = re.compile(r"[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\uff09]*")
 _CODE_SYMBOLS_PER_CHAR = 0.06
 _MIN_INDENT = 2
 
@@ -112,7 +113,7 @@ def _is_heading(block: list[_Line]) -> bool:
     return (
         len(first) <= _MAX_HEADING_CHARS
         and not first[0].isspace()
-        and first[-1] not in ".!?:;,|。！？)]}>\"'"
+        and first[-1] not in ".!?:;,|)]}>\"'\u3002\uff01\uff1f"
         and any(map(str.isalpha, first))
         and not _ITEM.match(first)
         and not _is_code(block)
@@ -201,6 +202,4 @@ def divide_sentence(text: str, atom: Atom) -> list[Atom]:
 
 def _checksum(word: str) -> int:
     """Checksum that is the same in every process, unlike ``hash``."""
-    import zlib
-
     return zlib.crc32(word.encode("utf-8", "surrogatepass"))
