@@ -100,13 +100,13 @@ class RagPipeline:
         RetrievalError
             From the retriever.
         """
-        last: str | Answer = ""
-        for last in self.stream(
+        piece: str | Answer = ""
+        for piece in self.stream(
             question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
         ):
-            pass
-        assert isinstance(last, Answer)
-        return last
+            continue  # only the last one counts
+        assert isinstance(piece, Answer)
+        return piece
 
     def stream(
         self,
@@ -151,13 +151,13 @@ class RagPipeline:
         ratio: float | None = None,
     ) -> Answer:
         """Answer one question without blocking the event loop; as :meth:`ask`."""
-        last: str | Answer = ""
-        async for last in self.astream(
+        piece: str | Answer = ""
+        async for piece in self.astream(
             question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
         ):
-            pass
-        assert isinstance(last, Answer)
-        return last
+            continue  # only the last one counts
+        assert isinstance(piece, Answer)
+        return piece
 
     async def astream(
         self,

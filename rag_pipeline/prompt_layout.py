@@ -11,7 +11,7 @@ import json
 import string
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Lock
 
@@ -177,7 +177,7 @@ class PromptBuilder:
         kept, dropped = self._fit(hits, room)
         pieces = [self._system_ids, *(self.chunk_ids(hit.chunk) for hit in kept), question_ids]
         edges = list(accumulate((len(piece) for piece in pieces), initial=0))
-        spans = [Span(start=a, end=b) for a, b in zip(edges, edges[1:], strict=False)]
+        spans = [Span(start=a, end=b) for a, b in pairwise(edges)]
         return PromptLayout(
             input_ids=tuple(token for piece in pieces for token in piece),
             system_span=spans[0],
@@ -214,7 +214,7 @@ class PromptBuilder:
     def _template_parts(
         self, system_prompt: str, header: str
     ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-        """Runs ``(text, is_template)`` before the first chunk and behind the question."""
+        """Find the runs ``(text, is_template)`` before the first chunk and behind the question."""
         user = {"role": "user", "content": _USER_MARK}
         system = {"role": "system", "content": _SYSTEM_MARK}
         rendered = self._try_render([system, user]) if system_prompt else None

@@ -183,7 +183,7 @@ class ModelTokenizer:
 
 
 def without_added_prefix(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a ``tokenizers`` tokenizer that puts no space before a text.
+    """Change the settings of a ``tokenizers`` tokenizer so that it puts no space before a text.
 
     Parameters
     ----------

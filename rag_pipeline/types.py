@@ -103,7 +103,7 @@ class SamplingOptions:
             refuse("repetition_penalty", self.repetition_penalty, "above 0 and at most 2")
 
     def to_params(self) -> dict[str, Any]:
-        """Sampling parameters as SGLang's engine and ``/generate`` take them."""
+        """Write the sampling parameters as SGLang's engine and ``/generate`` take them."""
         params: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,

@@ -96,7 +96,7 @@ def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usag
     )
 
 
-def delta(text: str, seen: int, *, incremental: bool) -> tuple[str, int]:
+def delta(text: str, seen: int, *, incremental: bool, final: bool) -> tuple[str, int]:
     """Text that is new in a streamed piece.
 
     SGLang sends the text so far with every piece, or only what is new, depending on how it was
@@ -110,7 +110,7 @@ def delta(text: str, seen: int, *, incremental: bool) -> tuple[str, int]:
     """
     if incremental:
         return text, seen + len(text)
-    whole = text[: len(text) - 1] if text.endswith("\ufffd") else text
+    whole = text[:-1] if text.endswith("\ufffd") and not final else text
     return whole[seen:], max(seen, len(whole))
 
 

@@ -153,7 +153,7 @@ class EngineBackend:
                 if kind == "abort":
                     raise EngineError(f"the engine aborted the request: {message or 'no reason'}")
                 done = kind is not None
-                text, seen = delta(out["text"], seen, incremental=self._incremental)
+                text, seen = delta(out["text"], seen, incremental=self._incremental, final=done)
                 put(GenerationPiece(text=text, meta_info=meta))
         except EngineError:
             raise

@@ -226,7 +226,9 @@ class _Reader:
             self.done = True
             raise EngineError(f"the server aborted the request: {message or 'no reason'}")
         self.done = self.done or kind is not None
-        text, self._seen = delta(out["text"], self._seen, incremental=self._incremental)
+        text, self._seen = delta(
+            out["text"], self._seen, incremental=self._incremental, final=kind is not None
+        )
         return GenerationPiece(text=text, meta_info=meta)
 
     def check_end(self) -> None:

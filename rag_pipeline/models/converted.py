@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,7 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
         Progress.
     """
     import torch
+    from transformers import modeling_gguf_pytorch_utils as hf_gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as hf_logging
 
@@ -196,11 +197,14 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    plain_tqdm = hf_gguf.tqdm
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         report("Reading the tokenizer", 0.25)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         report("Dequantising to bf16", 0.4)
+        # Its bar cannot be switched off otherwise, and knows how far the work is.
+        hf_gguf.tqdm = lambda tensors, **_: _reported(list(tensors), report)
         model = AutoModelForCausalLM.from_pretrained(
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
@@ -208,6 +212,7 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     finally:
+        hf_gguf.tqdm = plain_tqdm
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
@@ -216,6 +221,12 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
     config = json.loads(config_path.read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is not None:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _reported(tensors: list[Any], report: Report) -> Iterator[Any]:
+    for done, tensor in enumerate(tensors):
+        report("Dequantising to bf16", 0.4 + 0.4 * done / len(tensors))
+        yield tensor
 
 
 def _write_manifest(folder: Path, source: Path, digest: str) -> None:
