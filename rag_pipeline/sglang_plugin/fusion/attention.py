@@ -59,7 +59,9 @@ class Loader:
     earlier pass on top of it.
     """
 
-    def __init__(self, loads: Sequence[LoadItem], copies: Sequence[CopyItem], spec: RotarySpec) -> None:
+    def __init__(
+        self, loads: Sequence[LoadItem], copies: Sequence[CopyItem], spec: RotarySpec
+    ) -> None:
         self._loads = list(loads)
         self._copies = list(copies)
         self._spec = spec
@@ -83,12 +85,14 @@ class Loader:
 class Observer(Protocol):
     """Looks at a probing pass; raises :class:`StopPassError` when it has seen enough."""
 
-    def before_write(self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor) -> None:
-        """Called with the loaded pool and the new keys and values ``[R, N, H]`` of all rows."""
+    def before_write(
+        self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Look at the loaded pool and the new keys and values ``[R, N, H]`` of all rows."""
         ...
 
     def after_write(self, layer_id: int, q: Tensor, k_pool: Tensor) -> None:
-        """Called with the rotated queries ``[R, Hq, H]`` when the new rows are in the pool."""
+        """Look at the rotated queries ``[R, Hq, H]`` when the new rows are in the pool."""
         ...
 
 
@@ -162,7 +166,7 @@ class FusedPass:
 
 
 def find_pass(forward_batch: Any) -> FusedPass | None:
-    """The fused pass that a batch belongs to, or None."""
+    """Return the fused pass that a batch belongs to, or None."""
     states = getattr(forward_batch, "model_specific_states", None)
     found = states.get(STATE_KEY) if states else None
     return found if isinstance(found, FusedPass) else None
@@ -179,7 +183,7 @@ def around_radix_attention(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """Hook on ``RadixAttention.forward``: ordinary batches pass through untouched."""
+    """Wrap ``RadixAttention.forward``: ordinary batches pass through untouched."""
     if forward_batch.model_specific_states is None:
         return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
     fused = find_pass(forward_batch)

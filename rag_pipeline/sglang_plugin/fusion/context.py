@@ -138,7 +138,9 @@ def _read_rotary(config: Any, attention_modules: list[Any]) -> RotarySpec:
         raise UnsupportedModelError(str(error)) from None
     table = getattr(embedding, "cos_sin_cache", None)
     if table is None:
-        raise UnsupportedModelError("the rotary embedding has no table to check the frequencies with")
+        raise UnsupportedModelError(
+            "the rotary embedding has no table to check the frequencies with"
+        )
     error_rad = spec.cache_error(table)
     if not error_rad <= _MAX_ANGLE_ERROR:
         raise UnsupportedModelError(

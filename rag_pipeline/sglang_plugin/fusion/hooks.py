@@ -1,7 +1,145 @@
-"""Hooked targets."""
+"""Every SGLang internal that fusion hooks, in one table with the function that goes there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from rag_pipeline.sglang_plugin.fusion import (
+    admission,
+    attention,
+    forward,
+    radix,
+    startup,
+    usage,
+    validation,
+)
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+
+_SRT = "sglang.srt."
+_TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
+_SCHEDULER = _SRT + "managers.scheduler.Scheduler."
+_ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
+_STREAMER = _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer."
+
+
+def _row(
+    path: str, kind: str, why: str, hook: Callable[..., Any], *params: str
+) -> tuple[HookTarget, Callable[..., Any]]:
+    return HookTarget(path=path, kind=kind, why=why, params=params), hook
+
+
+def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
+    """Targets and hooks; importing this module imports torch but no part of SGLang."""
+    return [
+        _row(
+            _TOKENIZER + "_create_tokenized_object",
+            "after",
+            "malformed spans become HTTP 400 before a scheduler sees them",
+            validation.after_tokenize,
+            "obj",
+            "input_ids",
+        ),
+        _row(
+            _TOKENIZER + "update_request_meta_info",
+            "around",
+            "the usage report of a response is one dict, absent where there is none",
+            usage.around_update_meta_info,
+            "meta_info",
+            "state",
+            "customized_info",
+            "index",
+            "finish_reason",
+        ),
+        _row(
+            _SCHEDULER + "__init__",
+            "after",
+            "build the runtime when model and pools exist",
+            startup.after_scheduler_init,
+        ),
+        _row(
+            _SRT + "managers.schedule_batch.Req.__init__",
+            "after",
+            "hang fusion's state on a request",
+            admission.after_req_init,
+            "kv_hints",
+            "sampling_params",
+            "extra_key",
+            "cache_salt",
+        ),
+        _row(
+            _ADDER + "add_one_req",
+            "around",
+            "match, lease, and charge only rows that will be computed",
+            admission.around_add_request,
+            "req",
+        ),
+        _row(
+            _ADDER + "add_chunked_req",
+            "around",
+            "charge the next piece of a long prompt by its computed rows",
+            admission.around_add_request,
+            "req",
+        ),
+        _row(
+            _SRT + "mem_cache.common.release_kv_cache",
+            "after",
+            "a finished, aborted or retracted request gives its leases back",
+            admission.after_release,
+            "req",
+        ),
+        _row(
+            _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint",
+            "around",
+            "fused KV never enters the exact namespace",
+            radix.around_checkpoint,
+            "req",
+            "up_to",
+        ),
+        _row(
+            _SRT + "model_executor.forward_batch_info.ForwardBatch.init_new",
+            "after",
+            "the last place where a batch's requests are visible",
+            forward.after_init_new,
+            "batch",
+            "model_runner",
+        ),
+        _row(
+            _SRT + "model_executor.model_runner.ModelRunner.forward",
+            "around",
+            "probing passes, the smaller batch, capture",
+            forward.around_model_forward,
+            "forward_batch",
+        ),
+        _row(
+            _SRT + "layers.radix_attention.RadixAttention.forward",
+            "around",
+            "load, write and attend by position in fused batches",
+            attention.around_radix_attention,
+            "q",
+            "k",
+            "v",
+            "forward_batch",
+            "save_kv_cache",
+        ),
+        _row(
+            _STREAMER + "is_request_level_customized_info_key",
+            "around",
+            "the usage report is sent once a request",
+            usage.around_request_level_key,
+            "key",
+        ),
+    ]
+
 
 def register_hooks() -> None:
-    """Register."""
+    """Add the rows to the project's hook table and register the hooks with SGLang."""
+    # Importing the model runner makes SGLang call the platform, which checks the table so far: a row about
+    # a module that is half imported would be called missing. So it is imported before ours are added.
+    import sglang.srt.model_executor.model_runner  # noqa: F401
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    rows = hook_rows()
+    add_targets(target for target, _ in rows)
+    for target, hook in rows:
+        HookRegistry.register(target.path, hook, HookType(target.kind))

@@ -116,5 +116,5 @@ def union_rows(fresh: Tensor, chosen: Tensor) -> Tensor:
 
 
 def skipped_rows(spans: Sequence[tuple[int, int]], start: int, end: int) -> int:
-    """Loaded tokens within ``[start, end)``: what a scheduler need not count as computed."""
+    """Count loaded tokens within ``[start, end)``: rows that a scheduler need not charge."""
     return sum(max(0, min(hi, end) - max(lo, start)) for lo, hi in spans)

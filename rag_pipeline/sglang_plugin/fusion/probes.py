@@ -47,7 +47,9 @@ class MassObserver:
             torch.zeros(s.numel(), dtype=torch.float32, device=s.device) for s in slots
         ]
 
-    def before_write(self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor) -> None:
+    def before_write(
+        self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         """Nothing: mass is taken when the rows are written."""
 
     def after_write(self, layer_id: int, q: Tensor, k_pool: Tensor) -> None:
@@ -90,7 +92,9 @@ class DeviationObserver:
         self._metric = metric
         self._deviation: list[Tensor] = []
 
-    def before_write(self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor) -> None:
+    def before_write(
+        self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         """Compare at the check layer, while the pool still holds what was loaded."""
         if layer_id != self._layer:
             return
@@ -98,7 +102,11 @@ class DeviationObserver:
             slots = self._slots[rows]
             self._deviation.append(
                 kv_deviation(
-                    k[rows], k_pool[slots].to(k.dtype), v[rows], v_pool[slots].to(v.dtype), self._metric
+                    k[rows],
+                    k_pool[slots].to(k.dtype),
+                    v[rows],
+                    v_pool[slots].to(v.dtype),
+                    self._metric,
                 )
             )
 

@@ -166,8 +166,11 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         ratio=None if ratio is None else float(ratio),
         options=_read_options(fields.get("options")),
     )
-    if mode == "build" and not spans:
-        raise RequestError("fusion mode 'build' needs spans: the chunks whose KV is to be stored.")
+    if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
+        raise RequestError(
+            "fusion mode 'build' needs exactly one span, right behind the shared prefix: chunk KV must not "
+            "have seen another chunk; send one request a chunk."
+        )
     if request.policy:
         request.make_policy(request.policy)
     elif request.ratio is not None or request.options:

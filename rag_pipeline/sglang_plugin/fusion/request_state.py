@@ -100,20 +100,26 @@ class RequestState:
         What was asked for.
     policy : Policy
         Chooses the rows.
-    resolved : bool
-        Matching was done in this scheduling attempt; spans are leased.
+    resolved, done : bool
+        Matching was done in this scheduling attempt and spans are leased; the whole prompt is computed.
     spans : list of LeasedSpan
         What will be loaded, rising, disjoint.
     captures : list of Capture
         What will be stored after the forward.
     radix_len : int
         Exact tokens found in the tree when the prompt was admitted.
+    exact_limit : int or None
+        Tokens that may be published as exact; None for all.
     row_layers : float
-        Work done so far.
+        Work done so far: rows times layers.
+    internal : bool
+        Made by this process (background build, self-check); its output goes to no client.
     """
 
     __slots__ = (
+        "__weakref__",
         "captures",
+        "done",
         "exact_limit",
         "internal",
         "policy",
@@ -133,6 +139,7 @@ class RequestState:
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
         self.resolved = False
+        self.done = False
         self.spans: list[LeasedSpan] = []
         self.captures: list[Capture] = []
         self.radix_len = 0
@@ -155,7 +162,25 @@ class RequestState:
         self.spans = []
         self.captures = []
         self.resolved = False
+        self.done = False
         self.exact_limit = None
+
+    def finish(self) -> None:
+        """End the leases of a computed prompt; the limit of what may be published stays."""
+        for span in self.spans:
+            span.lease.release()
+        self.spans = []
+        self.captures = []
+        self.done = True
+
+    def __del__(self) -> None:
+        # A request that is dropped from a queue is never released by the scheduler: it holds nothing.
+        self.drop()
+
+    @property
+    def is_pending(self) -> bool:
+        """Matched, with something left to load or to store."""
+        return self.resolved and not self.done and bool(self.spans or self.captures)
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""
@@ -165,6 +190,6 @@ class RequestState:
 
 
 def state_of(req: Any) -> RequestState | None:
-    """The state that hangs on a request, or None."""
+    """Return the state that hangs on a request, or None."""
     found = getattr(req, ATTRIBUTE, None)
     return found if isinstance(found, RequestState) else None

@@ -33,9 +33,13 @@ def refuse_settings(server_args: Any) -> str | None:
         return getattr(server_args, name, default)
 
     if setting("pp_size", 1) > 1:
-        return "pipeline parallelism (--pp-size): rows and positions are not passed between stages yet"
+        return (
+            "pipeline parallelism (--pp-size): rows and positions are not passed between stages yet"
+        )
     if setting("enable_dp_attention", False):
-        return "data-parallel attention (--enable-dp-attention): its ranks pad to a common row count"
+        return (
+            "data-parallel attention (--enable-dp-attention): its ranks pad to a common row count"
+        )
     if setting("speculative_algorithm") is not None:
         return "speculative decoding: the draft needs hidden states of every prompt token"
     if setting("attn_cp_size", 1) > 1 or setting("dcp_size", 1) > 1:
@@ -67,9 +71,7 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     """
     names = getattr(hf_config, "architectures", None) or ["?"]
     if names[0] not in SUPPORTED_ARCHITECTURES:
-        return (
-            f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+        return f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
     kind = type(pool).__name__
     if kind != "MHATokenToKVPool":
         return f"KV pool {kind}: only plain multi-head pools are supported (no MLA, SWA, hybrid)"
@@ -111,6 +113,4 @@ def refuse_request(req: Any) -> str | None:
         return "beam_search"
     if req.is_dllm():
         return "diffusion_model"
-    if req.skip_radix_cache_insert:
-        return "not_cacheable"
     return None

@@ -1,0 +1,258 @@
+"""When a request is considered for a batch: find and lease its chunks, and charge only rows that will be computed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from chunk_cache import Build, ChunkKey, Match
+from rag_pipeline.sglang_plugin.fusion import plan as planning
+from rag_pipeline.sglang_plugin.fusion.request_spans import (
+    FusionRequest,
+    RequestError,
+    parse_request,
+)
+from rag_pipeline.sglang_plugin.fusion.request_state import (
+    ATTRIBUTE,
+    Capture,
+    LeasedSpan,
+    RequestState,
+    UsageReport,
+    state_of,
+)
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix, get_runtime
+from rag_pipeline.sglang_plugin.fusion.support import refuse_request
+
+logger = logging.getLogger(__name__)
+
+_MAX_PREFIX_CANDIDATES = 4
+INTERNAL_RID = "rag-internal-"
+"""Requests that this process makes for itself."""
+
+
+def tenant_of(req: Any) -> str:
+    """Salt of chunk identity: what already separates requests in the radix tree separates chunks."""
+    if req.extra_key is None and req.cache_salt is None:
+        return ""
+    return repr((req.extra_key or "", req.cache_salt or ""))
+
+
+def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``Req.__init__``: hang fusion's state on the requests that may use it."""
+    runtime = get_runtime()
+    if runtime is None:
+        return
+    try:
+        prompt_len = len(req.origin_input_ids)
+        request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
+        if request is None:
+            if not (
+                runtime.config.automatic and runtime.is_on and runtime.store.stats().chunks_now
+            ):
+                return
+            request = FusionRequest()
+        policy = request.make_policy(runtime.config.policy)
+        state = RequestState(
+            request, policy, req.origin_input_ids, internal=str(req.rid).startswith(INTERNAL_RID)
+        )
+        setattr(req, ATTRIBUTE, state)
+    except RequestError as error:
+        # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
+        runtime.metrics.count("fallbacks", "malformed")
+        runtime.say_once("malformed", "Fusion fields of a request are ignored: %s", error)
+
+
+def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
+    """Resolve one request: what is loaded, what is stored, what may be published.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    req : Req
+        Its radix match is known: ``req.prefix_len``.
+    state : RequestState
+        Changed in place; ``resolved`` afterwards.
+    """
+    if state.resolved:
+        return
+    state.radix_len = int(req.prefix_len)
+    state.row_layers = 0.0
+    state.report = UsageReport(prompt_tokens=int(state.prompt.size))
+    if state.request.mode == "off":
+        state.give_up("off")
+        return
+    if not runtime.is_on and not state.internal:
+        _fall_back(runtime, state, "fusion_off")
+        return
+    reason = refuse_request(req)
+    if reason is not None:
+        _fall_back(runtime, state, reason)
+        return
+    began = time.perf_counter()
+    tenant = tenant_of(req)
+    if state.request.mode == "build":
+        prefix = runtime.prefix(state.prompt, state.request.prefix_len, tenant)
+        for start, end in state.request.spans:
+            _begin_capture(runtime, state, prefix, start, end)
+    else:
+        _find_chunks(runtime, state, tenant)
+    state.resolved = True
+    if state.spans:
+        state.exact_limit = state.spans[0].start
+    runtime.metrics.observe("match_seconds", time.perf_counter() - began)
+
+
+def _fall_back(runtime: FusionRuntime, state: RequestState, reason: str) -> None:
+    runtime.metrics.count("fallbacks", reason)
+    if state.request.spans:
+        runtime.say_once(
+            reason,
+            "A request with chunk spans is prefilled as usual: %s",
+            runtime.off_reason or reason,
+        )
+    state.give_up(reason)
+
+
+def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: str) -> None:
+    request, prompt = state.request, state.prompt
+    if request.spans:
+        prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
+        assert prefix is not None
+        found = runtime.store.resolve(
+            prompt,
+            prefix.context,
+            spans=request.spans,
+            automatic=runtime.config.automatic,
+            min_piece=runtime.config.min_reused_tokens,
+        )
+        # Around missing spans an older, differently cut chunk may serve; outside the spans the client said
+        # that there is no chunk: the question stays fresh whatever it quotes.
+        matches, missing = _inside(found.matches, request.spans), found.missing
+    else:
+        prefix, matches, missing = _scan(runtime, prompt, tenant)
+    if prefix is not None:
+        # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
+        low = max(int(prefix.ids.size), state.radix_len)
+        matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
+    leased = [
+        LeasedSpan(match=m, lease=lease)
+        for m, lease in runtime.store.acquire_matches(prompt, matches)
+    ]
+    if runtime.group.size > 1:
+        agreed = runtime.group.common([(s.start, s.end, s.match.chunk_offset) for s in leased])
+        for span in leased:
+            if (span.start, span.end, span.match.chunk_offset) not in agreed:
+                span.lease.release()
+        leased = [s for s in leased if (s.start, s.end, s.match.chunk_offset) in agreed]
+    missing = [(s, e) for s, e in missing if e > state.radix_len]
+    runtime.metrics.count("spans", "hit", len(leased))
+    runtime.metrics.count("spans", "miss", len(missing))
+    state.spans = leased
+    if sum(s.end - s.start for s in leased) < runtime.config.min_reused_tokens:
+        state.drop()
+        if request.spans and not missing:
+            state.report.fallback = state.report.fallback or "in_exact_prefix"
+        elif request.spans:
+            runtime.metrics.count("fallbacks", "miss")
+            state.report.fallback = state.report.fallback or "miss"
+    if prefix is not None and missing:
+        _remember_missing(runtime, state, prefix, missing)
+
+
+def _inside(matches: list[Match], spans: tuple[tuple[int, int], ...]) -> list[Match]:
+    return [
+        match.clipped(start, end)
+        for match in matches
+        for start, end in spans
+        if match.prompt_start < end and start < match.prompt_end
+    ]
+
+
+def _scan(
+    runtime: FusionRuntime, prompt: Any, tenant: str
+) -> tuple[KnownPrefix | None, list[Match], list[tuple[int, int]]]:
+    """Longest cover over the known prefixes that the prompt begins with."""
+    best: tuple[int, KnownPrefix | None, list[Match]] = (0, None, [])
+    for known in runtime.prefixes_of(prompt, tenant)[:_MAX_PREFIX_CANDIDATES]:
+        matches = runtime.store.match(prompt, known.context)
+        cover = sum(m.num_tokens for m in matches)
+        if cover > best[0]:
+            best = (cover, known, matches)
+    return best[1], best[2], []
+
+
+def _remember_missing(
+    runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, missing: list[tuple[int, int]]
+) -> None:
+    """Store a chunk right behind the exact prefix from this very prefill; queue the others."""
+    from rag_pipeline.sglang_plugin.fusion.background import enqueue
+
+    for start, end in missing:
+        if start == prefix.ids.size and (not state.spans or end <= state.spans[0].start):
+            _begin_capture(runtime, state, prefix, start, end)
+        else:
+            enqueue(runtime, prefix, state.prompt[start:end])
+
+
+def _begin_capture(
+    runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, start: int, end: int
+) -> None:
+    ids = state.prompt[start:end]
+    key = ChunkKey.of(prefix.context, ids)
+    build = runtime.store.begin_build(key, ids, owner="prefill")
+    if isinstance(build, Build):
+        state.captures.append(Capture(start=start, end=end, base_position=start, build=build))
+
+
+def expected_savings(state: RequestState, start: int, end: int) -> int:
+    """Rows of ``[start, end)`` that a batch will not compute, as far as known at admission."""
+    if not state.is_pending or not state.spans:
+        return 0
+    loaded = planning.skipped_rows(state.loads, start, end)
+    return int(loaded * (1.0 - min(1.0, state.policy.ratio)))
+
+
+def around_add_request(
+    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Wrap ``PrefillAdder.add_one_req`` and ``add_chunked_req``: budgets count computed rows.
+
+    The budget is raised by the rows that the request will not compute, for the time of the call, and what
+    an admitted piece did not use of it is taken back.
+    """
+    runtime, state = get_runtime(), state_of(req)
+    if runtime is None or state is None:
+        return original(adder, req, *args, **kwargs)
+    try:
+        admit(runtime, req, state)
+    except Exception:
+        # Anything unforeseen here must cost speed, never a request.
+        logger.exception("Matching failed; request %s is prefilled as usual", req.rid)
+        runtime.metrics.count("fallbacks", "internal_error")
+        state.give_up("internal_error")
+    promised = expected_savings(state, int(req.prefix_len), len(req.full_untruncated_fill_ids))
+    if not promised:
+        return original(adder, req, *args, **kwargs)
+    count = len(adder.can_run_list)
+    _raise_budget(adder, promised)
+    result = original(adder, req, *args, **kwargs)
+    admitted = len(adder.can_run_list) > count and adder.can_run_list[-1] is req
+    used = expected_savings(state, int(req.prefix_len), int(req.extend_end)) if admitted else 0
+    _raise_budget(adder, used - promised)
+    return result
+
+
+def _raise_budget(adder: Any, rows: int) -> None:
+    adder.rem_input_tokens += rows
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens += rows
+
+
+def after_release(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``release_kv_cache``: finished, aborted or retracted, the request holds nothing."""
+    state = state_of(req)
+    if state is not None:
+        state.drop()

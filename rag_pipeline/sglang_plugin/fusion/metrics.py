@@ -1,0 +1,97 @@
+"""Counters and histograms of fusion, in the registry that SGLang's own ``/metrics`` serves.
+
+SGLang collects its processes through prometheus' multi-process folder; metrics made in the scheduler process
+therefore appear there without a route of our own. With metrics off (no ``--enable-metrics``) the same numbers are
+kept as plain integers for ``/server_info``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class FusionMetrics:
+    """Numbers of one scheduler process.
+
+    Parameters
+    ----------
+    export : bool
+        Also publish to prometheus.
+    labels : dict, optional
+        SGLang's constant labels of this process.
+    """
+
+    def __init__(self, *, export: bool = False, labels: dict[str, str] | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._labels = dict(labels or {})
+        self._families: dict[str, Any] = {}
+        if export:
+            self._families = _make_families(tuple(self._labels))
+
+    def count(self, family: str, kind: str, amount: float = 1) -> None:
+        """Add to a counter.
+
+        Parameters
+        ----------
+        family : str
+            ``requests``, ``tokens``, ``spans``, ``fallbacks`` or ``background``.
+        kind : str
+            Value of the label ``kind``.
+        amount : float
+            Not negative.
+        """
+        if amount:
+            self.counts[f"{family}.{kind}"] += amount  # type: ignore[assignment]
+        metric = self._families.get(family)
+        if metric is not None and amount:
+            metric.labels(**self._labels, kind=kind).inc(amount)
+
+    def observe(self, family: str, seconds: float) -> None:
+        """Record a duration: ``match_seconds``, ``plan_seconds`` or ``forward_seconds``."""
+        self.counts[f"{family}.count"] += 1
+        self.counts[f"{family}.total_us"] += int(seconds * 1e6)
+        metric = self._families.get(family)
+        if metric is not None:
+            metric.labels(**self._labels).observe(seconds)
+
+    def gauge(self, family: str, value: float) -> None:
+        """Set a gauge: ``store_bytes`` or ``store_chunks``."""
+        self.counts[family] = int(value)
+        metric = self._families.get(family)
+        if metric is not None:
+            metric.labels(**self._labels).set(value)
+
+    def to_json(self) -> dict[str, int]:
+        """Return all numbers as a JSON-ready dict."""
+        return {key: int(value) for key, value in sorted(self.counts.items())}
+
+
+def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
+    # Imported late: prometheus reads its multi-process folder from the environment at import.
+    from prometheus_client import Counter as Count
+    from prometheus_client import Gauge, Histogram
+
+    def counter(name: str, text: str) -> Any:
+        return Count(f"rag_fusion:{name}", text, [*names, "kind"])
+
+    def histogram(name: str, text: str) -> Any:
+        return Histogram(f"rag_fusion:{name}", text, [*names], buckets=_SECONDS)
+
+    def gauge(name: str, text: str) -> Any:
+        return Gauge(f"rag_fusion:{name}", text, [*names], multiprocess_mode="mostrecent")
+
+    return {
+        "requests": counter("requests", "Requests by outcome."),
+        "tokens": counter("tokens", "Prompt tokens by what happened to them."),
+        "spans": counter("spans", "Chunk look-ups by outcome."),
+        "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
+        "background": counter("background", "Background chunk builds by event."),
+        "match_seconds": histogram("match_seconds", "Matching and leasing for one request."),
+        "plan_seconds": histogram("plan_seconds", "Planning of one fused forward."),
+        "forward_seconds": histogram("forward_seconds", "One fused forward, passes included."),
+        "store_bytes": gauge("store_bytes", "Bytes of chunk KV held."),
+        "store_chunks": gauge("store_chunks", "Chunks held."),
+    }

@@ -1,0 +1,139 @@
+"""The one object of a scheduler process that holds what fusion needs, or the reason why it is off."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunk_cache import KVContext, MemoryStore, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
+from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+
+logger = logging.getLogger(__name__)
+
+_MAX_PREFIXES = 256
+
+TokenArray = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KnownPrefix:
+    """A shared prefix that chunks were computed behind, and the context of those chunks."""
+
+    ids: TokenArray
+    context: KVContext
+
+    def begins(self, prompt: TokenArray) -> bool:
+        """Whether a prompt starts with it and goes on."""
+        return prompt.size > self.ids.size and np.array_equal(prompt[: self.ids.size], self.ids)
+
+
+class FusionRuntime:
+    """State of fusion in one process.
+
+    Parameters
+    ----------
+    config : FusionConfig
+        The operator's switches.
+    facts : ModelFacts or None
+        The loaded model; None when fusion is off.
+    off_reason : str
+        Why every prompt is prefilled as usual; empty when fusion works.
+    group : RankGroup
+        Tensor-parallel ranks.
+    metrics : FusionMetrics
+        Where numbers go.
+    """
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        facts: ModelFacts | None,
+        *,
+        off_reason: str = "",
+        group: RankGroup | None = None,
+        metrics: FusionMetrics | None = None,
+    ) -> None:
+        self.config = config
+        self.facts = facts
+        self.off_reason = off_reason
+        self.group = group or RankGroup()
+        self.metrics = metrics or FusionMetrics()
+        self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
+        self.self_check = "not run"
+        self._prefixes: OrderedDict[tuple[str, str], KnownPrefix] = OrderedDict()
+        self._said: set[str] = set()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether requests are fused."""
+        return not self.off_reason and self.facts is not None
+
+    def turn_off(self, reason: str) -> None:
+        """Prefill everything as usual from now on, and say so loudly."""
+        self.off_reason = reason
+        logger.error("Chunk-KV fusion is OFF: %s. Serving goes on by ordinary prefill.", reason)
+
+    def say_once(self, key: str, message: str, *values: Any) -> None:
+        """Log a warning the first time its key comes up."""
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(message, *values)
+
+    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: str) -> KnownPrefix:
+        """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
+        ids = prompt[:prefix_len]
+        digest = hash_token_ids(ids)
+        known = self._prefixes.get((tenant, digest))
+        if known is None:
+            assert self.facts is not None
+            known = KnownPrefix(
+                ids=ids.copy(), context=self.facts.context(prefix_digest=digest, tenant=tenant)
+            )
+            while len(self._prefixes) >= _MAX_PREFIXES:
+                self._prefixes.popitem(last=False)
+            self._prefixes[tenant, digest] = known
+        else:
+            self._prefixes.move_to_end((tenant, digest))
+        return known
+
+    def prefixes_of(self, prompt: TokenArray, tenant: str) -> list[KnownPrefix]:
+        """Known prefixes of the tenant that the prompt begins with, longest first."""
+        found = [
+            known
+            for (owner, _), known in self._prefixes.items()
+            if owner == tenant and known.begins(prompt)
+        ]
+        return sorted(found, key=lambda known: -known.ids.size)
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready state for ``/server_info`` and ``doctor``."""
+        return {
+            "on": self.is_on,
+            "off_reason": self.off_reason,
+            "self_check": self.self_check,
+            "config": dataclasses.asdict(self.config),
+            "store": self.store.stats().to_json(),
+            "counts": self.metrics.to_json(),
+        }
+
+
+_RUNTIME: FusionRuntime | None = None
+
+
+def get_runtime() -> FusionRuntime | None:
+    """Return the runtime of this process; None before the scheduler is ready and elsewhere."""
+    return _RUNTIME
+
+
+def set_runtime(runtime: FusionRuntime | None) -> None:
+    """Install the runtime of this process."""
+    global _RUNTIME
+    _RUNTIME = runtime

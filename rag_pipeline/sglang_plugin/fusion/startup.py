@@ -1,0 +1,65 @@
+"""From a scheduler that is ready to a runtime, or to the reason why fusion stays off."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
+from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, set_runtime
+from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
+from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+
+logger = logging.getLogger(__name__)
+
+
+def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``Scheduler.__init__``: the model is loaded, the pools exist, no request has come."""
+    set_runtime(build_runtime(scheduler))
+
+
+def build_runtime(scheduler: Any) -> FusionRuntime:
+    """Make the runtime of a scheduler process; never raises, a fault turns fusion off."""
+    config = FusionConfig.from_env()
+    runner = scheduler.tp_worker.model_runner
+    collector = getattr(scheduler, "metrics_collector", None)
+    enabled = bool(getattr(scheduler.server_args, "enable_metrics", False))
+    metrics = FusionMetrics(
+        export=enabled and collector is not None,
+        labels=getattr(collector, "labels", None),
+    )
+    group = _rank_group()
+    reason, facts = refuse_settings(scheduler.server_args), None
+    if reason is None and not scheduler.is_generation:
+        reason = "the model does not generate"
+    if reason is None:
+        try:
+            facts = read_model(runner, tp_rank=group.rank, tp_size=group.size)
+        except UnsupportedModelError as error:
+            reason = str(error)
+        except Exception as error:
+            logger.exception("Reading the model for fusion failed")
+            reason = f"{type(error).__name__}: {error}"
+    runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
+    if reason:
+        logger.warning("Chunk-KV fusion is off for this engine: %s", reason)
+    else:
+        assert facts is not None
+        logger.info(
+            "Chunk-KV fusion is on: %d layers, %d KV heads of %d, weights %s, policy %s",
+            facts.num_layers,
+            facts.num_kv_heads,
+            facts.head_dim,
+            facts.fingerprint[:12],
+            config.policy,
+        )
+    return runtime
+
+
+def _rank_group() -> RankGroup:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return RankGroup(parallel.tp_group if parallel.tp_size > 1 else None)

@@ -1,0 +1,80 @@
+"""What happened to a prompt's tokens, from the scheduler to the response's ``meta_info``.
+
+The report rides on SGLang's ``customized_info``, which both the streaming and the plain path carry. It is marked as a
+request-level value, so that it is sent once, and requests without one get no field at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rag_pipeline.sglang_plugin.fusion.request_state import META_KEY, RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+
+
+def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
+    """Complete a report when the last piece of a prompt was computed, and count it.
+
+    A prompt that came back after a retraction is counted again: its work was done again.
+    """
+    report, facts = state.report, runtime.facts
+    loaded = sum(end - start for start, end in state.loads)
+    last = report.prompt_tokens - 1
+    # The last token is always computed: where it lay in a span it was loaded for nothing.
+    forced = int(any(start <= last < end for start, end in state.loads))
+    report.exact_prefix_tokens = min(state.radix_len, report.prompt_tokens)
+    report.recomputed_tokens = min(report.recomputed_tokens, loaded)
+    report.reused_tokens = max(0, loaded - report.recomputed_tokens - forced)
+    report.recomputed_tokens = loaded - report.reused_tokens
+    report.fresh_tokens = report.prompt_tokens - report.exact_prefix_tokens - loaded
+    if loaded:
+        report.policy = state.policy.name
+        report.ratio = state.policy.ratio
+    behind = report.prompt_tokens - report.exact_prefix_tokens
+    whole = behind * (facts.num_layers if facts else 1)
+    report.computed_fraction = round(state.row_layers / whole, 6) if whole and loaded else 1.0
+    runtime.metrics.count(
+        "requests", "fused" if loaded else "built" if report.built_chunks else "plain"
+    )
+    runtime.metrics.count("tokens", "exact_prefix", report.exact_prefix_tokens)
+    runtime.metrics.count("tokens", "reused", report.reused_tokens)
+    runtime.metrics.count("tokens", "recomputed", report.recomputed_tokens)
+    runtime.metrics.count("tokens", "fresh", report.fresh_tokens)
+
+
+def attach_report(req: Any, state: RequestState) -> None:
+    """Put the report where SGLang's output path picks it up."""
+    if req.customized_info is None:
+        req.customized_info = {}
+    req.customized_info[META_KEY] = [state.report.to_json()]
+
+
+def around_request_level_key(original: Callable[..., bool], streamer: Any, key: str) -> bool:
+    """Wrap ``SchedulerOutputStreamer.is_request_level_customized_info_key``: ours is sent once."""
+    return key == META_KEY or original(streamer, key)
+
+
+def around_update_meta_info(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, Any],
+    index: int,
+    finish_reason: Any,
+) -> None:
+    """Wrap ``TokenizerManager.update_request_meta_info``: a dict, or nothing, instead of a list."""
+    values = customized_info.get(META_KEY)
+    if values is None:
+        original(manager, meta_info, state, customized_info, index, finish_reason)
+        return
+    rest = {key: value for key, value in customized_info.items() if key != META_KEY}
+    original(manager, meta_info, state, rest, index, finish_reason)
+    mine = values[index]
+    if mine:
+        # Kept on the state too: with streaming only the first message carries it.
+        state.rag_fusion_report = mine[0]
+    report = getattr(state, "rag_fusion_report", None)
+    if report is not None:
+        meta_info[META_KEY] = report
