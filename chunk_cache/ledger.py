@@ -37,14 +37,11 @@ class Ledger:
         self.byte_budget = byte_budget
         self.bytes_now = 0
         self.pinned_bytes = 0
+        self.num_in_use = 0
+        """Records with a lease on them, detached ones included."""
         self.entries: dict[ChunkKey, Entry] = {}
         self.evictable: OrderedDict[ChunkKey, None] = OrderedDict()
         self._detached: set[Entry] = set()
-
-    @property
-    def num_in_use(self) -> int:
-        """Records with a lease on them."""
-        return sum(entry.refs > 0 for entry in self.entries.values()) + len(self._detached)
 
     def insert(self, record: ChunkKV, pinned: bool, now: float) -> None:
         """Add a record; room must have been made."""
@@ -57,6 +54,7 @@ class Ledger:
 
     def take(self, entry: Entry) -> None:
         """Count one more user."""
+        self.num_in_use += entry.refs == 0
         entry.refs += 1
         self.evictable.pop(entry.record.key, None)
 
@@ -67,6 +65,7 @@ class Ledger:
         entry.refs -= 1
         if entry.refs:
             return
+        self.num_in_use -= 1
         entry.used_at = now
         if entry.detached:
             self._detached.remove(entry)
@@ -133,6 +132,8 @@ class Ledger:
                 _fail(f"{key} holds the record of {entry.record.key}")
             if ChunkKey.of(key.namespace, entry.record.token_ids) != key:
                 _fail(f"{key} is not the hash of its token ids")
+        if self.num_in_use != sum(e.refs > 0 for e in entries) + len(self._detached):
+            _fail(f"num_in_use is {self.num_in_use}, the records say otherwise")
         if any(not e.detached or e.refs < 1 for e in self._detached):
             _fail("a record waits for its last lease and has none")
         if expect_idle and self.num_in_use:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from chunk_cache.builds import BuildTable
 from chunk_cache.handles import ChunkState
 from chunk_cache.keys import ChunkKey
+from chunk_cache.ledger import Ledger
 from chunk_cache.spans import Match
 
 
@@ -50,3 +52,30 @@ class EntryInfo:
             "idle_s": round(self.idle_s, 3),
             "detail": self.detail,
         }
+
+
+def list_entries(ledger: Ledger, builds: BuildTable, now: float) -> list[EntryInfo]:
+    """List READY keys, most recently used first, then BUILDING and FAILED ones."""
+    ready = [
+        EntryInfo(
+            key=key,
+            state=ChunkState.READY,
+            num_bytes=entry.record.num_bytes,
+            base_position=entry.record.base_position,
+            pinned=entry.pinned,
+            in_use=entry.refs,
+            hits=entry.hits,
+            idle_s=now - entry.used_at,
+        )
+        for key, entry in ledger.entries.items()
+    ]
+    ready.sort(key=lambda info: (info.idle_s, info.key.digest))
+    building = [
+        EntryInfo(key=key, state=ChunkState.BUILDING, detail=build.owner)
+        for key, build in builds.building.items()
+    ]
+    failed = [
+        EntryInfo(key=key, state=ChunkState.FAILED, detail=reason)
+        for key, (_, reason) in builds.failed.items()
+    ]
+    return ready + building + failed

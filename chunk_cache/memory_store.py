@@ -17,7 +17,7 @@ from chunk_cache.errors import ChunkCacheError, IntegrityError
 from chunk_cache.handles import Build, ChunkState, Lease
 from chunk_cache.keys import ChunkKey, KVContext, as_prompt_ids, as_token_ids
 from chunk_cache.ledger import Entry, Ledger
-from chunk_cache.listing import EntryInfo, Resolution
+from chunk_cache.listing import EntryInfo, Resolution, list_entries
 from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
 from chunk_cache.spans import Match, check_spans, merge_matches
@@ -80,6 +80,10 @@ class MemoryStore:
         self._ledger = Ledger(byte_budget)
         self._builds = BuildTable(retry_failed_s)
         self._stats = StoreStats()
+
+    def __len__(self) -> int:
+        """Count the READY records."""
+        return len(self._ledger.entries)
 
     # -- looking up ---------------------------------------------------------------------------
 
@@ -395,30 +399,7 @@ class MemoryStore:
         """List READY, BUILDING and FAILED keys, most recently used first."""
         with self._lock:
             self._expire_builds()
-            now = self._clock()
-            ready = [
-                EntryInfo(
-                    key=key,
-                    state=ChunkState.READY,
-                    num_bytes=entry.record.num_bytes,
-                    base_position=entry.record.base_position,
-                    pinned=entry.pinned,
-                    in_use=entry.refs,
-                    hits=entry.hits,
-                    idle_s=now - entry.used_at,
-                )
-                for key, entry in self._ledger.entries.items()
-            ]
-            ready.sort(key=lambda info: (info.idle_s, info.key.digest))
-            building = [
-                EntryInfo(key=key, state=ChunkState.BUILDING, detail=build.owner)
-                for key, build in self._builds.building.items()
-            ]
-            failed = [
-                EntryInfo(key=key, state=ChunkState.FAILED, detail=reason)
-                for key, (_, reason) in self._builds.failed.items()
-            ]
-            return ready + building + failed
+            return list_entries(self._ledger, self._builds, self._clock())
 
     def stats(self) -> StoreStats:
         """Return a copy of the counters with the gauges filled in."""

@@ -208,9 +208,13 @@ class FingerprintIndex:
         *rest, old, new = self._runs
         # side="right" puts newer entries behind older ones of equal hash: postings stay ascending.
         at = np.searchsorted(old.hashes, new.hashes, side="right")
-        merged = _Run(
-            np.insert(old.hashes, at, new.hashes), np.insert(old.postings, at, new.postings)
-        )
+        at += np.arange(at.size)
+        from_old = np.ones(old.hashes.size + new.hashes.size, dtype=np.bool_)
+        from_old[at] = False
+        merged = _Run(np.empty(from_old.size, np.uint64), np.empty(from_old.size, np.uint64))
+        for target, olds, news in zip(merged, old, new, strict=True):
+            target[at] = news
+            target[from_old] = olds
         self._runs = [*rest, merged]
 
     def _without_dead(self, run: _Run) -> _Run:

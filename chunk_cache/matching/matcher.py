@@ -54,10 +54,11 @@ class ChunkMatcher:
     reported. Chunks shorter than ``min_match`` are therefore only ever matched by explicit spans.
 
     **Limit.** A fingerprint that occurs more than ``max_postings`` times (boiler-plate in very many
-    chunks, one token repeated; chunks removed a moment ago still count) is followed only where nothing else covers the prompt, and then in
-    the 16 places whose neighbourhood agrees best, of the 1024 oldest; no more than
-    ``max_alignments`` (chunk, shift) pairs are verified per prompt. When that cut anything, ``truncated`` is set: what
-    is reported is still verified, but a run may be missing or a shorter one taken for it.
+    chunks, one token repeated; chunks removed a moment ago still count) is followed only where
+    nothing else covers the prompt, and then in the 16 places, of the 1024 oldest, whose
+    neighbourhood agrees best; no more than ``max_alignments`` (chunk, shift) pairs are verified per
+    prompt. When that cut anything, ``truncated`` is set: what is reported is still verified, but a
+    run may be missing or a shorter one taken for it.
 
     How it works: windows of ``min_match // 2`` tokens are hashed; of every
     ``min_match - min_match // 2 + 1`` consecutive ones the smallest hash is kept, on both sides.
@@ -299,23 +300,25 @@ class _Scan:
     ) -> None:
         """Follow frequent fingerprints where the prompt is not covered yet, best places first."""
         window = self.matcher._hasher.num_tokens
+        self.truncated = True  # a run of a skipped one may reach further than what covers it
+        reach = 0  # from the last place looked at to here everything is covered
         for query in queries.tolist():
             place = int(places[query])
-            if self.covered[place : place + window].all():
-                # Some run of it may still reach further than what covers it.
-                self.truncated = True
+            if place + window > reach:
+                behind = self.covered[place:]
+                gap = int(behind.argmin())
+                reach = place + (behind.size if behind[gap] else gap)
+            if place + window <= reach:
                 continue
             postings = self._best_postings(ranges, query, places)
             for serial, offset in zip(*(part.tolist() for part in postings), strict=True):
                 if len(self.verified) >= self.matcher.max_alignments:
-                    self.truncated = True
                     return
                 self._verify(serial, place - offset)
 
     def _best_postings(
         self, ranges: PostingRanges, query: int, places: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        self.truncated = True
         postings = ranges.first(query, _RANKED_POSTINGS)
         chunks = self.matcher._chunks
         alive = [serial in chunks for serial in split_postings(postings)[0].tolist()]

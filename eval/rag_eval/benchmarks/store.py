@@ -113,6 +113,8 @@ class _Timer:
             "wall_ms_p99": round(float(np.percentile(wall, 99)), 4),
             "wall_ms_max": round(float(wall.max()), 4),
             "cpu_ms_p50": round(float(np.median(cpu)), 4),
+            "cpu_ms_p99": round(float(np.percentile(cpu, 99)), 4),
+            "cpu_ms_max": round(float(cpu.max()), 4),
             "n": len(self.wall),
         }
 
@@ -343,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{name:20} median {value['wall_ms_p50']:9.4f} ms   p99 {value['wall_ms_p99']:9.4f}"
                 f"   max {value['wall_ms_max']:9.4f}   CPU {value['cpu_ms_p50']:9.4f}"
+                f" p99 {value['cpu_ms_p99']:9.4f}"
                 f"   n={value['n']}"
             )
     print(f"index {report['index']}")
