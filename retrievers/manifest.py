@@ -82,7 +82,6 @@ class Manifest:
         temporary = path.with_suffix(".json.new")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(body, file, indent=1, sort_keys=True)
-            file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
