@@ -19,7 +19,11 @@ HERE = Path(__file__).parent
 
 
 def run(script: str, **extra: str) -> dict:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
+    env = (
+        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        | extra
+        | {"OMP_NUM_THREADS": "1"}
+    )
     done = subprocess.run(
         [sys.executable, str(HERE / script)],
         env=env,
