@@ -100,13 +100,13 @@ class RagPipeline:
         RetrievalError
             From the retriever.
         """
-        piece: str | Answer = ""
+        result: str | Answer = ""
         for piece in self.stream(
             question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
         ):
-            continue  # only the last one counts
-        assert isinstance(piece, Answer)
-        return piece
+            result = piece
+        assert isinstance(result, Answer)
+        return result
 
     def stream(
         self,
@@ -151,13 +151,13 @@ class RagPipeline:
         ratio: float | None = None,
     ) -> Answer:
         """Answer one question without blocking the event loop; as :meth:`ask`."""
-        piece: str | Answer = ""
+        result: str | Answer = ""
         async for piece in self.astream(
             question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
         ):
-            continue  # only the last one counts
-        assert isinstance(piece, Answer)
-        return piece
+            result = piece
+        assert isinstance(result, Answer)
+        return result
 
     async def astream(
         self,

@@ -189,8 +189,8 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
         Progress.
     """
     import torch
-    from transformers import modeling_gguf_pytorch_utils as hf_gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as hf_gguf
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()

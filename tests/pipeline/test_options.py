@@ -1,0 +1,76 @@
+"""Options, usage arithmetic, and the JSON contract; no engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.generation import extra_fields, usage_from_meta
+from rag_pipeline.generation.base import delta
+from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Source, Timing
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be a whole number"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"repetition_penalty": 3.0}, "repetition_penalty is 3.0"),
+    ],
+)
+def test_bad_sampling_options(options: dict[str, float], says: str) -> None:
+    with pytest.raises(RagPipelineError) as error:
+        SamplingOptions(**options)  # type: ignore[arg-type]
+    assert says in str(error.value)
+
+
+def test_policy_seam_refuses_what_it_does_not_know() -> None:
+    assert extra_fields(GenerationRequest(input_ids=(1,))) == {}
+    with pytest.raises(RagPipelineError, match=r"policy 'magic' is unknown; allowed are prefix"):
+        extra_fields(GenerationRequest(input_ids=(1,), policy="magic"))
+    with pytest.raises(RagPipelineError, match="takes no ratio"):
+        extra_fields(GenerationRequest(input_ids=(1,), ratio=0.5))
+
+
+def test_usage_adds_up_with_and_without_the_fusion_report() -> None:
+    plain = usage_from_meta({"cached_tokens": 30, "completion_tokens": 7}, prompt_tokens=100)
+    assert (plain.exact_prefix_tokens, plain.fresh_tokens, plain.completion_tokens) == (30, 70, 7)
+    report = {"exact_prefix_tokens": 20, "reused_tokens": 50, "recomputed_tokens": 10}
+    fused = usage_from_meta({"cached_tokens": 80, "rag_fusion": report}, prompt_tokens=100)
+    assert (fused.exact_prefix_tokens, fused.reused_tokens) == (20, 50)
+    assert (fused.recomputed_tokens, fused.fresh_tokens) == (10, 20)
+
+
+def test_delta_joins_to_the_whole_text_and_holds_back_half_characters() -> None:
+    so_far = ["a", "a\ufffd", "aé", "aé", "aé\ufffd"]
+    seen, pieces = 0, []
+    for index, text in enumerate(so_far):
+        piece, seen = delta(text, seen, incremental=False, final=index == len(so_far) - 1)
+        pieces.append(piece)
+    assert pieces == ["a", "", "é", "", "\ufffd"]
+    assert delta("xy", 5, incremental=True, final=False) == ("xy", 7)
+
+
+def test_answer_json_has_exactly_the_keys_of_the_contract() -> None:
+    source = Source(id="i", title="t", path=None, score=0.5, text="not in the JSON")
+    answer = Answer(
+        answer="yes",
+        sources=(source,),
+        usage=usage_from_meta({}, prompt_tokens=3),
+        timing=Timing(retrieve_s=0.1, ttft_s=0.2, total_s=0.3),
+        policy="prefix",
+        ratio=None,
+    )
+    found = answer.to_json()
+    assert list(found) == [
+        "answer", "sources", "usage", "timing", "policy", "ratio", "dropped_sources",
+    ]  # fmt: skip
+    assert found["sources"] == [{"id": "i", "title": "t", "path": None, "score": 0.5}]
+    assert list(found["usage"]) == [
+        "prompt_tokens", "exact_prefix_tokens", "reused_tokens", "recomputed_tokens",
+        "fresh_tokens", "completion_tokens",
+    ]  # fmt: skip
+    assert list(found["timing"]) == ["retrieve_s", "ttft_s", "total_s"]
