@@ -136,7 +136,15 @@ class CacheBlendPolicy(Policy):
         return self._work(layout, counts)
 
     def _work(self, layout: ReuseLayout, counts: tuple[int, ...]) -> float:
-        checks = dict(zip(self.check_layers(layout.num_layers), counts, strict=True))
+        layers = self.check_layers(layout.num_layers)
+        if layout.probes_restart:
+            before = (layout.num_reused, *counts[:-1])
+            probes = sum(
+                (layer + layout.qkv_share) * (rows + layout.num_fresh)
+                for layer, rows in zip(layers, before, strict=True)
+            )
+            return probes + layout.num_layers * counts[-1]
+        checks = dict(zip(layers, counts, strict=True))
         rows, total = float(layout.num_reused), 0.0
         for layer in range(layout.num_layers):
             after = float(checks.get(layer, rows))

@@ -39,6 +39,10 @@ class ReuseLayout:
         Rows of a scoring pass; by default every fresh token, because fresh tokens between chunks need KV too.
     qkv_share : float
         Share of a layer's linear work that is QKV, see :func:`qkv_share`.
+    probes_restart : bool
+        How the engine checks deviation. False: one pass whose rows shrink at the check layers. True: each check is
+        a pass of its own from layer 0, fresh rows included, and the final pass starts again; policies then
+        charge those passes.
     prefill_s, load_s : float, optional
         Seconds to compute all reused tokens, and to load their KV: inputs of the adaptive policy. Under tensor
         parallelism every rank must be given the same two numbers.
@@ -50,6 +54,7 @@ class ReuseLayout:
     spans: tuple[tuple[int, int], ...] = ()
     num_scoring_rows: int | None = None
     qkv_share: float = 0.16
+    probes_restart: bool = False
     prefill_s: float | None = None
     load_s: float | None = None
 

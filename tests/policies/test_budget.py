@@ -65,6 +65,16 @@ def test_gradual_filtering_falls_and_stays_within_the_budget():
     assert policy.charged_ratio(SIX) == pytest.approx(0.15, abs=1e-3)
 
 
+def test_checks_that_start_again_are_charged_as_such():
+    layout = layout_of([400] * 6, probes_restart=True)
+    policy = create_policy("cacheblend:0.15")
+    a, b, c = policy.num_selected(layout)
+    want = (1 + SHARE) * (2400 + 20) + (2 + SHARE) * (a + 20) + (3 + SHARE) * (b + 20) + 30 * c
+    assert policy.computed_row_layers(layout) == pytest.approx(want)
+    assert want <= 0.15 * 2400 * 30
+    assert c < policy.num_selected(SIX)[-1]
+
+
 def test_uncharged_cacheblend_keeps_the_nominal_share_and_says_what_it_costs():
     policy = create_policy("cacheblend", ratio=0.15, released=True, charge_overhead=False)
     assert policy.num_selected(SIX) == (360,)
@@ -126,9 +136,19 @@ names = st.sampled_from(["cacheblend", "epic", "query"])
 
 
 @settings(max_examples=300, deadline=None)
-@given(names, st.floats(0, 1), lengths, st.integers(0, 40), st.integers(1, 40), st.integers(0, 5))
-def test_no_policy_ever_spends_more_than_its_ratio(name, ratio, lengths, question, layers, gap):
-    layout = layout_of(lengths, question=question, layers=layers, gap=gap)
+@given(
+    names,
+    st.floats(0, 1),
+    lengths,
+    st.integers(0, 40),
+    st.integers(1, 40),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_no_policy_ever_spends_more_than_its_ratio(
+    name, ratio, lengths, question, layers, gap, restart
+):
+    layout = layout_of(lengths, question=question, layers=layers, gap=gap, probes_restart=restart)
     policy = create_policy(name, ratio=ratio)
     counts = policy.num_selected(layout)
     assert all(a >= b for a, b in itertools.pairwise(counts))
