@@ -42,9 +42,9 @@ class EngineBackend:
         if threading.current_thread() is threading.main_thread():
             asyncio.set_event_loop(engine.loop)
             engine.tokenizer_manager.auto_create_handle_loop()
-        info = getattr(engine, "scheduler_info", None) or {}
-        limit = info.get("max_req_input_len")
-        self._context_length = int(limit or engine.tokenizer_manager.context_len)
+        # The smaller of the model's context and the KV pool; the scheduler refuses a prompt of
+        # this length, which leaves at least one token for the answer.
+        self._context_length = int(engine.tokenizer_manager.max_req_input_len)
 
     @classmethod
     def start(cls, model_path: Path | str, **server_args: Any) -> EngineBackend:
