@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from rag_eval.runner.prompts import PromptMaker
 from rag_eval.runner.session import EngineSession
 
 DEFAULT_ENGINE_ARGS: dict[str, Any] = {
@@ -17,16 +17,14 @@ DEFAULT_ENGINE_ARGS: dict[str, Any] = {
 
 
 def start_session(
-    model: Path, tokenizer: Any, vocabulary: int, engine_args: dict[str, Any]
+    maker: PromptMaker, vocabulary: int, engine_args: dict[str, Any]
 ) -> EngineSession:
     """Start an engine with the plugin and wrap it.
 
     Parameters
     ----------
-    model
-        Folder in Hugging Face format.
-    tokenizer
-        Tokenizer of the model.
+    maker
+        Prompt maker of the model; names the folder and decodes answers.
     vocabulary
         Columns of the logits that are real tokens.
     engine_args
@@ -35,5 +33,5 @@ def start_session(
     from rag_pipeline.sglang_plugin import create_engine
 
     arguments = {**DEFAULT_ENGINE_ARGS, "enable_custom_logit_processor": True, **engine_args}
-    engine = create_engine(str(model), **arguments)
-    return EngineSession(engine, tokenizer, vocabulary)
+    engine = create_engine(str(maker.model), **arguments)
+    return EngineSession(engine, maker.decode, vocabulary)

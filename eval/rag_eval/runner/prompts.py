@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rag_eval.datasets import DatasetOptions, Example, Passage, PromptChunk, arrange
-from rag_eval.errors import EvalError
 
-_MARKER = "\ue000chunks\ue000"
-"""Stands for the chunks while the chat template is rendered; private-use characters."""
+if TYPE_CHECKING:
+    from rag_pipeline import PromptBuilder
+
+_NO_LIMIT = 1 << 30
+"""The chunks are added here, so the engine is what checks the length of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,28 +63,32 @@ def titles_of(chunks: Sequence[PromptChunk]) -> list[list[str]]:
 
 
 class PromptMaker:
-    """Makes token-exact prompts for one model.
-
-    The chat template is rendered once around a marker and cut there, so header, chunks and
-    question are tokenised apart and a chunk's ids never depend on its neighbours.
+    """Makes token-exact prompts for one model, laid out as the pipeline lays them out.
 
     Parameters
     ----------
-    tokenizer
-        A ``transformers`` tokenizer with a chat template.
+    model
+        Folder in Hugging Face format.
     gold_tokens
         Most tokens of the gold answer that are teacher-forced.
     """
 
-    def __init__(self, tokenizer: Any, *, gold_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, model: Path, *, gold_tokens: int) -> None:
+        from rag_pipeline import ModelTokenizer
+
+        self.model = model
+        self._tokenizer = ModelTokenizer.load(model)
         self._gold_tokens = gold_tokens
-        if not getattr(tokenizer, "chat_template", None):
-            raise EvalError("the model has no chat template; evaluate an instruction-tuned model")
+        self._builders: dict[str, PromptBuilder] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text alone, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, control tokens left out."""
+        control = set(self._tokenizer.special_tokens.values())
+        return self._tokenizer.decode([token for token in ids if token not in control])
 
     def make(
         self, example: Example, options: DatasetOptions, corpus: Sequence[Passage] = ()
@@ -91,24 +98,27 @@ class PromptMaker:
         return self.join(example, chunks)
 
     def join(self, example: Example, chunks: Sequence[PromptChunk]) -> EvalPrompt:
-        """Put header, given chunks, question and lead together."""
-        head, tail = self._halves(example)
+        """Put system part, given chunks, question and lead together."""
+        layout = self._builder(example.instruction).build(example.question, [], max_new_tokens=1)
+        question = layout.question_span
         # Behind a lead the answer goes on in the sentence; a chat turn begins with the word itself.
         gold = f" {example.answers[0]}" if example.lead else example.answers[0]
         return EvalPrompt(
             example=example,
-            prefix_ids=tuple(self.encode(head)),
+            prefix_ids=layout.input_ids[: layout.system_span.end],
             chunks=tuple(chunks),
-            suffix_ids=tuple(self.encode(tail)),
+            suffix_ids=(
+                *layout.input_ids[question.start : question.end],
+                *self.encode(example.lead),
+            ),
             gold_ids=tuple(self.encode(gold)[: self._gold_tokens]),
         )
 
-    def _halves(self, example: Example) -> tuple[str, str]:
-        content = f"{example.instruction}\n\n{_MARKER}Question: {example.question}"
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        head, marker, tail = text.partition(_MARKER)
-        if not marker:
-            raise EvalError("the model's chat template changes the user's text; it cannot be cut")
-        return head, tail + example.lead
+    def _builder(self, instruction: str) -> PromptBuilder:
+        from rag_pipeline import PromptBuilder
+
+        if instruction not in self._builders:
+            self._builders[instruction] = PromptBuilder(
+                self._tokenizer, system_prompt=instruction, context_length=_NO_LIMIT
+            )
+        return self._builders[instruction]

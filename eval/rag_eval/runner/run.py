@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rag_eval.datasets import Example, Passage, check_dataset, load_dataset, shared_chunks
+from rag_eval.errors import EvalError
 from rag_eval.report import render_tables, write_plots
 from rag_eval.runner.config import EvalConfig
 from rag_eval.runner.engine import start_session
@@ -53,8 +55,8 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     report = progress or (lambda line: None)
     # A bad file is told at once, not after the model has been fetched and converted.
     check_dataset(config.dataset)
-    model, tokenizer, vocabulary = _model(config, report)
-    maker = PromptMaker(tokenizer, gold_tokens=config.gold_tokens)
+    model, vocabulary = _model(config, report)
+    maker = PromptMaker(model, gold_tokens=config.gold_tokens)
     options = replace(config.options, seed=config.seed)
     examples = load_dataset(
         config.dataset, encode=maker.encode, options=options, limit=config.limit
@@ -63,7 +65,7 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     missing = [example for example in examples if example.id not in folder.records]
     report(f"{len(examples)} examples, {len(examples) - len(missing)} done before")
     if missing:
-        session = start_session(model, tokenizer, vocabulary, config.engine_args)
+        session = start_session(maker, vocabulary, config.engine_args)
         try:
             _measure(config, session, maker, examples, missing, folder, report)
         finally:
@@ -141,15 +143,16 @@ def _corpus(examples: Sequence[Example]) -> list[Passage]:
     return list(pool.values())
 
 
-def _model(config: EvalConfig, report: Progress) -> tuple[Any, Any, int]:
-    from rag_pipeline.models import resolve_llm
+def _model(config: EvalConfig, report: Progress) -> tuple[Path, int]:
+    from rag_pipeline import resolve_llm
 
     resolved = resolve_llm(config.model, progress=lambda line, share: report(line))
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(resolved.path))
-    vocabulary = int(AutoConfig.from_pretrained(str(resolved.path)).vocab_size)
-    return resolved.path, tokenizer, vocabulary
+    facts = json.loads((resolved.path / "config.json").read_text("utf-8"))
+    # Models with a vision part keep the text model's facts in a section of their own.
+    vocabulary = facts.get("vocab_size") or facts.get("text_config", {}).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise EvalError(f"{resolved.path / 'config.json'} names no vocab_size; give a text model")
+    return resolved.path, vocabulary
 
 
 def _notes(config: EvalConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,17 @@ class EngineSession:
     ----------
     engine
         A running ``sglang.Engine`` with ``enable_custom_logit_processor``.
-    tokenizer
-        Its tokenizer (``decode(ids, skip_special_tokens=...)``).
+    decode
+        Text of generated tokens, control tokens left out.
     vocabulary
         Size of the model's vocabulary; padded columns of the logits behind it are dropped.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(
+        self, engine: Any, decode: Callable[[Sequence[int]], str], vocabulary: int
+    ) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
+        self.decode = decode
         self._vocabulary = vocabulary
         self._cpu = EngineCpu()
         self._scratch = tempfile.TemporaryDirectory(prefix="rag-eval-")
@@ -72,10 +74,6 @@ class EngineSession:
         """Stop the engine and remove the scratch files."""
         self._engine.shutdown()
         self._scratch.cleanup()
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def flush(self) -> None:
         """Empty the radix tree.
