@@ -226,3 +226,18 @@ def test_real_embedder_says_what_it_cannot_read(
         report = ingest(documents, tmp_path, splitter=splitter, embedder=real_embedder)
     assert report.chunks_truncated == 1
     assert "1 of 3 chunks are longer" in caplog.text
+
+
+def test_outgrown_index_is_trained_anew(tmp_path: Path, hash_embedder, splitter) -> None:
+    options = {"splitter": splitter, "embedder": hash_embedder, "factory": "IVF4,Flat"}
+    ingest(corpus(10), tmp_path, **options)
+    ingest(corpus(30), tmp_path, **options)
+    assert Manifest.read(tmp_path).num_trained == 20
+    hash_embedder.texts.clear()
+    ingest(corpus(60), tmp_path, **options)
+    assert Manifest.read(tmp_path).num_trained == 120
+    assert len(hash_embedder.texts) == 60
+    with Index.open(tmp_path, embedder=hash_embedder, search_options="nprobe=4") as index:
+        for number in (0, 25, 59):
+            hits = index.retriever("dense").search(f"T{number}\nfirst of {number}", k=1)
+            assert hits[0].chunk.id == f"d{number}#0"
