@@ -18,6 +18,9 @@ from rag_pipeline.types import GenerationPiece, GenerationRequest
 
 _END = object()
 
+SILENCE_S = 2.0
+"""Silence after which the engine's processes are looked after; a long prefill is silent too."""
+
 ABORT_WAIT_S = 10.0
 """Longest wait for the engine to confirm an abort; the loop must turn until then."""
 
@@ -86,7 +89,7 @@ class EngineBackend:
             task = self._runner.submit(self._pump(request, rid, items.put))
             ended = False
             try:
-                while (item := items.get()) is not _END:
+                while (item := self._next(items)) is not _END:
                     yield item
                 ended = True
             finally:
@@ -113,7 +116,7 @@ class EngineBackend:
             task = self._runner.submit(self._pump(request, rid, put))
             ended = False
             try:
-                while (item := await items.get()) is not _END:
+                while (item := await self._anext(items)) is not _END:
                     yield item
                 ended = True
             finally:
@@ -131,6 +134,36 @@ class EngineBackend:
         if self._owned:
             self._owned = False
             self.engine.shutdown()
+
+    def _next(self, items: queue.SimpleQueue[Any]) -> Any:
+        while True:
+            try:
+                return items.get(timeout=SILENCE_S)
+            except queue.Empty:
+                self._check_alive()
+
+    async def _anext(self, items: asyncio.Queue[Any]) -> Any:
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    return await items.get()
+            except TimeoutError:
+                self._check_alive()
+
+    def _check_alive(self) -> None:
+        """Raise where a process of the engine has died: no piece would ever come."""
+        import psutil  # type: ignore[import-untyped]
+
+        for pid in self.engine.get_all_child_pids():
+            try:
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            raise EngineError(
+                f"a process of the engine (pid {pid}) has died, the answer is lost; "
+                "start the engine again, with a smaller max_total_tokens if memory ran out"
+            )
 
     async def _abort(self, rid: str) -> None:
         self.engine.tokenizer_manager.abort_request(rid)

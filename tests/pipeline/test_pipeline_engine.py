@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pydoc_data.topics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class WordOverlap:
 
 
 @pytest.fixture(scope="module")
-def pipeline(engine: Any, smollm2_path: Path) -> Iterator[RagPipeline]:
-    yield RagPipeline(WordOverlap(), EngineBackend(engine), smollm2_path, top_k=2)
+def pipeline(engine: Any, smollm2_path: Path) -> RagPipeline:
+    return RagPipeline(WordOverlap(), EngineBackend(engine), smollm2_path, top_k=2)
 
 
 def wait_idle(engine: Any) -> None:
@@ -186,7 +186,7 @@ def test_chunks_that_do_not_fit_are_reported(pipeline: RagPipeline, engine: Any)
     items.close()
     # One token more than the engine admits is refused by the engine, in one line.
     request = GenerationRequest(input_ids=(5,) * (limit + 1), sampling=SHORT)
-    with pytest.raises(EngineError, match="the engine (refused|aborted) the request") as error:
+    with pytest.raises(EngineError, match=r"the engine (refused|aborted) the request") as error:
         list(pipeline.backend.generate(request))
     assert "\n" not in str(error.value)
     answer = pipeline.ask(
