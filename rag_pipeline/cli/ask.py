@@ -1,0 +1,146 @@
+"""``rag-pipeline ask``: a question, an index, an answer with sources, usage and timings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rag_pipeline.cli.common import open_index, resolve_llm_shown
+from rag_pipeline.cli.console import emit_json, say, step, write
+from rag_pipeline.errors import RagPipelineError
+
+if TYPE_CHECKING:
+    from rag_pipeline import Answer, RagPipeline
+    from rag_pipeline.generation import Backend
+    from retrievers.types import Retriever
+
+SEARCHES = ("dense", "bm25", "hybrid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskOptions:
+    """Options of the command, as parsed."""
+
+    question: str
+    index: Path
+    model: str
+    server: str | None = None
+    embedder: str | None = None
+    search: str = "dense"
+    top_k: int = 4
+    max_new_tokens: int = 128
+    stream: bool = False
+
+
+def run_ask(options: AskOptions, *, json_output: bool) -> None:
+    """Run the command: everything that can be refused is refused before the engine starts."""
+    if not options.question.strip():
+        raise RagPipelineError("the question is empty; give at least one word")
+    with open_pipeline(options) as pipeline:
+        answer = ask_shown(pipeline, options, json_output=json_output)
+    if json_output:
+        emit_json(answer.to_json())
+    else:
+        print_answer(answer, with_text=not options.stream)
+
+
+def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) -> Answer:
+    """Ask; with ``--stream`` pieces are printed as they come (to stderr beside ``--json``)."""
+    from rag_pipeline import SamplingOptions
+
+    sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
+    if not options.stream:
+        return pipeline.ask(options.question, sampling=sampling)
+    show: Callable[[str], None] = write
+    if json_output:
+        import sys
+
+        show = sys.stderr.write
+    for piece in pipeline.stream(options.question, sampling=sampling):
+        if not isinstance(piece, str):
+            show("\n")
+            return piece
+        show(piece)
+    raise AssertionError("a stream ends with its answer")
+
+
+def open_pipeline(options: AskOptions) -> RagPipeline:
+    """Open index, embedder and engine; index and embedder load while the engine starts."""
+    from rag_pipeline import RagPipeline
+
+    if options.search not in SEARCHES:
+        raise RagPipelineError(
+            f"--search is {options.search!r}; it must be one of {', '.join(SEARCHES)}"
+        )
+    index = open_index(options.index, embedder=options.embedder, search=options.search)
+    retriever = index.retriever(options.search)
+    folder = resolve_llm_shown(options.model).path
+    warm = _Warming(retriever)
+    backend = _open_backend(options, folder)
+    try:
+        warm.finish()
+        return RagPipeline(retriever, backend, folder, top_k=options.top_k)
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _open_backend(options: AskOptions, folder: Path) -> Backend:
+    from rag_pipeline import EngineBackend, ServerBackend
+
+    if options.server is not None:
+        server = ServerBackend(options.server)
+        server.check_model(folder)
+        return server
+    with step(f"Starting SGLang with {options.model}"):
+        return EngineBackend.start(folder)
+
+
+class _Warming:
+    """Loads the embedder's weights with one search, on a thread beside the engine's start."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                retriever.search("warm up", k=1)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="warm-embedder", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait; raises what the thread met."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def print_answer(answer: Answer, *, with_text: bool = True) -> None:
+    """Print answer, sources, usage and timings for a person."""
+    if with_text:
+        write(f"{answer.answer}\n")
+    write("\nSources\n")
+    for number, source in enumerate(answer.sources, start=1):
+        place = f"  ({source.path})" if source.path and source.path != source.title else ""
+        write(f"  {number}. {source.title}{place}  score {source.score:.3f}\n")
+    usage, timing = answer.usage, answer.timing
+    write(
+        f"Tokens   prompt {usage.prompt_tokens} = exact prefix {usage.exact_prefix_tokens} "
+        f"+ reused {usage.reused_tokens} + recomputed {usage.recomputed_tokens} "
+        f"+ fresh {usage.fresh_tokens}; answer {usage.completion_tokens}\n"
+    )
+    write(
+        f"Time     retrieve {timing.retrieve_s:.3f} s, first token {timing.ttft_s:.2f} s, "
+        f"total {timing.total_s:.2f} s\n"
+    )
+    if answer.dropped_sources:
+        say(
+            f"{len(answer.dropped_sources)} retrieved chunks did not fit the context and were "
+            "left out; use a smaller --top-k or smaller chunks"
+        )

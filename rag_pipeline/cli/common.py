@@ -1,0 +1,47 @@
+"""Steps that several commands share: resolving models, opening an index."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rag_pipeline.cli.console import Advance, step
+
+if TYPE_CHECKING:
+    from rag_pipeline.models import ResolvedModel
+    from retrievers import Embedder, Index
+
+
+def resolve_llm_shown(name: str) -> ResolvedModel:
+    """Resolve a language model, with a bar while a GGUF file is converted or a hub is asked."""
+    from rag_pipeline.models import resolve_llm
+
+    with contextlib.ExitStack() as stack:
+        shown: list[Advance] = []
+
+        def progress(what: str, share: float) -> None:
+            # The bar appears with the first report: most runs find the model ready.
+            if not shown:
+                shown.append(stack.enter_context(step(f"Preparing model {name}", total=100)))
+            shown[0](done=round(share * 100), total=100, description=f"{name}: {what}")
+
+        return resolve_llm(name, progress=progress)
+
+
+def make_embedder(name: str) -> Embedder:
+    """Embedder by name, folder or hub id; its weights are read on first use."""
+    from rag_pipeline.models import resolve_embedder
+    from retrievers import Embedder
+
+    return Embedder(resolve_embedder(name).path, name=name)
+
+
+def open_index(folder: Path, *, embedder: str | None, search: str) -> Index:
+    """Open an index with the embedder it was built with, or the one given."""
+    from retrievers import Index, Manifest
+
+    if search == "bm25" and embedder is None:
+        return Index.open(folder)
+    name = embedder or Manifest.read(folder).embedder_name
+    return Index.open(folder, embedder=make_embedder(name))
