@@ -46,6 +46,9 @@ _CODE_SYMBOL = re.compile(r"[=(){}\[\];<>|\\@$&^~_`]|::|->")
 _WIDE_STOP = re.compile(r"[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\uff09]*")
 _CODE_SYMBOLS_PER_CHAR = 0.06
 _MIN_INDENT = 2
+_WORD = re.compile(r"\S+")
+_CLAUSE_MARKS = ",;:)]}"
+_MAX_GROUP_WORDS = 24
 
 
 def find_atoms(text: str) -> list[Atom]:
@@ -180,24 +183,37 @@ def divide_sentence(text: str, atom: Atom) -> list[Atom]:
     list of Atom
         Covers the same non-blank characters; the first keeps the boundary of `atom`.
     """
-    pieces: list[Atom] = []
+    groups: list[tuple[int, int]] = []
     group_start = -1
     group_end = words = 0
-    for match in re.compile(r"\S+").finditer(text, atom.start, atom.end):
+    for start, end in _words(text, atom):
         if group_start < 0:
-            group_start = match.start()
-        group_end = match.end()
+            group_start = start
+        group_end = end
         words += 1
-        word = match.group()
-        if word[-1] in ",;:)]}" or _checksum(word) % 8 == 0 or words >= 24:
-            pieces.append(Atom(group_start, group_end, Boundary.WORD))
+        word = text[start:end]
+        if word[-1] in _CLAUSE_MARKS or _checksum(word) % 8 == 0 or words >= _MAX_GROUP_WORDS:
+            groups.append((group_start, group_end))
             group_start, words = -1, 0
     if group_start >= 0:
-        pieces.append(Atom(group_start, group_end, Boundary.WORD))
-    if pieces:
-        # Keep the indentation of a line of code.
-        pieces[0] = Atom(atom.start, pieces[0].end, atom.boundary)
-    return pieces
+        groups.append((group_start, group_end))
+    return _parts(atom, groups)
+
+
+def divide_words(text: str, atom: Atom) -> list[Atom]:
+    """Cut an atom at every blank; what :func:`divide_sentence` returns, word by word."""
+    return _parts(atom, list(_words(text, atom)))
+
+
+def _words(text: str, atom: Atom) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in _WORD.finditer(text, atom.start, atom.end))
+
+
+def _parts(atom: Atom, spans: list[tuple[int, int]]) -> list[Atom]:
+    parts = [Atom(start, end, Boundary.WORD) for start, end in spans]
+    # The first keeps its rank and, in a line of code, the indentation.
+    parts[0] = Atom(atom.start, parts[0].end, atom.boundary)
+    return parts
 
 
 def _checksum(word: str) -> int:

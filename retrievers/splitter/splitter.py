@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -11,7 +12,13 @@ from itertools import pairwise
 
 from retrievers.errors import RetrievalError
 from retrievers.splitter.anchors import border_keys, find_anchors
-from retrievers.splitter.atoms import Atom, Boundary, divide_sentence, find_atoms
+from retrievers.splitter.atoms import (
+    Atom,
+    Boundary,
+    divide_sentence,
+    divide_words,
+    find_atoms,
+)
 from retrievers.splitter.packing import pack
 from retrievers.tokenizer import count_tokens
 from retrievers.types import Chunk, Document, Scalar, Tokenizer
@@ -21,6 +28,8 @@ MIN_CHUNK_TOKENS = 16
 
 _ALGORITHM = 1
 """Raise it with every change that moves a chunk border: stored indexes are then re-split."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _BATCH = 8192  # texts handed to the tokenizer at once, which bounds memory on a huge document
 
@@ -114,7 +123,7 @@ class TokenSplitter:
             When the text holds lone surrogates, which no tokenizer can encode.
         """
         text = document.text
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if not text.isascii() and _SURROGATE.search(text):
             raise RetrievalError(
                 f"document {document.id!r} holds lone surrogates; decode it with errors='replace'"
             )
@@ -141,20 +150,19 @@ class TokenSplitter:
 
     def _measure(self, text: str, atoms: list[Atom]) -> tuple[list[Atom], list[int]]:
         """Count every atom with the blank before it, dividing those above the limit."""
-        counts = self._count_with_blank(text, atoms, 0)
+        counts = self._count_with_blank(text, atoms)
         if all(count <= self._limit for count in counts):
             return atoms, counts
-        whole: list[Atom] = []
-        for atom, count in zip(atoms, counts, strict=True):
-            whole.extend([atom] if count <= self._limit else divide_sentence(text, atom))
-        counts = self._count_with_blank(text, whole, 0)
-        fitting: list[Atom] = []
-        for atom, count in zip(whole, counts, strict=True):
-            fitting.extend([atom] if count <= self._limit else self._divide_word(text, atom))
-        return fitting, self._count_with_blank(text, fitting, 0)
+        # Groups of words first; where even those are too long, words; then parts of words.
+        for divide in (divide_sentence, divide_words, self._divide_word):
+            parts: list[Atom] = []
+            for atom, count in zip(atoms, counts, strict=True):
+                parts.extend([atom] if count <= self._limit else divide(text, atom))
+            atoms, counts = parts, self._count_with_blank(text, parts)
+        return atoms, counts
 
-    def _count_with_blank(self, text: str, atoms: list[Atom], start: int) -> list[int]:
-        ends = [start, *(atom.end for atom in atoms)]
+    def _count_with_blank(self, text: str, atoms: list[Atom]) -> list[int]:
+        ends = [0, *(atom.end for atom in atoms)]
         return self._count([text[a:b] for a, b in pairwise(ends)])
 
     def _divide_word(self, text: str, atom: Atom) -> list[Atom]:
