@@ -15,7 +15,7 @@ import typer
 
 # typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
 
 app = typer.Typer(
     name="rag-pipeline",
@@ -200,7 +200,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _usage_line(error: Exception) -> str:
-    """What was wrong with the words given, and where the allowed ones are listed."""
+    """Say what was wrong with the words given, and where the allowed ones are listed."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "rag-pipeline"
     text: str = error.format_message()  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
-from rag_pipeline.cli.console import emit_json, say, step, write
+from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
@@ -54,11 +54,7 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
     if not options.stream:
         return pipeline.ask(options.question, sampling=sampling)
-    show: Callable[[str], None] = write
-    if json_output:
-        import sys
-
-        show = sys.stderr.write
+    show: Callable[[str], None] = write_error if json_output else write
     for piece in pipeline.stream(options.question, sampling=sampling):
         if not isinstance(piece, str):
             show("\n")

@@ -31,6 +31,12 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def write_error(text: str) -> None:
+    """Print a piece on stderr at once (an answer streamed beside ``--json``)."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def step(description: str, *, total: int | None = None) -> Iterator[Advance]:
     """Show a progress bar (or a moving one when `total` is unknown) while a step runs.

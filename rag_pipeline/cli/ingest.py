@@ -99,7 +99,7 @@ def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
 
 
 def report_lines(report: IngestReport, loaded: LoadReport) -> list[str]:
-    """What a person reads after an ingest."""
+    """Write what a person reads after an ingest."""
     lines = []
     if report.changed:
         lines.append(
