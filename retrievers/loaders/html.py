@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,12 @@ def html_to_text(markup: str) -> tuple[str, str]:
     (str, str)
         Text and title (``<title>``, else the first ``<h1>``, else empty).
     """
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
 
-    soup = BeautifulSoup(markup, "lxml")
+    with warnings.catch_warnings():
+        # A page of a few words looks like a file name to the parser; it is a page all the same.
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        soup = BeautifulSoup(markup, "lxml")
     title_tag = soup.find("title") or soup.find("h1")
     title = title_tag.get_text(" ") if title_tag is not None else ""
     writer = _Writer()

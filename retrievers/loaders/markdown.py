@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S | re.M)
+# The parser drops what is nested deeper; its own 20 is reached by lists ten deep, and its recursion
+# overflows Python's stack somewhere above 200.
+_MAX_NESTING = 100
 _FRONT_TITLE = re.compile(r"^title:[ \t]*(.+)$", re.M)
 
 
@@ -43,7 +46,8 @@ def markdown_to_text(markup: str) -> tuple[str, str]:
         markup = markup[front.end() :]
         if found := _FRONT_TITLE.search(front.group(1)):
             front_title = found.group(1).strip().strip("\"'")
-    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markup)
+    parser = MarkdownIt("commonmark", {"maxNesting": _MAX_NESTING})
+    tokens = parser.enable(["table", "strikethrough"]).parse(markup)
     title = next(
         (
             _inline(tokens[i + 1].children or [])
@@ -93,7 +97,7 @@ def _blocks(tokens: Sequence[Token]) -> Iterator[str]:
             text = html_to_text(token.content)[0]
         if text.strip():
             if lists:
-                held.append(marker + text)
+                held.append(marker + text.replace("\n", "\n" + " " * len(marker)))
                 marker = "  " * len(lists) if kind == "inline" else ""
             else:
                 yield text
