@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-# Two cores serve everything; torch would start a thread for each core in every process.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread a process: several processes with a thread a core each wait for one another at every
+# operation on a small machine (a request of a second took minutes), and results then do not depend
+# on the number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that asks a hub is a broken test; this makes it fail at once instead of after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
