@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rag_pipeline.errors import RagPipelineError
+from retrievers.errors import RetrievalError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=16, help="length of the greedy answer")
     add("--gold-tokens", type=int, default=10, help="teacher-forced tokens at most")
     add("--noise-every", type=int, default=4, help="noise floor on every n-th example, 0 never")
+    add("--retrieve", type=Path, default=None, help="index folder to take the chunks from")
     add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
@@ -62,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_new_tokens=given.max_new_tokens,
             gold_tokens=given.gold_tokens,
             noise_every=given.noise_every,
+            retrieve=given.retrieve,
             engine_args=_engine_args(given.engine_arg),
         )
         result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))
-    except RagPipelineError as error:
+    except (RagPipelineError, RetrievalError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if given.json:

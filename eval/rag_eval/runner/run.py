@@ -21,6 +21,7 @@ from rag_eval.runner.engine import start_session
 from rag_eval.runner.measure import measure_example
 from rag_eval.runner.predictions import METRICS, RunFolder, write_atomically
 from rag_eval.runner.prompts import PromptMaker
+from rag_eval.runner.retrieval import IndexedChunks, score_retrieval
 from rag_eval.runner.session import EngineSession
 from rag_eval.runner.summary import EvalResult, summarise
 
@@ -70,10 +71,12 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
             _measure(config, session, maker, examples, missing, folder, report)
         finally:
             session.close()
-    return finish(config, [folder.records[example.id] for example in examples])
+    return finish(config, examples, [folder.records[example.id] for example in examples])
 
 
-def finish(config: EvalConfig, records: Sequence[dict[str, Any]]) -> EvalResult:
+def finish(
+    config: EvalConfig, examples: Sequence[Example], records: Sequence[dict[str, Any]]
+) -> EvalResult:
     """Summarise records and write ``metrics.json``, the table and the plots."""
     result = summarise(
         records,
@@ -81,6 +84,9 @@ def finish(config: EvalConfig, records: Sequence[dict[str, Any]]) -> EvalResult:
         dataset=config.dataset,
         model=config.model,
         seed=config.seed,
+        retrieval=score_retrieval(examples, records, k=config.options.chunks)
+        if config.retrieve
+        else None,
     )
     text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(config.out / METRICS, text + "\n")
@@ -115,13 +121,16 @@ def _measure(
     corpus = _corpus(examples)
     if options.zipf is not None:
         corpus = shared_chunks(corpus, options, maker.encode)
+    index = IndexedChunks(config.retrieve, maker.encode) if config.retrieve else None
     started = time.monotonic()
     turns = {example.id: turn for turn, example in enumerate(examples)}
     for done, example in enumerate(missing, start=1):
         turn = turns[example.id]
         record = measure_example(
             session,
-            maker.make(example, options, corpus),
+            maker.join(example, index.chunks(example, options.chunks))
+            if index
+            else maker.make(example, options, corpus),
             config.parsed_modes,
             max_new_tokens=config.max_new_tokens,
             turn=turn,
@@ -131,6 +140,8 @@ def _measure(
         each = (time.monotonic() - started) / done
         left = each * (len(missing) - done)
         report(f"{done}/{len(missing)} {example.id}: {each:.1f} s each, {left / 60:.0f} min left")
+    if index:
+        index.close()
 
 
 def _corpus(examples: Sequence[Example]) -> list[Passage]:
