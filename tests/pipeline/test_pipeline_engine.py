@@ -75,7 +75,7 @@ def wait_idle(engine: Any) -> None:
 
 def test_answer_has_sources_usage_and_timings(pipeline: RagPipeline, engine: Any) -> None:
     wait_idle(engine)
-    answer = pipeline.ask("What does the with statement do?")
+    answer = pipeline.ask("What does the with statement do?", sampling=SHORT)
     assert answer.sources[0].id == "c-with"
     assert answer.sources[0].path == "with.txt"
     assert len(answer.sources) == 2
@@ -83,20 +83,23 @@ def test_answer_has_sources_usage_and_timings(pipeline: RagPipeline, engine: Any
     usage = answer.usage
     assert usage.exact_prefix_tokens == 0
     assert usage.fresh_tokens == usage.prompt_tokens > 100
-    assert 1 <= usage.completion_tokens <= 128
+    assert 1 <= usage.completion_tokens <= 16
     assert 0 < answer.timing.ttft_s <= answer.timing.total_s
     # The second question shares the system part; the same question shares nearly all.
     other = pipeline.ask("lambda", sampling=SHORT)
     head = len(pipeline.builder.system_ids)
     assert other.usage.exact_prefix_tokens == head
-    again = pipeline.ask("What does the with statement do?")
+    again = pipeline.ask("What does the with statement do?", sampling=SHORT)
     assert again.usage.exact_prefix_tokens == again.usage.prompt_tokens - 1
-    assert again.answer == answer.answer
+    assert again.sources == answer.sources
 
 
 def test_text_equals_a_bare_engine_call(pipeline: RagPipeline, engine: Any) -> None:
     question = "What is a lambda expression?"
+    wait_idle(engine)
     answer = pipeline.ask(question, sampling=SHORT)
+    # Both from an empty tree: behind a cached prefix bf16 rounds differently.
+    wait_idle(engine)
     hits = pipeline.retriever.search(question, k=2)
     layout = pipeline.builder.build(question, hits, max_new_tokens=16)
     bare = engine.generate(
@@ -116,9 +119,10 @@ def test_stream_joins_to_the_answer(pipeline: RagPipeline) -> None:
     assert "".join(pieces).strip() == items[-1].answer
 
 
-def test_async_equals_sync_and_runs_at_once(pipeline: RagPipeline) -> None:
+def test_async_equals_sync_and_runs_at_once(pipeline: RagPipeline, engine: Any) -> None:
     questions = ["What does the with statement do?", "What is lambda?", "What does import do?"]
-    one_by_one = [pipeline.ask(question, sampling=SHORT).answer for question in questions]
+    wait_idle(engine)
+    alone = pipeline.ask(questions[0], sampling=SHORT).answer
 
     async def all_at_once() -> list[Answer]:
         return await asyncio.gather(
@@ -130,14 +134,14 @@ def test_async_equals_sync_and_runs_at_once(pipeline: RagPipeline) -> None:
         found = asyncio.run(all_at_once())
         assert [answer.sources[0].id for answer in found] == ["c-with", "c-lambda", "c-import"]
         assert all(answer.answer for answer in found)
-    assert len(one_by_one) == 3
 
     async def streamed() -> list[str | Answer]:
         return [item async for item in pipeline.astream(questions[0], sampling=SHORT)]
 
+    wait_idle(engine)
     items = asyncio.run(streamed())
     assert isinstance(items[-1], Answer)
-    assert items[-1].answer == one_by_one[0]
+    assert items[-1].answer == alone
 
 
 def test_many_threads_share_one_engine(pipeline: RagPipeline) -> None:
