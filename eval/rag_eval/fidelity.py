@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=16, help="length of the greedy answer")
     add("--gold-tokens", type=int, default=10, help="teacher-forced tokens at most")
     add("--noise-every", type=int, default=4, help="noise floor on every n-th example, 0 never")
+    add("--seen-before", default="alone", help="alone, or permuted: earlier in another order")
     add("--retrieve", type=Path, default=None, help="index folder to take the chunks from")
     add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_new_tokens=given.max_new_tokens,
             gold_tokens=given.gold_tokens,
             noise_every=given.noise_every,
+            seen_before=given.seen_before,
             retrieve=given.retrieve,
             engine_args=_engine_args(given.engine_arg),
         )

@@ -262,6 +262,7 @@ def test_logits_that_were_not_written_are_an_error(tmp_path: Path) -> None:
         (["--dataset", "planted-1hop", "--limit", "0"], "limit"),
         (["--dataset", "planted-1hop", "--engine-arg", "x"], "NAME=JSON"),
         (["--dataset", "planted-1hop", "--chunks", "0"], "chunks"),
+        (["--dataset", "planted-1hop", "--seen-before", "never"], "never"),
     ],
 )
 def test_the_command_ends_with_one_line_and_code_one(

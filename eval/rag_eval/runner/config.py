@@ -8,6 +8,7 @@ from typing import Any
 
 from rag_eval.datasets import DatasetOptions
 from rag_eval.errors import EvalError
+from rag_eval.runner.measure import SEEN_BEFORE, SeenBefore
 from rag_eval.runner.modes import Mode, parse_modes
 
 DEFAULT_MODES = "full,prefix,reuse,cacheblend,epic,query"
@@ -40,6 +41,9 @@ class EvalConfig:
         Most tokens of the gold answer that are teacher-forced.
     noise_every
         The noise floor is measured on every n-th example; 0 leaves it out.
+    seen_before
+        What the engine served before each example: every chunk ``alone`` behind the shared
+        prefix, or also one prompt with the chunks ``permuted``.
     retrieve
         Index folder: chunks come from there instead of the data set's contexts.
     engine_args
@@ -56,6 +60,7 @@ class EvalConfig:
     max_new_tokens: int = 16
     gold_tokens: int = 10
     noise_every: int = 4
+    seen_before: SeenBefore = "alone"
     retrieve: Path | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +70,10 @@ class EvalConfig:
                 raise EvalError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.noise_every < 0:
             raise EvalError(f"noise_every is {self.noise_every}; allowed: 0 (never) or more")
+        if self.seen_before not in SEEN_BEFORE:
+            raise EvalError(
+                f"seen_before is {self.seen_before!r}; allowed: {', '.join(SEEN_BEFORE)}"
+            )
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}; allowed: 1 or more")
         parse_modes(self.modes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from rag_eval.metrics.distributions import Float64
 from rag_eval.runner.modes import FULL, PREFIX, Mode
 from rag_eval.runner.prompts import EvalPrompt, titles_of
 from rag_eval.runner.session import EngineSession, Served
+
+SeenBefore = Literal["alone", "permuted"]
+SEEN_BEFORE: tuple[SeenBefore, ...] = ("alone", "permuted")
 
 AGREE_TOKENS = 8
 """Greedy answers count as the same when so many first tokens are equal: later on a single early
@@ -44,6 +47,7 @@ def measure_example(
     max_new_tokens: int,
     turn: int,
     with_noise_floor: bool,
+    seen_before: SeenBefore = "alone",
 ) -> dict[str, Any]:
     """Measure one example.
 
@@ -66,6 +70,10 @@ def measure_example(
         Number of the example; fused modes take turns at going first.
     with_noise_floor
         Whether to compute the full prefill a second time in another batching.
+    seen_before
+        What the radix tree holds when a mode's turn comes. ``alone``: every chunk behind the
+        shared prefix, so whichever comes first is an exact prefix hit (the kindest case for
+        ``prefix``). ``permuted``: one earlier prompt with the chunks in another order.
 
     Returns
     -------
@@ -80,6 +88,9 @@ def measure_example(
     session.flush()
     if fused or PREFIX in names:
         session.build_chunks(prompt, store=bool(fused))
+        if seen_before == "permuted":
+            session.flush()
+            session.prefill(prompt.rotated().input_ids)
     for mode in fused[shift:] + fused[:shift]:
         outcomes[mode.name] = _serve(session, prompt, mode, max_new_tokens)
     if PREFIX in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,10 @@ class EvalPrompt:
             spans.append((start, start + len(chunk.ids)))
             start += len(chunk.ids)
         return tuple(spans)
+
+    def rotated(self) -> EvalPrompt:
+        """Return the same prompt with the last chunk first: every chunk in another place."""
+        return replace(self, chunks=(*self.chunks[-1:], *self.chunks[:-1]))
 
 
 def titles_of(chunks: Sequence[PromptChunk]) -> list[list[str]]:

@@ -135,6 +135,7 @@ def _measure(
             max_new_tokens=config.max_new_tokens,
             turn=turn,
             with_noise_floor=config.noise_every > 0 and turn % config.noise_every == 0,
+            seen_before=config.seen_before,
         )
         folder.append(record)
         each = (time.monotonic() - started) / done
