@@ -55,7 +55,7 @@ def _table(
         "kl_ratio_to_reuse" in entry for entry in result.significance.values()
     )
     if result is not None:
-        table.add_column("F1 - full [95%]", justify="right")
+        table.add_column("F1 - full [95%]", justify="right", no_wrap=True)
     if compare:
         table.add_column("KL / reuse", justify="right")
     for name, scores in modes.items():

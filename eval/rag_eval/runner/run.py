@@ -95,7 +95,7 @@ def finish(
     return result
 
 
-def table_text(result: EvalResult, *, width: int = 150) -> str:
+def table_text(result: EvalResult, *, width: int = 170) -> str:
     """Render the tables of a run as plain text."""
     from io import StringIO
 

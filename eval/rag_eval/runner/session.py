@@ -202,7 +202,13 @@ class EngineSession:
             "computed_fraction",
             "fallback",
         )
-        return {key: report[key] for key in keys}
+        usage = {key: report[key] for key in keys}
+        # The engine's share is over what lies behind the exact prefix. Here every mode is charged
+        # on the same scale, all tokens of the prompt, or `prefix` could not stand beside it.
+        behind = prompt_tokens - int(report["exact_prefix_tokens"])
+        usage["computed_fraction_behind_prefix"] = report["computed_fraction"]
+        usage["computed_fraction"] = report["computed_fraction"] * behind / prompt_tokens
+        return usage
 
 
 def mode_hints(prompt: EvalPrompt, mode: Mode) -> dict[str, Any]:
