@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seen-before", default="alone", help="alone, or permuted: earlier in another order")
     add("--retrieve", type=Path, default=None, help="index folder to take the chunks from")
     add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
+    add("--publish", type=Path, default=None, help="also write the run as one JSON file")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -70,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine_args=_engine_args(given.engine_arg),
         )
         result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))
+        if given.publish:
+            from rag_eval.report import publish
+
+            publish(result, given.out, given.publish)
     except (RagPipelineError, RetrievalError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from rag_eval import EvalConfig, EvalError, fidelity
-from rag_eval.report import render_tables, write_plots
+from rag_eval.report import publish, render_tables, write_plots
 from rag_eval.runner import parse_modes, summarise, table_text
 from rag_eval.runner.forcing import FollowAnswer, forcing_params, read_logits
 from rag_eval.runner.predictions import CONFIG, PREDICTIONS, RunFolder
@@ -220,6 +221,22 @@ def test_plots_are_written(tmp_path: Path) -> None:
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_published_run_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    data = tmp_path / "hotpot.json"
+    data.write_text("[]", "utf-8")
+    run = tmp_path / "run"
+    identity = config(run, dataset=str(data), model=str(tmp_path / "model")).identity()
+    RunFolder(run, identity, {"command": ["x.py", "--dataset", str(data)], "cpus": 2})
+    publish(result_of(records()), run, tmp_path / "results" / "one.json")
+    text = (tmp_path / "results" / "one.json").read_text("utf-8")
+    found = json.loads(text)
+    assert str(tmp_path) not in text
+    assert found["command"] == "x.py --dataset hotpot.json"
+    assert found["dataset_sha256"] == hashlib.sha256(b"[]").hexdigest()
+    assert found["result"]["n"] == 3
+    assert found["environment"] == {"cpus": 2}
 
 
 def test_the_processor_forces_the_answer_and_keeps_the_logits(tmp_path: Path) -> None:

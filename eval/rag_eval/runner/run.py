@@ -167,6 +167,12 @@ def _model(config: EvalConfig, report: Progress) -> tuple[Path, int]:
     return resolved.path, vocabulary
 
 
+def _program() -> str:
+    """Name the running command as a person would type it."""
+    name = Path(sys.argv[0]).name
+    return "python -m rag_eval.fidelity" if name == "fidelity.py" else name
+
+
 def _notes(config: EvalConfig) -> dict[str, Any]:
     found: dict[str, str | None] = {}
     for package in _VERSIONS:
@@ -175,7 +181,7 @@ def _notes(config: EvalConfig) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     return {
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],  # noqa: PTH119
+        "command": [_program(), *sys.argv[1:]],
         "limit": config.limit,
         "versions": found,
         "python": platform.python_version(),

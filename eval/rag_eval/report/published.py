@@ -1,0 +1,65 @@
+"""One JSON file a run, for ``eval/results``: the numbers, what made them, and the command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from rag_eval.runner import EvalResult
+
+
+def published(result: EvalResult, run: Path) -> dict[str, Any]:
+    """Gather a run into one JSON-ready object.
+
+    Folders of the machine are left out: files are named alone, and a data set file is told apart
+    by its SHA-256.
+
+    Parameters
+    ----------
+    result
+        Numbers of the run.
+    run
+        Its folder, with ``config.yaml``.
+
+    Returns
+    -------
+    dict
+        ``command``, ``settings``, ``environment``, ``dataset_sha256`` (``None`` for generators),
+        ``result``.
+    """
+    stored = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    settings, notes = dict(stored["identity"]), dict(stored["notes"])
+    dataset = Path(settings["dataset"])
+    digest = hashlib.sha256(dataset.read_bytes()).hexdigest() if dataset.is_file() else None
+    settings["dataset"] = dataset.name
+    settings["model"] = Path(settings["model"]).name
+    command = _without_folders(notes.pop("command"))
+    numbers = result.to_json() | {"dataset": dataset.name, "model": settings["model"]}
+    return {
+        "command": command,
+        "settings": settings,
+        "environment": notes,
+        "dataset_sha256": digest,
+        "result": numbers,
+    }
+
+
+def publish(result: EvalResult, run: Path, file: Path) -> None:
+    """Write :func:`published` to `file`, under a temporary name first."""
+    text = json.dumps(published(result, run), indent=1, ensure_ascii=False, allow_nan=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def _without_folders(command: Sequence[str]) -> str:
+    """Command line with every absolute path cut down to its last part."""
+    words = [Path(word).name if str(word).startswith("/") else str(word) for word in command]
+    return " ".join(words)
