@@ -9,6 +9,7 @@ from typing import Any
 
 from chunk_cache import Build, ChunkKey, Match
 from rag_pipeline.sglang_plugin.fusion import plan as planning
+from rag_pipeline.sglang_plugin.fusion.internal_requests import is_internal
 from rag_pipeline.sglang_plugin.fusion.request_spans import (
     FusionRequest,
     RequestError,
@@ -19,6 +20,7 @@ from rag_pipeline.sglang_plugin.fusion.request_state import (
     Capture,
     LeasedSpan,
     RequestState,
+    Tenant,
     UsageReport,
     state_of,
 )
@@ -28,15 +30,11 @@ from rag_pipeline.sglang_plugin.fusion.support import refuse_request
 logger = logging.getLogger(__name__)
 
 _MAX_PREFIX_CANDIDATES = 4
-INTERNAL_RID = "rag-internal-"
-"""Requests that this process makes for itself."""
 
 
-def tenant_of(req: Any) -> str:
-    """Salt of chunk identity: what already separates requests in the radix tree separates chunks."""
-    if req.extra_key is None and req.cache_salt is None:
-        return ""
-    return repr((req.extra_key or "", req.cache_salt or ""))
+def tenant_of(req: Any) -> Tenant:
+    """Namespace of a request's chunks."""
+    return Tenant(req.extra_key, req.cache_salt)
 
 
 def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,9 +52,7 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
                 return
             request = FusionRequest()
         policy = request.make_policy(runtime.config.policy)
-        state = RequestState(
-            request, policy, req.origin_input_ids, internal=str(req.rid).startswith(INTERNAL_RID)
-        )
+        state = RequestState(request, policy, req.origin_input_ids, internal=is_internal(req))
         setattr(req, ATTRIBUTE, state)
     except RequestError as error:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
@@ -116,7 +112,7 @@ def _fall_back(runtime: FusionRuntime, state: RequestState, reason: str) -> None
     state.give_up(reason)
 
 
-def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: str) -> None:
+def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
     request, prompt = state.request, state.prompt
     if request.spans:
         prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
@@ -172,7 +168,7 @@ def _inside(matches: list[Match], spans: tuple[tuple[int, int], ...]) -> list[Ma
 
 
 def _scan(
-    runtime: FusionRuntime, prompt: Any, tenant: str
+    runtime: FusionRuntime, prompt: Any, tenant: Tenant
 ) -> tuple[KnownPrefix | None, list[Match], list[tuple[int, int]]]:
     """Longest cover over the known prefixes that the prompt begins with."""
     best: tuple[int, KnownPrefix | None, list[Match]] = (0, None, [])

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from chunk_cache import ChunkKV
@@ -194,7 +193,10 @@ def around_radix_attention(
     return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, save_kv_cache)
 
 
-def pool_slots(req_to_token: Tensor, row: int | Tensor, length: int) -> Tensor:
-    """int64 ``[length]``: slots of a request's positions 0, 1, ..., on the pool's device."""
-    slots: Tensor = req_to_token[row, :length]
-    return slots.to(torch.int64)
+def around_can_run_graph(
+    original: Callable[..., bool], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> bool:
+    """Wrap ``PrefillCudaGraphRunner.can_run_graph``: a fused batch is never replayed from a graph."""
+    if find_pass(forward_batch) is not None:
+        return False
+    return original(runner, forward_batch, *args, **kwargs)

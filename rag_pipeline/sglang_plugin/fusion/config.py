@@ -38,8 +38,6 @@ class FusionConfig:
         Bound of that queue; what does not fit is dropped and counted.
     min_reused_tokens : int
         Below this many loadable tokens a prompt is prefilled as usual.
-    conversation : bool
-        Keep the fused KV of a finished request for the next turn, in its own namespace.
     checksums : bool
         Take a checksum of every record.
     self_check : bool
@@ -53,7 +51,6 @@ class FusionConfig:
     background: bool = True
     max_background: int = 64
     min_reused_tokens: int = 16
-    conversation: bool = True
     checksums: bool = False
     self_check: bool = True
 

@@ -8,7 +8,9 @@ from typing import Any
 from rag_pipeline.sglang_plugin.fusion import (
     admission,
     attention,
+    background,
     forward,
+    internal_requests,
     radix,
     startup,
     usage,
@@ -128,6 +130,35 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "the usage report is sent once a request",
             usage.around_request_level_key,
             "key",
+        ),
+        _row(
+            _STREAMER + "stream_output",
+            "before",
+            "requests that this process made for itself are answered to nobody",
+            internal_requests.before_stream_output,
+            "reqs",
+        ),
+        _row(
+            _SCHEDULER + "on_idle",
+            "before",
+            "missing chunks are computed when there is nothing else to do",
+            background.before_idle,
+        ),
+        _row(
+            _SRT
+            + "managers.scheduler_components.internal_state.SchedulerInternalStateController."
+            + "get_internal_state",
+            "after",
+            "state and counters of fusion in /server_info",
+            startup.after_internal_state,
+        ),
+        _row(
+            _SRT
+            + "model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",
+            "around",
+            "a fused batch has rows of its own and runs eagerly",
+            attention.around_can_run_graph,
+            "forward_batch",
         ),
     ]
 

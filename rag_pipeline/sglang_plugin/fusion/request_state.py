@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,20 @@ ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
 META_KEY = "rag_fusion"
 """Key of the report in a response's ``meta_info``."""
+
+
+class Tenant(NamedTuple):
+    """What separates requests in the radix tree, and so separates chunks too."""
+
+    extra_key: str | None
+    cache_salt: str | None
+
+    @property
+    def salt(self) -> str:
+        """Part of the identity of chunk KV; empty for requests without either."""
+        if self.extra_key is None and self.cache_salt is None:
+            return ""
+        return repr((self.extra_key or "", self.cache_salt or ""))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

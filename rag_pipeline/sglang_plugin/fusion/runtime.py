@@ -14,6 +14,7 @@ from chunk_cache import KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
+from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class KnownPrefix:
 
     ids: TokenArray
     context: KVContext
+    tenant: Tenant
 
     def begins(self, prompt: TokenArray) -> bool:
         """Whether a prompt starts with it and goes on."""
@@ -68,7 +70,7 @@ class FusionRuntime:
         self.metrics = metrics or FusionMetrics()
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
         self.self_check = "not run"
-        self._prefixes: OrderedDict[tuple[str, str], KnownPrefix] = OrderedDict()
+        self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
         self._said: set[str] = set()
 
     @property
@@ -87,7 +89,7 @@ class FusionRuntime:
             self._said.add(key)
             logger.warning(message, *values)
 
-    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: str) -> KnownPrefix:
+    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
         ids = prompt[:prefix_len]
         digest = hash_token_ids(ids)
@@ -95,7 +97,9 @@ class FusionRuntime:
         if known is None:
             assert self.facts is not None
             known = KnownPrefix(
-                ids=ids.copy(), context=self.facts.context(prefix_digest=digest, tenant=tenant)
+                ids=ids.copy(),
+                context=self.facts.context(prefix_digest=digest, tenant=tenant.salt),
+                tenant=tenant,
             )
             while len(self._prefixes) >= _MAX_PREFIXES:
                 self._prefixes.popitem(last=False)
@@ -104,7 +108,7 @@ class FusionRuntime:
             self._prefixes.move_to_end((tenant, digest))
         return known
 
-    def prefixes_of(self, prompt: TokenArray, tenant: str) -> list[KnownPrefix]:
+    def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first."""
         found = [
             known

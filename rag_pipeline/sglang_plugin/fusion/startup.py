@@ -8,7 +8,8 @@ from typing import Any
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, set_runtime
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
+from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
@@ -17,7 +18,38 @@ logger = logging.getLogger(__name__)
 
 def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Run after ``Scheduler.__init__``: the model is loaded, the pools exist, no request has come."""
-    set_runtime(build_runtime(scheduler))
+    runtime = build_runtime(scheduler)
+    set_runtime(runtime)
+    if runtime.is_on and runtime.config.self_check:
+        prove(runtime, scheduler)
+
+
+def prove(runtime: FusionRuntime, scheduler: Any) -> None:
+    """Run the self-check and turn fusion off on every rank where it fails on one."""
+    fault = ""
+    try:
+        errors = run_self_check(runtime, scheduler)
+        runtime.self_check = "passed: " + ", ".join(f"{k} {v:.2g}" for k, v in errors.items())
+    except SelfCheckError as error:
+        fault = str(error)
+    except Exception as error:
+        logger.exception("The self-check of fusion broke off")
+        fault = f"{type(error).__name__}: {error}"
+    if not runtime.group.all_true(not fault) and not fault:
+        fault = "it failed on another rank"
+    if fault:
+        runtime.self_check = f"failed: {fault}"
+        runtime.turn_off(f"self-check failed: {fault}")
+    else:
+        logger.info("Self-check of chunk-KV fusion %s", runtime.self_check)
+    runtime.metrics.counts.clear()
+
+
+def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
+    runtime = get_runtime()
+    if runtime is not None:
+        result.internal_state["rag_fusion"] = runtime.status()
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:
