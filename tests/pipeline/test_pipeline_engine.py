@@ -45,7 +45,7 @@ class WordOverlap:
     def search(
         self, query: str, *, k: int, where: Mapping[str, object] | None = None
     ) -> list[SearchHit]:
-        words = set(query.lower().split())
+        words = set(query.lower().replace("?", "").split())
         found = [
             SearchHit(
                 chunk=chunk,
