@@ -199,7 +199,11 @@ class TokenSplitter:
         comes out too long is halved, which looks at that range alone.
         """
         done: dict[tuple[int, int], tuple[int, int, int]] = {}
-        todo = [self._widen(atoms, counts, first, last) for first, last in ranges]
+        floors = [0, *(first + 1 for first, _ in ranges)]
+        todo = [
+            (self._lead(atoms, counts, first, floor), first, last)
+            for (first, last), floor in zip(ranges, floors, strict=False)
+        ]
         while todo:
             texts = [text[atoms[lead].start : atoms[last - 1].end] for lead, _, last in todo]
             retry: list[tuple[int, int, int]] = []
@@ -218,17 +222,19 @@ class TokenSplitter:
             todo = retry
         return sorted(done.values())
 
-    def _widen(
-        self, atoms: list[Atom], counts: list[int], first: int, last: int
-    ) -> tuple[int, int, int]:
-        """Take whole sentences before `first` into the chunk, up to the overlap."""
+    def _lead(self, atoms: list[Atom], counts: list[int], first: int, floor: int) -> int:
+        """Find the first atom of the overlap before `first`, which begins a sentence.
+
+        At `floor`, behind the start of the chunk before, it stops: a chunk must not swallow one
+        that is no longer than the overlap.
+        """
         lead, taken, candidate = first, 0, first
-        while candidate > 0 and taken + counts[candidate - 1] <= self.overlap:
+        while candidate > floor and taken + counts[candidate - 1] <= self.overlap:
             candidate -= 1
             taken += counts[candidate]
             if atoms[candidate].boundary is not Boundary.WORD:
                 lead = candidate
-        return lead, first, last
+        return lead
 
     def _cut_exactly(self, text: str, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Halve a stretch by characters until each half truly fits; the last resort."""

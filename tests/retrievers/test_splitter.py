@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_chunks_are_exact_slices_that_fit_and_cover_the_text(
     overlap = int(chunk_tokens * overlap_share)
     splitter = TokenSplitter(tokenizer, chunk_tokens=chunk_tokens, overlap=overlap)
     chunks = splitter.split(_document(text))
+    assert all(left.start < right.start for left, right in pairwise(chunks))
     end = 0
     for chunk in chunks:
         assert chunk.text == text[chunk.start : chunk.end]
@@ -181,6 +183,18 @@ def test_settings_out_of_range_are_refused(
 def test_lone_surrogates_are_refused_with_the_document_named(tokenizer: HFTokenizer) -> None:
     with pytest.raises(RetrievalError, match="document 'd' holds lone surrogates"):
         TokenSplitter(tokenizer).split(_document("bad \ud800 text"))
+
+
+def test_overlap_repeats_whole_sentences_and_never_a_whole_chunk(tokenizer: HFTokenizer) -> None:
+    text = " ".join(f"Sentence {i} is here." for i in range(80))
+    chunks = TokenSplitter(tokenizer, chunk_tokens=64, overlap=24).split(_document(text))
+    overlaps = [text[right.start : left.end] for left, right in pairwise(chunks)]
+    assert len(overlaps) > 5
+    assert sum(map(bool, overlaps)) > len(overlaps) / 2
+    for overlap in filter(None, overlaps):
+        assert overlap.startswith("Sentence")
+        assert overlap.endswith("here.")
+    assert all(left.start < right.start for left, right in pairwise(chunks))
 
 
 def test_settings_name_everything_that_moves_a_border(tokenizer: HFTokenizer) -> None:
