@@ -15,7 +15,7 @@ import typer
 
 # typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="rag-pipeline",

@@ -65,7 +65,7 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
 
 def open_pipeline(options: AskOptions) -> RagPipeline:
     """Open index, embedder and engine; index and embedder load while the engine starts."""
-    from rag_pipeline import RagPipeline
+    from rag_pipeline import PromptBuilder, RagPipeline
 
     if options.search not in SEARCHES:
         raise RagPipelineError(
@@ -74,11 +74,14 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
     index = open_index(options.index, embedder=options.embedder, search=options.search)
     retriever = index.retriever(options.search)
     folder = resolve_llm_shown(options.model).path
+    builder = PromptBuilder(folder)
+    # Refuses a question that cannot fit before half a minute is spent on starting an engine.
+    builder.build(options.question, [], max_new_tokens=options.max_new_tokens)
     warm = _Warming(retriever)
     backend = _open_backend(options, folder)
     try:
         warm.finish()
-        return RagPipeline(retriever, backend, folder, top_k=options.top_k)
+        return RagPipeline(retriever, backend, builder, top_k=options.top_k)
     except BaseException:
         backend.close()
         raise

@@ -28,10 +28,12 @@ CPU_DEFAULTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
     "max_total_tokens": 16384,
+    "sleep_on_idle": True,
     "log_level": "error",
 }
 """What :func:`create_engine` fills in on the CPU platform where the caller says nothing. SGLang's own
-``max_total_tokens`` would take most of the memory of the machine for KV."""
+``max_total_tokens`` would take most of the memory of the machine for KV, and its idle scheduler would
+keep a whole core busy polling."""
 
 _prepared = False
 
