@@ -20,13 +20,12 @@ from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout, Span
 from retrievers.types import Chunk, SearchHit
 
-DEFAULT_SYSTEM = (
-    "You answer questions using only the given text. "
-    "Answer in one or two short sentences. If the text does not say, say so."
-)
+# Of five wordings tried on four questions about Python's language reference, the only one after
+# which the 135M-parameter default model ends each answer by itself instead of repeating it.
+DEFAULT_SYSTEM = "You are a helpful assistant. Use the given text to answer the question."
 DEFAULT_CONTEXT_HEADER = "Text:\n\n"
 DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
-DEFAULT_QUESTION_TEMPLATE = "Question: {question}"
+DEFAULT_QUESTION_TEMPLATE = "Question: {question}\nAnswer in one sentence."
 
 # Stand-ins while the chat template is rendered; letters only, so that no template escapes or
 # strips them.

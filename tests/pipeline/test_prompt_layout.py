@@ -205,7 +205,7 @@ def test_models_without_system_role_or_template(
     tokenizer._hf.chat_template = template
     layout = PromptBuilder(tokenizer, context_length=4096).build(QUESTION, HITS, max_new_tokens=1)
     assert layout.text.startswith(head)
-    assert layout.text.endswith(f"{QUESTION}{tail}")
+    assert layout.text.endswith(f"{DEFAULT_QUESTION_TEMPLATE.format(question=QUESTION)}{tail}")
     assert tokenizer.decode(layout.input_ids) == layout.text
     check_spans(layout)
 
