@@ -50,8 +50,14 @@ def test_empty_folder(
 ) -> None:
     (tmp_path / "empty").mkdir()
     refused(
-        ["ingest", str(tmp_path / "empty"), "--index", str(tmp_path / "i")]
-        + ["--model", str(smollm2_path)],
+        [
+            "ingest",
+            str(tmp_path / "empty"),
+            "--index",
+            str(tmp_path / "i"),
+            "--model",
+            str(smollm2_path),
+        ],
         capsys,
     )
 
