@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from chunk_cache import ChunkKey, ChunkState
@@ -68,6 +69,12 @@ def pending() -> int:
 def clear() -> None:
     """Forget all."""
     _QUEUE.clear()
+
+
+def around_idle_sleep(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Wrap ``IdleSleeper.maybe_sleep``: one sleep is up to a second, far more than an idle turn."""
+    if not _QUEUE:
+        original(*args, **kwargs)
 
 
 def before_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:

@@ -145,6 +145,12 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             background.before_idle,
         ),
         _row(
+            _SRT + "managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep",
+            "around",
+            "an engine with --sleep-on-idle stays awake while chunks wait to be computed",
+            background.around_idle_sleep,
+        ),
+        _row(
             _SRT
             + "managers.scheduler_components.internal_state.SchedulerInternalStateController."
             + "get_internal_state",
