@@ -1,4 +1,4 @@
-"""What must be exact: ratio 1, a chunk in its own place, layer 0, and every request without spans."""
+"""What must be exact: ratio 1, a chunk in its own place, layer 0, isolation, every request without spans."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 VOCAB = 256
 PREFIX = 20
 CHUNK = 40
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 
 
 def tokens(count, seed):
@@ -36,8 +37,25 @@ def report(req):
     return req.customized_info["rag_fusion"][0]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_ratio_one_equals_plain_prefill(engine, family):
+def slot_kv(local, req, layer):
+    """K and V of a running request's positions, in order."""
+    runner = local.scheduler.tp_worker.model_runner
+    row = runner.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+    slots = row[: len(req.origin_input_ids)].long()
+    pool = runner.token_to_kv_pool
+    return pool.get_key_buffer(layer)[slots].clone(), pool.get_value_buffer(layer)[slots].clone()
+
+
+def prefilled(local, ids, **fields):
+    """A request that has just been prefilled and still holds its slots."""
+    req = local.submit(ids, 8, **fields)
+    while not req.output_ids:
+        local.step()
+    return req
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ratio_one_equals_plain_prefill_and_reuse_does_not(engine, family):
     local = engine(family)
     assert local.runtime.is_on, local.runtime.off_reason
     prefix, question = tokens(PREFIX, 1), tokens(9, 2)
@@ -52,3 +70,141 @@ def test_ratio_one_equals_plain_prefill(engine, family):
         fused = local.ask(ids, fusion={"spans": spans, "policy": policy})
         assert report(fused)["recomputed_tokens"] == 4 * CHUNK
         assert largest_difference(plain, fused) < 2e-4
+    # The control: what is compared above can differ, and does when nothing is recomputed.
+    local.flush()
+    reused = local.ask(ids, fusion={"spans": spans, "policy": "reuse"})
+    assert report(reused)["reused_tokens"] == 4 * CHUNK
+    assert abs(logprobs(reused)[0] - logprobs(plain)[0]) > 1e-3
+
+
+def test_ratio_one_gives_the_same_greedy_tokens_on_twenty_prompts(engine):
+    local = engine("llama")
+    prefix = tokens(PREFIX, 1)
+    chunks = [tokens(25, 100 + i) for i in range(6)]
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    worst_fused = worst_floor = 0.0
+    for trial in range(20):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(trial)).tolist()[:3]
+        ids, spans = lay_out(prefix, [chunks[i] for i in order], tokens(7, 500 + trial))
+        local.flush()
+        plain = local.ask(ids, 8, fusion={"mode": "off"})
+        # The noise floor: the same plain prefill in other batches, cut in pieces by warm prefixes.
+        local.flush()
+        for cut in (PREFIX, PREFIX + 25, PREFIX + 50):
+            local.ask(ids[:cut], 1, fusion={"mode": "off"})
+        again = local.ask(ids, 8, fusion={"mode": "off"})
+        worst_floor = max(worst_floor, largest_difference(plain, again))
+        local.flush()
+        fused = local.ask(ids, 8, fusion={"spans": spans, "policy": "full"})
+        worst_fused = max(worst_fused, largest_difference(plain, fused))
+    print(f"max |dlogprob|: fused {worst_fused:.2e}, floor {worst_floor:.2e}")
+    assert worst_fused <= max(3 * worst_floor, 1e-5)
+
+
+def test_a_chunk_in_its_own_place_keeps_its_bits_and_a_moved_one_the_rotation_bound(engine):
+    local = engine("llama")
+    prefix, question = tokens(PREFIX, 1), tokens(9, 2)
+    first, second = tokens(CHUNK, 10), tokens(CHUNK, 11)
+    local.build(prefix, first)
+    local.build(prefix, second)
+    records = [local.runtime.store.acquire(key, ids) for key, ids in keys_of(local, [first, second])]
+    ids, spans = lay_out(prefix, [first, second], question)
+    local.flush()
+    req = prefilled(local, ids, fusion={"spans": spans, "policy": "reuse"})
+    own, moved = slice(PREFIX, PREFIX + CHUNK), slice(PREFIX + CHUNK, PREFIX + 2 * CHUNK)
+    for layer in range(5):
+        k, v = slot_kv(local, req, layer)
+        assert torch.equal(k[own], records[0].record.layer(layer).k)
+        assert torch.equal(v[own], records[0].record.layer(layer).v)
+        assert not torch.equal(k[moved], records[1].record.layer(layer).k)
+        assert torch.equal(v[moved], records[1].record.layer(layer).v)
+    local.run(req)
+    # Layer 0 knows only tokens and positions: loaded or computed, K and V there are those of plain prefill.
+    local.flush()
+    plain = prefilled(local, ids, fusion={"mode": "off"})
+    k_plain, v_plain = slot_kv(local, plain, 0)
+    local.run(plain)
+    local.flush()
+    epic = prefilled(local, ids, fusion={"spans": spans, "policy": "epic:0.2"})
+    k_epic, v_epic = slot_kv(local, epic, 0)
+    computed = torch.ones(len(ids), dtype=torch.bool)
+    computed[own] = False
+    computed[moved] = False
+    computed[PREFIX + CHUNK : PREFIX + CHUNK + 8] = True  # 20% of the one moved chunk
+    assert torch.equal(k_epic[computed], k_plain[computed])
+    assert torch.equal(v_epic[computed], v_plain[computed])
+    torch.testing.assert_close(k_epic, k_plain, rtol=0, atol=2e-5)
+    assert torch.equal(v_epic, v_plain)
+    local.run(epic)
+    for lease in records:
+        lease.release()
+
+
+def keys_of(local, chunks):
+    by_ids = {}
+    for key in local.runtime.store.keys():
+        for chunk in chunks:
+            lease = local.runtime.store.acquire(key, chunk)
+            if lease is not None:
+                by_ids[tuple(chunk)] = key
+                lease.release()
+    return [(by_ids[tuple(chunk)], chunk) for chunk in chunks]
+
+
+def test_exact_and_fused_requests_interleaved_leave_the_exact_ones_untouched(engine):
+    local = engine("llama")
+    prefix = tokens(PREFIX, 1)
+    chunks = [tokens(CHUNK, 10 + i) for i in range(4)]
+    jobs = []
+    for turn in range(3):
+        order = [(turn + i) % 4 for i in range(3)]
+        jobs.append(lay_out(prefix, [chunks[i] for i in order], tokens(6, 300 + turn)))
+    # As stock SGLang would do it: the same plain requests in the same order, nothing fused in between.
+    stock = [local.ask(ids, 6, fusion={"mode": "off"}) for ids, _ in jobs for _ in range(2)]
+    local.fresh()
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    local.flush()
+    interleaved = []
+    for ids, spans in jobs:
+        interleaved.append(local.ask(ids, 6, fusion={"mode": "off"}))
+        fused = local.ask(ids, 6, fusion={"spans": spans, "policy": "reuse"})
+        assert report(fused)["fallback"] == "in_exact_prefix"  # the plain one has published it all
+        local.ask(ids[:-1] + [3], 6, fusion={"spans": spans, "policy": "query:0.3"})
+        interleaved.append(local.ask(ids, 6, fusion={"mode": "off"}))
+    for one, two in zip(stock, interleaved, strict=True):
+        assert list(one.output_ids) == list(two.output_ids)
+        assert logprobs(one) == logprobs(two)
+        assert one.cached_tokens == two.cached_tokens
+    # And the other way round: a fused request comes first and must leave nothing behind but the prefix.
+    for ids, spans in jobs:
+        local.flush()
+        alone = local.ask(ids, 6, fusion={"mode": "off"})
+        local.flush()
+        fused = local.ask(ids, 6, fusion={"spans": spans, "policy": "reuse"})
+        assert report(fused)["reused_tokens"] == 3 * CHUNK
+        after = local.ask(ids, 6, fusion={"mode": "off"})
+        assert after.cached_tokens == PREFIX
+        assert list(after.output_ids) == list(alone.output_ids)
+        assert largest_difference(alone, after) < 1e-4
+
+
+def test_requests_without_spans_are_those_of_stock_sglang(engine, monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion import runtime as runtime_module
+
+    local = engine("llama")
+    prompts = [tokens(30 + 7 * i, 40 + i) for i in range(4)]
+    local.build(tokens(PREFIX, 1), tokens(CHUNK, 10))  # something is stored, so prompts are scanned
+    local.flush()
+    with_plugin = [local.submit(ids, 6) for ids in prompts]
+    local.run(*with_plugin)
+    local.flush()
+    monkeypatch.setattr(runtime_module, "_RUNTIME", None)  # no hook does anything without a runtime
+    without = [local.submit(ids, 6) for ids in prompts]
+    local.run(*without)
+    monkeypatch.undo()
+    for one, two in zip(with_plugin, without, strict=True):
+        assert list(one.output_ids) == list(two.output_ids)
+        assert logprobs(one) == logprobs(two)
+        assert one.customized_info is None

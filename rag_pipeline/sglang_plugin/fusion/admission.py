@@ -45,6 +45,7 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     try:
         prompt_len = len(req.origin_input_ids)
         request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
+        explicit = request is not None and request.mode != "off"
         if request is None:
             if not (
                 runtime.config.automatic and runtime.is_on and runtime.store.stats().chunks_now
@@ -52,7 +53,13 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
                 return
             request = FusionRequest()
         policy = request.make_policy(runtime.config.policy)
-        state = RequestState(request, policy, req.origin_input_ids, internal=is_internal(req))
+        state = RequestState(
+            request,
+            policy,
+            req.origin_input_ids,
+            explicit=explicit,
+            internal=is_internal(req),
+        )
         setattr(req, ATTRIBUTE, state)
     except RequestError as error:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.

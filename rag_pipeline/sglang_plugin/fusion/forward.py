@@ -95,13 +95,18 @@ class _Item:
     __slots__ = ("candidates", "chosen", "entry", "fresh", "kept", "kv_slots", "layout", "prompt")
 
     def __init__(
-        self, entry: PlanEntry, layout: ReuseLayout, kv_slots: Tensor, prompt: Tensor
+        self,
+        entry: PlanEntry,
+        layout: ReuseLayout,
+        kv_slots: Tensor,
+        prompt: Tensor,
+        fresh: Tensor,
     ) -> None:
         self.entry = entry
         self.layout = layout
         self.kv_slots = kv_slots
         self.prompt = prompt
-        self.fresh = planning.fresh_positions(entry.state.loads, entry.piece)
+        self.fresh = fresh
         self.chosen = planning.early_rows(entry.state.policy, layout, entry.piece)
         self.candidates = layout.reused_positions()
         self.kept: list[int] = []
@@ -177,6 +182,7 @@ class FusedForward:
         exact = planning.exact_end(
             [(s.start, s.end, s.delta) for s in state.spans], state.radix_len
         )
+        fresh = planning.fresh_positions(state.loads, entry.piece)
         layout = planning.make_layout(
             state.loads,
             num_layers=self._facts.num_layers,
@@ -184,8 +190,9 @@ class FusedForward:
             radix_len=state.radix_len,
             exact_len=min(exact, int(prompt.numel())),
             qkv_share=self._facts.qkv_share,
+            scoring_rows=int(fresh.numel()),
         )
-        return _Item(entry, layout, self._kv_slots(entry.index), prompt)
+        return _Item(entry, layout, self._kv_slots(entry.index), prompt, fresh)
 
     def _loads(self) -> list[LoadItem]:
         loads = []

@@ -38,6 +38,7 @@ def make_layout(
     radix_len: int,
     exact_len: int,
     qkv_share: float,
+    scoring_rows: int | None = None,
 ) -> ReuseLayout:
     """Layout of a whole prompt as a policy sees it.
 
@@ -53,6 +54,8 @@ def make_layout(
         ``radix_len`` plus loaded tokens that follow it in their original place, see :func:`exact_end`.
     qkv_share : float
         See :func:`chunk_cache.policies.qkv_share`.
+    scoring_rows : int, optional
+        Rows of a scoring pass.
     """
     behind = [(max(start, exact_len), end) for start, end in spans if end > exact_len]
     return ReuseLayout(
@@ -60,6 +63,7 @@ def make_layout(
         prompt_len=prompt_len,
         exact_len=max(radix_len, exact_len),
         spans=tuple(behind),
+        num_scoring_rows=scoring_rows,
         qkv_share=qkv_share,
     )
 
@@ -70,18 +74,21 @@ def exact_end(spans: Sequence[tuple[int, int, int]], radix_len: int) -> int:
     Parameters
     ----------
     spans : sequence of (int, int, int)
-        ``(start, end, delta)`` with ``delta`` the positions by which the run was moved. A run with
-        ``delta == 0`` that begins where everything before is exact was computed behind just this prefix
-        (its context names the prefix, and the chunk's own tokens before the run are the prompt's).
+        ``(start, end, delta)`` with ``delta`` the positions by which the run was moved. What stands before the
+        first one is exact: found in the tree or computed now. A run with ``delta == 0`` behind it was
+        computed behind just these tokens (its context names the prefix, and the chunk's own tokens before
+        the run are the prompt's).
     radix_len : int
-        Exact tokens to begin with.
+        Tokens found in the tree; the answer when no run is exact.
     """
-    end = radix_len
+    if not spans:
+        return radix_len
+    end = first = spans[0][0]
     for start, stop, delta in spans:
         if start != end or delta != 0:
             break
         end = stop
-    return end
+    return end if end > first else radix_len
 
 
 def fresh_positions(spans: Sequence[tuple[int, int]], piece: Piece) -> Tensor:

@@ -126,6 +126,8 @@ class RequestState:
         Tokens that may be published as exact; None for all.
     row_layers : float
         Work done so far: rows times layers.
+    explicit : bool
+        The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
         Made by this process (background build, self-check); its output goes to no client.
     """
@@ -135,6 +137,7 @@ class RequestState:
         "captures",
         "done",
         "exact_limit",
+        "explicit",
         "internal",
         "policy",
         "prompt",
@@ -147,7 +150,13 @@ class RequestState:
     )
 
     def __init__(
-        self, request: FusionRequest, policy: Policy, prompt_ids: Any, *, internal: bool = False
+        self,
+        request: FusionRequest,
+        policy: Policy,
+        prompt_ids: Any,
+        *,
+        explicit: bool = False,
+        internal: bool = False,
     ) -> None:
         self.request = request
         self.policy = policy
@@ -159,6 +168,7 @@ class RequestState:
         self.radix_len = 0
         self.exact_limit: int | None = None
         self.row_layers = 0.0
+        self.explicit = explicit
         self.internal = internal
         self.report = UsageReport(prompt_tokens=int(self.prompt.size))
 
@@ -193,8 +203,8 @@ class RequestState:
 
     @property
     def is_pending(self) -> bool:
-        """Matched, with something left to load or to store."""
-        return self.resolved and not self.done and bool(self.spans or self.captures)
+        """Matched, with something left to load, to store or to tell the client."""
+        return self.resolved and not self.done and bool(self.spans or self.captures or self.explicit)
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""

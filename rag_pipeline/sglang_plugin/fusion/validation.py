@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion.request_spans import PARAM_PREFIX, parse_request
+from rag_pipeline.sglang_plugin.fusion.internal_requests import INTERNAL_RID
+from rag_pipeline.sglang_plugin.fusion.request_spans import (
+    PARAM_PREFIX,
+    RequestError,
+    parse_request,
+)
 
 
 def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -18,6 +23,8 @@ def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> N
     RequestError
         A ``ValueError``: SGLang answers it with HTTP 400 and the message.
     """
+    if str(getattr(tokenized, "rid", "")).startswith(INTERNAL_RID):
+        raise RequestError(f"request id {tokenized.rid!r}: ids that begin with {INTERNAL_RID!r} are taken.")
     params = getattr(tokenized, "sampling_params", None)
     hints = getattr(tokenized, "kv_hints", None)
     custom = getattr(params, "custom_params", None)

@@ -1,0 +1,204 @@
+"""Fused outputs against an independent forward pass written out in torch: no SGLang, no rag_kernels.
+
+The oracle computes chunks behind the prefix, rotates their keys with its own table, overwrites the chosen rows layer
+by layer with an explicit position mask, and adds the mean shift by its definition.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chunk_cache.policies import create_policy
+
+VOCAB, PREFIX = 256, 20
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+class Oracle:
+    """Llama in fp64 from a checkpoint folder."""
+
+    def __init__(self, folder):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        self.w = {name: t.double() for name, t in model.state_dict().items()}
+        self.layers = config.num_hidden_layers
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = config.hidden_size // self.heads
+        self.eps = config.rms_norm_eps
+        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        self.freq = theta ** (-torch.arange(0, self.dim, 2).double() / self.dim)
+
+    def rope(self, x, positions):
+        angle = positions.double()[:, None, None] * self.freq
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def norm(self, x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.w[name]
+
+    def run(self, ids, rows, keys, values, *, stop=None, before=None, seen=None):
+        """Rows at rising positions over per-layer keys (rotated) and values, overwritten in place."""
+        h = self.w["model.embed_tokens.weight"][torch.tensor(ids)[rows]]
+        length = keys[0].shape[0]
+        mask = torch.arange(length)[None] > rows[:, None]
+        for layer in range(self.layers if stop is None else stop):
+            p = f"model.layers.{layer}."
+            x = self.norm(h, p + "input_layernorm.weight")
+            q, k, v = (x @ self.w[p + f"self_attn.{n}_proj.weight"].T for n in "qkv")
+            q = self.rope(q.view(len(rows), self.heads, -1), rows)
+            k = self.rope(k.view(len(rows), self.kv_heads, -1), rows)
+            v = v.view(len(rows), self.kv_heads, -1)
+            if before is not None:
+                before(layer, k, v)
+            keys[layer][rows], values[layer][rows] = k, v
+            group = self.heads // self.kv_heads
+            kk, vv = (t[layer].repeat_interleave(group, 1) for t in (keys, values))
+            logits = torch.einsum("rhd,khd->hrk", q, kk) / self.dim**0.5
+            weights = logits.masked_fill(mask, -torch.inf).softmax(-1)
+            if seen is not None:
+                seen(layer, weights)
+            out = torch.einsum("hrk,khd->rhd", weights, vv).flatten(1)
+            h = h + out @ self.w[p + "self_attn.o_proj.weight"].T
+            x = self.norm(h, p + "post_attention_layernorm.weight")
+            gate = torch.nn.functional.silu(x @ self.w[p + "mlp.gate_proj.weight"].T)
+            h = h + (gate * (x @ self.w[p + "mlp.up_proj.weight"].T)) @ self.w[p + "mlp.down_proj.weight"].T
+        return h
+
+    def log_probs(self, h):
+        logits = self.norm(h[-1:], "model.norm.weight") @ self.w["lm_head.weight"].T
+        return logits.log_softmax(-1)[0]
+
+    def empty(self, length):
+        shape = (length, self.kv_heads, self.dim)
+        return [torch.zeros(shape).double() for _ in range(self.layers)]
+
+    def fused_kv(self, prefix, chunks, ids):
+        """Keys and values of the prompt before any row is recomputed."""
+        keys, values, at = self.empty(len(ids)), self.empty(len(ids)), len(prefix)
+        for chunk in chunks:
+            ck, cv = self.empty(len(prefix) + len(chunk)), self.empty(len(prefix) + len(chunk))
+            self.run(prefix + chunk, torch.arange(len(prefix) + len(chunk)), ck, cv)
+            moved = torch.full((len(chunk),), at - len(prefix))
+            for layer in range(self.layers):
+                keys[layer][: len(prefix)] = ck[layer][: len(prefix)]
+                values[layer][: len(prefix)] = cv[layer][: len(prefix)]
+                keys[layer][at : at + len(chunk)] = self.rope(ck[layer][len(prefix) :], moved)
+                values[layer][at : at + len(chunk)] = cv[layer][len(prefix) :]
+            at += len(chunk)
+        return keys, values
+
+
+def shifted(oracle, keys, values, rows, spans, strength):
+    """The mean shift by its definition: un-rotated mean difference, damped, added to the other tokens."""
+
+    def before(layer, k, v):
+        if layer == 0:
+            return
+        for start, end in spans:
+            inside = (rows >= start) & (rows < end)
+            count = int(inside.sum())
+            if count < 2:
+                continue
+            probes = rows[inside]
+            weight = strength * count / (count + 4)
+            dk = oracle.rope(k[inside] - keys[layer][probes], -probes).mean(0) * weight
+            dv = (v[inside] - values[layer][probes]).mean(0) * weight
+            others = torch.tensor([p for p in range(start, end) if p not in set(probes.tolist())])
+            keys[layer][others] += oracle.rope(dk.expand(len(others), -1, -1), others)
+            values[layer][others] += dv
+
+    return before
+
+
+def expect(oracle, policy, prefix, chunks, question):
+    """Log-probabilities of the first token and the rows that the policy recomputed."""
+    from chunk_cache.policies import ReuseLayout
+
+    ids = prefix + sum(chunks, []) + question
+    spans, at = [], len(prefix)
+    for chunk in chunks:
+        spans.append((at, at + len(chunk)))
+        at += len(chunk)
+    keys, values = oracle.fused_kv(prefix, chunks, ids)
+    behind = tuple(spans[1:])  # the first chunk stands in its own place: exact
+    layout = ReuseLayout(
+        num_layers=oracle.layers,
+        prompt_len=len(ids),
+        exact_len=spans[0][1],
+        spans=behind,
+        qkv_share=(4 + 2 * 2) * 16 / ((4 + 2 * 2) * 16 + 64 + 3 * 96),
+    )
+    asking = torch.arange(len(prefix) + sum(map(len, chunks)), len(ids))
+    candidates = layout.reused_positions()
+    if policy.signal == "attention":
+        layers, mass = policy.scoring_layers(oracle.layers), torch.zeros(len(ids)).double()
+
+        def seen(layer, weights):
+            if layer in layers:
+                mass.add_(weights.mean((0, 1)))
+
+        k, v = [t.clone() for t in keys], [t.clone() for t in values]
+        oracle.run(ids, asking, k, v, stop=layers.stop, seen=seen)
+        chosen = policy.select(layout, scores=mass[candidates].float())
+    elif policy.signal == "deviation":
+        chosen = candidates
+        for stage, layer in enumerate(policy.check_layers(oracle.layers)):
+            score = torch.zeros(0)
+
+            def before(at_layer, k, v, layer=layer, rows=None):
+                nonlocal score
+                if at_layer == layer:
+                    keep = torch.isin(current, chosen)
+                    dk = k[keep] - keys[layer][current[keep]]
+                    dv = v[keep] - values[layer][current[keep]]
+                    score = (dk.square().sum((1, 2)) if "k" in policy.metric else 0) + (
+                        dv.square().sum((1, 2)) if "v" in policy.metric else 0
+                    )
+
+            current = torch.cat([chosen, asking])
+            # Layers up to the check are computed for the rows still there; what dropped out stays fresh there.
+            oracle.run(ids, current, keys, values, stop=layer + 1, before=before)
+            chosen = policy.select(layout, scores=score.float(), candidates=chosen, stage=stage)
+    else:
+        chosen = policy.select(layout)
+    rows = torch.cat([chosen, asking])
+    before = shifted(oracle, keys, values, rows, behind, policy.mean_shift) if policy.mean_shift else None
+    return oracle.log_probs(oracle.run(ids, rows, keys, values, before=before)), chosen
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reuse", "epic:0.2", "query:0.6", "cacheblend:0.6", "adaptive:0.5"],
+)
+def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
+    local = engine("llama")
+    oracle = Oracle(tiny_model("llama"))
+    prefix, question = tokens(PREFIX, 1), tokens(6, 2)
+    chunks = [tokens(30 + 3 * i, 10 + i) for i in range(4)]
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    wanted, chosen = expect(oracle, create_policy(name), prefix, chunks, question)
+    ids, spans = list(prefix), []
+    for chunk in chunks:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += chunk
+    local.flush()
+    local.ask([*prefix, 3], 1, fusion={"mode": "off"})  # the prefix stands in the tree, as in the oracle
+    req = local.ask(ids + question, 1, fusion={"spans": spans, "policy": name}, top=20)
+    got = req.customized_info["rag_fusion"][0]
+    assert got["recomputed_tokens"] == chosen.numel()
+    assert name == "reuse" or 0 < chosen.numel() < sum(map(len, chunks[1:]))
+    assert sum(got[k] for k in ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")) == (
+        len(ids) + len(question)
+    )
+    values = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
+    indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
+    assert int(wanted.argmax()) == req.output_ids[0]
+    torch.testing.assert_close(values, wanted[indices], rtol=0, atol=5e-4)
