@@ -23,7 +23,7 @@ def eval_session(request: pytest.FixtureRequest, prompt_maker: Any) -> Iterator[
     from rag_eval.runner.session import EngineSession
 
     shared = request.getfixturevalue("engine")
-    if shared.server_args.enable_custom_logit_processor:
+    if getattr(shared.server_args, "enable_custom_logit_processor", False):
         yield EngineSession(shared, prompt_maker.decode, 49152)
         return
     own = start_session(prompt_maker, 49152, {})
