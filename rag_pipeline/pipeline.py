@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,10 @@ from rag_pipeline.types import (
     PromptLayout,
     SamplingOptions,
     Source,
+    Span,
     Timing,
 )
-from retrievers.types import Retriever, SearchHit
+from retrievers.types import Chunk, Retriever, SearchHit
 
 DEFAULT_TOP_K = 4
 
@@ -189,6 +190,43 @@ class RagPipeline:
         finally:
             await pieces.aclose()
         yield run.answer()
+
+    def warm(
+        self,
+        chunks: Iterable[Chunk],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Compute and keep the KV of chunks ahead of the questions, behind the shared prefix.
+
+        Parameters
+        ----------
+        chunks
+            Chunks as the retriever returns them.
+        progress
+            Called with the number of chunks done after each.
+
+        Returns
+        -------
+        int
+            Chunks sent to the engine. One that it holds already costs a look-up.
+        """
+        prefix = self.builder.system_ids
+        done = 0
+        for chunk in chunks:
+            ids = self.builder.chunk_ids(chunk)
+            request = GenerationRequest(
+                input_ids=(*prefix, *ids),
+                spans=(Span(start=len(prefix), end=len(prefix) + len(ids), chunk_id=chunk.id),),
+                sampling=SamplingOptions(max_new_tokens=1),
+                build=True,
+            )
+            for _ in self.backend.generate(request):
+                pass
+            done += 1
+            if progress is not None:
+                progress(done)
+        return done
 
     def close(self) -> None:
         """Close the backend."""

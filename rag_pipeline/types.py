@@ -130,6 +130,9 @@ class GenerationRequest:
     policy, ratio
         Selection policy of the fusion and its share of recomputed tokens in [0, 1]; policy
         ``prefix`` is ordinary prefill behind the radix tree and takes no ratio.
+    build
+        Prefill as usual and keep the KV of the one span, which stands right behind the shared
+        prefix; policy and ratio play no part.
     """
 
     input_ids: tuple[int, ...]
@@ -137,6 +140,7 @@ class GenerationRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     policy: str = "prefix"
     ratio: float | None = None
+    build: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,6 +124,17 @@ def ask(
     embedder: EmbedderOption = None,
     search: Annotated[str, typer.Option(help="dense, bm25 or hybrid.")] = "dense",
     top_k: TopKOption = 4,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="How retrieved chunks are served: prefix (exact, RadixAttention alone), or the "
+            "fusion policy full, reuse, cacheblend, epic, query, adaptive."
+        ),
+    ] = "prefix",
+    ratio: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of reused tokens' work done anew."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     json_output: JsonOption = False,
@@ -140,6 +151,8 @@ def ask(
             embedder=embedder,
             search=search,
             top_k=top_k,
+            policy=policy,
+            ratio=ratio,
             max_new_tokens=max_new_tokens,
             stream=stream,
         ),

@@ -31,6 +31,8 @@ class AskOptions:
     embedder: str | None = None
     search: str = "dense"
     top_k: int = 4
+    policy: str = "prefix"
+    ratio: float | None = None
     max_new_tokens: int = 128
     stream: bool = False
 
@@ -53,9 +55,13 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
 
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
     if not options.stream:
-        return pipeline.ask(options.question, sampling=sampling)
+        return pipeline.ask(
+            options.question, sampling=sampling, policy=options.policy, ratio=options.ratio
+        )
     show: Callable[[str], None] = write_error if json_output else write
-    for piece in pipeline.stream(options.question, sampling=sampling):
+    for piece in pipeline.stream(
+        options.question, sampling=sampling, policy=options.policy, ratio=options.ratio
+    ):
         if not isinstance(piece, str):
             show("\n")
             return piece
@@ -66,11 +72,15 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
 def open_pipeline(options: AskOptions) -> RagPipeline:
     """Open index, embedder and engine; index and embedder load while the engine starts."""
     from rag_pipeline import PromptBuilder, RagPipeline
+    from rag_pipeline.generation import extra_fields
+    from rag_pipeline.types import GenerationRequest
 
     if options.search not in SEARCHES:
         raise RagPipelineError(
             f"--search is {options.search!r}; it must be one of {', '.join(SEARCHES)}"
         )
+    # A policy that does not exist is refused before anything is opened.
+    extra_fields(GenerationRequest(input_ids=(), policy=options.policy, ratio=options.ratio))
     index = open_index(options.index, embedder=options.embedder, search=options.search)
     retriever = index.retriever(options.search)
     folder = resolve_llm_shown(options.model).path

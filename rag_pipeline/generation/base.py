@@ -11,8 +11,8 @@ from rag_pipeline.types import GenerationPiece, GenerationRequest, Usage
 FUSION_KEY = "rag_fusion"
 """Key of the plugin's report in ``meta_info``."""
 
-POLICIES = ("prefix",)
-"""Policies a request may name; the fusion extends them."""
+PREFIX_POLICY = "prefix"
+"""Ordinary prefill behind the radix tree: fusion leaves the request alone."""
 
 
 class Backend(Protocol):
@@ -47,22 +47,42 @@ def extra_fields(request: GenerationRequest) -> dict[str, Any]:
     Returns
     -------
     dict
-        Empty for ordinary prefill.
+        ``kv_hints``; for policy ``prefix`` they say that fusion leaves this request alone. An
+        engine without the plugin ignores them.
 
     Raises
     ------
     RagPipelineError
-        Unknown policy, or a ratio where there is nothing to recompute.
+        Unknown policy, or a ratio that the policy does not take.
     """
-    if request.policy not in POLICIES:
-        raise RagPipelineError(
-            f"policy {request.policy!r} is unknown; allowed are {', '.join(POLICIES)}"
+    from rag_pipeline.sglang_plugin import FusionRequest
+
+    spans = tuple((span.start, span.end) for span in request.spans)
+    prefix_len = spans[0][0] if spans else 0
+    if request.build:
+        fusion = FusionRequest(mode="build", spans=spans, prefix_len=prefix_len)
+    elif request.policy == PREFIX_POLICY:
+        if request.ratio is not None:
+            raise RagPipelineError(
+                f"policy {PREFIX_POLICY!r} takes no ratio, {request.ratio} was given; leave it out"
+            )
+        fusion = FusionRequest(mode="off")
+    else:
+        fusion = FusionRequest(
+            spans=spans, prefix_len=prefix_len, policy=request.policy, ratio=request.ratio
         )
-    if request.ratio is not None:
-        raise RagPipelineError(
-            f"policy {request.policy!r} takes no ratio, {request.ratio} was given; leave it out"
-        )
-    return {}
+        _check_policy(fusion)
+    return {"kv_hints": fusion.to_kv_hints()}
+
+
+def _check_policy(fusion: Any) -> None:
+    """Refuse an unknown policy here, naming ``prefix`` among the allowed ones."""
+    from chunk_cache.policies import policy_names
+
+    if fusion.policy.partition(":")[0] not in policy_names():
+        allowed = ", ".join((PREFIX_POLICY, *policy_names()))
+        raise RagPipelineError(f"policy {fusion.policy!r} is unknown; allowed are {allowed}")
+    fusion.make_policy(fusion.policy)
 
 
 def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usage:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.activation import Activation, activation_of
+    from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
     from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
     from rag_pipeline.sglang_plugin.startup import create_engine
 
 __all__ = [
     "OFF_SWITCH",
     "Activation",
+    "FusionRequest",
     "HookTarget",
     "activate_platform",
     "activation_of",
@@ -35,6 +37,7 @@ OFF_SWITCH = "RAG_PIPELINE_PLUGIN"
 _HOME = {
     "Activation": "activation",
     "activation_of": "activation",
+    "FusionRequest": "fusion.request_spans",
     "HookTarget": "hook_table",
     "add_targets": "hook_table",
     "verify_targets": "hook_table",

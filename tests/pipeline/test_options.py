@@ -7,7 +7,7 @@ import pytest
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import extra_fields, usage_from_meta
 from rag_pipeline.generation.base import delta
-from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Source, Timing
+from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Source, Span, Timing
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,32 @@ def test_bad_sampling_options(options: dict[str, float], says: str) -> None:
 
 
 def test_policy_seam_refuses_what_it_does_not_know() -> None:
-    assert extra_fields(GenerationRequest(input_ids=(1,))) == {}
+    for request in (
+        GenerationRequest(input_ids=(1,)),
+        GenerationRequest(input_ids=(1, 2, 3), spans=(Span(start=1, end=2),)),
+    ):
+        (action,) = extra_fields(request)["kv_hints"]["actions"]
+        assert action["payload"]["mode"] == "off"
     with pytest.raises(RagPipelineError, match=r"policy 'magic' is unknown; allowed are prefix"):
         extra_fields(GenerationRequest(input_ids=(1,), policy="magic"))
     with pytest.raises(RagPipelineError, match="takes no ratio"):
         extra_fields(GenerationRequest(input_ids=(1,), ratio=0.5))
+
+
+def test_policy_and_spans_travel_in_kv_hints() -> None:
+    spans = (Span(start=4, end=9), Span(start=9, end=12))
+    request = GenerationRequest(input_ids=tuple(range(20)), spans=spans, policy="query", ratio=0.2)
+    (action,) = extra_fields(request)["kv_hints"]["actions"]
+    assert action["payload"] == {
+        "mode": "fuse",
+        "prefix_len": 4,
+        "spans": [[4, 9], [9, 12]],
+        "policy": "query",
+        "ratio": 0.2,
+    }
+    build = GenerationRequest(input_ids=tuple(range(9)), spans=spans[:1], build=True)
+    (action,) = extra_fields(build)["kv_hints"]["actions"]
+    assert action["payload"] == {"mode": "build", "prefix_len": 4, "spans": [[4, 9]]}
 
 
 def test_usage_adds_up_with_and_without_the_fusion_report() -> None:

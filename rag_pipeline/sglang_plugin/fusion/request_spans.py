@@ -16,11 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from chunk_cache import ChunkCacheError, check_spans
-from chunk_cache.policies import Policy, create_policy
 from rag_pipeline.errors import RagPipelineError
+
+if TYPE_CHECKING:
+    from chunk_cache.policies import Policy
 
 ACTION_TYPE = "rag.fusion"
 ACTION_VERSION = "1"
@@ -111,6 +113,9 @@ class FusionRequest:
 
 @functools.lru_cache(maxsize=256)
 def _cached_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
+    # Brings torch in, which a client that only writes requests has no use for.
+    from chunk_cache.policies import create_policy
+
     return create_policy(name, ratio, **dict(options))
 
 
