@@ -126,13 +126,16 @@ class EngineSession:
         cpu_before = self._cpu.seconds()
         started = time.perf_counter()
         last: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         ttft_s = ttft_cpu_s = -1.0
         for piece in stream:
             last = piece
+            # The report is sent once, with the first piece that follows the prefill.
+            report = piece["meta_info"].get(REPORT) or report
             if ttft_s < 0:
                 ttft_s = time.perf_counter() - started
                 ttft_cpu_s = self._cpu.seconds() - cpu_before
-        usage = self._usage(last["meta_info"], mode)
+        usage = self._usage({**last["meta_info"], REPORT: report or None}, mode)
         return Served(
             output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
         )
