@@ -17,6 +17,9 @@ from rag_kernels import PositionCausalPlan, plan_position_causal
 from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 
+_PADDING_SLOT = 0
+"""SGLang's pools keep slot 0 out of circulation for rows whose KV nobody wants."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RequestRows:
@@ -32,12 +35,15 @@ class RequestRows:
         Token ids ``[R]`` on the device.
     kv_slots : Tensor
         int64 ``[kv_len]`` on the device; slot ``j`` holds position ``j``.
+    keeps_last : bool
+        The last row is there for its output only; its loaded KV stays.
     """
 
     index: int
     positions: Tensor
     ids: Tensor
     kv_slots: Tensor
+    keeps_last: bool = False
 
     @property
     def count(self) -> int:
@@ -46,8 +52,11 @@ class RequestRows:
 
     @property
     def row_slots(self) -> Tensor:
-        """int64 ``[R]``: slots of the rows themselves."""
-        return self.kv_slots[self.positions.to(self.kv_slots.device)]
+        """int64 ``[R]``: where the rows' own keys and values go."""
+        slots = self.kv_slots[self.positions.to(self.kv_slots.device)]
+        if self.keeps_last:
+            slots[-1] = _PADDING_SLOT
+        return slots
 
 
 def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionCausalPlan, Tensor]:

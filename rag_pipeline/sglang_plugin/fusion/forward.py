@@ -111,14 +111,23 @@ class _Item:
         self.candidates = layout.reused_positions()
         self.kept: list[int] = []
 
-    def rows(self, positions: Tensor) -> RequestRows:
+    def rows(self, positions: Tensor, *, keeps_last: bool = False) -> RequestRows:
         """Rows of this request at rising positions."""
         return RequestRows(
             index=self.entry.index,
             positions=positions,
             ids=self.prompt[positions].to(self.kv_slots.device),
             kv_slots=self.kv_slots,
+            keeps_last=keeps_last,
         )
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the last row only ends a piece inside a chunk: it must not change that chunk's KV."""
+        piece, last = self.entry.piece, self.entry.piece.end - 1
+        chosen = self.chosen is not None and bool((self.chosen == last).any())
+        loaded = any(start <= last < end for start, end in self.entry.state.loads)
+        return loaded and not chosen and not piece.is_last
 
 
 class FusedForward:
@@ -323,7 +332,7 @@ class FusedForward:
         state = item.entry.state
         state.row_layers += self._facts.num_layers * int(positions.numel())
         state.report.recomputed_tokens += int(item.chosen.numel())
-        return item.rows(positions)
+        return item.rows(positions, keeps_last=item.keeps_last)
 
     def _shift(self, item: _Item, rows: RequestRows, first: int) -> list[MeanShiftPlan]:
         strength = item.entry.state.policy.mean_shift
