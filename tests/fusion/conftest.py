@@ -59,7 +59,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 for parameter_name, parameter in model.named_parameters():
                     if parameter.ndim == 2:
                         # Peaked attention and clear winners: a wrong key changes the output visibly.
-                        scale = 3.0 if "q_proj" in parameter_name or "k_proj" in parameter_name else 1.5
+                        scale = (
+                            3.0 if "q_proj" in parameter_name or "k_proj" in parameter_name else 1.5
+                        )
                         parameter.normal_(0.0, scale / parameter.shape[1] ** 0.5)
             folder = tmp_path_factory.mktemp(key)
             model.to(torch.float32).save_pretrained(folder)

@@ -47,7 +47,9 @@ def test_mixed_batch_gives_every_request_what_it_gets_alone(engine):
     jobs = []
     for i, policy in enumerate(["off", "reuse", "full", "query:0.6", "cacheblend:0.6", "off"]):
         ids, spans = lay_out([CHUNKS[(i + k) % 4] for k in (0, 2, 1)], tokens(5 + i, 200 + i))
-        jobs.append((ids, {"mode": "off"} if policy == "off" else {"spans": spans, "policy": policy}))
+        jobs.append(
+            (ids, {"mode": "off"} if policy == "off" else {"spans": spans, "policy": policy})
+        )
     alone = []
     for ids, fusion in jobs:
         local.flush()
@@ -164,7 +166,8 @@ def test_odd_layouts(engine):
         parts = report(fused)
         assert parts["prompt_tokens"] == len(ids)
         assert len(ids) == sum(
-            parts[k] for k in ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
+            parts[k]
+            for k in ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
         )
         return parts
 
@@ -172,7 +175,9 @@ def test_odd_layouts(engine):
     assert exact(*lay_out([b, a, b], question))["recomputed_tokens"] == 2 * CHUNK
     # An empty chunk between two others.
     ids, spans = lay_out([b, a], question)
-    assert exact(ids, [spans[0], spans[1], spans[1], spans[1], *spans[2:]])["reused_tokens"] == CHUNK
+    assert (
+        exact(ids, [spans[0], spans[1], spans[1], spans[1], *spans[2:]])["reused_tokens"] == CHUNK
+    )
     # The whole prompt is cached: the last token is computed all the same.
     ids, spans = lay_out([b, a], [])
     assert exact(ids, spans)["fresh_tokens"] == PREFIX
@@ -203,7 +208,9 @@ def test_sixty_four_chunks(engine):
     close(plain, full)
     local.flush()
     query = local.ask(ids, 2, fusion={"spans": spans, "policy": "query:0.3"})
-    assert report(query)["reused_tokens"] + report(query)["recomputed_tokens"] == sum(map(len, chunks))
+    assert report(query)["reused_tokens"] + report(query)["recomputed_tokens"] == sum(
+        map(len, chunks)
+    )
     assert report(query)["computed_fraction"] < 0.4
 
 

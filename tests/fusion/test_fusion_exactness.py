@@ -108,7 +108,9 @@ def test_a_chunk_in_its_own_place_keeps_its_bits_and_a_moved_one_the_rotation_bo
     first, second = tokens(CHUNK, 10), tokens(CHUNK, 11)
     local.build(prefix, first)
     local.build(prefix, second)
-    records = [local.runtime.store.acquire(key, ids) for key, ids in keys_of(local, [first, second])]
+    records = [
+        local.runtime.store.acquire(key, ids) for key, ids in keys_of(local, [first, second])
+    ]
     ids, spans = lay_out(prefix, [first, second], question)
     local.flush()
     req = prefilled(local, ids, fusion={"spans": spans, "policy": "reuse"})

@@ -68,7 +68,11 @@ class Oracle:
             h = h + out @ self.w[p + "self_attn.o_proj.weight"].T
             x = self.norm(h, p + "post_attention_layernorm.weight")
             gate = torch.nn.functional.silu(x @ self.w[p + "mlp.gate_proj.weight"].T)
-            h = h + (gate * (x @ self.w[p + "mlp.up_proj.weight"].T)) @ self.w[p + "mlp.down_proj.weight"].T
+            h = (
+                h
+                + (gate * (x @ self.w[p + "mlp.up_proj.weight"].T))
+                @ self.w[p + "mlp.down_proj.weight"].T
+            )
         return h
 
     def log_probs(self, h):
@@ -169,7 +173,11 @@ def expect(oracle, policy, prefix, chunks, question):
     else:
         chosen = policy.select(layout)
     rows = torch.cat([chosen, asking])
-    before = shifted(oracle, keys, values, rows, behind, policy.mean_shift) if policy.mean_shift else None
+    before = (
+        shifted(oracle, keys, values, rows, behind, policy.mean_shift)
+        if policy.mean_shift
+        else None
+    )
     return oracle.log_probs(oracle.run(ids, rows, keys, values, before=before)), chosen
 
 
@@ -190,14 +198,17 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
         spans += [len(ids), len(ids) + len(chunk)]
         ids += chunk
     local.flush()
-    local.ask([*prefix, 3], 1, fusion={"mode": "off"})  # the prefix stands in the tree, as in the oracle
+    local.ask(
+        [*prefix, 3], 1, fusion={"mode": "off"}
+    )  # the prefix stands in the tree, as in the oracle
     req = local.ask(ids + question, 1, fusion={"spans": spans, "policy": name}, top=20)
     got = req.customized_info["rag_fusion"][0]
     assert got["recomputed_tokens"] == chosen.numel()
     assert name == "reuse" or 0 < chosen.numel() < sum(map(len, chunks[1:]))
-    assert sum(got[k] for k in ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")) == (
-        len(ids) + len(question)
-    )
+    assert sum(
+        got[k]
+        for k in ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
+    ) == (len(ids) + len(question))
     values = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
     indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
     assert int(wanted.argmax()) == req.output_ids[0]

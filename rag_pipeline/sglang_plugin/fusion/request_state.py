@@ -204,7 +204,9 @@ class RequestState:
     @property
     def is_pending(self) -> bool:
         """Matched, with something left to load, to store or to tell the client."""
-        return self.resolved and not self.done and bool(self.spans or self.captures or self.explicit)
+        return (
+            self.resolved and not self.done and bool(self.spans or self.captures or self.explicit)
+        )
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""

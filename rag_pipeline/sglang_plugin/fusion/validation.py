@@ -24,7 +24,9 @@ def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> N
         A ``ValueError``: SGLang answers it with HTTP 400 and the message.
     """
     if str(getattr(tokenized, "rid", "")).startswith(INTERNAL_RID):
-        raise RequestError(f"request id {tokenized.rid!r}: ids that begin with {INTERNAL_RID!r} are taken.")
+        raise RequestError(
+            f"request id {tokenized.rid!r}: ids that begin with {INTERNAL_RID!r} are taken."
+        )
     params = getattr(tokenized, "sampling_params", None)
     hints = getattr(tokenized, "kv_hints", None)
     custom = getattr(params, "custom_params", None)

@@ -1,0 +1,271 @@
+"""Matching, background builds, tenants, refusals, counters and the self-check, in the real scheduler."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+VOCAB, PREFIX, CHUNK = 256, 20, 80
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+PREFIX_IDS = tokens(PREFIX, 1)
+CHUNKS = [tokens(CHUNK, 10 + i) for i in range(3)]
+
+
+def lay_out(chunks, question, prefix=PREFIX_IDS):
+    ids, spans = list(prefix), []
+    for chunk in chunks:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += chunk
+    return ids + question, spans
+
+
+def report(req):
+    return req.customized_info["rag_fusion"][0]
+
+
+def turn(local, times):
+    for _ in range(times):
+        local.step()
+
+
+def test_a_miss_is_served_as_usual_and_built_when_the_engine_is_idle(engine):
+    local = engine("llama")
+    ids, spans = lay_out(CHUNKS, tokens(9, 3))
+    plain = local.ask(ids, 4, fusion={"mode": "off"})
+    local.flush()
+    first = local.ask(ids, 4, fusion={"spans": spans})
+    assert first.output_ids == plain.output_ids
+    assert first.logprob.output_token_logprobs_val == plain.logprob.output_token_logprobs_val
+    assert report(first)["fallback"] == "miss"
+    assert report(first)["fresh_tokens"] == len(ids)
+    # The chunk behind the prefix came out of this very prefill; the others wait.
+    assert report(first)["built_chunks"] == 1
+    counts = local.runtime.metrics.counts
+    assert counts["background.queued"] == 2
+    assert local.runtime.store.stats().chunks_now == 1
+    sent = len(local.sink.sent)
+    turn(local, 900)
+    assert counts["background.started"] == 2
+    assert local.runtime.store.stats().chunks_now == 3
+    assert len(local.sink.sent) == sent  # nobody is answered about requests that nobody made
+    local.flush()
+    second = local.ask(ids, 4, fusion={"spans": spans, "policy": "reuse"})
+    assert report(second)["reused_tokens"] == 3 * CHUNK
+    assert report(second)["fallback"] == ""
+
+
+def test_background_builds_wait_for_idleness_and_the_queue_is_bounded(engine, monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion import background
+
+    local = engine("llama")
+    runtime = local.runtime
+    monkeypatch.setattr(runtime, "config", type(runtime.config)(max_background=3, self_check=False))
+    many = [tokens(30, 400 + i) for i in range(6)]
+    ids, spans = lay_out(many, tokens(5, 3))
+    local.ask(ids, 1, fusion={"spans": spans})
+    assert background.pending() == 3
+    assert runtime.metrics.counts["background.dropped"] == 2
+    busy = local.submit(tokens(30, 9), 300)
+    turn(local, 250)
+    assert runtime.metrics.counts["background.started"] == 0  # not while a request is running
+    local.run(busy)
+    turn(local, 900)
+    assert runtime.metrics.counts["background.started"] == 3
+
+
+def test_prompts_without_spans_are_matched_automatically(engine):
+    local = engine("llama")
+    for chunk in CHUNKS:
+        local.build(PREFIX_IDS, chunk)
+    ids, _ = lay_out([CHUNKS[2], tokens(11, 5), CHUNKS[0]], tokens(9, 3))
+    local.flush()
+    plain = local.ask(ids, 4, fusion={"mode": "off"})
+    local.flush()
+    found = local.ask(ids, 4)
+    assert report(found)["policy"] == "query"
+    assert report(found)["reused_tokens"] + report(found)["recomputed_tokens"] == 2 * CHUNK
+    assert plain.customized_info is None
+    # Another prefix: chunk KV computed behind ours is not valid there.
+    local.flush()
+    other = local.ask([*tokens(PREFIX, 99), *CHUNKS[2], *tokens(9, 3)], 4)
+    assert other.customized_info is None
+
+
+def test_tenants_do_not_see_each_other(engine):
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0], cache_salt="one")
+    ids, spans = lay_out([tokens(5, 5), CHUNKS[0]], tokens(9, 3))
+    spans = spans[2:]
+    for fields, hit in [
+        ({"cache_salt": "one"}, True),
+        ({"cache_salt": "two"}, False),
+        ({}, False),
+        ({"extra_key": "one"}, False),
+    ]:
+        fusion = {"spans": spans, "prefix_len": PREFIX, "policy": "reuse"}
+        req = local.ask(ids, 1, fusion=fusion, **fields)
+        assert (report(req)["reused_tokens"] == CHUNK) is hit
+
+
+def test_malformed_spans_that_reach_a_scheduler_are_served_as_usual(engine):
+    local = engine("llama")
+    plain = local.ask(tokens(40, 8), 4, fusion={"mode": "off"})
+    local.flush()
+    req = local.ask(tokens(40, 8), 4, fusion={"spans": [5, 400]})
+    assert req.output_ids == plain.output_ids
+    assert local.runtime.metrics.counts["fallbacks.malformed"] == 1
+
+
+def test_requests_that_cannot_be_fused_say_why(engine):
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    ids, spans = lay_out([tokens(5, 5), CHUNKS[0]], tokens(9, 3))
+    fusion = {"spans": spans[2:], "prefix_len": PREFIX, "policy": "reuse"}
+    local.flush()
+    req = local.ask(ids, 1, fusion=fusion, logprob_start_len=3)
+    assert report(req)["fallback"] == "input_logprobs"
+    assert report(req)["reused_tokens"] == 0
+    assert len(req.logprob.input_token_logprobs_val) == len(ids) - 3
+    local.flush()
+    assert report(local.ask(ids, 1, fusion=fusion))["reused_tokens"] == CHUNK
+
+
+def test_an_evicted_chunk_is_a_miss_and_wrong_bytes_are_never_asked_for(engine):
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    ids, spans = lay_out([tokens(5, 5), CHUNKS[0]], tokens(9, 3))
+    local.runtime.store.clear()
+    local.flush()
+    fusion = {"spans": spans[2:], "prefix_len": PREFIX, "policy": "reuse"}
+    assert report(local.ask(ids, 1, fusion=fusion))["fallback"] == "miss"
+
+
+def test_a_fault_while_matching_costs_speed_and_nothing_else(engine, monkeypatch):
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    local.flush()
+    monkeypatch.setattr(local.runtime.store, "resolve", lambda *a, **k: 1 / 0)
+    ids, spans = lay_out([CHUNKS[0]], tokens(9, 3))
+    req = local.ask(ids, 2, fusion={"spans": spans})
+    assert len(req.output_ids) == 2
+    assert report(req)["fallback"] == "internal_error"
+    assert local.runtime.metrics.counts["fallbacks.internal_error"] == 1
+
+
+def test_server_info_shows_state_and_counters(engine):
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    controller = next(
+        v
+        for v in vars(local.scheduler).values()
+        if type(v).__name__ == "SchedulerInternalStateController"
+    )
+    block = controller.get_internal_state(None).internal_state["rag_fusion"]
+    assert block["on"]
+    assert block["self_check"].startswith("passed: rotation")
+    assert block["store"]["chunks_now"] == 1
+    assert block["counts"]["spans.stored"] == 1
+
+
+def test_metrics_reach_prometheus_once(engine, monkeypatch):
+    from prometheus_client import REGISTRY
+
+    from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
+
+    metrics = FusionMetrics(export=True, labels={"model_name": "m"})
+    metrics.count("tokens", "reused", 5)
+    metrics.count("tokens", "reused", 2)
+    metrics.observe("match_seconds", 0.003)
+    metrics.gauge("store_bytes", 99)
+    labels = {"model_name": "m"}
+    assert REGISTRY.get_sample_value("rag_fusion:tokens_total", labels | {"kind": "reused"}) == 7
+    assert REGISTRY.get_sample_value("rag_fusion:match_seconds_count", labels) == 1
+    assert REGISTRY.get_sample_value("rag_fusion:store_bytes", labels) == 99
+    assert metrics.to_json()["tokens.reused"] == 7
+
+
+def test_the_self_check_finds_a_wrong_rotation_and_a_wrong_mask(engine, monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion import attention, forward
+    from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
+    from rag_pipeline.sglang_plugin.fusion.startup import prove
+
+    local = engine("llama")
+    errors = run_self_check(local.runtime, local.scheduler)
+    assert max(errors.values()) < 1e-2
+    original = attention.FusedPass.run_layer
+
+    def one_layer_off(self, layer, pool, q, k, v, save):
+        out = original(self, layer, pool, q, k, v, save)
+        return out if layer.layer_id else out.roll(1, 0)
+
+    monkeypatch.setattr(forward.FusedPass, "run_layer", one_layer_off)
+    with pytest.raises(SelfCheckError, match="away from plain prefill"):
+        run_self_check(local.runtime, local.scheduler)
+    # At start this turns fusion off, loudly, and serving goes on.
+    prove(local.runtime, local.scheduler)
+    assert not local.runtime.is_on
+    assert "self-check failed" in local.runtime.off_reason
+    monkeypatch.undo()
+    ids, spans = lay_out([CHUNKS[0]], tokens(9, 3))
+    req = local.ask(ids, 2, fusion={"spans": spans})
+    assert report(req)["fallback"] == "fusion_off"
+    local.settle()
+    local.runtime.off_reason = ""
+    prove(local.runtime, local.scheduler)
+    assert local.runtime.is_on, local.runtime.off_reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"pp_size": 2}, "pipeline"),
+        ({"enable_dp_attention": True}, "data-parallel attention"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative"),
+        ({"disaggregation_mode": "prefill"}, "disaggregated"),
+        ({"enable_hierarchical_cache": True}, "hierarchical"),
+    ],
+)
+def test_settings_that_are_refused_name_their_reason(settings, word):
+    from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
+
+    assert word in refuse_settings(SimpleNamespace(**settings))
+    assert refuse_settings(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic NTK",
+        ),
+    ],
+)
+def test_models_that_are_refused_are_served_without_fusion(engine, tiny_model, change, word):
+    from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
+
+    local = engine("llama")
+    runner = local.scheduler.tp_worker.model_runner
+    config = runner.model_config.hf_config
+    kept = {name: getattr(config, name) for name in change}
+    try:
+        for name, value in change.items():
+            setattr(config, name, value)
+        with pytest.raises(UnsupportedModelError, match=word):
+            read_model(runner, tp_rank=0, tp_size=1)
+        config.architectures = ["DeepseekV3ForCausalLM"]
+        with pytest.raises(UnsupportedModelError, match="not tested"):
+            read_model(runner, tp_rank=0, tp_size=1)
+    finally:
+        config.architectures = ["LlamaForCausalLM"]
+        for name, value in kept.items():
+            setattr(config, name, value)
+    assert read_model(runner, tp_rank=0, tp_size=1).fingerprint == local.runtime.facts.fingerprint
