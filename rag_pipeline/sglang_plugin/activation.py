@@ -95,9 +95,7 @@ def scheduler_block(scheduler: Any) -> dict[str, Any]:
         "platform": f"{type(current_platform).__module__}.{type(current_platform).__qualname__}",
         "device_name": current_platform.device_name,
         "attention_class": f"{type(backend).__module__}.{type(backend).__qualname__}",
-        "hooks": sorted(
-            {row.path for row in hooked_targets() if row.path not in missing}
-        ),
+        "hooks": sorted({row.path for row in hooked_targets() if row.path not in missing}),
         "unapplied": missing,
         "plugin_version": version("rag-pipeline"),
         "sglang_version": version("sglang"),
@@ -172,7 +170,9 @@ def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:
         info = engine.get_server_info()
     states = info.get("internal_states")
     if not isinstance(states, list) or not states:
-        raise EngineError(f"{engine!r} does not answer like SGLang: no internal_states in its info.")
+        raise EngineError(
+            f"{engine!r} does not answer like SGLang: no internal_states in its info."
+        )
     blocks = [state.get(STATE_KEY) for state in states]
     name = str(states[0].get("attention_backend") or "")
     if any(block is None for block in blocks):

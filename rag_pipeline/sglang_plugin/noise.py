@@ -29,7 +29,10 @@ WARNING_NOISE: tuple[tuple[str, str], ...] = (
 model still fails, with SGLang's own error."""
 
 LOG_NOISE: tuple[tuple[str, str], ...] = (
-    ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.falcon_mamba"),
+    (
+        "sglang.srt.models.registry",
+        "Ignore import error when loading sglang.srt.models.falcon_mamba",
+    ),
     ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.mamba:"),
     ("sglang.srt.utils.common", "Cannot detect CUDA architecture."),
     ("sglang.srt.distributed.bootstrap", "init_cpu_threads_env and shared memory based AllReduce"),

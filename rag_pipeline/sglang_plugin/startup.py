@@ -166,7 +166,9 @@ def _check_folder(model_path: str) -> None:
     try:
         json.loads(config.read_text())
     except (OSError, ValueError) as error:
-        raise EngineError(f"{config} cannot be read ({error}); download the model again.") from error
+        raise EngineError(
+            f"{config} cannot be read ({error}); download the model again."
+        ) from error
 
 
 def _check_port(server_args: dict[str, Any]) -> None:

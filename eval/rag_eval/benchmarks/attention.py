@@ -1,0 +1,231 @@
+"""CPU attention backends side by side: ``python -m rag_eval.benchmarks.attention [--json]``.
+
+This project's ``rag_cpu`` against SGLang's ``torch_native``, one attention layer of a model's shape,
+both through their real ``init_forward_metadata`` and ``forward_*`` on the same pool. The two take
+turns within every repeat, so a neighbour's load falls on both. Planning, which an engine does once
+for all layers, is charged to each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+__all__ = ["Case", "default_cases", "main", "run"]
+
+BACKENDS = ("rag_cpu", "torch_native")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One batch: ``new`` tokens behind ``cached`` ones for each of ``batch`` requests."""
+
+    name: str
+    new: int
+    cached: int
+    batch: int = 1
+    decode: bool = False
+
+
+def default_cases() -> list[Case]:
+    """Return the cases of the table."""
+    return [
+        Case(name="extend 64 behind 2,400", new=64, cached=2400),
+        Case(name="extend 512 behind 2,400", new=512, cached=2400),
+        Case(name="cold prefill 2,400", new=2400, cached=0),
+        Case(name="decode behind 2,400, batch 1", new=1, cached=2400, decode=True),
+        Case(name="decode behind 2,400, batch 8", new=1, cached=2400, batch=8, decode=True),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Heads of one attention layer; the default is SmolLM2-135M."""
+
+    heads: int = 9
+    kv_heads: int = 3
+    head_dim: int = 64
+
+
+class _Pool:
+    """The part of SGLang's KV pool that an attention backend touches, for one layer."""
+
+    def __init__(self, slots: int, shape: Shape) -> None:
+        size = (slots, shape.kv_heads, shape.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        self.k = torch.randn(size, generator=generator).bfloat16()
+        self.v = torch.randn(size, generator=generator).bfloat16()
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.k
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.v
+
+
+def _backend(name: str, pool: _Pool, req_to_token: torch.Tensor) -> Any:
+    """A backend without an engine around it: its constructor would ask for a whole model."""
+    if name == "rag_cpu":
+        from rag_pipeline.sglang_plugin.cpu_attention import RagCpuAttentionBackend as Backend
+    else:
+        from sglang.srt.layers.attention.torch_native_backend import (
+            TorchNativeAttnBackend as Backend,
+        )
+    backend = object.__new__(Backend)
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
+    backend.token_to_kv_pool = pool
+    backend._window_pool = backend.use_sliding_window_kv_pool = False
+    return backend
+
+
+def _batch(case: Case, shape: Shape) -> tuple[Any, Any, torch.Tensor, _Pool, torch.Tensor]:
+    from sglang.srt.layers.radix_attention import AttentionType
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    total = case.new + case.cached
+    pool = _Pool(total * case.batch + 64, shape)
+    # Requests stand in blocks of the pool with the newest tokens elsewhere, as after a warm prefix.
+    req_to_token = torch.arange(total * case.batch, dtype=torch.int32).view(case.batch, total)
+    if case.cached:
+        req_to_token = req_to_token.clone()
+        req_to_token[:, case.cached :] += 17 + case.batch
+    tokens = case.new * case.batch
+    q = torch.randn(tokens, shape.heads * shape.head_dim).bfloat16()
+    layer = SimpleNamespace(
+        layer_id=0,
+        tp_q_head_num=shape.heads,
+        tp_k_head_num=shape.kv_heads,
+        qk_head_dim=shape.head_dim,
+        v_head_dim=shape.head_dim,
+        head_dim=shape.head_dim,
+        scaling=shape.head_dim**-0.5,
+        sliding_window_size=-1,
+        is_cross_attention=False,
+        attn_type=AttentionType.DECODER,
+    )
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.DECODE if case.decode else ForwardMode.EXTEND,
+        req_pool_indices=torch.arange(case.batch),
+        seq_lens=torch.full((case.batch,), total),
+        extend_prefix_lens=torch.full((case.batch,), case.cached),
+        extend_seq_lens=torch.full((case.batch,), case.new),
+        encoder_lens=None,
+        out_cache_loc=None,
+    )
+    return batch, layer, q, pool, req_to_token.remainder(pool.k.shape[0])
+
+
+def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> dict[str, Any]:
+    """Measure.
+
+    Parameters
+    ----------
+    cases
+        What to run.
+    shape
+        Heads; SmolLM2-135M when not given.
+    repeats
+        Timed calls of each backend in each case, after one that is not timed.
+
+    Returns
+    -------
+    dict
+        ``cases`` (a list of rows: medians in ms of wall and process CPU time, ``speedup`` in wall
+        time, ``max_abs_diff`` between the two outputs), ``repeats``, ``threads``, ``versions``.
+    """
+    from importlib.metadata import version
+
+    shape = shape or Shape()
+    rows = []
+    for case in cases:
+        batch, layer, q, pool, req_to_token = _batch(case, shape)
+        backends = {name: _backend(name, pool, req_to_token) for name in BACKENDS}
+
+        def call(
+            name: str,
+            backends: dict[str, Any] = backends,
+            arguments: tuple[Any, Any, Any] = (batch, layer, q),
+            decode: bool = case.decode,
+        ) -> torch.Tensor:
+            forward_batch, layer_, query = arguments
+            backend = backends[name]
+            backend.init_forward_metadata(forward_batch)
+            forward = backend.forward_decode if decode else backend.forward_extend
+            out: torch.Tensor = forward(query, None, None, layer_, forward_batch, False)
+            return out
+
+        with torch.inference_mode():
+            outputs = {name: call(name).float() for name in BACKENDS}
+            wall: dict[str, list[float]] = {name: [] for name in BACKENDS}
+            cpu: dict[str, list[float]] = {name: [] for name in BACKENDS}
+            for repeat in range(repeats):
+                for name in BACKENDS[:: 1 if repeat % 2 else -1]:
+                    wall_start, cpu_start = time.perf_counter(), time.process_time()
+                    call(name)
+                    wall[name].append((time.perf_counter() - wall_start) * 1e3)
+                    cpu[name].append((time.process_time() - cpu_start) * 1e3)
+        median = {name: statistics.median(wall[name]) for name in BACKENDS}
+        rows.append(
+            {
+                **asdict(case),
+                "wall_ms_p50": median,
+                "cpu_ms_p50": {name: statistics.median(cpu[name]) for name in BACKENDS},
+                "speedup": median["torch_native"] / median["rag_cpu"],
+                "max_abs_diff": float((outputs["rag_cpu"] - outputs["torch_native"]).abs().max()),
+            }
+        )
+    return {
+        "cases": rows,
+        "shape": asdict(shape),
+        "dtype": "bfloat16",
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    print(f"{'':31}{'wall ms':>20}{'process CPU ms':>22}")
+    print(f"{'':31}{'ours':>9}{'stock':>11}{'ours':>11}{'stock':>11}{'speed-up':>10}{'diff':>9}")
+    for row in result["cases"]:
+        wall, cpu = row["wall_ms_p50"], row["cpu_ms_p50"]
+        print(
+            f"{row['name']:31}{wall['rag_cpu']:9.2f}{wall['torch_native']:11.2f}"
+            f"{cpu['rag_cpu']:11.2f}{cpu['torch_native']:11.2f}"
+            f"{row['speedup']:9.1f}x{row['max_abs_diff']:9.1e}"
+        )
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    print(f"medians of {result['repeats']}, {result['threads']} thread(s), {versions}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="rag_eval.benchmarks.attention", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls a backend and case")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    options = parser.parse_args(argv)
+    for name in ("repeats", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; allowed is 1 or more")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    result = run(default_cases(), repeats=options.repeats)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _print_table(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The plugin's parts that need no engine: table, noise, switches, core groups, buckets, errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import rag_pipeline.sglang_plugin as plugin
+from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin import detect, fault_report, fork_server, noise, startup
+from rag_pipeline.sglang_plugin.hook_table import (
+    HookTarget,
+    PluginRefused,
+    fail_hard,
+    verify_targets,
+)
+
+
+def test_the_door_imports_neither_torch_nor_sglang():
+    code = "import sys, rag_pipeline.sglang_plugin as p; print('torch' in sys.modules, 'sglang' in sys.modules, p.register)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False False")
+
+
+# ---- hook table ---------------------------------------------------------------------------------
+
+
+def test_a_target_that_is_gone_stops_the_process_not_only_a_log_line():
+    row = HookTarget(path="json.decoder.NoSuchThing", kind="after", why="test")
+    with pytest.raises(PluginRefused, match=r"NoSuchThing.*pip install sglang==") as caught:
+        verify_targets([row])
+    assert not isinstance(caught.value, Exception)  # SGLang's `except Exception` lets it through
+
+
+def test_a_target_that_lost_a_parameter_is_refused():
+    row = HookTarget(path="json.dumps", kind="after", why="test", params=("obj", "gone"))
+    with pytest.raises(PluginRefused, match=r"json\.dumps lost the parameter\(s\) gone"):
+        verify_targets([row])
+
+
+def test_a_target_that_is_there_passes():
+    verify_targets([HookTarget(path="json.dumps", kind="after", why="test", params=("obj",))])
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'beside'; allowed are before"):
+        HookTarget(path="json.dumps", kind="beside", why="test")
+
+
+def test_a_failing_registration_is_not_an_exception_sglang_can_swallow():
+    with pytest.raises(PluginRefused, match="failed to register: KeyError"), fail_hard():
+        raise KeyError("x")
+
+
+# ---- switches -----------------------------------------------------------------------------------
+
+
+def test_off_switch_declines_platform_and_hooks(monkeypatch):
+    monkeypatch.setenv(plugin.OFF_SWITCH, "off")
+    assert plugin.activate_platform() is None
+    assert plugin.register() is None
+
+
+def test_a_misspelt_switch_is_refused(monkeypatch):
+    monkeypatch.setenv(plugin.OFF_SWITCH, "0")
+    with pytest.raises(SystemExit, match="'0'; allowed are 'on' and 'off'"):
+        plugin.plugin_is_off()
+    monkeypatch.setenv(fork_server.FAST_START, "yes")
+    with pytest.raises(EngineError, match="'yes'; allowed are 'on' and 'off'"):
+        fork_server.fast_start_wanted()
+
+
+def test_platform_declines_where_sglang_has_its_own(monkeypatch):
+    monkeypatch.setattr(detect, "accelerator_present", lambda: True)
+    assert plugin.activate_platform() is None
+    monkeypatch.setattr(detect, "accelerator_present", lambda: False)
+    assert plugin.activate_platform() == "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert plugin.activate_platform() is None
+
+
+# ---- noise --------------------------------------------------------------------------------------
+
+
+def test_known_noise_is_dropped_and_real_warnings_are_not():
+    module, text = noise.WARNING_NOISE[0]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        noise.install()
+        warnings.warn_explicit(text, UserWarning, "x.py", 1, module=module)
+        assert seen == []
+        warnings.warn_explicit("AWQ weights are corrupt", UserWarning, "x.py", 2, module=module)
+        warnings.warn_explicit(text, UserWarning, "x.py", 3, module="somewhere.else")
+        warnings.warn_explicit(text, RuntimeWarning, "x.py", 4, module=module)
+    assert len(seen) == 3
+
+
+def test_known_log_noise_is_dropped_and_real_records_are_not(caplog):
+    noise.install()
+    noise.install()  # twice changes nothing
+    name, text = noise.LOG_NOISE[0]
+    with caplog.at_level(logging.INFO):
+        logging.getLogger(name).warning("%s and more", text)
+        assert caplog.records == []
+        logging.getLogger(name).warning("Ignore import error when loading my_model")
+        logging.getLogger("sglang.elsewhere").warning(text)
+    assert len(caplog.records) == 2
+    assert sum(isinstance(f, noise._StartsWith) for f in logging.getLogger(name).filters) == 2
+
+
+# ---- cores, buckets -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "want"),
+    [
+        ({0, 1}, 1, "0,1"),
+        ({0, 1}, 2, "0|1"),
+        ({0, 1, 2, 5, 7}, 2, "0,1,2|5,7"),
+        ({4}, 2, "4|4"),
+    ],
+)
+def test_core_groups(monkeypatch, cores, ranks, want):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    assert detect.core_groups(ranks) == want
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [1, 99, 100, 19, 98, 1], [2400, 8, 2300, 9]])
+def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
+    from rag_pipeline.sglang_plugin.cpu_attention import decode_buckets
+
+    groups = decode_buckets(lengths)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[index] for index in group]
+        assert own[0] == max(own)
+        assert own[-1] == min(own)
+        assert max(own) * len(own) <= 1.25 * sum(own)
+    if len(set(lengths)) == 1:
+        assert len(groups) == 1
+
+
+# ---- launcher -----------------------------------------------------------------------------------
+
+
+def test_missing_folder_is_one_line(tmp_path):
+    with pytest.raises(EngineError, match=r"no model at .*config\.json not found"):
+        startup.create_engine(str(tmp_path))
+
+
+def test_broken_config_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EngineError, match="cannot be read"):
+        startup.create_engine(str(tmp_path))
+
+
+def test_port_in_use_is_one_line(tmp_path):
+    import socket
+
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port} on 127.0.0.1 cannot be used"):
+            startup.create_engine(str(tmp_path), port=port)
+
+
+def test_child_takes_over_the_environment_of_the_moment(monkeypatch):
+    entry = fork_server.WithEnvironment(os.getenv)
+    monkeypatch.setenv("RAG_PIPELINE_TEST_VARIABLE", "set after the entry was made")
+    data = pickle.dumps(entry)
+    monkeypatch.delenv("RAG_PIPELINE_TEST_VARIABLE")
+    monkeypatch.setenv("RAG_PIPELINE_TEST_STALE", "1")
+    before = dict(os.environ)
+    try:
+        child = pickle.loads(data)
+        assert child("RAG_PIPELINE_TEST_VARIABLE") == "set after the entry was made"
+        assert "RAG_PIPELINE_TEST_STALE" not in os.environ
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_why_a_scheduler_died_reaches_the_fault_file(tmp_path, monkeypatch):
+    path = tmp_path / "fault"
+    monkeypatch.setenv(fault_report.FAULT_FILE, str(path))
+
+    def scheduler_that_logs():
+        logging.getLogger("sglang.srt.managers.scheduler").error(
+            "Scheduler hit an exception: Traceback\n  File x\nValueError: no such dtype\n"
+        )
+
+    fault_report.run_and_report(scheduler_that_logs)
+    with pytest.raises(SystemExit):
+        fault_report.run_and_report(sys.exit, "hook gone")
+    assert path.read_text().splitlines() == ["ValueError: no such dtype", "hook gone"]
