@@ -84,7 +84,7 @@ class _Sink:
 class LocalEngine:
     """A scheduler that is driven by hand."""
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(self, model: Path | str, *, world_rank: int = 0, **settings: Any) -> None:
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.plugins import load_plugins
         from sglang.srt.runtime_context import SpawnRanks, publish
@@ -106,7 +106,9 @@ class LocalEngine:
         } | settings
         server_args = ServerArgs(**arguments)
         publish(
-            server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+            server_args,
+            role="scheduler",
+            ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=world_rank),
         )
         self.scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
         self.sink = _Sink()

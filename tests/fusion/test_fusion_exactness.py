@@ -145,7 +145,8 @@ def test_a_chunk_in_its_own_place_keeps_its_bits_and_a_moved_one_the_rotation_bo
 
 def keys_of(local, chunks):
     by_ids = {}
-    for key in local.runtime.store.keys():
+    stored = local.runtime.store.keys()
+    for key in stored:
         for chunk in chunks:
             lease = local.runtime.store.acquire(key, chunk)
             if lease is not None:
@@ -173,7 +174,7 @@ def test_exact_and_fused_requests_interleaved_leave_the_exact_ones_untouched(eng
         interleaved.append(local.ask(ids, 6, fusion={"mode": "off"}))
         fused = local.ask(ids, 6, fusion={"spans": spans, "policy": "reuse"})
         assert report(fused)["fallback"] == "in_exact_prefix"  # the plain one has published it all
-        local.ask(ids[:-1] + [3], 6, fusion={"spans": spans, "policy": "query:0.3"})
+        local.ask([*ids[:-1], 3], 6, fusion={"spans": spans, "policy": "query:0.3"})
         interleaved.append(local.ask(ids, 6, fusion={"mode": "off"}))
     for one, two in zip(stock, interleaved, strict=True):
         assert list(one.output_ids) == list(two.output_ids)

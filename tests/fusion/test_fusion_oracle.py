@@ -125,7 +125,7 @@ def expect(oracle, policy, prefix, chunks, question):
     """Log-probabilities of the first token and the rows that the policy recomputed."""
     from chunk_cache.policies import ReuseLayout
 
-    ids = prefix + sum(chunks, []) + question
+    ids = [*prefix, *(t for chunk in chunks for t in chunk), *question]
     spans, at = [], len(prefix)
     for chunk in chunks:
         spans.append((at, at + len(chunk)))
@@ -154,22 +154,22 @@ def expect(oracle, policy, prefix, chunks, question):
     elif policy.signal == "deviation":
         chosen = candidates
         for stage, layer in enumerate(policy.check_layers(oracle.layers)):
-            score = torch.zeros(0)
+            current = torch.cat([chosen, asking])
+            scores = {}
 
-            def before(at_layer, k, v, layer=layer, rows=None):
-                nonlocal score
+            def before(at_layer, k, v, layer=layer, current=current, chosen=chosen, scores=scores):
                 if at_layer == layer:
                     keep = torch.isin(current, chosen)
                     dk = k[keep] - keys[layer][current[keep]]
                     dv = v[keep] - values[layer][current[keep]]
-                    score = (dk.square().sum((1, 2)) if "k" in policy.metric else 0) + (
+                    scores[layer] = (dk.square().sum((1, 2)) if "k" in policy.metric else 0) + (
                         dv.square().sum((1, 2)) if "v" in policy.metric else 0
                     )
 
-            current = torch.cat([chosen, asking])
             # Layers up to the check are computed for the rows still there; what dropped out stays fresh there.
             oracle.run(ids, current, keys, values, stop=layer + 1, before=before)
-            chosen = policy.select(layout, scores=score.float(), candidates=chosen, stage=stage)
+            score = scores[layer].float()
+            chosen = policy.select(layout, scores=score, candidates=chosen, stage=stage)
     else:
         chosen = policy.select(layout)
     rows = torch.cat([chosen, asking])

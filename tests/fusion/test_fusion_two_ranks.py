@@ -1,0 +1,91 @@
+"""Tensor parallelism over two processes: the same rows on both, each with its own head shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+VOCAB, PREFIX, CHUNK = 256, 20, 40
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_path):
+    prefix, question = tokens(PREFIX, 1), tokens(9, 2)
+    chunks = [tokens(CHUNK, 10 + i) for i in range(3)]
+    ids, spans = list(prefix), []
+    for chunk in chunks[::-1]:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += chunk
+    ids += question
+    policies = [{"mode": "off"}] + [
+        {"spans": spans, "policy": policy}
+        for policy in ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.6")
+    ]
+    case = tmp_path / "case.json"
+    case.write_text(
+        json.dumps({"prefix": prefix, "chunks": chunks, "ids": ids, "policies": policies})
+    )
+    folder, port = tiny_model("llama"), free_port()
+    outs = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("two_ranks.py")),
+                *(str(rank), str(port), str(folder), str(case), str(outs[rank])),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        logs = [process.communicate(timeout=400)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, log in zip(ranks, logs, strict=True):
+        assert process.returncode == 0, log[-3000:]
+    seen = [json.loads(out.read_text()) for out in outs]
+    assert seen[0]["on"]
+    assert seen[1]["on"]
+    assert seen[0]["shard"][2] == 1  # one of two KV heads each
+    for one, two in zip(seen[0]["runs"], seen[1]["runs"], strict=True):
+        assert one == two
+    local = engine("llama")
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    for fusion, run in zip(policies, seen[0]["runs"], strict=False):
+        local.flush()
+        req = local.ask(ids, 4, fusion=fusion)
+        mine = (req.customized_info or {}).get("rag_fusion", [None])[0]
+        if mine is not None:
+            # SGLang pads the MLP for the ranks, which changes the share of QKV in a layer's work a little.
+            share = mine.pop("computed_fraction")
+            assert run["report"].pop("computed_fraction") == pytest.approx(share, abs=0.01)
+        assert run["report"] == mine
+        assert run["ids"] == list(req.output_ids)
+        pairs = zip(run["logprobs"], req.logprob.output_token_logprobs_val, strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 1e-3
+    # The chunk that rank 1 had lost was missing on both.
+    assert seen[0]["runs"][-1]["report"]["reused_tokens"] == 2 * CHUNK
