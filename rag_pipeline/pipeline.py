@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import Backend, extra_fields, usage_from_meta
@@ -257,7 +257,7 @@ class _Run:
     retrieved: float = 0.0
     first: float | None = None
     layout: PromptLayout | None = None
-    last: GenerationPiece | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
     text: str = ""
 
     @classmethod
@@ -308,7 +308,8 @@ class _Run:
         """Note one piece and return the text to hand on; leading white space is dropped."""
         if self.first is None:
             self.first = time.perf_counter()
-        self.last = piece
+        # An incremental stream reports the fusion in its first message only, and empty afterwards.
+        self.meta.update({key: value for key, value in piece.meta_info.items() if value != []})
         text = piece.text if self.text else piece.text.lstrip()
         self.text += text
         return text
@@ -317,7 +318,7 @@ class _Run:
         """Sum up when the last piece has come."""
         assert self.layout is not None
         now = time.perf_counter()
-        meta = self.last.meta_info if self.last is not None else {}
+        meta = self.meta
         return Answer(
             answer=self.text.strip(),
             sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),

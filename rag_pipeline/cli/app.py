@@ -6,6 +6,7 @@ Python does.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success, 1 for a fault in the input, 2 for a mistake in the options, 130 on Ctrl-C.
     """
     command = typer.main.get_command(app)
+    # Progress is shown by this program; the bars that libraries draw, in child processes too, are not.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = command.main(

@@ -103,6 +103,8 @@ def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usag
     exact = min(int(meta_info.get("cached_tokens") or 0), prompt_tokens)
     reused = recomputed = 0
     report = meta_info.get(FUSION_KEY)
+    if isinstance(report, list) and report:  # how SGLang repeats it in a stream's later messages
+        report = report[0]
     if isinstance(report, Mapping):  # absent for requests that the fusion left alone
         exact = int(report["exact_prefix_tokens"])
         reused, recomputed = int(report["reused_tokens"]), int(report["recomputed_tokens"])

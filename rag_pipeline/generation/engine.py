@@ -152,7 +152,7 @@ class EngineBackend:
 
     def _check_alive(self) -> None:
         """Raise where a process of the engine has died: no piece would ever come."""
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         for pid in self.engine.get_all_child_pids():
             try:

@@ -144,7 +144,7 @@ def run(config: KernelBenchConfig, progress: Callable[[str], None]) -> dict[str,
 def _operations(config: KernelBenchConfig) -> dict[str, Callable[[], object]]:
     random = torch.Generator().manual_seed(config.seed)
     dtype, total = _DTYPES[config.dtype], config.prompt_tokens
-    heads = {
+    heads: dict[str, Any] = {
         "num_q_heads": config.q_heads,
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_dim,

@@ -73,8 +73,10 @@ def around_update_meta_info(
     original(manager, meta_info, state, rest, index, finish_reason)
     mine = values[index]
     if mine:
-        # Kept on the state too: with streaming only the first message carries it.
-        state.rag_fusion_report = mine[0]
-    report = getattr(state, "rag_fusion_report", None)
-    if report is not None:
-        meta_info[META_KEY] = report
+        # With streaming only the first message carries it, and that one may be merged into a later
+        # one; SGLang then fills it in from here, as a list.
+        state.customized_info_accumulated[META_KEY] = [mine[0]]
+        state.customized_info_reported_keys.add(META_KEY)
+    report = state.customized_info_accumulated.get(META_KEY)
+    if report:
+        meta_info[META_KEY] = report[0]
