@@ -164,10 +164,8 @@ def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:
     EngineError
         When the server cannot be reached or does not answer like SGLang.
     """
-    if isinstance(engine, str):
-        info = _server_info(engine, timeout_s)
-    else:
-        info = engine.get_server_info()
+    is_url = isinstance(engine, str)
+    info = _server_info(engine, timeout_s) if is_url else engine.get_server_info()
     states = info.get("internal_states")
     if not isinstance(states, list) or not states:
         raise EngineError(

@@ -1,4 +1,4 @@
-"""Is there an accelerator that SGLang would pick by itself?"""
+"""Accelerators that SGLang would pick by itself, and the cores of each rank."""
 
 from __future__ import annotations
 

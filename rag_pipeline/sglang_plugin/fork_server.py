@@ -56,7 +56,7 @@ def start() -> None:
     shutdown kills and reaps every child of the process, and the standard library then fails on
     waiting for a process that it no longer has.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     pid = getattr(server, "_forkserver_pid", None)
     if pid is not None and not _is_our_child(pid):
         _forget(server)
@@ -93,6 +93,7 @@ class WithEnvironment:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the entry function."""
         return self._function(*args, **kwargs)
 
     def __getstate__(self) -> tuple[dict[str, str], Callable[..., Any]]:

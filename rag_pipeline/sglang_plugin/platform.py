@@ -60,16 +60,20 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         offer_attention_backend()
 
     def get_default_attention_backend(self) -> str:
+        """Return ``rag_cpu``."""
         return ATTENTION_BACKEND
 
     def get_device(self, device_id: int = 0) -> Any:
+        """Return the device's name; every rank computes on the same one."""
         # A name, not a torch.device: SGLang's argument resolution splits what it gets at ":".
         return "cpu"
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
+        """Return False: there is no device to pin memory for."""
         return False
 
     def get_dispatch_key_name(self) -> str:
+        """Return ``native``: plain torch forwards of SGLang's fused operations."""
         return "native"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:

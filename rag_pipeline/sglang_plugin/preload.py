@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 
 
 def _import_engine_modules() -> None:
@@ -15,10 +14,6 @@ def _import_engine_modules() -> None:
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry  # noqa: F401
-
-
-def _num_threads() -> int:
-    return len(os.listdir("/proc/self/task"))  # noqa: PTH208
 
 
 with contextlib.suppress(Exception):

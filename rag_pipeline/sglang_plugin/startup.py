@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,6 @@ CPU_DEFAULTS: dict[str, Any] = {
 """What :func:`create_engine` fills in on the CPU platform where the caller says nothing. SGLang's own
 ``max_total_tokens`` would take most of the memory of the machine for KV, and its idle scheduler would
 keep a whole core busy polling."""
-
-_prepared = False
 
 
 def prepare() -> bool:
@@ -230,7 +229,9 @@ def _on_child_failure(signum: int, frame: Any) -> None:
 def _no_process_kill(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """While starting, a failing scheduler raises here instead of killing the caller's process."""
     global _launching
-    if "custom_sigquit_handler" in arguments:
+    # Outside the main thread SGLang registers no handler, and Python would refuse one.
+    in_main = threading.current_thread() is threading.main_thread()
+    if "custom_sigquit_handler" in arguments or not in_main:
         yield arguments
         return
     _launching = True
@@ -258,6 +259,6 @@ def _reason(fault_file: Path, error: BaseException, model_path: str) -> str:
         text = fault_file.read_text().splitlines()[0]
     except (OSError, IndexError):
         code = error.code if isinstance(error, SystemExit) else None
-        text = str(code if code is not None else error).strip().splitlines()[0:1] or [repr(error)]
-        text = text[0]
+        lines = str(error if code is None else code).strip().splitlines()
+        text = lines[0] if lines else repr(error)
     return f"SGLang did not start with {model_path!r}: {text}"

@@ -73,13 +73,12 @@ class _Pool:
 
 def _backend(name: str, pool: _Pool, req_to_token: torch.Tensor) -> Any:
     """A backend without an engine around it: its constructor would ask for a whole model."""
-    if name == "rag_cpu":
-        from rag_pipeline.sglang_plugin.cpu_attention import RagCpuAttentionBackend as Backend
-    else:
-        from sglang.srt.layers.attention.torch_native_backend import (
-            TorchNativeAttnBackend as Backend,
-        )
-    backend = object.__new__(Backend)
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from rag_pipeline.sglang_plugin.cpu_attention import RagCpuAttentionBackend
+
+    kind: Any = RagCpuAttentionBackend if name == "rag_cpu" else TorchNativeAttnBackend
+    backend: Any = object.__new__(kind)
     backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
     backend.token_to_kv_pool = pool
     backend._window_pool = backend.use_sliding_window_kv_pool = False
