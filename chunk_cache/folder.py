@@ -151,6 +151,13 @@ class StoreFolder:
                 if parts is not None:
                     yield ChunkKey(folder.name, parts[1], int(parts[2]))
 
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes of a record's file; 0 if there is none."""
+        try:
+            return self._file(key).stat().st_size
+        except OSError:
+            return 0
+
     # -- whole stores -------------------------------------------------------------------------
 
     def export(

@@ -46,6 +46,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 TopKOption = Annotated[int, typer.Option("--top-k", min=1, max=64, help="Chunks to retrieve.")]
 
 
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Folder of chunk KV; default below RAG_PIPELINE_HOME."),
+]
+
+cache_app = typer.Typer(
+    help="The chunk-KV folder: warm, stats, ls, verify, evict.", rich_markup_mode=None
+)
+app.add_typer(cache_app, name="cache")
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -91,6 +102,10 @@ def ingest(
     sync: Annotated[
         bool, typer.Option("--sync", help="Also remove documents that are gone from PATHS.")
     ] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Then compute the chunks' KV for --model.")
+    ] = False,
+    store: StoreOption = None,
     model: ModelOption = DEFAULT_MODEL,
     json_output: JsonOption = False,
 ) -> None:
@@ -108,6 +123,8 @@ def ingest(
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             sync=sync,
+            warm=warm,
+            store=store,
             model=model,
         ),
         json_output=json_output,
@@ -136,6 +153,7 @@ def ask(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of reused tokens' work done anew."),
     ] = None,
+    store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     json_output: JsonOption = False,
@@ -154,6 +172,7 @@ def ask(
             top_k=top_k,
             policy=policy,
             ratio=ratio,
+            store=store,
             max_new_tokens=max_new_tokens,
             stream=stream,
         ),
@@ -173,6 +192,55 @@ def doctor(
     from rag_pipeline.cli.doctor import run_doctor
 
     run_doctor(model=model, server=server, json_output=json_output)
+
+
+@cache_app.command("warm")
+def cache_warm(
+    index: IndexOption,
+    store: StoreOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many chunks.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    json_output: JsonOption = False,
+) -> None:
+    """Compute the KV of an index's chunks ahead of the questions."""
+    from rag_pipeline.cli.cache import print_warm, run_warm
+
+    report = run_warm(index=index, model=model, store=store, limit=limit)
+    print_warm(report, json_output=json_output)
+
+
+@cache_app.command("stats")
+def cache_stats(store: StoreOption = None, json_output: JsonOption = False) -> None:
+    """Count chunks, tokens and bytes."""
+    _cache("stats", store, (), json_output)
+
+
+@cache_app.command("ls")
+def cache_ls(store: StoreOption = None, json_output: JsonOption = False) -> None:
+    """List the chunks."""
+    _cache("ls", store, (), json_output)
+
+
+@cache_app.command("verify")
+def cache_verify(store: StoreOption = None, json_output: JsonOption = False) -> None:
+    """Read every file against its checksum and remove damaged ones."""
+    _cache("verify", store, (), json_output)
+
+
+@cache_app.command("evict")
+def cache_evict(
+    key: Annotated[list[str], typer.Option(help="First digits of a key; may be repeated.")],
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove chunks."""
+    _cache("evict", store, tuple(key), json_output)
+
+
+def _cache(action: str, store: Path | None, keys: tuple[str, ...], json_output: bool) -> None:
+    from rag_pipeline.cli.cache import run_cache
+
+    run_cache(action, store=store, keys=keys, json_output=json_output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

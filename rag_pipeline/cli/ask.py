@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
+from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class AskOptions:
     top_k: int = 4
     policy: str = "prefix"
     ratio: float | None = None
+    store: Path | None = None
     max_new_tokens: int = 128
     stream: bool = False
 
@@ -99,11 +101,15 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
 
 def _open_backend(options: AskOptions, folder: Path) -> Backend:
     from rag_pipeline import EngineBackend, ServerBackend
+    from rag_pipeline.cli.cache import use_store
+    from rag_pipeline.generation import PREFIX_POLICY
 
     if options.server is not None:
         server = ServerBackend(options.server)
         server.check_model(folder)
         return server
+    if options.policy != PREFIX_POLICY:
+        use_store(options.store or kv_store_dir())
     with step(f"Starting SGLang with {options.model}"):
         return EngineBackend.start(folder)
 

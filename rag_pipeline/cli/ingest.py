@@ -30,16 +30,26 @@ class IngestOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sync: bool = False
+    warm: bool = False
+    store: Path | None = None
 
 
 def run_ingest(options: IngestOptions, *, json_output: bool) -> None:
     """Run the command and print what was done."""
     report, loaded = ingest_paths(options)
-    if json_output:
-        emit_json({"index": str(options.index), **asdict(report), "files": loaded_json(loaded)})
-        return
-    for line in report_lines(report, loaded):
+    for line in () if json_output else report_lines(report, loaded):
         say(line)
+    result = {"index": str(options.index), **asdict(report), "files": loaded_json(loaded)}
+    if options.warm:
+        from rag_pipeline.cli.cache import print_warm, run_warm
+
+        result["warm"] = run_warm(
+            index=options.index, model=options.model, store=options.store, limit=None
+        )
+        if not json_output:
+            print_warm(result["warm"], json_output=False)
+    if json_output:
+        emit_json(result)
 
 
 def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:

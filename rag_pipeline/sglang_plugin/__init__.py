@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.activation import Activation, activation_of
+    from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE as FUSION_VARIABLE
+    from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
     from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
     from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
     from rag_pipeline.sglang_plugin.startup import create_engine
 
 __all__ = [
+    "FUSION_VARIABLE",
     "OFF_SWITCH",
     "Activation",
+    "FusionConfig",
     "FusionRequest",
     "HookTarget",
     "activate_platform",
@@ -37,6 +41,7 @@ OFF_SWITCH = "RAG_PIPELINE_PLUGIN"
 _HOME = {
     "Activation": "activation",
     "activation_of": "activation",
+    "FusionConfig": "fusion.config",
     "FusionRequest": "fusion.request_spans",
     "HookTarget": "hook_table",
     "add_targets": "hook_table",
@@ -106,6 +111,10 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     """Load the public names on first use (PEP 562)."""
+    if name == "FUSION_VARIABLE":
+        from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE
+
+        return CONFIG_VARIABLE
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -42,6 +42,8 @@ class FusionConfig:
         Take a checksum of every record.
     self_check : bool
         Prove the path on the loaded model at start, before the first request is fused.
+    store_dir : str
+        Folder that chunk KV is read from at start and written to when it is made; empty for none.
     """
 
     enabled: bool = True
@@ -53,6 +55,7 @@ class FusionConfig:
     min_reused_tokens: int = 16
     checksums: bool = False
     self_check: bool = True
+    store_dir: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

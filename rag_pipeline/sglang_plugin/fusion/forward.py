@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chunk_cache.policies import ReuseLayout
 from rag_kernels import MeanShiftPlan, plan_mean_shift
+from rag_pipeline.sglang_plugin.fusion import disk
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.attention import (
     FusedPass,
@@ -80,13 +81,26 @@ def around_model_forward(
     began = time.perf_counter()
     view = forward_batch
     if any(entry.state.spans for entry in entries):
-        view = FusedForward(runtime, runner, forward_batch, entries).prepare()
+        view = _prepare(runtime, runner, forward_batch, entries)
     output = original(runner, view, *args, **kwargs)
     if view is not forward_batch:
         runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
     for entry in entries:
         _conclude(runtime, runner, forward_batch, entry)
     return output
+
+
+def _prepare(runtime: FusionRuntime, runner: Any, batch: Any, entries: list[PlanEntry]) -> Any:
+    """Return the batch of the final pass; the untouched one, which is ordinary prefill, after a fault."""
+    try:
+        return FusedForward(runtime, runner, batch, entries).prepare()
+    except Exception:
+        logger.exception("Planning a fused forward failed; its requests are prefilled as usual")
+        runtime.metrics.count("fallbacks", "internal_error", len(entries))
+        for entry in entries:
+            # What was loaded before stays behind the publishing limit: it is not called exact.
+            entry.state.forget_spans("internal_error")
+        return batch
 
 
 class _Item:
@@ -159,10 +173,15 @@ class FusedForward:
 
     def prepare(self) -> Any:
         """Run the probing passes and return the batch of the final pass."""
-        began = time.perf_counter()
         waiting = [item for item in self._items.values() if item.chosen is None]
-        self._probe_attention([i for i in waiting if i.entry.state.policy.signal == "attention"])
-        self._probe_deviation([i for i in waiting if i.entry.state.policy.signal == "deviation"])
+        if waiting:
+            began = time.perf_counter()
+            attention = [i for i in waiting if i.entry.state.policy.signal == "attention"]
+            deviation = [i for i in waiting if i.entry.state.policy.signal == "deviation"]
+            self._probe_attention(attention)
+            self._probe_deviation(deviation)
+            self._runtime.metrics.observe("probe_seconds", time.perf_counter() - began)
+        began = time.perf_counter()
         rows, shifts, first = [], [], 0
         for index in range(int(self._batch.batch_size)):
             item = self._items.get(index)
@@ -367,6 +386,8 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry)
                 runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture
             )
             stored = capture.build.commit(record)
+            if stored:
+                disk.keep(runtime, record)
             state.report.built_chunks += stored
             runtime.metrics.count("spans", "stored" if stored else "not_stored")
         state.captures = remaining

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import KVContext, MemoryStore, hash_token_ids
+from chunk_cache import KVContext, MemoryStore, StoreFolder, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
@@ -70,6 +70,7 @@ class FusionRuntime:
         self.metrics = metrics or FusionMetrics()
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
         self.self_check = "not run"
+        self.folder: StoreFolder | None = None
         self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
         self._said: set[str] = set()
 
@@ -88,6 +89,14 @@ class FusionRuntime:
         if key not in self._said:
             self._said.add(key)
             logger.warning(message, *values)
+
+    def weights_changed(self, fingerprint: str) -> None:
+        """Move to another identity of the weights: no chunk of the old ones is found again."""
+        assert self.facts is not None
+        fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
+        self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
+        self._prefixes.clear()
+        self.store.clear()
 
     def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""

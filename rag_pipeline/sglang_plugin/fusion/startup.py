@@ -5,8 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rag_pipeline.sglang_plugin.fusion import background, disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
+from rag_pipeline.sglang_plugin.fusion.context import (
+    UnsupportedModelError,
+    fingerprint_weights,
+    read_model,
+)
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
 from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
@@ -22,6 +27,7 @@ def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any)
     set_runtime(runtime)
     if runtime.is_on and runtime.config.self_check:
         prove(runtime, scheduler)
+    disk.open_folder(runtime)
 
 
 def prove(runtime: FusionRuntime, scheduler: Any) -> None:
@@ -43,6 +49,19 @@ def prove(runtime: FusionRuntime, scheduler: Any) -> None:
     else:
         logger.info("Self-check of chunk-KV fusion %s", runtime.self_check)
     runtime.metrics.counts.clear()
+
+
+def after_weight_update(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after the scheduler's ``update_weights_*``: stored KV of the old weights must not be found."""
+    runtime = get_runtime()
+    if runtime is None or runtime.facts is None:
+        return
+    model = manager.scheduler.tp_worker.model_runner.model
+    fingerprint = fingerprint_weights(model)
+    if fingerprint != runtime.facts.fingerprint:
+        logger.info("Weights changed to %s: stored chunks are dropped", fingerprint[:12])
+        background.clear()
+        runtime.weights_changed(fingerprint)
 
 
 def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
