@@ -167,6 +167,6 @@ def _row(
         "gold_agree": float(np.array_equal(outcome.forced.argmax(-1), reference.forced.argmax(-1))),
         "ttft_s": served.ttft_s,
         "ttft_cpu_s": served.ttft_cpu_s,
-        **served.usage,
+        **(served.usage or outcome.forced_usage),
         "forced_usage": outcome.forced_usage,
     }

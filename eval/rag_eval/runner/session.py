@@ -37,7 +37,8 @@ class Served:
     ttft_cpu_s
         CPU time of the engine's processes over the same interval.
     usage
-        Tokens of the prompt by what happened to them, ``computed_fraction``, ``fallback``.
+        Tokens of the prompt by what happened to them, ``computed_fraction``, ``fallback``; empty
+        where the stream lost it (:meth:`EngineSession.follow_gold` reports on the same prompt).
     """
 
     output_ids: tuple[int, ...]
@@ -135,7 +136,9 @@ class EngineSession:
             if ttft_s < 0:
                 ttft_s = time.perf_counter() - started
                 ttft_cpu_s = self._cpu.seconds() - cpu_before
-        usage = self._usage({**last["meta_info"], REPORT: report or None}, mode)
+        # SGLang may merge streamed pieces that nobody has read yet, and the report goes with them.
+        lost = mode.fused and not report
+        usage = {} if lost else self._usage({**last["meta_info"], REPORT: report}, mode)
         return Served(
             output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
         )
