@@ -160,6 +160,43 @@ def test_a_fault_while_matching_costs_speed_and_nothing_else(engine, monkeypatch
     assert local.runtime.metrics.counts["fallbacks.internal_error"] == 1
 
 
+def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion import forward
+
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    ids, spans = lay_out([tokens(5, 5), CHUNKS[0]], tokens(9, 3))
+    fusion = {"spans": spans[2:], "prefix_len": PREFIX, "policy": "query:0.6"}
+    local.flush()
+    plain = local.ask(ids, 4, fusion={"mode": "off"})
+    local.flush()
+    monkeypatch.setattr(forward, "make_view", lambda *a, **k: 1 / 0)
+    req = local.ask(ids, 4, fusion=fusion)
+    assert req.output_ids == plain.output_ids
+    assert req.logprob.output_token_logprobs_val == plain.logprob.output_token_logprobs_val
+    assert report(req)["fallback"] == "internal_error"
+    assert (report(req)["reused_tokens"], report(req)["computed_fraction"]) == (0, 1.0)
+
+
+def test_changed_weights_make_stored_chunks_misses(engine):
+    from rag_pipeline.sglang_plugin.fusion.startup import after_weight_update
+
+    local = engine("llama")
+    local.build(PREFIX_IDS, CHUNKS[0])
+    manager = SimpleNamespace(scheduler=local.scheduler)
+    after_weight_update(None, manager)
+    assert local.runtime.store.stats().chunks_now == 1  # nothing changed
+    weight = next(local.scheduler.tp_worker.model_runner.model.parameters())
+    with torch.inference_mode():
+        weight[0, 0] += 1
+        after_weight_update(None, manager)
+        assert local.runtime.store.stats().chunks_now == 0
+        changed = local.runtime.facts.fingerprint
+        weight[0, 0] -= 1
+        after_weight_update(None, manager)
+    assert local.runtime.facts.fingerprint != changed
+
+
 def test_server_info_shows_state_and_counters(engine):
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0])

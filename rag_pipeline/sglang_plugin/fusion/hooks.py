@@ -22,6 +22,7 @@ _SRT = "sglang.srt."
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
 _SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
+_WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _STREAMER = _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer."
 
 
@@ -165,6 +166,21 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "a fused batch has rows of its own and runs eagerly",
             attention.around_can_run_graph,
             "forward_batch",
+        ),
+        *(
+            _row(
+                _WEIGHTS + name,
+                "after",
+                "chunk KV of other weights must not be found",
+                startup.after_weight_update,
+            )
+            for name in (
+                "update_weights_from_disk",
+                "update_weights_from_distributed",
+                "update_weights_from_tensor",
+                "update_weights_from_ipc",
+                "end_weight_update",
+            )
         ),
     ]
 

@@ -37,7 +37,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``fallbacks`` or ``background``.
+            ``requests``, ``tokens``, ``spans``, ``fallbacks``, ``background`` or ``disk``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -50,7 +50,7 @@ class FusionMetrics:
             metric.labels(**self._labels, kind=kind).inc(amount)
 
     def observe(self, family: str, seconds: float) -> None:
-        """Record a duration: ``match_seconds``, ``plan_seconds`` or ``forward_seconds``."""
+        """Record a duration: ``match_seconds``, ``plan_seconds``, ``probe_seconds`` or ``forward_seconds``."""
         self.counts[f"{family}.count"] += 1
         self.counts[f"{family}.total_us"] += int(seconds * 1e6)
         metric = self._families.get(family)
@@ -89,8 +89,10 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "spans": counter("spans", "Chunk look-ups by outcome."),
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
         "background": counter("background", "Background chunk builds by event."),
+        "disk": counter("disk", "Chunk records read from and written to the disk, by event."),
         "match_seconds": histogram("match_seconds", "Matching and leasing for one request."),
-        "plan_seconds": histogram("plan_seconds", "Planning of one fused forward."),
+        "plan_seconds": histogram("plan_seconds", "Planning the rows of one fused forward."),
+        "probe_seconds": histogram("probe_seconds", "Probing passes of one fused forward."),
         "forward_seconds": histogram("forward_seconds", "One fused forward, passes included."),
         "store_bytes": gauge("store_bytes", "Bytes of chunk KV held."),
         "store_chunks": gauge("store_chunks", "Chunks held."),

@@ -189,6 +189,15 @@ class RequestState:
         self.done = False
         self.exact_limit = None
 
+    def forget_spans(self, reason: str) -> None:
+        """Load nothing any more, and say why; what may be published stays as it is."""
+        for span in self.spans:
+            span.lease.release()
+        self.spans = []
+        self.row_layers = 0.0
+        self.report.recomputed_tokens = 0
+        self.report.fallback = self.report.fallback or reason
+
     def finish(self) -> None:
         """End the leases of a computed prompt; the limit of what may be published stays."""
         for span in self.spans:
