@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rag_pipeline.generation.base import PREFIX_POLICY, Backend, extra_fields, usage_from_meta
+from rag_pipeline.generation.base import (
+    FUSION_KEY,
+    PREFIX_POLICY,
+    Backend,
+    extra_fields,
+    fusion_report,
+    usage_from_meta,
+)
 
 if TYPE_CHECKING:
     from rag_pipeline.generation.engine import EngineBackend
     from rag_pipeline.generation.server import ServerBackend
 
 __all__ = [
+    "FUSION_KEY",
     "PREFIX_POLICY",
     "Backend",
     "EngineBackend",
     "ServerBackend",
     "extra_fields",
+    "fusion_report",
     "usage_from_meta",
 ]
 

@@ -85,6 +85,17 @@ def _check_policy(fusion: Any) -> None:
     fusion.make_policy(fusion.policy)
 
 
+def fusion_report(meta_info: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the plugin reports on a request, or ``None`` where the fusion left it alone.
+
+    In a stream the first message carries it as an object, and later ones as a list of one or empty.
+    """
+    report = meta_info.get(FUSION_KEY)
+    if isinstance(report, list) and report:
+        report = report[0]
+    return report if isinstance(report, Mapping) else None
+
+
 def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usage:
     """Token counts of a request from the engine's report; the one place that reads it.
 
@@ -102,10 +113,8 @@ def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usag
     """
     exact = min(int(meta_info.get("cached_tokens") or 0), prompt_tokens)
     reused = recomputed = 0
-    report = meta_info.get(FUSION_KEY)
-    if isinstance(report, list) and report:  # how SGLang repeats it in a stream's later messages
-        report = report[0]
-    if isinstance(report, Mapping):  # absent for requests that the fusion left alone
+    report = fusion_report(meta_info)
+    if report is not None:
         exact = int(report["exact_prefix_tokens"])
         reused, recomputed = int(report["reused_tokens"]), int(report["recomputed_tokens"])
     return Usage(

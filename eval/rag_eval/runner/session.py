@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from rag_eval.runner.cpu import EngineCpu
 from rag_eval.runner.forcing import forcing_params, processor_string, read_logits
 from rag_eval.runner.modes import Mode
 from rag_eval.runner.prompts import EvalPrompt
+from rag_pipeline.generation import FUSION_KEY, fusion_report
 
-REPORT = "rag_fusion"
-"""Key of the fusion report in a response's ``meta_info``."""
 _FLUSH_TRIES = 50
 _FLUSH_WAIT_S = 0.1
 
@@ -127,18 +126,18 @@ class EngineSession:
         cpu_before = self._cpu.seconds()
         started = time.perf_counter()
         last: dict[str, Any] = {}
-        report: dict[str, Any] = {}
+        report: Mapping[str, Any] = {}
         ttft_s = ttft_cpu_s = -1.0
         for piece in stream:
             last = piece
             # The report is sent once, with the first piece that follows the prefill.
-            report = piece["meta_info"].get(REPORT) or report
+            report = fusion_report(piece["meta_info"]) or report
             if ttft_s < 0:
                 ttft_s = time.perf_counter() - started
                 ttft_cpu_s = self._cpu.seconds() - cpu_before
         # SGLang may merge streamed pieces that nobody has read yet, and the report goes with them.
         lost = mode.fused and not report
-        usage = {} if lost else self._usage({**last["meta_info"], REPORT: report}, mode)
+        usage = {} if lost else self._usage({**last["meta_info"], FUSION_KEY: report}, mode)
         return Served(
             output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
         )
@@ -187,8 +186,8 @@ class EngineSession:
                 "computed_fraction": (prompt_tokens - cached) / prompt_tokens,
                 "fallback": "",
             }
-        report = meta.get(REPORT)
-        if not isinstance(report, dict):
+        report = fusion_report(meta)
+        if report is None:
             raise ModeUnavailableError(
                 f"mode {mode.name!r} needs chunk-KV fusion, which this engine does not report; "
                 "start it with the plugin on, or leave the mode out"
