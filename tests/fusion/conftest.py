@@ -25,7 +25,7 @@ def _config(family: str, **overrides: Any) -> Any:
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -137,7 +137,7 @@ def expect(oracle, policy, prefix, chunks, question):
         prompt_len=len(ids),
         exact_len=spans[0][1],
         spans=behind,
-        qkv_share=(4 + 2 * 2) * 16 / ((4 + 2 * 2) * 16 + 64 + 3 * 96),
+        qkv_share=(4 + 2 * 2) * 16 / ((4 + 2 * 2) * 16 + 64 + 3 * 128),
     )
     asking = torch.arange(len(prefix) + sum(map(len, chunks)), len(ids))
     candidates = layout.reused_positions()

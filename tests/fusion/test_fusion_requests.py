@@ -143,3 +143,30 @@ def test_configuration_is_read_from_the_environment_and_checked():
         with pytest.raises(EngineError, match=words):
             FusionConfig.from_env({"RAG_PIPELINE_FUSION": text})
     assert {f.name for f in dataclasses.fields(FusionConfig)} >= {"background", "self_check"}
+
+
+def test_every_message_of_a_stream_shows_the_report_as_one_dict():
+    from rag_pipeline.sglang_plugin.fusion.usage import around_update_meta_info
+
+    def sglang(manager, meta_info, state, customized_info, index, finish_reason):
+        meta_info.update({key: values[index] for key, values in customized_info.items()})
+
+    from rag_pipeline.sglang_plugin.fusion.usage import after_coalesce
+
+    fused, other = (
+        SimpleNamespace(customized_info_accumulated={}, customized_info_reported_keys=set())
+        for _ in range(2)
+    )
+    seen = []
+    # The report comes with the first message; later ones carry other fields or none; the second request has none.
+    for payload in ({"rag_fusion": [[{"reused_tokens": 5}], []], "x": [1, 2]}, {"x": [3, 4]}, {}):
+        for index, state in enumerate((fused, other)):
+            meta = {}
+            around_update_meta_info(sglang, None, meta, state, payload, index, None)
+            seen.append(meta)
+    assert [m.get("rag_fusion") for m in seen[::2]] == [{"reused_tokens": 5}] * 3
+    assert all("rag_fusion" not in m for m in seen[1::2])
+    assert [m.get("x") for m in seen] == [1, 2, 3, 4, None, None]
+    joined = {"meta_info": {"rag_fusion": ["reused_tokens"]}}
+    after_coalesce(joined, None, [{"meta_info": m} for m in seen[::2]])
+    assert joined["meta_info"]["rag_fusion"] == {"reused_tokens": 5}

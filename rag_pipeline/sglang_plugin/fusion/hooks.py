@@ -55,6 +55,13 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "finish_reason",
         ),
         _row(
+            _TOKENIZER + "_coalesce_streaming_chunks",
+            "after",
+            "the usage report stays one dict when streamed messages are joined",
+            usage.after_coalesce,
+            "out_list",
+        ),
+        _row(
             _SCHEDULER + "__init__",
             "after",
             "build the runtime when model and pools exist",

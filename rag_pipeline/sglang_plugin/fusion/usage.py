@@ -66,17 +66,25 @@ def around_update_meta_info(
 ) -> None:
     """Wrap ``TokenizerManager.update_request_meta_info``: a dict, or nothing, instead of a list."""
     values = customized_info.get(META_KEY)
-    if values is None:
-        original(manager, meta_info, state, customized_info, index, finish_reason)
-        return
-    rest = {key: value for key, value in customized_info.items() if key != META_KEY}
+    rest = customized_info
+    if values is not None:
+        rest = {key: value for key, value in customized_info.items() if key != META_KEY}
+        if values[index]:
+            # With streaming only one message brings it, and SGLang may skip that one; it then fills in
+            # what is kept here, as a list of one.
+            state.customized_info_accumulated[META_KEY] = [values[index][0]]
+            state.customized_info_reported_keys.add(META_KEY)
     original(manager, meta_info, state, rest, index, finish_reason)
-    mine = values[index]
-    if mine:
-        # With streaming only the first message carries it, and that one may be merged into a later
-        # one; SGLang then fills it in from here, as a list.
-        state.customized_info_accumulated[META_KEY] = [mine[0]]
-        state.customized_info_reported_keys.add(META_KEY)
     report = state.customized_info_accumulated.get(META_KEY)
     if report:
         meta_info[META_KEY] = report[0]
+
+
+def after_coalesce(
+    result: dict[str, Any], manager: Any, out_list: list[dict[str, Any]], *args: Any, **kwargs: Any
+) -> None:
+    """Run after ``TokenizerManager._coalesce_streaming_chunks``, which joins customised values as lists."""
+    reports = [m[META_KEY] for out in out_list if META_KEY in (m := out.get("meta_info", {}))]
+    if reports:
+        first = reports[0]
+        result["meta_info"][META_KEY] = first[0] if isinstance(first, list) else first
