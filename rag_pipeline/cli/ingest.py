@@ -23,7 +23,7 @@ class IngestOptions:
     paths: tuple[str, ...]
     index: Path
     model: str
-    chunk_tokens: int = 256
+    chunk_tokens: int = 192
     overlap: int = 0
     embedder: str | None = None
     factory: str | None = None
