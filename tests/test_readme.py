@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module", autouse=True)
+def store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Chunk KV of this module goes to a home of its own; converted models stay where they are."""
+    from rag_pipeline.config import HOME_VARIABLE, home_dir
+
+    home = tmp_path_factory.mktemp("home")
+    models = home_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (home / "models").symlink_to(models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(home))
+        yield
+
+
 def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     """Run a README command with this interpreter's ``rag-pipeline``."""
     program = Path(sys.executable).with_name("rag-pipeline")
@@ -75,12 +90,18 @@ def test_command_of_the_readme(command: str, folder: Path) -> None:
         usage = answer["usage"]
         assert sum(usage[part] for part in PARTS) == usage["prompt_tokens"]
         assert 0 < answer["timing"]["ttft_s"] <= answer["timing"]["total_s"]
+        if "--policy" in command:
+            # The block before warmed the chunks and left them on disk; this is another process.
+            assert usage["reused_tokens"] + usage["exact_prefix_tokens"] > 0
     elif " ask " in command:
         assert "Sources" in done.stdout
     elif " doctor" in command:
         assert re.search(r"engine plugin +active", done.stdout)
     elif " ingest " in command:
         assert "nothing embedded" in done.stderr
+        assert ("chunks sent" in done.stderr) == ("--warm" in command)
+    elif " cache " in command:
+        assert re.search(r"chunks +[1-9]", done.stdout)
 
 
 @pytest.mark.engine
