@@ -1,22 +1,21 @@
-"""Command ``python -m rag_eval.fidelity``: how far each mode is from full prefill."""
+"""Command ``rag-pipeline eval`` (``python -m rag_eval.fidelity``): how far each mode is from full prefill."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rag_eval.arguments import OneLineParser
 from rag_pipeline.errors import RagPipelineError
 from retrievers.errors import RetrievalError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rag_eval.fidelity",
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="rag-pipeline eval",
         description="Quality, distance to full prefill, and cost of every mode, in one engine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")

@@ -196,6 +196,37 @@ def doctor(
     run_doctor(model=model, server=server, json_output=json_output)
 
 
+_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""The evaluation's own parser reads the words behind these commands, and refuses unknown ones."""
+
+
+@app.command("eval", context_settings=_FORWARD)
+def evaluate(context: typer.Context) -> None:
+    """Measure answer quality, distance to full prefill and cost of every mode."""
+    from rag_eval.fidelity import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def bench(context: typer.Context) -> None:
+    """Measure speed alone: ttft (time to first token) or store (find, save, load, evict)."""
+    benchmarks = {"ttft": "rag_eval.benchmarks.ttft", "store": "rag_eval.benchmarks.store"}
+    name, *words = context.args or ["--help"]
+    if name in ("-h", "--help"):
+        typer.echo(
+            f"Usage: rag-pipeline bench {'|'.join(benchmarks)} [OPTIONS]; --help behind each"
+        )
+        return
+    if name not in benchmarks:
+        from rag_pipeline.errors import RagPipelineError
+
+        raise RagPipelineError(f"no benchmark {name!r}; choose one of {', '.join(benchmarks)}")
+    from importlib import import_module
+
+    raise typer.Exit(import_module(benchmarks[name]).main(words))
+
+
 @cache_app.command("warm")
 def cache_warm(
     index: IndexOption,
@@ -271,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         # Formatted by hand: typer's own rendering is a box of several lines.
         return _fail(_usage_line(error), code=2)
+    except SystemExit as stop:  # from the evaluation's parser, which has said why
+        return stop.code if isinstance(stop.code, int) else 1
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted; nothing that was finished is lost", code=130)
     except _user_errors() as error:

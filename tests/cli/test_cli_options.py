@@ -7,7 +7,7 @@ import pytest
 from rag_pipeline.cli import main
 from rag_pipeline.cli.app import app
 
-CONTRACT = {"demo", "ingest", "ask", "doctor"}
+CONTRACT = {"demo", "ingest", "ask", "doctor", "eval", "bench"}
 
 
 def test_commands_of_the_contract_exist() -> None:
@@ -27,6 +27,10 @@ def test_commands_of_the_contract_exist() -> None:
         (["ingest", "--index", "x"], "paths"),
         (["ingest", "p", "--index", "x", "--chunk-tokens", "1"], "--chunk-tokens"),
         (["doctor", "--bogus"], "--bogus"),
+        (["eval", "--bogus"], "--dataset"),
+        (["eval", "--dataset", "d", "--out", "o", "--bogus"], "--bogus"),
+        (["bench", "ttft", "--bogus"], "--bogus"),
+        (["cache", "evict"], "--key"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -41,7 +45,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "--help" in captured.err
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["ask", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["-h"], ["ask", "-h"], ["--version"], ["eval", "-h"]]
+)
 def test_help_and_version_succeed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert capsys.readouterr().out

@@ -21,7 +21,8 @@ import torch
 
 __all__ = ["Case", "default_cases", "main", "run"]
 
-BACKENDS = ("rag_cpu", "torch_native")
+BACKENDS = ("rag_cpu", "rag_cpu fast", "torch_native")
+"""``fast`` is ``RAG_PIPELINE_CPU_DECODE=fast``; it differs from the default in decode only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ def default_cases() -> list[Case]:
         Case(name="cold prefill 2,400", new=2400, cached=0),
         Case(name="decode behind 2,400, batch 1", new=1, cached=2400, decode=True),
         Case(name="decode behind 2,400, batch 8", new=1, cached=2400, batch=8, decode=True),
+        Case(name="decode behind 200, batch 8", new=1, cached=200, batch=8, decode=True),
     ]
 
 
@@ -77,10 +79,11 @@ def _backend(name: str, pool: _Pool, req_to_token: torch.Tensor) -> Any:
 
     from rag_pipeline.sglang_plugin.cpu_attention import RagCpuAttentionBackend
 
-    kind: Any = RagCpuAttentionBackend if name == "rag_cpu" else TorchNativeAttnBackend
+    kind: Any = TorchNativeAttnBackend if name == "torch_native" else RagCpuAttentionBackend
     backend: Any = object.__new__(kind)
     backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
     backend.token_to_kv_pool = pool
+    backend._fast_decode = name == "rag_cpu fast"
     backend._window_pool = backend.use_sliding_window_kv_pool = False
     return backend
 
@@ -192,14 +195,18 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    print(f"{'':31}{'wall ms':>20}{'process CPU ms':>22}")
-    print(f"{'':31}{'ours':>9}{'stock':>11}{'ours':>11}{'stock':>11}{'speed-up':>10}{'diff':>9}")
+    print(f"{'':31}{'wall ms':>28}{'process CPU ms':>28}")
+    heads = f"{'ours':>10}{'fast':>9}{'stock':>9}" * 2
+    print(f"{'':31}{heads}{'speed-up':>10}{'diff':>9}")
     for row in result["cases"]:
         wall, cpu = row["wall_ms_p50"], row["cpu_ms_p50"]
         print(
-            f"{row['name']:31}{wall['rag_cpu']:9.2f}{wall['torch_native']:11.2f}"
-            f"{cpu['rag_cpu']:11.2f}{cpu['torch_native']:11.2f}"
-            f"{row['speedup']:9.1f}x{row['max_abs_diff']:9.1e}"
+            f"{row['name']:31}"
+            + "".join(
+                f"{ms['rag_cpu']:10.2f}{ms['rag_cpu fast']:9.2f}{ms['torch_native']:9.2f}"
+                for ms in (wall, cpu)
+            )
+            + f"{row['speedup']:9.1f}x{row['max_abs_diff']:9.1e}"
         )
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     print(f"medians of {result['repeats']}, {result['threads']} thread(s), {versions}")
