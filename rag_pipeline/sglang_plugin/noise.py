@@ -34,7 +34,7 @@ LOG_NOISE: tuple[tuple[str, str], ...] = (
         "Ignore import error when loading sglang.srt.models.falcon_mamba",
     ),
     ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.mamba:"),
-    ("sglang.srt.utils.common", "Cannot detect CUDA architecture."),
+    ("sglang.kernels.jit.utils.arch", "Cannot detect CUDA architecture."),
     ("sglang.srt.distributed.bootstrap", "init_cpu_threads_env and shared memory based AllReduce"),
 )
 """Log records, by logger and start of the text."""

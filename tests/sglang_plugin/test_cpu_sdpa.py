@@ -11,7 +11,12 @@ import math
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.cpu_sdpa import causal_mask, decode_attention, extend_attention
+from rag_pipeline.sglang_plugin.cpu_sdpa import (
+    causal_mask,
+    decode_attention,
+    extend_attention,
+    packed_decode_attention,
+)
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-6},
@@ -90,7 +95,7 @@ def test_extend_never_looks_ahead():
 
 @pytest.mark.parametrize("lengths", [[1], [19, 19], [99, 1, 19]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_batch_equals_each_request_alone(lengths, dtype):
+def test_packed_decode_batch_equals_each_request_alone(lengths, dtype):
     longest = max(lengths)
     parts = [make(1, n - 1, 9, 3, dtype=dtype, seed=n) for n in lengths]
     q = torch.cat([part[0] for part in parts])
@@ -101,7 +106,7 @@ def test_decode_batch_equals_each_request_alone(lengths, dtype):
     for row, (length, (_, key, value)) in enumerate(zip(lengths, parts, strict=True)):
         k[row, :length], v[row, :length] = key, value
         mask[row, length:] = -math.inf
-    got = decode_attention(q, k, v, scale=0.25, mask_BN=mask)
+    got = packed_decode_attention(q, k, v, scale=0.25, mask_BN=mask)
     want = torch.cat([reference(*part, scale=0.25) for part in parts])
     torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])
 
@@ -114,3 +119,25 @@ def test_mask_shows_the_past_and_hides_the_future():
         [False, False, True, True, True],
         [True, False, False, False, True],
     ]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (6, 1)])
+@pytest.mark.parametrize("length", [1, 19, 99, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_of_one_length_has_the_bits_of_one_call_a_request(length, heads, kv_heads, dtype):
+    parts = [make(1, length - 1, heads, kv_heads, dtype=dtype, seed=n) for n in range(3)]
+    q, k, v = (torch.stack([part[index] for part in parts]) for index in range(3))
+    got = decode_attention(q[:, 0], k, v, scale=0.25)
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(
+            part[0].movedim(0, 1)[None],
+            part[1].movedim(0, 1)[None],
+            part[2].movedim(0, 1)[None],
+            scale=0.25,
+            enable_gqa=True,
+        )[0, :, 0]
+        for part in parts
+    ]
+    torch.testing.assert_close(got, torch.stack(alone), rtol=0, atol=0)
+    want = torch.cat([reference(*part, scale=0.25) for part in parts])
+    torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])

@@ -146,6 +146,21 @@ def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
         assert len(groups) == 1
 
 
+def test_without_padding_only_equal_lengths_share_a_call():
+    from rag_pipeline.sglang_plugin.cpu_attention import decode_buckets
+
+    groups = decode_buckets([7, 9, 7, 8, 9], padding=1.0)
+    assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3]]
+
+
+def test_a_misspelt_decode_mode_is_refused(monkeypatch):
+    from rag_pipeline.sglang_plugin import cpu_attention
+
+    monkeypatch.setenv(cpu_attention.DECODE, "quick")
+    with pytest.raises(EngineError, match="'quick'; allowed are 'exact' and 'fast'"):
+        cpu_attention.decode_is_fast()
+
+
 # ---- launcher -----------------------------------------------------------------------------------
 
 
