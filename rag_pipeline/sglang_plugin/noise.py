@@ -35,6 +35,8 @@ LOG_NOISE: tuple[tuple[str, str], ...] = (
     ),
     ("sglang.srt.models.registry", "Ignore import error when loading sglang.srt.models.mamba:"),
     ("sglang.kernels.jit.utils.arch", "Cannot detect CUDA architecture."),
+    # Our own handler (see :mod:`.startup`), which SGLang reports at level ERROR.
+    ("sglang.srt.entrypoints.engine", "Using custom SIGQUIT handler"),
     ("sglang.srt.distributed.bootstrap", "init_cpu_threads_env and shared memory based AllReduce"),
 )
 """Log records, by logger and start of the text."""
