@@ -1,0 +1,148 @@
+"""Start-up of an engine, from a fresh Python to the first token.
+
+``python -m rag_eval.benchmarks.startup --model FOLDER [--repeats N] [--json]``
+
+Each variant is a process of its own; variants take turns, so that a neighbour's load and the file
+cache fall on all of them. Wall time is what a user waits; CPU time is that of the process and all it
+started, as the kernel counts it, and hardly depends on the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+__all__ = ["VARIANTS", "main", "run"]
+
+_FAST = "from rag_pipeline.sglang_plugin import create_engine; engine = create_engine({model!r})"
+_PLAIN = (
+    "import sglang; engine = sglang.Engine(model_path={model!r}, attention_backend='rag_cpu', "
+    "disable_cuda_graph=True, max_total_tokens=16384, sleep_on_idle=True)"
+)
+_PROGRAM = """
+def main():
+    {start}
+    engine.generate('The capital of France is', {{'temperature': 0, 'max_new_tokens': 1}})
+    print('first token', flush=True)
+    engine.shutdown()
+
+if __name__ == '__main__':
+    main()
+"""
+
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "sglang.Engine": (_PLAIN, {}),
+    "create_engine, fast start off": (_FAST, {"RAG_PIPELINE_FAST_START": "off"}),
+    "create_engine, FlashInfer imported": (_FAST, {"SGLANG_IS_FLASHINFER_AVAILABLE": "true"}),
+    "create_engine": (_FAST, {}),
+}
+"""Name, program and environment of each variant."""
+
+
+def _start_once(model: str, name: str, folder: str) -> tuple[float, float]:
+    start, environment = VARIANTS[name]
+    program = os.path.join(folder, "start.py")  # noqa: PTH118
+    with open(program, "w") as file:  # noqa: PTH123
+        file.write(_PROGRAM.format(start=start.format(model=model)))
+    cpu_before = _cpu_of_children()
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, program],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    wall = 0.0
+    for line in process.stdout:
+        if line.startswith("first token"):
+            wall = time.perf_counter() - begin
+    code = process.wait()
+    if code != 0 or not wall:
+        raise RuntimeError(f"the variant {name!r} ended with exit code {code} and no first token")
+    return wall, _cpu_of_children() - cpu_before
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> dict[str, Any]:
+    """Measure.
+
+    Parameters
+    ----------
+    model
+        Folder in Hugging Face format.
+    repeats
+        Timed starts of each variant; one start that is not timed goes first and fills caches.
+    variants
+        Names out of :data:`VARIANTS`; all when not given.
+
+    Returns
+    -------
+    dict
+        ``variants{NAME{wall_s, cpu_s, wall_s_p50, cpu_s_p50}}``, ``repeats``, ``threads``,
+        ``load_before``, ``versions``.
+    """
+    import tempfile
+    from importlib.metadata import version
+
+    names = variants or list(VARIANTS)
+    load = os.getloadavg()[0]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        _start_once(model, names[0], folder)
+        for repeat in range(repeats):
+            for name in names[:: 1 if repeat % 2 == 0 else -1]:
+                times[name].append(_start_once(model, name, folder))
+                print(f"{name}: {times[name][-1]}", file=sys.stderr)
+    return {
+        "variants": {
+            name: {
+                "wall_s": [wall for wall, _ in rows],
+                "cpu_s": [cpu for _, cpu in rows],
+                "wall_s_p50": statistics.median(wall for wall, _ in rows),
+                "cpu_s_p50": statistics.median(cpu for _, cpu in rows),
+            }
+            for name, rows in times.items()
+        },
+        "repeats": repeats,
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "load_before": load,
+        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="rag_eval.benchmarks.startup")
+    parser.add_argument("--model", required=True, help="folder in Hugging Face format")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; allowed is 1 or more")
+    result = run(options.model, repeats=options.repeats, variants=options.variants)
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    for name, row in result["variants"].items():
+        walls = ", ".join(f"{value:.1f}" for value in row["wall_s"])
+        print(f"{name:36} wall {row['wall_s_p50']:6.1f} s ({walls})  CPU {row['cpu_s_p50']:6.1f} s")
+    print(f"{result['repeats']} starts each, load before {result['load_before']:.1f}, medians")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Twenty prompts for any engine: each cold, each behind its own warm prefix, and in batches."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from typing import Any
+
+SHORT = ["The capital of France is", "Hello", "def fib(n):", "1 2 3 4 5", "Once upon a time"]
+CHARACTERS = (50, 77, 133, 200, 260, 333, 400, 640, 900, 1200, 1500, 2500, 3500, 4500, 5200)
+SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+
+
+def prompts() -> list[str]:
+    """Real text, from one word to about 1,500 tokens."""
+    topics = sorted(pydoc_data.topics.topics)[3:18]
+    long = [
+        pydoc_data.topics.topics[name][:size] for name, size in zip(topics, CHARACTERS, strict=True)
+    ]
+    return SHORT + long
+
+
+def answers(engine: Any) -> dict[str, list[dict[str, Any]]]:
+    """Greedy tokens and their log-probabilities."""
+
+    def facts(output: dict[str, Any]) -> dict[str, Any]:
+        meta = output["meta_info"]
+        return {
+            "ids": list(output["output_ids"]),
+            "logprobs": [entry[0] for entry in meta["output_token_logprobs"]],
+            "cached": meta["cached_tokens"],
+        }
+
+    def empty_cache() -> None:
+        # flush_cache says by its value alone that it did nothing.
+        assert engine.flush_cache().success
+
+    result: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "batch": []}
+    for prompt in prompts():
+        empty_cache()
+        result["cold"].append(facts(engine.generate(prompt, SAMPLING, return_logprob=True)))
+        again = prompt + " And so the next question is: what"
+        result["warm"].append(facts(engine.generate(again, SAMPLING, return_logprob=True)))
+    empty_cache()
+    for start in range(0, 20, 8):
+        outputs = engine.generate(prompts()[start : start + 8], SAMPLING, return_logprob=True)
+        result["batch"].extend(facts(output) for output in outputs)
+    empty_cache()
+    return result
