@@ -16,8 +16,10 @@ new tokens behind cached      stock   one mask   merged   blocks of 256   here (
 "merged" is cached part without a mask, new part causal, joined by log-sum-exp: no faster, and 22-46%
 of its bf16 results differ from stock in the last bit. Of the packed form none did in 386 of 400 random
 calls and at most 1.1% in the other 14 (17 calls without packing): torch multiplies another number of
-rows at once. Cold prefill and decode are the same calls as stock's and have its bits. "packed" turns the query heads that share a KV head into rows of one matrix, so K
-and V are not copied once per query head, which is what torch's ``enable_gqa`` does on a CPU.
+rows at once. Cold prefill and decode are the same calls as stock's and have its bits.
+
+"packed" turns the query heads that share a KV head into rows of one matrix, so K and V are not
+copied once per query head, which is what torch's ``enable_gqa`` does on a CPU.
 """
 
 from __future__ import annotations
