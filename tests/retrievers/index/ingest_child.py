@@ -1,8 +1,8 @@
-"""Runs one ingest for the interruption tests: python ingest_child.py INDEX MODEL [DIE_AT].
+"""Runs one ingest for the interruption tests: python ingest_child.py INDEX MODEL [STOP_AT].
 
 MODEL is a folder, or ``hash`` for the instant embedder. Prints a JSON line for every progress
-report and one for the result; with DIE_AT ``write`` it kills itself the hard way once the commit
-has begun.
+report and one for the result. With STOP_AT ``write`` it kills itself the hard way once the commit
+has begun; with a number it waits, once so many texts are embedded, for the signal that ends it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def documents() -> list[Document]:
 
 def main() -> None:
     index, model = sys.argv[1:3]
-    die_at = sys.argv[3] if len(sys.argv) > 3 else None
+    stop_at = sys.argv[3] if len(sys.argv) > 3 else ""
+    wait_at = int(stop_at) if stop_at.isdigit() else None
 
     def progress(state: IngestProgress) -> None:
         print(json.dumps({"stage": state.stage, "embedded": state.embedded}), flush=True)
-        if state.stage == die_at:
+        if state.stage == stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if wait_at is not None and state.embedded >= wait_at:
+            # Or a busy machine could finish the ingest before the parent gets to strike.
+            signal.pause()
 
-    # Small shards give the parent time to strike between two of them.
     retrievers.ingestion.SHARD_CHUNKS = SHARD_CHUNKS
     embedder = HashEmbedder() if model == "hash" else Embedder(model, device="cpu")
     report = ingest(

@@ -48,7 +48,7 @@ def child() -> ModuleType:
 
 def strike(index: Path, model: Path, number: signal.Signals, minimum: int) -> str:
     """Send a signal once this many texts are embedded; returns what went to stderr."""
-    process = start(index, model)
+    process = start(index, model, str(minimum))
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["embedded"] >= minimum:
