@@ -53,7 +53,7 @@ def prepare() -> bool:
         # FlashInfer has no CPU kernels; SGLang imports it wherever it is installed.
         os.environ.setdefault("SGLANG_IS_FLASHINFER_AVAILABLE", "false")
         # OpenMP's waiting threads spin by default. With more runnable threads than cores each step
-        # then waits for a thread that is not running: docs/startup.md has the measurement.
+        # then waits for a thread that is not running.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         fork_server.start()
     launch_hooks.use_fork_server(wanted)
