@@ -10,7 +10,7 @@ new tokens behind cached      stock   one mask   merged   blocks of 256   here (
 512 behind 2,400              144.4     51.4      47.4       47.2          46.6
 1,200 behind 1,200            101.3     92.7      74.8       81.7          74.0
 2,048 behind 256               96.8    162.2      94.9      101.4          93.8
-1 behind 2,400                 (--)      2.4       2.5        2.3           0.4
+1 behind 2,400                102.0      2.3       2.5        2.3           0.4
 ===========================  =======  ========  =======  =============  ============
 
 "merged" is cached part without a mask, new part causal, joined by log-sum-exp: no faster, and 22-46%
