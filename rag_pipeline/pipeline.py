@@ -209,7 +209,7 @@ class RagPipeline:
         Returns
         -------
         int
-            Chunks sent to the engine. One that it holds already costs a look-up.
+            Chunks sent to the engine, those that it holds already included.
         """
         prefix = self.builder.system_ids
         done = 0

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER
+
 # typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -28,9 +30,6 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_EMBEDDER = "all-minilm-l6-v2"
-DEFAULT_CHUNK_TOKENS = 192
-"""The default embedder reads 256 of its own tokens; prose of 192 model tokens and a title fits."""
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Index folder.")]
 ModelOption = Annotated[

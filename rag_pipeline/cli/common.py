@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from rag_pipeline.models import ResolvedModel
     from retrievers import Embedder, Index
 
+DEFAULT_EMBEDDER = "all-minilm-l6-v2"
+DEFAULT_CHUNK_TOKENS = 192
+"""The default embedder reads 256 of its own tokens; prose of 192 model tokens and a title fits."""
+
 
 def resolve_llm_shown(name: str) -> ResolvedModel:
     """Resolve a language model, with a bar while a GGUF file is converted or a hub is asked."""

@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_pipeline.cli.common import make_embedder, resolve_llm_shown
+from rag_pipeline.cli.common import (
+    DEFAULT_CHUNK_TOKENS,
+    DEFAULT_EMBEDDER,
+    make_embedder,
+    resolve_llm_shown,
+)
 from rag_pipeline.cli.console import emit_json, say, step
 from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from retrievers import IngestProgress, IngestReport, LoadReport
-
-DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +26,7 @@ class IngestOptions:
     paths: tuple[str, ...]
     index: Path
     model: str
-    chunk_tokens: int = 192
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     overlap: int = 0
     embedder: str | None = None
     factory: str | None = None
