@@ -5,10 +5,12 @@ Layout of the folder::
     store.json                                       format name and version
     <namespace>/context.json                         what the namespace stands for (no tenant salt)
     <namespace>/<2 hex>/<digest>-<tokens>.safetensors
+    <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
 
-A chunk file holds ``k``, ``v``, ``token_ids`` and, in its header, layout, base position and a
-checksum over all of it. Files appear whole under their final name (``os.replace``) or not at all. A
-file that is damaged in any way is a miss: counted, never an error and never wrong KV.
+Chunk files (:mod:`chunk_cache.chunk_file`) appear whole under their final name (``os.replace``) or not
+at all. A file that is damaged in any way is a miss: counted, never an error and never wrong KV. A pin is a
+file of its own, not a list in one file: several processes may pin and unpin at once, and none of them
+undoes what another did.
 """
 
 from __future__ import annotations
@@ -22,17 +24,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-
+from chunk_cache.chunk_file import STORE_FORMAT, decode_record, encode_record
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.handles import ChunkState
-from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext, TokenIds, as_token_ids
+from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext, TokenIds
 from chunk_cache.memory_store import MemoryStore
-from chunk_cache.records import ChunkKV, KVLayout
+from chunk_cache.records import ChunkKV
 
-_FORMAT = "rag-chunk-store"
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
 
@@ -86,7 +84,7 @@ class StoreFolder:
                     f"{self.path} is neither empty nor a chunk store: give another folder"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            fields = {"format": _FORMAT, "version": STORE_FORMAT_VERSION}
+            fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
             _write_atomically(manifest, json.dumps(fields).encode())
         try:
             found = json.loads(manifest.read_bytes())
@@ -97,9 +95,9 @@ class StoreFolder:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ChunkCacheError(f"{manifest} cannot be read ({error}): export again") from None
-        if kind != _FORMAT or version != STORE_FORMAT_VERSION:
+        if kind != STORE_FORMAT or version != STORE_FORMAT_VERSION:
             raise ChunkCacheError(
-                f"{manifest} says {kind!r} version {version!r}: this release reads {_FORMAT!r} "
+                f"{manifest} says {kind!r} version {version!r}: this release reads {STORE_FORMAT!r} "
                 f"version {STORE_FORMAT_VERSION}; export again"
             )
 
@@ -118,23 +116,12 @@ class StoreFolder:
         OSError
             If the disk refuses; no file of the final name is left behind half-written.
         """
-        sealed = record if record.checksum is not None else record.sealed()
-        header = {
-            "format": _FORMAT,
-            "layout": record.layout.value,
-            "base_position": str(record.base_position),
-            "checksum": str(sealed.checksum),
-        }
-        tensors = {
-            "k": record.k.cpu(),
-            "v": record.v.cpu(),
-            "token_ids": torch.tensor(record.token_ids),
-        }
-        _write_atomically(self._file(record.key), save_safetensors(tensors, metadata=header))
+        _write_atomically(self._file(record.key), encode_record(record))
         return True
 
     def remove(self, key: ChunkKey) -> bool:
-        """Delete a record's file; ``False`` if there was none."""
+        """Delete a record's file and its pin; ``False`` if there was none."""
+        self.unpin(key)
         try:
             self._file(key).unlink()
         except FileNotFoundError:
@@ -157,6 +144,71 @@ class StoreFolder:
             return self._file(key).stat().st_size
         except OSError:
             return 0
+
+    # -- pins and eviction --------------------------------------------------------------------
+
+    def pin(self, key: ChunkKey) -> bool:
+        """Keep a record until :meth:`unpin`; ``False`` if it is not in the folder.
+
+        Engines load it as pinned, at their next start.
+        """
+        if not self._file(key).exists():
+            return False
+        self._pin_file(key).touch()
+        return True
+
+    def unpin(self, key: ChunkKey) -> bool:
+        """Make a record evictable again; ``False`` if it was not pinned."""
+        try:
+            self._pin_file(key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_pinned(self, key: ChunkKey) -> bool:
+        """Whether a record is pinned."""
+        return self._pin_file(key).exists()
+
+    def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
+        """Delete one record by hand; ``False`` if it is absent, or pinned without ``force``."""
+        return (force or not self.is_pinned(key)) and self.remove(key)
+
+    def trim(self, byte_budget: int) -> list[ChunkKey]:
+        """Delete records, oldest written first, until the files fit; pinned ones stay.
+
+        Parameters
+        ----------
+        byte_budget
+            Most bytes of all chunk files together. Pinned ones alone may weigh more.
+
+        Returns
+        -------
+        list[ChunkKey]
+            What was deleted.
+
+        Raises
+        ------
+        ChunkCacheError
+            If the budget is negative.
+        """
+        if byte_budget < 0:
+            raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
+        aged: list[tuple[int, ChunkKey, int]] = []
+        for key in self.keys():
+            try:
+                status = self._file(key).stat()
+            except FileNotFoundError:
+                continue  # another process was faster
+            aged.append((status.st_mtime_ns, key, status.st_size))
+        over = sum(size for _, _, size in aged) - byte_budget
+        gone: list[ChunkKey] = []
+        for _, key, size in sorted(aged, key=lambda row: row[0]):
+            if over <= 0:
+                break
+            if self.evict(key):
+                gone.append(key)
+                over -= size
+        return gone
 
     # -- whole stores -------------------------------------------------------------------------
 
@@ -212,6 +264,8 @@ class StoreFolder:
     ) -> LoadReport:
         """Read records into a memory store until its budget is full; nothing is evicted for it.
 
+        Pinned records come first, and are pinned in memory too.
+
         Parameters
         ----------
         store
@@ -219,16 +273,21 @@ class StoreFolder:
         namespace
             Only chunks of this :attr:`KVContext.namespace`; by default all.
         pin
-            Pin what is loaded.
+            Pin everything that is loaded.
         progress
             Called with the number of files done so far.
         """
         counts = dict.fromkeys((field.name for field in dataclasses.fields(LoadReport)), 0)
-        wanted = (key for key in self.keys() if namespace in (None, key.namespace))
-        for done, key in enumerate(wanted, start=1):
+        wanted = [
+            (not self.is_pinned(k), k) for k in self.keys() if namespace in (None, k.namespace)
+        ]
+        wanted.sort(key=lambda row: row[0])
+        for done, (loose, key) in enumerate(wanted, start=1):
             if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
                 counts["already_there"] += 1
-            elif self._file(key).stat().st_size > store.free_bytes:
+                if not loose:
+                    store.pin(key)
+            elif self.size_of(key) > store.free_bytes:
                 counts["no_room"] += 1
             else:
                 record = self._read(key)
@@ -236,7 +295,10 @@ class StoreFolder:
                     counts["corrupt"] += 1
                     store.count_corrupt()
                 else:
-                    counts["loaded" if store.put(record, pin=pin) else "no_room"] += 1
+                    # Asked first: `put` would make room by evicting what was loaded before.
+                    fits = record.num_bytes <= store.free_bytes
+                    put = fits and store.put(record, pin=pin or not loose)
+                    counts["loaded" if put else "no_room"] += 1
             if progress is not None:
                 progress(done)
         return LoadReport(**counts)
@@ -261,6 +323,9 @@ class StoreFolder:
         name = f"{key.digest}-{key.num_tokens}.safetensors"
         return self.path / key.namespace / key.digest[:2] / name
 
+    def _pin_file(self, key: ChunkKey) -> Path:
+        return self._file(key).with_suffix(".pinned")
+
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         try:
             # Read whole, not mapped: a file cut short under a map would kill the process.
@@ -270,26 +335,9 @@ class StoreFolder:
         except OSError:
             self.corrupt_files += 1
             return None
-        try:
-            header_size = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + header_size])["__metadata__"]
-            tensors = load_safetensors(data)
-            record = ChunkKV(
-                key=key,
-                token_ids=as_token_ids(tensors["token_ids"].numpy()),
-                base_position=int(header["base_position"]),
-                k=tensors["k"],
-                v=tensors["v"],
-                layout=KVLayout(header["layout"]),
-                checksum=header["checksum"],
-            )
-            if record.verify():
-                return record
-        except Exception:
-            # Deliberately wide: whatever a damaged file makes the parsers raise, it is a miss.
-            pass
-        self.corrupt_files += 1
-        return None
+        record = decode_record(key, data)
+        self.corrupt_files += record is None
+        return record
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

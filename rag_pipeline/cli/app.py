@@ -53,7 +53,7 @@ StoreOption = Annotated[
 ]
 
 cache_app = typer.Typer(
-    help="The chunk-KV folder: warm, stats, ls, verify, evict.", rich_markup_mode=None
+    help="The chunk-KV folder: warm, stats, ls, pin, evict, verify.", rich_markup_mode=None
 )
 app.add_typer(cache_app, name="cache")
 
@@ -244,35 +244,68 @@ def cache_warm(
 @cache_app.command("stats")
 def cache_stats(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """Count chunks, tokens and bytes."""
-    _cache("stats", store, (), json_output)
+    _cache("stats", store, json_output=json_output)
 
 
 @cache_app.command("ls")
 def cache_ls(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """List the chunks."""
-    _cache("ls", store, (), json_output)
+    _cache("ls", store, json_output=json_output)
 
 
 @cache_app.command("verify")
 def cache_verify(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """Read every file against its checksum and remove damaged ones."""
-    _cache("verify", store, (), json_output)
+    _cache("verify", store, json_output=json_output)
+
+
+@cache_app.command("pin")
+def cache_pin(
+    keys: Annotated[
+        list[str], typer.Argument(metavar="KEY...", help="Keys of chunks, or their first digits.")
+    ],
+    unpin: Annotated[bool, typer.Option("--unpin", help="Make them evictable again.")] = False,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Keep chunks: no eviction removes them, and engines pin them in memory at their next start."""
+    _cache("unpin" if unpin else "pin", store, tuple(keys), json_output=json_output)
 
 
 @cache_app.command("evict")
 def cache_evict(
-    key: Annotated[list[str], typer.Option(help="First digits of a key; may be repeated.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY...]", help="Keys of chunks, or their first digits."),
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(help="The same as an option; may be repeated.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Remove the oldest chunks until the others weigh no more."),
+    ] = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Remove chunks."""
-    _cache("evict", store, tuple(key), json_output)
+    """Remove chunks; pinned ones stay and are named."""
+    words = (*(keys or ()), *(key or ()))
+    if not words and max_bytes is None:
+        raise typer.BadParameter("Give keys (KEY... or --key), or --max-bytes")
+    _cache("evict", store, words, max_bytes=max_bytes, json_output=json_output)
 
 
-def _cache(action: str, store: Path | None, keys: tuple[str, ...], json_output: bool) -> None:
+def _cache(
+    action: str,
+    store: Path | None,
+    keys: tuple[str, ...] = (),
+    *,
+    max_bytes: int | None = None,
+    json_output: bool,
+) -> None:
     from rag_pipeline.cli.cache import run_cache
 
-    run_cache(action, store=store, keys=keys, json_output=json_output)
+    run_cache(action, store=store, keys=keys, max_bytes=max_bytes, json_output=json_output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

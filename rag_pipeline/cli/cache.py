@@ -14,16 +14,22 @@ if TYPE_CHECKING:
     from chunk_cache import ChunkKey, StoreFolder
 
 
-def use_store(folder: Path) -> None:
-    """Make engines started by this process read and write chunk KV in `folder`."""
+def use_store(given: Path | None) -> Path:
+    """Make engines started by this process keep chunk KV in a folder, and return it.
+
+    What was `given` wins over ``store_dir`` of ``RAG_PIPELINE_FUSION``, which wins over the
+    folder below ``RAG_PIPELINE_HOME``.
+    """
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()
-    if config.enabled and not config.store_dir:
+    folder = (given or Path(config.store_dir or kv_store_dir())).absolute()
+    if config.enabled and config.store_dir != str(folder):
         import dataclasses
 
-        chosen = dataclasses.replace(config, store_dir=str(folder.absolute()))
+        chosen = dataclasses.replace(config, store_dir=str(folder))
         os.environ[FUSION_VARIABLE] = chosen.to_env()
+    return folder
 
 
 def run_warm(*, index: Path, model: str, store: Path | None, limit: int | None) -> dict[str, Any]:
@@ -33,8 +39,7 @@ def run_warm(*, index: Path, model: str, store: Path | None, limit: int | None) 
     from retrievers import Index
 
     opened = Index.open(index)
-    folder = store or kv_store_dir()
-    use_store(folder)
+    folder = use_store(store)
     path = resolve_llm_shown(model).path
     total = len(opened) if limit is None else min(limit, len(opened))
     chunks = (chunk for _, chunk in zip(range(total), opened.chunks(), strict=False))
@@ -59,36 +64,53 @@ def print_warm(report: dict[str, Any], *, json_output: bool) -> None:
         )
 
 
-def run_cache(action: str, *, store: Path | None, keys: tuple[str, ...], json_output: bool) -> None:
-    """Run ``stats``, ``ls``, ``verify`` or ``evict`` on the folder."""
+def run_cache(
+    action: str,
+    *,
+    store: Path | None,
+    keys: tuple[str, ...] = (),
+    max_bytes: int | None = None,
+    json_output: bool,
+) -> None:
+    """Run ``stats``, ``ls``, ``verify``, ``pin``, ``unpin`` or ``evict`` on the folder."""
     folder = _open(store or kv_store_dir())
-    report = folder_stats(folder)
+    done: dict[str, Any] = {}
     if action == "ls":
-        report["entries"] = [_entry(folder, key) for key in folder.keys()]  # noqa: SIM118 - not a mapping
+        done["entries"] = [_entry(folder, key) for key in folder.keys()]  # noqa: SIM118 - not a mapping
     elif action == "verify":
         with step("Reading every file"):
             bad = folder.verify(remove=True)
-        report = {**folder_stats(folder), "damaged_removed": [key.digest for key in bad]}
+        done["damaged_removed"] = [key.digest for key in bad]
+    elif action in ("pin", "unpin"):
+        change = folder.pin if action == "pin" else folder.unpin
+        done[f"{action}ned"] = [key.digest for key in _find(folder, keys) if change(key)]
     elif action == "evict":
-        report = _evict(folder, keys)
+        done = _evict(folder, keys, max_bytes)
+    report = {**folder_stats(folder), **done}
     if json_output:
         emit_json(report)
         return
-    for entry in report.get("entries", ()):
-        write(f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {entry['bytes']:12} bytes\n")
+    for entry in report.pop("entries", ()):
+        write(
+            f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {entry['bytes']:12} bytes"
+            f"{'  pinned' if entry['pinned'] else ''}\n"
+        )
     for name, value in report.items():
-        if name != "entries":
-            write(f"{name:16} {value}\n")
+        shown = " ".join(digest[:16] for digest in value) or "none" if name in done else value
+        write(f"{name:16} {shown}\n")
 
 
 def folder_stats(folder: StoreFolder) -> dict[str, Any]:
-    """Chunks, tokens, bytes and namespaces of a folder."""
+    """Chunks, tokens, bytes, pins and namespaces of a folder."""
     keys = list(folder.keys())
+    pins = [key for key in keys if folder.is_pinned(key)]
     return {
         "store": str(folder.path),
         "chunks": len(keys),
         "tokens": sum(key.num_tokens for key in keys),
         "bytes": sum(folder.size_of(key) for key in keys),
+        "pinned_chunks": len(pins),
+        "pinned_bytes": sum(folder.size_of(key) for key in pins),
         "namespaces": len({key.namespace for key in keys}),
     }
 
@@ -108,16 +130,38 @@ def _entry(folder: StoreFolder, key: ChunkKey) -> dict[str, Any]:
         "namespace": key.namespace,
         "num_tokens": key.num_tokens,
         "bytes": folder.size_of(key),
+        "pinned": folder.is_pinned(key),
     }
 
 
-def _evict(folder: StoreFolder, prefixes: tuple[str, ...]) -> dict[str, Any]:
-    if not prefixes:
-        raise RagPipelineError("cache evict needs --key, the first digits of keys from `cache ls`")
-    wanted = [key for key in list(folder.keys()) if key.digest.startswith(prefixes)]
-    unknown = [p for p in prefixes if not any(key.digest.startswith(p) for key in wanted)]
+def _evict(
+    folder: StoreFolder, prefixes: tuple[str, ...], max_bytes: int | None
+) -> dict[str, list[str]]:
+    """Remove the named chunks, then the oldest until the rest fits; pinned ones stay, and are named."""
+    wanted = _find(folder, prefixes) if prefixes else []
+    kept = [key for key in wanted if folder.is_pinned(key)]
+    if kept and len(kept) == len(wanted) and max_bytes is None:
+        raise RagPipelineError(
+            f"pinned, not evicted: {', '.join(key.digest[:16] for key in kept)}; "
+            "`cache pin --unpin` them first"
+        )
+    gone = [key for key in wanted if folder.evict(key)]
+    if max_bytes is not None:
+        gone += folder.trim(max_bytes)
+        if folder_stats(folder)["bytes"] > max_bytes:
+            # Only pins can be in the way.
+            kept = [key for key in folder.keys() if folder.is_pinned(key)]  # noqa: SIM118
+    return {
+        "evicted": [key.digest for key in gone],
+        "pinned_kept": [key.digest for key in kept],
+    }
+
+
+def _find(folder: StoreFolder, prefixes: tuple[str, ...]) -> list[ChunkKey]:
+    """Keys that begin with any of the words; each word must be the beginning of one."""
+    keys = list(folder.keys())
+    unknown = [p for p in prefixes if not p or not any(key.digest.startswith(p) for key in keys)]
     if unknown:
-        raise RagPipelineError(f"no chunk's key begins with {', '.join(unknown)}; see `cache ls`")
-    for key in wanted:
-        folder.remove(key)
-    return {**folder_stats(folder), "evicted": [key.digest for key in wanted]}
+        named = ", ".join(map(repr, unknown))
+        raise RagPipelineError(f"no chunk's key begins with {named}; `cache ls` lists the keys")
+    return [key for key in keys if key.digest.startswith(prefixes)]

@@ -1,0 +1,70 @@
+"""One chunk record as the bytes of a safetensors file, and back only if nothing of it changed."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load, save
+
+from chunk_cache.keys import ChunkKey, as_token_ids
+from chunk_cache.records import ChunkKV, KVLayout
+
+STORE_FORMAT = "rag-chunk-store"
+"""Name of the format, in every chunk file and in the folder's manifest."""
+
+
+def encode_record(record: ChunkKV) -> bytes:
+    """Write a record (any device) as safetensors: ``k``, ``v``, ``token_ids`` and a checksum over all.
+
+    Parameters
+    ----------
+    record
+        Sealed here if it is not.
+
+    Returns
+    -------
+    bytes
+        Layout, base position and checksum stand in the file's own header.
+    """
+    sealed = record if record.checksum is not None else record.sealed()
+    header = {
+        "format": STORE_FORMAT,
+        "layout": record.layout.value,
+        "base_position": str(record.base_position),
+        "checksum": str(sealed.checksum),
+    }
+    tensors = {
+        "k": record.k.cpu(),
+        "v": record.v.cpu(),
+        "token_ids": torch.tensor(record.token_ids),
+    }
+    data: bytes = save(tensors, metadata=header)
+    return data
+
+
+def decode_record(key: ChunkKey, data: bytes) -> ChunkKV | None:
+    """Read what :func:`encode_record` wrote for ``key``.
+
+    Returns
+    -------
+    ChunkKV or None
+        On the CPU; ``None`` for anything that is not, byte for byte, a record of this key.
+    """
+    try:
+        header_size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_size])["__metadata__"]
+        tensors = load(data)
+        record = ChunkKV(
+            key=key,
+            token_ids=as_token_ids(tensors["token_ids"].numpy()),
+            base_position=int(header["base_position"]),
+            k=tensors["k"],
+            v=tensors["v"],
+            layout=KVLayout(header["layout"]),
+            checksum=header["checksum"],
+        )
+        return record if record.verify() else None
+    except Exception:
+        # Deliberately wide: whatever a damaged file makes the parsers raise, it is a miss.
+        return None

@@ -1,0 +1,173 @@
+"""Pinned entries of a store folder: they survive every eviction and come first into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, MemoryStore, StoreFolder
+from rag_pipeline.cli import main
+
+Make = Callable[..., ChunkKV]
+MakeStore = Callable[..., MemoryStore]
+
+
+@pytest.fixture
+def records(make_record: Make) -> list[ChunkKV]:
+    return [make_record(range(n, n + 70)) for n in range(0, 500, 100)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, records: list[ChunkKV]) -> StoreFolder:
+    """Five records, each written a second after the one before."""
+    made = StoreFolder(tmp_path / "kv", create=True)
+    for age, record in enumerate(records):
+        made.put(record)
+        (file,) = made.path.rglob(f"{record.key.digest}*.safetensors")
+        os.utime(file, (1e9 + age, 1e9 + age))
+    return made
+
+
+def keys_of(folder: StoreFolder) -> set[ChunkKey]:
+    return set(folder.keys())
+
+
+def test_a_pin_belongs_to_its_record_and_every_process_sees_it(
+    folder: StoreFolder, records: list[ChunkKV], make_record: Make
+):
+    key = records[1].key
+    assert folder.pin(key)
+    assert folder.pin(key)
+    other = StoreFolder(folder.path)
+    assert [k for k in other.keys() if other.is_pinned(k)] == [key]  # noqa: SIM118
+    assert not folder.pin(make_record(range(9)).key)  # absent: nothing to pin, and no file left
+    folder.put(records[1])  # written again: still pinned
+    assert folder.is_pinned(key)
+    assert not folder.evict(key)
+    assert folder.evict(records[0].key)
+    assert other.unpin(key)
+    assert not other.unpin(key)
+    assert folder.evict(key)
+    assert not folder.evict(key)
+    folder.pin(records[2].key)
+    assert folder.evict(records[2].key, force=True)
+    folder.put(records[2])
+    assert not folder.is_pinned(records[2].key)
+    assert list(folder.path.rglob("*.pinned")) == []
+
+
+def test_trimming_takes_the_oldest_and_leaves_the_pinned(
+    folder: StoreFolder, records: list[ChunkKV]
+):
+    size = folder.size_of(records[0].key)
+    folder.pin(records[0].key)
+    assert folder.trim(5 * size) == []
+    assert folder.trim(3 * size) == [records[1].key, records[2].key]
+    assert folder.trim(0) == [records[3].key, records[4].key]
+    assert keys_of(folder) == {records[0].key}
+    with pytest.raises(ChunkCacheError, match="byte_budget=-1"):
+        folder.trim(-1)
+
+
+def test_pinned_records_come_first_into_memory_and_stay_there(
+    folder: StoreFolder, records: list[ChunkKV], make_store: MakeStore, make_record: Make
+):
+    last = sorted(folder.keys(), key=lambda k: k.digest)[-1]
+    folder.pin(last)
+    size = records[0].num_bytes
+    store = make_store(size + max(size, folder.size_of(last)))
+    report = folder.load_into(store)
+    assert (report.loaded, report.no_room) == (2, 3)
+    assert store.stats().pinned_bytes_now == size
+    for n in range(1000, 1500, 100):
+        assert store.put(make_record(range(n, n + 70)))
+    assert store.state(last) is not None
+    assert store.clear() > 0
+    assert store.keys() == [last]
+
+
+def test_an_import_evicts_nothing_when_only_the_book_keeping_does_not_fit(
+    folder: StoreFolder, records: list[ChunkKV], make_store: MakeStore
+):
+    size, on_disk = records[0].num_bytes, folder.size_of(records[0].key)
+    assert size > on_disk
+    store = make_store(size + on_disk)
+    assert folder.load_into(store).loaded == 1
+    assert store.stats().evicted == 0
+
+
+def test_what_is_in_memory_already_is_pinned_by_an_import(
+    folder: StoreFolder, records: list[ChunkKV], make_store: MakeStore
+):
+    store = make_store()
+    store.put(records[3])
+    folder.pin(records[3].key)
+    assert folder.load_into(store).already_there == 1
+    assert not store.evict(records[3].key)
+
+
+def test_a_damaged_record_is_removed_though_pinned(folder: StoreFolder, records: list[ChunkKV]):
+    folder.pin(records[0].key)
+    (file,) = folder.path.rglob(f"{records[0].key.digest}*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert folder.verify(remove=True) == [records[0].key]
+    assert not folder.is_pinned(records[0].key)
+
+
+def run(words: list[str], folder: StoreFolder, capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main(["cache", *words, "--store", str(folder.path), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_line_pins_unpins_and_spares(
+    folder: StoreFolder, records: list[ChunkKV], capsys: pytest.CaptureFixture[str]
+):
+    one, two, three = (record.key.digest for record in records[:3])
+    report = run(["pin", one[:12], two], folder, capsys)
+    assert set(report["pinned"]) == {one, two}
+    assert (report["pinned_chunks"], report["chunks"]) == (2, 5)
+    assert report["pinned_bytes"] == 2 * folder.size_of(records[0].key)
+    shown = {entry["key"]: entry["pinned"] for entry in run(["ls"], folder, capsys)["entries"]}
+    assert {key for key, pinned in shown.items() if pinned} == {one, two}
+
+    report = run(["evict", one, three], folder, capsys)
+    assert (report["evicted"], report["pinned_kept"]) == ([three], [one])
+    report = run(["evict", "--max-bytes", "0"], folder, capsys)
+    assert len(report["evicted"]) == 2
+    assert set(report["pinned_kept"]) == {one, two}
+    assert report["chunks"] == 2
+
+    assert main(["cache", "evict", "--key", one, "--store", str(folder.path)]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert one[:16] in line
+    assert "--unpin" in line
+    assert run(["pin", "--unpin", one], folder, capsys)["unpinned"] == [one]
+    assert run(["evict", "--key", one], folder, capsys)["evicted"] == [one]
+
+    assert main(["cache", "ls", "--store", str(folder.path)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0].startswith(two[:16])
+    assert text[0].endswith("pinned")
+
+
+@pytest.mark.parametrize(
+    "words", [["pin", "zz"], ["pin", ""], ["pin", "--unpin", "zz"], ["evict", "zz"]]
+)
+def test_an_unknown_key_is_one_line_and_nothing_happens(
+    words: list[str], folder: StoreFolder, capsys: pytest.CaptureFixture[str]
+):
+    before = keys_of(folder)
+    first = next(folder.keys()).digest
+    assert main(["cache", *words, first, "--store", str(folder.path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert repr(words[-1]) in captured.err
+    assert "cache ls" in captured.err
+    assert keys_of(folder) == before
+    assert list(folder.path.rglob("*.pinned")) == []
