@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "smollm2-135m"
+_HELP = frozenset({"-h", "--help"})
 
 IndexOption = Annotated[Path, typer.Option("--index", help="Index folder.")]
 ModelOption = Annotated[
@@ -56,10 +57,22 @@ cache_app = typer.Typer(
     help="The chunk-KV folder: warm, stats, ls, pin, evict, verify.", rich_markup_mode=None
 )
 app.add_typer(cache_app, name="cache")
+config_app = typer.Typer(
+    help="Settings by file and environment: show, env, init.", rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
 
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Settings file in place of rag-pipeline.toml in this folder; off reads no file.",
+        ),
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
@@ -67,6 +80,13 @@ def _root(
 
         typer.echo(f"rag-pipeline {installed_version('rag-pipeline')}")
         raise typer.Exit
+    if not _HELP.isdisjoint(context.obj or ()):  # help must not fail on a fault in the settings
+        return
+    from rag_pipeline.cli.config import settings_in_force
+
+    commands = getattr(context.command, "commands", {})
+    in_force = settings_in_force(config, context.invoked_subcommand, commands)
+    context.default_map = context.with_resource(in_force)
 
 
 @app.command()
@@ -101,10 +121,11 @@ def ingest(
         list[str] | None, typer.Option(help="Glob of files to leave; may be repeated.")
     ] = None,
     sync: Annotated[
-        bool, typer.Option("--sync", help="Also remove documents that are gone from PATHS.")
+        bool,
+        typer.Option("--sync/--no-sync", help="Also remove documents that are gone from PATHS."),
     ] = False,
     warm: Annotated[
-        bool, typer.Option("--warm", help="Then compute the chunks' KV for --model.")
+        bool, typer.Option("--warm/--no-warm", help="Then compute the chunks' KV for --model.")
     ] = False,
     store: StoreOption = None,
     model: ModelOption = DEFAULT_MODEL,
@@ -119,7 +140,7 @@ def ingest(
             index=index,
             chunk_tokens=chunk_tokens,
             overlap=overlap,
-            embedder=embedder,
+            embedder=embedder or None,
             factory=factory,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
@@ -156,7 +177,9 @@ def ask(
     ] = None,
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print the answer as it comes.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Answer a question from an index, with sources, token usage and timings."""
@@ -167,8 +190,8 @@ def ask(
             question=question,
             index=index,
             model=model,
-            server=server,
-            embedder=embedder,
+            server=server or None,
+            embedder=embedder or None,
             search=search,
             top_k=top_k,
             policy=policy,
@@ -192,7 +215,7 @@ def doctor(
     """Start an engine and show what really runs: platform, attention backend, plugin, versions."""
     from rag_pipeline.cli.doctor import run_doctor
 
-    run_doctor(model=model, server=server, json_output=json_output)
+    run_doctor(model=model, server=server or None, json_output=json_output)
 
 
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -224,6 +247,32 @@ def bench(context: typer.Context) -> None:
     from importlib import import_module
 
     raise typer.Exit(import_module(benchmarks[name]).main(words))
+
+
+@config_app.command("show")
+def config_show(context: typer.Context, json_output: JsonOption = False) -> None:
+    """Print every setting's value, and the file or variable it came from."""
+    from rag_pipeline.cli.config import run_show
+
+    run_show(file=context.find_root().params["config"], json_output=json_output)
+
+
+@config_app.command("env")
+def config_env(context: typer.Context) -> None:
+    """Print shell lines that give an SGLang server started by hand the same settings."""
+    from rag_pipeline.cli.config import run_env
+
+    run_env(file=context.find_root().params["config"])
+
+
+@config_app.command("init")
+def config_init(
+    path: Annotated[Path, typer.Argument(help="File to write, or its folder.")] = Path(),
+) -> None:
+    """Write a rag-pipeline.toml in which every key stands with its default, commented out."""
+    from rag_pipeline.cli.config import run_init
+
+    run_init(path)
 
 
 @cache_app.command("warm")
@@ -330,6 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=words or ["--help"],
             prog_name="rag-pipeline",
             standalone_mode=False,
+            obj=words,
         )
     except _UsageError as error:
         # Formatted by hand: typer's own rendering is a box of several lines.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
-from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _open_backend(options: AskOptions, folder: Path) -> Backend:
         server.check_model(folder)
         return server
     if options.policy != PREFIX_POLICY:
-        use_store(options.store or kv_store_dir())
+        use_store(options.store)
     with step(f"Starting SGLang with {options.model}"):
         return EngineBackend.start(folder)
 

@@ -1,0 +1,143 @@
+"""Every setting: its key, type, bounds, default and one line of explanation.
+
+The explanations feed the template of ``config init`` and the table in ``docs/configuration.md``;
+``tests/config`` holds the defaults equal to those of the commands and of the engine's plugin.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+PREFIX_POLICY = "prefix"
+FUSION_POLICIES = ("full", "reuse", "cacheblend", "epic", "query", "adaptive")
+"""Named here once more because the registry of policies imports torch; a test compares both."""
+
+
+def _policy(text: str, names: tuple[str, ...]) -> str:
+    base, colon, tail = text.partition(":")
+    if base not in names:
+        raise ValueError(f"choose one of {', '.join(names)}")
+    if colon:
+        if base == PREFIX_POLICY:
+            raise ValueError("policy prefix takes no ratio")
+        try:
+            ratio = float(tail)
+        except ValueError:
+            ratio = -1.0
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError("the ratio behind the colon must be a number from 0 to 1")
+    return text
+
+
+def _ask_policy(text: str) -> str:
+    return _policy(text, (PREFIX_POLICY, *FUSION_POLICIES))
+
+
+def _fusion_policy(text: str) -> str:
+    return _policy(text, FUSION_POLICIES)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IngestSettings(_Section):
+    """Defaults of ``rag-pipeline ingest``."""
+
+    chunk_tokens: int = Field(default=192, ge=16, le=8192, description="Most tokens in a chunk.")
+    overlap: int = Field(default=0, ge=0, description="Tokens shared by neighbouring chunks.")
+    factory: str | None = Field(
+        default=None, description="FAISS index_factory string; exact search when unset."
+    )
+    include: list[str] = Field(default=[], description="Globs of files to take.")
+    exclude: list[str] = Field(default=[], description="Globs of files to leave.")
+    sync: bool = Field(default=False, description="Also remove documents that are gone.")
+    warm: bool = Field(default=False, description="Then compute the chunks' KV.")
+
+
+class AskSettings(_Section):
+    """Defaults of ``rag-pipeline ask``."""
+
+    search: Literal["dense", "bm25", "hybrid"] = Field(
+        default="dense", description="How to search."
+    )
+    top_k: int = Field(default=4, ge=1, le=64, description="Chunks to retrieve.")
+    policy: Annotated[str, AfterValidator(_ask_policy)] = Field(
+        default=PREFIX_POLICY,
+        description="prefix (exact), or a fusion policy NAME or NAME:RATIO (query:0.15).",
+    )
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer, in tokens.")
+    stream: bool = Field(default=False, description="Print the answer as it comes.")
+
+
+class FusionSettings(_Section):
+    """Switches of fusion for a whole engine; ``RAG_PIPELINE_FUSION`` takes them as JSON."""
+
+    enabled: bool = Field(default=True, description="Off: no request is touched.")
+    store_bytes: int = Field(
+        default=2 << 30, gt=0, description="Bytes of chunk KV kept in memory by one rank."
+    )
+    policy: Annotated[str, AfterValidator(_fusion_policy)] = Field(
+        default="query", description="Policy of requests that name none; NAME or NAME:RATIO."
+    )
+    automatic: bool = Field(
+        default=True, description="Look for stored chunks in prompts without spans."
+    )
+    background: bool = Field(
+        default=True, description="Compute missing chunks while the engine is idle."
+    )
+    max_background: int = Field(default=64, ge=0, description="Chunks waiting for that at most.")
+    min_reused_tokens: int = Field(
+        default=16, ge=1, description="With fewer loadable tokens a prompt is prefilled as usual."
+    )
+    checksums: bool = Field(default=False, description="Take a checksum of every record in memory.")
+    self_check: bool = Field(
+        default=True, description="Prove the path on the loaded model at start."
+    )
+    store_dir: str = Field(
+        default="",
+        description="Folder of chunk KV for engines started without a store of their own.",
+    )
+
+
+class Settings(_Section):
+    """All settings. A key of a section is written ``section.key``.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        An unknown key, a wrong type, or a value out of bounds. :func:`.load_settings` turns it into
+        one line.
+    """
+
+    model: str = Field(
+        default="smollm2-135m",
+        description="Language model: hub id, folder, GGUF file or packaged name.",
+    )
+    embedder: str | None = Field(
+        default=None,
+        description="Embedder: hub id, folder or packaged name; the index's own when unset, "
+        "all-minilm-l6-v2 for a new index.",
+    )
+    index: str | None = Field(default=None, description="Index folder.")
+    store: str | None = Field(
+        default=None, description="Folder of chunk KV; below home when unset."
+    )
+    server: str | None = Field(default=None, description="URL of a running SGLang server to use.")
+    home: str | None = Field(
+        default=None, description="Folder of what the project makes; the platform's when unset."
+    )
+    plugin: Literal["on", "off"] = Field(
+        default="on", description="off: the engine is stock SGLang."
+    )
+    fast_start: Literal["on", "off"] = Field(
+        default="on", description="One import of SGLang for both of its child processes (CPU only)."
+    )
+    cpu_decode: Literal["exact", "fast"] = Field(
+        default="exact", description="fast: decoding on the CPU may differ in a last bit."
+    )
+    ingest: IngestSettings = Field(default_factory=IngestSettings)
+    ask: AskSettings = Field(default_factory=AskSettings)
+    fusion: FusionSettings = Field(default_factory=FusionSettings)

@@ -1,0 +1,350 @@
+"""Settings: where they come from, which one wins, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from rag_pipeline.cli import main
+from rag_pipeline.cli.app import app
+from rag_pipeline.cli.config import MEASURING, command_defaults
+from rag_pipeline.config import FILE_NAME, HOME_VARIABLE, load_settings, settings_table, template
+from rag_pipeline.config.schema import FUSION_POLICIES
+from rag_pipeline.config.settings import all_keys, fields_by_key
+from rag_pipeline.config.sources import _NOT_SETTINGS, _TEST_PREFIX, variable_of
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.models.converted import HOME_VARIABLE as MODELS_HOME_VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+FUSION = "RAG_PIPELINE_FUSION"
+
+NOT_SETTINGS = {
+    "json_output", "paths", "question", "help", "path",
+    # NAME:RATIO in ask.policy says it; a ratio alone could not be taken back by `--policy prefix`.
+    "ratio",
+}  # fmt: skip
+"""Options that say what one run is about, and are no defaults of a user or a project."""
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder and user folder, and no variable of ours but the home."""
+    for name in [name for name in os.environ if name.startswith("RAG_PIPELINE_")]:
+        if name != HOME_VARIABLE:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "user"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def user_file(tmp_path: Path) -> Path:
+    folder = tmp_path / "user" / "rag-pipeline"
+    folder.mkdir(parents=True)
+    return folder / FILE_NAME
+
+
+def origin(key: str) -> tuple[Any, str, str]:
+    resolved = load_settings()
+    return resolved.values()[key], resolved.origins[key].kind, resolved.origins[key].where
+
+
+def test_each_source_wins_over_the_ones_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert origin("ask.top_k") == (4, "default", "")
+    users = user_file(tmp_path)
+    users.write_text("[ask]\ntop_k = 5\nsearch = 'bm25'\n")
+    assert origin("ask.top_k") == (5, "file", str(users))
+    project = Path.cwd() / FILE_NAME
+    project.write_text("[ask]\ntop_k = 6\n")
+    assert origin("ask.top_k") == (6, "file", str(project))
+    assert origin("ask.search") == ("bm25", "file", str(users))
+    other = tmp_path / "other.toml"
+    other.write_text("[ask]\ntop_k = 7\n")
+    monkeypatch.setenv("RAG_PIPELINE_CONFIG", str(other))
+    assert origin("ask.top_k") == (7, "file", str(other))
+    monkeypatch.setenv("RAG_PIPELINE_ASK_TOP_K", "8")
+    assert origin("ask.top_k") == (8, "environment", "RAG_PIPELINE_ASK_TOP_K")
+    monkeypatch.setenv("RAG_PIPELINE_CONFIG", "off")
+    assert load_settings().files == ()
+
+
+def test_flags_win_over_environment_over_file(
+    tmp_path: Path,
+    smollm2_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through a real command: the number of chunks shows which chunk size was in force."""
+    (tmp_path / "text.txt").write_text("The lighthouse of Port Ellery was painted green. " * 60)
+    Path(FILE_NAME).write_text(
+        f'index = "from-file"\nmodel = "{smollm2_path}"\n[ingest]\nchunk_tokens = 16\n'
+    )
+
+    def chunks(*flags: str) -> int:
+        assert main(["ingest", str(tmp_path / "text.txt"), *flags, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        return int(report["chunks_total"])
+
+    by_file = chunks()
+    assert (Path("from-file") / "manifest.json").is_file()
+    monkeypatch.setenv("RAG_PIPELINE_INGEST_CHUNK_TOKENS", "64")
+    by_environment = chunks("--index", "second")
+    by_flag = chunks("--index", "third", "--chunk-tokens", "256")
+    assert by_file > by_environment > by_flag
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("top_k = 3", ["unknown key 'top_k'", "'ask.top_k'"]),
+        ("[ask]\ntopk = 3", ["unknown key 'ask.topk'", "'ask.top_k'"]),
+        ("[asks]\ntop_k = 3", ["unknown key 'asks'", "'ask"]),
+        ("[fusion]\nstore_byte = 3", ["'fusion.store_bytes'"]),
+        ("zzzz = 1", ["unknown key 'zzzz'", "model, embedder"]),
+        ("[ask]\ntop_k = 0", ["ask.top_k is 0", "greater than or equal to 1"]),
+        ("[ask]\ntop_k = '4'", ["ask.top_k is '4'", "integer"]),
+        ("[ask]\ntop_k = true", ["ask.top_k is True"]),
+        ("[ask]\nsearch = 'magic'", ["'dense', 'bm25' or 'hybrid'"]),
+        ("[ask]\npolicy = 'magic'", ["prefix, full, reuse"]),
+        ("[ask]\npolicy = 'query:2'", ["from 0 to 1"]),
+        ("[fusion]\npolicy = 'prefix'", ["choose one of full"]),
+        ("plugin = false", ["'on' or 'off'"]),
+        ("ask = 3", ["ask is 3"]),
+        ("[ask\n", ["not TOML", "line 1"]),
+    ],
+)
+def test_a_fault_in_a_file_is_one_line(
+    text: str, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(FILE_NAME).write_text(text)
+    assert main(["config", "show"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    for part in (*named, FILE_NAME):
+        assert part in captured.err
+    # The same file stops a command before it does anything, and never its help.
+    assert main(["ask", "why?", "--index", "i"]) == 1
+    assert FILE_NAME in capsys.readouterr().err
+    assert main(["ask", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("RAG_PIPELINE_ASK_TOPK", "3", "RAG_PIPELINE_ASK_TOP_K"),
+        ("RAG_PIPELINE_ASK_TOP_K", "three", "ask.top_k is 'three'"),
+        ("RAG_PIPELINE_FUSION_POLICY", "epic", "one variable with JSON"),
+        (FUSION, "maybe", "on, off, or a JSON object"),
+        (FUSION, '{"polcy": "epic"}', "'fusion.policy'"),
+        (FUSION, '{"store_bytes": "much"}', "fusion.store_bytes"),
+        ("RAG_PIPELINE_PLUGIN", "no", "'on' or 'off'"),
+        ("RAG_PIPELINE_CONFIG", "gone.toml", "gone.toml"),
+    ],
+)
+def test_a_fault_in_the_environment_is_one_line(
+    name: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RagPipelineError) as refused:
+        load_settings()
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path(FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    assert main(["config", "show"]) == 1
+    assert "UTF-8" in capsys.readouterr().err
+
+
+def test_paths_in_a_file_are_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('index = "i"\nmodel = "./m"\nembedder = "org/name"\nhome = "~/h"\n')
+    values = load_settings(file).values()
+    assert values["index"] == str(tmp_path / "i")
+    assert values["model"] == str(tmp_path / "m")
+    assert values["embedder"] == "org/name"
+    assert values["home"] == str(Path("~/h").expanduser())
+
+
+def test_settings_of_a_file_reach_the_environment_of_engines_and_leave_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+
+    Path(FILE_NAME).write_text(
+        'plugin = "off"\ncpu_decode = "fast"\n[fusion]\npolicy = "epic:0.2"\nbackground = false\n'
+    )
+    monkeypatch.setenv(FUSION, '{"policy": "reuse", "min_reused_tokens": 3}')
+    before = dict(os.environ)
+    with load_settings().exported():
+        assert os.environ["RAG_PIPELINE_PLUGIN"] == "off"
+        assert os.environ["RAG_PIPELINE_CPU_DECODE"] == "fast"
+        assert "RAG_PIPELINE_FAST_START" not in os.environ
+        assert FusionConfig.from_env() == FusionConfig(
+            policy="reuse", min_reused_tokens=3, background=False
+        )
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("text", ["off", "on", "{}", '{"policy": "epic", "checksums": true}'])
+def test_the_variable_of_fusion_means_what_it_meant(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+
+    monkeypatch.setenv(FUSION, text)
+    alone = FusionConfig.from_env()
+    with load_settings().exported():
+        assert FusionConfig.from_env() == alone
+
+
+def test_show_lists_every_key_with_value_and_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(FUSION, '{"policy": "epic"}')
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    (tmp_path / "s.toml").write_text("[ingest]\ninclude = ['*.md', '*.txt']\n")
+    assert main(["--config", str(tmp_path / "s.toml"), "config", "show", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown["settings"]) == all_keys()
+    assert shown["settings"]["fusion.policy"] == {
+        "value": "epic", "origin": "environment", "where": FUSION, "variable": FUSION
+    }  # fmt: skip
+    assert shown["settings"]["home"]["value"] == str(tmp_path / "home")
+    assert main(["--config", str(tmp_path / "s.toml"), "config", "show"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^ingest.include +\*.md, \*.txt +file {tmp_path}/s.toml$", out, re.MULTILINE)
+    assert re.search(r"^ask.top_k +4 +default$", out, re.MULTILINE)
+
+
+def test_env_prints_what_a_shell_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    Path(FILE_NAME).write_text('fast_start = "off"\n[fusion]\npolicy = "epic:0.2"\n')
+    assert main(["config", "env"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    pairs = dict(word.split("=", 1) for word in words if word != "export")
+    assert pairs.pop("RAG_PIPELINE_FAST_START") == "off"
+    assert json.loads(pairs.pop(FUSION)) == {"policy": "epic:0.2"}
+    assert not pairs
+
+
+def test_init_writes_a_file_that_changes_nothing_until_edited(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "init"]) == 0
+    text = Path(FILE_NAME).read_text("utf-8")
+    assert text == template()
+    defaults = load_settings(Path("off")).values()
+    assert load_settings().values() == defaults
+    # Uncommented, every line is valid and says the default (unset ones become empty texts).
+    Path(FILE_NAME).write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
+    values = load_settings().values()
+    unset = {key for key, value in defaults.items() if value is None}
+    assert {k: v for k, v in values.items() if k not in unset} == {
+        k: v for k, v in defaults.items() if k not in unset
+    }
+    assert main(["config", "init"]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def options_of(commands: dict[str, Any], place: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Command path, its own name, and each of its options."""
+    for name, command in commands.items():
+        if inner := getattr(command, "commands", None):
+            yield from options_of(inner, f"{place}{name} ")
+        else:
+            yield from ((f"{place}{name}", name, option) for option in command.params)
+
+
+def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
+    fields = fields_by_key()
+    seen = set()
+    for place, name, option in options_of(COMMANDS):
+        if name in MEASURING or option.name in NOT_SETTINGS or place.startswith("config"):
+            continue
+        key = f"{name}.{option.name}" if f"{name}.{option.name}" in fields else option.name
+        if " " in place and key not in fields:
+            continue  # inside a group: what one run of `cache pin` is about
+        assert key in fields, f"{place}: {option.name} is in no section of the schema"
+        seen.add(key)
+        default = fields[key].default
+        assert option.default == default or (default in (None, []) and not option.default), (
+            f"{place}: {option.name}"
+        )
+    left = set(fields) - seen - {"home", "plugin", "fast_start", "cpu_decode"}
+    assert {key for key in left if not key.startswith("fusion.")} == set()
+
+
+def test_defaults_of_commands_are_built_for_groups_too() -> None:
+    given = {"model": "m", "store": "s", "ask.top_k": 9}
+    defaults = command_defaults(COMMANDS, given)
+    assert defaults["ask"] == {"model": "m", "store": "s", "top_k": 9}
+    assert defaults["cache"]["warm"] == {"model": "m", "store": "s"}
+    assert defaults["cache"]["ls"] == {"store": "s"}
+    assert defaults["doctor"] == {"model": "m"}
+    assert "eval" not in defaults
+
+
+def test_measurements_take_nothing_from_a_file_but_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rag_pipeline.cli.config import settings_in_force
+
+    monkeypatch.delenv(HOME_VARIABLE, raising=False)
+    Path(FILE_NAME).write_text('home = "h"\n[fusion]\nenabled = false\n')
+    with settings_in_force(None, "eval", COMMANDS) as defaults:
+        assert defaults == {}
+        assert FUSION not in os.environ
+        assert os.environ[HOME_VARIABLE] == str(tmp_path / "work" / "h")
+    assert HOME_VARIABLE not in os.environ
+
+
+def test_the_schema_agrees_with_the_plugin() -> None:
+    from chunk_cache.policies import policy_names
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, OFF_SWITCH
+    from rag_pipeline.sglang_plugin.cpu_attention import DECODE
+    from rag_pipeline.sglang_plugin.fork_server import FAST_START
+    from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+
+    assert policy_names() == FUSION_POLICIES
+    schema = {
+        key.removeprefix("fusion."): field.default
+        for key, field in fields_by_key().items()
+        if key.startswith("fusion.")
+    }
+    assert schema == {field.name: field.default for field in dataclasses.fields(FusionConfig)}
+    assert FUSION_VARIABLE == variable_of("fusion.policy") == FUSION
+    assert variable_of("plugin") == OFF_SWITCH
+    assert variable_of("fast_start") == FAST_START
+    assert variable_of("cpu_decode") == DECODE
+    assert HOME_VARIABLE == MODELS_HOME_VARIABLE == variable_of("home")
+
+
+def test_every_variable_in_the_source_is_a_setting() -> None:
+    """A variable that code reads and settings do not know would be refused by every command."""
+    known = {variable_of(key) for key in all_keys()} | _NOT_SETTINGS
+    found = set()
+    for package in ("rag_pipeline", "chunk_cache", "retrievers", "kernels", "eval"):
+        for path in (ROOT / package).rglob("*.py"):
+            found |= set(re.findall(r"\bRAG_PIPELINE_[A-Z][A-Z_]*[A-Z]\b", path.read_text("utf-8")))
+    # Named in an error message as what is not to be written.
+    found -= {name for name in found if name.startswith(_TEST_PREFIX)}
+    assert found <= known | {"RAG_PIPELINE_ASK_TOP_K"}
+
+
+def test_the_documentation_lists_every_key() -> None:
+    assert settings_table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
