@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
@@ -19,3 +21,25 @@ class OneLineParser(argparse.ArgumentParser):
         line = " ".join(message.split())
         sys.stderr.write(f"error: {line}; `{self.prog} --help` lists what is allowed\n")
         raise SystemExit(2)
+
+
+def engine_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``NAME=JSON`` words into arguments of ``sglang.Engine``.
+
+    Raises
+    ------
+    EvalError
+        A word of another form.
+    """
+    from rag_eval.errors import EvalError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals or not name:
+            raise EvalError(f"--engine-arg {pair!r} is not NAME=JSON; write page_size=16")
+    return found

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import OneLineParser, engine_arguments
 from rag_pipeline.errors import RagPipelineError
 from retrievers.errors import RetrievalError
 
@@ -15,7 +15,8 @@ from retrievers.errors import RetrievalError
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="rag-pipeline eval",
-        description="Quality, distance to full prefill, and cost of every mode, in one engine.",
+        description="Quality, distance to full prefill, and cost of every mode, in one engine. "
+        "`rag-pipeline eval gate` checks one model before it serves.",
     )
     add = parser.add_argument
     add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")
@@ -41,8 +42,13 @@ def _parser() -> OneLineParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    given = _parser().parse_args(arguments)
+    """Run the command; returns the exit code. The word ``gate`` first runs the model gate."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["gate"]:
+        from rag_eval.gate import main as gate
+
+        return gate(words[1:])
+    given = _parser().parse_args(words)
     from rag_eval.datasets import DatasetOptions
     from rag_eval.runner import EvalConfig, run_eval, table_text
 
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             noise_every=given.noise_every,
             seen_before=given.seen_before,
             retrieve=given.retrieve,
-            engine_args=_engine_args(given.engine_arg),
+            engine_args=engine_arguments(given.engine_arg),
         )
         result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))
         if given.publish:
@@ -82,21 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(table_text(result), end="")
     return 0
-
-
-def _engine_args(pairs: Sequence[str]) -> dict[str, object]:
-    from rag_eval.errors import EvalError
-
-    found: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            equals = ""
-        if not equals:
-            raise EvalError(f"--engine-arg {pair!r} is not NAME=JSON; write page_size=16")
-    return found
 
 
 if __name__ == "__main__":

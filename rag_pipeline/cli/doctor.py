@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rag_pipeline.cli.common import resolve_llm_shown
@@ -21,12 +22,20 @@ def run_doctor(*, model: str, server: str | None, json_output: bool) -> None:
     """Print the facts; raises :class:`EngineError` (exit code 1) when the plugin is not active."""
     facts = machine_facts()
     problems = list(facts.pop("problems"))
-    activation = _ask_server(server) if server else _ask_engine(model)
+    folder = _server_model(server) if server else resolve_llm_shown(model).path
+    activation = _ask_server(server) if server else _ask_engine(model, folder)
     if not activation["active"]:
         problems.append("the plugin is not active in the running engine")
     if activation["unapplied"]:
         problems.append(f"hooks not applied: {', '.join(activation['unapplied'])}")
-    report = {**facts, "engine": activation, "ok": not problems, "problems": problems}
+    gate = gate_facts(folder, activation["attention_class"], name=str(folder) if server else model)
+    report = {
+        **facts,
+        "engine": activation,
+        "gate": gate,
+        "ok": not problems,
+        "problems": problems,
+    }
     if json_output:
         emit_json(report)
     else:
@@ -68,10 +77,49 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _ask_engine(model: str) -> dict[str, Any]:
+def gate_facts(folder: Path, attention: str, *, name: str) -> dict[str, Any]:
+    """The last model gate of a model, as kept by ``rag-pipeline eval gate``.
+
+    Parameters
+    ----------
+    folder
+        Model folder; one that is not on this machine has no gate here.
+    attention
+        Attention class of the running engine: a gate of another one is stale.
+    name
+        Model as the user would give it to the gate.
+
+    Returns
+    -------
+    dict
+        ``status`` (``passed``, ``failed``, ``stale`` or ``none``), ``hint`` (the command that makes
+        a new one, empty when there is no need), and of the gate ``date``, ``policies``, ``stale``
+        and ``file``.
+    """
+    from rag_eval.gate import last_gate
+
+    hint = f"rag-pipeline eval gate --model {name}"
+    gate = last_gate(folder, attention) if folder.is_dir() else None
+    if gate is None:
+        return {"status": "none", "hint": hint, "policies": {}}
+    status = "stale" if gate["stale"] else "passed" if gate["passed"] else "failed"
+    return {**gate, "status": status, "hint": hint if gate["stale"] else ""}
+
+
+def _server_model(url: str) -> Path:
+    """Folder of the model that a server serves; it may lie on another machine."""
+    from rag_pipeline.generation import ServerBackend
+
+    backend = ServerBackend(url)
+    try:
+        return Path(backend.model_path)
+    finally:
+        backend.close()
+
+
+def _ask_engine(model: str, folder: Path) -> dict[str, Any]:
     from rag_pipeline.sglang_plugin import activation_of, create_engine
 
-    folder = resolve_llm_shown(model).path
     with step(f"Starting SGLang with {model}"):
         engine = create_engine(str(folder))
     try:
@@ -100,6 +148,21 @@ def _print_report(report: dict[str, Any]) -> None:
         ("engine threads", engine["threads"]),
         ("engine hooks", f"{len(engine['hooks'])} applied, {len(engine['unapplied'])} missing"),
     ]
-    for name, value in rows:
+    for name, value in [*rows, *_gate_rows(report["gate"])]:
         print(f"{name:24} {value}")
     say("all good" if report["ok"] else f"{len(report['problems'])} problem(s)")
+
+
+def _gate_rows(gate: dict[str, Any]) -> list[tuple[str, str]]:
+    if gate["status"] == "none":
+        return [
+            ("model gate", f"none was run; `{gate['hint']}` checks this model before it serves")
+        ]
+    line = f"{gate['status']}, {gate['date']}"
+    if gate["stale"]:
+        line += f" ({'; '.join(gate['stale'])}); run `{gate['hint']}`"
+    rows = [("model gate", line)]
+    for name, verdict in gate["policies"].items():
+        why = f" ({', '.join(verdict['failed'])})" if verdict["failed"] else ""
+        rows.append((f"  {name}", f"{'pass' if verdict['passed'] else 'FAIL'}{why}"))
+    return rows

@@ -113,6 +113,33 @@ def test_config_is_plain_yaml_with_identity_and_notes(tmp_path: Path) -> None:
     assert stored["notes"] == {"cpus": 2}
 
 
+def test_a_resumed_run_keeps_the_first_notes_and_lists_every_call(tmp_path: Path) -> None:
+    identity = config(tmp_path).identity()
+    first = {"command": ["a"], "started": "10:00", "cpus": 2}
+    RunFolder(tmp_path, identity, first)
+    RunFolder(tmp_path, identity, first | {"command": ["a", "--limit", "9"], "started": "11:00"})
+    RunFolder(tmp_path, identity, first | {"started": "12:00", "cpus": 4})
+    text = (tmp_path / CONFIG).read_text("utf-8")
+    stored = yaml.safe_load(text)
+    assert stored["notes"] == first
+    assert stored["calls"] == [
+        first,
+        {"command": ["a", "--limit", "9"], "started": "11:00"},
+        {"started": "12:00", "cpus": 4},
+    ]
+    assert "&id" not in text
+
+
+def test_a_run_folder_of_before_calls_were_listed_is_continued(tmp_path: Path) -> None:
+    identity = config(tmp_path).identity()
+    old = {"identity": identity, "notes": {"started": "10:00"}}
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(old), "utf-8")
+    RunFolder(tmp_path, identity, {"started": "11:00"})
+    stored = yaml.safe_load((tmp_path / CONFIG).read_text("utf-8"))
+    assert stored["notes"] == {"started": "10:00"}
+    assert stored["calls"] == [{"started": "10:00"}, {"started": "11:00"}]
+
+
 def row(**changes: Any) -> dict[str, Any]:
     base = {
         "f1": 1.0,
@@ -237,6 +264,7 @@ def test_a_published_run_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert found["dataset_sha256"] == hashlib.sha256(b"[]").hexdigest()
     assert found["result"]["n"] == 3
     assert found["environment"] == {"cpus": 2}
+    assert found["calls"] == [{"command": "x.py --dataset hotpot.json"}]
 
 
 def test_the_processor_forces_the_answer_and_keeps_the_logits(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def published(result: EvalResult, run: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``command``, ``settings``, ``environment``, ``dataset_sha256`` (``None`` for generators),
+        ``command`` and ``environment`` of the first call, ``calls`` (start and command of each, as
+        a run may have been continued), ``settings``, ``dataset_sha256`` (``None`` for generators),
         ``result``.
     """
     stored = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
@@ -40,11 +41,20 @@ def published(result: EvalResult, run: Path) -> dict[str, Any]:
     settings["dataset"] = dataset.name
     settings["model"] = Path(settings["model"]).name
     command = _without_folders(notes.pop("command"))
+    calls = [
+        {
+            name: _without_folders(value) if name == "command" else value
+            for name, value in call.items()
+            if name in ("command", "started", "versions", "limit")
+        }
+        for call in stored.get("calls", [])
+    ]
     numbers = result.to_json() | {"dataset": dataset.name, "model": settings["model"]}
     return {
         "command": command,
         "settings": settings,
         "environment": notes,
+        "calls": calls,
         "dataset_sha256": digest,
         "result": numbers,
     }

@@ -25,6 +25,14 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+class _WithoutAnchors(yaml.SafeDumper):
+    """Writes a value that occurs twice twice: a person reads the file."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Never refer back."""
+        return True
+
+
 class RunFolder:
     """Output folder of a run; resumes when it holds an earlier part of the same run.
 
@@ -35,7 +43,9 @@ class RunFolder:
     identity
         Everything that changes a result. A folder with another identity is refused.
     notes
-        Facts for the reader (versions, threads, command), kept beside but not compared.
+        Facts for the reader (versions, threads, command), kept beside but not compared. Those of
+        the first call stay; every call, the first among them, is listed under ``calls`` with
+        what it changed.
 
     Raises
     ------
@@ -48,20 +58,27 @@ class RunFolder:
         self.records: dict[str, dict[str, Any]] = {}
         config = path / CONFIG
         plain = json.loads(json.dumps(identity))
+        call = json.loads(json.dumps(notes))
+        first, calls = call, [call]
         if config.exists():
-            self._check(config, plain)
+            first, calls = self._check(config, plain)
+            calls = [*calls, {name: call[name] for name in call if call[name] != first.get(name)}]
             self._load()
         elif (path / PREDICTIONS).exists():
             raise EvalError(f"{path} has predictions but no {CONFIG}; give another --out")
-        write_atomically(
-            config, yaml.safe_dump({"identity": plain, "notes": dict(notes)}, sort_keys=True)
-        )
+        content = {"identity": plain, "notes": first, "calls": calls}
+        write_atomically(config, yaml.dump(content, Dumper=_WithoutAnchors, sort_keys=True))
 
-    def _check(self, config: Path, identity: Mapping[str, Any]) -> None:
+    def _check(
+        self, config: Path, identity: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Refuse another run; return the notes of the first call, and all calls so far."""
         try:
-            stored = yaml.safe_load(config.read_text("utf-8"))["identity"]
+            whole = yaml.safe_load(config.read_text("utf-8"))
+            stored, first = whole["identity"], dict(whole["notes"])
+            calls = [dict(call) for call in whole.get("calls", [first])]
             fields = set(stored) | set(identity)
-        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, KeyError) as error:
             raise EvalError(
                 f"{config} is not the configuration of a run; give another --out"
             ) from error
@@ -71,6 +88,7 @@ class RunFolder:
                     f"{self.path} holds a run with {name} = {stored.get(name)!r}, asked is "
                     f"{identity.get(name)!r}; give another --out or the same settings"
                 )
+        return first, calls
 
     def _load(self) -> None:
         path = self.path / PREDICTIONS

@@ -56,7 +56,7 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     report = progress or (lambda line: None)
     # A bad file is told at once, not after the model has been fetched and converted.
     check_dataset(config.dataset)
-    model, vocabulary = _model(config, report)
+    model, vocabulary = model_folder(config.model, report)
     maker = PromptMaker(model, gold_tokens=config.gold_tokens)
     options = replace(config.options, seed=config.seed)
     examples = load_dataset(
@@ -155,10 +155,11 @@ def _corpus(examples: Sequence[Example]) -> list[Passage]:
     return list(pool.values())
 
 
-def _model(config: EvalConfig, report: Progress) -> tuple[Path, int]:
+def model_folder(name: str, report: Progress) -> tuple[Path, int]:
+    """Find a model's folder and the number of tokens that its logits are about."""
     from rag_pipeline import resolve_llm
 
-    resolved = resolve_llm(config.model, progress=lambda line, share: report(line))
+    resolved = resolve_llm(name, progress=lambda line, share: report(line))
     facts = json.loads((resolved.path / "config.json").read_text("utf-8"))
     # Models with a vision part keep the text model's facts in a section of their own.
     vocabulary = facts.get("vocab_size") or facts.get("text_config", {}).get("vocab_size")

@@ -75,6 +75,13 @@ class EngineSession:
         self._engine.shutdown()
         self._scratch.cleanup()
 
+    def facts(self) -> dict[str, Any]:
+        """What the engine says it is: plugin, attention, versions, threads."""
+        from rag_pipeline.sglang_plugin import activation_of
+
+        found: dict[str, Any] = activation_of(self._engine).to_json()
+        return {name: value for name, value in found.items() if name != "scheduler_pid"}
+
     def flush(self) -> None:
         """Empty the radix tree.
 
@@ -143,9 +150,17 @@ class EngineSession:
         )
 
     def follow_gold(
-        self, prompt: EvalPrompt, mode: Mode
+        self, prompt: EvalPrompt, mode: Mode, *, without_hints: bool = False
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Logits that predict each gold token, with the gold tokens before it forced.
+
+        Parameters
+        ----------
+        prompt, mode
+            As for :meth:`serve`.
+        without_hints
+            Send no fusion fields at all, as a client that knows nothing of the plugin. Only for
+            modes that fuse nothing.
 
         Returns
         -------
@@ -165,7 +180,7 @@ class EngineSession:
                 "custom_params": forcing_params(gold, file),
             },
             custom_logit_processor=self._processor,
-            kv_hints=mode_hints(prompt, mode),
+            kv_hints=None if without_hints else mode_hints(prompt, mode),
         )
         if list(answer["output_ids"]) != gold:
             raise RuntimeError(

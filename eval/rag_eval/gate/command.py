@@ -1,0 +1,161 @@
+"""Command ``rag-pipeline eval gate`` (``python -m rag_eval.gate.command``)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rag_eval.arguments import OneLineParser, engine_arguments
+from rag_eval.gate.thresholds import Thresholds
+from rag_pipeline.errors import RagPipelineError
+from retrievers.errors import RetrievalError
+
+DESCRIPTION = (
+    "Prove on this model, with the installed versions, what fusion promises exactly, and measure "
+    "each policy's distance to full prefill on planted facts. Ends with 0 only if every policy "
+    "named has passed; the verdict is kept for `rag-pipeline doctor`."
+)
+
+
+def _parser() -> OneLineParser:
+    limits = Thresholds()
+    parser = OneLineParser(prog="rag-pipeline eval gate", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="hub id, folder, GGUF file or packaged name")
+    add(
+        "--policies",
+        default="",
+        help="policies that you serve, comma between, such as query:0.15,epic:0.1; empty for the "
+        "engine's default policy",
+    )
+    add("--examples", type=int, default=8, help="prompts of the fidelity run")
+    add("--exact-prompts", type=int, default=2, help="prompts of the exactness checks")
+    add("--chunks", type=int, default=6, help="chunks per prompt")
+    add("--chunk-tokens", type=int, default=280, help="length of a chunk")
+    add("--max-new-tokens", type=int, default=16, help="length of the greedy answer")
+    add("--seed", type=int, default=0, help="chooses facts and filler text")
+    add(
+        "--noise-factor",
+        type=float,
+        default=limits.noise_factor,
+        help="exact paths: KL at most so many times the noise floor",
+    )
+    add(
+        "--max-kl-of-reuse",
+        type=float,
+        default=limits.max_kl_of_reuse,
+        help="KL to full prefill over that of plain reuse",
+    )
+    add(
+        "--min-agreement",
+        type=float,
+        default=limits.min_agreement,
+        help="share of answers whose first tokens are full prefill's",
+    )
+    add(
+        "--max-f1-drop",
+        type=float,
+        default=limits.max_f1_drop,
+        help="token F1 below full prefill's",
+    )
+    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
+    add("--out", type=Path, default=None, help="also write the verdict to this file")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns
+    -------
+    int
+        0 when every policy passed, 1 when one did not or the input is bad; 2 for bad options.
+    """
+    given = _parser().parse_args(arguments)
+    from rag_eval.datasets import DatasetOptions
+    from rag_eval.gate.gate import GateConfig, run_gate
+    from rag_eval.gate.record import save_gate
+    from rag_eval.runner.predictions import write_atomically
+
+    try:
+        config = GateConfig(
+            model=given.model,
+            policies=given.policies,
+            examples=given.examples,
+            exact_prompts=given.exact_prompts,
+            options=DatasetOptions(chunks=given.chunks, chunk_tokens=given.chunk_tokens),
+            max_new_tokens=given.max_new_tokens,
+            seed=given.seed,
+            thresholds=Thresholds(
+                noise_factor=given.noise_factor,
+                max_kl_of_reuse=given.max_kl_of_reuse,
+                min_agreement=given.min_agreement,
+                max_f1_drop=given.max_f1_drop,
+            ),
+            engine_args=engine_arguments(given.engine_arg),
+        )
+        result = run_gate(config, lambda line: print(line, file=sys.stderr, flush=True))
+    except (RagPipelineError, RetrievalError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    stored = save_gate(result)
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    if given.out:
+        write_atomically(given.out, text + "\n")
+    print(text if given.json else table(result))
+    print(f"kept in {stored}", file=sys.stderr)
+    return 0 if result["passed"] else 1
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The verdict as text: a line a check, the scores, a line a policy."""
+    floor, limits = result["noise_floor"], result["thresholds"]
+    lines = [
+        f"model gate of {result['model']}, sglang {result['versions']['sglang']}, "
+        f"rag-pipeline {result['versions']['rag-pipeline']}, {result['engine'].get('attention_class')}",
+        f"noise floor: KL {floor['kl_max']:.2g}, log-probability {floor['log_prob_max']:.2g} "
+        f"(largest of {floor['n']} re-batchings of plain prefill); exact means KL <= "
+        f"{limits['exact_kl']:.2g} and the same greedy tokens",
+        "",
+        f"{'policy':22} {'check':12} {'value':>9} {'limit':>9}  verdict",
+    ]
+    for check in sorted(result["checks"], key=lambda check: check["policy"]):
+        value, limit = (_number(check[key]) for key in ("value", "limit"))
+        verdict = "pass" if check["passed"] else "FAIL"
+        detail = f" ({check['detail']})" if check["detail"] else ""
+        policy = check["policy"] or "every policy"
+        lines.append(f"{policy:22} {check['name']:12} {value:>9} {limit:>9}  {verdict}{detail}")
+    if result["fidelity"]:
+        lines += ["", *_scores(result["fidelity"])]
+    lines.append("")
+    for name, verdict in result["policies"].items():
+        why = f": {', '.join(verdict['failed'])}" if verdict["failed"] else ""
+        lines.append(f"{name:22} {'PASS' if verdict['passed'] else 'FAIL'}{why}")
+    return "\n".join(lines)
+
+
+def _scores(fidelity: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{fidelity['dataset']}, n = {fidelity['n']}: "
+        "F1, KL to full over the answer (standard error), same answers, computed, TTFT",
+    ]
+    for name, row in fidelity["modes"].items():
+        error = row["kl_answer_se"]
+        spread = f" ({error:.4f})" if error is not None else ""
+        lines.append(
+            f"{name:22} {row['f1']:5.2f} {row['kl_answer']:9.4f}{spread} {row['agree_full']:5.2f} "
+            f"{row['computed_fraction']:7.1%} {row['ttft_p50_s']:8.3f} s"
+        )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
