@@ -1,0 +1,333 @@
+"""Matching and planning of one request: what fusion costs before the first layer runs.
+
+``python -m rag_eval.benchmarks.planning --json``
+
+The prompt is system + chunks + question; the store holds its chunks among many others. No model runs: the
+functions are the ones that the scheduler process calls, the KV of the stored chunks is tiny. Timed by itself,
+call by call, wall clock and CPU time of the process:
+
+``match_spans``
+    The client named its chunks: keys hashed, looked up and leased, and the prompt scanned for others.
+``match_scan``
+    A plain prompt: scanned for stored chunks, matches leased.
+``plan_POLICY``
+    Rows of the request, choice of the policy (its scores are drawn at random: a probing pass is no planning),
+    attention plan and slots of the final pass, mean shift where the policy has one.
+``total_spans``, ``total_scan``
+    Sum of one match and one plan of the default policy, pair by pair.
+
+Not in it: the copy of SGLang's ``ForwardBatch`` with fewer rows; ``rag_fusion:plan_seconds`` of a running
+engine holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from chunk_cache import ChunkKey, ChunkKV, Lease, Match, as_token_ids
+from chunk_cache.policies import DEFAULT_POLICY, Policy, create_policy
+from rag_eval.arguments import OneLineParser
+from rag_eval.errors import EvalError
+from rag_kernels import RotarySpec, plan_mean_shift
+from rag_pipeline.sglang_plugin.fusion import plan as planning
+from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, plan_rows
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.request_state import LeasedSpan, RequestState, Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+
+_VOCABULARY = (
+    49_152  # of SmolLM2, as are layers and heads below; what matters is that windows differ
+)
+_LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 30, 9, 3, 64
+_TENANT = Tenant(None, None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlanningConfig:
+    """Sizes of a run; by default a prompt of 2,400 tokens."""
+
+    stored: str = "1,10000"
+    """Chunks in the store, one run each; those of the prompt are among them as far as they go."""
+    chunks: int = 6
+    """Chunks of the prompt."""
+    chunk_tokens: int = 390
+    """Tokens a chunk."""
+    system_tokens: int = 36
+    """Tokens of the shared prefix."""
+    question_tokens: int = 24
+    """Tokens behind the last chunk."""
+    policies: str = "query,query:0.05,epic:0.15,cacheblend:0.15,reuse,full"
+    """Policies whose planning is timed."""
+    repeats: int = 200
+    """Timed calls of every kind, after ten that are not counted."""
+    seed: int = 0
+    """Seed of all random text."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < (0 if field.name == "seed" else 1):
+                raise EvalError(f"{field.name} is {value}; it must be positive")
+        try:
+            counts = [int(word) for word in self.stored.split(",")]
+        except ValueError:
+            counts = []
+        if not counts or min(counts) < 1:
+            raise EvalError(f"stored is {self.stored!r}; give whole numbers from 1 on, a,b,c")
+        try:
+            _ = [create_policy(name) for name in self.policies.split(",")]
+        except ValueError as error:
+            raise EvalError(str(error)) from None
+
+    @property
+    def store_sizes(self) -> list[int]:
+        """:attr:`stored` as numbers."""
+        return [int(word) for word in self.stored.split(",")]
+
+
+_Times = list[tuple[float, float]]
+"""Wall and CPU milliseconds, call by call."""
+
+
+def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: None) -> Any:
+    """Run the benchmark.
+
+    Returns
+    -------
+    dict
+        ``stores{N{KIND{wall_ms_p50, wall_ms_p99, wall_ms_max, cpu_ms_p50, n}}}`` with the number of matched
+        chunks beside them, ``prompt_tokens``, ``config``, ``threads``, ``versions``.
+    """
+    stores = {}
+    for size in config.store_sizes:
+        progress(f"{size} chunks in the store")
+        stores[str(size)] = _Bench(config, size).measure()
+    prompt = config.system_tokens + config.chunks * config.chunk_tokens + config.question_tokens
+    return {
+        "benchmark": "planning",
+        "prompt_tokens": prompt,
+        "stores": stores,
+        "config": dataclasses.asdict(config),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+class _Bench:
+    """One store and one prompt."""
+
+    def __init__(self, config: PlanningConfig, size: int) -> None:
+        self._config = config
+        rng = np.random.default_rng(config.seed)
+
+        def text(length: int) -> list[int]:
+            drawn: list[int] = rng.integers(0, _VOCABULARY, length).tolist()
+            return drawn
+
+        inv_freq = 1e4 ** -(torch.arange(0, _HEAD_DIM, 2, dtype=torch.float64) / _HEAD_DIM)
+        self._facts = ModelFacts(
+            layers=(None,) * _LAYERS,
+            num_q_heads=_HEADS,
+            num_kv_heads=_KV_HEADS,
+            head_dim=_HEAD_DIM,
+            scaling=_HEAD_DIM**-0.5,
+            rotary=RotarySpec.from_inv_freq(inv_freq),
+            fingerprint="benchmark",
+            context_fields={
+                "model_fingerprint": "benchmark",
+                "dtype": "bfloat16",
+                "kv_dtype": "bfloat16",
+                "rope": "{}",
+            },
+            qkv_share=0.16,
+        )
+        self._runtime = FusionRuntime(FusionConfig(), self._facts)
+        system = text(config.system_tokens)
+        chunks = [text(config.chunk_tokens) for _ in range(config.chunks)]
+        # Last to first: where chunks stand is not where their KV was computed.
+        self._spans, ids = [], list(system)
+        for chunk in reversed(chunks):
+            self._spans.append((len(ids), len(ids) + len(chunk)))
+            ids += chunk
+        self._prompt = array("q", ids + text(config.question_tokens))
+        prefix = self._runtime.prefix(np.asarray(self._prompt), config.system_tokens, _TENANT)
+        for number in range(size):
+            content = chunks[number] if number < len(chunks) else text(config.chunk_tokens)
+            self._store(prefix.context.namespace, content)
+        self._found = min(size, len(chunks))
+        # Slots as a pool hands them out after a while: in no order.
+        self._slots = torch.from_numpy(rng.permutation(4 * len(self._prompt))[: len(self._prompt)])
+        self._scores = torch.from_numpy(rng.random(len(self._prompt))).float()
+
+    def _store(self, namespace: str, content: list[int]) -> None:
+        ids = as_token_ids(content)
+        kv = torch.zeros(1, len(ids), 1, 2)
+        base = self._config.system_tokens
+        key = ChunkKey.of(namespace, ids)
+        record = ChunkKV(key=key, token_ids=ids, base_position=base, k=kv, v=kv)
+        if not self._runtime.store.put(record):
+            raise AssertionError("the store refused a record")
+
+    def measure(self) -> dict[str, Any]:
+        """Time every kind of call, interleaved."""
+        policies = {name: create_policy(name) for name in self._config.policies.split(",")}
+        policies.setdefault(DEFAULT_POLICY, create_policy(DEFAULT_POLICY))
+        times: dict[str, _Times] = {}
+        for turn in range(self._config.repeats + 10):
+            for way in ("spans", "scan"):
+                state, taken = _timed(self._match_spans if way == "spans" else self._match_scan)
+                if len(state.spans) != self._found:
+                    raise AssertionError(f"matched {len(state.spans)} of {self._found} chunks")
+                noted = {f"match_{way}": taken}
+                for name, policy in policies.items():
+                    rows, planned = _timed(self._plan, state, policy)
+                    if way == "spans":
+                        noted[f"plan_{name}"] = planned
+                    if name == DEFAULT_POLICY:
+                        noted[f"total_{way}"] = (taken[0] + planned[0], taken[1] + planned[1])
+                        if rows < self._config.question_tokens:
+                            raise AssertionError("the plan lost the question")
+                state.drop()
+                if turn >= 10:
+                    for kind, pair in noted.items():
+                        times.setdefault(kind, []).append(pair)
+        self._runtime.store.check_integrity(expect_idle=True)
+        return {
+            "matched_chunks": self._found,
+            **{kind: _report(times[kind]) for kind in sorted(times)},
+        }
+
+    def _lease(self, state: RequestState, matches: list[Match]) -> RequestState:
+        leased: list[tuple[Match, Lease]] = self._runtime.store.acquire_matches(
+            state.prompt, matches
+        )
+        state.spans = [LeasedSpan(match=match, lease=lease) for match, lease in leased]
+        return state
+
+    def _match_spans(self) -> RequestState:
+        request = FusionRequest(spans=tuple(self._spans), prefix_len=self._config.system_tokens)
+        state = RequestState(request, request.make_policy(DEFAULT_POLICY), self._prompt)
+        prefix = self._runtime.prefix(state.prompt, request.prefix_len, _TENANT)
+        found = self._runtime.store.resolve(
+            state.prompt,
+            prefix.context,
+            spans=request.spans,
+            min_piece=self._runtime.config.min_reused_tokens,
+        )
+        return self._lease(state, found.matches)
+
+    def _match_scan(self) -> RequestState:
+        request = FusionRequest()
+        state = RequestState(request, request.make_policy(DEFAULT_POLICY), self._prompt)
+        (known,) = self._runtime.prefixes_of(state.prompt, _TENANT)
+        return self._lease(state, self._runtime.store.match(state.prompt, known.context))
+
+    def _plan(self, state: RequestState, policy: Policy) -> int:
+        """Plan as the fused forward does; returns the number of rows."""
+        size, radix = int(state.prompt.size), self._config.system_tokens
+        piece = planning.Piece(start=radix, end=size, is_last=True)
+        prompt = torch.from_numpy(state.prompt)
+        exact = planning.exact_end([(s.start, s.end, s.delta) for s in state.spans], radix)
+        fresh = planning.fresh_positions(state.loads, piece)
+        layout = planning.make_layout(
+            state.loads,
+            num_layers=self._facts.num_layers,
+            prompt_len=size,
+            radix_len=radix,
+            exact_len=exact,
+            qkv_share=self._facts.qkv_share,
+            scoring_rows=int(fresh.numel()),
+        )
+        chosen = planning.early_rows(policy, layout, piece)
+        if chosen is None:
+            chosen = layout.reused_positions()
+            stages = len(policy.check_layers(layout.num_layers)) or 1
+            for stage in range(stages):
+                scores = self._scores[chosen]
+                if policy.signal == "attention":
+                    chosen = policy.select(layout, scores=scores)
+                else:
+                    chosen = policy.select(layout, scores=scores, candidates=chosen, stage=stage)
+        positions = planning.union_rows(fresh, chosen)
+        rows = RequestRows(
+            index=0, positions=positions, ids=prompt[positions], kv_slots=self._slots
+        )
+        strength = policy.shift_strength(layout)
+        if strength > 0.0 and chosen.numel():
+            plan_mean_shift(
+                layout.spans, positions, self._slots, self._facts.rotary, strength=strength
+            )
+        _, slots = plan_rows([rows], self._facts)
+        return int(slots.numel())
+
+
+def _timed(call: Callable[..., Any], *args: Any) -> tuple[Any, tuple[float, float]]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = call(*args)
+    took = (time.perf_counter() - wall, time.process_time() - cpu)
+    return result, (1e3 * took[0], 1e3 * took[1])
+
+
+def _report(times: _Times) -> dict[str, float | int]:
+    wall, cpu = [pair[0] for pair in times], [pair[1] for pair in times]
+    return {
+        "wall_ms_p50": round(statistics.median(wall), 4),
+        "wall_ms_p99": round(float(np.percentile(wall, 99)), 4),
+        "wall_ms_max": round(max(wall), 4),
+        "cpu_ms_p50": round(statistics.median(cpu), 4),
+        "n": len(times),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a shell: progress on stderr, one JSON object or a table on stdout."""
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.planning",
+        description="Matching and planning of one request, before the first layer runs.",
+    )
+    for field in dataclasses.fields(PlanningConfig):
+        kind = int if isinstance(field.default, int) else str
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    parser.add_argument("--json", action="store_true")
+    given = vars(parser.parse_args(arguments))
+    as_json = given.pop("json")
+    try:
+        config = PlanningConfig(**given)
+    except EvalError as error:
+        parser.error(str(error))
+    report = run(config, lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(report))
+        return 0
+    for size, kinds in report["stores"].items():
+        print(f"{size} stored, {kinds['matched_chunks']} of them in the prompt, milliseconds")
+        for kind, row in kinds.items():
+            if isinstance(row, dict):
+                print(
+                    f"  {kind:22} median {row['wall_ms_p50']:8.3f}  p99 {row['wall_ms_p99']:8.3f}  "
+                    f"max {row['wall_ms_max']:8.3f}  CPU {row['cpu_ms_p50']:8.3f}  n={row['n']}"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
