@@ -28,6 +28,8 @@ def run_doctor(*, model: str, server: str | None, json_output: bool) -> None:
         problems.append("the plugin is not active in the running engine")
     if activation["unapplied"]:
         problems.append(f"hooks not applied: {', '.join(activation['unapplied'])}")
+    if activation["self_check"].startswith("failed"):
+        problems.append(f"fusion is off, its self-check {activation['self_check']}")
     gate = gate_facts(folder, activation["attention_class"], name=str(folder) if server else model)
     report = {
         **facts,
@@ -147,6 +149,8 @@ def _print_report(report: dict[str, Any]) -> None:
         ("engine versions", f"sglang {engine['sglang_version']}, torch {engine['torch_version']}"),
         ("engine threads", engine["threads"]),
         ("engine hooks", f"{len(engine['hooks'])} applied, {len(engine['unapplied'])} missing"),
+        ("fusion", "on" if engine["fusion_on"] else f"OFF: {engine['fusion_off_reason']}"),
+        ("fusion self-check", engine["self_check"]),
     ]
     for name, value in [*rows, *_gate_rows(report["gate"])]:
         print(f"{name:24} {value}")

@@ -24,6 +24,8 @@ __all__ = ["STATE_KEY", "Activation", "activation_of", "register"]
 
 STATE_KEY = "rag_pipeline"
 """Where the block stands in each of SGLang's ``internal_states``."""
+FUSION_KEY = "rag_fusion"
+"""Where fusion's own block stands beside it."""
 
 _STATE = (
     "sglang.srt.managers.scheduler_components.internal_state."
@@ -57,6 +59,13 @@ class Activation:
         torch threads of the scheduler.
     num_schedulers
         How many scheduler processes answered (data-parallel replicas).
+    fusion_on
+        Whether requests may be fused in all of them.
+    fusion_off_reason
+        Why not; empty where it is on.
+    self_check
+        What fusion's self-check at start found: ``passed: ...`` with the errors measured, ``failed:
+        ...``, or ``not run``.
     """
 
     active: bool
@@ -72,6 +81,9 @@ class Activation:
     scheduler_pid: int = 0
     threads: int = 0
     num_schedulers: int = 0
+    fusion_on: bool = False
+    fusion_off_reason: str = ""
+    self_check: str = "not run"
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON types."""
@@ -183,7 +195,23 @@ def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:
     first = dict(blocks[0])
     first["unapplied"] = tuple(sorted({path for block in blocks for path in block["unapplied"]}))
     first["hooks"] = tuple(first["hooks"])
-    return Activation(**first, attention_backend=name, num_schedulers=len(states))
+    return Activation(
+        **first, **_fusion_facts(states), attention_backend=name, num_schedulers=len(states)
+    )
+
+
+def _fusion_facts(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What fusion says of itself; the first scheduler where it is off speaks for all."""
+    blocks = [state[FUSION_KEY] for state in states if state.get(FUSION_KEY)]
+    if len(blocks) < len(states):
+        # Its hooks are registered only where it is switched on.
+        return {"fusion_on": False, "fusion_off_reason": "switched off by configuration"}
+    block = next((b for b in blocks if not b["on"]), blocks[0])
+    return {
+        "fusion_on": bool(block["on"]),
+        "fusion_off_reason": str(block["off_reason"]),
+        "self_check": str(block["self_check"]),
+    }
 
 
 def _server_info(url: str, timeout_s: float) -> dict[str, Any]:
