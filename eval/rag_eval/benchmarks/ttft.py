@@ -1,10 +1,10 @@
-"""Time to first token of one RAG prompt, every mode in one engine, interleaved.
+"""Time to first token of RAG prompts of one or several lengths, every mode in one engine, interleaved.
 
-The prompt is system + N chunks of real text + question. Each chunk's KV was computed once, alone, behind
+A prompt is system + N chunks of real text + question. Each chunk's KV was computed once, alone, behind
 the system part; then the chunks are asked about in another order, so prefix caching can serve the system
 part only. Before every run the radix tree is emptied and the system part is prefilled again.
 
-``rag-pipeline bench ttft --model smollm2-135m --repeats 5 --json``
+``rag-pipeline bench ttft --model smollm2-135m --lengths 1000,2000,4000,8000 --plot ttft.png --json``
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import random
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rag_eval.arguments import OneLineParser
@@ -25,6 +26,7 @@ from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
 
 BASELINE = "prefix"
+DEFAULT_CHUNKS = 6
 INSTRUCTION = "Answer the question from the passages."
 QUESTION = "What do these passages say about names and how they are bound? Answer in one sentence."
 
@@ -37,8 +39,15 @@ class TtftConfig:
     ----------
     model
         Hub id, folder, GGUF file or packaged name.
-    chunks, chunk_tokens
-        Chunks of the prompt, and their size in tokens (whole sentences, at most this).
+    chunks
+        Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
+        takes as many as fit.
+    chunk_tokens
+        Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
+        `chunks` say it.
+    lengths
+        Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
+        `chunks` and `chunk_tokens` make.
     question_tokens
         Least length of the question in tokens; it is repeated up to there.
     modes
@@ -50,17 +59,59 @@ class TtftConfig:
     """
 
     model: str = "smollm2-135m"
-    chunks: int = 6
+    chunks: str = "auto"
     chunk_tokens: int = 400
+    lengths: str = ""
     question_tokens: int = 24
     modes: str = "prefix,reuse,query:0.05,query:0.15,epic:0.15,cacheblend:0.15"
     repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("chunks", "chunk_tokens", "question_tokens", "repeats"):
+        for name in ("chunk_tokens", "question_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.points()
+
+    def points(self) -> tuple[Point, ...]:
+        """Prompts to measure, short ones first.
+
+        Raises
+        ------
+        EvalError
+            A length or a number of chunks that is not a positive number.
+        """
+        lengths: list[int | None] = [*_numbers("lengths", self.lengths)] or [None]
+        auto = self.chunks == "auto"
+        counts: list[int | None] = [None] if auto else [*_numbers("chunks", self.chunks)]
+        found = []
+        for length in lengths:
+            for count in counts:
+                if length is None:
+                    point = Point(chunks=count or DEFAULT_CHUNKS, chunk_tokens=self.chunk_tokens)
+                else:
+                    chunks = count or max(1, round(length / self.chunk_tokens))
+                    point = Point(chunks=chunks, chunk_tokens=length // chunks, length=length)
+                found.append(point)
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One prompt: its chunks, and its whole length where that is fixed, in tokens."""
+
+    chunks: int
+    chunk_tokens: int
+    length: int | None = None
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdigit() and int(word) > 0 for word in words) or (
+        name == "chunks" and not words
+    ):
+        raise EvalError(f"{name} is {text!r}; give positive numbers such as 1000,2000")
+    return sorted({int(word) for word in words})
 
 
 def run(
@@ -83,8 +134,9 @@ def run(
     Returns
     -------
     dict
-        ``modes{NAME{ttft_p50_s, ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix,
-        computed_fraction, ...}}``, ``prompt_tokens``, ``engine``, ``threads``, ``versions``.
+        ``points`` (a list, one a prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
+        ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
+        ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well.
     """
     from rag_eval.runner.engine import start_session
     from rag_eval.runner.modes import parse_modes
@@ -95,54 +147,111 @@ def run(
     if all(mode.name != BASELINE for mode in modes):
         modes = [m for m in parse_modes(f"{BASELINE},{config.modes}") if m.name != "full"]
     folder = resolve_llm(config.model).path
+    facts = json.loads((folder / "config.json").read_text("utf-8"))
     maker = PromptMaker(folder, gold_tokens=1)
-    seen, asked = make_prompts(config, maker)
-    vocabulary = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    prompts = [(point, make_prompts(config, maker, point)) for point in config.points()]
+    longest = max(len(asked.input_ids) for _, (_, asked) in prompts)
+    context = facts.get("max_position_embeddings", longest + 1)
+    if longest >= context:
+        raise EvalError(
+            f"a prompt of {longest} tokens does not fit into {config.model}, whose context is "
+            f"{context}; ask for shorter ones"
+        )
     progress("starting the engine")
-    opened = session or start_session(maker, vocabulary, {})
+    # The pool holds the longest prompt beside the chunk that is being built.
+    pool = {"max_total_tokens": max(16_384, 2 * longest)}
+    opened = session or start_session(maker, facts["vocab_size"], pool)
+    points = []
     try:
-        opened.flush()
-        opened.build_chunks(seen, store=True)
-        runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
-        for turn in range(config.repeats + 1):
-            for mode in modes:
-                opened.flush()
-                opened.prefill(asked.prefix_ids)
-                served = opened.serve(asked, mode, max_new_tokens=1)
-                if turn:
-                    runs[mode.name].append(served)
-            progress(f"round {turn} of {config.repeats}")
+        for point, (seen, asked) in prompts:
+            size = f"{len(asked.input_ids)} tokens in {point.chunks} chunks"
+            runs = _measure(opened, seen, asked, modes, config.repeats)
+            rows = summary(runs)
+            points.append(
+                {
+                    "prompt_tokens": len(asked.input_ids),
+                    "chunks": point.chunks,
+                    "chunk_tokens": max(len(chunk.ids) for chunk in asked.chunks),
+                    "modes": rows,
+                }
+            )
+            medians = {name: row["ttft_p50_s"] for name, row in rows.items()}
+            progress(f"{size}: TTFT {medians}")
     finally:
         if session is None:
             opened.close()
-    return summary(config, runs, prompt_tokens=len(asked.input_ids))
+    return report(config, points)
 
 
-def make_prompts(config: TtftConfig, maker: Any) -> tuple[Any, Any]:
-    """Prompt whose chunks are seen, and the same chunks in another order with a question."""
+def _measure(
+    session: Any, seen: Any, asked: Any, modes: list[Any], repeats: int
+) -> dict[str, list[Any]]:
+    """Serve one prompt in every mode, in turns; the first round is the warm-up."""
+    session.flush()
+    session.build_chunks(seen, store=True)
+    runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
+    for turn in range(repeats + 1):
+        for mode in modes:
+            session.flush()
+            session.prefill(asked.prefix_ids)
+            served = session.serve(asked, mode, max_new_tokens=1)
+            if turn:
+                runs[mode.name].append(served)
+    return runs
+
+
+def make_prompts(config: TtftConfig, maker: Any, point: Point) -> tuple[Any, Any]:
+    """Prompt whose chunks are seen, and the same chunks in another order with a question.
+
+    Raises
+    ------
+    EvalError
+        The length leaves no room for the chunks.
+    """
     from rag_eval.runner.prompts import EvalPrompt
 
-    rng = random.Random(config.seed)
-    texts = filler_chunks(config.chunks, config.chunk_tokens, maker.encode, rng)
-    chunks = tuple(
-        PromptChunk(ids=tuple(maker.encode(" ".join(sentences) + "\n\n")), titles=(), is_gold=False)
-        for sentences in texts
-    )
     question = QUESTION
     while len(maker.encode(question)) < config.question_tokens:
         question = f"{question} {QUESTION}"
     example = Example(
         id="ttft", question=question, answers=("",), passages=(), instruction=INSTRUCTION
     )
-    seen: EvalPrompt = maker.join(example, chunks)
+    frame: EvalPrompt = maker.join(example, ())
+    sizes = _sizes(point, len(frame.input_ids))
+    # Where the length is fixed the text is cut to it, so it must be a little too long.
+    slack = 0 if point.length is None else 64
+    rng = random.Random(config.seed)
+    texts = filler_chunks(point.chunks, max(sizes) + slack, maker.encode, rng)
+    chunks = []
+    for sentences, size in zip(texts, sizes, strict=True):
+        ids = tuple(maker.encode(" ".join(sentences) + "\n\n"))
+        if point.length is not None:
+            if len(ids) < size:
+                raise EvalError(
+                    f"there is not enough text for {point.chunks} chunks of {size} tokens; ask for "
+                    "more chunks or shorter prompts"
+                )
+            ids = ids[:size]
+        chunks.append(PromptChunk(ids=ids, titles=(), is_gold=False))
+    seen = replace(frame, chunks=tuple(chunks))
     return seen, seen.rotated()
 
 
-def summary(
-    config: TtftConfig, runs: dict[str, list[Any]], *, prompt_tokens: int
-) -> dict[str, Any]:
+def _sizes(point: Point, frame: int) -> list[int]:
+    """Tokens of each chunk; where the length is fixed they share what the frame leaves."""
+    if point.length is None:
+        return [point.chunk_tokens] * point.chunks
+    room = point.length - frame
+    if room < point.chunks:
+        raise EvalError(
+            f"a prompt of {point.length} tokens leaves {room} for {point.chunks} chunks; ask for "
+            "longer prompts or fewer chunks"
+        )
+    return [room // point.chunks + (index < room % point.chunks) for index in range(point.chunks)]
+
+
+def summary(runs: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """Medians a mode, and ratios against RadixAttention alone from the same rounds."""
-    import torch
 
     def median(values: list[float]) -> float:
         return round(statistics.median(values), 4)
@@ -157,15 +266,25 @@ def summary(
             "ttft_max_s": round(max(s.ttft_s for s in served), 4),
             "ttft_cpu_p50_s": median([s.ttft_cpu_s for s in served]),
             "speedup_vs_prefix": median([b.ttft_s / s.ttft_s for b, s in pairs]),
-            "cpu_speedup_vs_prefix": median([b.ttft_cpu_s / s.ttft_cpu_s for b, s in pairs]),
+            # CPU time comes in steps of 10 ms: a very short run may have taken none.
+            "cpu_speedup_vs_prefix": median(
+                [b.ttft_cpu_s / max(s.ttft_cpu_s, 0.01) for b, s in pairs]
+            ),
             "computed_fraction": median([s.usage["computed_fraction"] for s in served]),
             "reused_tokens": served[0].usage["reused_tokens"],
             "n": len(served),
         }
+    return modes
+
+
+def report(config: TtftConfig, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON of a run: its points, and what they were measured on."""
+    import torch
+
     return {
         "config": asdict(config),
-        "prompt_tokens": prompt_tokens,
-        "modes": modes,
+        **(points[0] if len(points) == 1 else {}),
+        "points": points,
         "engine": "sglang",
         "threads": int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()),
         "cpus": os.cpu_count(),
@@ -174,16 +293,18 @@ def summary(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, a line a mode."""
+    """The report as text, a line a prompt and mode."""
     lines = [
-        f"prompt {report['prompt_tokens']} tokens, {report['threads']} threads, medians",
-        f"{'mode':18} {'TTFT s':>8} {'CPU s':>8} {'wall x':>7} {'CPU x':>7} {'computed':>9}",
+        f"{report['threads']} threads, medians",
+        f"{'tokens':>7} {'chunks':>6} {'mode':18} {'TTFT s':>8} {'CPU s':>8} {'wall x':>7} "
+        f"{'CPU x':>7} {'computed':>9}",
     ]
     lines += [
-        f"{name:18} {row['ttft_p50_s']:8.3f} {row['ttft_cpu_p50_s']:8.3f} "
-        f"{row['speedup_vs_prefix']:7.2f} {row['cpu_speedup_vs_prefix']:7.2f} "
-        f"{row['computed_fraction']:9.3f}"
-        for name, row in report["modes"].items()
+        f"{point['prompt_tokens']:7} {point['chunks']:6} {name:18} {row['ttft_p50_s']:8.3f} "
+        f"{row['ttft_cpu_p50_s']:8.3f} {row['speedup_vs_prefix']:7.2f} "
+        f"{row['cpu_speedup_vs_prefix']:7.2f} {row['computed_fraction']:9.3f}"
+        for point in report["points"]
+        for name, row in point["modes"].items()
     ]
     return "\n".join(lines) + "\n"
 
@@ -193,24 +314,31 @@ def main(arguments: list[str] | None = None) -> int:
     defaults = TtftConfig()
     parser = OneLineParser(
         prog="rag-pipeline bench ttft",
-        description="Time to first token of one RAG prompt, every mode in one engine.",
+        description="Time to first token over prompt length, every mode in one engine.",
     )
-    parser.add_argument("--model", default=defaults.model)
-    parser.add_argument("--chunks", type=int, default=defaults.chunks)
-    parser.add_argument("--chunk-tokens", type=int, default=defaults.chunk_tokens)
-    parser.add_argument("--question-tokens", type=int, default=defaults.question_tokens)
-    parser.add_argument("--modes", default=defaults.modes)
-    parser.add_argument("--repeats", type=int, default=defaults.repeats)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--json", action="store_true")
+    add = parser.add_argument
+    add("--model", default=defaults.model)
+    add("--lengths", default=defaults.lengths, help="whole prompts, tokens: 1000,2000,4000,8000")
+    add("--chunks", default=defaults.chunks, help="numbers of chunks, or auto")
+    add("--chunk-tokens", type=int, default=defaults.chunk_tokens)
+    add("--question-tokens", type=int, default=defaults.question_tokens)
+    add("--modes", default=defaults.modes)
+    add("--repeats", type=int, default=defaults.repeats)
+    add("--seed", type=int, default=defaults.seed)
+    add("--plot", type=Path, default=None, help="write TTFT over prompt length to this PNG")
+    add("--json", action="store_true")
     given = vars(parser.parse_args(arguments))
-    as_json = given.pop("json")
+    as_json, plot = given.pop("json"), given.pop("plot")
     try:
-        report = run(TtftConfig(**given), lambda text: print(text, file=sys.stderr))
+        found = run(TtftConfig(**given), lambda text: print(text, file=sys.stderr, flush=True))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(report) if as_json else table(report))
+    if plot:
+        from rag_eval.benchmarks.ttft_plot import plot_ttft
+
+        plot_ttft(found, plot)
+    print(json.dumps(found) if as_json else table(found))
     return 0
 
 

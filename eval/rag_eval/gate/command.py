@@ -117,7 +117,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"model gate of {result['model']}, sglang {result['versions']['sglang']}, "
         f"rag-pipeline {result['versions']['rag-pipeline']}, {result['engine'].get('attention_class')}",
-        f"noise floor: KL {floor['kl_max']:.2g}, log-probability {floor['log_prob_max']:.2g} "
+        f"noise floor: KL {_number(floor['kl_max'])}, log-probability "
+        f"{_number(floor['log_prob_max'])} "
         f"(largest of {floor['n']} re-batchings of plain prefill); exact means KL <= "
         f"{limits['exact_kl']:.2g} and the same greedy tokens",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -16,7 +17,14 @@ from rag_eval.errors import EvalError
 from rag_eval.gate.exactness import Exactness, measure_exactness
 from rag_eval.gate.record import installed_versions, model_identity
 from rag_eval.gate.thresholds import Thresholds
-from rag_eval.gate.verdict import Check, judge_exactness, judge_fidelity, verdicts
+from rag_eval.gate.verdict import (
+    Check,
+    finite,
+    judge_exactness,
+    judge_fidelity,
+    largest,
+    verdicts,
+)
 from rag_eval.runner.measure import measure_example
 from rag_eval.runner.modes import FULL, PREFIX, Mode, parse_modes
 from rag_eval.runner.prompts import EvalPrompt, PromptMaker
@@ -174,7 +182,7 @@ def judge(
     exact: Exactness, fidelity: EvalResult | None, modes: Sequence[Mode], limits: Thresholds
 ) -> dict[str, Any]:
     """Verdict on what was measured: the part of the JSON that the thresholds decide."""
-    floor = max((distance.kl for distance in exact.floor), default=0.0)
+    floor = largest(distance.kl for distance in exact.floor)
     exact_kl = limits.exact_kl(floor)
     checks: list[Check] = judge_exactness(exact, modes, limits)
     if fidelity is not None:
@@ -186,8 +194,8 @@ def judge(
         "policies": policies,
         "checks": [check.to_json() for check in checks],
         "noise_floor": {
-            "kl_max": floor,
-            "log_prob_max": max((d.log_prob for d in exact.floor), default=0.0),
+            "kl_max": finite(floor),
+            "log_prob_max": finite(largest(d.log_prob for d in exact.floor)),
             "n": len(exact.floor),
         },
         "thresholds": limits.to_json() | {"exact_kl": exact_kl},
@@ -242,7 +250,8 @@ def _fidelity(
 ) -> EvalResult | None:
     """A short run of the modes that are served, with ``reuse`` as the yardstick."""
     served = [mode for mode in modes if mode.name not in exact.unavailable]
-    if "" in exact.unavailable or not served:
+    broken = not all(math.isfinite(d.kl) for found in exact.checks.values() for d in found)
+    if "" in exact.unavailable or not served or broken:
         return None
     yardstick = [] if any(mode.name == "reuse" for mode in served) else ["reuse"]
     names = [FULL, *yardstick, *(mode.name for mode in served)]

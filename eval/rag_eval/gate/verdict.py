@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,15 +47,26 @@ class Check:
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        return asdict(self)
+        """Return the fields as JSON types; a value that is no number is ``None``."""
+        return asdict(self) | {"value": finite(self.value), "limit": finite(self.limit)}
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or ``None`` where JSON has no form for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def largest(values: Iterable[float]) -> float:
+    """Largest value, 0 of none; nan as soon as one is nan, which ``max`` may lose."""
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
 
 
 def judge_exactness(found: Exactness, modes: Sequence[Mode], limits: Thresholds) -> list[Check]:
     """Judge every exactness check; a check that could not be made is failed."""
-    limit = limits.exact_kl(max((d.kl for d in found.floor), default=0.0))
+    limit = limits.exact_kl(largest(d.kl for d in found.floor))
     # Two tokens whose log-probabilities re-batching alone may swap are a tie.
-    tie = 2 * max((d.log_prob for d in found.floor), default=0.0)
+    tie = 2 * largest(d.log_prob for d in found.floor)
     checks = [
         _exact(name, mode, distances, limit, tie)
         for (name, mode), distances in found.checks.items()
@@ -70,12 +82,12 @@ def judge_exactness(found: Exactness, modes: Sequence[Mode], limits: Thresholds)
 
 
 def _exact(name: str, mode: str, distances: Sequence[Distance], limit: float, tie: float) -> Check:
-    worst = max(distances, key=lambda d: d.kl if d.kl == d.kl else float("inf"))
-    lead = max(d.lead for d in distances)
+    worst = largest(d.kl for d in distances)
+    lead = largest(d.lead for d in distances)
     faults = [d.fault for d in distances if d.fault]
     # Written so that nan fails.
-    if not worst.kl <= limit:
-        faults.append(f"KL {worst.kl:.2g} is above the noise")
+    if not worst <= limit:
+        faults.append(f"KL {worst:.2g} is above the noise")
     if not lead <= tie:
         faults.append(f"greedy tokens differ, by {lead:.2g} nats in plain prefill")
     note = "" if lead <= 0 else f"a tie of {lead:.2g} nats fell the other way"
@@ -83,7 +95,7 @@ def _exact(name: str, mode: str, distances: Sequence[Distance], limit: float, ti
         name=name,
         policy=mode,
         passed=not faults,
-        value=worst.kl,
+        value=worst,
         limit=limit,
         detail="; ".join(faults) or note,
     )

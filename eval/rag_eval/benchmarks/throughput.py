@@ -1,0 +1,392 @@
+"""Throughput under Poisson arrivals: every mode on one real HTTP server, at rising rates.
+
+The prompts are RAG prompts whose chunks recur by Zipf's law. Chunk KV is computed before anything is
+measured, and what that cost is reported. At each rate every mode gets the same prompts at the same
+times, with an empty radix tree at the start; a mode that is saturated is not driven further.
+
+``rag-pipeline bench throughput --model smollm2-135m --modes prefix,query:0.15 --json``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_eval.arguments import OneLineParser, engine_arguments
+from rag_eval.benchmarks.workload import (
+    Workload,
+    WorkloadConfig,
+    build_requests,
+    make_workload,
+    single_request,
+)
+from rag_eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from rag_eval.benchmarks.load_client import LoadRun
+    from rag_eval.runner.modes import Mode
+    from rag_eval.runner.prompts import EvalPrompt
+
+BASELINE = "prefix"
+CAPACITY_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Rates of ``auto``, as shares of what the baseline would serve one request after the other."""
+PROBES = 3
+"""Prompts served alone, before the load, to prove that a mode does what its name says."""
+_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputConfig:
+    """What is measured.
+
+    Parameters
+    ----------
+    model
+        Hub id, folder, GGUF file or packaged name.
+    modes
+        As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
+    rates
+        Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
+        request after the other, then twice as many each time.
+    workload
+        The prompts.
+    output_tokens
+        Tokens of every answer.
+    ttft_bound_s
+        Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
+        server that is otherwise idle.
+    url
+        A running server to use; one is started otherwise.
+    engine_args
+        Arguments of the server that is started.
+    """
+
+    model: str = "smollm2-135m"
+    modes: str = "prefix,query:0.15"
+    rates: str = "auto"
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    output_tokens: int = 16
+    ttft_bound_s: float | None = None
+    url: str | None = None
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.output_tokens < 1:
+            raise EvalError(f"output_tokens is {self.output_tokens}; it must be at least 1")
+        if self.ttft_bound_s is not None and not 0 < self.ttft_bound_s < float("inf"):
+            raise EvalError(f"ttft_bound_s is {self.ttft_bound_s}; allowed: a positive number")
+        if self.url and self.engine_args:
+            raise EvalError("engine arguments are for a server started here; leave out --url")
+        self.given_rates()
+
+    def given_rates(self) -> tuple[float, ...]:
+        """Rates asked for, rising; empty for ``auto``."""
+        if self.rates == "auto":
+            return ()
+        try:
+            rates = sorted({float(word) for word in self.rates.split(",")})
+        except ValueError:
+            rates = []
+        if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
+            raise EvalError(
+                f"rates is {self.rates!r}; give auto, or positive numbers such as 0.5,1,2"
+            )
+        return tuple(rates)
+
+
+def run(
+    config: ThroughputConfig, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Measure, and return the JSON of ``rag-pipeline bench throughput``.
+
+    Returns
+    -------
+    dict
+        ``runs`` (a list, one a mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
+        request does and takes, ``saturated_at``, ``best_goodput_per_s``, and its ratio to the
+        baseline's), ``warm`` (cost of computing the chunks), ``ttft_bound_s``, ``threads``,
+        ``versions``.
+
+    Raises
+    ------
+    RagPipelineError
+        One line: a bad setting, no such model or server, a mode that the server does not serve.
+    """
+    from rag_eval.runner.modes import parse_modes
+    from rag_eval.runner.prompts import PromptMaker
+    from rag_pipeline.models import resolve_llm
+
+    names = [name.strip() for name in config.modes.split(",") if name.strip()]
+    names = names if BASELINE in names else [BASELINE, *names]
+    modes = [mode for mode in parse_modes(names) if mode.name != "full"]
+    folder = resolve_llm(config.model).path
+    workload = make_workload(config.workload, PromptMaker(folder, gold_tokens=1))
+    with _server(config, folder, progress) as (url, cpu_seconds):
+        bench = _Bench(config, url, folder, workload, cpu_seconds, progress)
+        warm = bench.warm()
+        alone = {mode.name: bench.probe(mode) for mode in modes}
+        bound = config.ttft_bound_s or 3 * alone[BASELINE]["ttft_p50_s"]
+        runs = bench.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound)
+        threads = bench.threads()
+    return {
+        "config": asdict(config),
+        "mean_prompt_tokens": round(workload.mean_prompt_tokens, 1),
+        "ttft_bound_s": round(bound, 4),
+        "warm": warm,
+        "modes": summary(alone, runs),
+        "runs": runs,
+        "engine": "sglang",
+        "threads": threads,
+        "cpus": os.cpu_count(),
+        "versions": {name: version(name) for name in ("sglang", "torch", "rag-pipeline")},
+    }
+
+
+@contextmanager
+def _server(
+    config: ThroughputConfig, folder: Path, progress: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], float] | None]]:
+    if config.url:
+        from rag_pipeline.generation import ServerBackend
+
+        backend = ServerBackend(config.url)
+        try:
+            backend.check_model(folder)
+            yield backend.url, None
+        finally:
+            backend.close()
+        return
+    from rag_eval.benchmarks.local_server import local_server
+
+    progress("starting the server")
+    with local_server(folder, config.engine_args) as server:
+        yield server.url, server.cpu_seconds
+
+
+def _auto(alone: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(round(share / alone["latency_p50_s"], 4) for share in CAPACITY_SHARES)
+
+
+class _Bench:
+    """One server under test."""
+
+    def __init__(
+        self,
+        config: ThroughputConfig,
+        url: str,
+        folder: Path,
+        workload: Workload,
+        cpu_seconds: Callable[[], float] | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        import httpx
+        from transformers import AutoTokenizer
+
+        self._config, self._url, self._workload = config, url, workload
+        self._cpu_seconds, self._progress = cpu_seconds, progress
+        self._client = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def warm(self) -> dict[str, Any]:
+        """Compute every chunk of the corpus once."""
+        cpu_before = self._cpu_seconds() if self._cpu_seconds else 0.0
+        started = time.perf_counter()
+        bodies = build_requests(self._workload.corpus)
+        for body in bodies:
+            self._generate(body)
+        cpu_s = round(self._cpu_seconds() - cpu_before, 2) if self._cpu_seconds else None
+        wall_s = round(time.perf_counter() - started, 2)
+        self._progress(f"{len(bodies)} chunks computed in {wall_s} s")
+        return {"chunks": len(bodies), "wall_s": wall_s, "cpu_s": cpu_s}
+
+    def probe(self, mode: Mode) -> dict[str, Any]:
+        """Serve a few prompts alone: what a mode does, and how long it takes without a queue."""
+        from rag_pipeline.generation import fusion_report
+
+        prompts = self._workload.prompts[:PROBES]
+        reports = []
+        for prompt in prompts:
+            self._flush()
+            meta = self._generate(single_request(prompt, mode, 1))["meta_info"]
+            report = fusion_report(meta) if mode.fused else {}
+            if report is None or (mode.fused and not report["reused_tokens"]):
+                reason = (report or {}).get("fallback") or "no report"
+                raise EvalError(
+                    f"mode {mode.name!r} is not served by {self._url}: {reason}; leave it out"
+                )
+            reports.append(report)
+        runs = []
+        for prompt in prompts:
+            self._flush()
+            runs.append(self._load([prompt], mode, rate=1.0, bound=1.0))
+        found = {
+            "ttft_p50_s": round(statistics.median(run.ttft_p50_s for run in runs), 4),
+            "latency_p50_s": round(statistics.median(run.latency_p50_s for run in runs), 4),
+        }
+        if mode.fused:
+            shares = [report["computed_fraction"] for report in reports]
+            found["computed_fraction"] = round(statistics.median(shares), 4)
+        self._progress(f"{mode.name} alone: {found}")
+        return found
+
+    def drive(self, modes: list[Mode], rates: tuple[float, ...], bound: float) -> list[Any]:
+        """Every mode at every rate, until it is saturated."""
+        found, going = [], list(modes)
+        for rate in rates:
+            for mode in list(going):
+                self._flush()
+                run = self._load(self._workload.prompts, mode, rate=rate, bound=bound)
+                found.append({"mode": mode.name, **run.to_json()})
+                if run.saturated:
+                    going.remove(mode)
+                self._progress(
+                    f"{mode.name} at {rate:g}/s: TTFT p50 {run.ttft_p50_s:.2f} s, p99 "
+                    f"{run.ttft_p99_s:.2f} s, {run.output_tokens_per_s:.1f} tokens/s, goodput "
+                    f"{run.goodput_per_s:.2f}/s{', saturated' if run.saturated else ''}"
+                )
+            if not going:
+                break
+        return found
+
+    def threads(self) -> int:
+        """Threads of the server's scheduler, as it says itself; 0 without the plugin."""
+        from rag_pipeline.sglang_plugin import activation_of
+
+        self._client.close()
+        return int(activation_of(self._url).threads)
+
+    def _load(
+        self, prompts: Sequence[EvalPrompt], mode: Mode, *, rate: float, bound: float
+    ) -> LoadRun:
+        from rag_eval.benchmarks.load_client import run_load
+
+        return run_load(
+            self._url,
+            prompts,
+            mode,
+            rate=rate,
+            output_tokens=self._config.output_tokens,
+            ttft_bound_s=bound,
+            tokenizer=self._tokenizer,
+            seed=self._config.workload.seed,
+            cpu_seconds=self._cpu_seconds,
+        )
+
+    def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        response = self._client.post(f"{self._url}/generate", json=body)
+        if response.status_code != 200:
+            line = " ".join(response.text.split())[:200]
+            raise EvalError(f"the server at {self._url} refused a request: {line}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _flush(self) -> None:
+        """Empty the radix tree, and start every mode with the shared prefix in it."""
+        deadline = time.monotonic() + 120
+        while self._client.post(f"{self._url}/flush_cache").status_code != 200:
+            if time.monotonic() > deadline:
+                raise EvalError(f"the server at {self._url} stays busy; is somebody else using it?")
+            time.sleep(0.2)
+        prefix = list(self._workload.corpus.prefix_ids)
+        self._generate({"input_ids": prefix, "sampling_params": {"max_new_tokens": 1}})
+
+
+def summary(alone: dict[str, Any], runs: list[Any]) -> dict[str, Any]:
+    """By mode: the lone request, where it saturates, and the best of its rates."""
+    found: dict[str, Any] = {}
+    for name, probe in alone.items():
+        own = [run for run in runs if run["mode"] == name]
+        found[name] = {
+            **probe,
+            "saturated_at": next((run["rate"] for run in own if run["saturated"]), None),
+            "best_goodput_per_s": max(run["goodput_per_s"] for run in own),
+            "best_output_tokens_per_s": max(run["output_tokens_per_s"] for run in own),
+        }
+    base = found[BASELINE]["best_goodput_per_s"]
+    for row in found.values():
+        row["goodput_vs_prefix"] = round(row["best_goodput_per_s"] / base, 3) if base else None
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text, a line a mode and rate."""
+    lines = [
+        f"prompts of {report['mean_prompt_tokens']:.0f} tokens, {report['threads']} threads, goodput "
+        f"is TTFT within {report['ttft_bound_s']:.2f} s",
+        f"{'mode':18} {'rate/s':>8} {'TTFT p50':>9} {'p99 s':>8} {'tokens/s':>9} {'goodput/s':>10} "
+        f"{'CPU s':>8}",
+    ]
+    for row in report["runs"]:
+        cpu = f"{row['cpu_s']:8.1f}" if row["cpu_s"] is not None else f"{'-':>8}"
+        lines.append(
+            f"{row['mode']:18} {row['rate']:8.3f} {row['ttft_p50_s']:9.3f} {row['ttft_p99_s']:8.3f} "
+            f"{row['output_tokens_per_s']:9.1f} {row['goodput_per_s']:10.3f} {cpu}"
+            f"{'  saturated' if row['saturated'] else ''}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _parser() -> OneLineParser:
+    defaults, shape = ThroughputConfig(), WorkloadConfig()
+    parser = OneLineParser(
+        prog="rag-pipeline bench throughput",
+        description="Throughput under Poisson arrivals, every mode on one HTTP server.",
+    )
+    add = parser.add_argument
+    add("--model", default=defaults.model)
+    add("--modes", default=defaults.modes, help="modes, comma between")
+    add("--rates", default=defaults.rates, help="arrivals per second, or auto")
+    add("--requests", type=int, default=shape.requests, help="prompts of each rate")
+    add("--corpus", type=int, default=shape.corpus, help="distinct chunks in all")
+    add("--chunks", type=int, default=shape.chunks, help="chunks per prompt")
+    add("--chunk-tokens", type=int, default=shape.chunk_tokens)
+    add("--zipf", type=float, default=shape.zipf, help="how unevenly chunks recur; 0 evenly")
+    add("--output-tokens", type=int, default=defaults.output_tokens)
+    add("--ttft-bound", type=float, default=None, help="seconds; bound of the goodput")
+    add("--seed", type=int, default=shape.seed)
+    add("--url", default=None, help="a running server; otherwise one is started")
+    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="server argument")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a shell."""
+    given = _parser().parse_args(arguments)
+    try:
+        config = ThroughputConfig(
+            model=given.model,
+            modes=given.modes,
+            rates=given.rates,
+            workload=WorkloadConfig(
+                requests=given.requests,
+                corpus=given.corpus,
+                chunks=given.chunks,
+                chunk_tokens=given.chunk_tokens,
+                zipf=given.zipf,
+                seed=given.seed,
+            ),
+            output_tokens=given.output_tokens,
+            ttft_bound_s=given.ttft_bound,
+            url=given.url,
+            engine_args=engine_arguments(given.engine_arg),
+        )
+        report = run(config, lambda text: print(text, file=sys.stderr, flush=True))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report) if given.json else table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
