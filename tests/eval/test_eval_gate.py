@@ -205,7 +205,7 @@ def test_other_weights_and_other_configurations_are_other_models(
     assert model_identity(copy) != tuned
 
 
-EXACT = Distance(kl=1e-9, log_prob=1e-4, lead=0.0)
+EXACT = Distance(kl=1e-9, kl_max=1e-8, log_prob=1e-4, lead=0.0)
 MODES = parse_modes("full,query:0.15")[1:]
 
 

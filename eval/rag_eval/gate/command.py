@@ -117,10 +117,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"model gate of {result['model']}, sglang {result['versions']['sglang']}, "
         f"rag-pipeline {result['versions']['rag-pipeline']}, {result['engine'].get('attention_class')}",
-        f"noise floor: KL {_number(floor['kl_max'])}, log-probability "
-        f"{_number(floor['log_prob_max'])} "
-        f"(largest of {floor['n']} re-batchings of plain prefill); exact means KL <= "
-        f"{limits['exact_kl']:.2g} and the same greedy tokens",
+        f"noise floor: KL {_number(floor['kl'])} (at most {_number(floor['kl_max'])}), "
+        f"log-probability {_number(floor['log_prob_max'])}, over {floor['n']} re-batchings of plain "
+        f"prefill; exact means KL <= {_number(limits['exact_kl'])} and the same greedy tokens",
         "",
         f"{'policy':22} {'check':12} {'value':>9} {'limit':>9}  verdict",
     ]

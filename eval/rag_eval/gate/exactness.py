@@ -32,8 +32,8 @@ class Distance:
 
     Parameters
     ----------
-    kl
-        Largest KL of a token, nats.
+    kl, kl_max
+        Mean and largest KL of a token, nats.
     log_prob
         Largest difference of a log-probability among the likeliest tokens.
     lead
@@ -44,6 +44,7 @@ class Distance:
     """
 
     kl: float
+    kl_max: float
     log_prob: float
     lead: float
     fault: str = ""
@@ -224,8 +225,10 @@ def _distance(reference: Float64, logits: Any, fault: str = "") -> Distance:
     likely = np.argsort(reference, axis=-1)[:, -LIKELY:]
     gaps = np.abs(np.take_along_axis(reference - other, likely, axis=-1))
     lead = reference.max(-1) - reference[rows, other.argmax(-1)]
+    divergence = kl_divergence(reference, other)
     return Distance(
-        kl=float(kl_divergence(reference, other).max()),
+        kl=float(divergence.mean()),
+        kl_max=float(divergence.max()),
         log_prob=float(gaps.max()),
         lead=float(lead.max()),
         fault=fault,

@@ -23,6 +23,7 @@ from rag_eval.gate.verdict import (
     judge_exactness,
     judge_fidelity,
     largest,
+    mean_kl,
     verdicts,
 )
 from rag_eval.runner.measure import measure_example
@@ -182,7 +183,7 @@ def judge(
     exact: Exactness, fidelity: EvalResult | None, modes: Sequence[Mode], limits: Thresholds
 ) -> dict[str, Any]:
     """Verdict on what was measured: the part of the JSON that the thresholds decide."""
-    floor = largest(distance.kl for distance in exact.floor)
+    floor = mean_kl(exact.floor)
     exact_kl = limits.exact_kl(floor)
     checks: list[Check] = judge_exactness(exact, modes, limits)
     if fidelity is not None:
@@ -194,7 +195,8 @@ def judge(
         "policies": policies,
         "checks": [check.to_json() for check in checks],
         "noise_floor": {
-            "kl_max": finite(floor),
+            "kl": finite(floor),
+            "kl_max": finite(largest(d.kl_max for d in exact.floor)),
             "log_prob_max": finite(largest(d.log_prob for d in exact.floor)),
             "n": len(exact.floor),
         },

@@ -15,9 +15,9 @@ class Thresholds:
     ----------
     noise_factor
         Exact paths may be this many times further from plain prefill than plain prefill in another
-        batching is from itself (largest KL of any answer token). Batching changes the order of sums,
-        so the largest of a few dozen distances scatters; a wrong mask, position or key is off by
-        orders of magnitude.
+        batching is from itself, in mean KL over prompts and answer tokens. Another batching is
+        another order of sums, so both scatter; a wrong mask, position or key is off by orders of
+        magnitude.
     least_kl
         Exactness is never asked for below this KL, nats: on fp32 weights the noise floor is nearly
         nothing, and a difference of this size moves no token.
