@@ -1,0 +1,231 @@
+"""LangChain messages and documents to token ids with chunk spans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.langchain.documents import to_chunk
+from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
+from rag_pipeline.segments import (
+    Message,
+    Segment,
+    SegmentEncoder,
+    conversation_segments,
+    shared_prefix_len,
+)
+from rag_pipeline.types import Span
+
+DOCUMENT_BLOCK = "text-plain"
+"""LangChain's content block for a plain text; in a message it is a chunk at that place."""
+
+_ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
+    (SystemMessage, "system"),
+    (HumanMessage, "user"),
+    (AIMessage, "assistant"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatLayout:
+    """A conversation as token ids.
+
+    Parameters
+    ----------
+    input_ids, spans
+        The prompt and its chunks.
+    prefix_len
+        Tokens of the part that chunk KV is computed behind.
+    documents
+        Ids of the documents in the prompt, in order.
+    dropped
+        Ids of documents that did not fit, in the order given.
+    """
+
+    input_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    prefix_len: int
+    documents: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+class ChatLayouter:
+    """Lays out conversations for one model.
+
+    Parameters
+    ----------
+    encoder
+        Of the model's tokenizer.
+    context_length
+        Most tokens of prompt and answer together.
+    chunk_template, context_header
+        As for :class:`rag_pipeline.PromptBuilder`.
+    """
+
+    def __init__(
+        self,
+        encoder: SegmentEncoder,
+        *,
+        context_length: int,
+        chunk_template: str = DEFAULT_CHUNK_TEMPLATE,
+        context_header: str = DEFAULT_CONTEXT_HEADER,
+    ) -> None:
+        self.encoder = encoder
+        self.context_length = context_length
+        self._template = chunk_template
+        self._header = context_header
+
+    def build(
+        self,
+        messages: Sequence[BaseMessage],
+        documents: Sequence[Document],
+        *,
+        max_new_tokens: int,
+    ) -> ChatLayout:
+        """Lay out one request.
+
+        Parameters
+        ----------
+        messages
+            The conversation. Documents may also stand in it, as content blocks of type
+            ``text-plain``.
+        documents
+            Put before the text of the last human message, best first.
+        max_new_tokens
+            Room to leave for the answer, tokens.
+
+        Returns
+        -------
+        ChatLayout
+            The last documents are left out until the rest fits.
+
+        Raises
+        ------
+        RagPipelineError
+            Messages that are no text, a conversation that the chat template refuses, or one that
+            does not fit even without documents.
+        """
+        kept = [self._segment(document) for document in documents]
+        dropped: list[str] = []
+        while True:
+            layout = self._lay_out(messages, kept, dropped)
+            excess = len(layout.input_ids) + max_new_tokens - self.context_length
+            if excess <= 0:
+                return layout
+            if not kept:
+                raise RagPipelineError(
+                    f"the conversation has {len(layout.input_ids)} tokens and {max_new_tokens} are "
+                    f"kept for the answer; the context holds {self.context_length}: shorten it, or "
+                    "lower max_tokens"
+                )
+            while kept and excess > 0:
+                segment = kept.pop()
+                dropped.insert(0, str(segment.chunk_id))
+                excess -= len(self.encoder.chunk_ids(segment.text))
+
+    def _lay_out(
+        self, messages: Sequence[BaseMessage], documents: Sequence[Segment], dropped: list[str]
+    ) -> ChatLayout:
+        turns = [Message(role=_role(m), parts=self._parts(m)) for m in messages]
+        if documents:
+            users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+            if not users:
+                raise RagPipelineError("documents need a human message to stand in; add one")
+            header = Segment(text=self._header)
+            last = turns[users[-1]]
+            turns[users[-1]] = Message(role="user", parts=(header, *documents, *last.parts))
+        segments, shared = conversation_segments(self.encoder.tokenizer, turns)
+        ids, spans = self.encoder.encode(segments)
+        # Where the first turn begins with documents, its header belongs to the shared part too.
+        head = list(segments[:shared])
+        for segment in segments[shared:]:
+            if segment.kind == "chunk":
+                break
+            if segment.text != self._header or segment.kind != "text":
+                break
+            head.append(segment)
+        prefix_len = shared_prefix_len(self.encoder, ids, head)
+        return ChatLayout(
+            input_ids=ids,
+            spans=spans,
+            prefix_len=min(prefix_len, spans[0].start) if spans else 0,
+            documents=tuple(str(span.chunk_id) for span in spans),
+            dropped=tuple(dropped),
+        )
+
+    def _segment(self, document: Document) -> Segment:
+        chunk = to_chunk(document)
+        text = self._template.format(title=chunk.title, text=chunk.text)
+        return Segment(text=text, kind="chunk", chunk_id=chunk.id)
+
+    def _parts(self, message: BaseMessage) -> tuple[Segment, ...]:
+        if isinstance(message.content, str):
+            return (Segment(text=message.content),)
+        parts: list[Segment] = []
+        for block in message.content:
+            if isinstance(block, str):
+                parts.append(Segment(text=block))
+            elif block.get("type") == "text":
+                parts.append(Segment(text=str(block["text"])))
+            elif is_document(block):
+                parts.append(self._segment(block_document(block)))
+            else:
+                raise RagPipelineError(
+                    f"a message holds a block of type {block.get('type')!r}; with documents, "
+                    f"messages may hold text and {DOCUMENT_BLOCK} only"
+                )
+        return tuple(parts)
+
+
+def is_document(block: Any) -> bool:
+    """Whether a content block is a document."""
+    return isinstance(block, Mapping) and block.get("type") == DOCUMENT_BLOCK
+
+
+def block_document(block: Mapping[str, Any]) -> Document:
+    """Document of a ``text-plain`` block: its ``text``, ``title`` and ``id``."""
+    if not isinstance(block.get("text"), str):
+        raise RagPipelineError(f"a {DOCUMENT_BLOCK} block has no text; put the document's text in")
+    title = block.get("title")
+    return Document(
+        page_content=block["text"],
+        id=block.get("id"),
+        metadata={"title": title} if isinstance(title, str) else {},
+    )
+
+
+def has_documents(messages: Sequence[BaseMessage]) -> bool:
+    """Whether a document stands in any message."""
+    return any(
+        is_document(block)
+        for message in messages
+        if isinstance(message.content, list)
+        for block in message.content
+    )
+
+
+def without_documents(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+    """Copies of messages that were laid out, with their own text only."""
+    return [
+        message.model_copy(update={"content": str(message.text)})
+        if isinstance(message.content, list)
+        else message
+        for message in messages
+    ]
+
+
+def _role(message: BaseMessage) -> str:
+    for kind, role in _ROLES:
+        if isinstance(message, kind):
+            if isinstance(message, AIMessage) and message.tool_calls:
+                break
+            return role
+    raise RagPipelineError(
+        f"a {type(message).__name__} with tools cannot stand in a conversation with documents; "
+        "use system, human and AI messages of text"
+    )
