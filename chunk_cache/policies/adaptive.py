@@ -52,6 +52,7 @@ class AdaptivePolicy(Policy):
 
     name: ClassVar[str] = "adaptive"
     signal: ClassVar[Signal] = "deviation"
+    config: AdaptiveConfig
 
     def __init__(self, config: AdaptiveConfig) -> None:
         self.config = config

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ class Policy(ABC):
 
     name: ClassVar[str]
     signal: ClassVar[Signal]
+    config: Any
+    """Frozen options of the policy."""
+
+    @property
+    def identity(self) -> str:
+        """Name and every option: two policies with the same identity choose the same rows."""
+        return f"{self.name} {self.config!r}"
 
     @property
     @abstractmethod
@@ -58,6 +65,10 @@ class Policy(ABC):
     def mean_shift(self) -> float:
         """Strength of the mean shift on rows that stay cached; 0 for none."""
         return 0.0
+
+    def shift_strength(self, layout: ReuseLayout) -> float:
+        """Strength of the mean shift for this request; by default as configured."""
+        return self.mean_shift
 
     @property
     def rows_known_before_layer_0(self) -> bool:

@@ -57,6 +57,7 @@ class CacheBlendPolicy(Policy):
 
     name: ClassVar[str] = "cacheblend"
     signal: ClassVar[Signal] = "deviation"
+    config: CacheBlendConfig
 
     def __init__(self, config: CacheBlendConfig) -> None:
         self.config = config
@@ -90,16 +91,17 @@ class CacheBlendPolicy(Policy):
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
         """Kept counts after each check layer: the largest falling schedule that the budget pays for.
 
-        All 0 where the budget does not even pay for the check: then nothing is checked (plain reuse).
+        All 0 where the budget does not even pay for the check: then nothing is checked (plain reuse). At ratio 1
+        nothing is checked either: every token is computed, and a check would come on top.
         """
         reused = layout.num_reused
+        if self.ratio >= 1.0:
+            return (reused,) * len(self.check_layers(layout.num_layers))
         if not self.config.charge_overhead:
             # The schedule averages to the ratio over the check layers, as the paper words it.
             stages = len(self.check_layers(layout.num_layers))
             mean = 1 + self.config.filter_spread / 2 if stages > 1 else 1.0
-            return self._counts(
-                layout, int(self.ratio * reused / mean + 1e-6) if self.ratio < 1 else reused
-            )
+            return self._counts(layout, int(self.ratio * reused / mean + 1e-6))
         budget = self.ratio * reused * layout.num_layers + 1e-6
         low, high = 0, reused
         while low < high:
@@ -140,7 +142,7 @@ class CacheBlendPolicy(Policy):
         if layout.probes_restart:
             before = (layout.num_reused, *counts[:-1])
             probes = sum(
-                (layer + layout.qkv_share) * (rows + layout.num_fresh)
+                (layer + layout.qkv_share) * (rows + layout.scoring_rows)
                 for layer, rows in zip(layers, before, strict=True)
             )
             return probes + layout.num_layers * counts[-1]

@@ -37,6 +37,7 @@ class EpicPolicy(Policy):
 
     name: ClassVar[str] = "epic"
     signal: ClassVar[Signal] = "none"
+    config: EpicConfig
 
     def __init__(self, config: EpicConfig) -> None:
         self.config = config

@@ -22,6 +22,7 @@ class FullPolicy(Policy):
 
     name: ClassVar[str] = "full"
     signal: ClassVar[Signal] = "none"
+    config: FullConfig
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config

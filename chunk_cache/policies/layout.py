@@ -36,7 +36,8 @@ class ReuseLayout:
         Half-open position ranges of reused chunks, rising, apart, behind ``exact_len``. One range a chunk: a
         chunk directly behind its own prefix at its original position belongs to ``exact_len`` instead.
     num_scoring_rows : int, optional
-        Rows of a scoring pass; by default every fresh token, because fresh tokens between chunks need KV too.
+        Fresh rows of a pass that only probes (attention or deviation); by default every fresh token, because fresh
+        tokens between chunks need KV too.
     qkv_share : float
         Share of a layer's linear work that is QKV, see :func:`qkv_share`.
     probes_restart : bool
@@ -91,7 +92,7 @@ class ReuseLayout:
 
     @property
     def scoring_rows(self) -> int:
-        """Rows of a scoring pass."""
+        """Fresh rows of a probing pass."""
         return self.num_fresh if self.num_scoring_rows is None else self.num_scoring_rows
 
     def reused_positions(self) -> Tensor:

@@ -14,6 +14,10 @@ from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
 
+_LEAST_SHARE = 0.2
+"""Share of the budget's tokens that must be left behind the scoring pass. On the models measured, tokens chosen by
+the question are worth about five times as many that are chosen without it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueryConfig:
@@ -47,12 +51,17 @@ class QueryPolicy(Policy):
 
     The fresh rows run over the loaded KV through layers ``0 .. 0.8 L``; the mass is the mean over question rows,
     heads and layers ``0.5 L .. 0.8 L``. Same family as ProphetKV (arXiv 2602.02579) and A3 (arXiv 2511.17560), which
-    score all layers, or one; the middle layers measured best here. Without a question behind the last chunk
-    the policy is EPIC at the same budget.
+    score all layers, or one; the middle layers measured best here.
+
+    The scoring pass costs ``0.8 L`` for every fresh row, whatever the number of reused tokens. Where a prompt reuses
+    so little that less than a fifth of the budget would be left for tokens, and where no question stands behind
+    the last chunk, nothing is scored: the whole budget goes to the first tokens of every chunk (EPIC), without
+    mean shift, because first tokens move more than the rest and would shift it too far.
     """
 
     name: ClassVar[str] = "query"
     signal: ClassVar[Signal] = "attention"
+    config: QueryConfig
 
     def __init__(self, config: QueryConfig) -> None:
         self.config = config
@@ -74,13 +83,18 @@ class QueryPolicy(Policy):
         return range(min(int(self.config.first_layer * num_layers + 1e-9), stop - 1), stop)
 
     def needs_signal(self, layout: ReuseLayout) -> bool:
-        """Answer False without a question, and where the budget leaves no token or all of them."""
-        count = self._count(layout)
-        return layout.question_len > 0 and 0 < count < layout.num_reused
+        """Answer False without a question, at ratio 1, and where scoring would eat the budget."""
+        if layout.question_len == 0 or self.ratio >= 1.0:
+            return False
+        bought = self.ratio * layout.num_reused
+        return self._count(layout) >= max(1.0, _LEAST_SHARE * bought)
+
+    def shift_strength(self, layout: ReuseLayout) -> float:
+        """As configured for scored tokens, 0 for the first tokens of chunks."""
+        return self.mean_shift if self.needs_signal(layout) else 0.0
 
     def _count(self, layout: ReuseLayout) -> int:
-        if self.ratio >= 1.0:
-            return layout.num_reused
+        """Tokens that the budget leaves behind a scoring pass."""
         budget = self.ratio * layout.num_reused * layout.num_layers - self._overhead(layout)
         return max(0, min(layout.num_reused, int(budget / layout.num_layers + 1e-6)))
 
@@ -88,10 +102,10 @@ class QueryPolicy(Policy):
         return layout.scoring_rows * self.scoring_layers(layout.num_layers).stop
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
-        """Count what the budget leaves after the scoring pass."""
-        if layout.question_len == 0 and self.ratio < 1.0:
-            return self._fallback.num_selected(layout)
-        return (self._count(layout),)
+        """Count what the budget leaves after the scoring pass, or buys without one."""
+        if self.needs_signal(layout):
+            return (self._count(layout),)
+        return self._fallback.num_selected(layout)
 
     def select(
         self,
@@ -101,20 +115,15 @@ class QueryPolicy(Policy):
         candidates: Tensor | None = None,
         stage: int = 0,
     ) -> Tensor:
-        """Take the tokens with the largest mass."""
-        count = self.num_selected(layout)[0]
-        if count == layout.num_reused:
-            return layout.reused_positions()
-        if count == 0:
-            return torch.empty(0, dtype=torch.int64)
-        if layout.question_len == 0:
+        """Take the tokens with the largest mass, or the first ones of every chunk where nothing is scored."""
+        if not self.needs_signal(layout):
             return self._fallback.select(layout)
         if scores is None:
             raise ValueError(
                 "query selects by attention mass: give scores (rag_kernels.query_attention_mass)."
             )
         positions = layout.reused_positions() if candidates is None else candidates
-        return top_positions(self._pooled(scores, layout), positions, count)
+        return top_positions(self._pooled(scores, layout), positions, self._count(layout))
 
     def _pooled(self, scores: Tensor, layout: ReuseLayout) -> Tensor:
         if self.config.pool == 1:

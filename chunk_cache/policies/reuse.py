@@ -23,6 +23,7 @@ class ReusePolicy(Policy):
 
     name: ClassVar[str] = "reuse"
     signal: ClassVar[Signal] = "none"
+    config: ReuseConfig
 
     def __init__(self, config: ReuseConfig) -> None:
         self.config = config

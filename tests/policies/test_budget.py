@@ -115,6 +115,55 @@ def test_query_pays_for_fresh_text_between_chunks_too():
     assert create_policy("query").num_selected(only_question) == ((360 * 30 - 30 * 24) // 30,)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.floats(0.01, 1),
+    st.lists(st.integers(1, 120), min_size=1, max_size=4),
+    st.integers(0, 60),
+    st.integers(1, 40),
+)
+def test_query_on_short_prompts_never_becomes_silent_reuse(ratio, lengths, question, layers):
+    layout = layout_of(lengths, question=question, layers=layers)
+    policy = create_policy("query", ratio=ratio)
+    (kept,) = policy.num_selected(layout)
+    assert policy.charged_ratio(layout) <= ratio + 1e-6
+    bought = int(ratio * layout.num_reused + 1e-6)
+    assert kept > 0 or bought == 0
+    assert kept >= bought // 5
+    if not policy.needs_signal(layout):
+        assert kept == bought  # the scoring pass was not paid, so all of it goes to tokens
+        assert torch.equal(policy.select(layout), create_policy("epic", ratio).select(layout))
+        assert policy.shift_strength(layout) == 0.0
+
+
+def test_query_scores_where_a_fifth_of_the_budget_is_left():
+    policy = create_policy("query")
+    # 24 layers for 30 rows out of 0.15 * 30 * n: paid in full by 160 tokens, four fifths of 200.
+    assert not policy.needs_signal(layout_of([199], question=30))
+    assert policy.num_selected(layout_of([199], question=30)) == (29,)
+    assert policy.needs_signal(layout_of([200], question=30))
+    assert policy.num_selected(layout_of([200], question=30)) == (6,)
+    assert policy.shift_strength(layout_of([200], question=30)) == 0.4
+
+
+@pytest.mark.parametrize("name", ["cacheblend", "adaptive", "query", "epic"])
+def test_ratio_one_probes_nothing_and_computes_everything(name):
+    options = {"max_ratio": 1.0} if name == "adaptive" else {}
+    policy = create_policy(name, 1.0, **options)
+    layout = layout_of([50, 60], layers=5, probes_restart=True)
+    assert not policy.needs_signal(layout)
+    assert torch.equal(policy.select(layout), layout.reused_positions())
+    assert policy.charged_ratio(layout) == 1.0
+
+
+def test_checks_are_charged_for_the_fresh_rows_that_they_run():
+    fewer = layout_of([400] * 6, probes_restart=True, num_scoring_rows=5)
+    more = layout_of([400] * 6, probes_restart=True, num_scoring_rows=500)
+    policy = create_policy("cacheblend:0.15")
+    assert policy.num_selected(more)[-1] < policy.num_selected(fewer)[-1]
+    assert policy.computed_row_layers(more) <= 0.15 * 2400 * 30
+
+
 @pytest.mark.parametrize(
     ("layers", "want"), [(1, range(0, 1)), (2, range(1, 2)), (4, range(2, 4)), (24, range(12, 20))]
 )
