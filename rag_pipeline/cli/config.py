@@ -44,6 +44,8 @@ def command_defaults(commands: Mapping[str, Any], given: Mapping[str, Any]) -> d
             for key in (f"{name}.{option.name}", option.name)
             if key in given
         }
+        if "index" in given and any(option.name == "indexes" for option in command.params):
+            found.setdefault("indexes", [given["index"]])
         if found:
             defaults[name] = found
     return defaults

@@ -72,6 +72,35 @@ class AskSettings(_Section):
     stream: bool = Field(default=False, description="Print the answer as it comes.")
 
 
+class ServeSettings(_Section):
+    """Defaults of ``rag-pipeline serve``; SGLang's own flags are not settings."""
+
+    indexes: list[str] = Field(
+        default=[], description="Index folders or NAME=FOLDER; the shared index when empty."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=30000, ge=1, le=65535, description="Port to listen on.")
+    tenants: str | None = Field(
+        default=None, description="JSON file of further keys, each with its own indexes."
+    )
+    policy: Annotated[str, AfterValidator(_ask_policy)] = Field(
+        default="query", description="For requests that name none; as ask.policy."
+    )
+    search: Literal["dense", "bm25", "hybrid"] = Field(
+        default="dense", description="How to search."
+    )
+    top_k: int = Field(default=4, ge=1, le=64, description="Chunks to retrieve.")
+    chunk_tokens: int = Field(
+        default=192, ge=16, le=8192, description="Most tokens in a chunk of a new index."
+    )
+    overlap: int = Field(default=0, ge=0, description="Tokens shared by neighbouring chunks.")
+    max_upload_mb: int = Field(default=16, ge=1, le=4096, description="Largest upload, MiB.")
+    parse_seconds: int = Field(
+        default=30, ge=1, le=3600, description="CPU seconds to parse one file."
+    )
+    parse_memory_mb: int = Field(default=1024, ge=128, description="Memory to parse one file, MiB.")
+
+
 class FusionSettings(_Section):
     """Switches of fusion for a whole engine; ``RAG_PIPELINE_FUSION`` takes them as JSON."""
 
@@ -140,4 +169,5 @@ class Settings(_Section):
     )
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     ask: AskSettings = Field(default_factory=AskSettings)
+    serve: ServeSettings = Field(default_factory=ServeSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)

@@ -29,7 +29,8 @@ from rag_pipeline.config.sources import (
 )
 from rag_pipeline.errors import RagPipelineError
 
-_PATHS = frozenset({"home", "index", "store", "fusion.store_dir"})
+_PATHS = frozenset({"home", "index", "store", "fusion.store_dir", "serve.tenants"})
+_NAMED_PATHS = "serve.indexes"
 _NAMES_OR_PATHS = frozenset({"model", "embedder"})
 _DEFAULT = Origin(kind="default")
 
@@ -256,10 +257,17 @@ def _nearest(given: str, allowed: list[str]) -> str:
 
 def _beside(file: Path, key: str, value: Any) -> Any:
     """Paths in a file are relative to its folder, not to wherever a command runs."""
+
+    def placed(path: str) -> str:
+        return str((file.parent / Path(path).expanduser()).absolute())
+
+    if key == _NAMED_PATHS:
+        parts = [word.rpartition("=") for word in value]
+        return [f"{name}{equals}{placed(folder)}" for name, equals, folder in parts]
     is_path = key in _PATHS and value
     if not is_path and key in _NAMES_OR_PATHS and value:
         is_path = value.startswith(("./", "../", "~"))
-    return str((file.parent / Path(value).expanduser()).absolute()) if is_path else value
+    return placed(value) if is_path else value
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

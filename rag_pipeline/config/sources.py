@@ -24,8 +24,8 @@ NO_FILES = "off"
 PREFIX = "RAG_PIPELINE_"
 FUSION_VARIABLE = "RAG_PIPELINE_FUSION"
 
-_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "RAG_PIPELINE_FAULT_FILE"})
-"""Variables of the prefix that are not settings: where to look, and one between our processes."""
+_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "RAG_PIPELINE_FAULT_FILE", "RAG_PIPELINE_INTEGRITY"})
+"""Variables of the prefix that are not settings: where to look, one between our processes, one of tests."""
 
 _TEST_PREFIX = "RAG_PIPELINE_TEST_"
 

@@ -171,11 +171,15 @@ def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_paths_in_a_file_are_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text('index = "i"\nmodel = "./m"\nembedder = "org/name"\nhome = "~/h"\n')
+    file.write_text(
+        'index = "i"\nmodel = "./m"\nembedder = "org/name"\nhome = "~/h"\n'
+        '[serve]\nindexes = ["law=l", "/n"]\n'
+    )
     values = load_settings(file).values()
     assert values["index"] == str(tmp_path / "i")
     assert values["model"] == str(tmp_path / "m")
     assert values["embedder"] == "org/name"
+    assert values["serve.indexes"] == [f"law={tmp_path / 'l'}", "/n"]
     assert values["home"] == str(Path("~/h").expanduser())
 
 
@@ -297,6 +301,9 @@ def test_defaults_of_commands_are_built_for_groups_too() -> None:
     assert defaults["cache"]["ls"] == {"store": "s"}
     assert defaults["doctor"] == {"model": "m"}
     assert "eval" not in defaults
+    assert command_defaults(COMMANDS, {"index": "i"})["serve"] == {"indexes": ["i"]}
+    both = command_defaults(COMMANDS, {"index": "i", "serve.indexes": ["a=b"], "serve.port": 1})
+    assert both["serve"] == {"indexes": ["a=b"], "port": 1}
 
 
 def test_measurements_take_nothing_from_a_file_but_the_home(
