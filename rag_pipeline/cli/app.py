@@ -218,13 +218,75 @@ def doctor(
     run_doctor(model=model, server=server or None, json_output=json_output)
 
 
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Options that this command does not know are SGLang's, whose own parser refuses unknown ones."""
+
+
+@app.command(context_settings=_PASS_ON)
+def serve(
+    context: typer.Context,
+    # Not called `index`: a setting of that name is one folder, and this option is a list.
+    indexes: Annotated[
+        list[str],
+        typer.Option(
+            "--index", help="Index folder or NAME=FOLDER; may be repeated, first default."
+        ),
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 30000,
+    tenants: Annotated[
+        Path | None, typer.Option(help="JSON file of further keys, each with its own indexes.")
+    ] = None,
+    embedder: EmbedderOption = None,
+    policy: Annotated[
+        str, typer.Option(help="For requests that name none: prefix or a fusion policy.")
+    ] = "query",
+    search: Annotated[str, typer.Option(help="dense, bm25 or hybrid.")] = "dense",
+    top_k: TopKOption = 4,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=16, max=8192, help="Most tokens in a chunk of a new index.")
+    ] = DEFAULT_CHUNK_TOKENS,
+    overlap: Annotated[int, typer.Option(min=0, help="Tokens shared by neighbours.")] = 0,
+    max_upload_mb: Annotated[int, typer.Option(min=1, max=4096, help="Largest upload.")] = 16,
+    parse_seconds: Annotated[
+        int, typer.Option(min=1, max=3600, help="CPU seconds to parse one file.")
+    ] = 30,
+    parse_memory_mb: Annotated[int, typer.Option(min=128, help="Memory to parse one file.")] = 1024,
+    store: StoreOption = None,
+) -> None:
+    """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
+    from rag_pipeline.cli.serve import ServeOptions, run_serve
+
+    run_serve(
+        ServeOptions(
+            index=tuple(indexes),
+            model=model,
+            host=host,
+            port=port,
+            tenants=tenants,
+            embedder=embedder,
+            policy=policy,
+            search=search,
+            top_k=top_k,
+            chunk_tokens=chunk_tokens,
+            overlap=overlap,
+            max_upload_mb=max_upload_mb,
+            parse_seconds=parse_seconds,
+            parse_memory_mb=parse_memory_mb,
+            store=store,
+            words=tuple(context.args),
+        )
+    )
+
+
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """The evaluation's own parser reads the words behind these commands, and refuses unknown ones."""
 
 
 @app.command("eval", context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Measure answer quality, distance to full prefill and cost of every mode."""
+    """Measure answer quality and cost of every mode; `eval gate` checks a model before it serves."""
     from rag_eval.fidelity import main as run
 
     raise typer.Exit(run(context.args))
@@ -232,8 +294,9 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=_FORWARD)
 def bench(context: typer.Context) -> None:
-    """Measure speed alone: ttft (time to first token) or store (find, save, load, evict)."""
-    benchmarks = {"ttft": "rag_eval.benchmarks.ttft", "store": "rag_eval.benchmarks.store"}
+    """Measure speed alone: ttft, throughput (arrivals at a server), store (save, load, evict)."""
+    names = ("ttft", "throughput", "store")
+    benchmarks = {name: f"rag_eval.benchmarks.{name}" for name in names}
     name, *words = context.args or ["--help"]
     if name in ("-h", "--help"):
         typer.echo(

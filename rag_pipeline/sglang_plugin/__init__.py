@@ -101,11 +101,12 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import activation, fusion, launch_hooks
+        from rag_pipeline.sglang_plugin import activation, fusion, integrity, launch_hooks
 
         activation.register()
         launch_hooks.register()
         fusion.register()
+        integrity.register()
         verify_targets()
 
 

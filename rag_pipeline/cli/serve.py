@@ -1,0 +1,104 @@
+"""``rag-pipeline serve``: SGLang's own server with retrieval, fusion, documents and the page."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, resolve_llm_shown
+from rag_pipeline.cli.console import say
+from rag_pipeline.config import kv_store_dir
+from rag_pipeline.errors import RagPipelineError
+
+if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.http_server import ServerFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """Options of the command, as parsed; `words` go to SGLang."""
+
+    index: tuple[str, ...]
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 30000
+    tenants: Path | None = None
+    embedder: str | None = None
+    policy: str = "query"
+    search: str = "dense"
+    top_k: int = 4
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    overlap: int = 0
+    max_upload_mb: int = 16
+    parse_seconds: int = 30
+    parse_memory_mb: int = 1024
+    store: Path | None = None
+    words: tuple[str, ...] = ()
+
+
+def run_serve(options: ServeOptions) -> None:
+    """Serve; everything that can be refused is refused before the engine starts."""
+    from rag_pipeline.cli.cache import use_store
+    from rag_pipeline.generation import PREFIX_POLICY, extra_fields
+    from rag_pipeline.server import ServerSettings, Tenants, parse_indexes, serve
+    from rag_pipeline.types import GenerationRequest
+
+    _refuse_words(options)
+    extra_fields(GenerationRequest(input_ids=(), policy=options.policy))
+    tenants = Tenants.load(parse_indexes(options.index), options.tenants)
+    has_key = any(word.partition("=")[0] == "--api-key" for word in options.words)
+    if len(tenants) and not has_key:
+        raise RagPipelineError(
+            "--tenants without --api-key would leave the operator's side open; give --api-key too"
+        )
+    _warn_of_the_open(options.host, has_key=has_key)
+    if options.policy != PREFIX_POLICY:
+        use_store(options.store or kv_store_dir())
+    settings = ServerSettings(
+        model=resolve_llm_shown(options.model).path,
+        embedder=options.embedder or DEFAULT_EMBEDDER,
+        policy=options.policy,
+        search=options.search,
+        top_k=options.top_k,
+        chunk_tokens=options.chunk_tokens,
+        overlap=options.overlap,
+        max_upload_bytes=options.max_upload_mb << 20,
+        parse_seconds=options.parse_seconds,
+        parse_bytes=options.parse_memory_mb << 20,
+    )
+    words = ["--host", options.host, "--port", str(options.port), *options.words]
+    # Its workers would each ask the terminal how wide it is and draw bars into the log.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    say(f"Starting SGLang with {options.model}; this takes half a minute on a CPU")
+    serve(settings, tenants, words, on_ready=_say_ready)
+
+
+def _say_ready(facts: ServerFacts) -> None:
+    shown = f"[{facts.host}]" if ":" in facts.host else facts.host
+    url = f"http://{shown}:{facts.port}"
+    say(f"Ready: {url}/v1 for OpenAI clients, {url}/v1/rag/chat/completions with documents,")
+    say(f"       {url}/rag for the page, {url}/v1/rag/health for the state")
+
+
+def _warn_of_the_open(host: str, *, has_key: bool) -> None:
+    from rag_pipeline.server.guard import is_loopback
+
+    if is_loopback(host):
+        return
+    say("!" * 78)
+    say(f"WARNING: listening on {host}: other machines can reach this server, without encryption.")
+    if not has_key:
+        say("WARNING: no --api-key: WHOEVER REACHES IT can read, add and delete all documents.")
+    say("WARNING: put a TLS proxy in front, or leave out --host to serve this machine only.")
+    say("!" * 78)
+
+
+def _refuse_words(options: ServeOptions) -> None:
+    """Options of this command that SGLang spells otherwise, and words that are no flags."""
+    if options.words and not options.words[0].startswith("-"):
+        raise RagPipelineError(f"{options.words[0]!r} is not a flag; `serve` takes flags only")
+    for word in options.words:
+        if word.partition("=")[0] in ("--model-path", "--tokenizer-path", "--config"):
+            raise RagPipelineError(f"{word.partition('=')[0]} is not taken here; use --model")

@@ -1,0 +1,268 @@
+"""``POST /v1/rag/chat/completions``: retrieve, lay out, generate in the engine, answer as OpenAI does."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rag_pipeline.generation import extra_fields, fusion_report, usage_from_meta
+from rag_pipeline.generation.base import finish_reason
+from rag_pipeline.server.attribution import attribute
+from rag_pipeline.server.conversation import read_conversation
+from rag_pipeline.server.errors import error_body, refusal_of
+from rag_pipeline.server.segments import segments_of
+from rag_pipeline.types import GenerationRequest, PromptLayout, SamplingOptions
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from rag_pipeline.server.schemas import ChatRequest
+    from rag_pipeline.server.service import RagService
+    from rag_pipeline.server.tenants import Tenant
+    from retrievers import SearchHit
+
+DEFAULT_ANSWER_TOKENS = 256
+
+
+def citation(number: int, hit: SearchHit, *, with_text: bool) -> dict[str, Any]:
+    """JSON of a retrieved chunk."""
+    chunk = hit.chunk
+    return {
+        "number": number,
+        "chunk_id": chunk.id,
+        "document_id": chunk.document_id,
+        "title": chunk.title,
+        "path": chunk.path,
+        "score": hit.score,
+        **({"text": chunk.text} if with_text else {}),
+    }
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatRun:
+    """One request on its way."""
+
+    body: ChatRequest
+    index_name: str
+    layout: PromptLayout
+    request: GenerationRequest
+    params: dict[str, Any]
+    started: float
+    retrieved: float
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    first: float | None = None
+    text: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, text: str, meta: Any) -> str:
+        """Note one piece and return what to hand on; leading white space is dropped."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        # An incremental stream reports the fusion in its first message only, and empty afterwards.
+        self.meta.update({key: value for key, value in meta.items() if value != []})
+        piece = text if self.text else text.lstrip()
+        self.text += piece
+        return piece
+
+    @property
+    def finish(self) -> str:
+        """OpenAI's word for the end."""
+        return "length" if finish_reason(self.meta)[0] == "length" else "stop"
+
+    def citations(self) -> list[dict[str, Any]]:
+        """Chunks in prompt order, numbered from 1, with the tokens that they fill."""
+        with_text = self.body.rag.include_text
+        return [
+            citation(number, hit, with_text=with_text) | {"tokens": [span.start, span.end]}
+            for number, (hit, span) in enumerate(
+                zip(self.layout.chunks, self.layout.chunk_spans, strict=True), start=1
+            )
+        ]
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage; the four kinds of prompt tokens stand in its details and add up."""
+        usage = usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": usage.exact_prefix_tokens + usage.reused_tokens,
+                "exact_prefix_tokens": usage.exact_prefix_tokens,
+                "reused_tokens": usage.reused_tokens,
+                "recomputed_tokens": usage.recomputed_tokens,
+                "fresh_tokens": usage.fresh_tokens,
+            },
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The ``rag`` object of a finished answer, without its citations."""
+        now = time.perf_counter()
+        report = fusion_report(self.meta) or {}
+        sources = [hit.chunk.text for hit in self.layout.chunks]
+        usage = usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
+        behind = usage.prompt_tokens - usage.exact_prefix_tokens
+        fraction = float(report.get("computed_fraction", 1.0))
+        return {
+            "index": self.index_name,
+            "policy": report.get("policy") or self.request.policy,
+            "ratio": report.get("ratio") if report.get("policy") else self.request.ratio,
+            "fused": bool(usage.reused_tokens or usage.recomputed_tokens),
+            "fallback": report.get("fallback", ""),
+            # Of the work behind the exact prefix, as the engine counts it; and of the whole prompt.
+            "computed_fraction": fraction,
+            "computed_fraction_of_prompt": round(fraction * behind / usage.prompt_tokens, 6),
+            "segments": segments_of(self.layout, usage, report),
+            "attributions": [item._asdict() for item in attribute(self.text, sources)],
+            "dropped": [
+                citation(number, hit, with_text=False)
+                for number, hit in enumerate(self.layout.dropped, start=1)
+            ],
+            "timing": {
+                "retrieve_s": round(self.retrieved - self.started, 6),
+                "ttft_s": round((self.first or now) - self.retrieved, 6),
+                "total_s": round(now - self.started, 6),
+            },
+        }
+
+
+def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
+    """Do everything before the engine; runs in a worker thread.
+
+    Raises
+    ------
+    ApiError, RagPipelineError, RetrievalError
+        Whatever the request has wrong.
+    """
+    started = time.perf_counter()
+    options = body.rag
+    policy = service.settings.policy if options.policy is None else options.policy
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    sampling = SamplingOptions(
+        max_new_tokens=body.answer_tokens or DEFAULT_ANSWER_TOKENS,
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        stop=stop,
+    )
+    # A policy that does not exist is refused before anything is searched.
+    extra_fields(GenerationRequest(input_ids=(), policy=policy, ratio=options.ratio))
+    index = service.indexes.get(tenant, options.index)
+    talk = read_conversation(body.messages)
+    hits = index.search(
+        options.query or talk.query,
+        k=options.k or service.settings.top_k,
+        mode=options.search or service.settings.search,
+        where=options.where,
+    )
+    retrieved = time.perf_counter()
+    layout = service.builder.build(
+        talk.question,
+        hits,
+        max_new_tokens=sampling.max_new_tokens,
+        context_length=service.engine.context_length,
+    )
+    params = sampling.to_params()
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(body, name)
+        if value is not None:
+            params[name] = value
+    return ChatRun(
+        body=body,
+        index_name=index.name,
+        layout=layout,
+        request=GenerationRequest(
+            input_ids=layout.input_ids,
+            spans=layout.chunk_spans,
+            sampling=sampling,
+            policy=policy,
+            ratio=options.ratio,
+        ),
+        params=params,
+        started=started,
+        retrieved=retrieved,
+    )
+
+
+async def complete(service: RagService, run: ChatRun, http_request: Request) -> dict[str, Any]:
+    """Generate the whole answer."""
+    async for piece in service.engine.generate(
+        run.request, params=run.params, http_request=http_request, stream=False
+    ):
+        run.take(piece.text, piece.meta_info)
+    message = {"role": "assistant", "content": run.text.rstrip()}
+    run.text = run.text.rstrip()
+    return {
+        "id": run.id,
+        "object": "chat.completion",
+        "created": run.created,
+        "model": service.model_name,
+        "choices": [
+            {"index": 0, "message": message, "finish_reason": run.finish, "logprobs": None}
+        ],
+        "usage": run.usage(),
+        "rag": {"citations": run.citations(), **run.summary()},
+    }
+
+
+async def stream(
+    service: RagService, run: ChatRun, http_request: Request
+) -> AsyncGenerator[bytes, None]:
+    """Yield server-sent events: sources first, then the answer, then the account of it.
+
+    The first piece of text is awaited before anything is sent, so that a refusal of the engine is an
+    HTTP status and not an event: the caller takes one step before it starts the response.
+    """
+    pieces = service.engine.generate(
+        run.request, params=run.params, http_request=http_request, stream=True
+    )
+    try:
+        begun = False
+        async for piece in pieces:
+            text = run.take(piece.text, piece.meta_info)
+            if not begun:
+                begun = True
+                opening = {"role": "assistant", "content": ""}
+                yield _event(service, run, opening, rag={"citations": run.citations()})
+            if text:
+                yield _event(service, run, {"content": text})
+        yield _event(service, run, {}, finish=run.finish, rag=run.summary())
+        if run.body.stream_options is not None and run.body.stream_options.include_usage:
+            yield _event(service, run, None, usage=run.usage())
+    except Exception as error:
+        refusal = refusal_of(error)
+        if run.first is None or refusal is None:
+            raise
+        yield _line(error_body(*refusal))
+    finally:
+        await pieces.aclose()
+    yield b"data: [DONE]\n\n"
+
+
+def _event(
+    service: RagService,
+    run: ChatRun,
+    change: dict[str, Any] | None,
+    *,
+    finish: str | None = None,
+    **more: Any,
+) -> bytes:
+    choice = {"index": 0, "delta": change, "finish_reason": finish, "logprobs": None}
+    return _line(
+        {
+            "id": run.id,
+            "object": "chat.completion.chunk",
+            "created": run.created,
+            "model": service.model_name,
+            "choices": [] if change is None else [choice],
+            **more,
+        }
+    )
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,49 @@
+"""From a chat's messages to one RAG prompt: what to retrieve by, and what the question part says.
+
+Chunks always stand right behind the one shared system part, so that their stored KV fits. What a client
+says of its own (a system message, earlier turns) therefore stands in the question part, behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE
+from rag_pipeline.server.schemas import Message
+
+QUESTION_TEMPLATE = "{question}"
+"""Template for the builder: :func:`read_conversation` writes the whole part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a chat comes to.
+
+    Parameters
+    ----------
+    query
+        The last user message: what is retrieved by.
+    question
+        The question part of the prompt.
+    """
+
+    query: str
+    question: str
+
+
+def read_conversation(messages: Sequence[Message]) -> Conversation:
+    """Turn messages, the last one a user's, into query and question part."""
+    query = messages[-1].text().strip()
+    rules = [m.text().strip() for m in messages if m.role in ("system", "developer")]
+    earlier = [m for m in messages[:-1] if m.role in ("user", "assistant") and m.text().strip()]
+    rules = [rule for rule in rules if rule]
+    parts = ["\n".join(rules)] if rules else []
+    if earlier:
+        names = {"user": "User", "assistant": "Assistant"}
+        turns = "\n".join(f"{names[m.role]}: {m.text().strip()}" for m in earlier)
+        parts.append(f"The conversation so far:\n{turns}")
+    # A client with rules of its own says itself how long an answer is to be.
+    template = "Question: {question}" if rules else DEFAULT_QUESTION_TEMPLATE
+    parts.append(template.format(question=query))
+    return Conversation(query=query, question="\n\n".join(parts))

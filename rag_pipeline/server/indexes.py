@@ -1,0 +1,215 @@
+"""Indexes as a server holds them: opened once, searched by many, replaced when a new generation appears."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_pipeline.server.errors import ApiError
+from retrievers import Embedder, Index, Manifest, RetrievalError, SearchHit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rag_pipeline.server.tenants import Tenant
+
+_BATCH = 16
+"""Passages embedded before a waiting query gets its turn."""
+
+
+class SharedEmbedder(Embedder):
+    """An embedder that several threads use; an ingest lets queries in between its batches."""
+
+    def __init__(self, model: str | Path, *, name: str) -> None:
+        super().__init__(model, name=name)
+        # The tokenizer inside keeps the settings of its last call: two calls at once spoil each other.
+        self._turn = threading.Lock()
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of several queries, ``(len(texts), dim)`` float32, unit length."""
+        with self._turn:
+            return super().encode_queries(texts)
+
+    def encode_documents(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Vectors of passages, ``(len(texts), dim)`` float32, unit length, in the order given."""
+        import numpy as np
+
+        out = np.empty((len(texts), self.dim), dtype=np.float32)
+        by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        for start in range(0, len(texts), _BATCH):
+            rows = by_length[start : start + _BATCH]
+            with self._turn:
+                out[rows] = super().encode_documents([texts[row] for row in rows])
+            if progress is not None:
+                progress(len(rows))
+        return out
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text in the model's own tokenizer, without truncation or prompt."""
+        with self._turn:
+            return super().count_tokens(texts)
+
+
+class EmbedderPool:
+    """One embedder a name, however many indexes were built with it."""
+
+    def __init__(self, default: str) -> None:
+        self.default = default
+        self._made: dict[str, SharedEmbedder] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str | None = None) -> SharedEmbedder:
+        """Embedder by name, folder or hub id; the default one without a name."""
+        from rag_pipeline.models import resolve_embedder
+
+        wanted = name or self.default
+        with self._lock:
+            if wanted not in self._made:
+                self._made[wanted] = SharedEmbedder(resolve_embedder(wanted).path, name=wanted)
+            return self._made[wanted]
+
+
+class ServedIndex:
+    """One index folder, which may not exist yet.
+
+    Parameters
+    ----------
+    name
+        As requests call it.
+    folder
+        Index folder.
+    embedders
+        Where the embedder comes from; the index's own, the pool's default for a new index.
+    """
+
+    def __init__(self, name: str, folder: Path, embedders: EmbedderPool) -> None:
+        self.name = name
+        self.folder = folder
+        self._embedders = embedders
+        self._lock = threading.Lock()
+        self._opened: Index | None = None
+        self._seen: tuple[int, int] | None = None
+
+    def embedder(self) -> SharedEmbedder:
+        """The embedder of the index, or the one a new index will get."""
+        manifest = self.manifest()
+        return self._embedders.get(None if manifest is None else manifest.embedder_name)
+
+    def manifest(self) -> Manifest | None:
+        """Manifest of the current generation; None where the folder holds no index yet."""
+        return Manifest.read(self.folder) if self._mark() is not None else None
+
+    def current(self) -> Index | None:
+        """The index as it is on disk now; None where the folder holds none yet.
+
+        A search that has begun goes on with the generation it has; its files stay open until then.
+        """
+        with self._lock:
+            mark = self._mark()
+            if mark is None:
+                self._opened = self._seen = None
+            elif mark != self._seen:
+                first = self._opened is None
+                self._opened = Index.open(self.folder, embedder=self.embedder(), verify=first)
+                self._seen = mark
+            return self._opened
+
+    def search(
+        self, query: str, *, k: int, mode: str, where: Mapping[str, object] | None = None
+    ) -> list[SearchHit]:
+        """Return at most `k` hits, best first.
+
+        Raises
+        ------
+        ApiError
+            409 where there is nothing to search in yet.
+        RetrievalError
+            A malformed filter, or an index that cannot be read.
+        """
+        index = self.current()
+        if index is None or len(index) == 0:
+            raise ApiError(
+                409,
+                f"the index {self.name!r} is empty; upload documents to /v1/rag/documents first",
+            )
+        return index.retriever(mode).search(query, k=k, where=where)
+
+    def documents(self, *, offset: int, limit: int) -> tuple[int, list[tuple[str, int]]]:
+        """Return how many documents there are, and id and number of chunks of a page of them."""
+        index = self.current()
+        if index is None:
+            return 0, []
+        page = islice(index.documents(), offset, offset + limit)
+        return index.manifest.num_documents, [(record.id, record.num_chunks) for record in page]
+
+    def holds(self, document_id: str) -> bool:
+        """Whether the index has a document of this id."""
+        index = self.current()
+        return index is not None and any(record.id == document_id for record in index.documents())
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready state for health; a damaged index says so instead of raising."""
+        try:
+            manifest = self.manifest()
+        except RetrievalError as error:
+            return {"ok": False, "error": str(error)}
+        if manifest is None:
+            return {"ok": True, "documents": 0, "chunks": 0, "embedder": self._embedders.default}
+        return {
+            "ok": True,
+            "documents": manifest.num_documents,
+            "chunks": manifest.num_chunks,
+            "embedder": manifest.embedder_name,
+            "factory": manifest.factory,
+            "generation": manifest.generation,
+        }
+
+    def _mark(self) -> tuple[int, int] | None:
+        from retrievers.manifest import MANIFEST_NAME
+
+        try:
+            found = os.stat(self.folder / MANIFEST_NAME)  # noqa: PTH116
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+
+class IndexTable:
+    """Every index of every tenant; a request reaches one by its tenant and a known name only."""
+
+    def __init__(self, tenants: Sequence[Tenant], embedders: EmbedderPool) -> None:
+        self._table = {
+            tenant.name: {
+                name: ServedIndex(name, folder, embedders)
+                for name, folder in tenant.indexes.items()
+            }
+            for tenant in tenants
+        }
+
+    def get(self, tenant: Tenant, name: str | None) -> ServedIndex:
+        """Index of a tenant by name; the tenant's first one without a name.
+
+        Raises
+        ------
+        ApiError
+            404, naming the indexes that this key has.
+        """
+        mine = self._table[tenant.name]
+        if name is None:
+            return next(iter(mine.values()))
+        if name not in mine:
+            raise ApiError(
+                404, f"no index {name!r}; this key has {', '.join(mine)}", param="rag.index"
+            )
+        return mine[name]
+
+    def of(self, tenant: Tenant) -> dict[str, ServedIndex]:
+        """All indexes of a tenant."""
+        return self._table[tenant.name]

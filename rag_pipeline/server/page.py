@@ -1,0 +1,60 @@
+"""The page at ``/rag``: three static files, no build step, nothing from outside."""
+
+from __future__ import annotations
+
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+FILES = {
+    "/rag": ("index.html", "text/html; charset=utf-8"),
+    "/rag/rag.css": ("rag.css", "text/css; charset=utf-8"),
+    "/rag/rag.js": ("rag.js", "text/javascript; charset=utf-8"),
+    "/rag/strip.js": ("strip.js", "text/javascript; charset=utf-8"),
+}
+
+HEADERS = {
+    # Nothing runs and nothing loads that is not one of the files above; answers are shown as text only.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+def is_page_path(path: str) -> bool:
+    """Whether a path is one of the page's own files, which hold no secret and need no key."""
+    return path in FILES
+
+
+@cache
+def _content(name: str) -> tuple[bytes, str]:
+    data = (files("rag_pipeline.server") / "static" / name).read_bytes()
+    return data, f'"{sha256(data).hexdigest()[:32]}"'
+
+
+def make_page_router() -> APIRouter:
+    """Router of the page."""
+    router = APIRouter(include_in_schema=False)
+
+    def add(path: str, name: str, media_type: str) -> None:
+        async def send(request: Request) -> Response:
+            data, tag = _content(name)
+            if request.headers.get("if-none-match") == tag:
+                return Response(status_code=304, headers={**HEADERS, "ETag": tag})
+            return Response(data, media_type=media_type, headers={**HEADERS, "ETag": tag})
+
+        router.add_api_route(path, send, methods=["GET", "HEAD"])
+
+    for path, (name, media_type) in FILES.items():
+        add(path, name, media_type)
+    return router

@@ -1,0 +1,255 @@
+"""The ``/v1/rag`` routes, added to SGLang's own app."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
+
+from rag_pipeline.server import chat
+from rag_pipeline.server.errors import ApiError, RagRoute
+from rag_pipeline.server.ingest_jobs import stage
+from rag_pipeline.server.parsing import safe_name
+from rag_pipeline.server.schemas import (
+    ChatAnswer,
+    ChatRequest,
+    DeletedAnswer,
+    DocumentsAnswer,
+    DocumentsRequest,
+    ErrorAnswer,
+    HealthAnswer,
+    IndexName,
+    JobAnswer,
+    SearchAnswer,
+    SearchRequest,
+)
+from rag_pipeline.server.service import RagService
+from rag_pipeline.server.tenants import Tenant
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": "One line that says what to change."}
+    for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503)
+}
+_SSE = {"text/event-stream": {"schema": {"type": "string"}}}
+_NDOCS = 1000
+
+IndexQuery = Annotated[IndexName | None, Query(description="Name of an index of this key.")]
+
+
+def body_limit(limit: Callable[[], int]) -> Callable[[F], F]:
+    """Give an endpoint another limit than that of JSON bodies."""
+
+    def mark(endpoint: F) -> F:
+        endpoint.body_limit = limit  # type: ignore[attr-defined]
+        return endpoint
+
+    return mark
+
+
+def make_router(service: RagService) -> APIRouter:
+    """Build the router for one server."""
+    router = APIRouter(prefix="/v1/rag", route_class=RagRoute, responses=_ERRORS, tags=["rag"])
+
+    @router.post(
+        "/chat/completions",
+        response_model=ChatAnswer,
+        responses={200: {"content": _SSE, "description": "The answer; events with `stream`."}},
+    )
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer from the indexed documents; OpenAI's schema with `rag` beside it."""
+        run = await service.in_thread(chat.prepare, service, service.tenant(request), body)
+        if not body.stream:
+            return JSONResponse(await chat.complete(service, run, request))
+        events = chat.stream(service, run, request)
+        first = await anext(events)
+        return StreamingResponse(
+            _after(first, events),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    @router.post("/search", response_model=SearchAnswer)
+    async def search(body: SearchRequest, request: Request) -> Response:
+        """Search without an answer."""
+        index = service.indexes.get(service.tenant(request), body.index)
+        mode = body.search or service.settings.search
+
+        def find() -> list[dict[str, Any]]:
+            k = body.k or service.settings.top_k
+            hits = index.search(body.query, k=k, mode=mode, where=body.where)
+            return [chat.citation(n, hit, with_text=True) for n, hit in enumerate(hits, start=1)]
+
+        data = await service.in_thread(find)
+        return JSONResponse({"object": "list", "index": index.name, "data": data})
+
+    @router.post(
+        "/documents", response_model=JobAnswer, status_code=202, openapi_extra=_upload_body()
+    )
+    @body_limit(lambda: service.settings.max_upload_bytes)
+    async def add_documents(request: Request) -> Response:
+        """Upload files (multipart, field `file`) or texts (JSON); ingested in the background."""
+        tenant = service.tenant(request)
+        service.jobs.check_room(tenant.name)
+        job = await _take_upload(service, tenant, request)
+        return JSONResponse(job, status_code=202)
+
+    @router.get("/documents", response_model=DocumentsAnswer)
+    async def list_documents(
+        request: Request,
+        index: IndexQuery = None,
+        offset: Annotated[int, Query(ge=0, le=1 << 40)] = 0,
+        limit: Annotated[int, Query(ge=1, le=_NDOCS)] = 100,
+    ) -> Response:
+        """List the documents of an index, and this key's uploads to it."""
+        tenant = service.tenant(request)
+        served = service.indexes.get(tenant, index)
+        total, page = await service.in_thread(lambda: served.documents(offset=offset, limit=limit))
+        jobs = [job.to_json() for job in service.jobs.of(tenant.name, served.name)]
+        data = [{"id": name, "chunks": chunks} for name, chunks in page]
+        return JSONResponse(
+            {"object": "list", "index": served.name, "total": total, "data": data, "jobs": jobs}
+        )
+
+    @router.delete("/documents/{document_id:path}", response_model=DeletedAnswer)
+    async def delete_document(
+        request: Request,
+        document_id: Annotated[str, Path(min_length=1, max_length=1024)],
+        index: IndexQuery = None,
+    ) -> Response:
+        """Remove one document with its chunks, behind the uploads that came before."""
+        served = service.indexes.get(service.tenant(request), index)
+        known = await service.in_thread(served.holds, document_id)
+        if not known:
+            raise ApiError(
+                404, f"the index {served.name!r} holds no document {document_id[:200]!r}"
+            )
+        chunks = await asyncio.wrap_future(service.jobs.delete(served, document_id))
+        return JSONResponse(
+            {
+                "id": document_id,
+                "object": "rag.document.deleted",
+                "deleted": True,
+                "chunks": chunks,
+            }
+        )
+
+    @router.get("/jobs/{job_id}", response_model=JobAnswer)
+    async def job_progress(
+        request: Request, job_id: Annotated[str, Path(max_length=64)]
+    ) -> Response:
+        """Progress of one upload."""
+        return JSONResponse(service.jobs.get(service.tenant(request).name, job_id).to_json())
+
+    @router.get("/health", response_model=HealthAnswer)
+    async def health(request: Request) -> Response:
+        """Whether the plugin is active and fusion on; what indexes and cache hold."""
+        report = await service.health(service.tenant(request))
+        return JSONResponse(report, status_code=200 if report["activation"]["active"] else 503)
+
+    return router
+
+
+async def _after(first: bytes, rest: Any) -> Any:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()
+
+
+async def _take_upload(service: RagService, tenant: Tenant, request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _take_files(service, tenant, request)
+    if kind == "application/json":
+        return await _take_texts(service, tenant, request)
+    raise ApiError(
+        400,
+        f"content-type is {kind[:60]!r}; send multipart/form-data with files, or application/json with "
+        "texts",
+    )
+
+
+async def _take_texts(service: RagService, tenant: Tenant, request: Request) -> dict[str, Any]:
+    try:
+        body = DocumentsRequest.model_validate(json.loads(await request.body()))
+    except ValidationError as error:
+        from fastapi.exceptions import RequestValidationError
+
+        found = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(found) from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON ({str(error)[:120]}); send one object") from None
+    index = service.indexes.get(tenant, body.index)
+    named = []
+    for document in body.documents:
+        name = safe_name(document.name)
+        named.append((name if "." in name else f"{name}.txt", document.text.encode()))
+    return await _submit(service, tenant, index.name, named)
+
+
+async def _take_files(service: RagService, tenant: Tenant, request: Request) -> dict[str, Any]:
+    limit = service.settings.max_upload_files
+    async with request.form(max_files=limit, max_fields=8, max_part_size=1 << 16) as form:
+        unknown = sorted(set(form) - {"file", "index"})
+        if unknown:
+            raise ApiError(
+                400, f"form field {unknown[0][:80]!r} is not known; allowed: file, index"
+            )
+        uploads = form.getlist("file")
+        if not uploads or any(isinstance(upload, str) for upload in uploads):
+            raise ApiError(400, "form field 'file' must hold at least one file with a name")
+        wanted = form.get("index")
+        index = service.indexes.get(tenant, str(wanted) if wanted else None)
+        named = [(safe_name(upload.filename or ""), await upload.read()) for upload in uploads]  # type: ignore[union-attr]
+    return await _submit(service, tenant, index.name, named)
+
+
+async def _submit(
+    service: RagService, tenant: Tenant, index: str, named: list[tuple[str, bytes]]
+) -> dict[str, Any]:
+    def write() -> dict[str, Any]:
+        import shutil
+
+        folder = service.jobs.new_folder()
+        try:
+            for name, content in named:
+                stage(folder, name, content)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return service.jobs.submit(
+            tenant.name, service.indexes.get(tenant, index), folder
+        ).to_json()
+
+    return await service.in_thread(write)
+
+
+def _upload_body() -> dict[str, Any]:
+    """Write the two bodies of an upload for the OpenAPI document; FastAPI sees only a raw request."""
+    texts = DocumentsRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    item = texts.pop("$defs")["JsonDocument"]
+    texts["properties"]["documents"]["items"] = item
+    files = {
+        "type": "object",
+        "required": ["file"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {
+                "type": "array",
+                "minItems": 1,
+                "items": {"type": "string", "format": "binary"},
+            },
+            "index": {"type": "string"},
+        },
+    }
+    content = {"application/json": {"schema": texts}, "multipart/form-data": {"schema": files}}
+    return {"requestBody": {"required": True, "content": content}}

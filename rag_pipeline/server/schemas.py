@@ -1,0 +1,236 @@
+"""Requests and answers of the RAG routes, as the OpenAPI document shows them. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_K = 64
+_TEXT_LIMIT = 200_000
+
+Search = Literal["dense", "bm25", "hybrid"]
+IndexName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Where = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class TextPart(_Strict):
+    """A part of a message; text only."""
+
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=_TEXT_LIMIT)]
+
+
+class Message(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=_TEXT_LIMIT)] | list[TextPart] | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: None = None
+
+    def text(self) -> str:
+        """All text of the message."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class RagOptions(_Strict):
+    """Retrieval and fusion of one request; the server's own settings where nothing is said."""
+
+    index: IndexName | None = Field(default=None, description="Name of an index of this key.")
+    k: Annotated[int, Field(ge=1, le=MAX_K, strict=True)] | None = Field(
+        default=None, description="Chunks to retrieve."
+    )
+    search: Search | None = None
+    where: Where | None = Field(default=None, description="Filter on chunk metadata.")
+    query: Annotated[str, Field(min_length=1, max_length=8000)] | None = Field(
+        default=None, description="Text to retrieve by; the last user message by default."
+    )
+    policy: Annotated[str, Field(max_length=64)] | None = Field(
+        default=None,
+        description="`prefix` (exact) or a fusion policy: query, cacheblend, epic, ...",
+    )
+    ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    include_text: bool = Field(
+        default=True, description="Whether citations carry their chunk's text."
+    )
+
+
+class StreamOptions(_Strict):
+    """OpenAI's options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(_Strict):
+    """OpenAI's chat completion request, with `rag` beside it.
+
+    Fields of OpenAI's schema that this route cannot honour are refused, not dropped.
+    """
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    rag: RagOptions = Field(default_factory=lambda: RagOptions())
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=200)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+        | None
+    ) = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1, description="One answer a request.")] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if self.messages[-1].role != "user" or not self.messages[-1].text().strip():
+            raise ValueError("the last message must be the user's and hold at least one word")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options without stream; set stream to true")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Most tokens of the answer, under either of OpenAI's names."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class SearchRequest(_Strict):
+    """A search without an answer."""
+
+    query: Annotated[str, Field(min_length=1, max_length=8000, pattern=r"\S")]
+    index: IndexName | None = None
+    k: Annotated[int, Field(ge=1, le=MAX_K, strict=True)] | None = None
+    search: Search | None = None
+    where: Where | None = None
+
+
+class Citation(_Answer):
+    """A chunk of the prompt: its number, where it is from, and the prompt tokens that it fills."""
+
+    number: int
+    chunk_id: str
+    document_id: str
+    title: str
+    path: str | None
+    score: float
+    text: str | None = None
+
+
+class SearchAnswer(_Answer):
+    """Chunks, best first."""
+
+    object: Literal["list"] = "list"
+    index: str
+    data: list[Citation]
+
+
+class ChatAnswer(_Answer):
+    """OpenAI's chat completion, with `rag` beside it."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+    rag: dict[str, Any]
+
+
+class ErrorFields(_Answer):
+    """One line that says what was given, what is allowed, and what to change."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class ErrorAnswer(_Answer):
+    """Body of every refusal."""
+
+    error: ErrorFields
+
+
+class JsonDocument(_Strict):
+    """A document sent as text; the suffix of its name chooses the parser (``.txt`` without one)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    text: Annotated[str, Field(min_length=1)]
+
+
+class DocumentsRequest(_Strict):
+    """Documents to ingest."""
+
+    documents: Annotated[list[JsonDocument], Field(min_length=1, max_length=64)]
+    index: IndexName | None = None
+
+
+class JobAnswer(_Answer):
+    """Where an upload stands."""
+
+    id: str
+    object: Literal["rag.ingest_job"] = "rag.ingest_job"
+    index: str
+    files: list[str]
+    state: Literal["queued", "parsing", "embedding", "writing", "done", "failed"]
+    progress: float
+    documents: int
+    chunks: int
+    skipped: list[dict[str, str]]
+    error: str | None
+
+
+class DocumentEntry(_Answer):
+    """A document of an index."""
+
+    id: str
+    chunks: int
+
+
+class DocumentsAnswer(_Answer):
+    """Documents of an index in the order they were added, and the uploads of this key."""
+
+    object: Literal["list"] = "list"
+    index: str
+    total: int
+    data: list[DocumentEntry]
+    jobs: list[JobAnswer]
+
+
+class DeletedAnswer(_Answer):
+    """What went."""
+
+    id: str
+    object: Literal["rag.document.deleted"] = "rag.document.deleted"
+    deleted: bool
+    chunks: int
+
+
+class HealthAnswer(_Answer):
+    """Whether the plugin is active, fusion is on, and what indexes and cache hold."""
+
+    status: Literal["ok", "degraded"]
+    activation: dict[str, Any]
+    gate: dict[str, Any]
+    index: dict[str, Any]
+    cache: dict[str, Any]

@@ -1,0 +1,167 @@
+"""One real server for the whole folder: SGLang with the plugin, a tiny random model, three tenants."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+OPERATOR_KEY = "operator-key-0123456789"
+ACME_KEY = "acme-key-0123456789abcdef"
+GLOBEX_KEY = "globex-key-0123456789abcdef"
+
+# Sentences that only one tenant has; they must never be seen by another.
+ACME_SECRET = "The purple walrus guards vault seventeen under the old lighthouse of Brenmark."
+GLOBEX_SECRET = "Turbine nine is cooled with distilled rain water from the northern reservoir."
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A running server and the keys to it."""
+
+    url: str
+    pid: int
+    folder: Path
+    log: Path
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def client(self, tenant: str | None = "operator", **options: Any) -> httpx.Client:
+        headers = {} if tenant is None else {"Authorization": f"Bearer {self.keys[tenant]}"}
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=300, trust_env=False, **options
+        )
+
+    def internal_state(self) -> dict[str, Any]:
+        with self.client() as client:
+            return client.get("/server_info").json()["internal_states"][0]
+
+    def wait_idle(self) -> None:
+        """Until nothing runs or waits, requests of the scheduler itself included."""
+        deadline = time.monotonic() + 240
+        with self.client() as client:
+            while client.post("/flush_cache").status_code != 200:
+                assert time.monotonic() < deadline, "the server does not come to rest"
+                time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights behind the packaged model's tokenizer and chat template: starts and answers fast."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny-llm")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (smollm2_path / name).exists():
+            shutil.copy(smollm2_path / name, folder / name)
+    known = json.loads((smollm2_path / "config.json").read_text())
+    config = LlamaConfig(
+        vocab_size=known["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=known.get("bos_token_id"),
+        eos_token_id=known.get("eos_token_id"),
+    )
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_index(tiny_llm: Path, minilm_path: Path) -> Callable[[Path, dict[str, str]], Path]:
+    """Ingest texts into a folder, with the packaged embedder."""
+
+    def make(folder: Path, texts: dict[str, str]) -> Path:
+        from retrievers import Document, Embedder, HFTokenizer, TokenSplitter, ingest
+
+        ingest(
+            (Document(id=name, title=name, text=text) for name, text in texts.items()),
+            folder,
+            splitter=TokenSplitter(HFTokenizer(tiny_llm), chunk_tokens=96, overlap=0),
+            embedder=Embedder(minilm_path, name="all-minilm-l6-v2"),
+        )
+        return folder
+
+    return make
+
+
+def topic_texts(*names: str) -> dict[str, str]:
+    import pydoc_data.topics
+
+    return {name: pydoc_data.topics.topics[name] for name in names}
+
+
+@pytest.fixture(scope="session")
+def rag_server(
+    tiny_llm: Path,
+    make_index: Callable[[Path, dict[str, str]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """The server; its process group is killed in the end."""
+    folder = tmp_path_factory.mktemp("rag-server")
+    make_index(folder / "topics", topic_texts("with", "lambda", "while", "import"))
+    make_index(folder / "acme", {"vaults": ACME_SECRET, **topic_texts("pass")})
+    make_index(folder / "globex", {"turbines": GLOBEX_SECRET})
+    tenants = {
+        "acme": {"api_key": ACME_KEY, "index": str(folder / "acme")},
+        "globex": {
+            "api_key": GLOBEX_KEY,
+            "index": {"plant": str(folder / "globex"), "fresh": str(folder / "globex-fresh")},
+        },
+    }
+    (folder / "tenants.json").write_text(json.dumps(tenants))
+    port, log = free_port(), folder / "log.txt"
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from rag_pipeline.cli import main; sys.exit(main())",
+    ]
+    command += ["serve", "--model", str(tiny_llm), "--port", str(port), "--api-key", OPERATOR_KEY]
+    command += ["--index", str(folder / "topics"), "--index", f"extra={folder / 'extra'}"]
+    command += ["--tenants", str(folder / "tenants.json"), "--store", str(folder / "kv")]
+    command += ["--max-upload-mb", "1", "--parse-seconds", "5", "--parse-memory-mb", "512"]
+    command += ["--max-total-tokens", "8192", "--context-length", "2048"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAG_PIPELINE_INTEGRITY": "on"},
+        )
+    server = Server(url=f"http://127.0.0.1:{port}", pid=process.pid, folder=folder, log=log)
+    server.keys = {"operator": OPERATOR_KEY, "acme": ACME_KEY, "globex": GLOBEX_KEY}
+    try:
+        deadline = time.monotonic() + 600
+        while "Ready:" not in (said := log.read_text(errors="replace")):
+            assert process.poll() is None, said[-3000:]
+            assert time.monotonic() < deadline, said[-3000:]
+            time.sleep(0.5)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,341 @@
+"""The parts of the server that need no engine: names, tenants, parsing, segments, the guard, error lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from rag_pipeline.cli import main
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.server.attribution import attribute
+from rag_pipeline.server.conversation import read_conversation
+from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.guard import is_loopback, make_guard
+from rag_pipeline.server.parsing import ParseError, parse_upload, safe_name
+from rag_pipeline.server.schemas import ChatRequest, Message
+from rag_pipeline.server.segments import segments_of
+from rag_pipeline.server.tenants import Tenants, parse_indexes
+from rag_pipeline.types import PromptLayout, Span, Usage
+
+KEY = "a-key-of-enough-letters"
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", ".", "..", "../x.txt", "a/b.txt", "a\\b.txt", "/etc/passwd", "C:\\x", ".hidden", "x\0.txt",
+     "x\n.txt", "x" * 300, "\u202egpj.exe", "name.", " a.txt", "%2e%2e%2fx", "a\ud800b", "~root", "a:b"],
+)  # fmt: skip
+def test_names_that_could_lead_elsewhere_are_refused(name: str) -> None:
+    with pytest.raises(ApiError, match=r"the file name .* is not allowed") as error:
+        safe_name(name)
+    assert error.value.status == 400
+    str(error.value).encode()
+
+
+@given(st.text(max_size=60))
+def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
+    try:
+        kept = safe_name(name)
+    except ApiError:
+        return
+    folder = Path("/srv/uploads")
+    assert (folder / kept).resolve().parent == folder.resolve()
+    assert Path(kept).name == kept
+
+
+def test_ordinary_names_are_kept() -> None:
+    for name in (
+        "Guide 2.md",
+        "résumé.pdf",
+        "data_set-3.jsonl.gz",
+        "日本語.txt",
+        "A (copy), final.html",
+    ):
+        assert safe_name(name) == name
+
+
+# -- tenants ------------------------------------------------------------------------------------
+
+
+def load(tmp_path: Path, content: Any) -> Tenants:
+    path = tmp_path / "tenants.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return Tenants.load({"main": tmp_path / "main"}, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "cannot be read as JSON"),
+        ({}, "at least one tenant"),
+        ({"Acme": {"api_key": KEY, "index": "x"}}, "'Acme' is not a name"),
+        ({"../up": {"api_key": KEY, "index": "x"}}, "is not a name"),
+        ({"operator": {"api_key": KEY, "index": "x"}}, "choose another"),
+        ({"acme": {"api_key": "short", "index": "x"}}, "16 or more"),
+        ({"acme": {"index": "x"}}, "needs one of api_key"),
+        ({"acme": {"api_key": KEY, "api_key_sha256": "0" * 64, "index": "x"}}, "needs one of"),
+        ({"acme": {"api_key_sha256": "zz", "index": "x"}}, "64 hexadecimal"),
+        ({"acme": {"api_key": KEY}}, "index must be a folder"),
+        ({"acme": {"api_key": KEY, "index": "x", "salt": "y"}}, "unknown fields salt"),
+        ({"a": {"api_key": KEY, "index": "x"}, "b": {"api_key": KEY, "index": "y"}}, "key of another"),
+        ({"a": {"api_key": KEY, "index": "x"}, "b": {"api_key": KEY + "2", "index": "x"}}, "share the index"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_tenants_file_are_one_line(tmp_path: Path, content: Any, line: str) -> None:
+    with pytest.raises(RagPipelineError, match=line) as error:
+        load(tmp_path, content)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tenant_shares_no_index_and_no_namespace_with_the_operator(tmp_path: Path) -> None:
+    with pytest.raises(RagPipelineError, match="operator and acme share the index"):
+        load(tmp_path, {"acme": {"api_key": KEY, "index": str(tmp_path / "main")}})
+    tenants = load(tmp_path, {"acme": {"api_key": KEY, "index": "x"}})
+    assert tenants.of(KEY).name == "acme"
+    assert tenants.of("another key") is tenants.operator
+    assert tenants.salt_of(None) == ""
+    assert tenants.salt_of(KEY).startswith("tenant-")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/flush_cache", "/server_info", "/v1/ragged", "/abort_request", "/update_weights_from_disk", "/v1/rag",
+     "/v1/chat/completions/..", "/start_profile", "/generate/", "/openapi.json"],
+)  # fmt: skip
+def test_a_tenants_key_opens_serving_routes_only(tmp_path: Path, path: str) -> None:
+    tenants = load(tmp_path, {"acme": {"api_key": KEY, "index": "x"}})
+    assert not tenants.accepts(KEY, path)
+    assert tenants.accepts(KEY, "/v1/chat/completions")
+    assert tenants.accepts(KEY, "/v1/rag/search")
+    assert not tenants.accepts("wrong", "/v1/rag/search")
+
+
+def test_index_options() -> None:
+    found = parse_indexes(["/data/My Notes", "law=/data/l"])
+    assert list(found) == ["my-notes", "law"]
+    assert found["law"] == Path("/data/l")
+    for wrong, line in (
+        ([], "missing"),
+        (["a=x", "a=y"], "given twice"),
+        (["A B=x"], "not a name"),
+    ):
+        with pytest.raises(RagPipelineError, match=line):
+            parse_indexes(wrong)
+
+
+# -- parsing in a worker ------------------------------------------------------------------------
+
+
+def parse(file: Path, *, seconds: int = 5, megabytes: int = 512) -> list[Any]:
+    return list(parse_upload(file, seconds=seconds, num_bytes=megabytes << 20))
+
+
+def test_a_file_becomes_a_document_under_its_own_name(tmp_path: Path) -> None:
+    file = tmp_path / "Guide 2.md"
+    file.write_text("# The title\n\nA body of text.")
+    (document,) = parse(file)
+    assert (document.id, document.title, document.path) == (
+        "uploads/Guide 2.md",
+        "The title",
+        "Guide 2.md",
+    )
+    assert "A body of text." in document.text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("empty.txt", b""), ("broken.pdf", b"%PDF-1.7 nothing"), ("broken.json", b"[" * 100_000),
+     ("data.jsonl.gz", b"not gzip")],
+)  # fmt: skip
+def test_a_file_without_text_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ParseError) as error:
+        parse(tmp_path / name)
+    line = str(error.value)
+    assert line
+    assert "\n" not in line
+    assert "Traceback" not in line
+    assert str(tmp_path) not in line
+
+
+def test_a_bomb_ends_its_worker_and_nothing_else(tmp_path: Path) -> None:
+    """One megabyte that unpacks to a gigabyte in one line: the limit on memory holds."""
+    bomb = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(bomb, "wb", compresslevel=9) as out:
+        for _ in range(1024):
+            out.write(b"a" * (1 << 20))
+    with pytest.raises(ParseError, match=r"memory|too much|CPU") as error:
+        parse(bomb)
+    assert "\n" not in str(error.value)
+
+
+# -- prompts, segments, attribution -------------------------------------------------------------
+
+
+def test_a_conversation_stands_behind_the_chunks() -> None:
+    plain = read_conversation([Message(role="user", content=" Why? ")])
+    assert plain.query == "Why?"
+    assert plain.question.startswith("Question: Why?")
+    talk = read_conversation(
+        [
+            Message(role="system", content="Answer in French."),
+            Message(role="user", content="Who?"),
+            Message(role="assistant", content="He."),
+            Message(role="user", content=[{"type": "text", "text": "And why?"}]),
+        ]
+    )
+    assert talk.query == "And why?"
+    assert talk.question.startswith("Answer in French.\n\n")
+    assert "User: Who?\nAssistant: He." in talk.question
+    assert talk.question.endswith("Question: And why?")
+
+
+def layout() -> PromptLayout:
+    return PromptLayout(
+        input_ids=tuple(range(40)),
+        system_span=Span(start=0, end=10),
+        chunk_spans=(Span(start=10, end=20, chunk_id="a"), Span(start=20, end=34, chunk_id="b")),
+        question_span=Span(start=34, end=40),
+        text="",
+    )
+
+
+def usage(exact: int, reused: int, recomputed: int) -> Usage:
+    return Usage(
+        prompt_tokens=40,
+        exact_prefix_tokens=exact,
+        reused_tokens=reused,
+        recomputed_tokens=recomputed,
+        fresh_tokens=40 - exact - reused - recomputed,
+        completion_tokens=1,
+    )
+
+
+def covers(runs: list[dict[str, Any]]) -> bool:
+    edges = [0]
+    for run in runs:
+        assert run["start"] == edges[-1] < run["end"]
+        edges.append(run["end"])
+    return edges[-1] == 40
+
+
+def test_segments_name_tokens_where_the_engine_does() -> None:
+    rows = [[0, 12], [1, 5], [2, 3], [1, 14], [3, 6]]
+    found = segments_of(layout(), usage(12, 19, 3), {"runs": rows})
+    assert found["resolution"] == "token"
+    assert covers(found["runs"])
+    by_kind: dict[str, int] = {}
+    for run in found["runs"]:
+        by_kind[run["kind"]] = by_kind.get(run["kind"], 0) + run["end"] - run["start"]
+    assert by_kind == {"exact_prefix": 12, "reused": 19, "recomputed": 3, "fresh": 6}
+    assert [run["part"] for run in found["runs"]] == ["system", 1, 1, 1, 2, "question"]
+
+
+def test_segments_do_not_claim_what_counts_do_not_say() -> None:
+    plain = segments_of(layout(), usage(12, 0, 0), {})
+    assert plain["resolution"] == "token"
+    assert covers(plain["runs"])
+    assert {run["kind"] for run in plain["runs"]} == {"exact_prefix", "fresh"}
+    fused = segments_of(layout(), usage(10, 20, 4), {})
+    assert fused["resolution"] == "part"
+    assert covers(fused["runs"])
+    assert [run["kind"] for run in fused["runs"]] == ["exact_prefix", "mixed", "mixed", "fresh"]
+    reused = segments_of(layout(), usage(10, 24, 0), {})
+    assert [run["kind"] for run in reused["runs"]] == ["exact_prefix", "reused", "reused", "fresh"]
+
+
+def test_sentences_lean_on_the_chunk_that_has_their_words() -> None:
+    sources = ["Cats sleep on the warm roof.", "The lighthouse keeper paints the purple door."]
+    answer = "The keeper paints the door purple. Nobody knows why! Cats sleep."
+    found = attribute(answer, sources)
+    assert [(answer[a.start : a.end], a.number) for a in found] == [
+        ("The keeper paints the door purple.", 2),
+        ("Cats sleep.", 1),
+    ]
+    assert attribute("", sources) == attribute(answer, []) == []
+
+
+# -- requests -----------------------------------------------------------------------------------
+
+
+def test_openai_fields_that_cannot_be_honoured_are_refused() -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}]}
+    ChatRequest.model_validate({**good, "model": "m", "n": 1, "user": "u", "temperature": 0.5})
+    for extra in (
+        {"n": 2},
+        {"tools": []},
+        {"logprobs": True},
+        {"response_format": {}},
+        {"seed": 1},
+    ):
+        with pytest.raises(ValueError, match=next(iter(extra))):
+            ChatRequest.model_validate({**good, **extra})
+
+
+def test_the_guard_keeps_foreign_pages_out_of_a_server_without_a_key() -> None:
+    app = FastAPI()
+    from rag_pipeline.server.errors import RagRoute
+
+    app.router.route_class = RagRoute
+
+    @app.get("/x")
+    async def answer() -> dict[str, int]:
+        return {"ok": 1}
+
+    with TestClient(app, base_url="http://127.0.0.1:30000") as client:
+        app.state.rag_guard = make_guard(host="127.0.0.1", has_key=False)
+        assert client.get("/x").status_code == 200
+        assert client.get("/x", headers={"Origin": "http://127.0.0.1:30000"}).status_code == 200
+        foreign = client.get("/x", headers={"Origin": "https://evil.example"})
+        assert foreign.status_code == 403
+        assert "--api-key" in foreign.json()["error"]["message"]
+        assert client.get("/x", headers={"Origin": "null"}).status_code == 403
+        assert client.get("/x", headers={"Host": "rebound.example"}).status_code == 403
+        app.state.rag_guard = make_guard(host="0.0.0.0", has_key=False)
+        assert client.get("/x", headers={"Host": "box.example"}).status_code == 200
+        app.state.rag_guard = make_guard(host="127.0.0.1", has_key=True)
+        assert client.get("/x", headers={"Origin": "https://app.example"}).status_code == 200
+    assert is_loopback("127.0.0.2")
+    assert not is_loopback("0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["serve"], "Missing option '--index'"),
+        (["serve", "--index", "Bad Name=/x"], "is not a name"),
+        (["serve", "--index", "/x", "--policy", "nonsense"], "policy 'nonsense' is unknown"),
+        (["serve", "--index", "/x", "--search", "psychic"], "--search is 'psychic'"),
+        (["serve", "--index", "/x", "--tenants", "/none.json"], "cannot be read"),
+        (["serve", "--index", "/x", "--model-path", "/y"], "--model-path is not taken here; use --model"),
+        (["serve", "--index", "/x", "--port", "0"], "Invalid value for '--port'"),
+        (["serve", "--index", "/x", "stray"], "'stray' is not a flag"),
+    ],
+)  # fmt: skip
+def test_serve_refuses_in_one_line_before_anything_starts(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) in (1, 2)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert line in said[-1]
+    assert said[-1].startswith("error: ")
+
+
+def test_tenants_need_an_operators_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"acme": {"api_key": KEY, "index": "x"}}))
+    assert main(["serve", "--index", "/x", "--tenants", str(tmp_path / "t.json")]) == 1
+    assert "give --api-key too" in capsys.readouterr().err
