@@ -215,14 +215,17 @@ class RagPipeline:
         done = 0
         for chunk in chunks:
             ids = self.builder.chunk_ids(chunk)
-            request = GenerationRequest(
-                input_ids=(*prefix, *ids),
-                spans=(Span(start=len(prefix), end=len(prefix) + len(ids), chunk_id=chunk.id),),
-                sampling=SamplingOptions(max_new_tokens=1),
-                build=True,
-            )
-            for _ in self.backend.generate(request):
-                pass
+            # Two variants: for the chunk's own place, and for every other.
+            for passage in (False, True):
+                request = GenerationRequest(
+                    input_ids=(*prefix, *ids),
+                    spans=(Span(start=len(prefix), end=len(prefix) + len(ids), chunk_id=chunk.id),),
+                    sampling=SamplingOptions(max_new_tokens=1),
+                    build=True,
+                    passage=passage,
+                )
+                for _ in self.backend.generate(request):
+                    pass
             done += 1
             if progress is not None:
                 progress(done)

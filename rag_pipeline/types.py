@@ -133,6 +133,8 @@ class GenerationRequest:
     build
         Prefill as usual and keep the KV of the one span, which stands right behind the shared
         prefix; policy and ratio play no part.
+    passage
+        With `build`: compute the chunk behind the engine's neutral passage, for use away from its own place.
     """
 
     input_ids: tuple[int, ...]
@@ -141,6 +143,7 @@ class GenerationRequest:
     policy: str = "prefix"
     ratio: float | None = None
     build: bool = False
+    passage: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

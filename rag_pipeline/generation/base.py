@@ -60,7 +60,9 @@ def extra_fields(request: GenerationRequest) -> dict[str, Any]:
     spans = tuple((span.start, span.end) for span in request.spans)
     prefix_len = spans[0][0] if spans else 0
     if request.build:
-        fusion = FusionRequest(mode="build", spans=spans, prefix_len=prefix_len)
+        fusion = FusionRequest(
+            mode="build", spans=spans, prefix_len=prefix_len, passage=request.passage or None
+        )
     elif request.policy == PREFIX_POLICY:
         if request.ratio is not None:
             raise RagPipelineError(

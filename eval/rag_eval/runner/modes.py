@@ -27,12 +27,16 @@ class Mode:
         Recompute budget; ``None`` leaves the policy's default.
     options
         Further fields of the policy's configuration.
+    passage
+        Whether chunk KV is used that was computed behind the neutral passage; ``reuse+passage=false``
+        is reuse of KV computed right behind the shared prefix.
     """
 
     name: str
     policy: str = ""
     ratio: float | None = None
     options: dict[str, float | int | bool | str] = field(default_factory=dict)
+    passage: bool = True
 
     @property
     def fused(self) -> bool:
@@ -78,11 +82,14 @@ def _parse(name: str) -> Mode:
         if not equals:
             raise EvalError(f"mode {name!r}: option {pair!r} is not KEY=VALUE")
         options[key] = _value(value)
+    passage = options.pop("passage", True)
+    if not isinstance(passage, bool):
+        raise EvalError(f"mode {name!r}: passage is {passage!r}; write true or false")
     try:
         create_policy(base, ratio, **options)
     except (ValueError, TypeError) as error:
         raise EvalError(f"mode {name!r}: {error}") from None
-    return Mode(name=name, policy=base, ratio=ratio, options=options)
+    return Mode(name=name, policy=base, ratio=ratio, options=options, passage=passage)
 
 
 def _value(text: str) -> float | int | bool | str:

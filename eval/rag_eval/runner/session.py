@@ -113,7 +113,11 @@ class EngineSession:
             hints = None
             if store:
                 span = [start, start + len(chunk.ids)]
-                hints = fusion_hints({"mode": "build", "spans": [span], "prefix_len": start})
+                built = {"mode": "build", "spans": [span], "prefix_len": start}
+                self.prefill(
+                    [*prompt.prefix_ids, *chunk.ids], hints=fusion_hints(built | {"passage": True})
+                )
+                hints = fusion_hints(built)
             self.prefill([*prompt.prefix_ids, *chunk.ids], hints=hints)
 
     def serve(self, prompt: EvalPrompt, mode: Mode, *, max_new_tokens: int) -> Served:
@@ -243,6 +247,8 @@ def mode_hints(prompt: EvalPrompt, mode: Mode) -> dict[str, Any]:
     }
     if mode.ratio is not None:
         payload["ratio"] = mode.ratio
+    if not mode.passage:
+        payload["passage"] = False
     if mode.options:
         payload["options"] = dict(mode.options)
     return fusion_hints(payload)

@@ -7,8 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chunk_cache import Build, ChunkKey, Match
+from chunk_cache import Build, ChunkKey
 from rag_pipeline.sglang_plugin.fusion import plan as planning
+from rag_pipeline.sglang_plugin.fusion.chunk_search import (
+    build_behind_passage,
+    find_in_spans,
+    scan_prompt,
+)
 from rag_pipeline.sglang_plugin.fusion.internal_requests import is_internal
 from rag_pipeline.sglang_plugin.fusion.request_spans import (
     FusionRequest,
@@ -28,8 +33,6 @@ from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix
 from rag_pipeline.sglang_plugin.fusion.support import refuse_request
 
 logger = logging.getLogger(__name__)
-
-_MAX_PREFIX_CANDIDATES = 4
 
 
 def tenant_of(req: Any) -> Tenant:
@@ -52,6 +55,8 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             ):
                 return
             request = FusionRequest()
+        if request.mode == "build" and request.passage:
+            request = build_behind_passage(runtime, req, request)
         policy = request.make_policy(runtime.config.policy)
         state = RequestState(
             request,
@@ -124,24 +129,18 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
     if request.spans:
         prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
         assert prefix is not None
-        found = runtime.store.resolve(
-            prompt,
-            prefix.context,
-            spans=request.spans,
-            automatic=runtime.config.automatic,
-            min_piece=runtime.config.min_reused_tokens,
+        found = find_in_spans(
+            runtime, prompt, prefix, request.spans, passage=request.passage is not False
         )
-        # Around missing spans an older, differently cut chunk may serve; outside the spans the client said
-        # that there is no chunk: the question stays fresh whatever it quotes.
-        matches, missing = _inside(found.matches, request.spans), found.missing
     else:
-        prefix, matches, missing = _scan(runtime, prompt, tenant)
+        prefix, found = scan_prompt(runtime, prompt, tenant)
+    matches, missing = found.matches, found.missing
     if prefix is not None:
         # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
         low = max(int(prefix.ids.size), state.radix_len)
         matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
     leased = [
-        LeasedSpan(match=m, lease=lease)
+        LeasedSpan(match=m, lease=lease, is_behind_passage=m.key in found.behind_passage)
         for m, lease in runtime.store.acquire_matches(prompt, matches)
     ]
     if runtime.group.size > 1:
@@ -165,39 +164,20 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
         _remember_missing(runtime, state, prefix, missing)
 
 
-def _inside(matches: list[Match], spans: tuple[tuple[int, int], ...]) -> list[Match]:
-    return [
-        match.clipped(start, end)
-        for match in matches
-        for start, end in spans
-        if match.prompt_start < end and start < match.prompt_end
-    ]
-
-
-def _scan(
-    runtime: FusionRuntime, prompt: Any, tenant: Tenant
-) -> tuple[KnownPrefix | None, list[Match], list[tuple[int, int]]]:
-    """Longest cover over the known prefixes that the prompt begins with."""
-    best: tuple[int, KnownPrefix | None, list[Match]] = (0, None, [])
-    for known in runtime.prefixes_of(prompt, tenant)[:_MAX_PREFIX_CANDIDATES]:
-        matches = runtime.store.match(prompt, known.context)
-        cover = sum(m.num_tokens for m in matches)
-        if cover > best[0]:
-            best = (cover, known, matches)
-    return best[1], best[2], []
-
-
 def _remember_missing(
     runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, missing: list[tuple[int, int]]
 ) -> None:
     """Store a chunk right behind the exact prefix from this very prefill; queue the others."""
     from rag_pipeline.sglang_plugin.fusion.background import enqueue
 
+    wanted = state.request.passage is not False
+    behind = (runtime.behind_passage(prefix) if wanted else None) or prefix
     for start, end in missing:
         if start == prefix.ids.size and (not state.spans or end <= state.spans[0].start):
             _begin_capture(runtime, state, prefix, start, end)
         else:
-            enqueue(runtime, prefix, state.prompt[start:end])
+            own_place = start == prefix.ids.size
+            enqueue(runtime, prefix if own_place else behind, state.prompt[start:end])
 
 
 def _begin_capture(

@@ -42,6 +42,8 @@ class FusionConfig:
         Take a checksum of every record.
     self_check : bool
         Prove the path on the loaded model at start, before the first request is fused.
+    passage_tokens : int
+        Length of the neutral passage that chunks are computed behind (:mod:`.passage`); 0 for none.
     store_dir : str
         Folder that chunk KV is read from at start and written to when it is made; empty for none.
     """
@@ -55,6 +57,7 @@ class FusionConfig:
     min_reused_tokens: int = 16
     checksums: bool = False
     self_check: bool = True
+    passage_tokens: int = 768
     store_dir: str = ""
 
     def __post_init__(self) -> None:
@@ -64,6 +67,10 @@ class FusionConfig:
                 raise EngineError(
                     f"{CONFIG_VARIABLE}: {field.name} is {value!r}; give {wanted.__name__}."
                 )
+        if self.passage_tokens < 0:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: passage_tokens is {self.passage_tokens}; give 0 (none) or more."
+            )
         if self.store_bytes <= 0 or self.max_background < 0 or self.min_reused_tokens < 1:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: store_bytes={self.store_bytes}, max_background="

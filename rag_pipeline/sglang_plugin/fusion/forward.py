@@ -208,7 +208,8 @@ class FusedForward:
         state = entry.state
         prompt = torch.tensor(entry.req.full_untruncated_fill_ids, dtype=torch.int64)
         exact = planning.exact_end(
-            [(s.start, s.end, s.delta) for s in state.spans], state.radix_len
+            [(s.start, s.end, s.delta) for s in state.spans if not s.is_behind_passage],
+            state.radix_len,
         )
         fresh = planning.fresh_positions(state.loads, entry.piece)
         layout = planning.make_layout(

@@ -32,7 +32,7 @@ MAX_SPANS = 4096
 
 Mode = Literal["fuse", "build", "off"]
 _MODES = ("fuse", "build", "off")
-_FIELDS = ("mode", "spans", "prefix_len", "policy", "ratio", "options")
+_FIELDS = ("mode", "spans", "prefix_len", "policy", "ratio", "options", "passage")
 
 
 class RequestError(RagPipelineError):
@@ -58,6 +58,9 @@ class FusionRequest:
         Share of the reused tokens' computation.
     options : tuple of (str, object)
         Further fields of the policy's configuration.
+    passage : bool or None
+        With ``build``: true computes the chunk behind the engine's neutral passage, for use away from its own
+        place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
     """
 
     mode: Mode = "fuse"
@@ -66,6 +69,7 @@ class FusionRequest:
     policy: str = ""
     ratio: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    passage: bool | None = None
 
     def make_policy(self, default: str) -> Policy:
         """Build the policy; ``default`` is used where the request names none.
@@ -93,6 +97,8 @@ class FusionRequest:
             flat["rag_ratio"] = self.ratio
         if self.options:
             flat["rag_options"] = dict(self.options)
+        if self.passage is not None:
+            flat["rag_passage"] = self.passage
         return flat
 
     def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
@@ -163,6 +169,9 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
     ratio = fields.get("ratio")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
         raise RequestError(f"fusion ratio is {ratio!r}; give a number between 0 and 1.")
+    passage = fields.get("passage")
+    if passage is not None and not isinstance(passage, bool):
+        raise RequestError(f"fusion passage is {passage!r}; give true or false, or leave it out.")
     request = FusionRequest(
         mode=mode,
         spans=tuple(spans),
@@ -170,6 +179,7 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         policy=policy,
         ratio=None if ratio is None else float(ratio),
         options=_read_options(fields.get("options")),
+        passage=passage,
     )
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
         raise RequestError(

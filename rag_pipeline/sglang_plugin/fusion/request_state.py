@@ -84,10 +84,14 @@ class Capture:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LeasedSpan:
-    """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it."""
+    """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it.
+
+    ``is_behind_passage`` marks KV that saw the neutral passage: it is exact at no place.
+    """
 
     match: Match
     lease: Lease
+    is_behind_passage: bool = False
 
     @property
     def start(self) -> int:

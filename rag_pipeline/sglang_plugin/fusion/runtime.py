@@ -71,6 +71,10 @@ class FusionRuntime:
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
         self.self_check = "not run"
         self.folder: StoreFolder | None = None
+        self.passage: TokenArray = np.empty(0, dtype=np.int64)
+        """Neutral text that chunks are computed behind; empty for none."""
+        self.max_prompt = 0
+        """Tokens that a prompt may hold in this engine."""
         self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
         self._said: set[str] = set()
 
@@ -116,6 +120,13 @@ class FusionRuntime:
         else:
             self._prefixes.move_to_end((tenant, digest))
         return known
+
+    def behind_passage(self, known: KnownPrefix) -> KnownPrefix | None:
+        """Return the prefix with the passage behind it; None without a passage."""
+        if not self.passage.size:
+            return None
+        ids = np.concatenate([known.ids, self.passage])
+        return self.prefix(ids, int(ids.size), known.tenant)
 
     def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first."""
