@@ -1,0 +1,162 @@
+"""Chunks computed behind the neutral passage: which KV is used where, and that it is right, in the real scheduler."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rag_pipeline.sglang_plugin.fusion.passage import MAX_CONTEXT_SHARE, passage_ids
+from rag_pipeline.sglang_plugin.fusion.request_spans import RequestError, parse_fields
+
+VOCAB, PREFIX, PASSAGE, CHUNK = 256, 20, 50, 80
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+PREFIX_IDS, PASSAGE_IDS, QUESTION = tokens(PREFIX, 1), tokens(PASSAGE, 2), tokens(9, 3)
+FIRST, SECOND = tokens(CHUNK, 10), tokens(CHUNK, 11)
+PROMPT = [*PREFIX_IDS, *FIRST, *SECOND, *QUESTION]
+SPANS = [PREFIX, PREFIX + CHUNK, PREFIX + CHUNK, PREFIX + 2 * CHUNK]
+
+
+@pytest.fixture
+def local(engine):
+    made = engine("llama")
+    made.runtime.passage = np.asarray(PASSAGE_IDS, dtype=np.int64)
+    yield made
+    made.runtime.passage = np.empty(0, dtype=np.int64)
+
+
+def build(local, chunk, passage):
+    ids = [*PREFIX_IDS, *chunk]
+    fusion = {"mode": "build", "spans": [PREFIX, len(ids)], "passage": passage}
+    return local.ask(ids, 1, fusion=fusion)
+
+
+def report(req):
+    return req.customized_info["rag_fusion"][0]
+
+
+def hits(local):
+    """Uses of each stored chunk, by base position and tokens."""
+    return {(info.base_position, info.key.digest): info.hits for info in local.runtime.store.ls()}
+
+
+def log_probs(req):
+    return torch.tensor(req.logprob.output_token_logprobs_val)
+
+
+def test_a_build_behind_the_passage_keeps_the_chunk_alone(local):
+    req = build(local, FIRST, True)
+    assert report(req)["built_chunks"] == 1
+    assert len(req.origin_input_ids) == PREFIX + PASSAGE + CHUNK
+    (info,) = local.runtime.store.ls()
+    assert info.base_position == PREFIX + PASSAGE
+    build(local, FIRST, False)
+    assert sorted(i.base_position for i in local.runtime.store.ls()) == [
+        PREFIX,
+        PREFIX + PASSAGE,
+    ]
+
+
+def test_where_the_passage_really_stands_its_kv_is_that_of_a_full_prefill(local):
+    build(local, FIRST, True)
+    ids = [*PREFIX_IDS, *PASSAGE_IDS, *FIRST, *QUESTION]
+    local.flush()
+    plain = local.ask(ids, 6, fusion={"mode": "off"})
+    local.flush()
+    start = PREFIX + PASSAGE
+    fusion = {"spans": [start, start + CHUNK], "prefix_len": PREFIX, "policy": "reuse"}
+    fused = local.ask(ids, 6, fusion=fusion)
+    assert report(fused)["reused_tokens"] == CHUNK
+    assert fused.output_ids == plain.output_ids
+    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
+
+
+def test_at_its_own_place_a_chunk_is_exact_and_elsewhere_it_saw_the_passage(local):
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, False)
+        build(local, chunk, True)
+    local.flush()
+    before = hits(local)
+    req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})
+    assert report(req)["reused_tokens"] == 2 * CHUNK
+    used = {key: count - before[key] for key, count in hits(local).items()}
+    assert sorted((base, count) for (base, _), count in used.items()) == [
+        (PREFIX, 0),
+        (PREFIX, 1),
+        (PREFIX + PASSAGE, 0),
+        (PREFIX + PASSAGE, 1),
+    ]
+    local.flush()
+    before = hits(local)
+    local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse", "passage": False})
+    used = {key: count - before[key] for key, count in hits(local).items()}
+    assert sorted((base, count) for (base, _), count in used.items()) == [
+        (PREFIX, 1),
+        (PREFIX, 1),
+        (PREFIX + PASSAGE, 0),
+        (PREFIX + PASSAGE, 0),
+    ]
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_ratio_one_is_full_prefill_whatever_was_stored(local, explicit):
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, True)
+    local.flush()
+    plain = local.ask(PROMPT, 6, fusion={"mode": "off"})
+    local.flush()
+    fusion = {"policy": "query:1.0"} | ({"spans": SPANS} if explicit else {})
+    fused = local.ask(PROMPT, 6, fusion=fusion)
+    assert report(fused)["recomputed_tokens"] == 2 * CHUNK
+    assert fused.output_ids == plain.output_ids
+    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
+
+
+def test_passage_kv_at_delta_zero_behind_other_text_is_not_taken_for_exact(local):
+    # The passage's length of other text: the chunk is not moved, but it stands behind something else.
+    build(local, SECOND, True)
+    local.flush()
+    ids = [*PREFIX_IDS, *tokens(PASSAGE, 77), *SECOND, *QUESTION]
+    plain = local.ask(ids, 6, fusion={"mode": "off"})
+    local.flush()
+    start = PREFIX + PASSAGE
+    fusion = {"spans": [start, start + CHUNK], "prefix_len": PREFIX, "policy": "query:1.0"}
+    fused = local.ask(ids, 6, fusion=fusion)
+    assert report(fused)["recomputed_tokens"] == CHUNK
+    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
+
+
+def test_missing_chunks_are_built_for_the_place_where_they_were_missed(local):
+    local.ask(PROMPT, 2, fusion={"spans": SPANS})
+    for _ in range(900):
+        local.step()
+    bases = sorted(info.base_position for info in local.runtime.store.ls())
+    assert bases == [PREFIX, PREFIX + PASSAGE]
+
+
+def test_no_passage_or_no_room_for_it_stores_nothing(local, monkeypatch):
+    monkeypatch.setattr(local.runtime, "max_prompt", PREFIX + PASSAGE)
+    req = build(local, FIRST, True)
+    assert len(req.origin_input_ids) == PREFIX + CHUNK
+    assert local.runtime.store.stats().chunks_now == 0
+
+
+def test_passage_is_true_or_false():
+    with pytest.raises(RequestError, match="passage is 'yes'; give true or false"):
+        parse_fields({"mode": "build", "spans": [[2, 4]], "passage": "yes"}, 8)
+
+
+def test_the_passage_takes_its_share_of_the_context_at_most(smollm2_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    assert passage_ids(tokenizer, 768, 1 << 15).size == 768
+    assert passage_ids(tokenizer, 768, 400).size == 400 // MAX_CONTEXT_SHARE
+    assert passage_ids(tokenizer, 0, 400).size == 0
+    assert passage_ids(None, 768, 400).size == 0
