@@ -41,6 +41,7 @@ class ServeOptions:
 def run_serve(options: ServeOptions) -> None:
     """Serve; everything that can be refused is refused before the engine starts."""
     from rag_pipeline.cli.cache import use_store
+    from rag_pipeline.cli.doctor import gate_facts
     from rag_pipeline.generation import PREFIX_POLICY, extra_fields
     from rag_pipeline.server import ServerSettings, Tenants, parse_indexes, serve
     from rag_pipeline.types import GenerationRequest
@@ -72,7 +73,13 @@ def run_serve(options: ServeOptions) -> None:
     # Its workers would each ask the terminal how wide it is and draw bars into the log.
     os.environ.setdefault("TQDM_DISABLE", "1")
     say(f"Starting SGLang with {options.model}; this takes half a minute on a CPU")
-    serve(settings, tenants, words, on_ready=_say_ready)
+    serve(
+        settings,
+        tenants,
+        words,
+        on_ready=_say_ready,
+        model_gate=lambda attention: gate_facts(settings.model, attention, name=options.model),
+    )
 
 
 def _say_ready(facts: ServerFacts) -> None:

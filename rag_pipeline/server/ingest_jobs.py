@@ -89,6 +89,7 @@ class IngestJobs:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rag-ingest")
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._tokenizer: HFTokenizer | None = None
         self._work = tempfile.TemporaryDirectory(prefix="rag-uploads-")
 
@@ -105,7 +106,10 @@ class IngestJobs:
             429 when the tenant has too many uploads under way.
         """
         with self._lock:
-            waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
+            self._refuse_crowd(tenant)
+
+    def _refuse_crowd(self, tenant: str) -> None:
+        waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
         if waiting >= self._settings.max_queued_jobs:
             raise ApiError(
                 429,
@@ -118,6 +122,7 @@ class IngestJobs:
             tenant=tenant, index=index.name, files=sorted(file.name for file in folder.iterdir())
         )
         with self._lock:
+            self._refuse_crowd(tenant)  # several may have passed the first check together
             self._jobs[job.id] = job
             ended = [known.id for known in self._jobs.values() if known.ended]
             for old in ended[: max(0, len(self._jobs) - _KEPT_JOBS)]:
@@ -145,6 +150,15 @@ class IngestJobs:
                 for job in reversed(self._jobs.values())
                 if job.tenant == tenant and job.index == index
             ]
+
+    def close(self) -> None:
+        """Stop at the next step; an index that was being changed stays as it was, and resumes."""
+        self._stop.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise RetrievalError("the server is stopping; upload again, what is done is kept")
 
     def _run(self, job: Job, index: ServedIndex, folder: Path) -> None:
         try:
@@ -176,6 +190,7 @@ class IngestJobs:
         """Parse file after file; one that cannot be read is listed and does not stop the others."""
         job.state = "parsing"
         for number, name in enumerate(job.files):
+            self._check_stop()
             try:
                 for document in parse_upload(
                     folder / name,
@@ -189,6 +204,7 @@ class IngestJobs:
             job.progress = max(job.progress, _PARSED * (number + 1) / len(job.files))
 
     def _show(self, job: Job, progress: IngestProgress) -> None:
+        self._check_stop()
         job.chunks = progress.chunks
         if progress.stage == "write":
             job.state = "writing"

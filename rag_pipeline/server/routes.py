@@ -223,12 +223,11 @@ async def _submit(
         try:
             for name, content in named:
                 stage(folder, name, content)
+            job = service.jobs.submit(tenant.name, service.indexes.get(tenant, index), folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return service.jobs.submit(
-            tenant.name, service.indexes.get(tenant, index), folder
-        ).to_json()
+        return job.to_json()
 
     return await service.in_thread(write)
 

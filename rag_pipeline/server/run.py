@@ -28,6 +28,7 @@ def serve(
     words: Sequence[str],
     *,
     on_ready: Callable[[ServerFacts], None],
+    model_gate: Callable[[str], dict[str, Any]] | None = None,
 ) -> None:
     """Serve a model with the RAG routes until told to stop.
 
@@ -41,6 +42,8 @@ def serve(
         SGLang's flags.
     on_ready
         Called when requests can be answered.
+    model_gate
+        Looks up the model gate's verdict for an attention class, for health.
 
     Raises
     ------
@@ -56,6 +59,8 @@ def serve(
         for index in indexes.of(tenant).values():
             index.current()  # a damaged index is refused now, not at the first question
 
+    jobs = IngestJobs(settings)
+
     def attach(app: Any, engine: ServedEngine, facts: ServerFacts) -> None:
         service = RagService(
             settings=settings,
@@ -63,8 +68,9 @@ def serve(
             builder=builder,
             tenants=tenants,
             indexes=indexes,
-            jobs=IngestJobs(settings),
+            jobs=jobs,
             model_name=facts.model_name,
+            model_gate=model_gate,
         )
         app.state.rag_guard = make_guard(host=facts.host, has_key=facts.has_api_key)
         app.include_router(make_router(service))
@@ -73,7 +79,10 @@ def serve(
         threading.Thread(target=_warm, args=(embedders,), name="warm-embedder", daemon=True).start()
 
     rules = AccessRules(is_public=is_page_path, accepts=tenants.accepts, salt_of=tenants.salt_of)
-    run_http_server(settings.model, words, attach=attach, rules=rules, on_ready=on_ready)
+    try:
+        run_http_server(settings.model, words, attach=attach, rules=rules, on_ready=on_ready)
+    finally:
+        jobs.close()
 
 
 def _warm(embedders: EmbedderPool) -> None:

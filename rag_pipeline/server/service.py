@@ -39,6 +39,8 @@ class RagService:
     indexes: IndexTable
     jobs: IngestJobs
     model_name: str
+    model_gate: Callable[[str], dict[str, Any]] | None = None
+    """Verdict of the model gate for an attention class, where the caller can look it up."""
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(RETRIEVAL_THREADS, thread_name_prefix="rag-retrieve")
@@ -73,6 +75,9 @@ class RagService:
         problems += [
             f"index {name}: {found['error']}" for name, found in indexes.items() if not found["ok"]
         ]
+        verdict: dict[str, Any] | None = None
+        if self.model_gate is not None and activation["active"]:
+            verdict = await self.in_thread(self.model_gate, activation["attention_class"])
         return {
             "status": "degraded" if problems else "ok",
             "problems": problems,
@@ -84,6 +89,7 @@ class RagService:
                 "reason": fusion.get("off_reason", ""),
                 "self_check": fusion.get("self_check", "not run"),
                 "policy": self.settings.policy,
+                "model": verdict,
             },
             "index": indexes,
             "cache": {"store": fusion.get("store", {}), "counts": fusion.get("counts", {})},

@@ -211,6 +211,9 @@ def _parse(model_path: Path, words: Sequence[str]) -> Any:
     given = ["--model-path", str(model_path), *words]
     with _argparse_in_one_line():
         server_args = prepare_server_args([*given, *_default_words(words)])
+    for name, value in _missing_defaults(words).items():
+        if value is True:  # as a word, one of these is called deprecated on every start
+            setattr(server_args, name, value)
     for name, wanted in (("tokenizer_worker_num", 1), ("enable_http2", False), ("nnodes", 1)):
         if getattr(server_args, name) != wanted:
             raise EngineError(
@@ -227,13 +230,17 @@ def _parse(model_path: Path, words: Sequence[str]) -> Any:
 
 def _default_words(words: Sequence[str]) -> list[str]:
     """Flags of the CPU defaults that the caller did not give."""
-    given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
     flags: list[str] = []
-    for name, value in startup.cpu_defaults({}).items():
-        flag = f"--{name.replace('_', '-')}"
-        if flag not in given:
-            flags += [flag] if value is True else [flag, str(value)]
+    for name, value in _missing_defaults(words).items():
+        if value is not True:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
     return flags
+
+
+def _missing_defaults(words: Sequence[str]) -> dict[str, Any]:
+    given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
+    defaults = startup.cpu_defaults({})
+    return {k: v for k, v in defaults.items() if f"--{k.replace('_', '-')}" not in given}
 
 
 @contextmanager

@@ -65,16 +65,47 @@ def test_ratio_one_equals_plain_prefill_and_reuse_does_not(engine, family):
     ids, spans = lay_out(prefix, chunks[::-1], question)
     local.flush()
     plain = local.ask(ids, fusion={"mode": "off"})
-    for policy in ("full", "epic:1.0", "query:1.0", "cacheblend:1.0"):
+    for policy in ("full", "epic:1.0", "query:1.0", "cacheblend:1.0", "adaptive:1.0"):
         local.flush()
-        fused = local.ask(ids, fusion={"spans": spans, "policy": policy})
+        fusion = {"spans": spans, "policy": policy}
+        if policy == "adaptive:1.0":
+            fusion["options"] = {"max_ratio": 1.0}
+        fused = local.ask(ids, fusion=fusion)
         assert report(fused)["recomputed_tokens"] == 3 * CHUNK  # the first is in its own place
+        # And nothing beside: no check, no scoring pass.
+        assert report(fused)["computed_fraction"] == round(1 - CHUNK / len(ids), 6)
         assert largest_difference(plain, fused) < 2e-4
     # The control: what is compared above can differ, and does when nothing is recomputed.
     local.flush()
     reused = local.ask(ids, fusion={"spans": spans, "policy": "reuse"})
     assert report(reused)["reused_tokens"] == 4 * CHUNK
     assert abs(logprobs(reused)[0] - logprobs(plain)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("size", [12, 150], ids=["short", "long"])
+def test_what_a_forward_really_computes_stays_within_the_ratio(engine, size):
+    local = engine("llama")
+    prefix, question = tokens(PREFIX, 1), tokens(9, 2)
+    chunks = [tokens(size, 10 + i) for i in range(4)]
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    ids, spans = lay_out(prefix, chunks[::-1], question)
+    for name in ("cacheblend", "adaptive", "query", "epic"):
+        for ratio in (0.15, 0.45, 0.8, 0.97):
+            local.flush()
+            local.ask([*prefix, 3], 1, fusion={"mode": "off"})
+            fusion = {"spans": spans, "policy": name, "ratio": ratio}
+            if name == "adaptive":
+                fusion["options"] = {"coverage": 0.0, "max_ratio": ratio}
+            got = report(local.ask(ids, 1, fusion=fusion))
+            reused = 3 * size  # the first chunk stands in its own place
+            work = got["computed_fraction"] * (len(ids) - PREFIX) - len(question)
+            assert -1e-3 < work <= ratio * reused + 1e-3, (name, ratio)
+            # A token is computed whole or not, and the scoring pass ends inside its last layer, for which it
+            # is charged whole: not more than that is left unspent.
+            if name in ("query", "epic"):
+                assert work > ratio * reused - 1 - 0.2 * len(question)
+                assert got["recomputed_tokens"] > 0
 
 
 def test_ratio_one_gives_the_same_greedy_tokens_on_twenty_prompts(engine):

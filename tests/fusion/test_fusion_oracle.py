@@ -137,6 +137,7 @@ def expect(oracle, policy, prefix, chunks, question):
         prompt_len=len(ids),
         exact_len=spans[0][1],
         spans=behind,
+        probes_restart=True,
         qkv_share=(4 + 2 * 2) * 16 / ((4 + 2 * 2) * 16 + 64 + 3 * 128),
     )
     asking = torch.arange(len(prefix) + sum(map(len, chunks)), len(ids))
@@ -174,11 +175,16 @@ def expect(oracle, policy, prefix, chunks, question):
         chosen = policy.select(layout)
     rows = torch.cat([chosen, asking])
     before = (
-        shifted(oracle, keys, values, rows, behind, policy.mean_shift)
-        if policy.mean_shift
+        shifted(oracle, keys, values, rows, behind, policy.shift_strength(layout))
+        if policy.shift_strength(layout)
         else None
     )
-    return oracle.log_probs(oracle.run(ids, rows, keys, values, before=before)), chosen
+    return (
+        oracle.log_probs(oracle.run(ids, rows, keys, values, before=before)),
+        chosen,
+        keys,
+        values,
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
     chunks = [tokens(30 + 3 * i, 10 + i) for i in range(4)]
     for chunk in chunks:
         local.build(prefix, chunk)
-    wanted, chosen = expect(oracle, create_policy(name), prefix, chunks, question)
+    wanted, chosen, *_ = expect(oracle, create_policy(name), prefix, chunks, question)
     ids, spans = list(prefix), []
     for chunk in chunks:
         spans += [len(ids), len(ids) + len(chunk)]
@@ -213,3 +219,39 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
     indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
     assert int(wanted.argmax()) == req.output_ids[0]
     torch.testing.assert_close(values, wanted[indices], rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", ["epic:0.2", "query:0.6", "cacheblend:0.6"])
+def test_a_following_turn_attends_to_the_fused_kv_of_the_one_before(engine, tiny_model, name):
+    local = engine("llama")
+    oracle = Oracle(tiny_model("llama"))
+    prefix, question = tokens(PREFIX, 1), tokens(6, 2)
+    chunks = [tokens(30 + 3 * i, 10 + i) for i in range(4)]
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    _, _, keys, values = expect(oracle, create_policy(name), prefix, chunks, question)
+    ids, spans = list(prefix), []
+    for chunk in chunks:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += chunk
+    ids += question
+    local.flush()
+    local.ask([*prefix, 3], 1, fusion={"mode": "off"})
+    fusion = {"spans": spans, "policy": name, "conversation": "c"}
+    first = local.ask(ids, 5, fusion=fusion)
+    turn = [*ids, *first.output_ids, *tokens(7, 3)]
+    # What the definition says: answer and new question computed over the first turn's keys and values.
+    for kept, more in zip(keys, oracle.empty(len(turn) - len(ids)), strict=True):
+        kept.data = torch.cat([kept, more])
+    for kept, more in zip(values, oracle.empty(len(turn) - len(ids)), strict=True):
+        kept.data = torch.cat([kept, more])
+    rows = torch.arange(len(ids), len(turn))
+    wanted = oracle.log_probs(oracle.run(turn, rows, keys, values))
+    req = local.ask(turn, 1, fusion=fusion, top=20)
+    got = req.customized_info["rag_fusion"][0]
+    assert got["conversation_tokens"] == len(ids) + 4 - PREFIX
+    assert (got["recomputed_tokens"], got["fresh_tokens"]) == (0, 8)
+    top = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
+    indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
+    assert int(wanted.argmax()) == req.output_ids[0]
+    torch.testing.assert_close(top, wanted[indices], rtol=0, atol=5e-4)

@@ -31,12 +31,15 @@ def envelope(payload, version="1", kind=ACTION_TYPE, times=1):
 @given(
     st.lists(st.integers(0, 30), max_size=12).map(sorted),
     st.sampled_from(["", "query", "epic:0.3", "reuse"]),
+    st.sampled_from(["", "c-1"]),
 )
-def test_both_carriers_give_back_what_was_written(edges, policy):
+def test_both_carriers_give_back_what_was_written(edges, policy, conversation):
     pairs = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < b]
     spans = tuple(p for i, p in enumerate(pairs) if i == 0 or p[0] >= pairs[i - 1][1])
     prefix = spans[0][0] if spans else 0
-    request = FusionRequest(spans=spans, prefix_len=prefix, policy=policy)
+    request = FusionRequest(
+        spans=spans, prefix_len=prefix, policy=policy, conversation=conversation
+    )
     assert parse_custom_params(request.to_custom_params(), 40) == request
     hints = request.to_kv_hints()
     action = SimpleNamespace(**hints["actions"][0])
@@ -80,6 +83,11 @@ def test_nested_and_flat_spans_are_the_same_and_empty_ones_vanish():
         ({"spans": [4, 9], "prefix_len": 6}, "from 0 to 4"),
         ({"prefix_len": "x"}, "whole number"),
         ({"span": [4, 9]}, "spans"),
+        ({"conversation": ""}, "1 to 200 characters"),
+        ({"conversation": 7}, "1 to 200 characters"),
+        ({"conversation": "x" * 201}, "1 to 200 characters"),
+        ({"conversation": "c", "mode": "off"}, "mode 'off'"),
+        ({"conversation": "c", "mode": "build", "spans": [2, 5]}, "mode 'build'"),
     ],
 )
 def test_malformed_fields_are_refused_in_one_line(fields, words):

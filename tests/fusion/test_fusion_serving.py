@@ -161,7 +161,7 @@ def test_a_fault_while_matching_costs_speed_and_nothing_else(engine, monkeypatch
 
 
 def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import forward
+    from rag_pipeline.sglang_plugin.fusion import fused_forward
 
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0])
@@ -170,7 +170,7 @@ def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
     local.flush()
     plain = local.ask(ids, 4, fusion={"mode": "off"})
     local.flush()
-    monkeypatch.setattr(forward, "make_view", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(fused_forward, "make_view", lambda *a, **k: 1 / 0)
     req = local.ask(ids, 4, fusion=fusion)
     assert req.output_ids == plain.output_ids
     assert req.logprob.output_token_logprobs_val == plain.logprob.output_token_logprobs_val
@@ -230,7 +230,7 @@ def test_metrics_reach_prometheus_once(engine, monkeypatch):
 
 
 def test_the_self_check_finds_a_wrong_rotation_and_a_wrong_mask(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import attention, forward
+    from rag_pipeline.sglang_plugin.fusion import attention
     from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
     from rag_pipeline.sglang_plugin.fusion.startup import prove
 
@@ -243,7 +243,7 @@ def test_the_self_check_finds_a_wrong_rotation_and_a_wrong_mask(engine, monkeypa
         out = original(self, layer, pool, q, k, v, save)
         return out if layer.layer_id else out.roll(1, 0)
 
-    monkeypatch.setattr(forward.FusedPass, "run_layer", one_layer_off)
+    monkeypatch.setattr(attention.FusedPass, "run_layer", one_layer_off)
     with pytest.raises(SelfCheckError, match="away from plain prefill"):
         run_self_check(local.runtime, local.scheduler)
     # At start this turns fusion off, loudly, and serving goes on.

@@ -276,6 +276,7 @@ def test_health_tells_activation_gate_index_and_cache(rag_server: Any) -> None:
     assert health["activation"]["unapplied"] == []
     assert health["gate"]["on"]
     assert health["gate"]["self_check"].startswith("passed")
+    assert health["gate"]["model"]["status"] == "none"
     assert health["index"]["topics"]["documents"] == 4
     assert health["index"]["extra"] is not None
     assert health["cache"]["store"]["byte_budget"] > 0

@@ -96,7 +96,8 @@ def _aborted(rng: random.Random, number: int) -> Request:
 
 
 def _search(rng: random.Random, number: int) -> Request:
-    body = {"query": rng.choice(_QUESTIONS), "k": rng.randint(1, 20), "search": "bm25"}
+    search = rng.choice(("bm25", "dense", "hybrid"))
+    body = {"query": rng.choice(_QUESTIONS), "k": rng.randint(1, 20), "search": search}
     return Request(kind="search", method="POST", path=SEARCH, body=body)
 
 

@@ -109,8 +109,10 @@ def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: N
     Returns
     -------
     dict
-        ``stores{N{KIND{wall_ms_p50, wall_ms_p99, wall_ms_max, cpu_ms_p50, n}}}`` with the number of matched
-        chunks beside them, ``prompt_tokens``, ``config``, ``threads``, ``versions``.
+        ``stores{N{KIND{wall_ms_min, wall_ms_p50, wall_ms_p99, wall_ms_max, cpu_ms_p50, n}}}`` with the
+        number of matched chunks beside them, ``prompt_tokens``, ``config``, ``threads``, ``load_average``
+        (processes that wanted to run on ``cpus`` cores: with more than those, wall times hold waiting),
+        ``versions``.
     """
     stores = {}
     for size in config.store_sizes:
@@ -124,6 +126,7 @@ def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: N
         "config": dataclasses.asdict(config),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -290,6 +293,7 @@ def _timed(call: Callable[..., Any], *args: Any) -> tuple[Any, tuple[float, floa
 def _report(times: _Times) -> dict[str, float | int]:
     wall, cpu = [pair[0] for pair in times], [pair[1] for pair in times]
     return {
+        "wall_ms_min": round(min(wall), 4),
         "wall_ms_p50": round(statistics.median(wall), 4),
         "wall_ms_p99": round(float(np.percentile(wall, 99)), 4),
         "wall_ms_max": round(max(wall), 4),

@@ -114,8 +114,9 @@ def build_requests(corpus: EvalPrompt) -> list[dict[str, Any]]:
     bodies = []
     for chunk in corpus.chunks:
         span = [start, start + len(chunk.ids)]
-        hints = fusion_hints({"mode": "build", "spans": [span], "prefix_len": start})
-        bodies.append(_body([*corpus.prefix_ids, *chunk.ids], 1, hints))
+        built = {"mode": "build", "spans": [span], "prefix_len": start}
+        for fields in (built, built | {"passage": True}):
+            bodies.append(_body([*corpus.prefix_ids, *chunk.ids], 1, fusion_hints(fields)))
     return bodies
 
 

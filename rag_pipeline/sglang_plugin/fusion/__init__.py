@@ -10,12 +10,14 @@ attention is causal by absolute position. How a request travels, module by modul
 ``admission``      when a request is considered for a batch: match, lease, charge the scheduler's budget
                    with rows really computed, say how much may be published as exact
 ``plan``           rows of a piece (chunked prefill) as plain arithmetic
-``forward``        around ``ModelRunner.forward``: probing passes, row selection, the fused pass, capture
+``forward``        around ``ModelRunner.forward``: the fused pass, ordinary prefill if it fails, capture
+``fused_forward``  probing passes, row selection, the batch of the fused pass
 ``batch_view``     a ``ForwardBatch`` with fewer rows
 ``attention``      around ``RadixAttention.forward``: load, write, attend
 ``probes``         what probing passes look at
 ``capture``        chunk KV out of the paged pool into the store
-``radix``          the tree: fused KV never becomes exact; a conversation's next turn may use it
+``radix``          the tree: fused KV never becomes exact
+``conversation``   what a turn leaves for the next of the same conversation; ``turns``: which there are
 ``background``     missing chunks, computed when the engine is idle
 ``context``        identity of the model, its rotation; ``support``: what is refused and why
 ``metrics``        counters in SGLang's ``/metrics``; ``self_check``: proof at start; ``tp``: ranks agree
@@ -25,7 +27,11 @@ attention is causal by absolute position. How a request travels, module by modul
 Why rows are chosen before layer 0, and probing passes are stopped and run again instead of shrinking a batch inside
 a layer: shrinking needs SGLang's residual stream and per-layer hooks of every model family; running the few
 chosen rows again through the checked layers costs about ``r * check_layer / num_layers`` of a prefill and needs
-neither. All of it is counted in ``computed_fraction``.
+neither. All of it is counted in ``computed_fraction`` and paid from the ratio.
+
+What may go wrong and costs only speed: matching, planning, a probing pass, the fused pass itself, capture. A batch whose
+fused forward fails is prefilled as usual in the same forward, every row that may be wrong included; the reason is
+counted and in the report, the fault is logged once a kind, and eight in a row turn fusion off.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from rag_pipeline.sglang_plugin.fusion.chunk_search import (
     find_in_spans,
     scan_prompt,
 )
+from rag_pipeline.sglang_plugin.fusion.conversation import lease_turns
 from rag_pipeline.sglang_plugin.fusion.internal_requests import is_internal
 from rag_pipeline.sglang_plugin.fusion.request_spans import (
     FusionRequest,
@@ -88,6 +89,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
         return
     state.radix_len = int(req.prefix_len)
     state.row_layers = 0.0
+    state.turns_end = state.turn = 0
     state.report = UsageReport(prompt_tokens=int(state.prompt.size))
     if state.request.mode == "off":
         state.give_up("off")
@@ -126,6 +128,7 @@ def _fall_back(runtime: FusionRuntime, state: RequestState, reason: str) -> None
 
 def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
     request, prompt = state.request, state.prompt
+    turns = lease_turns(runtime, state, tenant) if request.conversation else []
     if request.spans:
         prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
         assert prefix is not None
@@ -137,7 +140,7 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
     matches, missing = found.matches, found.missing
     if prefix is not None:
         # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
-        low = max(int(prefix.ids.size), state.radix_len)
+        low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
         matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
     leased = [
         LeasedSpan(match=m, lease=lease, is_behind_passage=m.key in found.behind_passage)
@@ -149,11 +152,11 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
             if (span.start, span.end, span.match.chunk_offset) not in agreed:
                 span.lease.release()
         leased = [s for s in leased if (s.start, s.end, s.match.chunk_offset) in agreed]
-    missing = [(s, e) for s, e in missing if e > state.radix_len]
+    missing = [(s, e) for s, e in missing if e > max(state.radix_len, state.turns_end)]
     runtime.metrics.count("spans", "hit", len(leased))
     runtime.metrics.count("spans", "miss", len(missing))
-    state.spans = leased
-    if sum(s.end - s.start for s in leased) < runtime.config.min_reused_tokens:
+    state.spans = [*turns, *leased]
+    if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
             state.report.fallback = state.report.fallback or "in_exact_prefix"
@@ -194,8 +197,9 @@ def expected_savings(state: RequestState, start: int, end: int) -> int:
     """Rows of ``[start, end)`` that a batch will not compute, as far as known at admission."""
     if not state.is_pending or not state.spans:
         return 0
-    loaded = planning.skipped_rows(state.loads, start, end)
-    return int(loaded * (1.0 - min(1.0, state.policy.ratio)))
+    turns = planning.skipped_rows([(s.start, s.end) for s in state.spans if s.is_turn], start, end)
+    chunks = planning.skipped_rows(state.loads, start, end) - turns
+    return turns + int(chunks * (1.0 - min(1.0, state.policy.ratio)))
 
 
 def around_add_request(

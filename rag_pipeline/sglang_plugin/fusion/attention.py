@@ -84,6 +84,11 @@ class Loader:
 class Observer(Protocol):
     """Looks at a probing pass; raises :class:`StopPassError` when it has seen enough."""
 
+    @property
+    def last_layer(self) -> int:
+        """Layer in which it stops the pass."""
+        ...
+
     def before_write(
         self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
     ) -> None:
@@ -111,6 +116,11 @@ class FusedPass:
         Applied to the cached rows of each layer but the first.
     observer : Observer or None
         For probing passes.
+    holds_faults : bool
+        Finish the pass with zeros after a fault instead of raising it. With tensor parallelism the other
+        ranks wait in the collectives of every layer: a rank that left them would make them hang.
+    fault : Exception or None
+        The first fault of a pass that holds them; its output is worthless then.
     attend : callable, optional
         Replaces the attention function in tests.
     """
@@ -121,6 +131,8 @@ class FusedPass:
     scaling: float
     shifts: tuple[MeanShiftPlan, ...] = ()
     observer: Observer | None = None
+    holds_faults: bool = False
+    fault: Exception | None = None
     attend: Callable[..., Tensor] = position_causal_attention
 
     def run_layer(
@@ -144,6 +156,22 @@ class FusedPass:
         Tensor
             ``[R, Hq * head_dim]``.
         """
+        if not self.holds_faults:
+            return self._run_layer(layer, pool, q, k, v, save_kv_cache)
+        if self.fault is None:
+            try:
+                return self._run_layer(layer, pool, q, k, v, save_kv_cache)
+            except StopPassError:
+                raise
+            except Exception as error:
+                self.fault = error
+        if self.observer is not None and int(layer.layer_id) >= self.observer.last_layer:
+            raise StopPassError
+        return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+
+    def _run_layer(
+        self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool
+    ) -> Tensor:
         index = int(layer.layer_id)
         k_pool, v_pool = pool.get_key_buffer(index), pool.get_value_buffer(index)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)

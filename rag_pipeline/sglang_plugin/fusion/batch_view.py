@@ -7,7 +7,7 @@ that SGLang derives (start offsets, last rows for the logits, prefix lengths) fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,48 @@ def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionC
     return plan, torch.cat([r.row_slots for r in rows])
 
 
+def whole_rows(
+    req_to_token: Tensor,
+    batch: Any,
+    starts: Mapping[int, int],
+    fill_ids: Mapping[int, Sequence[int]],
+) -> list[RequestRows]:
+    """All rows of every request of a batch, for some requests from an earlier position on.
+
+    Parameters
+    ----------
+    req_to_token : Tensor
+        SGLang's table of slots by request and position.
+    batch : ForwardBatch
+        In an extend mode.
+    starts : mapping of int to int
+        First position to compute, by index of the request; by default where its piece begins.
+    fill_ids : mapping of int to sequence of int
+        Token ids by position of the requests that are in ``starts``.
+    """
+    rows, first = [], 0
+    for index, count in enumerate(batch.extend_seq_lens_cpu):
+        begin, end = int(batch.extend_prefix_lens_cpu[index]), _seq_len(batch, index)
+        start = starts.get(index, begin)
+        ids = batch.input_ids[first : first + count]
+        first += count
+        if start < begin:
+            # Not from the batch: it holds the ids of this piece only.
+            early = torch.tensor(list(fill_ids[index][start:begin]), dtype=ids.dtype)
+            ids = torch.cat([early.to(ids.device), ids])
+        rows.append(
+            RequestRows(
+                index=index,
+                positions=torch.arange(min(start, begin), end),
+                ids=ids,
+                kv_slots=req_to_token[batch.req_pool_indices[index], :end].to(torch.int64),
+            )
+        )
+    return rows
+
+
 def make_view(
-    batch: Any, rows: Sequence[RequestRows], fused: FusedPass, *, whole_batch: bool
+    batch: Any, rows: Sequence[RequestRows], fused: FusedPass | None, *, whole_batch: bool
 ) -> Any:
     """Copy of a batch with only these rows.
 
@@ -82,13 +122,15 @@ def make_view(
         The batch as SGLang made it, in an extend mode.
     rows : sequence of RequestRows
         In the order of the batch; every request of it when ``whole_batch``.
-    fused : FusedPass
-        Travels with the view.
+    fused : FusedPass or None
+        Travels with the view; None for ordinary rows, which are then contiguous to the end.
     whole_batch : bool
         The view's logits are sampled from: keep all per-request fields. Otherwise the view holds only the
         given requests and must be stopped before its end.
     """
     device = batch.input_ids.device
+    slots = torch.cat([r.row_slots for r in rows]) if fused is None else fused.row_slots
+    own = {} if fused is None else {STATE_KEY: fused}
     counts = [r.count for r in rows]
     positions = torch.cat([r.positions for r in rows]).to(device, batch.positions.dtype)
     lens = torch.tensor(counts, dtype=torch.int32)
@@ -97,15 +139,15 @@ def make_view(
     changes: dict[str, Any] = {
         "input_ids": torch.cat([r.ids for r in rows]).to(batch.input_ids.dtype),
         "positions": positions,
-        "out_cache_loc": fused.row_slots.to(batch.out_cache_loc.dtype),
+        "out_cache_loc": slots.to(batch.out_cache_loc.dtype),
         "extend_num_tokens": sum(counts),
         "extend_seq_lens": lens.to(device),
         "extend_seq_lens_cpu": counts,
-        # Attention is ours; the lengths only have to add up for the backend's own metadata.
+        # In a fused pass attention is ours; the lengths only have to add up for the backend's own metadata.
         "extend_prefix_lens": torch.tensor(prefixes, dtype=torch.int32).to(device),
         "extend_prefix_lens_cpu": prefixes,
         "extend_start_loc": (lens.cumsum(0, dtype=torch.int32) - lens).to(device),
-        "model_specific_states": {**(batch.model_specific_states or {}), STATE_KEY: fused},
+        "model_specific_states": {**(batch.model_specific_states or {}), **own},
     }
     if batch.global_num_token_non_padded_cpu is not None:
         changes["global_num_token_non_padded_cpu"] = sum(counts)

@@ -37,7 +37,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``fallbacks``, ``background`` or ``disk``.
+            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``background`` or ``disk``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -87,6 +87,7 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "requests": counter("requests", "Requests by outcome."),
         "tokens": counter("tokens", "Prompt tokens by what happened to them."),
         "spans": counter("spans", "Chunk look-ups by outcome."),
+        "turns": counter("turns", "Turns of conversations by event, and tokens loaded from them."),
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
         "background": counter("background", "Background chunk builds by event."),
         "disk": counter("disk", "Chunk records read from and written to the disk, by event."),

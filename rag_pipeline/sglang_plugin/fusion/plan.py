@@ -55,7 +55,7 @@ def make_layout(
     qkv_share : float
         See :func:`chunk_cache.policies.qkv_share`.
     scoring_rows : int, optional
-        Rows of a scoring pass.
+        Fresh rows of a probing pass.
     """
     behind = [(max(start, exact_len), end) for start, end in spans if end > exact_len]
     return ReuseLayout(
@@ -65,6 +65,8 @@ def make_layout(
         spans=tuple(behind),
         num_scoring_rows=scoring_rows,
         qkv_share=qkv_share,
+        # Every check is a pass from layer 0 here, and charged as one.
+        probes_restart=True,
     )
 
 

@@ -47,6 +47,11 @@ class MassObserver:
             torch.zeros(s.numel(), dtype=torch.float32, device=s.device) for s in slots
         ]
 
+    @property
+    def last_layer(self) -> int:
+        """Last layer of the range."""
+        return self._layers.stop - 1
+
     def before_write(
         self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
     ) -> None:
@@ -60,7 +65,7 @@ class MassObserver:
                 self.mass[i] += query_attention_mass(
                     q[lo:hi], k_pool, slots, self._positions[i], slots.numel(), self._scaling
                 )
-        if layer_id + 1 >= self._layers.stop:
+        if layer_id >= self.last_layer:
             raise StopPassError
 
     def scores(self, reduce: Reduce) -> list[Tensor]:
@@ -91,6 +96,11 @@ class DeviationObserver:
         self._slots = slots
         self._metric = metric
         self._deviation: list[Tensor] = []
+
+    @property
+    def last_layer(self) -> int:
+        """The check layer."""
+        return self._layer
 
     def before_write(
         self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor

@@ -3,7 +3,7 @@
 Two carriers hold the same fields. ``kv_hints`` on ``/generate`` (one action of type ``rag.fusion``) may nest::
 
     {"mode": "fuse", "spans": [[120, 520], [520, 900]], "prefix_len": 120,
-     "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}}
+     "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}, "conversation": "c-17"}
 
 ``custom_params`` (OpenAI endpoints, ``sgl.Engine`` sampling parameters) allows flat lists only, so every
 field is prefixed and the spans are written start, end, start, end::
@@ -27,12 +27,23 @@ if TYPE_CHECKING:
 ACTION_TYPE = "rag.fusion"
 ACTION_VERSION = "1"
 PARAM_PREFIX = "rag_"
+MAX_CONVERSATION = 200
+"""Characters of a conversation's name."""
 MAX_SPANS = 4096
 """More than any prompt holds; bounds the work that one request can cause."""
 
 Mode = Literal["fuse", "build", "off"]
 _MODES = ("fuse", "build", "off")
-_FIELDS = ("mode", "spans", "prefix_len", "policy", "ratio", "options", "passage")
+_FIELDS = (
+    "mode",
+    "spans",
+    "prefix_len",
+    "policy",
+    "ratio",
+    "options",
+    "conversation",
+    "passage",
+)
 
 
 class RequestError(RagPipelineError):
@@ -58,6 +69,9 @@ class FusionRequest:
         Share of the reused tokens' computation.
     options : tuple of (str, object)
         Further fields of the policy's configuration.
+    conversation : str
+        Name of the conversation that the prompt is a turn of: what earlier turns of that name, tenant and
+        policy left is loaded, and this turn is kept for the next. Empty for neither.
     passage : bool or None
         With ``build``: true computes the chunk behind the engine's neutral passage, for use away from its own
         place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
@@ -69,6 +83,7 @@ class FusionRequest:
     policy: str = ""
     ratio: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    conversation: str = ""
     passage: bool | None = None
 
     def make_policy(self, default: str) -> Policy:
@@ -97,6 +112,8 @@ class FusionRequest:
             flat["rag_ratio"] = self.ratio
         if self.options:
             flat["rag_options"] = dict(self.options)
+        if self.conversation:
+            flat["rag_conversation"] = self.conversation
         if self.passage is not None:
             flat["rag_passage"] = self.passage
         return flat
@@ -179,6 +196,7 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         policy=policy,
         ratio=None if ratio is None else float(ratio),
         options=_read_options(fields.get("options")),
+        conversation=_read_conversation(fields.get("conversation"), mode),
         passage=passage,
     )
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
@@ -259,6 +277,21 @@ def _read_spans(value: Any, prompt_len: int) -> list[tuple[int, int]]:
         return check_spans(((pair[0], pair[1]) for pair in pairs), prompt_len)
     except ChunkCacheError as error:
         raise RequestError(f"fusion {error}") from None
+
+
+def _read_conversation(value: Any, mode: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CONVERSATION:
+        raise RequestError(
+            f"fusion conversation is {value!r:.80}; give a name of 1 to {MAX_CONVERSATION} characters, "
+            "or leave it out."
+        )
+    if mode != "fuse":
+        raise RequestError(
+            f"fusion conversation in mode {mode!r}; only mode 'fuse' keeps and finds turns, leave one out."
+        )
+    return value
 
 
 def _read_options(value: Any) -> tuple[tuple[str, Any], ...]:

@@ -41,7 +41,7 @@ class UsageReport:
     exact_prefix_tokens : int
         Found in the radix tree: exact KV.
     reused_tokens : int
-        KV loaded and kept.
+        KV loaded and kept, that of earlier turns included.
     recomputed_tokens : int
         KV loaded, then computed anew by the policy.
     fresh_tokens : int
@@ -52,6 +52,8 @@ class UsageReport:
         Policy that chose the rows; empty for ordinary prefill.
     ratio : float
         Its nominal ratio.
+    conversation_tokens : int
+        Of the reused tokens, those that earlier turns of the conversation left.
     fallback : str
         Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
     """
@@ -66,6 +68,7 @@ class UsageReport:
     ratio: float = 0.0
     fallback: str = ""
     built_chunks: int = 0
+    conversation_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
@@ -86,11 +89,13 @@ class Capture:
 class LeasedSpan:
     """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it.
 
+    ``is_turn`` marks a run that an earlier turn of the conversation left: no policy recomputes it.
     ``is_behind_passage`` marks KV that saw the neutral passage: it is exact at no place.
     """
 
     match: Match
     lease: Lease
+    is_turn: bool = False
     is_behind_passage: bool = False
 
     @property
@@ -128,6 +133,10 @@ class RequestState:
         Exact tokens found in the tree when the prompt was admitted.
     exact_limit : int or None
         Tokens that may be published as exact; None for all.
+    turns_end : int
+        Where the KV of earlier turns ends; 0 without.
+    turn : int
+        Number of the segment that ends there.
     row_layers : float
         Work done so far: rows times layers.
     explicit : bool
@@ -151,6 +160,8 @@ class RequestState:
         "resolved",
         "row_layers",
         "spans",
+        "turn",
+        "turns_end",
     )
 
     def __init__(
@@ -171,6 +182,8 @@ class RequestState:
         self.captures: list[Capture] = []
         self.radix_len = 0
         self.exact_limit: int | None = None
+        self.turns_end = 0
+        self.turn = 0
         self.row_layers = 0.0
         self.explicit = explicit
         self.internal = internal
@@ -185,13 +198,17 @@ class RequestState:
         """Give leases and build rights back; a new scheduling attempt starts over."""
         for span in self.spans:
             span.lease.release()
-        for capture in self.captures:
-            capture.build.abort("request ended before its chunk was complete", failed=False)
         self.spans = []
-        self.captures = []
+        self.drop_captures()
         self.resolved = False
         self.done = False
         self.exact_limit = None
+
+    def drop_captures(self) -> None:
+        """Give build rights back: nothing is stored any more."""
+        for capture in self.captures:
+            capture.build.abort("request ended before its chunk was complete", failed=False)
+        self.captures = []
 
     def forget_spans(self, reason: str) -> None:
         """Load nothing any more, and say why; what may be published stays as it is."""

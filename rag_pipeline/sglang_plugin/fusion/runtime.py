@@ -16,10 +16,13 @@ from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+from rag_pipeline.sglang_plugin.fusion.turns import Conversations
 
 logger = logging.getLogger(__name__)
 
 _MAX_PREFIXES = 256
+_MAX_FAULTS = 8
+"""Failed forwards in a row after which each further one would only cost its requests time twice."""
 
 TokenArray = npt.NDArray[np.int64]
 
@@ -69,6 +72,7 @@ class FusionRuntime:
         self.group = group or RankGroup()
         self.metrics = metrics or FusionMetrics()
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
+        self.conversations = Conversations(self.store)
         self.self_check = "not run"
         self.folder: StoreFolder | None = None
         self.passage: TokenArray = np.empty(0, dtype=np.int64)
@@ -77,6 +81,7 @@ class FusionRuntime:
         """Tokens that a prompt may hold in this engine."""
         self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
         self._said: set[str] = set()
+        self._faults = 0
 
     @property
     def is_on(self) -> bool:
@@ -93,6 +98,28 @@ class FusionRuntime:
         if key not in self._said:
             self._said.add(key)
             logger.warning(message, *values)
+
+    def say_fault(self, stage: str, error: Exception) -> None:
+        """Log a fault that costs its requests nothing but speed, once a kind, with its traceback."""
+        kind = f"{stage}: {type(error).__name__}"
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.error(
+                "A fault of fusion (%s); its requests are prefilled as usual. Said once a kind of fault.",
+                kind,
+                exc_info=error,
+            )
+
+    def pass_failed(self, stage: str, error: Exception) -> None:
+        """Note a failed fused forward; too many in a row turn fusion off."""
+        self.say_fault(stage, error)
+        self._faults += 1
+        if self._faults >= _MAX_FAULTS and self.is_on:
+            self.turn_off(f"{self._faults} fused forwards in a row failed, the last with {error!r}")
+
+    def pass_succeeded(self) -> None:
+        """Forget the faults so far: they were not in a row."""
+        self._faults = 0
 
     def weights_changed(self, fingerprint: str) -> None:
         """Move to another identity of the weights: no chunk of the old ones is found again."""

@@ -28,6 +28,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.reused_tokens = max(0, loaded - report.recomputed_tokens - forced)
     report.recomputed_tokens = loaded - report.reused_tokens
     report.fresh_tokens = report.prompt_tokens - report.exact_prefix_tokens - loaded
+    turns = sum(span.end - span.start for span in state.spans if span.is_turn)
+    report.conversation_tokens = min(turns, report.reused_tokens)
     if loaded:
         report.policy = state.policy.name
         report.ratio = state.policy.ratio
@@ -41,6 +43,7 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     runtime.metrics.count("tokens", "reused", report.reused_tokens)
     runtime.metrics.count("tokens", "recomputed", report.recomputed_tokens)
     runtime.metrics.count("tokens", "fresh", report.fresh_tokens)
+    runtime.metrics.count("turns", "tokens_loaded", report.conversation_tokens)
 
 
 def attach_report(req: Any, state: RequestState) -> None:

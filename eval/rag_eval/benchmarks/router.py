@@ -1,0 +1,338 @@
+"""Two SGLang servers behind a router: where requests about the same chunks go, and what that saves.
+
+Chunk KV lives in one server's memory. A router that sends a chunk's requests now here, now there, has
+every server compute it. This benchmark starts two servers with the plugin and each given router with
+each of its policies, sends the same kind of workload, and reports per server which topics came and how
+many tokens of chunks were loaded instead of computed. It counts tokens, not time.
+
+``python -m rag_eval.benchmarks.router --router smg --router sglang-router --json``
+
+A topic is a pool of chunks; a request takes some of them in random order, and names the topic in the
+header ``X-SMG-Routing-Key``. Requests go one at a time, and background builds are waited for, so the
+counts do not depend on the machine.
+
+Behind a router that drops ``kv_hints`` a server learns of no spans and stores nothing. There each
+server is given every chunk's KV ahead, directly, and finds the chunks in the prompts by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rag_eval.arguments import OneLineParser
+from rag_eval.benchmarks.local_server import local_server
+from rag_eval.benchmarks.router_process import (
+    HINTS,
+    ROUTING_KEY,
+    RouterProgram,
+    counters,
+    passes,
+    running_router,
+)
+from rag_eval.errors import EvalError
+from rag_eval.runner.session import fusion_hints
+
+PREFIX_TOKENS = 24
+QUESTION_TOKENS = 12
+_VOCABULARY = 49_152
+_POLICIES = ("round_robin", "cache_aware", "manual", "consistent_hashing")
+_SETTLE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RouterBenchConfig:
+    """Shape of the workload.
+
+    Parameters
+    ----------
+    topics
+        Pools of chunks, each the size of ``pool``.
+    pool, chunks, chunk_tokens
+        Chunks of a topic, how many of them a request takes, and their length in tokens.
+    requests
+        Requests a topic.
+    policy
+        Fusion policy of every request.
+    seed
+        Chooses chunks and order.
+    """
+
+    topics: int = 10
+    pool: int = 6
+    chunks: int = 4
+    chunk_tokens: int = 96
+    requests: int = 6
+    policy: str = "query:0.15"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("topics", "pool", "chunks", "chunk_tokens", "requests"):
+            if getattr(self, name) < 1:
+                raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.chunks > self.pool:
+            raise EvalError(f"chunks is {self.chunks}; a topic has only {self.pool} to choose from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TopicRequest:
+    """One request: the topic it names, its tokens, and the spans of its chunks."""
+
+    topic: str
+    input_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def make_requests(config: RouterBenchConfig, salt: str) -> list[TopicRequest]:
+    """Draw the requests of one run; another `salt` gives chunks that no server has seen."""
+    rng = random.Random(f"router/{config.seed}/{salt}")
+
+    def draw(length: int) -> tuple[int, ...]:
+        # Past the control tokens, which a request may not hold.
+        return tuple(rng.randrange(1000, _VOCABULARY) for _ in range(length))
+
+    prefix = draw(PREFIX_TOKENS)
+    made = []
+    for number in range(config.topics):
+        pool = [draw(config.chunk_tokens) for _ in range(config.pool)]
+        for _ in range(config.requests):
+            ids, spans = list(prefix), []
+            for chunk in rng.sample(pool, config.chunks):
+                spans.append((len(ids), len(ids) + len(chunk)))
+                ids += chunk
+            ids += draw(QUESTION_TOKENS)
+            made.append(
+                TopicRequest(topic=f"topic-{number}", input_ids=tuple(ids), spans=tuple(spans))
+            )
+    rng.shuffle(made)
+    return made
+
+
+def run(
+    config: RouterBenchConfig,
+    programs: Sequence[RouterProgram],
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure every router with every policy it offers, on the same two servers.
+
+    Returns
+    -------
+    dict
+        ``routers{NAME{version, passes, warmed, policies{NAME{servers, split_topics, ...}}}}``, ``config``,
+        ``versions``.
+    """
+    report: dict[str, Any] = {}
+    with two_servers(progress) as urls:
+        for program in programs:
+            entry: dict[str, Any] = {"version": program.version, "policies": {}}
+            report[program.name] = entry
+            for policy in (name for name in _POLICIES if name in program.policies):
+                progress(f"{program.name} {program.version}: {policy}")
+                with running_router(program, policy, urls) as address:
+                    entry.setdefault("passes", passes(address))
+                    requests = make_requests(config, f"{program.name}/{policy}")
+                    if not entry["passes"][HINTS]:
+                        warm(requests, urls)
+                    entry["policies"][policy] = send(config, requests, address, urls)
+            entry["warmed"] = not entry["passes"][HINTS]
+    return {
+        "benchmark": "router",
+        "routers": report,
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+    }
+
+
+@contextmanager
+def two_servers(progress: Callable[[str], None]) -> Iterator[list[str]]:
+    """Start two servers with the plugin on a tiny model of random weights; yields their URLs."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rag-bench-")))
+        make_tiny_model(folder)
+        settings = {"max_total_tokens": 16384, "enable_metrics": True}
+        urls = []
+        for number in (1, 2):
+            progress(f"starting server {number} of 2")
+            urls.append(stack.enter_context(local_server(folder, settings)).url)
+        yield urls
+
+
+def make_tiny_model(folder: Path) -> None:
+    """Write a four-layer Llama of random weights with the packaged model's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rag_pipeline.models import resolve_llm
+
+    torch.manual_seed(7)
+    shape = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(shape).to(torch.float32).save_pretrained(folder)
+    for file in resolve_llm("smollm2-135m").path.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+
+
+def warm(requests: Sequence[TopicRequest], urls: Sequence[str]) -> None:
+    """Have each server compute and keep the KV of every chunk, behind the shared prefix."""
+    prefix = requests[0].input_ids[: requests[0].spans[0][0]]
+    chunks = {request.input_ids[start:end] for request in requests for start, end in request.spans}
+    for url in urls:
+        for chunk in sorted(chunks):
+            span = [len(prefix), len(prefix) + len(chunk)]
+            built = {"mode": "build", "spans": [span], "prefix_len": len(prefix)}
+            for fields in (built, built | {"passage": True}):
+                _generate(url, [*prefix, *chunk], fusion_hints(fields))
+
+
+def _generate(
+    address: str, input_ids: Sequence[int], hints: dict[str, Any], **headers: str
+) -> None:
+    answer = httpx.post(
+        f"{address}/generate",
+        json={
+            "input_ids": list(input_ids),
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True},
+            "kv_hints": hints,
+        },
+        headers=headers,
+        timeout=120,
+        trust_env=False,
+    )
+    answer.raise_for_status()
+
+
+def send(
+    config: RouterBenchConfig, requests: Sequence[TopicRequest], address: str, urls: Sequence[str]
+) -> dict[str, Any]:
+    """Send the requests one by one and count, on each server, what became of them."""
+    before = [counters(url) for url in urls]
+    seen = [value["requests"] for value in before]
+    topics: list[set[str]] = [set() for _ in urls]
+    for request in requests:
+        hints = fusion_hints(
+            {
+                "mode": "fuse",
+                "spans": [list(span) for span in request.spans],
+                "prefix_len": request.spans[0][0],
+                "policy": config.policy,
+            }
+        )
+        _generate(address, request.input_ids, hints, **{ROUTING_KEY: request.topic})
+        now = _settled(urls, sum(seen) + 1)
+        for index, count in enumerate(now):
+            if count > seen[index]:
+                topics[index].add(request.topic)
+        seen = now
+    servers = []
+    for url, start, names in zip(urls, before, topics, strict=True):
+        end = counters(url)
+        grown = {name: int(end[name] - start.get(name, 0)) for name in end}
+        servers.append({**grown, "topics": len(names)})
+    return _summary(config, servers, topics)
+
+
+def _settled(urls: Sequence[str], requests: float) -> list[float]:
+    """Wait until the servers counted the request and no background build is open."""
+    deadline = time.monotonic() + _SETTLE_S
+    quiet = 0
+    while time.monotonic() < deadline:
+        found = [counters(url) for url in urls]
+        open_builds = sum(value["builds_open"] for value in found)
+        counts = [value["requests"] for value in found]
+        quiet = quiet + 1 if open_builds == 0 and sum(counts) == requests else 0
+        if quiet == 2:
+            return counts
+        time.sleep(0.1)
+    raise EvalError(
+        f"the servers did not settle within {_SETTLE_S:.0f} s: {sum(counts):.0f} requests counted, "
+        f"{requests:.0f} sent, {open_builds:.0f} background builds open"
+    )
+
+
+def _summary(
+    config: RouterBenchConfig, servers: list[dict[str, Any]], topics: list[set[str]]
+) -> dict[str, Any]:
+    total = config.topics * config.requests * config.chunks * config.chunk_tokens
+    loaded = sum(server["reused"] + server["recomputed"] for server in servers)
+    return {
+        "servers": [
+            {name: value for name, value in server.items() if name != "builds_open"}
+            for server in servers
+        ],
+        "split_topics": len(set.intersection(*topics)),
+        "chunks_computed_for_the_store": sum(server["stored"] for server in servers),
+        "distinct_chunks": config.topics * config.pool,
+        "chunk_tokens_loaded": loaded,
+        "chunk_tokens_sent": total,
+        "loaded_share": round(loaded / total, 4),
+        "requests_spread": statistics.pstdev(server["requests"] for server in servers),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.router", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--router",
+        action="append",
+        required=True,
+        metavar="PROGRAM",
+        help="smg or sglang-router, a name or a path; may be repeated",
+    )
+    for field in dataclasses.fields(RouterBenchConfig):
+        kind = type(field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=field.default, help=kind.__name__)
+    options = vars(parser.parse_args(argv))
+    as_json, names = options.pop("json"), options.pop("router")
+    try:
+        config = RouterBenchConfig(**options)
+        programs = [RouterProgram.find(name) for name in names]
+    except EvalError as error:
+        parser.error(str(error))
+    report = run(config, programs, lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(report))
+        return 0
+    for name, entry in report["routers"].items():
+        print(f"{name} {entry['version']}, forwards {entry['passes']}, warmed {entry['warmed']}")
+        for policy, found in entry["policies"].items():
+            spread = " + ".join(str(server["requests"]) for server in found["servers"])
+            print(
+                f"  {policy:20} requests {spread:9} topics on both {found['split_topics']:3}  "
+                f"chunk tokens loaded {100 * found['loaded_share']:5.1f}%  "
+                f"chunks computed {found['chunks_computed_for_the_store']} "
+                f"of {found['distinct_chunks']} distinct"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""What both backends of programs share: the state as token ids with chunk spans, in each request."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sglang.lang.global_config import global_config
+
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.frontend.marked_text import segments_of
+from rag_pipeline.generation import PREFIX_POLICY
+from rag_pipeline.generation.base import delta, finish_reason
+from rag_pipeline.segments import Segment, SegmentEncoder, fusion_request
+from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.types import Span
+
+_LOGPROB_FIELDS = (
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "return_text_in_logprobs",
+)
+
+
+class ChunkPrograms(ABC):
+    """Executes SGLang programs whose text carries chunks; mixed into a backend.
+
+    A program's text becomes token ids here: chunks alone, all else between two of them in one go.
+    Special tokens are control tokens only where the chat template or :func:`.control` wrote them.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's tokenizer.
+    policy, ratio
+        Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
+        prefill.
+    build_missing
+        Compute a chunk that this backend has not seen behind this prefix before the first request
+        that holds it, so that already this request reuses it. Otherwise the engine does so later,
+        when it is idle. It pays when chunks occur more than once.
+
+    Raises
+    ------
+    RagPipelineError
+        An unknown policy, or a ratio that it does not take.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        *,
+        policy: str = "query",
+        ratio: float | None = None,
+        build_missing: bool = False,
+    ) -> None:
+        fusion_request((), 0, policy, ratio)
+        self.encoder = SegmentEncoder(tokenizer)
+        self.policy = policy
+        self.ratio = ratio
+        self.build_missing = build_missing and policy != PREFIX_POLICY
+        self._bos = tokenizer.bos_token or ""
+        self._built: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        self._build_lock = threading.Lock()
+
+    @abstractmethod
+    def send(self, body: dict[str, Any]) -> Mapping[str, Any]:
+        """Send one request in the form of ``/generate`` and return the answer."""
+
+    @abstractmethod
+    def send_stream(self, body: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Send one request and yield the messages of its stream."""
+
+    @property
+    @abstractmethod
+    def incremental(self) -> bool:
+        """Whether a stream's messages carry only what is new."""
+
+    def encode(self, text: str) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+        """Token ids and chunk spans of a program's text."""
+        segments = segments_of(text)
+        if self._bos and not (segments and segments[0].text.startswith(self._bos)):
+            segments.insert(0, Segment(text=self._bos, kind="template"))
+        return self.encoder.encode(segments)
+
+    # -- what the interpreter calls -----------------------------------------------------------
+
+    def generate(self, s: Any, sampling_params: Any) -> tuple[Any, Mapping[str, Any]]:
+        """Continue the program's text; the interpreter's ``sgl.gen``."""
+        answer = self.send(self._request(s, sampling_params))
+        if isinstance(answer, list):  # n > 1
+            return [one["text"] for one in answer], answer[0]["meta_info"]
+        _check_finish(answer["meta_info"])
+        return answer["text"], answer["meta_info"]
+
+    def generate_stream(
+        self, s: Any, sampling_params: Any
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Continue the program's text piece by piece."""
+        seen = 0
+        meta: dict[str, Any] = {}
+        for message in self.send_stream({**self._request(s, sampling_params), "stream": True}):
+            kind = _check_finish(message["meta_info"])
+            text, seen = delta(
+                message["text"], seen, incremental=self.incremental, final=kind is not None
+            )
+            # The report on the fusion comes in one message, and empty in later ones.
+            meta = meta | {k: v for k, v in message["meta_info"].items() if v != []}
+            yield text, meta
+
+    def select(
+        self, s: Any, choices: Sequence[str], temperature: float, choices_method: Any
+    ) -> Any:
+        """Choose by log-probability; the interpreter's ``sgl.select``.
+
+        The choices' tokens follow the text's own, so nothing has to be mended at the border. The
+        prompt is prefilled exactly: the engine gives no log-probabilities of fused prompts.
+        """
+        if temperature > 1e-5:
+            raise RagPipelineError(f"sgl.select has temperature {temperature}; it must be 0")
+        before, _ = self.encode(s.text_)
+        scored = [self._score(before, self.encoder.tokenizer.encode(choice)) for choice in choices]
+        unconditional = None
+        if choices_method.requires_unconditional_logprobs:
+            unconditional = [self._logprobs([entry[1] for entry in one[0]], 0)[0] for one in scored]
+        return choices_method(
+            choices=list(choices),
+            normalized_prompt_logprobs=[_mean(one[0]) for one in scored],
+            input_token_logprobs=[one[0] for one in scored],
+            output_token_logprobs=[one[1] for one in scored],
+            unconditional_token_logprobs=unconditional,
+        )
+
+    def commit_lazy_operations(self, s: Any) -> None:
+        """Compute what all branches of a fork share.
+
+        Fused KV is never published as exact, so with chunks it is their stored KV that the
+        branches share, and nothing has to be computed now unless a chunk is missing.
+        """
+        ids, spans = self.encode(s.text_)
+        if spans and self.policy != PREFIX_POLICY:
+            self._build(ids, spans)
+        elif ids:
+            self.send({"input_ids": list(ids), "sampling_params": {"max_new_tokens": 0}})
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        """Compute the text that the programs of a batch share."""
+        ids, spans = self.encode(prefix_str)
+        shared = ids[: spans[0].start] if spans else ids
+        if shared:
+            self.send({"input_ids": list(shared), "sampling_params": {"max_new_tokens": 0}})
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def _request(self, s: Any, sampling_params: Any) -> dict[str, Any]:
+        if s.images_:
+            raise RagPipelineError(
+                "images cannot stand in a program of this backend; leave them out"
+            )
+        ids, spans = self.encode(s.text_)
+        if self.build_missing:
+            self._build(ids, spans)
+        prefix_len = spans[0].start if spans else 0
+        fusion = fusion_request(spans, prefix_len, self.policy, self.ratio)
+        fields = {
+            name: value
+            for name in _LOGPROB_FIELDS
+            if (value := getattr(sampling_params, name, None)) is not None
+        }
+        return {
+            "input_ids": list(ids),
+            "sampling_params": {
+                "skip_special_tokens": global_config.skip_special_tokens_in_output,
+                "spaces_between_special_tokens": (
+                    global_config.spaces_between_special_tokens_in_out
+                ),
+                **sampling_params.to_srt_kwargs(),
+            },
+            "kv_hints": fusion.to_kv_hints(),
+            **fields,
+        }
+
+    def _build(self, ids: Sequence[int], spans: Sequence[Span]) -> None:
+        from rag_pipeline.sglang_plugin import FusionRequest
+
+        if not self.build_missing or not spans:
+            return
+        prefix = tuple(ids[: spans[0].start])
+        for span in spans:
+            chunk = tuple(ids[span.start : span.end])
+            # One at a time: a second thread that needs the chunk must find it finished.
+            with self._build_lock:
+                if (prefix, chunk) in self._built:
+                    continue
+                place = (len(prefix), len(prefix) + len(chunk))
+                for passage in (None, True):
+                    fusion = FusionRequest(
+                        mode="build", spans=(place,), prefix_len=len(prefix), passage=passage
+                    )
+                    self.send(
+                        {
+                            "input_ids": [*prefix, *chunk],
+                            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+                            "kv_hints": fusion.to_kv_hints(),
+                        }
+                    )
+                self._built.add((prefix, chunk))
+
+    def _score(self, before: Sequence[int], choice: Sequence[int]) -> tuple[list[Any], list[Any]]:
+        entries, output = self._logprobs([*before, *choice], max(len(before) - 1, 0))
+        return entries[-len(choice) :] if choice else [], output
+
+    def _logprobs(self, ids: Sequence[int], start: int) -> tuple[list[Any], list[Any]]:
+        answer = self.send(
+            {
+                "input_ids": list(ids),
+                "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+                "return_logprob": True,
+                "return_text_in_logprobs": True,
+                "logprob_start_len": start,
+            }
+        )
+        meta = answer["meta_info"]
+        return meta["input_token_logprobs"], meta["output_token_logprobs"]
+
+
+def _mean(entries: Sequence[Any]) -> float:
+    values = [entry[0] for entry in entries if entry[0] is not None]
+    return sum(values) / len(values) if values else float("-inf")
+
+
+def _check_finish(meta: Mapping[str, Any]) -> str | None:
+    kind, message = finish_reason(meta)
+    if kind == "abort":
+        raise RagPipelineError(f"the engine aborted the request: {message or 'no reason'}")
+    return kind

@@ -1,0 +1,117 @@
+"""Programs on a running SGLang server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.utils import http_request
+
+from rag_pipeline.errors import EngineError, ModelError
+from rag_pipeline.frontend.backend import ChunkPrograms
+from rag_pipeline.frontend.roles import chat_template_of
+from rag_pipeline.generation import ServerBackend
+from rag_pipeline.tokenizer import ModelTokenizer
+
+
+class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
+    """SGLang's ``RuntimeEndpoint`` that sends token ids with the place of every chunk.
+
+    Parameters
+    ----------
+    base_url
+        The server, for example ``http://127.0.0.1:30000``.
+    api_key
+        For servers started with ``--api-key``.
+    tokenizer
+        Folder of the model's tokenizer; by default the folder that the server names, which must
+        then lie on this machine.
+    policy, ratio, build_missing
+        See :class:`.ChunkPrograms`.
+
+    Raises
+    ------
+    RagPipelineError
+        Nobody answers, the server is not SGLang, its tokenizer is not here, or a bad policy.
+
+    Examples
+    --------
+    >>> sgl.set_default_backend(RagEndpoint("http://127.0.0.1:30000"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        policy: str = "query",
+        ratio: float | None = None,
+        build_missing: bool = False,
+    ) -> None:
+        with_url = ServerBackend(base_url, api_key=api_key)
+        try:
+            if tokenizer is not None:
+                with_url.check_model(Path(tokenizer))
+            loaded = _load(tokenizer or with_url.model_path)
+            self._incremental = with_url._incremental
+        finally:
+            with_url.close()
+        RuntimeEndpoint.__init__(self, with_url.url, api_key)
+        ChunkPrograms.__init__(
+            self, loaded, policy=policy, ratio=ratio, build_missing=build_missing
+        )
+        self.support_concate_and_append = False  # this SGLang has no such route
+        self.chat_template = chat_template_of(loaded, with_url.model_path)
+
+    @property
+    def incremental(self) -> bool:
+        """Whether the server streams only what is new."""
+        return self._incremental
+
+    def send(self, body: dict[str, Any]) -> Mapping[str, Any]:
+        """Send to ``/generate``.
+
+        Raises
+        ------
+        EngineError
+            The server refused the request.
+        """
+        answer: Mapping[str, Any] = self._post(body).json()
+        return answer
+
+    def send_stream(self, body: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Send to ``/generate`` and read its stream."""
+        response = self._post(body, stream=True)
+        try:
+            for line in response.iter_lines(decode_unicode=False):
+                data = line.decode("utf-8").removeprefix("data:").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+        finally:
+            response.close()
+
+    def _post(self, body: dict[str, Any], **options: Any) -> Any:
+        response = http_request(
+            f"{self.base_url}/generate", json=body, api_key=self.api_key, **options
+        )
+        if response.status_code != 200:
+            detail = " ".join(str(response.text).split())[:300]
+            raise EngineError(
+                f"the server at {self.base_url} refused the request "
+                f"({response.status_code}): {detail}"
+            )
+        return response
+
+
+def _load(folder: str | Path) -> ModelTokenizer:
+    try:
+        return ModelTokenizer.load(folder)
+    except ModelError as error:
+        raise ModelError(
+            f"the server's model {folder} has no tokenizer on this machine; copy its folder here "
+            "and give it as tokenizer"
+        ) from error

@@ -1,0 +1,128 @@
+"""Fused KV of a finished turn, kept for the following turns of the same conversation and for nobody else.
+
+A request that names a conversation asks for two things: that what it computed behind its exact prefix is kept when
+it ends, and that what earlier turns left so is loaded again, unmoved and never recomputed. The namespace is the
+tenant, the conversation's name, and the policy with its ratio and options; the key of a segment also holds the
+tokens before it and the segment that it was computed behind. So no exact request, no other tenant, conversation
+or ratio ever finds one.
+
+Why not nodes of the radix tree under an extra key: a node's slots would then be shared with the exact prefix's
+nodes, or begin in the middle of a prompt, and the tree knows neither. A segment is instead a record of the chunk
+store, copied out of the pool when the turn ends and into the next turn's own slots: one copy in host memory under the
+store's byte budget, evicted like any chunk, and no page, lock or slot that two requests share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+
+from chunk_cache import Build, ChunkKey, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.capture import capture_chunk
+from rag_pipeline.sglang_plugin.fusion.request_state import (
+    Capture,
+    LeasedSpan,
+    RequestState,
+    Tenant,
+)
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.turns import Segment
+
+
+def namespace_of(state: RequestState, tenant: Tenant) -> str:
+    """Everything but tokens and model that a turn's KV depends on."""
+    passage = state.request.passage is not False
+    return repr((tenant.salt, state.request.conversation, state.policy.identity, passage))
+
+
+def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> list[LeasedSpan]:
+    """Lease what earlier turns left behind the exact prefix of a request's prompt.
+
+    Sets ``state.turns_end`` and ``state.turn``. All tensor-parallel ranks must call it together.
+    """
+    chain = runtime.conversations.find(namespace_of(state, tenant), state.prompt)
+    leased: list[tuple[Segment, LeasedSpan]] = []
+    for segment, match in chain:
+        found = runtime.store.acquire_matches(state.prompt, [match])
+        if not found:
+            break  # what stands behind was computed over it
+        leased.append((segment, LeasedSpan(match=match, lease=found[0][1], is_turn=True)))
+    kept = runtime.group.common([(s.start, s.end, 0) for _, s in leased])
+    agreed = list(itertools.takewhile(lambda item: (item[1].start, item[1].end, 0) in kept, leased))
+    if not agreed or agreed[-1][1].end - state.radix_len < runtime.config.min_reused_tokens:
+        # The tree's exact KV reaches as far.
+        agreed = []
+    for _, span in leased[len(agreed) :]:
+        span.lease.release()
+    spans: list[LeasedSpan] = []
+    for segment, span in agreed:
+        state.turns_end, state.turn = span.end, segment.number
+        if span.end <= state.radix_len:
+            span.lease.release()
+            continue
+        spans.append(dataclasses.replace(span, match=span.match.clipped(state.radix_len, span.end)))
+    return spans
+
+
+def keep_turn(
+    runtime: FusionRuntime, req: Any, state: RequestState, pool: Any, row: torch.Tensor, kv_len: int
+) -> bool:
+    """Store what a finished turn computed behind its exact prefix and behind the turns that it loaded.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    req : Req
+        Finished, its slots not yet given back.
+    state : RequestState
+        Of the request.
+    pool : MHATokenToKVPool
+        The paged pool.
+    row : Tensor
+        Slots of the request by position.
+    kv_len : int
+        Positions whose KV the request owns.
+
+    Returns
+    -------
+    bool
+        Whether it is stored: not without a conversation, a fused token, or after a fault or an abort.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    if not state.request.conversation or state.exact_limit is None or not state.done:
+        return False
+    if state.report.fallback or isinstance(req.finished_reason, FINISH_ABORT):
+        return False
+    assert runtime.facts is not None
+    namespace = namespace_of(state, Tenant(req.extra_key, req.cache_salt))
+    start = max(state.exact_limit, state.turns_end)
+    # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
+    written = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
+    end = min(kv_len, written)
+    if end - start < runtime.config.min_reused_tokens:
+        return False
+    if not runtime.conversations.has_room(namespace):
+        runtime.metrics.count("turns", "not_stored")
+        return False
+    ids = np.asarray(req.full_untruncated_fill_ids[:end], dtype=np.int64)
+    context = runtime.facts.context(
+        prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
+    )
+    key = ChunkKey.of(context, ids[start:])
+    build = runtime.store.begin_build(key, ids[start:], owner="turn")
+    if not isinstance(build, Build):
+        return False  # the same turn was asked before
+    with build:
+        capture = Capture(start=start, end=end, base_position=start, build=build)
+        slots = row[:end].to(torch.int64)
+        stored = build.commit(capture_chunk(pool, runtime.facts.num_layers, slots, capture))
+    if stored:
+        runtime.conversations.add(namespace, ids, start, state.turn, key)
+    runtime.metrics.count("turns", "stored" if stored else "not_stored")
+    return stored
