@@ -70,6 +70,9 @@ def run_serve(options: ServeOptions) -> None:
         parse_bytes=options.parse_memory_mb << 20,
     )
     words = ["--host", options.host, "--port", str(options.port), *options.words]
+    if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
+        # The folder of a converted model is named by its contents; clients read the name given here.
+        words += ["--served-model-name", Path(options.model).name.replace(":", "-")]
     # Its workers would each ask the terminal how wide it is and draw bars into the log.
     os.environ.setdefault("TQDM_DISABLE", "1")
     say(f"Starting SGLang with {options.model}; this takes half a minute on a CPU")

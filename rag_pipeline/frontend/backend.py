@@ -219,7 +219,6 @@ class ChunkPrograms(ABC):
                 "input_ids": list(ids),
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0},
                 "return_logprob": True,
-                "return_text_in_logprobs": True,
                 "logprob_start_len": start,
             }
         )

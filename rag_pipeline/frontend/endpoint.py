@@ -52,20 +52,20 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         ratio: float | None = None,
         build_missing: bool = False,
     ) -> None:
-        with_url = ServerBackend(base_url, api_key=api_key)
+        server = ServerBackend(base_url, api_key=api_key)
         try:
             if tokenizer is not None:
-                with_url.check_model(Path(tokenizer))
-            loaded = _load(tokenizer or with_url.model_path)
-            self._incremental = with_url._incremental
+                server.check_model(Path(tokenizer))
+            loaded = _load(tokenizer or server.model_path)
+            self._incremental = server._incremental
         finally:
-            with_url.close()
-        RuntimeEndpoint.__init__(self, with_url.url, api_key)
+            server.close()
+        RuntimeEndpoint.__init__(self, server.url, api_key)
         ChunkPrograms.__init__(
             self, loaded, policy=policy, ratio=ratio, build_missing=build_missing
         )
         self.support_concate_and_append = False  # this SGLang has no such route
-        self.chat_template = chat_template_of(loaded, with_url.model_path)
+        self.chat_template = chat_template_of(loaded, server.model_path)
 
     @property
     def incremental(self) -> bool:

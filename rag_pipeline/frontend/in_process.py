@@ -78,7 +78,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         with self._shared._runner as runner:
             try:
                 answer: Mapping[str, Any] = runner.submit(
-                    self._engine.async_generate(**body)
+                    self._engine.async_generate(**_allowed(body))
                 ).result()
             except ValueError as error:  # SGLang's word for a request it does not admit
                 raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
@@ -87,10 +87,11 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
     def send_stream(self, body: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
         """Generate and yield the messages of the stream."""
         messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        allowed = _allowed(body)
 
         async def pump() -> None:
             try:
-                async for message in await self._engine.async_generate(**body):
+                async for message in await self._engine.async_generate(**allowed):
                     messages.put(message)
             finally:
                 messages.put(_END)
@@ -103,6 +104,17 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
                 task.result()
             except ValueError as error:
                 raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
+
+
+def _allowed(body: dict[str, Any]) -> dict[str, Any]:
+    """Fields that an engine takes; a server takes one more."""
+    body = dict(body)
+    if body.pop("return_text_in_logprobs", None):
+        raise EngineError(
+            "return_text_in_logprobs is not known to an engine in this process; leave it out, or "
+            "use RagEndpoint"
+        )
+    return body
 
 
 def _one_line(error: Exception) -> str:

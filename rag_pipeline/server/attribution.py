@@ -49,7 +49,7 @@ def attribute(answer: str, sources: Sequence[str]) -> list[Attribution]:
         In the order of the answer; sentences without a link are left out.
     """
     bags = [_content_words(text) for text in sources]
-    found = []
+    found: list[Attribution] = []
     for match in _SENTENCE.finditer(answer):
         words = _content_words(match.group())
         if not words or not bags:
@@ -57,8 +57,10 @@ def attribute(answer: str, sources: Sequence[str]) -> list[Attribution]:
         shared = [len(words & bag) for bag in bags]
         best = max(range(len(bags)), key=lambda i: (shared[i], -i))
         if shared[best] >= MIN_WORDS and shared[best] >= MIN_SHARE * len(words):
-            end = match.start() + len(match.group().rstrip())
-            found.append(Attribution(match.start(), end, best + 1))
+            start, end = match.start(), match.start() + len(match.group().rstrip())
+            if found and found[-1].number == best + 1 and not answer[found[-1].end : start].strip():
+                start = found.pop().start  # one link for neighbours that lean on the same chunk
+            found.append(Attribution(start, end, best + 1))
     return found
 
 

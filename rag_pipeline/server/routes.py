@@ -147,7 +147,11 @@ def make_router(service: RagService) -> APIRouter:
         """Progress of one upload."""
         return JSONResponse(service.jobs.get(service.tenant(request).name, job_id).to_json())
 
-    @router.get("/health", response_model=HealthAnswer)
+    @router.get(
+        "/health",
+        response_model=HealthAnswer,
+        responses={503: {"model": HealthAnswer, "description": "The plugin is not active."}},
+    )
     async def health(request: Request) -> Response:
         """Whether the plugin is active and fusion on; what indexes and cache hold."""
         report = await service.health(service.tenant(request))

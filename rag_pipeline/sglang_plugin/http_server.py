@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import io
 import os
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -301,8 +302,6 @@ def _launch(
 
 def _verify(engine: ServedEngine) -> None:
     """End the server when the plugin is not active in its scheduler; runs in SGLang's warm-up thread."""
-    import sys
-
     loop = engine._manager.event_loop
     try:
         info = asyncio.run_coroutine_threadsafe(engine.state(), loop).result()
@@ -321,10 +320,17 @@ def _verify(engine: ServedEngine) -> None:
 
 
 def _end_children() -> None:
-    """End the engine's processes; the server is going."""
-    from sglang.srt.utils import kill_process_tree
+    """End the engine's processes; the server is going.
 
-    kill_process_tree(os.getpid(), include_parent=False)
+    SGLang kills every child, the standard library's resource tracker too, which then complains.
+    """
+    # Not imported for this: the start may have failed before it was.
+    server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    state = server.get_global_state() if server is not None else None
+    watchdog = getattr(state and state.tokenizer_manager, "_subprocess_watchdog", None)
+    if watchdog is not None:
+        watchdog.stop()  # it would call the end of the scheduler a crash
+    startup._stop_children()
 
 
 def _aborted(meta: Any, message: str | None) -> RefusedRequestError:

@@ -74,7 +74,7 @@ def test_a_sound_engine_passes_with_every_check_made(result: dict[str, Any]) -> 
         own = {"ratio 1", "isolation", "KL / reuse", "agreement", "f1 drop", "fallbacks"}
         assert {(name, policy) for name in own} <= made
     # fp32: exact means rounding, and reuse is far outside of it.
-    assert result["noise_floor"]["kl_max"] < 1e-6
+    assert result["thresholds"]["exact_kl"] == LIMITS.least_kl_fp32
     assert (
         result["fidelity"]["modes"]["reuse"]["kl_answer"] > 100 * result["thresholds"]["exact_kl"]
     )
@@ -210,7 +210,9 @@ MODES = parse_modes("full,query:0.15")[1:]
 
 
 def judged(distance: Distance, **limits: Any) -> dict[str, Any]:
-    found = Exactness(floor=[EXACT], checks={("ratio 1", "query:0.15"): [EXACT, distance]})
+    found = Exactness(
+        floor=[EXACT], checks={("ratio 1", "query:0.15"): [EXACT, distance]}, fp32=True
+    )
     return gate.judge(found, None, MODES, Thresholds(**limits))["policies"]["query:0.15"]
 
 
@@ -221,7 +223,7 @@ def judged(distance: Distance, **limits: Any) -> dict[str, Any]:
         (replace(EXACT, kl=1e-3), False),
         (replace(EXACT, kl=math.nan), False),
         (replace(EXACT, lead=1.5e-4), True),  # a tie: re-batching alone moves both tokens so far
-        (replace(EXACT, lead=3e-4), False),
+        (replace(EXACT, lead=1e-2), False),
         (replace(EXACT, lead=math.nan), False),
         (replace(EXACT, fault="nothing was recomputed"), False),
     ],
@@ -236,6 +238,12 @@ def test_a_verdict_on_broken_logits_can_still_be_written() -> None:
     result = gate.judge(found, None, MODES, Thresholds())
     assert not result["passed"]
     json.dumps(result, allow_nan=False)
+
+
+def test_half_precision_is_noisier_and_a_large_floor_raises_the_limit() -> None:
+    limits = Thresholds()
+    assert limits.exact_kl(0.0, fp32=True) < limits.exact_kl(0.0, fp32=False)
+    assert limits.exact_kl(0.01, fp32=False) == limits.noise_factor * 0.01
 
 
 def test_a_policy_without_any_measurement_fails() -> None:

@@ -37,7 +37,7 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
     ids += question
     policies = [{"mode": "off"}] + [
         {"spans": spans, "policy": policy}
-        for policy in ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.6")
+        for policy in ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.9")
     ]
     case = tmp_path / "case.json"
     case.write_text(
@@ -87,5 +87,16 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
         assert run["ids"] == list(req.output_ids)
         pairs = zip(run["logprobs"], req.logprob.output_token_logprobs_val, strict=True)
         assert max(abs(a - b) for a, b in pairs) < 1e-3
+    first, second, without, *faulty = seen[0]["runs"][len(policies) : -1]
+    assert first["report"]["conversation_tokens"] == 0
+    assert second["report"]["conversation_tokens"] == len(ids) + 3 - PREFIX
+    # EPIC chooses alike with the turn and without it, and without it for rank 1 because rank 0 had lost it.
+    assert without["report"]["conversation_tokens"] == 0
+    assert without["ids"] == second["ids"]
+    plain = seen[0]["runs"][0]
+    reasons = ["fused_pass_error", "internal_error", "internal_error"]
+    for run, reason in zip(faulty, reasons, strict=True):
+        assert run["report"]["fallback"] == reason
+        assert (run["ids"], run["logprobs"]) == (plain["ids"], plain["logprobs"])
     # The chunk that rank 1 had lost was missing on both.
     assert seen[0]["runs"][-1]["report"]["reused_tokens"] == 2 * CHUNK

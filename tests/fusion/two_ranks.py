@@ -18,6 +18,8 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
+    from rag_pipeline.sglang_plugin.fusion import attention
+
     case = json.loads(Path(case_file).read_text())
     engine = local.LocalEngine(folder, tp_size=2, nccl_port=int(port), world_rank=int(rank))
     seen = {"on": engine.runtime.is_on, "self_check": engine.runtime.self_check, "runs": []}
@@ -45,6 +47,32 @@ def main() -> None:
     for fusion in case["policies"]:
         engine.flush()
         note(engine.ask(case["ids"], 4, fusion=fusion))
+    # The turns of a conversation, which each rank keeps as its own head shard; then one rank loses the first turn.
+    talk = case["policies"][3] | {"conversation": "c"}
+    engine.flush()
+    note(engine.ask(case["ids"], 4, fusion=talk))
+    turn = [*case["ids"], *seen["runs"][-1]["ids"], 5]
+    note(engine.ask(turn, 4, fusion=talk))
+    if rank == "0":
+        ((first, *_),) = engine.runtime.conversations._spaces.values()
+        assert store.evict(first.key)
+    note(engine.ask(turn, 4, fusion=talk))
+    # A fault on one rank only: both prefill as usual, in step.
+    original, layer = attention.FusedPass._run_layer, 3 if rank == "1" else -1
+
+    def fails(self, at, *args):
+        if at.layer_id == layer:
+            raise RuntimeError("injected")
+        return original(self, at, *args)
+
+    attention.FusedPass._run_layer = fails
+    for fusion in (case["policies"][3], case["policies"][4]):
+        engine.flush()
+        note(engine.ask(case["ids"], 4, fusion=fusion))
+    layer = 1 if rank == "0" else -1
+    engine.flush()
+    note(engine.ask(case["ids"], 4, fusion=case["policies"][5]))
+    attention.FusedPass._run_layer = original
     # One rank loses a chunk: both must treat it as missing, or their shapes differ and they hang.
     if rank == "1":
         assert store.evict(lost)

@@ -71,13 +71,10 @@ def test_every_answer_is_one_that_the_schema_names(
             assert message
             assert "\n" not in message
 
-    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-        operation = rag_schema[path][method]
-        try:
-            strategy = operation.as_strategy(generation_mode=mode)
-        except Exception as error:  # nothing in it can be wrong
-            assert mode is GenerationMode.NEGATIVE, error
-            continue
+    bare = path.endswith("/health")  # takes nothing, so nothing in it can be wrong
+    modes = [GenerationMode.POSITIVE] if bare else list(GenerationMode)
+    for mode in modes:
+        strategy = rag_schema[path][method].as_strategy(generation_mode=mode)
         checked = settings(
             max_examples=15,
             deadline=None,
@@ -86,7 +83,7 @@ def test_every_answer_is_one_that_the_schema_names(
             derandomize=True,
         )(given(case=strategy)(send))
         checked()
-    assert refused or path.endswith("/health")
+    assert refused or bare
 
 
 # -- the fusion fields of SGLang's own routes -------------------------------------------------------

@@ -267,6 +267,8 @@ def test_sentences_lean_on_the_chunk_that_has_their_words() -> None:
         ("Cats sleep.", 1),
     ]
     assert attribute("", sources) == attribute(answer, []) == []
+    joined = "The keeper paints.\nThe door is purple. Cats sleep on the roof."
+    assert [(a.start, a.number) for a in attribute(joined, sources)] == [(0, 2), (39, 1)]
 
 
 # -- requests -----------------------------------------------------------------------------------

@@ -65,6 +65,17 @@ def make_request(rng: random.Random, number: int) -> Request:
     return _MAKERS[kind](rng, number)
 
 
+def warm_requests() -> list[Request]:
+    """One fused request a question: all chunks that the mix will ask for."""
+    rng = random.Random(0)
+    asked = []
+    for question in _QUESTIONS:
+        body = _chat(rng) | {"messages": [{"role": "user", "content": question}], "max_tokens": 1}
+        body["rag"] = {"k": 6, "policy": "query", "search": "bm25"}
+        asked.append(Request(kind="fused", method="POST", path=ASK, body=body))
+    return asked
+
+
 def _chat(rng: random.Random, **more: Any) -> dict[str, Any]:
     rag = {"k": rng.randint(1, 6), "policy": rng.choice(_POLICIES), "search": "bm25"}
     return {

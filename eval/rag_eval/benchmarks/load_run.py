@@ -13,11 +13,19 @@ from typing import Any
 
 import httpx
 
-from rag_eval.benchmarks.load_requests import KINDS, Request, make_request, refusal_line
+from rag_eval.benchmarks.load_requests import (
+    KINDS,
+    Request,
+    make_request,
+    refusal_line,
+    warm_requests,
+)
 
 _TIMEOUT_S = 300.0
 _REST_S = 300.0
 _MAX_FAULTS = 50
+_STEADY_POLLS = 6
+"""Looks at an unchanged chunk cache, half a second apart, after which nothing more is being stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +123,7 @@ async def run_load(
         Of the mix.
     """
     watch, numbers = _Watch(target), iter(range(1, 1 << 60))
+    await _warm(target, watch)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     began = time.monotonic()
     async with httpx.AsyncClient(
@@ -144,6 +153,34 @@ async def run_load(
         at_rest=at_rest,
         faults=watch.faults,
     )
+
+
+async def _warm(target: LoadTarget, watch: _Watch) -> None:
+    """Show the engine the chunks before the load: it stores them when idle, and it will not be idle."""
+    headers = {"Authorization": f"Bearer {target.operator_key}"}
+    async with httpx.AsyncClient(
+        base_url=target.url, timeout=_TIMEOUT_S, trust_env=False
+    ) as client:
+        for tenant in target.tenants:
+            for request in warm_requests():
+                await _send(client, target, watch, tenant, request)
+        await _rest(client, headers, watch)
+        seen, same = -1, 0
+        while same < _STEADY_POLLS:
+            health = (await client.get("/v1/rag/health", headers=headers)).json()
+            chunks = int(health["cache"]["store"].get("chunks_now", 0))
+            seen, same = chunks, same + 1 if chunks == seen else 0
+            await asyncio.sleep(0.5)
+
+
+async def _rest(client: httpx.AsyncClient, headers: dict[str, str], watch: _Watch) -> None:
+    """Wait until nothing runs; the radix tree is empty then."""
+    deadline = time.monotonic() + _REST_S
+    while (await client.post("/flush_cache", headers=headers)).status_code != 200:
+        if time.monotonic() > deadline:
+            watch.fault(f"the server did not come to rest within {_REST_S:.0f} s")
+            return
+        await asyncio.sleep(0.5)
 
 
 async def _send(
@@ -185,13 +222,8 @@ async def _first_lines(answer: httpx.Response, count: int) -> bytes:
 async def _look(client: httpx.AsyncClient, target: LoadTarget, watch: _Watch) -> dict[str, Any]:
     """Wait until nothing runs, empty the radix tree, and read the accounts."""
     headers = {"Authorization": f"Bearer {target.operator_key}"}
-    deadline = time.monotonic() + _REST_S
     try:
-        while (await client.post("/flush_cache", headers=headers)).status_code != 200:
-            if time.monotonic() > deadline:
-                watch.fault(f"the server did not come to rest within {_REST_S:.0f} s")
-                break
-            await asyncio.sleep(0.5)
+        await _rest(client, headers, watch)
         info = (await client.get("/server_info", headers=headers)).json()
         health = (await client.get("/v1/rag/health", headers=headers)).json()
     except (httpx.HTTPError, ValueError) as error:

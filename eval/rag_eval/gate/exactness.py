@@ -62,11 +62,14 @@ class Exactness:
         Distances of one check, one a prompt.
     unavailable
         Reason by mode, where the engine does not serve it.
+    fp32
+        Whether the engine computes in fp32, where far less counts as noise.
     """
 
     floor: list[Distance] = field(default_factory=list)
     checks: dict[tuple[str, str], list[Distance]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+    fp32: bool = False
 
     def add(self, check: str, mode: str, distance: Distance) -> None:
         """Note one distance."""
@@ -104,7 +107,7 @@ def measure_exactness(
         everything recomputed through the fused path. ``isolation``: an exact request that follows a
         fused one.
     """
-    found = Exactness()
+    found = Exactness(fp32=session.is_fp32)
     plain: list[tuple[EvalPrompt, Float64]] = []
     # Requests without spans are looked at first: once chunks are stored, finding them is a feature.
     for number, prompt in enumerate(prompts, start=1):

@@ -184,7 +184,7 @@ def judge(
 ) -> dict[str, Any]:
     """Verdict on what was measured: the part of the JSON that the thresholds decide."""
     floor = mean_kl(exact.floor)
-    exact_kl = limits.exact_kl(floor)
+    exact_kl = limits.exact_kl(floor, fp32=exact.fp32)
     checks: list[Check] = judge_exactness(exact, modes, limits)
     if fidelity is not None:
         served = [mode for mode in modes if mode.name in fidelity.modes]

@@ -69,9 +69,9 @@ def mean_kl(distances: Sequence[Distance]) -> float:
 
 def judge_exactness(found: Exactness, modes: Sequence[Mode], limits: Thresholds) -> list[Check]:
     """Judge every exactness check; a check that could not be made is failed."""
-    limit = limits.exact_kl(mean_kl(found.floor))
+    limit = limits.exact_kl(mean_kl(found.floor), fp32=found.fp32)
     # Two tokens whose log-probabilities re-batching alone may swap are a tie.
-    tie = 2 * largest(d.log_prob for d in found.floor)
+    tie = limits.tie(largest(d.log_prob for d in found.floor), limit)
     checks = [
         _exact(name, mode, distances, limit, tie)
         for (name, mode), distances in found.checks.items()

@@ -70,6 +70,11 @@ class EngineSession:
         self._processor = processor_string()
         self._proven: set[str] = set()
 
+    @property
+    def is_fp32(self) -> bool:
+        """Whether the engine computes in fp32; SGLang does so only where it is told to."""
+        return str(self._engine.server_args.dtype) in ("float32", "float")
+
     def close(self) -> None:
         """Stop the engine and remove the scratch files."""
         self._engine.shutdown()
