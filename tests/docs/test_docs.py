@@ -214,10 +214,36 @@ def test_pages_are_short() -> None:
         assert len(lines) <= 150, page.name
 
 
-@pytest.mark.parametrize("name", sorted({block.page for block in BLOCKS}))
-def test_python_without_a_server_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Blocks that need neither server nor index are run as they stand."""
-    for block in (block for block in PYTHON if block.page == name):
-        if not re.search(r"127\.0\.0\.1|Index|Store|Engine", block.body):
-            exec(compile(block.body, str(block), "exec"), {"__name__": "docs"})
-            assert capsys.readouterr().out
+ALONE = [block for block in PYTHON if not re.search(r"127\.0\.0\.1|my-index", block.body)]
+
+
+@pytest.mark.parametrize("block", ALONE, ids=str)
+def test_python_that_needs_no_server_runs(
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.body, str(block), "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out
+
+
+def test_bodies_of_curl_are_what_the_routes_take() -> None:
+    from rag_pipeline.server.schemas import ChatRequest, SearchRequest
+
+    models: dict[str, Any] = {
+        "/v1/rag/chat/completions": ChatRequest,
+        "/v1/rag/search": SearchRequest,
+    }
+    seen = set()
+    for block in (block for block in BLOCKS if block.language == "sh"):
+        for words in commands(re.sub(r"\n\s+(?!curl)", " ", block.body), "curl"):
+            (url,) = [word for word in words if word.startswith("http://127.0.0.1:30000")]
+            route = url.removeprefix("http://127.0.0.1:30000")
+            if "-d" in words:
+                body = json.loads(words[words.index("-d") + 1])
+                if route in models:
+                    models[route].model_validate(body)
+            seen.add(route)
+    assert seen >= {*models, "/v1/rag/documents", "/v1/rag/health"}
