@@ -183,6 +183,8 @@ def test_changed_weights_make_stored_chunks_misses(engine):
 
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0])
+    (key,) = local.runtime.store.keys()
+    assert local.runtime.store.pin(key)  # a pin keeps it in memory, not useful
     manager = SimpleNamespace(scheduler=local.scheduler)
     after_weight_update(None, manager)
     assert local.runtime.store.stats().chunks_now == 1  # nothing changed

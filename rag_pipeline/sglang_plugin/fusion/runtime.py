@@ -127,7 +127,9 @@ class FusionRuntime:
         fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
         self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
         self._prefixes.clear()
-        self.store.clear()
+        for key in self.store.keys():
+            # Pinned ones too: nothing can ever find them again.
+            self.store.evict(key, force=True)
 
     def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
