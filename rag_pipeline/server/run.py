@@ -15,7 +15,8 @@ from rag_pipeline.server.page import is_page_path, make_page_router
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
 from rag_pipeline.sglang_plugin.http_access import AccessRules
-from rag_pipeline.sglang_plugin.http_server import ServedEngine, ServerFacts, run_http_server
+from rag_pipeline.sglang_plugin.http_server import ServerFacts, run_http_server
+from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 
 if TYPE_CHECKING:
     from rag_pipeline.server.settings import ServerSettings

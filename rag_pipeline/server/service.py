@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.http_access import bearer_token
-from rag_pipeline.sglang_plugin.http_server import activation_in
+from rag_pipeline.sglang_plugin.served_engine import activation_in
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rag_pipeline.server.ingest_jobs import IngestJobs
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenant, Tenants
-    from rag_pipeline.sglang_plugin.http_server import ServedEngine
+    from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 
 T = TypeVar("T")
 

@@ -1,0 +1,151 @@
+"""The engine behind SGLang's HTTP server, as routes in the same process use it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from rag_pipeline.errors import EngineError
+from rag_pipeline.generation.base import delta, extra_fields, finish_reason
+from rag_pipeline.sglang_plugin.activation import Activation, activation_of
+from rag_pipeline.types import GenerationPiece, GenerationRequest
+
+__all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
+
+STATE_TIMEOUT_S = 20.0
+"""Longest wait for the scheduler's own report; it answers between two batches."""
+
+
+class RefusedRequestError(EngineError):
+    """The engine did not take or did not finish a request; `status` is the HTTP status for it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServedEngine:
+    """The engine behind SGLang's HTTP server, for routes that run in the server's event loop.
+
+    Parameters
+    ----------
+    incremental
+        Whether SGLang streams only what is new (``--incremental-streaming-output``).
+    """
+
+    def __init__(self, *, incremental: bool) -> None:
+        self._incremental = incremental
+
+    @property
+    def _manager(self) -> Any:
+        from sglang.srt.entrypoints.http_server import get_global_state
+
+        return get_global_state().tokenizer_manager
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together that the engine admits."""
+        return int(self._manager.max_req_input_len)
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        params: dict[str, Any],
+        http_request: Any,
+        stream: bool,
+    ) -> AsyncGenerator[GenerationPiece, None]:
+        """Generate for one HTTP request.
+
+        Parameters
+        ----------
+        request
+            Token ids, spans and policy; its sampling options are not used.
+        params
+            SGLang's sampling parameters.
+        http_request
+            The request being answered: SGLang reads the tenant from it and notices when it is gone.
+        stream
+            Yield pieces as they come; else one piece.
+
+        Raises
+        ------
+        RefusedRequestError
+            With the status to answer.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        manager, rid = self._manager, uuid.uuid4().hex
+        done, seen = False, 0
+        try:
+            obj = GenerateReqInput(
+                input_ids=list(request.input_ids),
+                sampling_params=params,
+                stream=stream,
+                rid=rid,
+                **extra_fields(request),
+            )
+            async for out in manager.generate_request(obj, http_request):
+                meta = out["meta_info"]
+                kind, message = finish_reason(meta)
+                done = kind is not None
+                if kind == "abort":
+                    raise _aborted(meta, message)
+                text, seen = delta(out["text"], seen, incremental=self._incremental, final=done)
+                yield GenerationPiece(text=text, meta_info=meta)
+        except EngineError:
+            raise
+        except ValueError as error:  # SGLang's word for a request that it does not admit
+            status = int(getattr(error, "status_code", 400))
+            raise RefusedRequestError(_one_line(error), status) from error
+        finally:
+            if not done:
+                manager.abort_request(rid)
+
+    async def state(self) -> dict[str, Any]:
+        """What the scheduler processes report about themselves, in the shape of ``/server_info``.
+
+        Raises
+        ------
+        EngineError
+            When they do not answer in time.
+        """
+        from sglang.version import __version__
+
+        try:
+            async with asyncio.timeout(STATE_TIMEOUT_S):
+                states = await self._manager.get_internal_state()
+        except TimeoutError:
+            raise EngineError(
+                f"the scheduler did not report within {STATE_TIMEOUT_S:.0f} s; it is busy or has died"
+            ) from None
+        return {"internal_states": states, "version": __version__}
+
+
+class _Info:
+    """Gives :func:`activation_of` the report of a server in this process."""
+
+    def __init__(self, info: dict[str, Any]) -> None:
+        self._info = info
+
+    def get_server_info(self) -> dict[str, Any]:
+        return self._info
+
+
+def activation_in(info: dict[str, Any]) -> Activation:
+    """Read the facts of the plugin from :meth:`ServedEngine.state`."""
+    return activation_of(_Info(info))
+
+
+def _aborted(meta: Any, message: str | None) -> RefusedRequestError:
+    reason = meta.get("finish_reason")
+    status = reason.get("status_code") if isinstance(reason, dict) else None
+    return RefusedRequestError(
+        _one_line(message or "the engine aborted the request; send it again"), int(status or 503)
+    )
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:500]
