@@ -55,8 +55,6 @@ def run_serve(options: ServeOptions) -> None:
             "--tenants without --api-key would leave the operator's side open; give --api-key too"
         )
     _warn_of_the_open(options.host, has_key=has_key)
-    if options.policy != PREFIX_POLICY:
-        use_store(options.store or kv_store_dir())
     settings = ServerSettings(
         model=resolve_llm_shown(options.model).path,
         embedder=options.embedder or DEFAULT_EMBEDDER,
@@ -69,6 +67,8 @@ def run_serve(options: ServeOptions) -> None:
         parse_seconds=options.parse_seconds,
         parse_bytes=options.parse_memory_mb << 20,
     )
+    if options.policy != PREFIX_POLICY:
+        use_store(options.store or kv_store_dir())
     words = ["--host", options.host, "--port", str(options.port), *options.words]
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.
