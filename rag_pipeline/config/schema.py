@@ -125,6 +125,11 @@ class FusionSettings(_Section):
     self_check: bool = Field(
         default=True, description="Prove the path on the loaded model at start."
     )
+    passage_tokens: int = Field(
+        default=768,
+        ge=0,
+        description="neutral text that chunk KV is computed behind, in tokens; 0 for none",
+    )
     store_dir: str = Field(
         default="",
         description="Folder of chunk KV for engines started without a store of their own.",

@@ -114,6 +114,9 @@ def test_ratio_one_is_full_prefill_whatever_was_stored(local, explicit):
     fusion = {"policy": "query:1.0"} | ({"spans": SPANS} if explicit else {})
     fused = local.ask(PROMPT, 6, fusion=fusion)
     assert report(fused)["recomputed_tokens"] == 2 * CHUNK
+    exact = report(fused)["exact_prefix_tokens"]
+    runs = [[0, exact], [2, 2 * CHUNK], [3, len(QUESTION)]]
+    assert report(fused)["runs"] == ([[3, PREFIX], *runs[1:]] if exact == 0 else runs)
     assert fused.output_ids == plain.output_ids
     torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
 

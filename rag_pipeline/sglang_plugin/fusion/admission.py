@@ -90,6 +90,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     state.radix_len = int(req.prefix_len)
     state.row_layers = 0.0
     state.turns_end = state.turn = 0
+    state.recomputed = []
     state.report = UsageReport(prompt_tokens=int(state.prompt.size))
     if state.request.mode == "off":
         state.give_up("off")

@@ -294,6 +294,7 @@ class FusedForward:
         state = item.entry.state
         state.row_layers += self._facts.num_layers * int(positions.numel())
         state.report.recomputed_tokens += int(item.chosen.numel())
+        state.recomputed += item.chosen.tolist()
         return item.rows(positions, keeps_last=item.keeps_last)
 
     def _shift(self, item: _Item, rows: RequestRows, first: int) -> list[MeanShiftPlan]:

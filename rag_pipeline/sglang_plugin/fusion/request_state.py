@@ -56,6 +56,9 @@ class UsageReport:
         Of the reused tokens, those that earlier turns of the conversation left.
     fallback : str
         Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
+    runs : list of [int, int]
+        The same token by token: lengths of the prompt's runs in order, ``[kind, tokens]`` with kind 0 exact
+        prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
     """
 
     prompt_tokens: int = 0
@@ -69,6 +72,7 @@ class UsageReport:
     fallback: str = ""
     built_chunks: int = 0
     conversation_tokens: int = 0
+    runs: list[list[int]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
@@ -137,6 +141,8 @@ class RequestState:
         Where the KV of earlier turns ends; 0 without.
     turn : int
         Number of the segment that ends there.
+    recomputed : list of int
+        Prompt positions that were loaded and then computed anew.
     row_layers : float
         Work done so far: rows times layers.
     explicit : bool
@@ -155,6 +161,7 @@ class RequestState:
         "policy",
         "prompt",
         "radix_len",
+        "recomputed",
         "report",
         "request",
         "resolved",
@@ -181,6 +188,7 @@ class RequestState:
         self.spans: list[LeasedSpan] = []
         self.captures: list[Capture] = []
         self.radix_len = 0
+        self.recomputed: list[int] = []
         self.exact_limit: int | None = None
         self.turns_end = 0
         self.turn = 0
@@ -217,6 +225,7 @@ class RequestState:
         self.spans = []
         self.row_layers = 0.0
         self.report.recomputed_tokens = 0
+        self.recomputed = []
         self.report.fallback = self.report.fallback or reason
 
     def finish(self) -> None:

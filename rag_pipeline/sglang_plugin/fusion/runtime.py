@@ -127,8 +127,9 @@ class FusionRuntime:
         fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
         self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
         self._prefixes.clear()
-        for key in self.store.keys():
-            # Pinned ones too: nothing can ever find them again.
+        # Pinned ones too: nothing can ever find them again.
+        stored = self.store.keys()
+        for key in stored:
             self.store.evict(key, force=True)
 
     def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:

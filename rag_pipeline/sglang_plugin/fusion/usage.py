@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from rag_pipeline.sglang_plugin.fusion.request_state import META_KEY, RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
@@ -33,6 +35,7 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     if loaded:
         report.policy = state.policy.name
         report.ratio = state.policy.ratio
+        report.runs = prompt_runs(state)
     behind = report.prompt_tokens - report.exact_prefix_tokens
     whole = behind * (facts.num_layers if facts else 1)
     report.computed_fraction = round(state.row_layers / whole, 6) if whole and loaded else 1.0
@@ -44,6 +47,30 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     runtime.metrics.count("tokens", "recomputed", report.recomputed_tokens)
     runtime.metrics.count("tokens", "fresh", report.fresh_tokens)
     runtime.metrics.count("turns", "tokens_loaded", report.conversation_tokens)
+
+
+def prompt_runs(state: RequestState) -> list[list[int]]:
+    """Paint the prompt token by token; empty where the picture would not agree with the counts."""
+    report = state.report
+    kinds = np.full(report.prompt_tokens, 3, dtype=np.int8)
+    kinds[: report.exact_prefix_tokens] = 0
+    for start, end in state.loads:
+        kinds[start:end] = 1
+    computed = np.asarray([*state.recomputed, report.prompt_tokens - 1], dtype=np.int64)
+    kinds[computed[kinds[computed] == 1]] = 2
+    counts = np.bincount(kinds, minlength=4).tolist()
+    expected = (
+        report.exact_prefix_tokens,
+        report.reused_tokens,
+        report.recomputed_tokens,
+        report.fresh_tokens,
+    )
+    if tuple(counts) != expected:
+        return []
+    edges = np.flatnonzero(np.diff(kinds)) + 1
+    starts = np.concatenate([[0], edges])
+    lengths = np.diff(np.concatenate([starts, [kinds.size]]))
+    return [[int(kinds[at]), int(length)] for at, length in zip(starts, lengths, strict=True)]
 
 
 def attach_report(req: Any, state: RequestState) -> None:
