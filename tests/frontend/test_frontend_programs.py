@@ -149,9 +149,12 @@ def test_a_batch_reuses_and_missing_chunks_are_built_once(
     states = one_question.run_batch(batch, backend=backend, num_threads=3)
     assert [state["answer"] for state in states] == ["said"] * 3
     builds = [b for b in backend.sent if "kv_hints" in b and payload(b)["mode"] == "build"]
-    assert sorted(chunk_texts(backend, b)[0] for b in builds) == sorted(
-        f"\n{text}\n\n" for text in TEXTS
-    )
+    # Each once for its own place and once behind the neutral passage, for every other.
+    for passage in (None, True):
+        kind = [b for b in builds if payload(b).get("passage") is passage]
+        assert sorted(chunk_texts(backend, b)[0] for b in kind) == sorted(
+            f"\n{text}\n\n" for text in TEXTS
+        )
     assert len(backend.generations) == 3
     # A build comes before every request that needs it.
     for body in backend.generations:
