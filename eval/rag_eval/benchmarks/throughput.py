@@ -205,8 +205,9 @@ class _Bench:
             self._generate(body)
         cpu_s = round(self._cpu_seconds() - cpu_before, 2) if self._cpu_seconds else None
         wall_s = round(time.perf_counter() - started, 2)
-        self._progress(f"{len(bodies)} chunks computed in {wall_s} s")
-        return {"chunks": len(bodies), "wall_s": wall_s, "cpu_s": cpu_s}
+        chunks = len(self._workload.corpus.chunks)
+        self._progress(f"{chunks} chunks computed in {wall_s} s")
+        return {"chunks": chunks, "wall_s": wall_s, "cpu_s": cpu_s}
 
     def probe(self, mode: Mode) -> dict[str, Any]:
         """Serve a few prompts alone: what a mode does, and how long it takes without a queue."""

@@ -107,7 +107,7 @@ def _draw(config: WorkloadConfig, rng: random.Random) -> list[int]:
 
 
 def build_requests(corpus: EvalPrompt) -> list[dict[str, Any]]:
-    """Bodies for ``/generate`` that compute and keep the KV of every chunk behind the prefix."""
+    """Bodies for ``/generate`` that compute and keep the KV of every chunk, both variants."""
     from rag_eval.runner.session import fusion_hints
 
     start = len(corpus.prefix_ids)
