@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import string
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from threading import Lock
 
+from rag_pipeline.encoded_texts import EncodedTexts
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout, Span
@@ -88,9 +87,7 @@ class PromptBuilder:
         self.context_length = context_length
         self._chunk_template = chunk_template
         self._question_template = question_template
-        self._cache: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._cache_size = max(0, chunk_cache_size)
-        self._lock = Lock()
+        self._texts = EncodedTexts(tokenizer, chunk_cache_size)
         self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
 
@@ -116,18 +113,7 @@ class PromptBuilder:
         tuple of int
             Ids of the rendered chunk tokenised alone, special-token strings as ordinary text.
         """
-        text = self.chunk_text(chunk)
-        with self._lock:
-            known = self._cache.get(text)
-            if known is not None:
-                self._cache.move_to_end(text)
-                return known
-        ids = tuple(self.tokenizer.encode(text))
-        with self._lock:
-            self._cache[text] = ids
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        return ids
+        return self._texts.ids(self.chunk_text(chunk))
 
     def build(
         self,

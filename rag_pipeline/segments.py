@@ -8,12 +8,11 @@ template wrote may hold control tokens. A prompt of the first shape gets the sam
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
+from rag_pipeline.encoded_texts import EncodedTexts
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import PREFIX_POLICY, extra_fields
 from rag_pipeline.tokenizer import ModelTokenizer
@@ -58,23 +57,11 @@ class SegmentEncoder:
 
     def __init__(self, tokenizer: ModelTokenizer, *, cache_size: int = 4096) -> None:
         self.tokenizer = tokenizer
-        self._cache: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._cache_size = max(0, cache_size)
-        self._lock = Lock()
+        self._texts = EncodedTexts(tokenizer, cache_size)
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk's text, alone."""
-        with self._lock:
-            known = self._cache.get(text)
-            if known is not None:
-                self._cache.move_to_end(text)
-                return known
-        ids = tuple(self.tokenizer.encode(text))
-        with self._lock:
-            self._cache[text] = ids
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        return ids
+        return self._texts.ids(text)
 
     def encode(self, segments: Iterable[Segment]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
         """Lay out a prompt.

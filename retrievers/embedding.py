@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -257,18 +258,35 @@ class Embedder:
         from sentence_transformers import SentenceTransformer
 
         dtype = None if self._dtype == "auto" else self._dtype
+        # A folder loads in a moment; a download is the one wait that deserves a bar.
+        bars = _no_progress_bars() if self._folder is not None else nullcontext()
         try:
-            model = SentenceTransformer(
-                self._source,
-                device=self._device,
-                trust_remote_code=self._trust_remote_code,
-                model_kwargs={} if dtype is None else {"dtype": dtype},
-            )
+            with bars:
+                model = SentenceTransformer(
+                    self._source,
+                    device=self._device,
+                    trust_remote_code=self._trust_remote_code,
+                    model_kwargs={} if dtype is None else {"dtype": dtype},
+                )
         except (OSError, ValueError) as exc:
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
             raise RetrievalError(f"cannot load the embedder {self._source}: {reason}") from exc
         model.prompts.update(self._prompt_overrides)
         return model
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the loader's bar off stderr, where it would run into the program's own lines."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _looks_like_path(source: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from rag_pipeline.sglang_plugin.fusion.passage import MAX_CONTEXT_SHARE, passage_ids
 from rag_pipeline.sglang_plugin.fusion.request_spans import RequestError, parse_fields
+from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
 VOCAB, PREFIX, PASSAGE, CHUNK = 256, 20, 50, 80
 
@@ -133,6 +134,39 @@ def test_passage_kv_at_delta_zero_behind_other_text_is_not_taken_for_exact(local
     fused = local.ask(ids, 6, fusion=fusion)
     assert report(fused)["recomputed_tokens"] == CHUNK
     torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
+
+
+def test_ranks_must_have_the_same_variant(local, monkeypatch):
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, False)
+        build(local, chunk, True)
+    local.flush()
+
+    class Group(RankGroup):
+        """The other rank has lost what saw the passage, and holds the same runs otherwise."""
+
+        def __init__(self):
+            super().__init__()
+            self.size = 2
+
+        def common(self, items):
+            return {item for item in items if len(item) < 4 or item[3] == 0}
+
+    monkeypatch.setattr(local.runtime, "group", Group())
+    req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})
+    assert report(req)["reused_tokens"] == CHUNK  # the first chunk's exact variant, and no other
+
+
+def test_a_prompt_without_spans_may_refuse_the_passage_too(local):
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, True)
+        build(local, chunk, False)
+    local.flush()
+    before = hits(local)
+    local.ask(PROMPT, 2, fusion={"policy": "reuse", "passage": False})
+    used = {key: count - before[key] for key, count in hits(local).items()}
+    assert sum(count for (base, _), count in used.items() if base == PREFIX) == 2
+    assert sum(used.values()) == 2
 
 
 def test_missing_chunks_are_built_for_the_place_where_they_were_missed(local):

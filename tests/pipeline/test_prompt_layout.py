@@ -225,7 +225,7 @@ def test_chunk_cache_is_bounded_and_right(byte_level: ModelTokenizer) -> None:
     plain = [tuple(byte_level.encode(builder.chunk_text(h.chunk))) for h in HITS]
     for _ in range(2):
         assert [builder.chunk_ids(h.chunk) for h in HITS] == plain
-    assert len(builder._cache) == 2
+    assert len(builder._texts) == 2
 
 
 def test_context_length_is_read_from_the_folder(smollm2_path: Path, tmp_path: Path) -> None:

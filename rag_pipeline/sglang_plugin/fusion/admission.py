@@ -137,7 +137,7 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
             runtime, prompt, prefix, request.spans, passage=request.passage is not False
         )
     else:
-        prefix, found = scan_prompt(runtime, prompt, tenant)
+        prefix, found = scan_prompt(runtime, prompt, tenant, passage=request.passage is not False)
     matches, missing = found.matches, found.missing
     if prefix is not None:
         # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
@@ -148,11 +148,11 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
         for m, lease in runtime.store.acquire_matches(prompt, matches)
     ]
     if runtime.group.size > 1:
-        agreed = runtime.group.common([(s.start, s.end, s.match.chunk_offset) for s in leased])
+        agreed = runtime.group.common([_run_of(span) for span in leased])
         for span in leased:
-            if (span.start, span.end, span.match.chunk_offset) not in agreed:
+            if _run_of(span) not in agreed:
                 span.lease.release()
-        leased = [s for s in leased if (s.start, s.end, s.match.chunk_offset) in agreed]
+        leased = [span for span in leased if _run_of(span) in agreed]
     missing = [(s, e) for s, e in missing if e > max(state.radix_len, state.turns_end)]
     runtime.metrics.count("spans", "hit", len(leased))
     runtime.metrics.count("spans", "miss", len(missing))
@@ -166,6 +166,11 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
             state.report.fallback = state.report.fallback or "miss"
     if prefix is not None and missing:
         _remember_missing(runtime, state, prefix, missing)
+
+
+def _run_of(span: LeasedSpan) -> tuple[int, ...]:
+    """What the ranks must have in common, the variant of the chunk too: heads of two must never mix."""
+    return span.start, span.end, span.match.chunk_offset, int(span.is_behind_passage)
 
 
 def _remember_missing(

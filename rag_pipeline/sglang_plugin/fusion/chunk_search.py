@@ -60,14 +60,14 @@ def find_in_spans(
 
 
 def scan_prompt(
-    runtime: FusionRuntime, prompt: TokenArray, tenant: Tenant
+    runtime: FusionRuntime, prompt: TokenArray, tenant: Tenant, *, passage: bool = True
 ) -> tuple[KnownPrefix | None, Found]:
-    """Longest cover over the known prefixes that the prompt begins with."""
+    """Longest cover over the known prefixes that the prompt begins with; `passage` as for spans."""
     best: KnownPrefix | None = None
     found, most = Found(matches=[], missing=[]), 0
     for known in runtime.prefixes_of(prompt, tenant)[:_MAX_PREFIX_CANDIDATES]:
         plain = runtime.store.match(prompt, known.context)
-        behind = runtime.behind_passage(known)
+        behind = runtime.behind_passage(known) if passage else None
         moved = runtime.store.match(prompt, behind.context) if behind is not None else []
         here = _together(plain, moved, [], int(known.ids.size), runtime)
         cover = sum(match.num_tokens for match in here.matches)

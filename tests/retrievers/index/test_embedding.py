@@ -28,6 +28,12 @@ def test_equals_sentence_transformers(embedder_folder: Path, real_embedder: Embe
     assert real_embedder.encode_documents([]).shape == (0, 384)
 
 
+def test_loading_prints_nothing(embedder_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    Embedder(embedder_folder, device="cpu").encode_query("text")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_prompts_are_put_before_the_right_side(
     embedder_folder: Path, real_embedder: Embedder
 ) -> None:
