@@ -177,7 +177,12 @@ def shared_prefix_len(encoder: SegmentEncoder, ids: Sequence[int], head: Sequenc
 
 
 def fusion_request(
-    spans: Sequence[Span], prefix_len: int, policy: str, ratio: float | None
+    spans: Sequence[Span],
+    prefix_len: int,
+    policy: str,
+    ratio: float | None,
+    *,
+    conversation: str = "",
 ) -> FusionRequest:
     """What a request with these chunks asks of the fusion.
 
@@ -189,6 +194,8 @@ def fusion_request(
         Tokens that chunk KV is computed behind.
     policy, ratio
         As for :meth:`rag_pipeline.RagPipeline.ask`.
+    conversation
+        Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
 
     Raises
     ------
@@ -206,6 +213,7 @@ def fusion_request(
         prefix_len=prefix_len,
         policy=policy,
         ratio=ratio,
+        conversation=conversation,
     )
 
 

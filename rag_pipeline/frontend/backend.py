@@ -42,6 +42,9 @@ class ChunkPrograms(ABC):
         Compute a chunk that this backend has not seen behind this prefix before the first request
         that holds it, so that already this request reuses it. Otherwise the engine does so later,
         when it is idle. It pays when chunks occur more than once.
+    keep_turns
+        Keep what a program's ``gen`` computed over fused chunks for the next ``gen`` of the same
+        program, which then computes only what came behind it. It takes room in the chunk cache.
 
     Raises
     ------
@@ -56,12 +59,14 @@ class ChunkPrograms(ABC):
         policy: str = "query",
         ratio: float | None = None,
         build_missing: bool = False,
+        keep_turns: bool = False,
     ) -> None:
         fusion_request((), 0, policy, ratio)
         self.encoder = SegmentEncoder(tokenizer)
         self.policy = policy
         self.ratio = ratio
         self.build_missing = build_missing and policy != PREFIX_POLICY
+        self.keep_turns = keep_turns
         self._bos = tokenizer.bos_token or ""
         self._built: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._build_lock = threading.Lock()
@@ -164,7 +169,10 @@ class ChunkPrograms(ABC):
         if self.build_missing:
             self._build(ids, spans)
         prefix_len = spans[0].start if spans else 0
-        fusion = fusion_request(spans, prefix_len, self.policy, self.ratio)
+        conversation = s.sid if self.keep_turns else ""
+        fusion = fusion_request(
+            spans, prefix_len, self.policy, self.ratio, conversation=conversation
+        )
         fields = {
             name: value
             for name in _LOGPROB_FIELDS

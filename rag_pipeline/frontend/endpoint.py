@@ -29,7 +29,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
     tokenizer
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
-    policy, ratio, build_missing
+    policy, ratio, build_missing, keep_turns
         See :class:`.ChunkPrograms`.
 
     Raises
@@ -51,6 +51,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         policy: str = "query",
         ratio: float | None = None,
         build_missing: bool = False,
+        keep_turns: bool = False,
     ) -> None:
         server = ServerBackend(base_url, api_key=api_key)
         try:
@@ -62,7 +63,12 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
             server.close()
         RuntimeEndpoint.__init__(self, server.url, api_key)
         ChunkPrograms.__init__(
-            self, loaded, policy=policy, ratio=ratio, build_missing=build_missing
+            self,
+            loaded,
+            policy=policy,
+            ratio=ratio,
+            build_missing=build_missing,
+            keep_turns=keep_turns,
         )
         self.support_concate_and_append = False  # this SGLang has no such route
         self.chat_template = chat_template_of(loaded, server.model_path)

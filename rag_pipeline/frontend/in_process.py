@@ -26,7 +26,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
     engine
         ``sgl.Engine``, from :func:`rag_pipeline.sglang_plugin.create_engine`, or an
         :class:`~rag_pipeline.generation.EngineBackend` around one.
-    policy, ratio, build_missing
+    policy, ratio, build_missing, keep_turns
         See :class:`.ChunkPrograms`.
 
     Examples
@@ -41,6 +41,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         policy: str = "query",
         ratio: float | None = None,
         build_missing: bool = False,
+        keep_turns: bool = False,
     ) -> None:
         BaseBackend.__init__(self)
         # It drives the engine's event loop for callers in any thread, one driver a loop.
@@ -49,7 +50,12 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         folder = Path(self._engine.server_args.model_path)
         loaded = ModelTokenizer.load(folder)
         ChunkPrograms.__init__(
-            self, loaded, policy=policy, ratio=ratio, build_missing=build_missing
+            self,
+            loaded,
+            policy=policy,
+            ratio=ratio,
+            build_missing=build_missing,
+            keep_turns=keep_turns,
         )
         self.chat_template = chat_template_of(loaded, str(folder))
 

@@ -55,7 +55,8 @@ class ChatSGLangRag(ChatOpenAI):
 
     Documents are given with a call (``invoke(messages, documents=[...])``), bound
     (``model.bind(documents=[...])``), or stand in a message as content blocks
-    ``{"type": "text-plain", "text": ..., "title": ..., "id": ...}``.
+    ``{"type": "text-plain", "text": ..., "title": ..., "id": ...}``. With ``conversation="NAME"``
+    beside them, what this turn computed over reused chunks is kept for the next turn of that name.
 
     Parameters
     ----------
@@ -214,6 +215,7 @@ class ChatSGLangRag(ChatOpenAI):
         """Lay out where there are documents, and put what the server shall know into the body."""
         kwargs = dict(kwargs)
         documents: Sequence[Document] | None = kwargs.pop("documents", None)
+        conversation: str = kwargs.pop("conversation", None) or ""
         body = {**(self.extra_body or {}), **(kwargs.get("extra_body") or {})}
         if documents is None and not has_documents(messages):
             if not stream:  # SGLang refuses it in a stream
@@ -228,7 +230,9 @@ class ChatSGLangRag(ChatOpenAI):
         if room is None:
             room = kwargs["max_tokens"] = DEFAULT_ANSWER_TOKENS
         layout = self._layouts().build(messages, documents or (), max_new_tokens=room)
-        fusion = fusion_request(layout.spans, layout.prefix_len, self.policy, self.ratio)
+        fusion = fusion_request(
+            layout.spans, layout.prefix_len, self.policy, self.ratio, conversation=conversation
+        )
         custom = {**(body.get("custom_params") or {}), **fusion.to_custom_params()}
         body = {**_NEUTRAL, **body, "input_ids": list(layout.input_ids), "custom_params": custom}
         if not stream:

@@ -90,6 +90,27 @@ def test_the_langchain_examples(
     assert capsys.readouterr().out.count("'prompt_tokens'") == 2
 
 
+def test_a_kept_turn_is_not_computed_again(rag_server: str) -> None:
+    @sgl.function
+    def program(s):
+        texts = [topics[name].strip()[:600] for name in ("assert", "pass", "del")]
+        s += sgl.user("Text: " + chunks(texts) + "What is it about?")
+        s += sgl.assistant(sgl.gen("first", max_tokens=6))
+        s += sgl.user("And what else?")
+        s += sgl.assistant(sgl.gen("second", max_tokens=6))
+
+    found = {}
+    for keep in (False, True):
+        backend = RagEndpoint(rag_server, policy="reuse", build_missing=True, keep_turns=keep)
+        state = program.run(backend=backend, temperature=0)
+        first, second = usage(state, "first"), usage(state, "second")
+        assert first.reused_tokens > 0
+        found[keep] = second.fresh_tokens
+        # What came behind the first prompt: its answer, and the second question.
+        behind = second.prompt_tokens - first.prompt_tokens
+    assert found[True] <= behind < found[False]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60

@@ -167,6 +167,21 @@ def test_prefix_policy_is_ordinary_prefill_and_fusion_at_ratio_one_agrees(
     assert said.content == exact.content
 
 
+def test_the_next_turn_of_a_conversation_loads_the_one_before(model: ChatSGLangRag) -> None:
+    ask_until_reused(model, DOCUMENTS[:2])
+    blocks = [
+        {"type": "text-plain", "text": d.page_content, "title": d.id, "id": d.id}
+        for d in (DOCUMENTS[1], DOCUMENTS[0])
+    ]
+    asked: list[Any] = [HumanMessage(["Text:\n\n", *blocks, "What is it about?"])]
+    first = model.invoke(asked, conversation="talk")
+    asked += [first, HumanMessage("And what else?")]
+    alone = model.invoke(asked).response_metadata["rag"]["usage"]
+    behind = alone["prompt_tokens"] - first.response_metadata["rag"]["usage"]["prompt_tokens"]
+    loaded = model.invoke(asked, conversation="talk").response_metadata["rag"]["usage"]
+    assert loaded["fresh_tokens"] <= behind < alone["fresh_tokens"]
+
+
 def test_documents_bound_and_in_messages(model: ChatSGLangRag) -> None:
     bound = model.bind(documents=DOCUMENTS[:1])
     block = {"type": "text-plain", "text": DOCUMENTS[0].page_content, "title": "with", "id": "with"}
