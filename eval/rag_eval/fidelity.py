@@ -35,6 +35,7 @@ def _parser() -> OneLineParser:
     add("--noise-every", type=int, default=4, help="noise floor on every n-th example, 0 never")
     add("--seen-before", default="alone", help="alone, or permuted: earlier in another order")
     add("--retrieve", type=Path, default=None, help="index folder to take the chunks from")
+    add("--passage", default="corpus", help="chunks behind text of the corpus, or builtin")
     add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
     add("--publish", type=Path, default=None, help="also write the run as one JSON file")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             noise_every=given.noise_every,
             seen_before=given.seen_before,
             retrieve=given.retrieve,
+            passage=given.passage,
             engine_args=engine_arguments(given.engine_arg),
         )
         result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))

@@ -15,6 +15,7 @@ from rag_pipeline.errors import RagPipelineError
 if TYPE_CHECKING:
     from rag_pipeline import Answer, RagPipeline
     from rag_pipeline.generation import Backend
+    from retrievers import Index
     from retrievers.types import Retriever
 
 SEARCHES = ("dense", "bm25", "hybrid")
@@ -89,7 +90,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
     # Refuses a question that cannot fit before half a minute is spent on starting an engine.
     builder.build(options.question, [], max_new_tokens=options.max_new_tokens)
     warm = _Warming(retriever)
-    backend = _open_backend(options, folder)
+    backend = _open_backend(options, folder, index)
     try:
         warm.finish()
         return RagPipeline(retriever, backend, builder, top_k=options.top_k)
@@ -98,7 +99,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
         raise
 
 
-def _open_backend(options: AskOptions, folder: Path) -> Backend:
+def _open_backend(options: AskOptions, folder: Path, index: Index) -> Backend:
     from rag_pipeline import EngineBackend, ServerBackend
     from rag_pipeline.cli.cache import use_store
     from rag_pipeline.generation import PREFIX_POLICY
@@ -108,7 +109,7 @@ def _open_backend(options: AskOptions, folder: Path) -> Backend:
         server.check_model(folder)
         return server
     if options.policy != PREFIX_POLICY:
-        use_store(options.store)
+        use_store(options.store, index)
     with step(f"Starting SGLang with {options.model}"):
         return EngineBackend.start(folder)
 

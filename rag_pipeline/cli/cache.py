@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +13,26 @@ from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from chunk_cache import ChunkKey, StoreFolder
+    from retrievers import Index
 
 
-def use_store(given: Path | None) -> Path:
+def use_store(given: Path | None, index: Index | None = None) -> Path:
     """Make engines started by this process keep chunk KV in a folder, and return it.
 
     What was `given` wins over ``store_dir`` of ``RAG_PIPELINE_FUSION``, which wins over the
-    folder below ``RAG_PIPELINE_HOME``.
+    folder below ``RAG_PIPELINE_HOME``. With an `index`, chunks are computed behind a sample of it,
+    unless the settings name another passage.
     """
+    from rag_pipeline.passage_sample import index_passage
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()
     folder = (given or Path(config.store_dir or kv_store_dir())).absolute()
-    if config.enabled and config.store_dir != str(folder):
-        import dataclasses
-
-        chosen = dataclasses.replace(config, store_dir=str(folder))
+    if config.enabled:
+        passage = config.passage_file
+        if not passage and index is not None:
+            passage = str(index_passage(index) or "")
+        chosen = dataclasses.replace(config, store_dir=str(folder), passage_file=passage)
         os.environ[FUSION_VARIABLE] = chosen.to_env()
     return folder
 
@@ -39,7 +44,7 @@ def run_warm(*, index: Path, model: str, store: Path | None, limit: int | None) 
     from retrievers import Index
 
     opened = Index.open(index)
-    folder = use_store(store)
+    folder = use_store(store, opened)
     path = resolve_llm_shown(model).path
     total = len(opened) if limit is None else min(limit, len(opened))
     chunks = (chunk for _, chunk in zip(range(total), opened.chunks(), strict=False))

@@ -14,6 +14,7 @@ from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.http_server import ServerFacts
+    from retrievers import Index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,8 @@ def run_serve(options: ServeOptions) -> None:
 
     _refuse_words(options)
     extra_fields(GenerationRequest(input_ids=(), policy=options.policy))
-    tenants = Tenants.load(parse_indexes(options.index), options.tenants)
+    indexes = parse_indexes(options.index)
+    tenants = Tenants.load(indexes, options.tenants)
     has_key = any(word.partition("=")[0] == "--api-key" for word in options.words)
     if len(tenants) and not has_key:
         raise RagPipelineError(
@@ -68,7 +70,9 @@ def run_serve(options: ServeOptions) -> None:
         parse_bytes=options.parse_memory_mb << 20,
     )
     if options.policy != PREFIX_POLICY:
-        use_store(options.store or kv_store_dir())
+        # No tenant's chunks are computed behind the text of another.
+        shared = None if len(tenants) else _opened(next(iter(indexes.values())))
+        use_store(options.store or kv_store_dir(), shared)
     words = ["--host", options.host, "--port", str(options.port), *options.words]
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.
@@ -83,6 +87,16 @@ def run_serve(options: ServeOptions) -> None:
         on_ready=_say_ready,
         model_gate=lambda attention: gate_facts(settings.model, attention, name=options.model),
     )
+
+
+def _opened(folder: Path) -> Index | None:
+    """Index of a folder; None where there is none yet, or none that can be read: the routes say so."""
+    from retrievers import Index, RetrievalError
+
+    try:
+        return Index.open(folder)
+    except RetrievalError:
+        return None
 
 
 def _say_ready(facts: ServerFacts) -> None:

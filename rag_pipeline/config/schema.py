@@ -128,7 +128,11 @@ class FusionSettings(_Section):
     passage_tokens: int = Field(
         default=768,
         ge=0,
-        description="neutral text that chunk KV is computed behind, in tokens; 0 for none",
+        description="Neutral text that chunk KV is computed behind, in tokens; 0 for none.",
+    )
+    passage_file: str = Field(
+        default="",
+        description="File with that text; a sample of the index when unset, or the built-in prose.",
     )
     store_dir: str = Field(
         default="",

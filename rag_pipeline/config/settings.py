@@ -29,7 +29,9 @@ from rag_pipeline.config.sources import (
 )
 from rag_pipeline.errors import RagPipelineError
 
-_PATHS = frozenset({"home", "index", "store", "fusion.store_dir", "serve.tenants"})
+_PATHS = frozenset(
+    {"home", "index", "store", "fusion.store_dir", "fusion.passage_file", "serve.tenants"}
+)
 _NAMED_PATHS = "serve.indexes"
 _NAMES_OR_PATHS = frozenset({"model", "embedder"})
 _DEFAULT = Origin(kind="default")

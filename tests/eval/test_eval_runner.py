@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 import yaml
 
 from rag_eval import EvalConfig, EvalError, fidelity
+from rag_eval.datasets import corpus_texts
 from rag_eval.report import publish, render_tables, write_plots
 from rag_eval.runner import parse_modes, summarise, table_text
 from rag_eval.runner.forcing import FollowAnswer, forcing_params, read_logits
+from rag_eval.runner.passage import run_passage
 from rag_eval.runner.predictions import CONFIG, PREDICTIONS, RunFolder
 
 
@@ -63,6 +66,38 @@ def test_a_run_resumes_and_may_grow(tmp_path: Path) -> None:
     assert again.records == {"a": {"id": "a", "x": 1.5}}
     again.append({"id": "ü", "x": 2})
     assert set(RunFolder(out, config(out).identity(), {}).records) == {"a", "ü"}
+
+
+def test_a_run_keeps_the_passage_that_it_began_with(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    example = {"question": "Q?", "answers": ["a"]}
+    rows = [
+        {
+            **example,
+            "ctxs": [{"text": f"Passage {row} of {n}. It ends. So it is."} for n in range(9)],
+        }
+        for row in range(40)
+    ]
+    data.write_text(json.dumps(rows), "utf-8")
+    out = tmp_path / "run"
+    out.mkdir()
+    told = config(out, dataset=str(data), limit=10)
+    file = Path(run_passage(told))
+    text = file.read_text("utf-8")
+    assert file.parent == out
+    # Of the examples behind those that are measured.
+    assert {int(n) for n in re.findall(r"Passage (\d+) of", corpus_sample(data, 10))} == set(
+        range(10, 40)
+    )
+    assert run_passage(config(out, dataset=str(data), limit=30)) == str(file)
+    assert file.read_text("utf-8") == text
+    assert run_passage(config(out, passage="builtin")) == ""
+    with pytest.raises(EvalError, match="passage is 'none'; allowed: corpus, builtin"):
+        config(out, passage="none")
+
+
+def corpus_sample(data: Path, behind: int) -> str:
+    return "\n".join(corpus_texts(data, behind=behind))
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped_and_done_again(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Data sets: files in the public QA formats, generators, and prompts made from them."""
 
 from rag_eval.datasets.arrange import PromptChunk, arrange, shared_chunks
-from rag_eval.datasets.catalog import GENERATORS, check_dataset, load_dataset
+from rag_eval.datasets.catalog import GENERATORS, check_dataset, corpus_texts, load_dataset
 from rag_eval.datasets.core import (
     ORDERS,
     DatasetOptions,
@@ -24,6 +24,7 @@ __all__ = [
     "PromptChunk",
     "arrange",
     "check_dataset",
+    "corpus_texts",
     "load_dataset",
     "read_examples",
     "shared_chunks",

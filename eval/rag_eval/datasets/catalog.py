@@ -6,9 +6,11 @@ from pathlib import Path
 
 from rag_eval.datasets.core import DatasetOptions, Encode, Example
 from rag_eval.datasets.files import read_examples
+from rag_eval.datasets.filler import paragraphs
 from rag_eval.datasets.planted import planted_facts
 from rag_eval.datasets.ruler import TASKS, ruler_task
 from rag_eval.errors import EvalError
+from rag_pipeline.passage_sample import LEAST_TEXTS
 
 GENERATORS = ("planted-1hop", "planted-2hop", *(f"ruler-{task}" for task in TASKS))
 DEFAULT_COUNT = 100
@@ -62,6 +64,31 @@ def load_dataset(
             return planted_facts(count, 1 if name == "planted-1hop" else 2, options, encode)
         return ruler_task(name.removeprefix("ruler-"), count, options, encode)
     return _read(name_or_path)[:limit]
+
+
+def corpus_texts(name_or_path: str | Path, *, behind: int | None = None) -> list[str]:
+    """Texts in the manner of a data set's chunks.
+
+    Parameters
+    ----------
+    name_or_path
+        As for :func:`load_dataset`.
+    behind
+        Leave out this many examples at the beginning, which a run measures, if texts are left.
+
+    Returns
+    -------
+    list of str
+        Distinct, in the data set's order; of a generator its filler.
+    """
+    if str(name_or_path) in GENERATORS:
+        return list(paragraphs())
+    examples = _read(name_or_path)
+    for some in (examples[behind or 0 :], examples):
+        texts = list(dict.fromkeys(p.text for example in some for p in example.passages))
+        if behind and len(texts) >= LEAST_TEXTS:
+            break
+    return texts
 
 
 def _read(name_or_path: str | Path) -> list[Example]:

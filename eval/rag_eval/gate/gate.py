@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -220,26 +220,13 @@ def _start(
     maker: PromptMaker, vocabulary: int, config: GateConfig, progress: Progress
 ) -> EngineSession:
     from rag_eval.runner.engine import start_session
+    from rag_eval.runner.passage import fusion_settings, write_corpus_passage
 
     progress(f"starting the engine with {config.model}")
-    with _store_in_memory():
-        return start_session(maker, vocabulary, config.engine_args)
-
-
-@contextmanager
-def _store_in_memory() -> Iterator[None]:
-    """The operator's fusion settings, but no folder: a gate leaves no chunks behind."""
-    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
-
-    before = os.environ.get(FUSION_VARIABLE)
-    os.environ[FUSION_VARIABLE] = replace(FusionConfig.from_env(), store_dir="").to_env()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[FUSION_VARIABLE]
-        else:
-            os.environ[FUSION_VARIABLE] = before
+    with tempfile.TemporaryDirectory() as folder:
+        passage = write_corpus_passage(DATASET, Path(folder))
+        with fusion_settings(passage_file=passage):
+            return start_session(maker, vocabulary, config.engine_args)
 
 
 def _fidelity(

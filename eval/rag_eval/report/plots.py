@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rag_eval.runner import EvalResult
 
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c4033", "#00798c")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_COLOURS = (
+    "#1b6ca8",
+    "#d1495b",
+    "#2e8b57",
+    "#edae49",
+    "#7b5ea7",
+    "#5c4033",
+    "#00798c",
+    "#111111",
+    "#e07a1f",
+    "#8d99ae",
+)
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 
 
 def write_plots(

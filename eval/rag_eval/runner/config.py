@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rag_eval.datasets import DatasetOptions
 from rag_eval.errors import EvalError
@@ -46,6 +46,10 @@ class EvalConfig:
         prefix, or also one prompt with the chunks ``permuted``.
     retrieve
         Index folder: chunks come from there instead of the data set's contexts.
+    passage
+        Text that chunk KV for use away from its own place is computed behind: a sample of the
+        ``corpus`` (of examples that the run does not measure, where the data set has more), or the
+        ``builtin`` prose. A passage file in the settings of fusion comes before both.
     engine_args
         Further arguments of ``sglang.Engine``; they belong to the identity of a run.
     """
@@ -62,6 +66,7 @@ class EvalConfig:
     noise_every: int = 4
     seen_before: SeenBefore = "alone"
     retrieve: Path | None = None
+    passage: Literal["corpus", "builtin"] = "corpus"
     engine_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +79,8 @@ class EvalConfig:
             raise EvalError(
                 f"seen_before is {self.seen_before!r}; allowed: {', '.join(SEEN_BEFORE)}"
             )
+        if self.passage not in ("corpus", "builtin"):
+            raise EvalError(f"passage is {self.passage!r}; allowed: corpus, builtin")
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}; allowed: 1 or more")
         parse_modes(self.modes)

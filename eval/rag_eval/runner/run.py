@@ -19,6 +19,7 @@ from rag_eval.report import render_tables, write_plots
 from rag_eval.runner.config import EvalConfig
 from rag_eval.runner.engine import start_session
 from rag_eval.runner.measure import measure_example
+from rag_eval.runner.passage import fusion_settings, run_passage
 from rag_eval.runner.predictions import METRICS, RunFolder, write_atomically
 from rag_eval.runner.prompts import PromptMaker
 from rag_eval.runner.retrieval import IndexedChunks, score_retrieval
@@ -66,7 +67,8 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     missing = [example for example in examples if example.id not in folder.records]
     report(f"{len(examples)} examples, {len(examples) - len(missing)} done before")
     if missing:
-        session = start_session(maker, vocabulary, config.engine_args)
+        with fusion_settings(passage_file=run_passage(config)):
+            session = start_session(maker, vocabulary, config.engine_args)
         try:
             _measure(config, session, maker, examples, missing, folder, report)
         finally:

@@ -44,6 +44,8 @@ class FusionConfig:
         Prove the path on the loaded model at start, before the first request is fused.
     passage_tokens : int
         Length of the neutral passage that chunks are computed behind (:mod:`.passage`); 0 for none.
+    passage_file : str
+        UTF-8 file with the text of that passage, best in the manner of the documents; empty for the built-in prose.
     store_dir : str
         Folder that chunk KV is read from at start and written to when it is made; empty for none.
     """
@@ -58,6 +60,7 @@ class FusionConfig:
     checksums: bool = False
     self_check: bool = True
     passage_tokens: int = 768
+    passage_file: str = ""
     store_dir: str = ""
 
     def __post_init__(self) -> None:

@@ -12,10 +12,13 @@ reason; here the passage is dropped after the build and only the chunk's own KV 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rag_pipeline.errors import EngineError
 
 MAX_CONTEXT_SHARE = 4
 """The passage takes at most one n-th of what a prompt may hold, so that every usual chunk fits behind it."""
@@ -64,7 +67,28 @@ order, partly for sailors in small boats and partly because people are fond of t
 """
 
 
-def passage_ids(tokenizer: Any, num_tokens: int, capacity: int) -> npt.NDArray[np.int64]:
+def read_passage(path: str) -> str:
+    """Text of a passage file; the built-in prose when `path` is empty.
+
+    Raises
+    ------
+    EngineError
+        The file cannot be read, is not UTF-8, or holds no word.
+    """
+    if not path:
+        return _TEXT
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"fusion.passage_file {path} cannot be read: {error}") from None
+    if not text.strip():
+        raise EngineError(f"fusion.passage_file {path} is empty; give some paragraphs of text")
+    return text
+
+
+def passage_ids(
+    tokenizer: Any, num_tokens: int, capacity: int, *, text: str = _TEXT
+) -> npt.NDArray[np.int64]:
     """Token ids of the passage.
 
     Parameters
@@ -75,6 +99,8 @@ def passage_ids(tokenizer: Any, num_tokens: int, capacity: int) -> npt.NDArray[n
         Most tokens of it; 0 for none.
     capacity : int
         Tokens that a prompt may hold in this engine.
+    text : str
+        Of the passage; what looks like a control token in it stays text.
 
     Returns
     -------
@@ -84,5 +110,5 @@ def passage_ids(tokenizer: Any, num_tokens: int, capacity: int) -> npt.NDArray[n
     wanted = min(num_tokens, capacity // MAX_CONTEXT_SHARE)
     if tokenizer is None or wanted <= 0:
         return np.empty(0, dtype=np.int64)
-    ids = tokenizer.encode(_TEXT, add_special_tokens=False)[:wanted]
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:wanted]
     return np.asarray(ids, dtype=np.int64)

@@ -13,7 +13,7 @@ from rag_pipeline.sglang_plugin.fusion.context import (
     read_model,
 )
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
-from rag_pipeline.sglang_plugin.fusion.passage import passage_ids
+from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
 from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
@@ -97,7 +97,10 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
     runtime.max_prompt = int(scheduler.max_req_input_len)
     runtime.passage = passage_ids(
-        getattr(scheduler, "tokenizer", None), config.passage_tokens, runtime.max_prompt
+        getattr(scheduler, "tokenizer", None),
+        config.passage_tokens,
+        runtime.max_prompt,
+        text=read_passage(config.passage_file),
     )
     if reason:
         logger.warning("Chunk-KV fusion is off for this engine: %s", reason)
