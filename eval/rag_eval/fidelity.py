@@ -21,7 +21,7 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")
     add("--model", default="smollm2-135m", help="hub id, folder, GGUF file or packaged name")
-    add("--modes", default="full,prefix,reuse,cacheblend,epic,query", help="modes, comma between")
+    add("--modes", default=None, help="modes, comma between; every policy when left out")
     add("--out", required=True, type=Path, help="folder of the run; an interrupted run goes on")
     add("--limit", type=int, default=None, help="first n examples")
     add("--seed", type=int, default=0, help="order, distractors, generators, bootstrap")
@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return gate(words[1:])
     given = _parser().parse_args(words)
     from rag_eval.datasets import DatasetOptions
-    from rag_eval.runner import EvalConfig, run_eval, table_text
+    from rag_eval.runner import DEFAULT_MODES, EvalConfig, run_eval, table_text
 
     try:
         config = EvalConfig(
             dataset=given.dataset,
             model=given.model,
             out=given.out,
-            modes=given.modes,
+            modes=given.modes or DEFAULT_MODES,
             limit=given.limit,
             seed=given.seed,
             options=DatasetOptions(

@@ -14,7 +14,7 @@ from rag_eval import DatasetOptions, EvalError, fidelity
 from rag_eval.gate import GateConfig, Thresholds, gate, last_gate, run_gate, save_gate
 from rag_eval.gate.exactness import Distance, Exactness
 from rag_eval.gate.record import gates_dir, model_identity
-from rag_eval.runner.modes import Mode, parse_modes
+from rag_eval.runner.modes import PLAIN_REUSE, Mode, parse_modes
 from rag_pipeline.cli.doctor import gate_facts
 from rag_pipeline.config import HOME_VARIABLE
 
@@ -76,7 +76,8 @@ def test_a_sound_engine_passes_with_every_check_made(result: dict[str, Any]) -> 
     # fp32: exact means rounding, and reuse is far outside of it.
     assert result["thresholds"]["exact_kl"] == LIMITS.least_kl_fp32
     assert (
-        result["fidelity"]["modes"]["reuse"]["kl_answer"] > 100 * result["thresholds"]["exact_kl"]
+        result["fidelity"]["modes"][PLAIN_REUSE]["kl_answer"]
+        > 100 * result["thresholds"]["exact_kl"]
     )
     assert result["fidelity"]["n"] == 1
     json.dumps(result, allow_nan=False)

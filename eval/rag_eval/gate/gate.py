@@ -27,7 +27,7 @@ from rag_eval.gate.verdict import (
     verdicts,
 )
 from rag_eval.runner.measure import measure_example
-from rag_eval.runner.modes import FULL, PREFIX, Mode, parse_modes
+from rag_eval.runner.modes import FULL, PLAIN_REUSE, PREFIX, Mode, parse_modes
 from rag_eval.runner.prompts import EvalPrompt, PromptMaker
 from rag_eval.runner.session import EngineSession
 from rag_eval.runner.summary import EvalResult, summarise
@@ -237,13 +237,13 @@ def _fidelity(
     config: GateConfig,
     progress: Progress,
 ) -> EvalResult | None:
-    """A short run of the modes that are served, with ``reuse`` as the yardstick."""
+    """A short run of the modes that are served, with plain reuse as the yardstick."""
     served = [mode for mode in modes if mode.name not in exact.unavailable]
     broken = not all(math.isfinite(d.kl) for found in exact.checks.values() for d in found)
     if "" in exact.unavailable or not served or broken:
         return None
-    yardstick = [] if any(mode.name == "reuse" for mode in served) else ["reuse"]
-    names = [FULL, *yardstick, *(mode.name for mode in served)]
+    own = [mode.name for mode in served if mode.name != PLAIN_REUSE]
+    names = [FULL, PLAIN_REUSE, *own]
     records = []
     for turn, prompt in enumerate(prompts):
         record = measure_example(

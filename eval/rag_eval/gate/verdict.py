@@ -9,7 +9,7 @@ from typing import Any
 
 from rag_eval.gate.exactness import Distance, Exactness
 from rag_eval.gate.thresholds import Thresholds
-from rag_eval.runner.modes import Mode
+from rag_eval.runner.modes import PLAIN_REUSE, Mode
 
 PROMISES = {
     "no spans": "a request without fusion fields is plain prefill",
@@ -119,7 +119,7 @@ def judge_fidelity(
     Parameters
     ----------
     scores
-        ``EvalResult.modes``: by mode, with ``full`` and ``reuse`` among them.
+        ``EvalResult.modes``: by mode, with ``full`` and plain reuse among them.
     modes
         Modes to judge.
     limits
@@ -128,7 +128,7 @@ def judge_fidelity(
         KL below which a mode is as good as exact, nats.
     """
     checks: list[Check] = []
-    full, reuse = scores["full"], scores["reuse"]
+    full, reuse = scores["full"], scores[PLAIN_REUSE]
     for mode in modes:
         row = scores[mode.name]
         if mode.policy != "reuse":

@@ -51,19 +51,18 @@ def _table(
     table.add_column("mode")
     for heading, _, _ in COLUMNS:
         table.add_column(heading, justify="right")
-    compare = result is not None and any(
-        "kl_ratio_to_reuse" in entry for entry in result.significance.values()
-    )
+    entries = result.significance.values() if result is not None else ()
+    base = next((e["kl_compared_with"] for e in entries if "kl_compared_with" in e), None)
     if result is not None:
         table.add_column("F1 - full [95%]", justify="right", no_wrap=True)
-    if compare:
-        table.add_column("KL / reuse", justify="right")
+    if base is not None:
+        table.add_column(f"KL / {base}", justify="right")
     for name, scores in modes.items():
         cells = [_cell(scores.get(key), form) for _, key, form in COLUMNS]
         if result is not None:
             entry = result.significance.get(name)
             cells.append(_interval(entry))
-            if compare:
+            if base is not None:
                 cells.append(_cell((entry or {}).get("kl_ratio_to_reuse"), "{:.0%}"))
         table.add_row(name, *cells)
     return table

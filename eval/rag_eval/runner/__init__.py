@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rag_eval.runner.config import EvalConfig
+    from rag_eval.runner.config import DEFAULT_MODES, EvalConfig
     from rag_eval.runner.modes import Mode, parse_modes
     from rag_eval.runner.run import run_eval, table_text
     from rag_eval.runner.summary import EvalResult, summarise
 
 __all__ = [
+    "DEFAULT_MODES",
     "EvalConfig",
     "EvalResult",
     "Mode",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DEFAULT_MODES": "config",
     "EvalConfig": "config",
     "EvalResult": "summary",
     "Mode": "modes",

@@ -11,7 +11,7 @@ from rag_eval.errors import EvalError
 from rag_eval.runner.measure import SEEN_BEFORE, SeenBefore
 from rag_eval.runner.modes import Mode, parse_modes
 
-DEFAULT_MODES = "full,prefix,reuse,cacheblend,epic,query"
+DEFAULT_MODES = "full,prefix,reuse+passage=false,reuse,cacheblend,epic,query"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

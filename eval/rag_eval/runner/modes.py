@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from chunk_cache.policies import create_policy, policy_names
@@ -10,6 +10,13 @@ from rag_eval.errors import EvalError
 
 FULL = "full"
 PREFIX = "prefix"
+PLAIN_REUSE = "reuse+passage=false"
+"""The yardstick: chunk KV computed right behind the shared prefix, nothing recomputed."""
+
+
+def yardstick(modes: Collection[str]) -> str | None:
+    """Mode that the others' KL is compared with: plain reuse, else ``reuse``; None without either."""
+    return next((name for name in (PLAIN_REUSE, "reuse") if name in modes), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

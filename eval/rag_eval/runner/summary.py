@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rag_eval.metrics import paired_bootstrap
+from rag_eval.runner.modes import yardstick
 
 MEANS = (
     "f1",
@@ -133,10 +134,12 @@ def _significance(records: Sequence[Mapping[str, Any]], mode: str, seed: int) ->
         "nll_ci95": [nll.low, nll.high],
         "n": f1.n,
     }
-    if records and "reuse" in records[0]["modes"] and mode != "reuse":
-        kl = paired_bootstrap(column("kl_answer", mode), column("kl_answer", "reuse"), seed=seed)
-        base = sum(column("kl_answer", "reuse"))
+    base_mode = yardstick(records[0]["modes"]) if records else None
+    if base_mode is not None and mode != base_mode:
+        kl = paired_bootstrap(column("kl_answer", mode), column("kl_answer", base_mode), seed=seed)
+        base = sum(column("kl_answer", base_mode))
         found |= {
+            "kl_compared_with": base_mode,
             "kl_diff_vs_reuse": kl.mean,
             "kl_diff_ci95": [kl.low, kl.high],
             "kl_ratio_to_reuse": sum(column("kl_answer", mode)) / base if base > 0 else None,

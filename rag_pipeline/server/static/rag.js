@@ -195,7 +195,9 @@ function showCost(rag, usage, citations) {
   const notes = [];
   if (rag.segments.resolution === "part")
     notes.push("The engine counted the tokens of each kind and did not name them one by one.");
-  if (rag.fallback) notes.push(`Prefilled as usual in part: ${rag.fallback}.`);
+  // A prompt that lies in the radix tree is served exactly, which nobody need be told of.
+  if (rag.fallback && rag.fallback !== "in_exact_prefix")
+    notes.push(rag.fused ? `Prefilled as usual in part: ${rag.fallback}.` : `Prefilled as usual: ${rag.fallback === "miss" ? "no KV of these chunks was stored yet" : rag.fallback}.`);
   $("strip-note").textContent = notes.join(" ");
   $("strip-card").hidden = false;
   const names = Object.fromEntries(citations.map((item) => [item.number, item.title]));
@@ -231,7 +233,7 @@ function documentEntry(item) {
   button.type = "button";
   button.setAttribute("aria-label", `Delete ${item.id}`);
   button.addEventListener("click", () => remove(item.id, button));
-  entry.append(name, make("span", `${item.chunks} chunks`, "hint"), button);
+  entry.append(name, make("span", item.chunks === 1 ? "1 chunk" : `${item.chunks} chunks`, "hint"), button);
   return entry;
 }
 
