@@ -193,7 +193,12 @@ def test_the_passage_takes_its_share_of_the_context_at_most(smollm2_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    assert passage_ids(tokenizer, 768, 1 << 15).size == 768
-    assert passage_ids(tokenizer, 768, 400).size == 400 // MAX_CONTEXT_SHARE
+    for ids, most in (
+        (passage_ids(tokenizer, 768, 1 << 15), 768),
+        (passage_ids(tokenizer, 768, 400), 400 // MAX_CONTEXT_SHARE),
+    ):
+        assert most - 40 < ids.size <= most
+        assert tokenizer.decode(ids).endswith(".\n\n")
+    assert passage_ids(tokenizer, 3, 1 << 15).size == 3
     assert passage_ids(tokenizer, 0, 400).size == 0
     assert passage_ids(None, 768, 400).size == 0

@@ -82,7 +82,7 @@ def test_a_passage_file_is_read_or_refused_in_one_line(tmp_path: Path, smollm2_p
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     ids = passage_ids(tokenizer, 768, 1 << 15, text=read_passage(str(file)))
     assert tokenizer.eos_token_id not in ids
-    assert tokenizer.decode(ids) == "Bees <|im_end|> dance."
+    assert tokenizer.decode(ids) == "Bees <|im_end|> dance.\n\n"
     assert read_passage("").startswith("[Rivers")
     for content in (b"\xff\xfe\x00", b" \n"):
         file.write_bytes(content)

@@ -83,7 +83,7 @@ def test_epic_with_a_fixed_k():
 
 def test_query_takes_the_tokens_with_the_largest_mass_and_no_other():
     spans = layout((4, 54), (54, 104))
-    policy = create_policy("query", ratio=0.2)
+    policy = create_policy("query", ratio=0.2, first_share=0)
     (count,) = policy.num_selected(spans)
     assert count == (20 * 10 - 5 * 8) // 10
     mass = torch.zeros(100)
@@ -92,9 +92,23 @@ def test_query_takes_the_tokens_with_the_largest_mass_and_no_other():
     assert policy.select(spans, scores=mass).tolist() == [w + 4 for w in wanted]
 
 
+def test_query_spends_a_share_on_the_first_tokens_of_every_chunk():
+    spans = layout((4, 54), (54, 104))
+    policy = create_policy("query", ratio=0.2, first_share=0.5)
+    assert policy.num_selected(spans) == (16,)
+    mass = torch.arange(100.0)  # the largest mass lies at the end of the second chunk
+    firsts = [*range(4, 8), *range(54, 58)]
+    assert policy.select(spans, scores=mass).tolist() == [*firsts, *range(96, 104)]
+    # Never more than the chunk has, and the rest goes by mass.
+    short = layout((4, 6), (6, 104))
+    got = policy.select(short, scores=mass).tolist()
+    assert got[:6] == [4, 5, 6, 7, 8, 9]
+    assert len(got) == 16
+
+
 def test_query_pools_within_chunks_only():
     spans = layout((4, 10), (10, 16), layers=1)
-    policy = create_policy("query", ratio=0.9, pool=4, stop_layer=1.0)
+    policy = create_policy("query", ratio=0.9, pool=4, stop_layer=1.0, first_share=0)
     assert policy.num_selected(spans) == (5,)
     mass = torch.tensor([0, 0, 0, 0, 0, 1, 4, 0, 0, 0, 0, 0.0])
     # Chunk 1: blocks of 4 and 2 (means 0, .5); chunk 2: means 1 and 0. Nothing crosses the border at 10.

@@ -12,6 +12,8 @@ reason; here the passage is dropped after the build and only the chunk's own KV 
 
 from __future__ import annotations
 
+import re
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from rag_pipeline.errors import EngineError
 
 MAX_CONTEXT_SHARE = 4
 """The passage takes at most one n-th of what a prompt may hold, so that every usual chunk fits behind it."""
+
+_END = "\n\n"
 
 _TEXT = """\
 [Rivers and their valleys]
@@ -96,7 +100,7 @@ def passage_ids(
     tokenizer : PreTrainedTokenizer or None
         The engine's; without one there is no passage.
     num_tokens : int
-        Most tokens of it; 0 for none.
+        Most tokens of it; 0 for none. It ends with a sentence and an empty line, as what stands before a chunk does.
     capacity : int
         Tokens that a prompt may hold in this engine.
     text : str
@@ -110,5 +114,15 @@ def passage_ids(
     wanted = min(num_tokens, capacity // MAX_CONTEXT_SHARE)
     if tokenizer is None or wanted <= 0:
         return np.empty(0, dtype=np.int64)
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:wanted]
+
+    def encode(words: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(
+            words, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
+
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
+    # A passage that stops in a word gives the chunk's first tokens a beginning that no prompt has.
+    whole = bisect(ends, wanted, key=lambda end: len(encode(text[:end] + _END)))
+    ids = encode(text[: ends[whole - 1]] + _END) if whole else encode(text)[:wanted]
     return np.asarray(ids, dtype=np.int64)
