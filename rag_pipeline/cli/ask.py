@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from retrievers import Index
     from retrievers.types import Retriever
 
+BUILD_WAIT_S = 60.0
+"""Longest wait for chunks to be computed behind an answer."""
+
 SEARCHES = ("dense", "bm25", "hybrid")
 
 
@@ -45,10 +48,24 @@ def run_ask(options: AskOptions, *, json_output: bool) -> None:
         raise RagPipelineError("the question is empty; give at least one word")
     with open_pipeline(options) as pipeline:
         answer = ask_shown(pipeline, options, json_output=json_output)
-    if json_output:
-        emit_json(answer.to_json())
-    else:
-        print_answer(answer, with_text=not options.stream)
+        if json_output:
+            emit_json(answer.to_json())
+        else:
+            print_answer(answer, with_text=not options.stream)
+        _keep_chunks(pipeline, options)
+
+
+def _keep_chunks(pipeline: RagPipeline, options: AskOptions) -> None:
+    """Let an engine of our own compute the KV of this prompt's chunks before it is closed."""
+    from rag_pipeline import EngineBackend
+    from rag_pipeline.generation import PREFIX_POLICY
+
+    if options.policy == PREFIX_POLICY or not isinstance(pipeline.backend, EngineBackend):
+        return
+    with step("Keeping the chunks' KV for the next question"):
+        done = pipeline.backend.finish_builds(BUILD_WAIT_S)
+    if not done:
+        say("some chunks were left out; `rag-pipeline cache warm` computes them all")
 
 
 def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) -> Answer:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.generation.base import delta, extra_fields, finish_reason
+from rag_pipeline.generation.base import FUSION_KEY, delta, extra_fields, finish_reason
 from rag_pipeline.generation.loop_runner import LoopRunner
 from rag_pipeline.types import GenerationPiece, GenerationRequest
 
@@ -20,6 +21,8 @@ _END = object()
 
 SILENCE_S = 2.0
 """Silence after which the engine's processes are looked after; a long prefill is silent too."""
+
+_POLL_S = 0.2
 
 ABORT_WAIT_S = 10.0
 """Longest wait for the engine to confirm an abort; the loop must turn until then."""
@@ -129,6 +132,30 @@ class EngineBackend:
                     task.cancel()
             task.result()
 
+    def finish_builds(self, timeout_s: float) -> bool:
+        """Wait until no missing chunk is left to compute.
+
+        Chunks that a prompt had and the store had not are computed when the engine is idle; a
+        process that ends at once would ask for them again the next time.
+
+        Parameters
+        ----------
+        timeout_s
+            Longest wait, seconds.
+
+        Returns
+        -------
+        bool
+            Whether all are done.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._runner:
+            while self._runner.submit(self._pending_builds()).result():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL_S)
+        return True
+
     def close(self) -> None:
         """Shut down an engine made by :meth:`start`."""
         if self._owned:
@@ -164,6 +191,10 @@ class EngineBackend:
                 f"a process of the engine (pid {pid}) has died, the answer is lost; "
                 "start the engine again, with a smaller max_total_tokens if memory ran out"
             )
+
+    async def _pending_builds(self) -> int:
+        states = await self.engine.tokenizer_manager.get_internal_state()
+        return sum(int((state.get(FUSION_KEY) or {}).get("pending", 0)) for state in states)
 
     async def _abort(self, rid: str) -> None:
         self.engine.tokenizer_manager.abort_request(rid)

@@ -151,6 +151,24 @@ def test_many_threads_share_one_engine(pipeline: RagPipeline) -> None:
     assert [answer.sources[0].id for answer in found] == ["c-lambda", "c-import"] * 3
 
 
+def test_chunks_of_a_prompt_are_there_for_the_next(pipeline: RagPipeline, engine: Any) -> None:
+    backend = pipeline.backend
+    assert isinstance(backend, EngineBackend)
+    question = "What do import and global do?"
+    pipeline.ask(question, policy="query", sampling=SHORT)
+    assert backend.finish_builds(120)
+    assert backend.finish_builds(0)  # nothing is left
+    wait_idle(engine)
+    used = pipeline.ask(question, policy="query", sampling=SHORT).usage
+    head = len(pipeline.builder.system_ids)
+    chunks = sum(
+        len(pipeline.builder.chunk_ids(hit.chunk))
+        for hit in pipeline.retriever.search(question, k=2)
+    )
+    assert used.reused_tokens + used.recomputed_tokens >= chunks - 1
+    assert used.exact_prefix_tokens <= head
+
+
 def test_closing_a_stream_aborts_the_request(pipeline: RagPipeline, engine: Any) -> None:
     long = SamplingOptions(max_new_tokens=2000, stop=(), temperature=1.0)
     # No end token may end it early: the abort must be the reason why the engine is idle soon.

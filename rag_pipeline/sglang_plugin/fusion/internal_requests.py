@@ -92,6 +92,11 @@ def is_internal(req: Any) -> bool:
     return str(req.rid).startswith(INTERNAL_RID)
 
 
+def running() -> int:
+    """Requests of this process that have not ended."""
+    return len(_live)
+
+
 def before_stream_output(
     streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

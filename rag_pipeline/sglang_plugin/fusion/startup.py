@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion import background, disk
+from rag_pipeline.sglang_plugin.fusion import background, disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import (
     UnsupportedModelError,
@@ -69,7 +69,8 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
     runtime = get_runtime()
     if runtime is not None:
-        result.internal_state["rag_fusion"] = runtime.status()
+        waiting = background.pending() + internal_requests.running()
+        result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:
