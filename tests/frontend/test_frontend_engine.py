@@ -53,8 +53,10 @@ def test_programs_reuse_chunks_in_batch_fork_and_stream(engine: Any) -> None:
 
     assert all(used.reused_tokens > 0 for used in forked.run(backend=backend)["used"])
 
+    # The batch ran three prompts at once, whose sums may round otherwise; the first run settles the tree.
+    whole = [ask.run(**batch[1], backend=backend, temperature=0)["answer"] for _ in range(2)][1]
     streamed = ask.run(**batch[1], backend=backend, temperature=0, stream=True)
-    assert "".join(streamed.text_iter("answer")) == states[1]["answer"]
+    assert "".join(streamed.text_iter("answer")) == whole
     assert usage(streamed, "answer").reused_tokens > 0
     assert engine.flush_cache().success  # the engine's own calls still work in between
 
