@@ -19,14 +19,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a folder's tests on one worker, so that what its session fixtures start is started once."""
-    here = Path(__file__).parent
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(here).parts[0]))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Allow sockets to this machine only (engine processes talk over them)."""
     from pytest_socket import socket_allow_hosts
