@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def sample_passage(texts: Sequence[str]) -> str:
 
 
 def index_passage(index: Index) -> Path | None:
-    """File with a sample of an index, made at the first call.
+    """File with a sample of an index's first 4,096 chunks, made at the first call.
 
     Parameters
     ----------
@@ -76,19 +76,17 @@ def index_passage(index: Index) -> Path | None:
     passage = sample_passage(texts)
     if not passage:
         return None
+    new = file.with_name(f".{PASSAGE_NAME}.{os.getpid()}")
     try:
-        handle, name = tempfile.mkstemp(dir=index.folder, prefix=PASSAGE_NAME)
-        with os.fdopen(handle, "w", encoding="utf-8") as new:
-            new.write(passage)
+        new.write_text(passage, encoding="utf-8")
         # A link, not a rename: who came first has stored KV behind his sample already.
-        try:
-            os.link(name, file)
-        except FileExistsError:
-            pass
-        finally:
-            Path(name).unlink()
+        with suppress(FileExistsError):
+            file.hardlink_to(new)
     except OSError:
         return None
+    finally:
+        with suppress(OSError):
+            new.unlink()
     return file
 
 

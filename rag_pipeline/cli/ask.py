@@ -62,6 +62,8 @@ def _keep_chunks(pipeline: RagPipeline, options: AskOptions) -> None:
 
     if options.policy == PREFIX_POLICY or not isinstance(pipeline.backend, EngineBackend):
         return
+    if pipeline.backend.finish_builds(0):
+        return
     with step("Keeping the chunks' KV for the next question"):
         done = pipeline.backend.finish_builds(BUILD_WAIT_S)
     if not done:

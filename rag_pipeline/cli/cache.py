@@ -30,6 +30,10 @@ def use_store(given: Path | None, index: Index | None = None) -> Path:
     folder = (given or Path(config.store_dir or kv_store_dir())).absolute()
     if config.enabled:
         passage = config.passage_file
+        if passage and not Path(passage).is_file():
+            raise RagPipelineError(
+                f"fusion.passage_file {passage} is not a file; name one, or none"
+            )
         if not passage and index is not None:
             passage = str(index_passage(index) or "")
         chosen = dataclasses.replace(config, store_dir=str(folder), passage_file=passage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ def run_serve(options: ServeOptions) -> None:
     if options.policy != PREFIX_POLICY:
         # No tenant's chunks are computed behind the text of another.
         shared = None if len(tenants) else _opened(next(iter(indexes.values())))
-        use_store(options.store or kv_store_dir(), shared)
+        with shared or nullcontext():
+            use_store(options.store or kv_store_dir(), shared)
     words = ["--host", options.host, "--port", str(options.port), *options.words]
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.

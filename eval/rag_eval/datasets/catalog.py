@@ -84,11 +84,12 @@ def corpus_texts(name_or_path: str | Path, *, behind: int | None = None) -> list
     if str(name_or_path) in GENERATORS:
         return list(paragraphs())
     examples = _read(name_or_path)
-    for some in (examples[behind or 0 :], examples):
-        texts = list(dict.fromkeys(p.text for example in some for p in example.passages))
-        if behind and len(texts) >= LEAST_TEXTS:
-            break
-    return texts
+    rest = _texts(examples[behind or 0 :])
+    return rest if len(rest) >= LEAST_TEXTS else _texts(examples)
+
+
+def _texts(examples: list[Example]) -> list[str]:
+    return list(dict.fromkeys(p.text for example in examples for p in example.passages))
 
 
 def _read(name_or_path: str | Path) -> list[Example]:

@@ -196,8 +196,10 @@ function showCost(rag, usage, citations) {
   if (rag.segments.resolution === "part")
     notes.push("The engine counted the tokens of each kind and did not name them one by one.");
   // A prompt that lies in the radix tree is served exactly, which nobody need be told of.
-  if (rag.fallback && rag.fallback !== "in_exact_prefix")
-    notes.push(rag.fused ? `Prefilled as usual in part: ${rag.fallback}.` : `Prefilled as usual: ${rag.fallback === "miss" ? "no KV of these chunks was stored yet" : rag.fallback}.`);
+  if (rag.fallback && rag.fallback !== "in_exact_prefix") {
+    const reason = rag.fallback === "miss" ? "no KV of these chunks was stored yet" : rag.fallback;
+    notes.push(`Prefilled as usual${rag.fused ? " in part" : ""}: ${reason}.`);
+  }
   $("strip-note").textContent = notes.join(" ");
   $("strip-card").hidden = false;
   const names = Object.fromEntries(citations.map((item) => [item.number, item.title]));

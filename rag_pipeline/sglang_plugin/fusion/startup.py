@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion import background, disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import (
@@ -69,7 +70,8 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
     runtime = get_runtime()
     if runtime is not None:
-        waiting = background.pending() + internal_requests.running()
+        # Where fusion is off nobody serves the queue, and nobody need wait for it.
+        waiting = background.pending() + internal_requests.running() if runtime.is_on else 0
         result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
 
 
@@ -95,13 +97,18 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         except Exception as error:
             logger.exception("Reading the model for fusion failed")
             reason = f"{type(error).__name__}: {error}"
+    text = ""
+    try:
+        text = read_passage(config.passage_file)
+    except EngineError as error:
+        reason = reason or str(error)
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
     runtime.max_prompt = int(scheduler.max_req_input_len)
     runtime.passage = passage_ids(
         getattr(scheduler, "tokenizer", None),
         config.passage_tokens,
         runtime.max_prompt,
-        text=read_passage(config.passage_file),
+        text=text,
     )
     if reason:
         logger.warning("Chunk-KV fusion is off for this engine: %s", reason)
