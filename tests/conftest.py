@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +67,99 @@ def engine(smollm2_path: Path) -> Iterator[Any]:
     """
     from rag_pipeline.sglang_plugin import create_engine
 
-    running = create_engine(str(smollm2_path), max_total_tokens=16384)
+    # The harness forces gold answers on it; requests that force nothing are none the wiser.
+    running = create_engine(
+        str(smollm2_path), max_total_tokens=16384, enable_custom_logit_processor=True
+    )
     yield running
     running.shutdown()
     sys.stderr.flush()
+
+
+@contextmanager
+def _serving(
+    words: Sequence[str | Path], log: Path, *, ready: Callable[[str], bool], **variables: str
+) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own; its URL and process number.
+
+    Parameters
+    ----------
+    words
+        The command line; ``--host`` and ``--port`` are added.
+    log
+        File of what it prints, shown in part when it ends before it is ready.
+    ready
+        Tells from the URL whether it may be asked.
+    variables
+        Added to its environment.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [*map(str, words), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as out:
+        # Its own process group: SGLang's children must end with it.
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | variables, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 600
+        while not ready(url):
+            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.5)
+        yield url, process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers_health(url: str) -> bool:
+    """Whether SGLang says at ``/health`` that it serves."""
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., Any]:
+    """``with serving(words, log, ready=...) as (url, pid)``: a server in a process of its own."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
+def sglang_server() -> Callable[..., Any]:
+    """``with sglang_server(model, log, **options) as url``: ``sglang.launch_server`` with the plugin.
+
+    Options are flags of SGLang (``max_total_tokens=4096``; ``True`` for one without a value);
+    ``variables`` is added to the environment.
+    """
+
+    @contextmanager
+    def start(
+        model: Path, log: Path, variables: dict[str, str] | None = None, **options: Any
+    ) -> Iterator[str]:
+        words: list[str | Path] = [sys.executable, "-m", "sglang.launch_server"]
+        words += ["--model-path", model, "--attention-backend", "rag_cpu"]
+        words += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-server-warmup"]
+        for name, value in options.items():
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else [str(value)]
+        with _serving(words, log, ready=_answers_health, **(variables or {})) as (url, _):
+            yield url
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def model_server(
+    smollm2_path: Path, sglang_server: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """URL of a real SGLang server with the packaged model, shared by the whole session."""
+    log = tmp_path_factory.mktemp("model-server") / "log.txt"
+    with sglang_server(smollm2_path, log, max_total_tokens=8192, sleep_on_idle=True) as url:
+        yield url

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,52 +85,17 @@ def pinned_store(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def server(
+    model: Path, sglang_server: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("server")
     pinned_bytes = pinned_store(folder / "kv")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "sglang.launch_server"]
-    options = {
-        "model-path": model,
-        "host": "127.0.0.1",
-        "port": port,
-        "dtype": "float32",
-        "attention-backend": "rag_cpu",
-        "sampling-backend": "pytorch",
-        "max-total-tokens": 4096,
-        "random-seed": 1,
-    }
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    flags = ("disable-cuda-graph", "skip-server-warmup", "enable-metrics", "sleep-on-idle")
-    command += [f"--{flag}" for flag in flags]
-    environment = os.environ | {
-        FUSION_VARIABLE: FusionConfig(store_dir=str(folder / "kv")).to_env()
-    }
     log = folder / "log.txt"
-    with log.open("wb") as out:
-        # Its own process group: SGLang's children must end with it.
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 500
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
+    variables = {FUSION_VARIABLE: FusionConfig(store_dir=str(folder / "kv")).to_env()}
+    options = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
+    flags = {"enable_metrics": True, "sleep_on_idle": True}
+    with sglang_server(model, log, variables, **options, **flags) as url:
         yield {"url": url, "pinned_bytes": pinned_bytes, "log": log}
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
 
 
 class Client:

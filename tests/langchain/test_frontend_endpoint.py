@@ -64,11 +64,11 @@ def test_the_example_programs_reuse_kv(
     name: str,
     questions: tuple[str, ...],
     reports: int,
-    rag_server: str,
+    model_server: str,
     index_dir: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    example(name).main(rag_server, index_dir, *questions)
+    example(name).main(model_server, index_dir, *questions)
     output = capsys.readouterr().out
     found = numbers(output)
     assert len(found) == reports, output
@@ -78,19 +78,19 @@ def test_the_example_programs_reuse_kv(
 
 
 def test_the_langchain_examples(
-    rag_server: str, index_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_server: str, index_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example("langchain_rag").main(f"{rag_server}/v1", index_dir, WITH)
+    example("langchain_rag").main(f"{model_server}/v1", index_dir, WITH)
     output = capsys.readouterr().out
     assert "source: with" in output
     assert "'reused_tokens'" in output
     file = tmp_path / "f.txt"
     file.write_text("A decorator takes a function.\n\nA generator yields values.\n")
-    example("langchain_any_store").main(f"{rag_server}/v1", "What is a decorator?", str(file))
+    example("langchain_any_store").main(f"{model_server}/v1", "What is a decorator?", str(file))
     assert capsys.readouterr().out.count("'prompt_tokens'") == 2
 
 
-def test_a_kept_turn_is_not_computed_again(rag_server: str) -> None:
+def test_a_kept_turn_is_not_computed_again(model_server: str) -> None:
     @sgl.function
     def program(s):
         texts = [topics[name].strip()[:600] for name in ("assert", "pass", "del")]
@@ -101,7 +101,7 @@ def test_a_kept_turn_is_not_computed_again(rag_server: str) -> None:
 
     found = {}
     for keep in (False, True):
-        backend = RagEndpoint(rag_server, policy="reuse", build_missing=True, keep_turns=keep)
+        backend = RagEndpoint(model_server, policy="reuse", build_missing=True, keep_turns=keep)
         state = program.run(backend=backend, temperature=0)
         first, second = usage(state, "first"), usage(state, "second")
         assert first.reused_tokens > 0
@@ -116,8 +116,8 @@ def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
 
 
-def test_the_endpoint_streams_selects_and_refuses(rag_server: str, tmp_path: Path) -> None:
-    backend = RagEndpoint(rag_server)
+def test_the_endpoint_streams_selects_and_refuses(model_server: str, tmp_path: Path) -> None:
+    backend = RagEndpoint(model_server)
 
     @sgl.function
     def program(s):

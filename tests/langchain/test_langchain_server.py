@@ -37,8 +37,8 @@ class TestChatSGLangRagStandard(ChatModelIntegrationTests):
     """Against SmolLM2-135M: it calls no tools; what a grammar could force takes minutes."""
 
     @pytest.fixture(autouse=True)
-    def _server(self, rag_server: str) -> None:
-        type(self).url = rag_server
+    def _server(self, model_server: str) -> None:
+        type(self).url = model_server
 
     url: ClassVar[str] = ""
 
@@ -84,8 +84,8 @@ DOCUMENTS = [document(name) for name in ("with", "lambda", "for", "import")]
 
 
 @pytest.fixture(scope="module")
-def model(rag_server: str) -> ChatSGLangRag:
-    return ChatSGLangRag(base_url=f"{rag_server}/v1", max_tokens=ANSWER_TOKENS)
+def model(model_server: str) -> ChatSGLangRag:
+    return ChatSGLangRag(base_url=f"{model_server}/v1", max_tokens=ANSWER_TOKENS)
 
 
 def ask_until_reused(model: ChatSGLangRag, documents: list[Document]) -> dict[str, Any]:
@@ -148,9 +148,9 @@ def test_chunks_are_reused_in_another_order_and_say_so(model: ChatSGLangRag) -> 
 
 
 def test_prefix_policy_is_ordinary_prefill_and_fusion_at_ratio_one_agrees(
-    rag_server: str,
+    model_server: str,
 ) -> None:
-    plain = ChatSGLangRag(base_url=f"{rag_server}/v1", max_tokens=8, policy="prefix")
+    plain = ChatSGLangRag(base_url=f"{model_server}/v1", max_tokens=8, policy="prefix")
     asked = [SystemMessage("Answer briefly."), HumanMessage("What is it about?")]
     exact = plain.invoke(asked, documents=DOCUMENTS[:2])
     usage = exact.response_metadata["rag"]["usage"]
@@ -161,7 +161,7 @@ def test_prefix_policy_is_ordinary_prefill_and_fusion_at_ratio_one_agrees(
     )
     content = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
     stock = ChatOpenAI(
-        base_url=f"{rag_server}/v1", api_key="EMPTY", model="default", max_tokens=8, temperature=0
+        base_url=f"{model_server}/v1", api_key="EMPTY", model="default", max_tokens=8, temperature=0
     )
     said = stock.invoke([SystemMessage("Answer briefly."), HumanMessage(content)])
     assert said.content == exact.content
@@ -204,13 +204,13 @@ def test_without_documents_it_is_an_ordinary_chat_model(model: ChatSGLangRag) ->
     assert streamed == message.content
 
 
-def test_what_cannot_be_is_refused(model: ChatSGLangRag, rag_server: str) -> None:
+def test_what_cannot_be_is_refused(model: ChatSGLangRag, model_server: str) -> None:
     with pytest.raises(RagPipelineError, match="tools and documents in one request"):
         model.invoke("Q", documents=DOCUMENTS, tools=[{"type": "function"}])
     with pytest.raises(RagPipelineError, match="the context holds"):
         model.invoke("word " * 9000, documents=[])
     with pytest.raises(RagPipelineError, match="policy 'nope' is unknown"):
-        ChatSGLangRag(base_url=f"{rag_server}/v1", policy="nope").invoke("Q", documents=[])
+        ChatSGLangRag(base_url=f"{model_server}/v1", policy="nope").invoke("Q", documents=[])
     with pytest.raises(openai.BadRequestError, match="fusion"):
         model.invoke("Q", extra_body={"custom_params": {"rag_spans": [9, 1]}})
 
@@ -323,7 +323,7 @@ def test_config_callbacks_and_batch(model: ChatSGLangRag, retriever: Any) -> Non
 
 
 def test_a_conversation_and_another_chat_model(
-    model: ChatSGLangRag, retriever: Any, rag_server: str
+    model: ChatSGLangRag, retriever: Any, model_server: str
 ) -> None:
     history = [HumanMessage("Hello."), AIMessage("Hello. Ask me.")]
     rag = RagRunnable(retriever=retriever, llm=model.bind(stop=["\n"]))
@@ -332,7 +332,7 @@ def test_a_conversation_and_another_chat_model(
     assert "\n" not in turn["answer"]
     assert len(turn["rag"]["documents"]) == 2
     other = ChatOpenAI(
-        base_url=f"{rag_server}/v1", api_key="EMPTY", model="default", max_tokens=8, temperature=0
+        base_url=f"{model_server}/v1", api_key="EMPTY", model="default", max_tokens=8, temperature=0
     )
     plain = RagRunnable(retriever=retriever, llm=other).invoke("What is a lambda?")
     assert plain["answer"]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +20,6 @@ GLOBEX_KEY = "globex-key-0123456789abcdef"
 # Sentences that only one tenant has; they must never be seen by another.
 ACME_SECRET = "The purple walrus guards vault seventeen under the old lighthouse of Brenmark."
 GLOBEX_SECRET = "Turbine nine is cooled with distilled rain water from the northern reservoir."
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -119,6 +109,7 @@ def topic_texts(*names: str) -> dict[str, str]:
 def rag_server(
     tiny_llm: Path,
     make_index: Callable[[Path, dict[str, str]], Path],
+    serving: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """The server; its process group is killed in the end."""
@@ -134,34 +125,21 @@ def rag_server(
         },
     }
     (folder / "tenants.json").write_text(json.dumps(tenants))
-    port, log = free_port(), folder / "log.txt"
-    command = [
+    words: list[str | Path] = [
         sys.executable,
         "-c",
         "import sys; from rag_pipeline.cli import main; sys.exit(main())",
     ]
-    command += ["serve", "--model", str(tiny_llm), "--port", str(port), "--api-key", OPERATOR_KEY]
-    command += ["--index", str(folder / "topics"), "--index", f"extra={folder / 'extra'}"]
-    command += ["--tenants", str(folder / "tenants.json"), "--store", str(folder / "kv")]
-    command += ["--max-upload-mb", "1", "--parse-seconds", "5", "--parse-memory-mb", "512"]
-    command += ["--max-total-tokens", "8192", "--context-length", "2048"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RAG_PIPELINE_INTEGRITY": "on"},
-        )
-    server = Server(url=f"http://127.0.0.1:{port}", pid=process.pid, folder=folder, log=log)
-    server.keys = {"operator": OPERATOR_KEY, "acme": ACME_KEY, "globex": GLOBEX_KEY}
-    try:
-        deadline = time.monotonic() + 600
-        while "Ready:" not in (said := log.read_text(errors="replace")):
-            assert process.poll() is None, said[-3000:]
-            assert time.monotonic() < deadline, said[-3000:]
-            time.sleep(0.5)
-        yield server
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    words += ["serve", "--model", tiny_llm, "--api-key", OPERATOR_KEY]
+    words += ["--index", folder / "topics", "--index", f"extra={folder / 'extra'}"]
+    words += ["--tenants", folder / "tenants.json", "--store", folder / "kv"]
+    words += ["--max-upload-mb", "1", "--parse-seconds", "5", "--parse-memory-mb", "512"]
+    words += ["--max-total-tokens", "8192", "--context-length", "2048"]
+    log = folder / "log.txt"
+
+    def ready(url: str) -> bool:
+        return "Ready:" in log.read_text(errors="replace")
+
+    with serving(words, log, ready=ready, RAG_PIPELINE_INTEGRITY="on") as (url, pid):
+        keys = {"operator": OPERATOR_KEY, "acme": ACME_KEY, "globex": GLOBEX_KEY}
+        yield Server(url=url, pid=pid, folder=folder, log=log, keys=keys)
