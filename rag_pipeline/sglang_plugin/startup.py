@@ -92,6 +92,7 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
     """
     _check_folder(model_path)
     _check_port(server_args)
+    terminate = signal.getsignal(signal.SIGTERM)
     with _fault_file() as fault_file:
         fast = prepare()
         try:
@@ -111,7 +112,19 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
             _stop_children()
             raise EngineError(_reason(fault_file, error, model_path)) from error
     _verify(engine)
+    _keep_handler(engine, terminate)
     return engine
+
+
+def _keep_handler(engine: sglang.Engine, terminate: Any) -> None:
+    """Give SIGTERM back to a caller that handles it.
+
+    SGLang's handler leaves a note for a loop that runs only while a call waits for an answer, so the
+    process would not end. A caller without a handler keeps SGLang's, which ends the children too.
+    """
+    loop = engine.tokenizer_manager.event_loop
+    if loop is not None and callable(terminate) and loop.remove_signal_handler(signal.SIGTERM):
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _engine_class(fast: bool) -> Callable[..., Any]:
