@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.generation import Backend, extra_fields, usage_from_meta
-from rag_pipeline.generation.base import finish_reason
+from rag_pipeline.generation import Backend
 from rag_pipeline.prompt_layout import PromptBuilder
-from rag_pipeline.types import (
-    Answer,
-    GenerationPiece,
-    GenerationRequest,
-    PromptLayout,
-    SamplingOptions,
-    Source,
-    Span,
-    Timing,
-)
-from retrievers.types import Chunk, Retriever, SearchHit
+from rag_pipeline.question_run import QuestionRun, check_top_k
+from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Span
+from retrievers.types import Chunk, Retriever
 
 DEFAULT_TOP_K = 4
 
@@ -58,7 +46,7 @@ class RagPipeline:
         *,
         top_k: int = DEFAULT_TOP_K,
     ) -> None:
-        _check_k(top_k)
+        check_top_k(top_k)
         self.retriever = retriever
         self.backend = backend
         self.builder = builder if isinstance(builder, PromptBuilder) else PromptBuilder(builder)
@@ -128,9 +116,10 @@ class RagPipeline:
         str or Answer
             Pieces of text as they come, then the whole :class:`~rag_pipeline.types.Answer`.
         """
-        run = _Run.start(self, question, top_k, sampling, policy, ratio)
-        hits = self.retriever.search(run.question, k=run.top_k, where=where)
-        request = run.lay_out(self, hits)
+        run = QuestionRun.start(
+            question, self.top_k if top_k is None else top_k, sampling, policy, ratio
+        )
+        request = self._prepare(run, where)
         pieces = self.backend.generate(request)
         try:
             for piece in pieces:
@@ -174,13 +163,10 @@ class RagPipeline:
 
         Retrieval and layout run in a worker thread.
         """
-        run = _Run.start(self, question, top_k, sampling, policy, ratio)
-
-        def prepare() -> GenerationRequest:
-            hits = self.retriever.search(run.question, k=run.top_k, where=where)
-            return run.lay_out(self, hits)
-
-        request = await asyncio.to_thread(prepare)
+        run = QuestionRun.start(
+            question, self.top_k if top_k is None else top_k, sampling, policy, ratio
+        )
+        request = await asyncio.to_thread(self._prepare, run, where)
         pieces = self.backend.agenerate(request)
         try:
             async for piece in pieces:
@@ -190,6 +176,11 @@ class RagPipeline:
         finally:
             await pieces.aclose()
         yield run.answer()
+
+    def _prepare(self, run: QuestionRun, where: Mapping[str, object] | None) -> GenerationRequest:
+        """Retrieve and lay out: all that comes before the backend."""
+        hits = self.retriever.search(run.question, k=run.top_k, where=where)
+        return run.lay_out(self.builder, hits, context_length=self.backend.context_length)
 
     def warm(
         self,
@@ -245,99 +236,3 @@ class RagPipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-@dataclass(kw_only=True, slots=True)
-class _Run:
-    """One question on its way; sync and async differ only in how they wait."""
-
-    question: str
-    top_k: int
-    sampling: SamplingOptions
-    policy: str
-    ratio: float | None
-    started: float
-    retrieved: float = 0.0
-    first: float | None = None
-    layout: PromptLayout | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
-
-    @classmethod
-    def start(
-        cls,
-        pipeline: RagPipeline,
-        question: str,
-        top_k: int | None,
-        sampling: SamplingOptions | None,
-        policy: str,
-        ratio: float | None,
-    ) -> _Run:
-        """Check everything that can be checked before any work."""
-        started = time.perf_counter()
-        if not isinstance(question, str) or not question.strip():
-            raise RagPipelineError("the question is empty; give at least one word")
-        k = pipeline.top_k if top_k is None else top_k
-        _check_k(k)
-        sampling = sampling or SamplingOptions()
-        extra_fields(GenerationRequest(input_ids=(), sampling=sampling, policy=policy, ratio=ratio))
-        return cls(
-            question=question.strip(),
-            top_k=k,
-            sampling=sampling,
-            policy=policy,
-            ratio=ratio,
-            started=started,
-        )
-
-    def lay_out(self, pipeline: RagPipeline, hits: list[SearchHit]) -> GenerationRequest:
-        """Turn the hits into a request; retrieval ends here."""
-        self.retrieved = time.perf_counter()
-        self.layout = pipeline.builder.build(
-            self.question,
-            hits,
-            max_new_tokens=self.sampling.max_new_tokens,
-            context_length=pipeline.backend.context_length,
-        )
-        return GenerationRequest(
-            input_ids=self.layout.input_ids,
-            spans=self.layout.chunk_spans,
-            sampling=self.sampling,
-            policy=self.policy,
-            ratio=self.ratio,
-        )
-
-    def take(self, piece: GenerationPiece) -> str:
-        """Note one piece and return the text to hand on; leading white space is dropped."""
-        if self.first is None:
-            self.first = time.perf_counter()
-        # An incremental stream reports the fusion in its first message only, and empty afterwards.
-        self.meta.update({key: value for key, value in piece.meta_info.items() if value != []})
-        text = piece.text if self.text else piece.text.lstrip()
-        self.text += text
-        return text
-
-    def answer(self) -> Answer:
-        """Sum up when the last piece has come."""
-        assert self.layout is not None
-        now = time.perf_counter()
-        meta = self.meta
-        return Answer(
-            answer=self.text.strip(),
-            sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),
-            usage=usage_from_meta(meta, prompt_tokens=len(self.layout.input_ids)),
-            timing=Timing(
-                retrieve_s=self.retrieved - self.started,
-                ttft_s=(self.first or now) - self.retrieved,
-                total_s=now - self.started,
-            ),
-            policy=self.policy,
-            ratio=self.ratio,
-            dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
-            finish_reason=finish_reason(meta)[0],
-        )
-
-
-def _check_k(top_k: int) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise RagPipelineError(f"top_k is {top_k!r}; it must be a whole number, at least 1")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rag_pipeline.cli.app import main
+from rag_pipeline.cli.entry import main
 
 __all__ = ["main"]

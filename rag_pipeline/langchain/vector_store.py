@@ -1,9 +1,8 @@
-"""A LangChain vector store over our index on disk: FAISS vectors, no pickle, atomic changes."""
+"""LangChain's vector store over an index of ours on disk: FAISS vectors, no pickle, atomic changes."""
 
 from __future__ import annotations
 
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,10 @@ from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from numpy.typing import NDArray
 
+from rag_pipeline.langchain.document_folder import DocumentFolder
 from rag_pipeline.langchain.documents import to_chunk, to_document
 from rag_pipeline.langchain.embeddings import RagEmbeddings, as_text_embedder, unit_vectors
-from retrievers import Index, IndexSettings, IndexWriter, Manifest, RetrievalError, TextEmbedder
-from retrievers.ingestion import document_hash
-from retrievers.manifest import MANIFEST_NAME
-from retrievers.types import Chunk, SearchHit
-from retrievers.types import Document as SourceDocument
-
-_BATCH = 512
+from retrievers import RetrievalError, TextEmbedder
 
 
 class FaissVectorStore(VectorStore):
@@ -66,10 +60,7 @@ class FaissVectorStore(VectorStore):
             tempfile.TemporaryDirectory(prefix="rag-index-") if index_dir is None else None
         )
         self.index_dir = Path(self._temporary.name if self._temporary else str(index_dir))
-        self._factory = factory
-        self._change = threading.Lock()
-        self._index: Index | None = None
-        self.reload()
+        self._folder = DocumentFolder(self.index_dir, self._embedder, factory=factory)
 
     @property
     def embeddings(self) -> Embeddings:
@@ -80,16 +71,11 @@ class FaissVectorStore(VectorStore):
 
     def __len__(self) -> int:
         """Documents in the store."""
-        return 0 if self._index is None else len(self._index)
+        return len(self._folder)
 
     def reload(self) -> None:
         """See what another process has changed."""
-        # NOTE: the old state is not closed: a search in another thread may still read it. Its
-        # files are released when the last one lets go.
-        if (self.index_dir / MANIFEST_NAME).exists():
-            self._index = Index.open(self.index_dir, embedder=self._embedder)
-        else:
-            self._index = None
+        self._folder.reload()
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -147,7 +133,7 @@ class FaissVectorStore(VectorStore):
             for name, document in zip(names, documents, strict=True)
         }
         if chunks:
-            self._write(list(chunks.values()))
+            self._folder.put(list(chunks.values()))
         return names
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
@@ -169,83 +155,14 @@ class FaissVectorStore(VectorStore):
             For one chunk of a document that was ingested in several: delete the document.
         """
         _refuse_unknown(kwargs)
-        with self._change:
-            if self._index is None:
-                return True
-            with IndexWriter(self.index_dir, self._settings()) as writer:
-                if ids is None:
-                    removed = writer.document_ids()
-                else:
-                    removed = [name for name in map(self._document_of, ids) if name is not None]
-                gone = [writer.remove_document(name) for name in dict.fromkeys(removed)]
-                if any(gone):
-                    writer.commit()
-            self.reload()
+        self._folder.remove(ids)
         return True
-
-    def _write(self, chunks: list[Chunk]) -> None:
-        # Embedding is the slow part and needs no lock.
-        batches = [chunks[start : start + _BATCH] for start in range(0, len(chunks), _BATCH)]
-        vectors = [
-            self._embedder.encode_documents([chunk.text for chunk in batch]) for batch in batches
-        ]
-        with self._change:
-            settings = self._settings()
-            with IndexWriter(self.index_dir, settings) as writer:
-                for chunk in chunks:
-                    # An id may name a chunk of a document that was ingested from a file.
-                    writer.remove_document(self._document_of(chunk.id) or chunk.id)
-                    writer.put_document(chunk.id, document_hash(_as_source(chunk), settings))
-                for batch, found in zip(batches, vectors, strict=True):
-                    writer.append(batch, found)
-                writer.commit()
-            self.reload()
-
-    def _settings(self) -> IndexSettings:
-        """Settings of the folder where there is one: what was ingested there stays valid."""
-        manifest = self._index.manifest if self._index is not None else None
-        if (self.index_dir / MANIFEST_NAME).exists():
-            manifest = Manifest.read(self.index_dir)
-        return IndexSettings(
-            embedder_name=self._embedder.name,
-            embedder_fingerprint=self._embedder.fingerprint,
-            dim=self._embedder.dim,
-            splitter=manifest.splitter if manifest else {"kind": "langchain"},
-            tokenizer_fingerprint=manifest.tokenizer_fingerprint if manifest else "",
-            factory=None if manifest else self._factory,
-            # LangChain users expect a vector of the text alone.
-            include_title=manifest.include_title if manifest else False,
-        )
-
-    def _document_of(self, name: str) -> str | None:
-        """Name of the document to remove for an id; None where there is nothing."""
-        if self._index is None:
-            return None
-        try:
-            chunk = self._index.chunk(name)
-        except RetrievalError:
-            return name
-        if chunk.document_id != name:
-            count = {record.id: record.num_chunks for record in self._index.documents()}
-            if count[chunk.document_id] > 1:
-                raise RetrievalError(
-                    f"{name!r} is one of {count[chunk.document_id]} chunks of the document "
-                    f"{chunk.document_id!r}; change the whole document by that id"
-                )
-        return chunk.document_id
 
     # -- reading -----------------------------------------------------------------------------
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Documents with these ids, in that order; unknown ids are passed over."""
-        found = []
-        for name in dict.fromkeys(ids):
-            try:
-                if self._index is not None:
-                    found.append(to_document(self._index.chunk(name)))
-            except RetrievalError:
-                continue
-        return found
+        return [to_document(chunk) for chunk in self._folder.chunks(ids)]
 
     def similarity_search(
         self,
@@ -270,10 +187,8 @@ class FaissVectorStore(VectorStore):
         list of Document
             Best first.
         """
-        return [
-            document
-            for document, _ in self.similarity_search_with_score(query, k, filter, **kwargs)
-        ]
+        found = self.similarity_search_with_score(query, k, filter, **kwargs)
+        return [document for document, _ in found]
 
     def similarity_search_with_score(
         self,
@@ -284,7 +199,7 @@ class FaissVectorStore(VectorStore):
     ) -> list[tuple[Document, float]]:
         """As :meth:`similarity_search`, each with its cosine in [-1, 1]."""
         _refuse_unknown(kwargs)
-        hits = self._nearest(self._embedder.encode_query(query), k, filter)
+        hits = self._folder.nearest(self._embedder.encode_query(query), k, filter)
         return [(to_document(hit.chunk), hit.score) for hit in hits]
 
     def similarity_search_by_vector(
@@ -296,7 +211,7 @@ class FaissVectorStore(VectorStore):
     ) -> list[Document]:
         """Documents nearest to a vector of any length above 0."""
         _refuse_unknown(kwargs)
-        hits = self._nearest(self._as_query(embedding), k, filter)
+        hits = self._folder.nearest(self._as_query(embedding), k, filter)
         return [to_document(hit.chunk) for hit in hits]
 
     def max_marginal_relevance_search(
@@ -336,20 +251,12 @@ class FaissVectorStore(VectorStore):
         """As :meth:`max_marginal_relevance_search`, for a vector."""
         _refuse_unknown(kwargs)
         vector = self._as_query(embedding)
-        hits = self._nearest(vector, max(k, fetch_k), filter)
+        hits = self._folder.nearest(vector, max(k, fetch_k), filter)
         if not hits:
             return []
         candidates = self._embedder.encode_documents([hit.chunk.text for hit in hits])
         chosen = maximal_marginal_relevance(vector, list(candidates), lambda_mult=lambda_mult, k=k)
         return [to_document(hits[i].chunk) for i in chosen]
-
-    def _nearest(
-        self, vector: NDArray[np.float32], k: int, where: Mapping[str, object] | None
-    ) -> list[SearchHit]:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise RetrievalError(f"k is {k!r}; it must be a whole number, at least 1")
-        index = self._index
-        return [] if index is None else index.search_vector(vector, k=k, where=where)
 
     def _as_query(self, embedding: list[float]) -> NDArray[np.float32]:
         vector = np.asarray(embedding, dtype=np.float32)
@@ -377,16 +284,6 @@ class FaissVectorStore(VectorStore):
         store = cls(embedding, **kwargs)
         store.add_texts(texts, metadatas, ids=ids)
         return store
-
-
-def _as_source(chunk: Chunk) -> SourceDocument:
-    return SourceDocument(
-        id=chunk.document_id,
-        text=chunk.text,
-        title=chunk.title,
-        path=chunk.path,
-        metadata=chunk.metadata,
-    )
 
 
 def _check_length(name: str, values: Sequence[object] | None, count: int) -> None:

@@ -1,0 +1,73 @@
+"""One run of the command line, and the one place where a user's mistake becomes one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from rag_pipeline.cli.app import app
+
+# typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
+# what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        Words after the program's name; ``None`` takes ``sys.argv``.
+
+    Returns
+    -------
+    int
+        0 on success, 1 for a fault in the input, 2 for a mistake in the options, 130 on Ctrl-C.
+    """
+    command = typer.main.get_command(app)
+    # Progress is shown by this program; the bars that libraries draw, in child processes too, are not.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = command.main(
+            args=words or ["--help"],
+            prog_name="rag-pipeline",
+            standalone_mode=False,
+            obj=words,  # the app's callback looks there for a call for help
+        )
+    except _UsageError as error:
+        # Formatted by hand: typer's own rendering is a box of several lines.
+        return _fail(_usage_line(error), code=2)
+    except SystemExit as stop:  # from the evaluation's parser, which has said why
+        return stop.code if isinstance(stop.code, int) else 1
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing that was finished is lost", code=130)
+    except _user_errors() as error:
+        return _fail(str(error), code=1)
+    return result if isinstance(result, int) else 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from rag_pipeline.errors import RagPipelineError
+    from retrievers.errors import RetrievalError
+
+    return (RagPipelineError, RetrievalError)
+
+
+def _usage_line(error: Exception) -> str:
+    """Say what was wrong with the words given, and where the allowed ones are listed."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "rag-pipeline"
+    text: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{text.rstrip('.')}; `{where} --help` lists what is allowed"
+
+
+def _fail(message: str, *, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+    return code
