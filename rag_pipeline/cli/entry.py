@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import typer
@@ -26,11 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 1 for a fault in the input, 2 for a mistake in the options, 130 on Ctrl-C.
+        0 on success, 1 for a fault in the input, 2 for a mistake in the options, 130 on Ctrl-C or
+        SIGTERM.
     """
     command = typer.main.get_command(app)
     # Progress is shown by this program; the bars that libraries draw, in child processes too, are not.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if threading.current_thread() is threading.main_thread():
+        # What Ctrl-C ends in good order (an engine's processes, files under way), a supervisor can too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = command.main(

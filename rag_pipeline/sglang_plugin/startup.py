@@ -112,18 +112,17 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
             _stop_children()
             raise EngineError(_reason(fault_file, error, model_path)) from error
     _verify(engine)
-    _keep_handler(engine, terminate)
+    _keep_handler(terminate)
     return engine
 
 
-def _keep_handler(engine: sglang.Engine, terminate: Any) -> None:
+def _keep_handler(terminate: Any) -> None:
     """Give SIGTERM back to a caller that handles it.
 
     SGLang's handler leaves a note for a loop that runs only while a call waits for an answer, so the
     process would not end. A caller without a handler keeps SGLang's, which ends the children too.
     """
-    loop = engine.tokenizer_manager.event_loop
-    if loop is not None and callable(terminate) and loop.remove_signal_handler(signal.SIGTERM):
+    if callable(terminate) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
 
 
