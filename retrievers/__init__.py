@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from retrievers.faiss_factory import choose_factory
     from retrievers.filters import Filter
     from retrievers.hybrid import HybridRetriever
+    from retrievers.index_settings import IndexSettings, indexed_text
     from retrievers.index_store import Index
-    from retrievers.index_writer import IndexSettings, IndexWriter, indexed_text
+    from retrievers.index_writer import IndexWriter
     from retrievers.ingestion import (
         IngestProgress,
         IngestReport,
@@ -48,7 +49,7 @@ _EXPORTS = {
     "HFTokenizer": "retrievers.tokenizer",
     "HybridRetriever": "retrievers.hybrid",
     "Index": "retrievers.index_store",
-    "IndexSettings": "retrievers.index_writer",
+    "IndexSettings": "retrievers.index_settings",
     "IndexWriter": "retrievers.index_writer",
     "IngestProgress": "retrievers.ingestion",
     "IngestReport": "retrievers.ingestion",
@@ -67,7 +68,7 @@ _EXPORTS = {
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
     "delete_documents": "retrievers.ingestion",
-    "indexed_text": "retrievers.index_writer",
+    "indexed_text": "retrievers.index_settings",
     "ingest": "retrievers.ingestion",
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +14,8 @@ from numpy.typing import NDArray
 
 from retrievers.embedding import Embedder, TextEmbedder
 from retrievers.errors import RetrievalError
-from retrievers.index_writer import WORK_NAME, IndexSettings, IndexWriter, indexed_text
+from retrievers.index_settings import IndexSettings, document_hash, indexed_text, settings_mark
+from retrievers.index_writer import WORK_NAME, IndexWriter
 from retrievers.journal import EmbeddingJournal, text_key
 from retrievers.manifest import Manifest
 from retrievers.types import Chunk, Document
@@ -271,36 +270,13 @@ def delete_documents(index_dir: str | Path, document_ids: Sequence[str]) -> int:
         return manifest.num_chunks - writer.commit().num_chunks
 
 
-def document_hash(document: Document, settings: IndexSettings) -> str:
-    """Digest of a document and of everything that decides its chunks and vectors."""
-    content = json.dumps(
-        [
-            document.text,
-            document.title,
-            document.path,
-            sorted(document.metadata.items()),
-            settings.splitter,
-            settings.tokenizer_fingerprint,
-            settings.include_title,
-        ],
-        sort_keys=True,
-    )
-    return _settings_mark(settings) + hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _settings_mark(settings: IndexSettings) -> str:
-    """Digest of the settings alone, the first part of a document's hash."""
-    parts = [settings.splitter, settings.tokenizer_fingerprint, settings.include_title]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _refuse_mixed_settings(
     before: Manifest | None, settings: IndexSettings, run: _Run, writer: IndexWriter
 ) -> None:
     """Documents outside this ingest cannot be split anew: their text is not here."""
     if before is None:
         return
-    mark = _settings_mark(settings)
+    mark = settings_mark(settings)
     stale = [
         document_id
         for document_id in writer.document_ids()
@@ -383,10 +359,11 @@ class _Run:
         texts = [indexed_text(chunk, self._settings.include_title) for chunk in window]
         keys = [text_key(text) for text in texts]
         vectors = np.empty((len(window), self._embedder.dim), dtype=np.float32)
-        rows = self._writer.known_rows(keys)
-        stored = np.flatnonzero(rows >= 0)
-        if len(stored):
-            vectors[stored] = self._writer.known_vectors(rows[stored])
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        if self._writer.current is not None:
+            rows = self._writer.current.rows_of_keys(keys)
+            stored = np.flatnonzero(rows >= 0)
+            vectors[stored] = self._writer.current.vectors[rows[stored]]
         missing = {
             keys[i]: texts[i] for i in np.flatnonzero(rows < 0) if keys[i] not in self._journal
         }

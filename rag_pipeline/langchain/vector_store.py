@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rag_pipeline.langchain.documents import to_chunk, to_document
 from rag_pipeline.langchain.embeddings import RagEmbeddings, as_text_embedder, unit_vectors
 from retrievers import Index, IndexSettings, IndexWriter, Manifest, RetrievalError, TextEmbedder
-from retrievers.ingestion import document_hash
+from retrievers.index_settings import document_hash
 from retrievers.manifest import MANIFEST_NAME
 from retrievers.types import Chunk, SearchHit
 from retrievers.types import Document as SourceDocument
