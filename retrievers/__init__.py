@@ -20,13 +20,8 @@ if TYPE_CHECKING:
     from retrievers.index_settings import IndexSettings, indexed_text
     from retrievers.index_store import Index
     from retrievers.index_writer import IndexWriter
-    from retrievers.ingestion import (
-        IngestProgress,
-        IngestReport,
-        Splitter,
-        delete_documents,
-        ingest,
-    )
+    from retrievers.ingest_report import IngestProgress, IngestReport
+    from retrievers.ingestion import Splitter, delete_documents, ingest
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -51,8 +46,8 @@ _EXPORTS = {
     "Index": "retrievers.index_store",
     "IndexSettings": "retrievers.index_settings",
     "IndexWriter": "retrievers.index_writer",
-    "IngestProgress": "retrievers.ingestion",
-    "IngestReport": "retrievers.ingestion",
+    "IngestProgress": "retrievers.ingest_report",
+    "IngestReport": "retrievers.ingest_report",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
     "RerankedRetriever": "retrievers.rerank",
