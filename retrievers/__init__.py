@@ -17,15 +17,11 @@ if TYPE_CHECKING:
     from retrievers.faiss_factory import choose_factory
     from retrievers.filters import Filter
     from retrievers.hybrid import HybridRetriever
+    from retrievers.index_settings import IndexSettings, indexed_text
     from retrievers.index_store import Index
-    from retrievers.index_writer import IndexSettings, IndexWriter, indexed_text
-    from retrievers.ingestion import (
-        IngestProgress,
-        IngestReport,
-        Splitter,
-        delete_documents,
-        ingest,
-    )
+    from retrievers.index_writer import IndexWriter
+    from retrievers.ingest_report import IngestProgress, IngestReport
+    from retrievers.ingestion import Splitter, delete_documents, ingest
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -48,10 +44,10 @@ _EXPORTS = {
     "HFTokenizer": "retrievers.tokenizer",
     "HybridRetriever": "retrievers.hybrid",
     "Index": "retrievers.index_store",
-    "IndexSettings": "retrievers.index_writer",
+    "IndexSettings": "retrievers.index_settings",
     "IndexWriter": "retrievers.index_writer",
-    "IngestProgress": "retrievers.ingestion",
-    "IngestReport": "retrievers.ingestion",
+    "IngestProgress": "retrievers.ingest_report",
+    "IngestReport": "retrievers.ingest_report",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
     "RerankedRetriever": "retrievers.rerank",
@@ -67,7 +63,7 @@ _EXPORTS = {
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
     "delete_documents": "retrievers.ingestion",
-    "indexed_text": "retrievers.index_writer",
+    "indexed_text": "retrievers.index_settings",
     "ingest": "retrievers.ingestion",
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",

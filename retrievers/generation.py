@@ -1,34 +1,31 @@
-"""The row files of one generation: chunks, vectors, labels, text keys, columns, BM25.
+"""One generation of an index: its row files, labels, columns, BM25 and documents, for reading.
 
-Row ``i`` of every file belongs to the same chunk. Labels rise with the row, so the row of a FAISS
-label is found by bisection, and a row that survives into the next generation keeps its label.
+Labels rise with the row, so the row of a FAISS label is found by bisection, and a row that
+survives into the next generation keeps its label.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.bm25 import Bm25Index
-from retrievers.chunk_store import ChunkStore, id_hash
+from retrievers.chunk_store import id_hash
 from retrievers.columns import Columns
 from retrievers.errors import CorruptIndexError, RetrievalError
 from retrievers.manifest import Manifest
+from retrievers.row_files import RowFiles, open_array
 
 DENSE_NAME = "dense.faiss"
 BM25_NAME = "bm25"
-VECTORS_NAME = "vectors.f32"
 LABELS_NAME = "labels.i64"
 IDS_NAME = "ids.u64"
-KEYS_NAME = "keys.v16"
 DOCUMENTS_NAME = "documents.jsonl"
-KEY_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +37,7 @@ class DocumentRecord:
     num_chunks: int
 
 
-class Generation:
+class Generation(RowFiles):
     """One complete state of an index, opened for reading; all files are open from the start.
 
     Parameters
@@ -53,15 +50,13 @@ class Generation:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         rows = manifest.num_chunks
-        self.folder = folder
-        self.num_rows = rows
-        self.chunks = ChunkStore(folder, rows)
+        super().__init__(folder, rows, manifest.dim)
+        self.manifest = manifest
         self.columns = Columns(folder, rows)
-        self.vectors = _open(folder / VECTORS_NAME, "<f4", (rows, manifest.dim))
-        self.labels = _open(folder / LABELS_NAME, "<i8", (rows,))
-        self.keys = _open(folder / KEYS_NAME, f"V{KEY_BYTES}", (rows,))
-        self._id_hashes = _open(folder / IDS_NAME, "<u8", (rows,))
+        self.labels = open_array(folder / LABELS_NAME, "<i8", (rows,))
+        self._id_hashes = open_array(folder / IDS_NAME, "<u8", (rows,))
         self._id_order: NDArray[np.int64] | None = None
+        self._key_order: NDArray[np.int64] | None = None
         self.bm25 = Bm25Index(folder / BM25_NAME, rows)
 
     def rows_of_labels(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -100,6 +95,28 @@ class Generation:
                 return int(row)
         raise RetrievalError(f"the index holds no chunk {chunk_id!r}")
 
+    def rows_of_keys(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
+        """Rows that hold the vectors of these texts, -1 for none."""
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        if not self.num_rows or not keys:
+            return rows
+        # Void bytes have no order in NumPy; two big-endian halves do.
+        stored = self.keys.view(">u8").reshape(-1, 2)
+        wanted = np.frombuffer(b"".join(keys), dtype=">u8").reshape(-1, 2)
+        if self._key_order is None:
+            self._key_order = np.argsort(stored[:, 0], kind="stable")
+        first = np.searchsorted(stored[:, 0], wanted[:, 0], side="left", sorter=self._key_order)
+        for position, start in enumerate(first.tolist()):
+            while start < self.num_rows:
+                row = int(self._key_order[start])
+                if stored[row, 0] != wanted[position, 0]:
+                    break
+                if stored[row, 1] == wanted[position, 1]:
+                    rows[position] = row
+                    break
+                start += 1
+        return rows
+
     def documents(self) -> Iterator[DocumentRecord]:
         """Every document, in the order of ingestion."""
         path = self.folder / DOCUMENTS_NAME
@@ -118,20 +135,3 @@ class Generation:
         table = np.array([value in ids for value in values], dtype=np.bool_)
         found: NDArray[np.bool_] = table[codes]
         return found
-
-    def close(self) -> None:
-        """Release what is not released by garbage collection."""
-        self.chunks.close()
-
-
-def _open(path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    count = int(np.prod(shape))
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise CorruptIndexError(f"{path} is missing; ingest again") from None
-    if size != count * np.dtype(dtype).itemsize:
-        raise CorruptIndexError(f"{path} does not hold {shape[0]} rows; ingest again")
-    if not count:
-        return np.empty(shape, dtype=dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Self
 from retrievers.dense import DenseIndex, exact_search
 from retrievers.errors import CorruptIndexError, EmbedderMismatchError, RetrievalError
 from retrievers.filters import Filter
-from retrievers.generation import DENSE_NAME, VECTORS_NAME, DocumentRecord, Generation
+from retrievers.generation import DENSE_NAME, DocumentRecord, Generation
 from retrievers.hybrid import HybridRetriever
 from retrievers.manifest import Manifest
+from retrievers.row_files import VECTORS_NAME
 from retrievers.types import Chunk, Retriever, SearchHit
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.generation import KEY_BYTES
+from retrievers.row_files import KEY_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers import Index, IndexSettings, IndexWriter, Manifest, RetrievalError, TextEmbedder
-from retrievers.ingestion import document_hash
+from retrievers.index_settings import document_hash
 from retrievers.manifest import MANIFEST_NAME
 from retrievers.types import Chunk, Document, SearchHit
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import HashEmbedder, LineSplitter
 
-import retrievers.ingestion
+import retrievers.embedding_reuse
 from retrievers import Document, Embedder, IngestProgress, ingest
 
 NUM_DOCUMENTS = 330
@@ -50,7 +50,7 @@ def main() -> None:
             # Or a busy machine could finish the ingest before the parent gets to strike.
             signal.pause()
 
-    retrievers.ingestion.SHARD_CHUNKS = SHARD_CHUNKS
+    retrievers.embedding_reuse.SHARD_CHUNKS = SHARD_CHUNKS
     embedder = HashEmbedder() if model == "hash" else Embedder(model, device="cpu")
     report = ingest(
         documents(), index, splitter=LineSplitter(), embedder=embedder, progress=progress

@@ -80,7 +80,7 @@ def test_windows_equal_one_window(
     ]
     ingest(documents, tmp_path / "a", splitter=splitter, embedder=hash_embedder)
     monkeypatch.setattr("retrievers.ingestion.WINDOW_CHUNKS", 17)
-    monkeypatch.setattr("retrievers.ingestion.SHARD_CHUNKS", 5)
+    monkeypatch.setattr("retrievers.embedding_reuse.SHARD_CHUNKS", 5)
     ingest(documents, tmp_path / "b", splitter=splitter, embedder=hash_embedder)
     first, second = Manifest.read(tmp_path / "a"), Manifest.read(tmp_path / "b")
     assert first.files == second.files

@@ -1,0 +1,171 @@
+"""Write the files of the next generation: the rows that stay are copied, the new ones follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrievers.bm25 import Bm25Builder
+from retrievers.chunk_store import ChunkStore, id_hash
+from retrievers.columns import ColumnWriter, chunk_fields
+from retrievers.dense_update import DensePlan, write_dense
+from retrievers.errors import RetrievalError
+from retrievers.generation import (
+    BM25_NAME,
+    DENSE_NAME,
+    DOCUMENTS_NAME,
+    IDS_NAME,
+    LABELS_NAME,
+    DocumentRecord,
+    Generation,
+)
+from retrievers.index_settings import IndexSettings, indexed_text
+from retrievers.manifest import Manifest, record_files
+from retrievers.row_files import RowFiles, RowWriter
+
+_BLOCK_ROWS = 4096
+
+
+def write_generation(
+    folder: Path,
+    *,
+    settings: IndexSettings,
+    plan: DensePlan,
+    current: Generation | None,
+    kept: NDArray[np.int64],
+    staged: RowFiles,
+    documents: Collection[DocumentRecord],
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Fill the folder of a new generation.
+
+    Parameters
+    ----------
+    folder
+        Empty folder; what is left in it after an error is of no use.
+    settings, plan
+        Settings of the new state, and its FAISS index.
+    current
+        Generation to copy from, ``None`` for a new index.
+    kept
+        Rows of it that stay.
+    staged
+        New rows.
+    documents
+        Every document of the new state.
+    progress
+        Called with rows written and rows in total.
+
+    Returns
+    -------
+    Manifest
+        Of the new generation; writing it makes the generation the current one.
+
+    Raises
+    ------
+    RetrievalError
+        Where two chunks have one id, or the FAISS index cannot be built.
+    """
+    hashes = _write_rows(folder, settings.include_title, current, kept, staged, progress)
+    first_label = current.manifest.next_label if current is not None else 0
+    next_label = first_label + staged.num_rows
+    labels = np.arange(first_label, next_label, dtype=np.int64)
+    if current is not None:
+        labels = np.concatenate([current.labels[kept], labels])
+    labels.astype("<i8").tofile(folder / LABELS_NAME)
+    with closing(RowFiles(folder, len(labels), settings.dim)) as rows:
+        _write_ids(folder, hashes, rows.chunks)
+        num_trained = write_dense(
+            folder / DENSE_NAME,
+            plan,
+            vectors=rows.vectors,
+            labels=labels,
+            current=current,
+            kept=kept,
+        )
+    with (folder / DOCUMENTS_NAME).open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(asdict(record)) + "\n" for record in documents)
+    return Manifest(
+        generation=folder.name,
+        embedder_name=settings.embedder_name,
+        embedder_fingerprint=settings.embedder_fingerprint,
+        dim=settings.dim,
+        factory_requested=plan.requested,
+        factory=plan.factory,
+        search_options=plan.search_options,
+        splitter=dict(settings.splitter),
+        tokenizer_fingerprint=settings.tokenizer_fingerprint,
+        include_title=settings.include_title,
+        num_documents=len(documents),
+        num_chunks=len(labels),
+        num_trained=num_trained,
+        next_label=next_label,
+        files=record_files(folder),
+    )
+
+
+def _write_rows(
+    folder: Path,
+    include_title: bool,
+    current: Generation | None,
+    kept: NDArray[np.int64],
+    staged: RowFiles,
+    progress: Callable[[int, int], None] | None,
+) -> NDArray[np.uint64]:
+    """Write chunks, vectors, keys, columns and BM25; return the hash of every chunk id."""
+    total = len(kept) + staged.num_rows
+    rows = RowWriter(folder)
+    columns = ColumnWriter()
+    bm25 = Bm25Builder(folder / BM25_NAME, current.bm25 if current is not None else None)
+    hashes = [np.empty(0, dtype=np.uint64)]
+    sources: list[tuple[RowFiles, NDArray[np.int64]]] = [(staged, np.arange(staged.num_rows))]
+    try:
+        if current is not None:
+            sources.insert(0, (current, kept))
+            bm25.copy(current.bm25, kept)
+        for source, chosen in sources:
+            for block in _blocks(chosen):
+                chunks = list(source.chunks.chunks(block))
+                rows.append(
+                    (source.chunks.line(int(row)) for row in block),
+                    source.vectors[block],
+                    source.keys[block].tobytes(),
+                )
+                columns.append([chunk_fields(chunk) for chunk in chunks])
+                if source is staged:
+                    bm25.append([indexed_text(chunk, include_title) for chunk in chunks])
+                hashes.append(np.array([id_hash(chunk.id) for chunk in chunks], dtype=np.uint64))
+                if progress is not None:
+                    progress(rows.num_rows, total)
+        rows.finish()
+        columns.write(folder)
+        bm25.finish()
+    except BaseException:
+        rows.abort()
+        bm25.abort()
+        raise
+    return np.concatenate(hashes)
+
+
+def _write_ids(folder: Path, hashes: NDArray[np.uint64], chunks: ChunkStore) -> None:
+    """Write the table from id to row; this is where an id that occurs twice shows."""
+    hashes.astype("<u8").tofile(folder / IDS_NAME)
+    distinct, counts = np.unique(hashes, return_counts=True)
+    if len(distinct) != len(hashes):
+        row = int(np.flatnonzero(hashes == distinct[counts > 1][0])[-1])
+        chunk = chunks.chunk(row)
+        raise RetrievalError(
+            f"chunk id {chunk.id!r} occurs twice, the second time in document "
+            f"{chunk.document_id!r}; chunk ids must be distinct"
+        )
+
+
+def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        yield rows[start : start + _BLOCK_ROWS]

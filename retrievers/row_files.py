@@ -1,0 +1,108 @@
+"""Chunk, vector and text key of every row: the files that a generation and staged rows share.
+
+Row ``i`` of every file belongs to the same chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrievers.chunk_store import ChunkStore, ChunkWriter
+from retrievers.errors import CorruptIndexError
+
+VECTORS_NAME = "vectors.f32"
+KEYS_NAME = "keys.v16"
+KEY_BYTES = 16
+
+
+class RowFiles:
+    """Rows on disk, opened for reading; vectors and keys are mapped.
+
+    Parameters
+    ----------
+    folder
+        Folder written by :class:`RowWriter`.
+    num_rows
+        Rows it should hold.
+    dim
+        Length of the vectors.
+
+    Attributes
+    ----------
+    chunks
+        Chunk of every row.
+    vectors
+        ``(num_rows, dim)`` float32.
+    keys
+        ``(num_rows,)`` of :data:`KEY_BYTES` bytes, the text each vector was made of.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, dim: int) -> None:
+        self.folder = folder
+        self.num_rows = num_rows
+        self.chunks = ChunkStore(folder, num_rows)
+        self.vectors = open_array(folder / VECTORS_NAME, "<f4", (num_rows, dim))
+        self.keys = open_array(folder / KEYS_NAME, f"V{KEY_BYTES}", (num_rows,))
+
+    def close(self) -> None:
+        """Release what is not released by garbage collection."""
+        self.chunks.close()
+
+
+class RowWriter:
+    """Appends rows to new files in `folder`; almost nothing of them stays in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_rows = 0
+        self._chunks = ChunkWriter(folder)
+        self._vectors = (folder / VECTORS_NAME).open("wb")
+        self._keys = (folder / KEYS_NAME).open("wb")
+
+    def append(self, lines: Iterable[bytes], vectors: NDArray[np.float32], keys: bytes) -> None:
+        """Add rows.
+
+        Parameters
+        ----------
+        lines
+            Encoded chunks (:func:`retrievers.chunk_store.encode_chunk`).
+        vectors
+            ``(rows, dim)`` float32.
+        keys
+            :data:`KEY_BYTES` bytes a row.
+        """
+        self._chunks.append(lines)
+        self._vectors.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+        self._keys.write(keys)
+        self.num_rows += len(vectors)
+
+    def finish(self) -> None:
+        """Complete the files."""
+        self._chunks.close()
+        self._vectors.close()
+        self._keys.close()
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._chunks.abort()
+        self._vectors.close()
+        self._keys.close()
+
+
+def open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Map a file of fixed-size rows, refusing one that does not hold exactly `shape`."""
+    count = int(np.prod(shape))
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise CorruptIndexError(f"{path} is missing; ingest again") from None
+    if size != count * np.dtype(dtype).itemsize:
+        raise CorruptIndexError(f"{path} does not hold {shape[0]} rows; ingest again")
+    if not count:
+        return np.empty(shape, dtype=dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
