@@ -1,16 +1,8 @@
 """A store on disk: one safetensors file per chunk, read back only if every byte is what was written.
 
-Layout of the folder::
-
-    store.json                                       format name and version
-    <namespace>/context.json                         what the namespace stands for (no tenant salt)
-    <namespace>/<2 hex>/<digest>-<tokens>.safetensors
-    <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
-
-Chunk files (:mod:`chunk_cache.chunk_file`) appear whole under their final name (``os.replace``) or not
-at all. A file that is damaged in any way is a miss: counted, never an error and never wrong KV. A pin is a
-file of its own, not a list in one file: several processes may pin and unpin at once, and none of them
-undoes what another did.
+What lies where in the folder is told in :mod:`chunk_cache.folder_layout`, what a chunk file holds in
+:mod:`chunk_cache.chunk_file`. A file that is damaged in any way is a miss: counted, never an error and
+never wrong KV.
 """
 
 from __future__ import annotations
@@ -18,21 +10,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from chunk_cache.chunk_file import STORE_FORMAT, decode_record, encode_record
+from chunk_cache.chunk_file import decode_record, encode_record
 from chunk_cache.errors import ChunkCacheError
+from chunk_cache.folder_layout import (
+    check_manifest,
+    chunk_path,
+    chunks_in,
+    context_path,
+    make_folder,
+    pin_path,
+    write_atomically,
+    write_context,
+)
 from chunk_cache.handles import ChunkState
-from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext, TokenIds
+from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.memory_store import MemoryStore
 from chunk_cache.records import ChunkKV
-
-_FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
-_NAMESPACE = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,29 +74,9 @@ class StoreFolder:
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
         self.corrupt_files = 0
-        manifest = self.path / "store.json"
-        if create and not manifest.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise ChunkCacheError(
-                    f"{self.path} is neither empty nor a chunk store: give another folder"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-            fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
-            _write_atomically(manifest, json.dumps(fields).encode())
-        try:
-            found = json.loads(manifest.read_bytes())
-            kind, version = found["format"], found["version"]
-        except FileNotFoundError:
-            raise ChunkCacheError(
-                f"{self.path} is not a chunk store (no store.json): export one there first"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ChunkCacheError(f"{manifest} cannot be read ({error}): export again") from None
-        if kind != STORE_FORMAT or version != STORE_FORMAT_VERSION:
-            raise ChunkCacheError(
-                f"{manifest} says {kind!r} version {version!r}: this release reads {STORE_FORMAT!r} "
-                f"version {STORE_FORMAT_VERSION}; export again"
-            )
+        if create:
+            make_folder(self.path)
+        check_manifest(self.path)
 
     # -- Tier ---------------------------------------------------------------------------------
 
@@ -116,32 +93,26 @@ class StoreFolder:
         OSError
             If the disk refuses; no file of the final name is left behind half-written.
         """
-        _write_atomically(self._file(record.key), encode_record(record))
+        write_atomically(chunk_path(self.path, record.key), encode_record(record))
         return True
 
     def remove(self, key: ChunkKey) -> bool:
         """Delete a record's file and its pin; ``False`` if there was none."""
         self.unpin(key)
         try:
-            self._file(key).unlink()
+            chunk_path(self.path, key).unlink()
         except FileNotFoundError:
             return False
         return True
 
     def keys(self) -> Iterator[ChunkKey]:
         """Keys of all files, by namespace and name; nothing is opened."""
-        for folder in sorted(self.path.iterdir()):
-            if not _NAMESPACE.fullmatch(folder.name):
-                continue
-            for file in sorted(folder.glob("*/*.safetensors")):
-                parts = _FILE_NAME.fullmatch(file.name)
-                if parts is not None:
-                    yield ChunkKey(folder.name, parts[1], int(parts[2]))
+        return chunks_in(self.path)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a record's file; 0 if there is none."""
         try:
-            return self._file(key).stat().st_size
+            return chunk_path(self.path, key).stat().st_size
         except OSError:
             return 0
 
@@ -152,22 +123,22 @@ class StoreFolder:
 
         Engines load it as pinned, at their next start.
         """
-        if not self._file(key).exists():
+        if not chunk_path(self.path, key).exists():
             return False
-        self._pin_file(key).touch()
+        pin_path(self.path, key).touch()
         return True
 
     def unpin(self, key: ChunkKey) -> bool:
         """Make a record evictable again; ``False`` if it was not pinned."""
         try:
-            self._pin_file(key).unlink()
+            pin_path(self.path, key).unlink()
         except FileNotFoundError:
             return False
         return True
 
     def is_pinned(self, key: ChunkKey) -> bool:
         """Whether a record is pinned."""
-        return self._pin_file(key).exists()
+        return pin_path(self.path, key).exists()
 
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
         """Delete one record by hand; ``False`` if it is absent, or pinned without ``force``."""
@@ -196,7 +167,7 @@ class StoreFolder:
         aged: list[tuple[int, ChunkKey, int]] = []
         for key in self.keys():
             try:
-                status = self._file(key).stat()
+                status = chunk_path(self.path, key).stat()
             except FileNotFoundError:
                 continue  # another process was faster
             aged.append((status.st_mtime_ns, key, status.st_size))
@@ -239,14 +210,10 @@ class StoreFolder:
             Number of files written.
         """
         for context in contexts:
-            fields = {k: v for k, v in context.to_json().items() if k != "tenant"}
-            _write_atomically(
-                self.path / context.namespace / "context.json",
-                json.dumps(fields, indent=1, sort_keys=True).encode(),
-            )
+            write_context(self.path, context)
         written = 0
         for done, key in enumerate(store.keys() if keys is None else keys, start=1):
-            if not self._file(key).exists():
+            if not chunk_path(self.path, key).exists():
                 with store.borrow(key) as record:
                     if record is not None:
                         written += self.put(record)
@@ -314,22 +281,15 @@ class StoreFolder:
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of ``context.json`` of a namespace, or ``None`` if there is none to read."""
         try:
-            found = json.loads((self.path / namespace / "context.json").read_bytes())
+            found = json.loads(context_path(self.path, namespace).read_bytes())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
-    def _file(self, key: ChunkKey) -> Path:
-        name = f"{key.digest}-{key.num_tokens}.safetensors"
-        return self.path / key.namespace / key.digest[:2] / name
-
-    def _pin_file(self, key: ChunkKey) -> Path:
-        return self._file(key).with_suffix(".pinned")
-
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         try:
             # Read whole, not mapped: a file cut short under a map would kill the process.
-            data = self._file(key).read_bytes()
+            data = chunk_path(self.path, key).read_bytes()
         except FileNotFoundError:
             return None
         except OSError:
@@ -338,15 +298,3 @@ class StoreFolder:
         record = decode_record(key, data)
         self.corrupt_files += record is None
         return record
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not fsynced: after a power cut a short file fails its checksum and is a miss.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

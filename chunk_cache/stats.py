@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from chunk_cache.errors import IntegrityError
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class StoreStats:
@@ -56,3 +58,16 @@ class StoreStats:
     def to_json(self) -> dict[str, int]:
         """Return all fields as a dict."""
         return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Check that hits and misses add up; see :meth:`MemoryStore.check_integrity`."""
+        if self.hits != self.hits_whole + self.hits_partial:
+            raise IntegrityError("store: hits do not add up")
+        kinds = (
+            self.misses_absent,
+            self.misses_building,
+            self.misses_failed,
+            self.misses_tokens_differ,
+        )
+        if self.misses != sum(kinds):
+            raise IntegrityError("store: misses do not add up")

@@ -129,3 +129,40 @@ def winnow(hashes: Hashes, num_hashes: int) -> Positions:
     keep = np.ones(places.size, dtype=np.bool_)
     np.not_equal(places[1:], places[:-1], out=keep[1:])
     return places[keep]
+
+
+class Fingerprinter:
+    """The fingerprints of a sequence: those window hashes that winnowing keeps.
+
+    Windows of ``min_match // 2`` tokens, the smallest of every ``min_match - min_match // 2 + 1``
+    hashes: of a run of ``min_match`` tokens that two sequences share, both keep the same place.
+
+    Parameters
+    ----------
+    min_match
+        Shortest shared run that must have a fingerprint, tokens; at least 1.
+    """
+
+    def __init__(self, min_match: int) -> None:
+        self.window_tokens = max(1, min_match // 2)
+        self._num_hashes = min_match - self.window_tokens + 1
+        self._hasher = WindowHasher(self.window_tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the hasher's tables."""
+        return self._hasher.num_bytes
+
+    def __call__(self, ids: npt.NDArray[np.int32], namespace: str) -> tuple[Hashes, Positions]:
+        """Hashes of the kept windows and where they start, in order.
+
+        Parameters
+        ----------
+        ids
+            int32 ``[N]``.
+        namespace
+            Hexadecimal; equal text in two namespaces has unrelated fingerprints.
+        """
+        hashes = self._hasher(ids, int(namespace[:16], 16))
+        places = winnow(hashes, self._num_hashes)
+        return hashes[places], places

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from itertools import combinations
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -21,13 +20,11 @@ from chunk_cache import (
     ChunkCacheError,
     ChunkKey,
     ChunkMatcher,
-    IntegrityError,
     KVContext,
     Match,
     merge_matches,
 )
-from chunk_cache.matching import fingerprint_index, longest_cover
-from chunk_cache.matching.hashing import WindowHasher, winnow
+from chunk_cache.matching import longest_cover
 
 CONTEXT = KVContext(model_fingerprint="m", dtype="f", kv_dtype="f", rope="r", prefix_digest="p")
 OTHER = dataclasses.replace(CONTEXT, tenant="other")
@@ -176,27 +173,6 @@ def test_of_runs_that_reach_equally_far_the_earliest_then_the_whole_chunk_wins()
     assert longest_cover([first, late, part, whole], min_piece=1) == [first.clipped(0, 10), whole]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 9))
-def test_winnowing_keeps_the_rightmost_minimum_of_every_window(values: list[int], width: int):
-    hashes = np.array(values, dtype=np.uint64)
-    expected = set()
-    for start in range(len(values) - width + 1):
-        window = values[start : start + width]
-        expected.add(start + width - 1 - window[::-1].index(min(window)))
-    assert winnow(hashes, width).tolist() == sorted(expected)
-
-
-@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 8), st.integers(0, 2**64 - 1))
-def test_equal_windows_hash_equally_wherever_they_stand(values: list[int], k: int, seed: int):
-    hashes = WindowHasher(k)(np.array(values, dtype=np.int32), seed).tolist()
-    windows = [tuple(values[i : i + k]) for i in range(len(values) - k + 1)]
-    assert len(hashes) == len(windows)
-    # Equal windows hash equally; different ones differ (but for chance of about 2**-50).
-    assert len(set(hashes)) == len(set(windows))
-    assert len(set(zip(hashes, windows, strict=True))) == len(set(windows))
-
-
 class MatcherMachine(RuleBasedStateMachine):
     """Any order of adds, removals, re-adds and scans gives what a brute-force search gives."""
 
@@ -253,146 +229,6 @@ MatcherMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestMatcherMachine = MatcherMachine.TestCase
-
-
-def random_chunks(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 50_000, length) for _ in range(count)]
-
-
-def test_churn_compacts_the_index_and_keeps_it_right(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fingerprint_index, "_MIN_DEAD_TO_COMPACT", 32)
-    monkeypatch.setattr(fingerprint_index, "_MAX_PENDING", 64)
-    matcher = ChunkMatcher(min_match=16)
-    chunks = random_chunks(300, 100)
-    kept: list[np.ndarray] = []
-    largest = 0
-    for number, chunk in enumerate(chunks):
-        matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-        kept.append(chunk)
-        if len(kept) > 20:
-            matcher.remove(ChunkKey.of(CONTEXT, kept.pop(0)))
-        if number % 7 == 0:
-            found = matcher.match(np.concatenate(kept[::-1]), CONTEXT).matches
-            assert [m.key for m in found] == [ChunkKey.of(CONTEXT, c) for c in kept[::-1]]
-        largest = max(largest, matcher._index.num_bytes)
-    matcher.check_integrity()
-    alone = ChunkMatcher(min_match=16)
-    for chunk in kept:
-        alone.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    assert (
-        largest < 4 * alone._index.num_bytes
-    )  # 280 of 300 are gone; their fingerprints must be too
-
-
-def test_a_chunk_evicted_and_rebuilt_a_thousand_times_stays_easy_to_find():
-    matcher = ChunkMatcher(max_postings=4)
-    chunk = random_chunks(1, 400)[0]
-    key = ChunkKey.of(CONTEXT, chunk)
-    for _ in range(1000):
-        matcher.add(key, chunk)
-        assert matcher.remove(key)
-    matcher.add(key, chunk)
-    result = matcher.match(chunk, CONTEXT)
-    assert not result.truncated
-    assert result.matches == [Match(0, 400, key, 0)]
-
-
-def test_one_token_repeated_is_covered_within_the_limits():
-    matcher = ChunkMatcher()
-    chunk = np.full(400, 7)
-    matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    result = matcher.match(np.full(4000, 7), CONTEXT)
-    assert result.truncated
-    assert union(result.matches) == set(range(4000))
-
-
-def test_boiler_plate_in_very_many_chunks_does_not_hide_the_right_ones():
-    header = random_chunks(1, 80, seed=1)[0]
-    chunks = [np.concatenate([header, body]) for body in random_chunks(2000, 150)]
-    matcher = ChunkMatcher()
-    for chunk in chunks:
-        matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    prompt = np.concatenate([chunks[1700], chunks[3], header, [1, 2, 3]])
-    result = matcher.match(prompt, CONTEXT)
-    whole = [ChunkKey.of(CONTEXT, chunks[1700]), ChunkKey.of(CONTEXT, chunks[3])]
-    assert [m.key for m in result.matches[:2]] == whole
-    assert [m[:2] for m in result.matches[:2]] == [(0, 230), (230, 460)]
-    assert result.matches[2][:2] == (460, 540)
-
-
-def test_among_many_near_copies_the_one_that_fits_is_preferred():
-    # 40 openings and 40 endings, each pair a chunk: every fingerprint is frequent.
-    openings, endings = random_chunks(40, 100, seed=2), random_chunks(40, 100, seed=3)
-    matcher = ChunkMatcher(max_postings=8)
-    for opening in openings:
-        for ending in endings:
-            chunk = np.concatenate([opening, ending])
-            matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    prompt = np.concatenate([openings[31], endings[17]])
-    result = matcher.match(prompt, CONTEXT)
-    assert result.truncated
-    assert union(result.matches) == set(range(200))
-    assert result.matches == [Match(0, 200, ChunkKey.of(CONTEXT, prompt), 0)]
-
-
-@pytest.mark.parametrize("offset", [0, 1, 31, 32, 63, 64, 200])
-@pytest.mark.parametrize("start", [0, 1, 100, 336])
-def test_a_run_of_exactly_the_stated_length_is_found_at_any_offset(offset: int, start: int):
-    chunk = random_chunks(1, 400)[0]
-    noise = random_chunks(1, 500, seed=9)[0]
-    key = ChunkKey.of(CONTEXT, chunk)
-    matcher = ChunkMatcher()
-    matcher.add(key, chunk)
-    piece = chunk[start : start + 64]
-    prompt = np.concatenate([noise[:offset], piece, noise[offset:]])
-    assert matcher.match(prompt, CONTEXT).matches == [Match(offset, offset + 64, key, start)]
-    shorter = np.concatenate([noise[:offset], piece[:63], noise[offset:]])
-    assert matcher.match(shorter, CONTEXT).matches == []
-
-
-def test_another_tenant_finds_nothing():
-    chunk = random_chunks(1, 200)[0]
-    matcher = ChunkMatcher()
-    matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    assert matcher.match(chunk, OTHER).runs == []
-    assert len(matcher.match(chunk, CONTEXT).runs) == 1
-
-
-def test_ids_outside_any_vocabulary_match_nothing():
-    chunk = random_chunks(1, 200)[0]
-    matcher = ChunkMatcher()
-    matcher.add(ChunkKey.of(CONTEXT, chunk), chunk)
-    prompt = np.concatenate([np.full(100, 2**40), chunk, np.full(100, -1)])
-    assert [m[:2] for m in matcher.match(prompt, CONTEXT).matches] == [(100, 300)]
-    # 2**32 more must not be taken for the same token by a conversion to 32 bits.
-    assert matcher.match(chunk + 2**32, CONTEXT).matches == []
-
-
-def test_damage_to_the_index_is_noticed():
-    chunk = random_chunks(1, 200)[0]
-    key = ChunkKey.of(CONTEXT, chunk)
-    for damage in ("lost", "foreign", "unsorted"):
-        matcher = ChunkMatcher()
-        matcher.add(key, chunk)
-        matcher.match(chunk, CONTEXT)
-        matcher.check_integrity()
-        run = matcher._index._runs[0]
-        if damage == "lost":
-            matcher._index._runs = []
-        elif damage == "foreign":
-            run.postings[0] += 1
-        else:
-            run.hashes[[0, 1]] = run.hashes[[1, 0]]
-            run.postings[[0, 1]] = run.postings[[1, 0]]
-        with pytest.raises(IntegrityError):
-            matcher.check_integrity()
-
-
-def test_settings_that_cannot_work_are_refused():
-    for name in ("min_match", "max_postings", "max_alignments", "min_piece"):
-        with pytest.raises(ChunkCacheError, match=name):
-            ChunkMatcher(**{name: 0})
 
 
 # -- explicit spans and automatic finds together --------------------------------------------------

@@ -11,37 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rag_eval.arguments import OneLineParser, engine_arguments
-from rag_eval.benchmarks.workload import (
-    Workload,
-    WorkloadConfig,
-    build_requests,
-    make_workload,
-    single_request,
-)
+from rag_eval.benchmarks.throughput_server import ServerUnderTest, reached_server
+from rag_eval.benchmarks.workload import WorkloadConfig, make_workload
 from rag_eval.errors import EvalError
-
-if TYPE_CHECKING:
-    from rag_eval.benchmarks.load_client import LoadRun
-    from rag_eval.runner.modes import Mode
-    from rag_eval.runner.prompts import EvalPrompt
 
 BASELINE = "prefix"
 CAPACITY_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Rates of ``auto``, as shares of what the baseline would serve one request after the other."""
-PROBES = 3
-"""Prompts served alone, before the load, to prove that a mode does what its name says."""
-_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,13 +114,25 @@ def run(
     modes = [mode for mode in parse_modes(names) if mode.name != "full"]
     folder = resolve_llm(config.model).path
     workload = make_workload(config.workload, PromptMaker(folder, gold_tokens=1))
-    with _server(config, folder, progress) as (url, cpu_seconds):
-        bench = _Bench(config, url, folder, workload, cpu_seconds, progress)
-        warm = bench.warm()
-        alone = {mode.name: bench.probe(mode) for mode in modes}
+    with (
+        reached_server(config.url, folder, config.engine_args, progress) as (url, cpu_seconds),
+        closing(
+            ServerUnderTest(
+                url,
+                folder,
+                workload,
+                output_tokens=config.output_tokens,
+                seed=config.workload.seed,
+                cpu_seconds=cpu_seconds,
+                progress=progress,
+            )
+        ) as server,
+    ):
+        warm = server.warm()
+        alone = {mode.name: server.probe(mode) for mode in modes}
         bound = config.ttft_bound_s or 3 * alone[BASELINE]["ttft_p50_s"]
-        runs = bench.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound)
-        threads = bench.threads()
+        runs = server.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound)
+        threads = server.threads()
     return {
         "config": asdict(config),
         "mean_prompt_tokens": round(workload.mean_prompt_tokens, 1),
@@ -151,154 +147,8 @@ def run(
     }
 
 
-@contextmanager
-def _server(
-    config: ThroughputConfig, folder: Path, progress: Callable[[str], None]
-) -> Iterator[tuple[str, Callable[[], float] | None]]:
-    if config.url:
-        from rag_pipeline.generation import ServerBackend
-
-        backend = ServerBackend(config.url)
-        try:
-            backend.check_model(folder)
-            yield backend.url, None
-        finally:
-            backend.close()
-        return
-    from rag_eval.benchmarks.local_server import local_server
-
-    progress("starting the server")
-    with local_server(folder, config.engine_args) as server:
-        yield server.url, server.cpu_seconds
-
-
 def _auto(alone: dict[str, Any]) -> tuple[float, ...]:
     return tuple(round(share / alone["latency_p50_s"], 4) for share in CAPACITY_SHARES)
-
-
-class _Bench:
-    """One server under test."""
-
-    def __init__(
-        self,
-        config: ThroughputConfig,
-        url: str,
-        folder: Path,
-        workload: Workload,
-        cpu_seconds: Callable[[], float] | None,
-        progress: Callable[[str], None],
-    ) -> None:
-        import httpx
-        from transformers import AutoTokenizer
-
-        self._config, self._url, self._workload = config, url, workload
-        self._cpu_seconds, self._progress = cpu_seconds, progress
-        self._client = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-    def warm(self) -> dict[str, Any]:
-        """Compute every chunk of the corpus once."""
-        cpu_before = self._cpu_seconds() if self._cpu_seconds else 0.0
-        started = time.perf_counter()
-        bodies = build_requests(self._workload.corpus)
-        for body in bodies:
-            self._generate(body)
-        cpu_s = round(self._cpu_seconds() - cpu_before, 2) if self._cpu_seconds else None
-        wall_s = round(time.perf_counter() - started, 2)
-        chunks = len(self._workload.corpus.chunks)
-        self._progress(f"{chunks} chunks computed in {wall_s} s")
-        return {"chunks": chunks, "wall_s": wall_s, "cpu_s": cpu_s}
-
-    def probe(self, mode: Mode) -> dict[str, Any]:
-        """Serve a few prompts alone: what a mode does, and how long it takes without a queue."""
-        from rag_pipeline.generation import fusion_report
-
-        prompts = self._workload.prompts[:PROBES]
-        reports = []
-        for prompt in prompts:
-            self._flush()
-            meta = self._generate(single_request(prompt, mode, 1))["meta_info"]
-            report = fusion_report(meta) if mode.fused else {}
-            if report is None or (mode.fused and not report["reused_tokens"]):
-                reason = (report or {}).get("fallback") or "no report"
-                raise EvalError(
-                    f"mode {mode.name!r} is not served by {self._url}: {reason}; leave it out"
-                )
-            reports.append(report)
-        runs = []
-        for prompt in prompts:
-            self._flush()
-            runs.append(self._load([prompt], mode, rate=1.0, bound=1.0))
-        found = {
-            "ttft_p50_s": round(statistics.median(run.ttft_p50_s for run in runs), 4),
-            "latency_p50_s": round(statistics.median(run.latency_p50_s for run in runs), 4),
-        }
-        if mode.fused:
-            shares = [report["computed_fraction"] for report in reports]
-            found["computed_fraction"] = round(statistics.median(shares), 4)
-        self._progress(f"{mode.name} alone: {found}")
-        return found
-
-    def drive(self, modes: list[Mode], rates: tuple[float, ...], bound: float) -> list[Any]:
-        """Every mode at every rate, until it is saturated."""
-        found, going = [], list(modes)
-        for rate in rates:
-            for mode in list(going):
-                self._flush()
-                run = self._load(self._workload.prompts, mode, rate=rate, bound=bound)
-                found.append({"mode": mode.name, **run.to_json()})
-                if run.saturated:
-                    going.remove(mode)
-                self._progress(
-                    f"{mode.name} at {rate:g}/s: TTFT p50 {run.ttft_p50_s:.2f} s, p99 "
-                    f"{run.ttft_p99_s:.2f} s, {run.output_tokens_per_s:.1f} tokens/s, goodput "
-                    f"{run.goodput_per_s:.2f}/s{', saturated' if run.saturated else ''}"
-                )
-            if not going:
-                break
-        return found
-
-    def threads(self) -> int:
-        """Threads of the server's scheduler, as it says itself; 0 without the plugin."""
-        from rag_pipeline.sglang_plugin import activation_of
-
-        self._client.close()
-        return int(activation_of(self._url).threads)
-
-    def _load(
-        self, prompts: Sequence[EvalPrompt], mode: Mode, *, rate: float, bound: float
-    ) -> LoadRun:
-        from rag_eval.benchmarks.load_client import run_load
-
-        return run_load(
-            self._url,
-            prompts,
-            mode,
-            rate=rate,
-            output_tokens=self._config.output_tokens,
-            ttft_bound_s=bound,
-            tokenizer=self._tokenizer,
-            seed=self._config.workload.seed,
-            cpu_seconds=self._cpu_seconds,
-        )
-
-    def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        response = self._client.post(f"{self._url}/generate", json=body)
-        if response.status_code != 200:
-            line = " ".join(response.text.split())[:200]
-            raise EvalError(f"the server at {self._url} refused a request: {line}")
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    def _flush(self) -> None:
-        """Empty the radix tree, and start every mode with the shared prefix in it."""
-        deadline = time.monotonic() + 120
-        while self._client.post(f"{self._url}/flush_cache").status_code != 200:
-            if time.monotonic() > deadline:
-                raise EvalError(f"the server at {self._url} stays busy; is somebody else using it?")
-            time.sleep(0.2)
-        prefix = list(self._workload.corpus.prefix_ids)
-        self._generate({"input_ids": prefix, "sampling_params": {"max_new_tokens": 1}})
 
 
 def summary(alone: dict[str, Any], runs: list[Any]) -> dict[str, Any]:

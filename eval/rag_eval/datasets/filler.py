@@ -29,6 +29,14 @@ def paragraphs() -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def reference_lines() -> list[str]:
+    """Distinct lines of ``pydoc_data.topics`` that are longer than 40 characters, in a fixed order."""
+    from pydoc_data.topics import topics
+
+    lines = (line.strip() for name in sorted(topics) for line in topics[name].split("\n"))
+    return list(dict.fromkeys(line for line in lines if len(line) > 40))
+
+
 def sentences(text: str) -> list[str]:
     """Split at a full stop, question or exclamation mark followed by a capital letter."""
     return re.split(r"(?<=[.!?]) +(?=[A-Z\"])", text)

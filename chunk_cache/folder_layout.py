@@ -1,0 +1,121 @@
+"""What lies where in the folder of a store, and files that appear whole or not at all.
+
+::
+
+    store.json                                       format name and version
+    <namespace>/context.json                         what the namespace stands for (no tenant salt)
+    <namespace>/<2 hex>/<digest>-<tokens>.safetensors
+    <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
+
+A pin is a file of its own, not a list in one file: several processes may pin and unpin at once, and
+none of them undoes what another did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from chunk_cache.chunk_file import STORE_FORMAT
+from chunk_cache.errors import ChunkCacheError
+from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext
+
+_FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
+_NAMESPACE = re.compile(r"[0-9a-f]{32}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make an empty store; one that is there stays as it is.
+
+    Raises
+    ------
+    ChunkCacheError
+        If something else is in the folder.
+    """
+    manifest = _manifest_path(folder)
+    if manifest.exists():
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
+    write_atomically(manifest, json.dumps(fields).encode())
+
+
+def check_manifest(folder: Path) -> None:
+    """Check that a folder is a store that this release reads.
+
+    Raises
+    ------
+    ChunkCacheError
+        If there is no such folder, it is not a chunk store, or one of another format version.
+    """
+    manifest = _manifest_path(folder)
+    try:
+        found = json.loads(manifest.read_bytes())
+        kind, version = found["format"], found["version"]
+    except FileNotFoundError:
+        raise ChunkCacheError(
+            f"{folder} is not a chunk store (no store.json): export one there first"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ChunkCacheError(f"{manifest} cannot be read ({error}): export again") from None
+    if kind != STORE_FORMAT or version != STORE_FORMAT_VERSION:
+        raise ChunkCacheError(
+            f"{manifest} says {kind!r} version {version!r}: this release reads {STORE_FORMAT!r} "
+            f"version {STORE_FORMAT_VERSION}; export again"
+        )
+
+
+def chunk_path(folder: Path, key: ChunkKey) -> Path:
+    """File of a record."""
+    return folder / key.namespace / key.digest[:2] / f"{key.digest}-{key.num_tokens}.safetensors"
+
+
+def pin_path(folder: Path, key: ChunkKey) -> Path:
+    """File whose presence pins the record beside it."""
+    return chunk_path(folder, key).with_suffix(".pinned")
+
+
+def context_path(folder: Path, namespace: str) -> Path:
+    """File that tells people what a namespace stands for."""
+    return folder / namespace / "context.json"
+
+
+def chunks_in(folder: Path) -> Iterator[ChunkKey]:
+    """Keys of all chunk files, by namespace and name; nothing is opened."""
+    for namespace in sorted(folder.iterdir()):
+        if not _NAMESPACE.fullmatch(namespace.name):
+            continue
+        for file in sorted(namespace.glob("*/*.safetensors")):
+            parts = _FILE_NAME.fullmatch(file.name)
+            if parts is not None:
+                yield ChunkKey(namespace.name, parts[1], int(parts[2]))
+
+
+def write_context(folder: Path, context: KVContext) -> None:
+    """Tell what a context's namespace stands for; its tenant's salt stays out of the folder."""
+    fields = {name: value for name, value in context.to_json().items() if name != "tenant"}
+    data = json.dumps(fields, indent=1, sort_keys=True).encode()
+    write_atomically(context_path(folder, context.namespace), data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under another name and rename it; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not fsynced: after a power cut a short file fails its checksum and is a miss.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _manifest_path(folder: Path) -> Path:
+    return folder / "store.json"

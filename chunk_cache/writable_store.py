@@ -1,0 +1,210 @@
+"""The half of the memory store that changes what is in it: builds, commits, pins, evictions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy.typing as npt
+
+from chunk_cache.builds import BuildTable
+from chunk_cache.errors import ChunkCacheError
+from chunk_cache.handles import Build, ChunkState
+from chunk_cache.keys import ChunkKey, as_token_ids
+from chunk_cache.ledger import Ledger
+from chunk_cache.matching import ChunkMatcher
+from chunk_cache.records import ChunkKV
+from chunk_cache.stats import StoreStats
+
+
+class WritableStore:
+    """Where each key stands, and every way from one state to another.
+
+    The ledger, the builds, the matcher and the counters change together, under the one lock.
+    :class:`MemoryStore` adds the looking up; the parameters are told there.
+    """
+
+    def __init__(
+        self,
+        byte_budget: int,
+        *,
+        matcher: ChunkMatcher | None = None,
+        checksums: bool = False,
+        build_timeout_s: float = 120.0,
+        retry_failed_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if byte_budget <= 0:
+            raise ChunkCacheError(f"byte_budget={byte_budget}: give a positive number of bytes")
+        if build_timeout_s <= 0 or retry_failed_s < 0:
+            raise ChunkCacheError(
+                f"build_timeout_s={build_timeout_s}, retry_failed_s={retry_failed_s}: "
+                "the first must be positive, the second not negative"
+            )
+        self.matcher = matcher if matcher is not None else ChunkMatcher()
+        self.checksums = checksums
+        self._build_timeout_s = build_timeout_s
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._ledger = Ledger(byte_budget)
+        self._builds = BuildTable(retry_failed_s)
+        self._stats = StoreStats()
+
+    def state(self, key: ChunkKey) -> ChunkState | None:
+        """Tell where a key stands, without counting a look-up or touching the LRU order."""
+        with self._lock:
+            if key in self._ledger.entries:
+                return ChunkState.READY
+            self._expire_builds()
+            return self._builds.state(key)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def begin_build(
+        self,
+        key: ChunkKey,
+        token_ids: Iterable[int] | npt.NDArray[Any],
+        *,
+        owner: str = "",
+        timeout_s: float | None = None,
+    ) -> Build | ChunkState:
+        """Ask for the right to build a key.
+
+        Returns
+        -------
+        Build or ChunkState
+            The right, or the state that stands against it: BUILDING (somebody else is at it),
+            READY (it is there), FAILED (back-off has not passed).
+
+        Raises
+        ------
+        ChunkCacheError
+            If the key is not that of the token ids.
+        """
+        ids = as_token_ids(token_ids)
+        if ChunkKey.of(key.namespace, ids) != key:
+            raise ChunkCacheError(f"key {key} does not belong to these {ids.size} token ids")
+        with self._lock:
+            self._expire_builds()
+            now = self._clock()
+            against = self._builds.against(key, now)
+            if key in self._ledger.entries:
+                against = ChunkState.READY
+            if against is not None:
+                self._stats.builds_refused += 1
+                return against
+            deadline = now + (self._build_timeout_s if timeout_s is None else timeout_s)
+            build = Build(key, ids, owner, deadline, self._commit, self._abort)
+            self._builds.begin(build)
+            self._stats.builds_begun += 1
+            return build
+
+    def put(self, record: ChunkKV, *, pin: bool = False) -> bool:
+        """Store a finished record in one step (import, tests).
+
+        Returns
+        -------
+        bool
+            ``True`` if it is READY now; ``False`` if it was there, is being built, or has no room.
+        """
+        with self._lock:
+            self._builds.failed.pop(record.key, None)  # here it is: no reason to wait any longer
+        build = self.begin_build(record.key, record.token_ids, owner="put")
+        return isinstance(build, Build) and build.commit(record, pin=pin)
+
+    def release_owner(self, owner: str) -> int:
+        """Drop every build of an owner that is gone (an aborted request); returns how many."""
+        with self._lock:
+            mine = [build for build in self._builds.building.values() if build.owner == owner]
+            return sum(build.abort("owner gone", failed=False) for build in mine)
+
+    def _commit(self, build: Build, record: ChunkKV, pin: bool) -> bool:
+        if record.key != build.key:
+            raise ChunkCacheError(f"record {record.key} committed to the build of {build.key}")
+        if self.checksums and record.checksum is None:
+            record = record.sealed()  # outside the lock: it reads every byte
+        with self._lock:
+            self._expire_builds()
+            if not self._builds.end(build):
+                return False
+            if record.num_bytes > self._ledger.byte_budget:
+                self._stats.rejected_too_big += 1
+                reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
+                self._builds.fail(build.key, reason, self._clock())
+                return False
+            victims = self._ledger.victims(record.num_bytes)
+            if victims is None:
+                self._stats.rejected_no_room += 1
+                return False
+            for key in victims:
+                self._stats.evicted += 1
+                self._stats.evicted_bytes += self._drop(key).num_bytes
+            self.matcher.add(build.key, record.token_ids)
+            self._ledger.insert(record, pin, self._clock())
+            self._stats.inserted += 1
+            return True
+
+    def _abort(self, build: Build, reason: str, failed: bool) -> bool:
+        with self._lock:
+            if not self._builds.end(build):
+                return False
+            self._stats.builds_aborted += 1
+            if failed:
+                self._builds.fail(build.key, reason, self._clock())
+            return True
+
+    def _expire_builds(self) -> None:
+        if self._builds.building:
+            self._stats.builds_expired += self._builds.expire(self._clock())
+
+    def _drop(self, key: ChunkKey) -> ChunkKV:
+        self.matcher.remove(key)
+        return self._ledger.drop(key)
+
+    # -- pins and eviction --------------------------------------------------------------------
+
+    def pin(self, key: ChunkKey) -> bool:
+        """Keep a READY record until :meth:`unpin`; ``False`` if it is not READY."""
+        return self._set_pinned(key, True)
+
+    def unpin(self, key: ChunkKey) -> bool:
+        """Make a record evictable again, as if just used; ``False`` if it is not READY."""
+        return self._set_pinned(key, False)
+
+    def _set_pinned(self, key: ChunkKey, pinned: bool) -> bool:
+        with self._lock:
+            entry = self._ledger.entries.get(key)
+            if entry is None:
+                return False
+            self._ledger.set_pinned(entry, pinned)
+            return True
+
+    def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
+        """Drop one record by hand.
+
+        Parameters
+        ----------
+        key
+            Which.
+        force
+            Also drop a pinned one. A record in use is never dropped.
+
+        Returns
+        -------
+        bool
+            ``False`` if it is absent, in use, or pinned without ``force``.
+        """
+        with self._lock:
+            entry = self._ledger.entries.get(key)
+            if entry is None or entry.refs or (entry.pinned and not force):
+                return False
+            self._stats.evicted_by_hand += 1
+            self._drop(key)
+            return True
+
+    def clear(self) -> int:
+        """Drop everything that is neither in use nor pinned; returns how many went."""
+        with self._lock:
+            return sum(self.evict(key) for key in list(self._ledger.evictable))
