@@ -16,6 +16,9 @@ from rag_pipeline.cli.app import app
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -51,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # from the evaluation's parser, which has said why
         return stop.code if isinstance(stop.code, int) else 1
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing that was finished is lost", code=130)
+        result = INTERRUPTED
     except _user_errors() as error:
         return _fail(str(error), code=1)
+    # typer turns an interrupt of a command into this code, without a word.
+    if result == INTERRUPTED:
+        return _fail("interrupted; nothing that was finished is lost", code=INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
