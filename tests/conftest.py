@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +32,40 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     from pytest_socket import socket_allow_hosts
 
     socket_allow_hosts(["127.0.0.1", "localhost", "::1", "0.0.0.0"], allow_unix_socket=True)
+
+
+_AHEAD: pytest.StashKey[dict[ModuleType, Future[Any]]] = pytest.StashKey()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what modules do in ``ahead(items)``, one after the other, beside the tests before them.
+
+    For programs that run for minutes in processes of their own: the tests themselves leave the second
+    core of a small machine idle. ``items`` are the module's selected tests.
+    """
+    items: dict[ModuleType, list[pytest.Item]] = {}
+    for item in session.items:
+        module = getattr(item, "module", None)
+        if module is not None and hasattr(module, "ahead"):
+            items.setdefault(module, []).append(item)
+    futures: dict[ModuleType, Future[Any]] = {module: Future() for module in items}
+    session.config.stash[_AHEAD] = futures
+
+    def work() -> None:
+        for module, future in futures.items():
+            try:
+                future.set_result(module.ahead(items[module]))
+            except BaseException as error:
+                future.set_exception(error)
+
+    if not session.config.option.collectonly:
+        threading.Thread(target=work, name="ahead", daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def done_ahead(request: pytest.FixtureRequest) -> Any:
+    """What the module's ``ahead`` returned."""
+    return request.config.stash[_AHEAD][request.module].result()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,41 +33,52 @@ ASK_KEYS = {"answer", "sources", "usage", "timing", "policy", "ratio"}
 PARTS = ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with ``docs/`` and the README's index."""
-    place = tmp_path_factory.mktemp("readme")
-    (place / "docs").mkdir()
-    for name, text in DOCS.items():
-        (place / "docs" / name).write_text(text, "utf-8")
-    run("rag-pipeline ingest docs/ --index my-index", place)
-    return place
+INGEST = "rag-pipeline ingest docs/ --index my-index"
+Done = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Chunk KV of this module goes to a home of its own; converted models stay where they are."""
+def ahead(items: list[pytest.Item]) -> dict[str, Done]:
+    """The selected commands and the Python, run in a working folder with ``docs/`` and the README's index."""
     from rag_pipeline.config import HOME_VARIABLE, home_dir
 
-    home = tmp_path_factory.mktemp("home")
+    wanted = {str(item.callspec.params["command"]) for item in items if hasattr(item, "callspec")}
+    script = any(item.name == "test_python_of_the_readme" for item in items)
+    if not wanted and not script:
+        return {}
+    # Chunk KV goes to a home of its own; converted models stay where they are.
     models = home_dir() / "models"
     models.mkdir(parents=True, exist_ok=True)
-    (home / "models").symlink_to(models)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(HOME_VARIABLE, str(home))
-        yield
+    with tempfile.TemporaryDirectory() as name:
+        place, home = Path(name) / "work", Path(name) / "home"
+        (place / "docs").mkdir(parents=True)
+        home.mkdir()
+        (home / "models").symlink_to(models)
+        for file, text in DOCS.items():
+            (place / "docs" / file).write_text(text, "utf-8")
+        environment = {**os.environ, HOME_VARIABLE: str(home), "PYTHONPATH": ""}
+        first = run_command(INGEST, place, environment)
+        assert first.returncode == 0, first.stderr
+        done = {line: run_command(line, place, environment) for line in COMMANDS if line in wanted}
+        if script:
+            (code,) = [body for language, body in BLOCKS if language == "python"]
+            body = re.sub("^", "    ", code, flags=re.M)
+            (place / "readme.py").write_text(f"if __name__ == '__main__':\n{body}")
+            done["python"] = run([sys.executable, "readme.py"], place, environment)
+    return done
 
 
-def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+def run_command(command: str, place: Path, environment: dict[str, str]) -> Done:
     """Run a README command with this interpreter's ``rag-pipeline``."""
     program = Path(sys.executable).with_name("rag-pipeline")
     words = [word.strip("\"'") for word in re.findall(r'"[^"]*"|\S+', command)]
     assert Path(words[0]).name == "rag-pipeline", command
-    done = subprocess.run(
-        [str(program), *words[1:]], cwd=place, capture_output=True, text=True, timeout=500
+    return run([str(program), *words[1:]], place, environment)
+
+
+def run(words: list[str], place: Path, environment: dict[str, str]) -> Done:
+    return subprocess.run(
+        words, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_every_command_of_the_readme_is_known() -> None:
@@ -80,8 +91,9 @@ def test_every_command_of_the_readme_is_known() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "rag-pipeline " in line])
-def test_command_of_the_readme(command: str, folder: Path) -> None:
-    done = run(command, folder)
+def test_command_of_the_readme(command: str, done_ahead: dict[str, Done]) -> None:
+    done = done_ahead[command]
+    assert done.returncode == 0, done.stderr
     if "--json" in command:
         answer = json.loads(done.stdout)
         assert set(answer) >= ASK_KEYS
@@ -105,17 +117,7 @@ def test_command_of_the_readme(command: str, folder: Path) -> None:
 
 
 @pytest.mark.engine
-def test_python_of_the_readme(folder: Path) -> None:
-    (code,) = [body for language, body in BLOCKS if language == "python"]
-    script = folder / "readme.py"
-    script.write_text(f"if __name__ == '__main__':\n{re.sub('^', '    ', code, flags=re.M)}")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
+def test_python_of_the_readme(done_ahead: dict[str, Done]) -> None:
+    done = done_ahead["python"]
     assert done.returncode == 0, done.stderr
     assert "Rotation" in done.stdout
