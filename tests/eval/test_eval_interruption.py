@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,46 +17,56 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROGRAM = "import sys; from rag_pipeline.cli import main; sys.exit(main())"
+WORDS = "eval --dataset planted-1hop --model smollm2-135m --limit 500 --modes full,reuse"
+WORDS += " --chunks 2 --chunk-tokens 64 --max-new-tokens 2 --gold-tokens 2 --out run"
 
 
-def test_sigterm_ends_a_run_and_its_engine(tiny_path: Path, tmp_path: Path) -> None:
-    words = ["eval", "--dataset", "planted-1hop", "--model", str(tiny_path), "--limit", "500"]
-    words += ["--modes", "full,reuse", "--chunks", "2", "--chunk-tokens", "64"]
-    words += ["--out", str(tmp_path / "run"), "--max-new-tokens", "2", "--gold-tokens", "2"]
-    log = tmp_path / "log.txt"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words],
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "RAG_PIPELINE_HOME": str(tmp_path / "home")},
-            start_new_session=True,
-        )
-    kept = tmp_path / "run" / "predictions.jsonl"
-    try:
-        wait_until(lambda: kept.exists() and kept.stat().st_size > 0, process, log)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    said: str
+    measured: int
+    all_gone: bool
+
+
+def ahead(items: list[pytest.Item]) -> Ended:
+    """A run that gets SIGTERM after its first example."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name) / "log.txt"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *WORDS.split()],
+                cwd=folder,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        kept = folder / "run" / "predictions.jsonl"
+        try:
+            begun = until(lambda: process.poll() is not None or has_text(kept), seconds=400)
+            assert begun, log.read_text(errors="replace")[-3000:]
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=100)
+            gone = until(lambda: not group_lives(process.pid), seconds=30)
+        finally:
+            if group_lives(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    said = log.read_text(errors="replace")
-    assert code == 130, said[-2000:]
-    assert said.splitlines()[-1] == "error: interrupted; nothing that was finished is lost"
-    assert "Traceback" not in said
-    deadline = time.monotonic() + 20
-    while group_lives(process.pid):
-        assert time.monotonic() < deadline, "processes of the engine live on"
-        time.sleep(0.2)
+        measured = len(kept.read_text("utf-8").splitlines()) if kept.exists() else 0
+        return Ended(code, log.read_text(errors="replace"), measured, gone)
 
 
-def wait_until(done, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not done():
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-        assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+def until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
+    return True
+
+
+def has_text(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 def group_lives(group: int) -> bool:
@@ -62,3 +75,12 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_sigterm_ends_a_run_and_its_engine(done_ahead: Ended) -> None:
+    assert done_ahead.code == 130, done_ahead.said[-2000:]
+    last = done_ahead.said.splitlines()[-1]
+    assert last == "error: interrupted; nothing that was finished is lost"
+    assert "Traceback" not in done_ahead.said
+    assert done_ahead.measured > 0
+    assert done_ahead.all_gone, "processes of the engine live on"
