@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.fault_report import FAULT_FILE, run_and_report
@@ -57,6 +59,10 @@ def prepare() -> bool:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         fork_server.start()
     launch_hooks.use_fork_server(wanted)
+    if not hasattr(tqdm, "_lock"):
+        # Its own would be a named semaphore, kept by a process that SGLang's shutdown ends first; Python
+        # then says so with a traceback. No bar is shared between processes here.
+        tqdm.set_lock(threading.RLock())
     return wanted
 
 
