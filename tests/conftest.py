@@ -38,33 +38,35 @@ _AHEAD: pytest.StashKey[dict[ModuleType, Future[Any]]] = pytest.StashKey()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what modules do in ``ahead(items)``, one after the other, beside the tests before them.
+    """Start the jobs that modules name in ``ahead(items)``, one after the other, beside the tests before them.
 
     For programs that run for minutes in processes of their own: the tests themselves leave the second
-    core of a small machine idle. ``items`` are the module's selected tests.
+    core of a small machine idle. ``items`` are the module's selected tests. ``ahead`` is called now,
+    and the job that it returns later: a job reads no environment, which tests change in between.
     """
     items: dict[ModuleType, list[pytest.Item]] = {}
     for item in session.items:
         module = getattr(item, "module", None)
         if module is not None and hasattr(module, "ahead"):
             items.setdefault(module, []).append(item)
-    futures: dict[ModuleType, Future[Any]] = {module: Future() for module in items}
-    session.config.stash[_AHEAD] = futures
+    if session.config.option.collectonly:
+        return
+    jobs = {module: (module.ahead(chosen), Future[Any]()) for module, chosen in items.items()}
+    session.config.stash[_AHEAD] = {module: future for module, (_, future) in jobs.items()}
 
     def work() -> None:
-        for module, future in futures.items():
+        for job, future in jobs.values():
             try:
-                future.set_result(module.ahead(items[module]))
+                future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
 
-    if not session.config.option.collectonly:
-        threading.Thread(target=work, name="ahead", daemon=True).start()
+    threading.Thread(target=work, name="ahead", daemon=True).start()
 
 
 @pytest.fixture(scope="module")
 def done_ahead(request: pytest.FixtureRequest) -> Any:
-    """What the module's ``ahead`` returned."""
+    """Result of the job that the module's ``ahead`` named."""
     return request.config.stash[_AHEAD][request.module].result()
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,29 +38,35 @@ INGEST = "rag-pipeline ingest docs/ --index my-index"
 Done = subprocess.CompletedProcess[str]
 
 
-def ahead(items: list[pytest.Item]) -> dict[str, Done]:
-    """The selected commands and the Python, run in a working folder with ``docs/`` and the README's index."""
-    from rag_pipeline.config import HOME_VARIABLE, home_dir
+def ahead(items: list[pytest.Item]) -> Callable[[], dict[str, Done]]:
+    from rag_pipeline.config import home_dir
 
     wanted = {str(item.callspec.params["command"]) for item in items if hasattr(item, "callspec")}
-    script = any(item.name == "test_python_of_the_readme" for item in items)
-    if not wanted and not script:
-        return {}
-    # Chunk KV goes to a home of its own; converted models stay where they are.
+    if any(item.name == "test_python_of_the_readme" for item in items):
+        wanted.add("python")
     models = home_dir() / "models"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return lambda: run_all(wanted, models, environment) if wanted else {}
+
+
+def run_all(wanted: set[str], models: Path, environment: dict[str, str]) -> dict[str, Done]:
+    """Commands, and the README's ``python``, in a working folder with ``docs/`` and the README's index."""
+    from rag_pipeline.config import HOME_VARIABLE
+
+    # Chunk KV goes to a home of its own; converted models stay where they are.
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         place, home = Path(name) / "work", Path(name) / "home"
         (place / "docs").mkdir(parents=True)
         home.mkdir()
         (home / "models").symlink_to(models)
+        environment = environment | {HOME_VARIABLE: str(home)}
         for file, text in DOCS.items():
             (place / "docs" / file).write_text(text, "utf-8")
-        environment = {**os.environ, HOME_VARIABLE: str(home), "PYTHONPATH": ""}
         first = run_command(INGEST, place, environment)
         assert first.returncode == 0, first.stderr
         done = {line: run_command(line, place, environment) for line in COMMANDS if line in wanted}
-        if script:
+        if "python" in wanted:
             (code,) = [body for language, body in BLOCKS if language == "python"]
             body = re.sub("^", "    ", code, flags=re.M)
             (place / "readme.py").write_text(f"if __name__ == '__main__':\n{body}")

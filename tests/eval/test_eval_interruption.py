@@ -29,7 +29,12 @@ class Ended:
     all_gone: bool
 
 
-def ahead(items: list[pytest.Item]) -> Ended:
+def ahead(items: list[pytest.Item]) -> Callable[[], Ended]:
+    environment = dict(os.environ)
+    return lambda: interrupted_run(environment)
+
+
+def interrupted_run(environment: dict[str, str]) -> Ended:
     """A run that gets SIGTERM after its first example."""
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log.txt"
@@ -37,6 +42,7 @@ def ahead(items: list[pytest.Item]) -> Ended:
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *WORDS.split()],
                 cwd=folder,
+                env=environment,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,

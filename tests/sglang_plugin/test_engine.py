@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,24 @@ if __name__ == "__main__":
 """
 
 
-def ahead(items: list[pytest.Item]) -> dict[str, Any]:
-    """Answers of the stock engine, whose attention takes minutes for them."""
+def ahead(items: list[pytest.Item]) -> Callable[[], dict[str, Any]]:
     from rag_pipeline.models import resolve_llm
 
+    model = resolve_llm("smollm2-135m").path
+    environment = {**os.environ, "SGLANG_PLUGINS": "rag_cpu"}
+    return lambda: stock_answers(model, environment)
+
+
+def stock_answers(model: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Answers of the stock engine, whose attention takes minutes for them."""
     with tempfile.TemporaryDirectory() as folder:
         program, out = Path(folder) / "stock.py", Path(folder) / "out.json"
         program.write_text(STOCK)
-        request = {
-            "model": str(resolve_llm("smollm2-135m").path),
-            "out": str(out),
-            "folder": str(Path(__file__).parent),
-        }
+        request = {"model": str(model), "out": str(out), "folder": str(Path(__file__).parent)}
         done = subprocess.run(
             [sys.executable, str(program)],
             input=json.dumps(request),
-            env={**os.environ, "SGLANG_PLUGINS": "rag_cpu"},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=1100,
