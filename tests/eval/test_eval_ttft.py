@@ -40,8 +40,14 @@ def test_a_bad_setting_is_named(changes: dict[str, Any], named: str) -> None:
         TtftConfig(**changes)
 
 
-def test_a_fixed_length_is_reached_to_the_token(prompt_maker: Any) -> None:
-    config = TtftConfig(lengths="500,1003", chunks="3,7")
+@pytest.mark.parametrize(
+    "config",
+    [
+        TtftConfig(lengths="500,1003", chunks="3,7"),
+        TtftConfig(lengths="1000,2000,4000,8000"),
+    ],
+)
+def test_a_fixed_length_is_reached_to_the_token(prompt_maker: Any, config: TtftConfig) -> None:
     for point in config.points():
         seen, asked = make_prompts(config, prompt_maker, point)
         assert len(asked.input_ids) == len(seen.input_ids) == point.length

@@ -22,6 +22,7 @@ from typing import Any
 
 from rag_eval.arguments import OneLineParser
 from rag_eval.datasets import Example, PromptChunk
+from rag_eval.datasets.core import Encode
 from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
 
@@ -218,23 +219,28 @@ def make_prompts(config: TtftConfig, maker: Any, point: Point) -> tuple[Any, Any
     )
     frame: EvalPrompt = maker.join(example, ())
     sizes = _sizes(point, len(frame.input_ids))
-    # Where the length is fixed the text is cut to it, so it must be a little too long.
-    slack = 0 if point.length is None else 64
-    rng = random.Random(config.seed)
-    texts = filler_chunks(point.chunks, max(sizes) + slack, maker.encode, rng)
-    chunks = []
-    for sentences, size in zip(texts, sizes, strict=True):
-        ids = tuple(maker.encode(" ".join(sentences) + "\n\n"))
-        if point.length is not None:
-            if len(ids) < size:
-                raise EvalError(
-                    f"there is not enough text for {point.chunks} chunks of {size} tokens; ask for "
-                    "more chunks or shorter prompts"
-                )
-            ids = ids[:size]
-        chunks.append(PromptChunk(ids=ids, titles=(), is_gold=False))
+    chunks = [
+        PromptChunk(ids=ids, titles=(), is_gold=False)
+        for ids in _texts(point, sizes, maker.encode, config.seed)
+    ]
     seen = replace(frame, chunks=tuple(chunks))
     return seen, seen.rotated()
+
+
+def _texts(point: Point, sizes: list[int], encode: Encode, seed: int) -> list[tuple[int, ...]]:
+    """Token ids of each chunk: of about the size wanted, or cut to it where the length is fixed."""
+    # Sentences are counted one by one; joined they are fewer tokens.
+    for slack in range(0, max(sizes) + 65, 64):
+        texts = filler_chunks(point.chunks, max(sizes) + slack, encode, random.Random(seed))
+        found = [tuple(encode(" ".join(sentences) + "\n\n")) for sentences in texts]
+        if point.length is None:
+            return found
+        if all(len(ids) >= size for ids, size in zip(found, sizes, strict=True)):
+            return [ids[:size] for ids, size in zip(found, sizes, strict=True)]
+    raise EvalError(
+        f"there is not enough text for {point.chunks} chunks of {max(sizes)} tokens; ask for shorter "
+        "prompts"
+    )
 
 
 def _sizes(point: Point, frame: int) -> list[int]:
