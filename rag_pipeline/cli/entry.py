@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), code=1)
     # typer turns an interrupt of a command into this code, without a word.
     if result == INTERRUPTED:
-        return _fail("interrupted; nothing that was finished is lost", code=INTERRUPTED)
+        return _fail("interrupted; what was already written is kept", code=INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

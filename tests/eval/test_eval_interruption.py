@@ -86,7 +86,7 @@ def group_lives(group: int) -> bool:
 def test_sigterm_ends_a_run_and_its_engine(done_ahead: Ended) -> None:
     assert done_ahead.code == 130, done_ahead.said[-2000:]
     last = done_ahead.said.splitlines()[-1]
-    assert last == "error: interrupted; nothing that was finished is lost"
+    assert last == "error: interrupted; what was already written is kept"
     assert "Traceback" not in done_ahead.said
     assert done_ahead.measured > 0
     assert done_ahead.all_gone, "processes of the engine live on"
