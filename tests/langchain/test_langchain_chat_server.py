@@ -95,12 +95,13 @@ def test_chunks_are_reused_in_another_order_and_say_so(
     model: ChatSGLangRag,
     ask_until_reused: Callable[[list[Document]], dict[str, Any]],
     documents: list[Document],
+    empty_tree: Callable[[], None],
 ) -> None:
     report = ask_until_reused(documents[:2])
     assert report["policy"] == "query"
     assert report["documents"] == ["with", "lambda"]
     ask_until_reused(documents[2:3])
-    httpx.post(f"{model._server().url}/flush_cache", timeout=30, trust_env=False)
+    empty_tree()
     # Three chunks that were never together, in an order that no prompt had.
     mixed = [documents[2], documents[1], documents[0]]
     spans = model._layouts().build([HumanMessage("Why?")], mixed, max_new_tokens=8).spans
@@ -112,7 +113,7 @@ def test_chunks_are_reused_in_another_order_and_say_so(
     assert message.usage_metadata["input_tokens"] == usage["prompt_tokens"]
     assert message.response_metadata["finish_reason"] in ("stop", "length")
 
-    httpx.post(f"{model._server().url}/flush_cache", timeout=30, trust_env=False)
+    empty_tree()
     # A stream answers the same and reports the same kinds, in its last message.
     whole: Any = None
     pieces = 0
@@ -131,6 +132,7 @@ def test_chunks_are_reused_in_another_order_and_say_so(
         parts = model.astream([HumanMessage("Why?")], documents=mixed)
         return "".join([str(part.content) async for part in parts])
 
+    empty_tree()
     assert asyncio.run(collect()) == whole.content
 
 

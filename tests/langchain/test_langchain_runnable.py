@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
@@ -54,26 +53,25 @@ class Recorder(BaseCallbackHandler):
         self.tokens += 1
 
 
-def settled_answer(rag: RagRunnable, question: str) -> dict[str, Any]:
+def settled_answer(
+    rag: RagRunnable, question: str, builds_pending: Callable[[], int]
+) -> dict[str, Any]:
     """An answer of an engine at rest: fused or read from the tree, sums round otherwise."""
     deadline = time.monotonic() + 120
     last: dict[str, Any] = {}
     while True:
         answer: dict[str, Any] = rag.invoke(question)
-        if not builds_pending(rag) and answer["rag"]["usage"] == last:
+        if not builds_pending() and answer["rag"]["usage"] == last:
             return answer
         assert time.monotonic() < deadline, answer
         last = answer["rag"]["usage"]
 
 
-def builds_pending(rag: RagRunnable) -> int:
-    url = rag.llm._server().url  # type: ignore[attr-defined]
-    info = httpx.get(f"{url}/server_info", timeout=30, trust_env=False).json()
-    return sum(state["rag_fusion"]["pending"] for state in info["internal_states"])
-
-
 def test_answer_with_sources_in_every_way(
-    model: ChatSGLangRag, retriever: Any, sum_of_kinds: Callable[[dict[str, Any]], int]
+    model: ChatSGLangRag,
+    retriever: Any,
+    sum_of_kinds: Callable[[dict[str, Any]], int],
+    builds_pending: Callable[[], int],
 ) -> None:
     rag = RagRunnable(retriever=retriever, llm=model)
     question = "What does the with statement do?"
@@ -86,7 +84,7 @@ def test_answer_with_sources_in_every_way(
     assert len(rag.invoke({"question": question}, k=3)["documents"]) == 3
     assert len(rag.invoke(question, max_tokens=2)["answer"]) < len(whole["answer"])
 
-    whole = settled_answer(rag, question)
+    whole = settled_answer(rag, question, builds_pending)
     pieces = list(rag.stream(question))
     assert list(pieces[0]) == ["question", "documents"]
     assert sum("answer" in piece for piece in pieces) > 1

@@ -12,6 +12,7 @@ import os
 import pydoc_data.topics
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def main() -> None:
         if state.stage == stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if wait_at is not None and state.embedded >= wait_at:
-            # Or a busy machine could finish the ingest before the parent gets to strike.
-            signal.pause()
+            # Or a busy machine could finish the ingest before the parent gets to strike. Not pause():
+            # a signal that comes just before it is not seen, and it waits for ever.
+            while True:
+                time.sleep(0.05)
 
     retrievers.embedding_reuse.SHARD_CHUNKS = SHARD_CHUNKS
     embedder = HashEmbedder() if model == "hash" else Embedder(model, device="cpu")
