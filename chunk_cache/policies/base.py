@@ -30,7 +30,8 @@ class Policy(ABC):
     ``attention``
         Run the fresh rows over the loaded KV through layers ``0 .. stop - 1`` of :meth:`scoring_layers`' range,
         average the attention mass of the question rows over the layers of the range, then
-        ``select(layout, scores=mass[reused_positions])``; the main pass then runs from layer 0 with known rows.
+        ``select(layout, scores=mass[reused_positions])``; where :meth:`draft_length` is not 0 the pass goes on to
+        the logits, so many tokens are decoded over the loaded KV, and their average mass is added. The main pass then runs from layer 0 with known rows.
         When :meth:`needs_signal` is False for a layout, skip the pass: ``select(layout)`` answers alone.
     ``deviation``
         Where :meth:`needs_signal` is False, ``select(layout)`` answers before layer 0. Else compute every row up to the first check layer. At check layer ``i`` compute K and V of the rows still
@@ -82,6 +83,10 @@ class Policy(ABC):
     def scoring_layers(self, num_layers: int) -> range:
         """Layers whose attention is averaged; the scoring pass ends before ``range.stop``."""
         return range(0)
+
+    def draft_length(self, layout: ReuseLayout) -> int:
+        """Tokens of a draft answer whose attention counts beside the question's; 0 for none."""
+        return 0
 
     def needs_signal(self, layout: ReuseLayout) -> bool:
         """Whether the signal must be computed for this request.

@@ -14,9 +14,16 @@ from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
 
+_LEAST_SHARE_BEHIND_DRAFT = 2 / 3
+"""Share of the budget's tokens that must be left for a draft to be worth its steps, which cost time beside work."""
+
 _LEAST_SHARE = 0.2
 """Share of the budget's tokens that must be left behind the scoring pass. On the models measured, tokens chosen by
 the question are worth about five times as many that are chosen without it."""
+
+
+MAX_DRAFT_TOKENS = 64
+"""Every draft token is one more pass over the model before the first token of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +38,8 @@ class QueryConfig:
     """Depth at which the scoring pass ends, as a share of the layers."""
     first_share: float = 0.25
     """Share of the tokens to recompute that goes to the first ones of every chunk, unscored; 0 for none."""
+    draft_tokens: int = 4
+    """Tokens of a draft answer, decoded over the loaded KV, that score beside the question; 0 for none."""
     pool: int = 1
     """Scores are averaged over this many neighbouring tokens of a chunk; 1 for none."""
     mean_shift: float = 0.4
@@ -44,6 +53,10 @@ class QueryConfig:
             raise ValueError(
                 f"first_layer {self.first_layer} and stop_layer {self.stop_layer} must satisfy "
                 "0 <= first_layer < stop_layer <= 1."
+            )
+        if not 0 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ValueError(
+                f"draft_tokens is {self.draft_tokens}; it must be between 0 (none) and {MAX_DRAFT_TOKENS}."
             )
         if self.pool < 1:
             raise ValueError(f"pool is {self.pool}; it must be at least 1.")
@@ -98,12 +111,23 @@ class QueryPolicy(Policy):
         """As configured for scored tokens, 0 for the first tokens of chunks."""
         return self.mean_shift if self.needs_signal(layout) else 0.0
 
+    def draft_length(self, layout: ReuseLayout) -> int:
+        """As configured, where at least two thirds of the budget are left behind it."""
+        left = self._left(layout, self._overhead(layout, self.config.draft_tokens))
+        least = _LEAST_SHARE_BEHIND_DRAFT * self.ratio * layout.num_reused
+        return self.config.draft_tokens if left >= least else 0
+
     def _count(self, layout: ReuseLayout) -> int:
-        """Tokens that the budget leaves behind a scoring pass."""
-        budget = self.ratio * layout.num_reused * layout.num_layers - self._overhead(layout)
+        """Tokens that the budget leaves behind the scoring passes."""
+        return self._left(layout, self._overhead(layout, self.draft_length(layout)))
+
+    def _left(self, layout: ReuseLayout, overhead: int) -> int:
+        budget = self.ratio * layout.num_reused * layout.num_layers - overhead
         return max(0, min(layout.num_reused, int(budget / layout.num_layers + 1e-6)))
 
-    def _overhead(self, layout: ReuseLayout) -> int:
+    def _overhead(self, layout: ReuseLayout, drafted: int) -> int:
+        if drafted:
+            return (layout.scoring_rows + drafted) * layout.num_layers
         return layout.scoring_rows * self.scoring_layers(layout.num_layers).stop
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
@@ -157,5 +181,7 @@ class QueryPolicy(Policy):
     def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
         """Count selected tokens through all layers, and the scoring pass where there is one."""
         rows = kept[-1] if kept else self.num_selected(layout)[0]
-        scoring = self._overhead(layout) if self.needs_signal(layout) else 0
+        scoring = (
+            self._overhead(layout, self.draft_length(layout)) if self.needs_signal(layout) else 0
+        )
         return float(rows * layout.num_layers + scoring)

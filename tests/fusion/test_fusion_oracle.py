@@ -150,7 +150,19 @@ def expect(oracle, policy, prefix, chunks, question):
                 mass.add_(weights.mean((0, 1)))
 
         k, v = [t.clone() for t in keys], [t.clone() for t in values]
-        oracle.run(ids, asking, k, v, stop=layers.stop, seen=seen)
+        drafted, following = policy.draft_length(layout), list(ids)
+        h = oracle.run(ids, asking, k, v, stop=None if drafted else layers.stop, seen=seen)
+        for _ in range(drafted):
+            # Greedily over the keys and values as loaded; its mass counts as much as the question's.
+            following.append(int(oracle.log_probs(h).argmax()))
+            k = [torch.cat([t, more]) for t, more in zip(k, oracle.empty(1), strict=True)]
+            v = [torch.cat([t, more]) for t, more in zip(v, oracle.empty(1), strict=True)]
+
+            def look(layer, weights):
+                if layer in layers:
+                    mass.add_(weights.mean((0, 1))[: len(ids)] / drafted)
+
+            h = oracle.run(following, torch.tensor([len(following) - 1]), k, v, seen=look)
         chosen = policy.select(layout, scores=mass[candidates].float())
     elif policy.signal == "deviation":
         chosen = candidates
@@ -188,17 +200,26 @@ def expect(oracle, policy, prefix, chunks, question):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["reuse", "epic:0.2", "query:0.6", "cacheblend:0.6", "adaptive:0.5"],
+    ("name", "options"),
+    [
+        ("reuse", {}),
+        ("epic:0.2", {}),
+        ("query:0.6", {}),
+        ("query:0.6", {"draft_tokens": 0}),
+        ("query:0.3", {"draft_tokens": 2, "first_share": 0.0}),
+        ("cacheblend:0.6", {}),
+        ("adaptive:0.5", {}),
+    ],
 )
-def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
+def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name, options):
     local = engine("llama")
     oracle = Oracle(tiny_model("llama"))
     prefix, question = tokens(PREFIX, 1), tokens(6, 2)
     chunks = [tokens(30 + 3 * i, 10 + i) for i in range(4)]
     for chunk in chunks:
         local.build(prefix, chunk)
-    wanted, chosen, *_ = expect(oracle, create_policy(name), prefix, chunks, question)
+    policy = create_policy(name, None, **options)
+    wanted, chosen, *_ = expect(oracle, policy, prefix, chunks, question)
     ids, spans = list(prefix), []
     for chunk in chunks:
         spans += [len(ids), len(ids) + len(chunk)]
@@ -207,7 +228,8 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
     local.ask(
         [*prefix, 3], 1, fusion={"mode": "off"}
     )  # the prefix stands in the tree, as in the oracle
-    req = local.ask(ids + question, 1, fusion={"spans": spans, "policy": name}, top=20)
+    fusion = {"spans": spans, "policy": name} | ({"options": options} if options else {})
+    req = local.ask(ids + question, 1, fusion=fusion, top=20)
     got = req.customized_info["rag_fusion"][0]
     assert got["recomputed_tokens"] == chosen.numel()
     assert name == "reuse" or 0 < chosen.numel() < sum(map(len, chunks[1:]))
@@ -217,6 +239,8 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name):
     ) == (len(ids) + len(question))
     values = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
     indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
+    decoded = local.runtime.metrics.counts["drafts.decoded"]
+    assert decoded == (name.startswith("query") and options.get("draft_tokens") != 0)
     assert int(wanted.argmax()) == req.output_ids[0]
     torch.testing.assert_close(values, wanted[indices], rtol=0, atol=5e-4)
 

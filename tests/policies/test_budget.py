@@ -97,7 +97,7 @@ def test_a_budget_below_the_check_itself_checks_nothing():
 
 
 def test_query_pays_for_its_scoring_pass():
-    policy = create_policy("query")
+    policy = create_policy("query", draft_tokens=0)
     (kept,) = policy.num_selected(SIX)
     assert policy.scoring_layers(30) == range(15, 24)
     assert kept == (360 * 30 - 20 * 24) // 30
@@ -110,9 +110,34 @@ def test_query_pays_for_its_scoring_pass():
 def test_query_pays_for_fresh_text_between_chunks_too():
     with_gaps = layout_of([400] * 6, gap=10)
     assert with_gaps.num_fresh == 80
-    assert create_policy("query").num_selected(with_gaps) == ((360 * 30 - 80 * 24) // 30,)
+    policy = create_policy("query", draft_tokens=0)
+    assert policy.num_selected(with_gaps) == ((360 * 30 - 80 * 24) // 30,)
     only_question = layout_of([400] * 6, gap=10, num_scoring_rows=30)
-    assert create_policy("query").num_selected(only_question) == ((360 * 30 - 30 * 24) // 30,)
+    assert policy.num_selected(only_question) == ((360 * 30 - 30 * 24) // 30,)
+
+
+def test_query_pays_for_its_draft_all_layers_of_it():
+    policy = create_policy("query", draft_tokens=4)
+    assert policy.draft_length(SIX) == 4
+    assert policy.num_selected(SIX) == (360 - 20 - 4,)
+    assert policy.computed_row_layers(SIX) == 360 * 30
+
+
+def test_query_drafts_nothing_where_a_third_of_the_budget_would_go():
+    # 0.15 * 480 = 72 rows; 20 and 4 of them leave two thirds, one more does not.
+    policy = create_policy("query", draft_tokens=4)
+    assert policy.draft_length(layout_of([480], question=20)) == 4
+    shorter = layout_of([480], question=21)
+    assert policy.draft_length(shorter) == 0
+    plain = create_policy("query", draft_tokens=0)
+    assert policy.num_selected(shorter) == plain.num_selected(shorter)
+    assert policy.computed_row_layers(shorter) == plain.computed_row_layers(shorter)
+
+
+@pytest.mark.parametrize("tokens", [-1, 65])
+def test_a_draft_has_its_bounds(tokens):
+    with pytest.raises(ValueError, match=r"draft_tokens is .*between 0 .none. and 64"):
+        create_policy("query", draft_tokens=tokens)
 
 
 @settings(max_examples=300, deadline=None)

@@ -12,12 +12,10 @@ from rag_pipeline.sglang_plugin.fusion import disk
 from rag_pipeline.sglang_plugin.fusion.attention import FusedPass
 from rag_pipeline.sglang_plugin.fusion.batch_view import make_view, whole_rows
 from rag_pipeline.sglang_plugin.fusion.capture import capture_chunk
-from rag_pipeline.sglang_plugin.fusion.fused_forward import (
-    FusedForward,
-    FusedPassError,
-    PlanEntry,
-)
+from rag_pipeline.sglang_plugin.fusion.fused_forward import FusedForward
+from rag_pipeline.sglang_plugin.fusion.fused_item import PlanEntry
 from rag_pipeline.sglang_plugin.fusion.plan import Piece
+from rag_pipeline.sglang_plugin.fusion.probing import FusedPassError
 from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime
 from rag_pipeline.sglang_plugin.fusion.usage import attach_report, fill_report

@@ -37,7 +37,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``background`` or ``disk``.
+            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``drafts``, ``background`` or ``disk``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -89,6 +89,7 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "spans": counter("spans", "Chunk look-ups by outcome."),
         "turns": counter("turns", "Turns of conversations by event, and tokens loaded from them."),
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
+        "drafts": counter("drafts", "Drafts of an answer that scored tokens, and those left out."),
         "background": counter("background", "Background chunk builds by event."),
         "disk": counter("disk", "Chunk records read from and written to the disk, by event."),
         "match_seconds": histogram("match_seconds", "Matching and leasing for one request."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,18 +17,20 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class MassObserver:
-    """Averages the attention mass of question rows over a range of layers, then stops the pass.
+    """Sums up the attention mass of chosen rows over a range of layers, then stops the pass.
 
     Parameters
     ----------
     layers : range
-        Layers to average over; the pass ends inside the last one, before its attention.
+        Layers to look at; the pass ends inside the last one, before its attention.
     rows : sequence of (int, int)
-        Per request: rows of the pass that are question rows.
+        Per request: rows of the pass whose mass is wanted.
     positions : sequence of Tensor
         Per request int64: absolute positions of those rows.
     slots : sequence of Tensor
         Per request int64 ``[kv_len]``.
+    stops : bool
+        False lets the pass go on to its logits.
     """
 
     def __init__(
@@ -37,8 +40,11 @@ class MassObserver:
         positions: Sequence[Tensor],
         slots: Sequence[Tensor],
         scaling: float,
+        *,
+        stops: bool = True,
     ) -> None:
         self._layers = layers
+        self._stops = stops
         self._rows = list(rows)
         self._positions = list(positions)
         self._slots = list(slots)
@@ -49,8 +55,8 @@ class MassObserver:
 
     @property
     def last_layer(self) -> int:
-        """Last layer of the range."""
-        return self._layers.stop - 1
+        """Last layer of the range; beyond every model's where the pass goes on."""
+        return self._layers.stop - 1 if self._stops else sys.maxsize
 
     def before_write(
         self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
@@ -67,10 +73,6 @@ class MassObserver:
                 )
         if layer_id >= self.last_layer:
             raise StopPassError
-
-    def scores(self, reduce: Reduce) -> list[Tensor]:
-        """Per request fp32 ``[kv_len]``, the same on every rank."""
-        return [reduce(mass) for mass in self.mass]
 
 
 class DeviationObserver:

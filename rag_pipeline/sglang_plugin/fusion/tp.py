@@ -45,6 +45,12 @@ class RankGroup:
         """Whether the value is true on every rank."""
         return bool(self.common([(int(value),)]) == {(1,)})
 
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return the first rank's tensor of integers on every rank."""
+        if self.size == 1:
+            return tensor
+        return self.total(tensor if self.rank == 0 else torch.zeros_like(tensor))
+
     def mean(self, tensor: Tensor) -> Tensor:
         """Average over the ranks; the tensor itself where there is one."""
         if self.size == 1:

@@ -1,0 +1,197 @@
+"""Probing passes: the signal that policies choose rows by, computed over the loaded KV before the final pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rag_pipeline.sglang_plugin.fusion import draft
+from rag_pipeline.sglang_plugin.fusion.attention import (
+    FusedPass,
+    Loader,
+    Observer,
+    StopPassError,
+)
+from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_view, plan_rows
+from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem
+from rag_pipeline.sglang_plugin.fusion.plan import union_rows
+from rag_pipeline.sglang_plugin.fusion.probes import DeviationObserver, MassObserver
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+
+
+class FusedPassError(RuntimeError):
+    """A pass failed on some tensor-parallel rank; every rank raises it and prefills as usual."""
+
+
+class Prober:
+    """Runs the probing passes of one forward and lets the policies choose.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    runner : ModelRunner
+        SGLang's.
+    batch : ForwardBatch
+        In an extend mode.
+    loader : Loader
+        Shared by the passes of the forward.
+    """
+
+    def __init__(self, runtime: FusionRuntime, runner: Any, batch: Any, loader: Loader) -> None:
+        assert runtime.facts is not None
+        self._runtime = runtime
+        self._facts = runtime.facts
+        self._runner = runner
+        self._batch = batch
+        self._loader = loader
+
+    def choose(self, items: Sequence[FusedItem]) -> None:
+        """Set ``chosen`` of every item."""
+        self._by_attention([i for i in items if i.entry.state.policy.signal == "attention"])
+        self._by_deviation([i for i in items if i.entry.state.policy.signal == "deviation"])
+
+    # -- the question's attention --------------------------------------------------------------
+
+    def _by_attention(self, items: Sequence[FusedItem]) -> None:
+        groups: dict[tuple[range, int], list[FusedItem]] = {}
+        for item in items:
+            policy = item.entry.state.policy
+            layers = policy.scoring_layers(self._facts.num_layers)
+            groups.setdefault((layers, policy.draft_length(item.layout)), []).append(item)
+        for (layers, drafted), members in groups.items():
+            scores = self._attention_scores(members, layers, drafted)
+            for item, mass in zip(members, scores, strict=True):
+                scored = self._runtime.group.mean(mass)[item.candidates.to(mass.device)]
+                chosen = item.entry.state.policy.select(item.layout, scores=scored)
+                item.chosen = chosen.to("cpu", torch.int64)
+
+    def _attention_scores(
+        self, members: Sequence[FusedItem], layers: range, drafted: int
+    ) -> list[Tensor]:
+        """Mass of the question's rows, and of a draft of the answer, on every position; fp32 ``[kv_len]`` each."""
+        scratch = draft.borrow_slots(self._runner, len(members), drafted) if drafted else None
+        if scratch is not None and not draft.fits(self._runner, members, drafted):
+            scratch = None
+        if drafted and not self._runtime.group.all_true(scratch is not None):
+            self._runtime.metrics.count("drafts", "left_out")
+            scratch = None
+        rows = [item.rows(item.fresh) for item in members]
+        asking, first = [], 0
+        for item, part in zip(members, rows, strict=True):
+            begin = part.positions[-1] + 1 - item.layout.question_len
+            count = int((part.positions >= begin).sum())
+            asking.append((first + part.count - count, first + part.count))
+            first += part.count
+        observer = self._mass_observer(layers, rows, asking, stops=scratch is None)
+        ids = self._run(rows, observer)
+        self._charge(members, layers, [part.count for part in rows], whole=scratch is not None)
+        if scratch is None:
+            return observer.mass
+        assert ids is not None
+        total = observer.mass
+        for step in range(drafted):
+            is_last = step == drafted - 1
+            rows = draft.rows_of_step(members, ids, scratch, step)
+            observer = self._mass_observer(
+                layers, rows, [(i, i + 1) for i in range(len(rows))], stops=is_last
+            )
+            following = self._run(rows, observer)
+            self._charge(members, layers, [1] * len(rows), whole=not is_last)
+            for sum_, mass in zip(total, observer.mass, strict=True):
+                sum_ += mass[: sum_.numel()] / drafted
+            if following is not None:
+                ids = following
+        self._runtime.metrics.count("drafts", "decoded", len(members))
+        return total
+
+    def _mass_observer(
+        self,
+        layers: range,
+        rows: Sequence[RequestRows],
+        spans: Sequence[tuple[int, int]],
+        *,
+        stops: bool,
+    ) -> MassObserver:
+        first, positions = 0, []
+        for part, (lo, hi) in zip(rows, spans, strict=True):
+            positions.append(part.positions[lo - first : hi - first])
+            first += part.count
+        slots = [part.kv_slots for part in rows]
+        return MassObserver(layers, spans, positions, slots, self._facts.scaling, stops=stops)
+
+    def _charge(
+        self, members: Sequence[FusedItem], layers: range, counts: Sequence[int], *, whole: bool
+    ) -> None:
+        """Charge a pass: all layers, or those before the last scoring layer and that one's projections."""
+        each = self._facts.num_layers if whole else layers.stop - 1 + self._facts.qkv_share
+        for item, count in zip(members, counts, strict=True):
+            item.entry.state.row_layers += each * count
+
+    # -- the deviation of recomputed KV --------------------------------------------------------
+
+    def _by_deviation(self, items: Sequence[FusedItem]) -> None:
+        """Filter the reused tokens check layer by check layer, by how far their KV deviates."""
+        groups: dict[tuple[tuple[int, ...], str], list[FusedItem]] = {}
+        for item in items:
+            policy = item.entry.state.policy
+            key = (policy.check_layers(self._facts.num_layers), policy.metric)
+            groups.setdefault(key, []).append(item)
+        for (checks, _), members in groups.items():
+            for stage, layer in enumerate(checks):
+                self._check(members, stage, layer)
+            for item in members:
+                item.chosen = item.candidates
+
+    def _check(self, members: Sequence[FusedItem], stage: int, layer: int) -> None:
+        rows, wanted, first = [], [], 0
+        for item in members:
+            positions = union_rows(item.fresh, item.candidates)
+            rows.append(item.rows(positions))
+            wanted.append(torch.searchsorted(positions, item.candidates) + first)
+            first += int(positions.numel())
+        slots = torch.cat([part.row_slots for part in rows])
+        observer = DeviationObserver(layer, wanted, slots, members[0].entry.state.policy.metric)
+        self._run(rows, observer)
+        for item, part, scores in zip(
+            members, rows, observer.scores(self._runtime.group.total), strict=True
+        ):
+            chosen = item.entry.state.policy.select(
+                item.layout, scores=scores, candidates=item.candidates, stage=stage
+            )
+            item.candidates = chosen.to("cpu", torch.int64)
+            item.kept.append(int(item.candidates.numel()))
+            item.entry.state.row_layers += (layer + self._facts.qkv_share) * part.count
+
+    # -- passes --------------------------------------------------------------------------------
+
+    def _run(self, rows: Sequence[RequestRows], observer: Observer) -> Tensor | None:
+        """Run a pass; return the likeliest next token of each request, None where the observer stopped it."""
+        plan, slots = plan_rows(rows, self._facts)
+        fused = FusedPass(
+            row_slots=slots,
+            attention=plan,
+            loader=self._loader,
+            scaling=self._facts.scaling,
+            observer=observer,
+            holds_faults=self._runtime.group.size > 1,
+        )
+        view = make_view(self._batch, rows, fused, whole_batch=False)
+        output = None
+        with contextlib.suppress(StopPassError):
+            output = self._runner._forward_raw(view, None)
+        if not self._runtime.group.all_true(fused.fault is None):
+            raise FusedPassError("a probing pass failed on a rank") from fused.fault
+        if output is None:
+            return None
+        if observer.last_layer < self._facts.num_layers:
+            raise RuntimeError(
+                "a probing pass ran to the end of the model; its observer never stopped it"
+            )
+        return self._runtime.group.first(
+            output.logits_output.next_token_logits.argmax(dim=-1).to(torch.int64)
+        )

@@ -1,0 +1,104 @@
+"""The draft that scores tokens: borrowed slots are left as they were, and without room it is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rag_pipeline.sglang_plugin.fusion import draft
+
+VOCAB, PREFIX = 256, 20
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+PREFIX_IDS, QUESTION = tokens(PREFIX, 1), tokens(6, 2)
+CHUNKS = [tokens(40 + i, 10 + i) for i in range(4)]
+
+
+def lay_out(order):
+    ids, spans = list(PREFIX_IDS), []
+    for index in order:
+        spans += [len(ids), len(ids) + len(CHUNKS[index])]
+        ids += CHUNKS[index]
+    return [*ids, *QUESTION], spans
+
+
+@pytest.fixture(params=[1, 16])
+def local(engine, request):
+    made = engine("llama", page_size=request.param)
+    for chunk in CHUNKS:
+        made.build(PREFIX_IDS, chunk)
+    made.flush()
+    return made
+
+
+def ask(local, order, **options):
+    ids, spans = lay_out(order)
+    fusion = {"spans": spans, "policy": "query:0.9"}
+    return local.submit(ids, 5, fusion=fusion | ({"options": options} if options else {}))
+
+
+def recomputed(req):
+    return req.customized_info["rag_fusion"][0]["runs"]
+
+
+def values(req):
+    return req.logprob.output_token_logprobs_val
+
+
+def allocator(local):
+    return local.scheduler.token_to_kv_pool_allocator
+
+
+def test_borrowed_slots_stay_free_and_are_nobodys(local):
+    pool = allocator(local)
+    before = pool.free_pages.clone()
+    slots = draft.borrow_slots(local.scheduler.tp_worker.model_runner, 3, 5)
+    assert slots.shape == (3, 5)
+    assert slots.unique().numel() == 15
+    assert torch.isin(slots // pool.page_size, before).all()
+    assert torch.equal(pool.free_pages, before)
+    everything = int(pool.available_size())
+    assert draft.borrow_slots(local.scheduler.tp_worker.model_runner, 1, everything + 1) is None
+
+
+def test_a_draft_leaves_the_pool_as_it_found_it(local):
+    req = ask(local, [3, 1, 0, 2])
+    local.run(req)
+    assert local.runtime.metrics.counts["drafts.decoded"] == 1
+    local.flush()
+    assert int(allocator(local).available_size()) == allocator(local).size
+
+
+def test_drafts_of_one_batch_are_those_of_each_request_alone(local):
+    orders = ([3, 1, 0, 2], [2, 0, 3, 1])
+    alone = []
+    for order in orders:
+        alone.append(ask(local, order))
+        local.run(alone[-1])
+        local.flush()
+    together = [ask(local, order) for order in orders]
+    local.run(*together)
+    for one, other in zip(alone, together, strict=True):
+        assert recomputed(one) == recomputed(other)
+        torch.testing.assert_close(values(one), values(other), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("why", ["no free slots", "end of the context"])
+def test_without_room_there_is_no_draft(local, monkeypatch, why):
+    drafted = ask(local, [3, 1, 0, 2])
+    local.run(drafted)
+    local.flush()
+    place = "borrow_slots" if why == "no free slots" else "fits"
+    monkeypatch.setattr(draft, place, lambda *_: None if place == "borrow_slots" else False)
+    req = ask(local, [3, 1, 0, 2])
+    local.run(req)
+    counts = local.runtime.metrics.counts
+    assert (counts["drafts.decoded"], counts["drafts.left_out"]) == (1, 1)
+    one, other = (r.customized_info["rag_fusion"][0] for r in (drafted, req))
+    assert (other["fallback"], other["recomputed_tokens"]) == ("", one["recomputed_tokens"])
+    assert other["computed_fraction"] < one["computed_fraction"]
