@@ -15,7 +15,7 @@ from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
 
 _LEAST_SHARE_BEHIND_DRAFT = 2 / 3
-"""Share of the budget's tokens that must be left for a draft to be worth its steps, which cost time beside work."""
+"""Share of the budget's tokens that must be left for a draft to be worth its pass."""
 
 _LEAST_SHARE = 0.2
 """Share of the budget's tokens that must be left behind the scoring pass. On the models measured, tokens chosen by
@@ -23,7 +23,7 @@ the question are worth about five times as many that are chosen without it."""
 
 
 MAX_DRAFT_TOKENS = 64
-"""Every draft token is one more pass over the model before the first token of the answer."""
+"""Longer drafts than a phrase are guesses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,8 @@ class QueryConfig:
     first_share: float = 0.25
     """Share of the tokens to recompute that goes to the first ones of every chunk, unscored; 0 for none."""
     draft_tokens: int = 4
-    """Tokens of a draft answer, decoded over the loaded KV, that score beside the question; 0 for none."""
+    """Tokens of a draft answer that score beside the question: the first is decoded over the loaded KV, the others
+    are looked up behind it in the chunks. 0 for none."""
     pool: int = 1
     """Scores are averaged over this many neighbouring tokens of a chunk; 1 for none."""
     mean_shift: float = 0.4
@@ -126,9 +127,11 @@ class QueryPolicy(Policy):
         return max(0, min(layout.num_reused, int(budget / layout.num_layers + 1e-6)))
 
     def _overhead(self, layout: ReuseLayout, drafted: int) -> int:
+        stop = self.scoring_layers(layout.num_layers).stop
         if drafted:
-            return (layout.scoring_rows + drafted) * layout.num_layers
-        return layout.scoring_rows * self.scoring_layers(layout.num_layers).stop
+            # To the logits with the question, for the draft's first token; the draft's own pass stops early again.
+            return layout.scoring_rows * layout.num_layers + drafted * stop
+        return layout.scoring_rows * stop
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
         """Count what the budget leaves after the scoring pass, or buys without one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_borrowed_slots_stay_free_and_are_nobodys(local):
 def test_a_draft_leaves_the_pool_as_it_found_it(local):
     req = ask(local, [3, 1, 0, 2])
     local.run(req)
-    assert local.runtime.metrics.counts["drafts.decoded"] == 1
+    assert local.runtime.metrics.counts["drafts.scored"] == 1
     local.flush()
     assert int(allocator(local).available_size()) == allocator(local).size
 
@@ -98,7 +100,35 @@ def test_without_room_there_is_no_draft(local, monkeypatch, why):
     req = ask(local, [3, 1, 0, 2])
     local.run(req)
     counts = local.runtime.metrics.counts
-    assert (counts["drafts.decoded"], counts["drafts.left_out"]) == (1, 1)
+    assert (counts["drafts.scored"], counts["drafts.left_out"]) == (1, 1)
     one, other = (r.customized_info["rag_fusion"][0] for r in (drafted, req))
     assert (other["fallback"], other["recomputed_tokens"]) == ("", one["recomputed_tokens"])
     assert other["computed_fraction"] < one["computed_fraction"]
+
+
+class Item:
+    """What :func:`draft.look_up` reads of a request."""
+
+    def __init__(self, prompt, spans):
+        self.prompt = torch.tensor(prompt)
+        self.entry = SimpleNamespace(
+            state=SimpleNamespace(request=SimpleNamespace(spans=spans), loads=[])
+        )
+
+
+@pytest.mark.parametrize(
+    ("first", "looked_at", "want"),
+    [
+        (7, 8, [7, 8, 9]),  # the occurrence that is looked at, not the first one
+        (7, 3, [7, 5, 6]),
+        (42, 3, [42]),  # stands in no chunk
+        (1, 0, [1]),  # stands in the system part only
+        (9, 9, [9]),  # the question behind the last chunk is no part of it
+    ],
+)
+def test_a_draft_goes_on_as_the_chunk_does(monkeypatch, first, looked_at, want):
+    monkeypatch.setattr(draft, "_NEAR", 2)
+    prompt = [1, 2, 7, 5, 6, 4, 3, 7, 8, 9, 7, 2]
+    mass = torch.zeros(12)
+    mass[looked_at] = 1.0
+    assert draft.look_up(first, Item(prompt, ((2, 6), (6, 10))), mass, 3) == want

@@ -150,19 +150,23 @@ def expect(oracle, policy, prefix, chunks, question):
                 mass.add_(weights.mean((0, 1)))
 
         k, v = [t.clone() for t in keys], [t.clone() for t in values]
-        drafted, following = policy.draft_length(layout), list(ids)
+        drafted = policy.draft_length(layout)
         h = oracle.run(ids, asking, k, v, stop=None if drafted else layers.stop, seen=seen)
-        for _ in range(drafted):
-            # Greedily over the keys and values as loaded; its mass counts as much as the question's.
-            following.append(int(oracle.log_probs(h).argmax()))
-            k = [torch.cat([t, more]) for t, more in zip(k, oracle.empty(1), strict=True)]
-            v = [torch.cat([t, more]) for t, more in zip(v, oracle.empty(1), strict=True)]
+        if drafted:
+            # The likeliest first token, and what stands behind its most attended occurrence in the chunks.
+            first, inside = int(oracle.log_probs(h).argmax()), range(spans[0][0], spans[-1][1])
+            near = {p: float(mass[max(0, p - 6) : p + 6].sum()) for p in inside if ids[p] == first}
+            at = max(near, key=near.get, default=spans[-1][1])
+            guess = [first, *ids[at + 1 : min(at + drafted, spans[-1][1])]]
+            k = [torch.cat([t, more]) for t, more in zip(k, oracle.empty(len(guess)), strict=True)]
+            v = [torch.cat([t, more]) for t, more in zip(v, oracle.empty(len(guess)), strict=True)]
 
             def look(layer, weights):
                 if layer in layers:
-                    mass.add_(weights.mean((0, 1))[: len(ids)] / drafted)
+                    mass.add_(weights.mean((0, 1))[: len(ids)])
 
-            h = oracle.run(following, torch.tensor([len(following) - 1]), k, v, seen=look)
+            behind_prompt = torch.arange(len(ids), len(ids) + len(guess))
+            oracle.run([*ids, *guess], behind_prompt, k, v, seen=look)
         chosen = policy.select(layout, scores=mass[candidates].float())
     elif policy.signal == "deviation":
         chosen = candidates
@@ -239,8 +243,8 @@ def test_fused_prefill_is_what_the_definition_says(engine, tiny_model, name, opt
     ) == (len(ids) + len(question))
     values = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
     indices = torch.tensor(req.logprob.output_top_logprobs_idx[0])
-    decoded = local.runtime.metrics.counts["drafts.decoded"]
-    assert decoded == (name.startswith("query") and options.get("draft_tokens") != 0)
+    scored = local.runtime.metrics.counts["drafts.scored"]
+    assert scored == (name.startswith("query") and options.get("draft_tokens") != 0)
     assert int(wanted.argmax()) == req.output_ids[0]
     torch.testing.assert_close(values, wanted[indices], rtol=0, atol=5e-4)
 

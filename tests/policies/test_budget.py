@@ -116,17 +116,17 @@ def test_query_pays_for_fresh_text_between_chunks_too():
     assert policy.num_selected(only_question) == ((360 * 30 - 30 * 24) // 30,)
 
 
-def test_query_pays_for_its_draft_all_layers_of_it():
-    policy = create_policy("query", draft_tokens=4)
-    assert policy.draft_length(SIX) == 4
+def test_query_pays_for_its_draft_and_for_the_way_to_the_logits():
+    policy = create_policy("query", draft_tokens=5)
+    assert policy.draft_length(SIX) == 5
     assert policy.num_selected(SIX) == (360 - 20 - 4,)
-    assert policy.computed_row_layers(SIX) == 360 * 30
+    assert policy.computed_row_layers(SIX) == (360 - 20 - 4) * 30 + 20 * 30 + 5 * 24
 
 
 def test_query_drafts_nothing_where_a_third_of_the_budget_would_go():
     # 0.15 * 480 = 72 rows; 20 and 4 of them leave two thirds, one more does not.
-    policy = create_policy("query", draft_tokens=4)
-    assert policy.draft_length(layout_of([480], question=20)) == 4
+    policy = create_policy("query", draft_tokens=5)
+    assert policy.draft_length(layout_of([480], question=20)) == 5
     shorter = layout_of([480], question=21)
     assert policy.draft_length(shorter) == 0
     plain = create_policy("query", draft_tokens=0)

@@ -12,7 +12,7 @@ attention is causal by absolute position. How a request travels, module by modul
 ``plan``           rows of a piece (chunked prefill) as plain arithmetic
 ``forward``        around ``ModelRunner.forward``: the fused pass, ordinary prefill if it fails, capture
 ``fused_forward``  loads, row selection, the batch of the fused pass; ``fused_item``: one request of it
-``probing``        the passes that policies choose rows by; ``draft``: a draft answer that scores too
+``probing``        the passes that policies choose rows by; ``draft``: a draft answer that scores
 ``batch_view``     a ``ForwardBatch`` with fewer rows
 ``attention``      around ``RadixAttention.forward``: load, write, attend
 ``probes``         what probing passes look at

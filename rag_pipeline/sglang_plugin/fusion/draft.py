@@ -1,8 +1,9 @@
-"""A draft of the answer, decoded over the loaded KV: its attention shows what the answer will look at.
+"""A draft of the answer that scores beside the question: its attention shows what the answer will look at.
 
 The question's rows show where an answer stands; what is copied from there, and what follows it, is looked at by the
 answer's own tokens. Pseudo queries of this kind were proposed for evicting KV (Lookahead Q-Cache, arXiv 2505.20334);
-here they choose what is recomputed. Every token of the draft is one more pass over the model with one row a request.
+here they choose what is recomputed. Only the first token is decoded, over the KV as loaded. The others are looked up
+in the chunks, as prompt lookup decoding does: decoding them one by one scored no better and cost one pass each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows
 from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem
+
+_NEAR = 6
+"""Attention is summed over so many positions before, and after, a token that may begin the answer."""
 
 
 def borrow_slots(runner: Any, requests: int, tokens: int) -> Tensor | None:
@@ -45,30 +49,71 @@ def fits(runner: Any, members: Sequence[FusedItem], tokens: int) -> bool:
     return longest + tokens <= int(runner.model_config.context_len)
 
 
-def rows_of_step(
-    members: Sequence[FusedItem], ids: Tensor, scratch: Tensor, step: int
+def look_up(first: int, item: FusedItem, mass: Tensor, tokens: int) -> list[int]:
+    """A draft: the likeliest first token, and what stands behind its most attended occurrence in the chunks.
+
+    Parameters
+    ----------
+    first : int
+        The answer's likeliest first token over the loaded KV.
+    item : FusedItem
+        The request.
+    mass : Tensor
+        fp32 ``[kv_len]`` the question's attention, the same on every rank.
+    tokens : int
+        Most tokens of the draft.
+
+    Returns
+    -------
+    list of int
+        The first token alone where no chunk holds it.
+    """
+    state = item.entry.state
+    prompt, near = item.prompt[: mass.numel()], _window_sums(mass.to("cpu", torch.float32))
+    inside = torch.zeros(prompt.numel(), dtype=torch.bool)
+    for start, end in state.request.spans or state.loads:
+        inside[start:end] = True
+    found = ((prompt == first) & inside).nonzero().flatten()
+    if not found.numel():
+        return [first]
+    at = int(found[near[found].argmax()])
+    following = []
+    for place in range(at + 1, min(at + tokens, prompt.numel())):
+        if not inside[place]:
+            break
+        following.append(int(prompt[place]))
+    return [first, *following]
+
+
+def _window_sums(mass: Tensor) -> Tensor:
+    """Attention near each position: what is looked at may be a word or two away from what is copied."""
+    padded = torch.nn.functional.pad(mass.double(), (_NEAR, _NEAR)).cumsum(0)
+    padded = torch.nn.functional.pad(padded, (1, 0))
+    return padded[2 * _NEAR : 2 * _NEAR + mass.numel()] - padded[: mass.numel()]
+
+
+def rows_behind(
+    members: Sequence[FusedItem], drafts: Sequence[Sequence[int]], scratch: Tensor
 ) -> list[RequestRows]:
-    """One row a request: the draft's token number `step`, behind the prompt and the draft so far.
+    """Rows of the drafts, each behind its prompt, their KV in borrowed slots.
 
     Parameters
     ----------
     members : sequence of FusedItem
         Requests in their last piece.
-    ids : Tensor
-        int64 ``[requests]``: the tokens.
+    drafts : sequence of sequence of int
+        Token ids of each draft, at least one.
     scratch : Tensor
         From :func:`borrow_slots`.
-    step : int
-        From 0.
     """
     rows = []
-    for index, item in enumerate(members):
-        slots = torch.cat([item.kv_slots, scratch[index, : step + 1].to(item.kv_slots.device)])
+    for item, ids, own in zip(members, drafts, scratch, strict=True):
+        slots = torch.cat([item.kv_slots, own[: len(ids)].to(item.kv_slots.device)])
         rows.append(
             RequestRows(
                 index=item.entry.index,
-                positions=torch.tensor([int(slots.numel()) - 1]),
-                ids=ids[index : index + 1].to(slots.device),
+                positions=torch.arange(int(slots.numel()) - len(ids), int(slots.numel())),
+                ids=torch.tensor(list(ids), dtype=torch.int64, device=slots.device),
                 kv_slots=slots,
             )
         )

@@ -66,7 +66,7 @@ class Prober:
         for (layers, drafted), members in groups.items():
             scores = self._attention_scores(members, layers, drafted)
             for item, mass in zip(members, scores, strict=True):
-                scored = self._runtime.group.mean(mass)[item.candidates.to(mass.device)]
+                scored = mass[item.candidates.to(mass.device)]
                 chosen = item.entry.state.policy.select(item.layout, scores=scored)
                 item.chosen = chosen.to("cpu", torch.int64)
 
@@ -74,63 +74,57 @@ class Prober:
         self, members: Sequence[FusedItem], layers: range, drafted: int
     ) -> list[Tensor]:
         """Mass of the question's rows, and of a draft of the answer, on every position; fp32 ``[kv_len]`` each."""
-        scratch = draft.borrow_slots(self._runner, len(members), drafted) if drafted else None
-        if scratch is not None and not draft.fits(self._runner, members, drafted):
-            scratch = None
-        if drafted and not self._runtime.group.all_true(scratch is not None):
-            self._runtime.metrics.count("drafts", "left_out")
-            scratch = None
+        scratch = self._scratch(members, drafted) if drafted else None
         rows = [item.rows(item.fresh) for item in members]
-        asking, first = [], 0
-        for item, part in zip(members, rows, strict=True):
-            begin = part.positions[-1] + 1 - item.layout.question_len
-            count = int((part.positions >= begin).sum())
-            asking.append((first + part.count - count, first + part.count))
-            first += part.count
-        observer = self._mass_observer(layers, rows, asking, stops=scratch is None)
-        ids = self._run(rows, observer)
-        self._charge(members, layers, [part.count for part in rows], whole=scratch is not None)
-        if scratch is None:
-            return observer.mass
-        assert ids is not None
-        total = observer.mass
-        for step in range(drafted):
-            is_last = step == drafted - 1
-            rows = draft.rows_of_step(members, ids, scratch, step)
-            observer = self._mass_observer(
-                layers, rows, [(i, i + 1) for i in range(len(rows))], stops=is_last
-            )
-            following = self._run(rows, observer)
-            self._charge(members, layers, [1] * len(rows), whole=not is_last)
-            for sum_, mass in zip(total, observer.mass, strict=True):
-                sum_ += mass[: sum_.numel()] / drafted
-            if following is not None:
-                ids = following
-        self._runtime.metrics.count("drafts", "decoded", len(members))
-        return total
+        asking = [
+            int((part.positions > part.positions[-1] - item.layout.question_len).sum())
+            for item, part in zip(members, rows, strict=True)
+        ]
+        total, ids = self._mass(members, rows, asking, layers, stops=scratch is None)
+        if scratch is None or ids is None:
+            return total
+        drafts = [
+            draft.look_up(int(first), item, mass, drafted)
+            for first, item, mass in zip(ids.tolist(), members, total, strict=True)
+        ]
+        rows = draft.rows_behind(members, drafts, scratch)
+        more, _ = self._mass(members, rows, [part.count for part in rows], layers, stops=True)
+        self._runtime.metrics.count("drafts", "scored", len(members))
+        return [mass + extra[: mass.numel()] for mass, extra in zip(total, more, strict=True)]
 
-    def _mass_observer(
+    def _scratch(self, members: Sequence[FusedItem], drafted: int) -> Tensor | None:
+        """Slots for the drafts on every rank, or on none."""
+        slots = draft.borrow_slots(self._runner, len(members), drafted)
+        if not draft.fits(self._runner, members, drafted):
+            slots = None
+        if self._runtime.group.all_true(slots is not None):
+            return slots
+        self._runtime.metrics.count("drafts", "left_out", len(members))
+        return None
+
+    def _mass(
         self,
-        layers: range,
+        members: Sequence[FusedItem],
         rows: Sequence[RequestRows],
-        spans: Sequence[tuple[int, int]],
+        asking: Sequence[int],
+        layers: range,
         *,
         stops: bool,
-    ) -> MassObserver:
-        first, positions = 0, []
-        for part, (lo, hi) in zip(rows, spans, strict=True):
-            positions.append(part.positions[lo - first : hi - first])
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Run a pass; mass of each request's last `asking` rows, and its likeliest next token unless it stops."""
+        spans, positions, first = [], [], 0
+        for part, count in zip(rows, asking, strict=True):
             first += part.count
+            spans.append((first - count, first))
+            positions.append(part.positions[part.count - count :])
         slots = [part.kv_slots for part in rows]
-        return MassObserver(layers, spans, positions, slots, self._facts.scaling, stops=stops)
-
-    def _charge(
-        self, members: Sequence[FusedItem], layers: range, counts: Sequence[int], *, whole: bool
-    ) -> None:
-        """Charge a pass: all layers, or those before the last scoring layer and that one's projections."""
-        each = self._facts.num_layers if whole else layers.stop - 1 + self._facts.qkv_share
-        for item, count in zip(members, counts, strict=True):
-            item.entry.state.row_layers += each * count
+        observer = MassObserver(layers, spans, positions, slots, self._facts.scaling, stops=stops)
+        ids = self._run(rows, observer)
+        each = layers.stop - 1 + self._facts.qkv_share if stops else self._facts.num_layers
+        for item, part in zip(members, rows, strict=True):
+            item.entry.state.row_layers += each * part.count
+        # Averaged at once: what is looked up by it must be the same on every rank.
+        return [self._runtime.group.mean(mass) for mass in observer.mass], ids
 
     # -- the deviation of recomputed KV --------------------------------------------------------
 
