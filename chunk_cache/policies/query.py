@@ -1,4 +1,4 @@
-"""Query-aware selection: recompute the tokens that the question attends to."""
+"""Query-aware selection: recompute the tokens that the question, and a draft of the answer, attend to."""
 
 from __future__ import annotations
 
@@ -64,13 +64,17 @@ class QueryConfig:
 
 
 class QueryPolicy(Policy):
-    """Tokens with the largest attention mass from the question over the middle layers.
+    """Tokens with the largest attention mass from the question, and from a draft of the answer, over the middle layers.
 
     The fresh rows run over the loaded KV through layers ``0 .. 0.8 L``; the mass is the mean over question rows,
     heads and layers ``0.5 L .. 0.8 L``. Same family as ProphetKV (arXiv 2602.02579) and A3 (arXiv 2511.17560), which
     score all layers, or one; the middle layers measured best here. A quarter of the tokens goes to the first ones of
     every chunk (EPIC, arXiv 2410.15332): on the sets measured it changed the mean little and the worst answers much,
     those whose words are a chunk's title.
+
+    The question's rows look for the place of the answer; the answer's own rows look at what is copied from there. So
+    a draft of four tokens scores beside the question (pseudo queries, Lookahead Q-Cache, arXiv 2505.20334): the first
+    is the likeliest one over the loaded KV, the others are those behind its most attended occurrence in the chunks.
 
     The scoring pass costs ``0.8 L`` for every fresh row, whatever the number of reused tokens. Where a prompt reuses
     so little that less than a fifth of the budget would be left for tokens, and where no question stands behind
