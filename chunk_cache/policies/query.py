@@ -14,7 +14,7 @@ from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
 
-_LEAST_SHARE_BEHIND_DRAFT = 2 / 3
+_LEAST_SHARE_BEHIND_DRAFT = 0.5
 """Share of the budget's tokens that must be left for a draft to be worth its pass."""
 
 _LEAST_SHARE = 0.2
@@ -117,7 +117,7 @@ class QueryPolicy(Policy):
         return self.mean_shift if self.needs_signal(layout) else 0.0
 
     def draft_length(self, layout: ReuseLayout) -> int:
-        """As configured, where at least two thirds of the budget are left behind it."""
+        """As configured, where at least half of the budget is left behind it."""
         left = self._left(layout, self._overhead(layout, self.config.draft_tokens))
         least = _LEAST_SHARE_BEHIND_DRAFT * self.ratio * layout.num_reused
         return self.config.draft_tokens if left >= least else 0

@@ -123,11 +123,11 @@ def test_query_pays_for_its_draft_and_for_the_way_to_the_logits():
     assert policy.computed_row_layers(SIX) == (360 - 20 - 4) * 30 + 20 * 30 + 5 * 24
 
 
-def test_query_drafts_nothing_where_a_third_of_the_budget_would_go():
-    # 0.15 * 480 = 72 rows; 20 and 4 of them leave two thirds, one more does not.
+def test_query_drafts_nothing_where_half_of_the_budget_would_go():
+    # 0.15 * 480 = 72 rows; 32 and 4 of them leave half, one more does not.
     policy = create_policy("query", draft_tokens=5)
-    assert policy.draft_length(layout_of([480], question=20)) == 5
-    shorter = layout_of([480], question=21)
+    assert policy.draft_length(layout_of([480], question=32)) == 5
+    shorter = layout_of([480], question=33)
     assert policy.draft_length(shorter) == 0
     plain = create_policy("query", draft_tokens=0)
     assert policy.num_selected(shorter) == plain.num_selected(shorter)
