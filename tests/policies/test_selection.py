@@ -83,7 +83,7 @@ def test_epic_with_a_fixed_k():
 
 def test_query_takes_the_tokens_with_the_largest_mass_and_no_other():
     spans = layout((4, 54), (54, 104))
-    policy = create_policy("query", ratio=0.2, first_share=0)
+    policy = create_policy("query", ratio=0.2, first_share=0, draft_tokens=0)
     (count,) = policy.num_selected(spans)
     assert count == (20 * 10 - 5 * 8) // 10
     mass = torch.zeros(100)
@@ -94,7 +94,7 @@ def test_query_takes_the_tokens_with_the_largest_mass_and_no_other():
 
 def test_query_spends_a_share_on_the_first_tokens_of_every_chunk():
     spans = layout((4, 54), (54, 104))
-    policy = create_policy("query", ratio=0.2, first_share=0.5)
+    policy = create_policy("query", ratio=0.2, first_share=0.5, draft_tokens=0)
     assert policy.num_selected(spans) == (16,)
     mass = torch.arange(100.0)  # the largest mass lies at the end of the second chunk
     firsts = [*range(4, 8), *range(54, 58)]
