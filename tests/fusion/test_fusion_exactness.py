@@ -104,7 +104,9 @@ def test_what_a_forward_really_computes_stays_within_the_ratio(engine, size):
             # A token is computed whole or not, and the scoring pass ends inside its last layer, for which it
             # is charged whole: not more than that is left unspent.
             if name in ("query", "epic"):
-                assert work > ratio * reused - 1 - 0.2 * len(question)
+                # A draft is paid for in full and may come out shorter.
+                unspent = 1 + 0.2 * len(question) + (4 if name == "query" else 0)
+                assert work > ratio * reused - unspent
                 assert got["recomputed_tokens"] > 0
 
 

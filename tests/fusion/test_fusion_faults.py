@@ -94,18 +94,20 @@ def break_at(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("policy", "step", "layer", "reason"),
+    ("policy", "options", "step", "layer", "reason"),
     [
-        ("reuse", "load", 0, "fused_pass_error"),
-        ("epic:0.4", "load", 3, "fused_pass_error"),
+        ("reuse", {}, "load", 0, "fused_pass_error"),
+        ("epic:0.4", {}, "load", 3, "fused_pass_error"),
         # The scoring pass has run, and written, before the final pass fails in the last layer.
-        ("query:0.6", "layer", 4, "fused_pass_error"),
-        ("query:0.6", "mass", 2, "internal_error"),
-        ("cacheblend:0.9", "deviation", 1, "internal_error"),
+        ("query:0.6", {"draft_tokens": 0}, "layer", 4, "fused_pass_error"),
+        # With a draft the scoring pass goes to the last layer, and fails there.
+        ("query:0.6", {}, "layer", 4, "internal_error"),
+        ("query:0.6", {}, "mass", 2, "internal_error"),
+        ("cacheblend:0.9", {}, "deviation", 1, "internal_error"),
     ],
 )
 def test_a_failed_pass_is_plain_prefill_to_the_bit(
-    engine, break_at, caplog, policy, step, layer, reason
+    engine, break_at, caplog, policy, options, step, layer, reason
 ):
     local = stored(engine("llama"))
     ids, spans = lay_out(CHUNKS[::-1], tokens(9, 3))
@@ -117,7 +119,8 @@ def test_a_failed_pass_is_plain_prefill_to_the_bit(
     for turn in range(2):
         local.flush()
         with caplog.at_level(logging.ERROR, "rag_pipeline.sglang_plugin.fusion"):
-            req = local.submit(ids, 6, fusion={"spans": spans, "policy": policy})
+            fusion = {"spans": spans, "policy": policy} | ({"options": options} if options else {})
+            req = local.submit(ids, 6, fusion=fusion)
             prefill(local, req)
         assert failed
         assert torch.equal(pool_rows(local, req), wanted)
