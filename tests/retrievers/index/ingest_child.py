@@ -39,6 +39,8 @@ def documents() -> list[Document]:
 
 
 def main() -> None:
+    # A suite started in the background by a shell inherits an ignored SIGINT, and hands it on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     index, model = sys.argv[1:3]
     stop_at = sys.argv[3] if len(sys.argv) > 3 else ""
     wait_at = int(stop_at) if stop_at.isdigit() else None
