@@ -76,7 +76,8 @@ class QueryPolicy(Policy):
     a draft of four tokens scores beside the question (pseudo queries, Lookahead Q-Cache, arXiv 2505.20334): the first
     is the likeliest one over the loaded KV, the others are those behind its most attended occurrence in the chunks.
 
-    The scoring pass costs ``0.8 L`` for every fresh row, whatever the number of reused tokens. Where a prompt reuses
+    The scoring pass costs ``0.8 L`` for every fresh row, whatever the number of reused tokens; with a draft ``L``, and
+    ``0.8 L`` for every token of it, so it is left out where less than half of the budget would remain. Where a prompt reuses
     so little that less than a fifth of the budget would be left for tokens, and where no question stands behind
     the last chunk, nothing is scored: the whole budget goes to the first tokens of every chunk (EPIC), without
     mean shift, because first tokens move more than the rest and would shift it too far.

@@ -44,7 +44,7 @@ def ask(local, order, **options):
     return local.submit(ids, 5, fusion=fusion | ({"options": options} if options else {}))
 
 
-def recomputed(req):
+def runs(req):
     return req.customized_info["rag_fusion"][0]["runs"]
 
 
@@ -85,8 +85,9 @@ def test_drafts_of_one_batch_are_those_of_each_request_alone(local):
         local.flush()
     together = [ask(local, order) for order in orders]
     local.run(*together)
+    assert local.runtime.metrics.counts["drafts.scored"] == 4
     for one, other in zip(alone, together, strict=True):
-        assert recomputed(one) == recomputed(other)
+        assert runs(one) == runs(other)
         torch.testing.assert_close(values(one), values(other), rtol=0, atol=1e-4)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_kernels import PositionCausalPlan, plan_position_causal
-from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass
+from rag_kernels import MeanShiftPlan, PositionCausalPlan, plan_position_causal
+from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass, Loader, Observer
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
 _PADDING_SLOT = 0
 """SGLang's pools keep slot 0 out of circulation for rows whose KV nobody wants."""
@@ -69,6 +70,28 @@ def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionC
         head_dim=facts.head_dim,
     )
     return plan, torch.cat([r.row_slots for r in rows])
+
+
+def make_pass(
+    runtime: FusionRuntime,
+    loader: Loader,
+    rows: Sequence[RequestRows],
+    *,
+    observer: Observer | None = None,
+    shifts: tuple[MeanShiftPlan, ...] = (),
+) -> FusedPass:
+    """One pass over these rows; a probing pass has an observer, the final one the shifts."""
+    assert runtime.facts is not None
+    plan, slots = plan_rows(rows, runtime.facts)
+    return FusedPass(
+        row_slots=slots,
+        attention=plan,
+        loader=loader,
+        scaling=runtime.facts.scaling,
+        shifts=shifts,
+        observer=observer,
+        holds_faults=runtime.group.size > 1,
+    )
 
 
 def whole_rows(

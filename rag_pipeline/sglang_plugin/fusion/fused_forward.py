@@ -12,7 +12,7 @@ from torch import Tensor
 from rag_kernels import MeanShiftPlan, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.attention import FusedPass, Loader, LoadItem
-from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_view, plan_rows
+from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_pass, make_view
 from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem, PlanEntry
 from rag_pipeline.sglang_plugin.fusion.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
@@ -61,15 +61,7 @@ class FusedForward:
                 shifts += self._shift(item, part, first)
             rows.append(part)
             first += part.count
-        plan, slots = plan_rows(rows, self._facts)
-        fused = FusedPass(
-            row_slots=slots,
-            attention=plan,
-            loader=self._loader,
-            scaling=self._facts.scaling,
-            shifts=tuple(shifts),
-            holds_faults=self._runtime.group.size > 1,
-        )
+        fused = make_pass(self._runtime, self._loader, rows, shifts=tuple(shifts))
         view = make_view(self._batch, rows, fused, whole_batch=True)
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
         return view, fused

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from rag_pipeline.sglang_plugin.fusion import draft
-from rag_pipeline.sglang_plugin.fusion.attention import (
-    FusedPass,
-    Loader,
-    Observer,
-    StopPassError,
-)
-from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_view, plan_rows
+from rag_pipeline.sglang_plugin.fusion.attention import Loader, Observer, StopPassError
+from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_pass, make_view
 from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.plan import union_rows
 from rag_pipeline.sglang_plugin.fusion.probes import DeviationObserver, MassObserver
@@ -165,15 +160,7 @@ class Prober:
 
     def _run(self, rows: Sequence[RequestRows], observer: Observer) -> Tensor | None:
         """Run a pass; return the likeliest next token of each request, None where the observer stopped it."""
-        plan, slots = plan_rows(rows, self._facts)
-        fused = FusedPass(
-            row_slots=slots,
-            attention=plan,
-            loader=self._loader,
-            scaling=self._facts.scaling,
-            observer=observer,
-            holds_faults=self._runtime.group.size > 1,
-        )
+        fused = make_pass(self._runtime, self._loader, rows, observer=observer)
         view = make_view(self._batch, rows, fused, whole_batch=False)
         output = None
         with contextlib.suppress(StopPassError):
