@@ -31,12 +31,12 @@ def borrow_slots(runner: Any, requests: int, tokens: int) -> Tensor | None:
     Returns
     -------
     Tensor or None
-        int64 ``[requests, tokens]``; None where so many are not free, or the allocator has no list of free pages.
+        int64 ``[requests, tokens]``; None where so many are not free.
     """
     allocator = runner.token_to_kv_pool_allocator
-    pages, size = getattr(allocator, "free_pages", None), int(allocator.page_size)
+    pages, size = allocator.get_all_free_pages(), int(allocator.page_size)
     needed = requests * tokens
-    if not isinstance(pages, Tensor) or pages.numel() * size < needed:
+    if pages.numel() * size < needed:
         return None
     first = pages[: -(-needed // size)].to(torch.int64)
     slots = first[:, None] * size + torch.arange(size, device=first.device)

@@ -25,6 +25,16 @@ _ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
 _WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _STREAMER = _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer."
 
+USED = tuple(
+    HookTarget(
+        path=f"{_SRT}mem_cache.allocator.{allocator}.get_all_free_pages",
+        kind="uses",
+        why="free slots are borrowed for the draft's pass",
+    )
+    for allocator in ("token.TokenToKVPoolAllocator", "paged.PagedTokenToKVPoolAllocator")
+)
+"""What fusion calls without hooking it."""
+
 
 def _row(
     path: str, kind: str, why: str, hook: Callable[..., Any], *params: str
@@ -200,6 +210,6 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     rows = hook_rows()
-    add_targets(target for target, _ in rows)
+    add_targets([*(target for target, _ in rows), *USED])
     for target, hook in rows:
         HookRegistry.register(target.path, hook, HookType(target.kind))
