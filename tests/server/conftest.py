@@ -38,6 +38,17 @@ class Server:
             base_url=self.url, headers=headers, timeout=300, trust_env=False, **options
         )
 
+    def post(self, path: str, body: Any, tenant: str | None = "operator") -> httpx.Response:
+        with self.client(tenant) as client:
+            return client.post(path, json=body)
+
+    @staticmethod
+    def is_one_line(refusal: httpx.Response) -> bool:
+        """Whether an answer is an error of one line that gives its own status code."""
+        error = refusal.json()["error"]
+        message = error["message"]
+        return bool(message) and "\n" not in message and error["code"] == refusal.status_code
+
     def internal_state(self) -> dict[str, Any]:
         with self.client() as client:
             return client.get("/server_info").json()["internal_states"][0]
