@@ -31,8 +31,8 @@ class Policy(ABC):
         Run the fresh rows over the loaded KV through layers ``0 .. stop - 1`` of :meth:`scoring_layers`' range,
         average the attention mass of the question rows over the layers of the range, then
         ``select(layout, scores=mass[reused_positions])``; where :meth:`draft_length` is not 0 the pass goes on to
-        the logits, a draft of so many tokens follows, and its average mass is added. The main pass then runs from
-        layer 0 with known rows.
+        the logits, a draft of so many tokens follows, and :meth:`select_with_draft` takes its average mass too. The
+        main pass then runs from layer 0 with known rows.
         When :meth:`needs_signal` is False for a layout, skip the pass: ``select(layout)`` answers alone.
     ``deviation``
         Where :meth:`needs_signal` is False, ``select(layout)`` answers before layer 0. Else compute every row up to the first check layer. At check layer ``i`` compute K and V of the rows still
@@ -127,6 +127,23 @@ class Policy(ABC):
         Tensor
             int64, rising, a subset of the candidates, on the device of the scores (else the CPU).
         """
+
+    def select_with_draft(self, layout: ReuseLayout, *, scores: Tensor, drafted: Tensor) -> Tensor:
+        """Positions of the reused tokens to compute, chosen by the question and a draft of the answer.
+
+        Parameters
+        ----------
+        layout : ReuseLayout
+            The request.
+        scores, drafted : Tensor
+            ``[num_reused]`` attention mass of the question's rows, and of the draft's.
+
+        Returns
+        -------
+        Tensor
+            As :meth:`select`; by default what it chooses by the sum.
+        """
+        return self.select(layout, scores=scores + drafted)
 
     @abstractmethod
     def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:

@@ -37,10 +37,12 @@ class QueryConfig:
     stop_layer: float = 0.8
     """Depth at which the scoring pass ends, as a share of the layers."""
     first_share: float = 0.25
-    """Share of the tokens to recompute that goes to the first ones of every chunk, unscored; 0 for none."""
+    """Share of the tokens that the question chooses which goes to the first ones of every chunk, unscored."""
     draft_tokens: int = 4
     """Tokens of a draft answer that score beside the question: the first is decoded over the loaded KV, the others
     are looked up behind it in the chunks. 0 for none."""
+    draft_share: float = 0.3
+    """Share of the tokens to recompute that the draft chooses, among those that the question has not."""
     pool: int = 1
     """Scores are averaged over this many neighbouring tokens of a chunk; 1 for none."""
     mean_shift: float = 0.4
@@ -49,6 +51,7 @@ class QueryConfig:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_ratio(self.first_share, "first_share")
+        check_ratio(self.draft_share, "draft_share")
         check_ratio(self.mean_shift, "mean_shift")
         if not 0.0 <= self.first_layer < self.stop_layer <= 1.0:
             raise ValueError(
@@ -73,8 +76,10 @@ class QueryPolicy(Policy):
     those whose words are a chunk's title.
 
     The question's rows look for the place of the answer; the answer's own rows look at what is copied from there. So
-    a draft of four tokens scores beside the question (pseudo queries, Lookahead Q-Cache, arXiv 2505.20334): the first
-    is the likeliest one over the loaded KV, the others are those behind its most attended occurrence in the chunks.
+    a draft of four tokens scores too (pseudo queries, Lookahead Q-Cache, arXiv 2505.20334): the first is the likeliest
+    one over the loaded KV, the others are those behind its most attended occurrence in the chunks. It chooses the last
+    three tenths of the tokens, among those that the question left: the two masses are not added, because a draft that
+    is wrong has as much of it as one that is right.
 
     The scoring pass costs ``0.8 L`` for every fresh row, whatever the number of reused tokens; with a draft ``L``, and
     ``0.8 L`` for every token of it, so it is left out where less than half of the budget would remain. Where a prompt reuses
@@ -118,7 +123,9 @@ class QueryPolicy(Policy):
         return self.mean_shift if self.needs_signal(layout) else 0.0
 
     def draft_length(self, layout: ReuseLayout) -> int:
-        """As configured, where at least half of the budget is left behind it."""
+        """As configured, where it may choose and at least half of the budget is left behind it."""
+        if self.config.draft_share == 0.0:
+            return 0
         left = self._left(layout, self._overhead(layout, self.config.draft_tokens))
         least = _LEAST_SHARE_BEHIND_DRAFT * self.ratio * layout.num_reused
         return self.config.draft_tokens if left >= least else 0
@@ -160,12 +167,27 @@ class QueryPolicy(Policy):
                 "query selects by attention mass: give scores (rag_kernels.query_attention_mass)."
             )
         positions = layout.reused_positions() if candidates is None else candidates
-        scores = self._with_firsts(self._pooled(scores, layout), layout)
-        return top_positions(scores, positions, self._count(layout))
+        return self._by_question(layout, scores, positions, self._count(layout))
 
-    def _with_firsts(self, scores: Tensor, layout: ReuseLayout) -> Tensor:
+    def select_with_draft(self, layout: ReuseLayout, *, scores: Tensor, drafted: Tensor) -> Tensor:
+        """Let the question choose first, then the draft among what is left: a wrong draft costs no more than its share."""
+        count = self._count(layout)
+        of_draft = int(self.config.draft_share * count)
+        positions = layout.reused_positions().to(scores.device)
+        asked = self._by_question(layout, scores, positions, count - of_draft)
+        left = torch.isin(positions, asked, invert=True)
+        more = top_positions(self._pooled(drafted, layout)[left], positions[left], of_draft)
+        return torch.cat([asked, more]).sort().values
+
+    def _by_question(
+        self, layout: ReuseLayout, scores: Tensor, positions: Tensor, count: int
+    ) -> Tensor:
+        scores = self._with_firsts(self._pooled(scores, layout), layout, count)
+        return top_positions(scores, positions, count)
+
+    def _with_firsts(self, scores: Tensor, layout: ReuseLayout, count: int) -> Tensor:
         """Put the first tokens of every chunk above all others, as many as their share buys."""
-        each = int(self.config.first_share * self._count(layout) / max(1, len(layout.spans)))
+        each = int(self.config.first_share * count / max(1, len(layout.spans)))
         if each == 0:
             return scores
         out, lo = scores.clone(), 0

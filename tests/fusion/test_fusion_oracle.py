@@ -161,13 +161,19 @@ def expect(oracle, policy, prefix, chunks, question):
             k = [torch.cat([t, more]) for t, more in zip(k, oracle.empty(len(guess)), strict=True)]
             v = [torch.cat([t, more]) for t, more in zip(v, oracle.empty(len(guess)), strict=True)]
 
+            extra = torch.zeros(len(ids)).double()
+
             def look(layer, weights):
                 if layer in layers:
-                    mass.add_(weights.mean((0, 1))[: len(ids)])
+                    extra.add_(weights.mean((0, 1))[: len(ids)])
 
             behind_prompt = torch.arange(len(ids), len(ids) + len(guess))
             oracle.run([*ids, *guess], behind_prompt, k, v, seen=look)
-        chosen = policy.select(layout, scores=mass[candidates].float())
+            chosen = policy.select_with_draft(
+                layout, scores=mass[candidates].float(), drafted=extra[candidates].float()
+            )
+        else:
+            chosen = policy.select(layout, scores=mass[candidates].float())
     elif policy.signal == "deviation":
         chosen = candidates
         for stage, layer in enumerate(policy.check_layers(oracle.layers)):

@@ -106,6 +106,23 @@ def test_query_spends_a_share_on_the_first_tokens_of_every_chunk():
     assert len(got) == 16
 
 
+def test_a_draft_chooses_its_share_of_what_the_question_left():
+    spans = layout((4, 54), (54, 104))
+    policy = create_policy("query", ratio=0.3, first_share=0, draft_tokens=2, draft_share=0.25)
+    (count,) = policy.num_selected(spans)
+    asked, drafted = torch.arange(100.0), torch.zeros(100)
+    drafted[[0, 7, 8, 98, 99]] = torch.tensor([5.0, 2, 1, 9, 9])
+    of_draft = int(0.25 * count)
+    want = {99 - i for i in range(count - of_draft)} | {0, 7, 8}
+    got = {p - 4 for p in policy.select_with_draft(spans, scores=asked, drafted=drafted).tolist()}
+    assert len(got) == count
+    assert want <= got
+    # Without a share of its own the draft changes nothing.
+    none = create_policy("query", ratio=0.3, first_share=0, draft_tokens=2, draft_share=0.0)
+    alone = none.select(spans, scores=asked).tolist()
+    assert none.select_with_draft(spans, scores=asked, drafted=drafted).tolist() == alone
+
+
 def test_query_pools_within_chunks_only():
     spans = layout((4, 10), (10, 16), layers=1)
     policy = create_policy("query", ratio=0.9, pool=4, stop_layer=1.0, first_share=0)

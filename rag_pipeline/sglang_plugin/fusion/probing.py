@@ -59,16 +59,21 @@ class Prober:
             layers = policy.scoring_layers(self._facts.num_layers)
             groups.setdefault((layers, policy.draft_length(item.layout)), []).append(item)
         for (layers, drafted), members in groups.items():
-            scores = self._attention_scores(members, layers, drafted)
-            for item, mass in zip(members, scores, strict=True):
-                scored = mass[item.candidates.to(mass.device)]
-                chosen = item.entry.state.policy.select(item.layout, scores=scored)
+            asked, extra = self._attention_scores(members, layers, drafted)
+            for i, item in enumerate(members):
+                policy, at = item.entry.state.policy, item.candidates.to(asked[i].device)
+                if extra is None:
+                    chosen = policy.select(item.layout, scores=asked[i][at])
+                else:
+                    chosen = policy.select_with_draft(
+                        item.layout, scores=asked[i][at], drafted=extra[i][at]
+                    )
                 item.chosen = chosen.to("cpu", torch.int64)
 
     def _attention_scores(
         self, members: Sequence[FusedItem], layers: range, drafted: int
-    ) -> list[Tensor]:
-        """Mass of the question's rows, and of a draft of the answer, on every position; fp32 ``[kv_len]`` each."""
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Mass of the question's rows on every position, fp32 ``[kv_len]`` each; the same of a draft, where there is one."""
         scratch = self._scratch(members, drafted) if drafted else None
         rows = [item.rows(item.fresh) for item in members]
         asking = [
@@ -77,7 +82,7 @@ class Prober:
         ]
         total, ids = self._mass(members, rows, asking, layers, stops=scratch is None)
         if scratch is None or ids is None:
-            return total
+            return total, None
         drafts = [
             draft.look_up(int(first), item, mass, drafted)
             for first, item, mass in zip(ids.tolist(), members, total, strict=True)
@@ -85,7 +90,7 @@ class Prober:
         rows = draft.rows_behind(members, drafts, scratch)
         more, _ = self._mass(members, rows, [part.count for part in rows], layers, stops=True)
         self._runtime.metrics.count("drafts", "scored", len(members))
-        return [mass + extra[: mass.numel()] for mass, extra in zip(total, more, strict=True)]
+        return total, more
 
     def _scratch(self, members: Sequence[FusedItem], drafted: int) -> Tensor | None:
         """Slots for the drafts on every rank, or on none."""
