@@ -140,13 +140,17 @@ class ServerUnderTest:
             self._flush()
             runs.append(self._load([prompt], mode, rate=1.0, bound=1.0))
         found = {
-            "ttft_p50_s": round(statistics.median(run.ttft_p50_s for run in runs), 4),
-            "latency_p50_s": round(statistics.median(run.latency_p50_s for run in runs), 4),
+            "ttft_p50_s": round(float(statistics.median(run.ttft_p50_s for run in runs)), 4),
+            "latency_p50_s": round(float(statistics.median(run.latency_p50_s for run in runs)), 4),
         }
         if mode.fused:
             shares = [report["computed_fraction"] for report in reports]
             found["computed_fraction"] = round(statistics.median(shares), 4)
-        self._progress(f"{mode.name} alone: {found}")
+        computed = f", {found['computed_fraction']:.0%} computed" if mode.fused else ""
+        self._progress(
+            f"{mode.name} alone: TTFT p50 {found['ttft_p50_s']:.2f} s, "
+            f"latency p50 {found['latency_p50_s']:.2f} s{computed}"
+        )
         return found
 
     def drive(self, modes: list[Mode], rates: tuple[float, ...], bound: float) -> list[Any]:
