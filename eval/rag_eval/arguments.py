@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+INTERRUPTED = 130
+"""Exit code of a measurement that was interrupted; what it had measured is printed."""
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that shows defaults and says no in one line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def interrupt_at(text: str) -> Callable[[str], None]:
+    """Stands in for Ctrl-C: a progress that breaks off at a line."""
+
+    def progress(line: str) -> None:
+        if text in line:
+            raise KeyboardInterrupt
+
+    return progress
+
+
 @pytest.mark.engine
 def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
     tiny_path: Path, capsys: pytest.CaptureFixture[str]
@@ -87,10 +98,20 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
         words += ["--rates", "50", "--requests", "3", "--corpus", "4", "--chunks", "2"]
         assert throughput.main([*words, "--chunk-tokens", "32", "--output-tokens", "2"]) == 0
         assert "goodput" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            throughput.run(config, interrupt_at("chunks computed"))
+        broken_off = throughput.run(config, interrupt_at("prefix at 2/s"))
         # A mode that reuses nothing here: chunks of fewer tokens than fusion takes on.
         words[words.index("--requests") + 1] = "1"
         assert throughput.main([*words, "--chunk-tokens", "1", "--chunks", "1"]) == 1
         assert "epic:0.2" in capsys.readouterr().err
+    assert broken_off["interrupted"] is True
+    assert [(run["mode"], run["rate"]) for run in broken_off["runs"]] == [("prefix", 2.0)]
+    assert broken_off["modes"]["prefix"]["best_goodput_per_s"] > 0
+    assert broken_off["modes"]["query:0.15"]["best_goodput_per_s"] is None
+    assert "prefix" in throughput.table(broken_off)
+    json.dumps(broken_off, allow_nan=False)
+    assert report["interrupted"] is False
     json.dumps(report, allow_nan=False)
     assert report["warm"]["chunks"] == SHAPE.corpus
     assert report["modes"]["query:0.15"]["computed_fraction"] < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,29 @@ def test_every_mode_is_timed_at_every_length(
         assert query["computed_fraction"] < prefix["computed_fraction"]
     assert "modes" not in report
     assert "300" in ttft.table(report)
+    assert report["interrupted"] is False
     plot_ttft(report, tmp_path / "deep" / "ttft.png")
     assert (tmp_path / "deep" / "ttft.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.engine
+def test_an_interrupted_run_gives_what_it_has(tiny_session: Any, tiny_path: Path) -> None:
+    config = TtftConfig(
+        model=str(tiny_path), lengths="200,300", chunks="3", modes="prefix", repeats=1
+    )
+
+    def told_to_end(at: str) -> Callable[[str], None]:
+        def progress(text: str) -> None:
+            if at in text:
+                raise KeyboardInterrupt
+
+        return progress
+
+    report = ttft.run(config, told_to_end("200 tokens"), session=tiny_session)
+    assert report["interrupted"] is True
+    assert [point["prompt_tokens"] for point in report["points"]] == [200]
+    with pytest.raises(KeyboardInterrupt):
+        ttft.run(config, told_to_end("starting"), session=tiny_session)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_the_engine_starts(

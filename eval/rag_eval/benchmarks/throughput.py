@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from rag_eval.arguments import OneLineParser, engine_arguments
+from rag_eval.arguments import INTERRUPTED, OneLineParser, engine_arguments
 from rag_eval.benchmarks.throughput_server import ServerUnderTest, reached_server
 from rag_eval.benchmarks.workload import WorkloadConfig, make_workload
 from rag_eval.errors import EvalError
@@ -98,7 +98,7 @@ def run(
         ``runs`` (a list, one a mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
         request does and takes, ``saturated_at``, ``best_goodput_per_s``, and its ratio to the
         baseline's), ``warm`` (cost of computing the chunks), ``ttft_bound_s``, ``threads``,
-        ``versions``.
+        ``versions``, ``interrupted``: true where the run was broken off behind its first load.
 
     Raises
     ------
@@ -131,8 +131,16 @@ def run(
         warm = server.warm()
         alone = {mode.name: server.probe(mode) for mode in modes}
         bound = config.ttft_bound_s or 3 * alone[BASELINE]["ttft_p50_s"]
-        runs = server.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound)
         threads = server.threads()
+        runs: list[dict[str, Any]] = []
+        interrupted = False
+        try:
+            for one in server.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound):
+                runs.append(one)
+        except KeyboardInterrupt:
+            if not runs:
+                raise
+            interrupted = True
     return {
         "config": asdict(config),
         "mean_prompt_tokens": round(workload.mean_prompt_tokens, 1),
@@ -140,6 +148,7 @@ def run(
         "warm": warm,
         "modes": summary(alone, runs),
         "runs": runs,
+        "interrupted": interrupted,
         "engine": "sglang",
         "threads": threads,
         "cpus": os.cpu_count(),
@@ -152,19 +161,22 @@ def _auto(alone: dict[str, Any]) -> tuple[float, ...]:
 
 
 def summary(alone: dict[str, Any], runs: list[Any]) -> dict[str, Any]:
-    """By mode: the lone request, where it saturates, and the best of its rates."""
+    """By mode: the lone request, where it saturates, and the best of its rates; None without any."""
     found: dict[str, Any] = {}
     for name, probe in alone.items():
         own = [run for run in runs if run["mode"] == name]
         found[name] = {
             **probe,
             "saturated_at": next((run["rate"] for run in own if run["saturated"]), None),
-            "best_goodput_per_s": max(run["goodput_per_s"] for run in own),
-            "best_output_tokens_per_s": max(run["output_tokens_per_s"] for run in own),
+            "best_goodput_per_s": max((run["goodput_per_s"] for run in own), default=None),
+            "best_output_tokens_per_s": max(
+                (run["output_tokens_per_s"] for run in own), default=None
+            ),
         }
     base = found[BASELINE]["best_goodput_per_s"]
     for row in found.values():
-        row["goodput_vs_prefix"] = round(row["best_goodput_per_s"] / base, 3) if base else None
+        best = row["best_goodput_per_s"]
+        row["goodput_vs_prefix"] = round(best / base, 3) if base and best is not None else None
     return found
 
 
@@ -236,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report) if given.json else table(report))
-    return 0
+    return INTERRUPTED if report["interrupted"] else 0
 
 
 if __name__ == "__main__":

@@ -153,24 +153,23 @@ class ServerUnderTest:
         )
         return found
 
-    def drive(self, modes: list[Mode], rates: tuple[float, ...], bound: float) -> list[Any]:
+    def drive(
+        self, modes: list[Mode], rates: tuple[float, ...], bound: float
+    ) -> Iterator[dict[str, Any]]:
         """Every mode at every rate, until it is saturated."""
-        found, going = [], list(modes)
+        going = list(modes)
         for rate in rates:
             for mode in list(going):
                 self._flush()
                 run = self._load(self._workload.prompts, mode, rate=rate, bound=bound)
-                found.append({"mode": mode.name, **run.to_json()})
                 if run.saturated:
                     going.remove(mode)
+                yield {"mode": mode.name, **run.to_json()}
                 self._progress(
                     f"{mode.name} at {rate:g}/s: TTFT p50 {run.ttft_p50_s:.2f} s, p99 "
                     f"{run.ttft_p99_s:.2f} s, {run.output_tokens_per_s:.1f} tokens/s, goodput "
                     f"{run.goodput_per_s:.2f}/s{', saturated' if run.saturated else ''}"
                 )
-            if not going:
-                break
-        return found
 
     def threads(self) -> int:
         """Threads of the server's scheduler, as it says itself; 0 without the plugin."""

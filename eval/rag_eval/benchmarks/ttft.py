@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import INTERRUPTED, OneLineParser
 from rag_eval.datasets import Example, PromptChunk
 from rag_eval.datasets.core import Encode
 from rag_eval.datasets.filler import filler_chunks
@@ -137,7 +137,8 @@ def run(
     dict
         ``points`` (a list, one a prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
         ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
-        ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well.
+        ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well. A run
+        that is interrupted behind its first prompt returns what it has, with ``interrupted`` true.
     """
     from rag_eval.runner.engine import start_session
     from rag_eval.runner.modes import parse_modes
@@ -162,7 +163,8 @@ def run(
     # The pool holds the longest prompt beside the chunk that is being built.
     pool = {"max_total_tokens": max(16_384, 2 * longest)}
     opened = session or start_session(maker, facts["vocab_size"], pool)
-    points = []
+    points: list[dict[str, Any]] = []
+    interrupted = False
     try:
         for point, (seen, asked) in prompts:
             size = f"{len(asked.input_ids)} tokens in {point.chunks} chunks"
@@ -178,10 +180,14 @@ def run(
             )
             medians = {name: row["ttft_p50_s"] for name, row in rows.items()}
             progress(f"{size}: TTFT {medians}")
+    except KeyboardInterrupt:
+        if not points:
+            raise
+        interrupted = True
     finally:
         if session is None:
             opened.close()
-    return report(config, points)
+    return {**report(config, points), "interrupted": interrupted}
 
 
 def _measure(
@@ -345,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         plot_ttft(found, plot)
     print(json.dumps(found) if as_json else table(found))
-    return 0
+    return INTERRUPTED if found["interrupted"] else 0
 
 
 if __name__ == "__main__":
