@@ -11,8 +11,9 @@ import pytest
 
 from rag_eval import EvalError
 from rag_eval.benchmarks import ttft
-from rag_eval.benchmarks.ttft import Point, TtftConfig, make_prompts
+from rag_eval.benchmarks.ttft import TtftConfig
 from rag_eval.benchmarks.ttft_plot import plot_ttft
+from rag_eval.benchmarks.ttft_prompts import Point, make_prompts
 
 
 def test_points_are_lengths_times_numbers_of_chunks() -> None:
@@ -50,14 +51,16 @@ def test_a_bad_setting_is_named(changes: dict[str, Any], named: str) -> None:
 )
 def test_a_fixed_length_is_reached_to_the_token(prompt_maker: Any, config: TtftConfig) -> None:
     for point in config.points():
-        seen, asked = make_prompts(config, prompt_maker, point)
+        seen, asked = make_prompts(point, prompt_maker, question_tokens=24, seed=0)
         assert len(asked.input_ids) == len(seen.input_ids) == point.length
         assert len(asked.chunks) == point.chunks
         assert asked.chunks[0] == seen.chunks[-1]
         sizes = [len(chunk.ids) for chunk in asked.chunks]
         assert max(sizes) - min(sizes) <= 1
     with pytest.raises(EvalError, match="longer prompts or fewer chunks"):
-        make_prompts(config, prompt_maker, Point(chunks=50, chunk_tokens=1, length=80))
+        make_prompts(
+            Point(chunks=50, chunk_tokens=1, length=80), prompt_maker, question_tokens=24, seed=0
+        )
 
 
 @pytest.mark.engine

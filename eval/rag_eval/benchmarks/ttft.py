@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rag_eval.arguments import INTERRUPTED, OneLineParser
-from rag_eval.datasets import Example, PromptChunk
-from rag_eval.datasets.core import Encode
-from rag_eval.datasets.filler import filler_chunks
+from rag_eval.benchmarks.ttft_prompts import Point, make_prompts
 from rag_eval.errors import EvalError
 
 BASELINE = "prefix"
 DEFAULT_CHUNKS = 6
-INSTRUCTION = "Answer the question from the passages."
-QUESTION = "What do these passages say about names and how they are bound? Answer in one sentence."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,15 +92,6 @@ class TtftConfig:
         return tuple(found)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One prompt: its chunks, and its whole length where that is fixed, in tokens."""
-
-    chunks: int
-    chunk_tokens: int
-    length: int | None = None
-
-
 def _numbers(name: str, text: str) -> list[int]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isdigit() and int(word) > 0 for word in words) or (
@@ -151,7 +137,13 @@ def run(
     folder = resolve_llm(config.model).path
     facts = json.loads((folder / "config.json").read_text("utf-8"))
     maker = PromptMaker(folder, gold_tokens=1)
-    prompts = [(point, make_prompts(config, maker, point)) for point in config.points()]
+    prompts = [
+        (
+            point,
+            make_prompts(point, maker, question_tokens=config.question_tokens, seed=config.seed),
+        )
+        for point in config.points()
+    ]
     longest = max(len(asked.input_ids) for _, (_, asked) in prompts)
     context = facts.get("max_position_embeddings", longest + 1)
     if longest >= context:
@@ -205,61 +197,6 @@ def _measure(
             if turn:
                 runs[mode.name].append(served)
     return runs
-
-
-def make_prompts(config: TtftConfig, maker: Any, point: Point) -> tuple[Any, Any]:
-    """Prompt whose chunks are seen, and the same chunks in another order with a question.
-
-    Raises
-    ------
-    EvalError
-        The length leaves no room for the chunks.
-    """
-    from rag_eval.runner.prompts import EvalPrompt
-
-    question = QUESTION
-    while len(maker.encode(question)) < config.question_tokens:
-        question = f"{question} {QUESTION}"
-    example = Example(
-        id="ttft", question=question, answers=("",), passages=(), instruction=INSTRUCTION
-    )
-    frame: EvalPrompt = maker.join(example, ())
-    sizes = _sizes(point, len(frame.input_ids))
-    chunks = [
-        PromptChunk(ids=ids, titles=(), is_gold=False)
-        for ids in _texts(point, sizes, maker.encode, config.seed)
-    ]
-    seen = replace(frame, chunks=tuple(chunks))
-    return seen, seen.rotated()
-
-
-def _texts(point: Point, sizes: list[int], encode: Encode, seed: int) -> list[tuple[int, ...]]:
-    """Token ids of each chunk: of about the size wanted, or cut to it where the length is fixed."""
-    # Sentences are counted one by one; joined they are fewer tokens.
-    for slack in range(0, max(sizes) + 65, 64):
-        texts = filler_chunks(point.chunks, max(sizes) + slack, encode, random.Random(seed))
-        found = [tuple(encode(" ".join(sentences) + "\n\n")) for sentences in texts]
-        if point.length is None:
-            return found
-        if all(len(ids) >= size for ids, size in zip(found, sizes, strict=True)):
-            return [ids[:size] for ids, size in zip(found, sizes, strict=True)]
-    raise EvalError(
-        f"there is not enough text for {point.chunks} chunks of {max(sizes)} tokens; ask for shorter "
-        "prompts"
-    )
-
-
-def _sizes(point: Point, frame: int) -> list[int]:
-    """Tokens of each chunk; where the length is fixed they share what the frame leaves."""
-    if point.length is None:
-        return [point.chunk_tokens] * point.chunks
-    room = point.length - frame
-    if room < point.chunks:
-        raise EvalError(
-            f"a prompt of {point.length} tokens leaves {room} for {point.chunks} chunks; ask for "
-            "longer prompts or fewer chunks"
-        )
-    return [room // point.chunks + (index < room % point.chunks) for index in range(point.chunks)]
 
 
 def summary(runs: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
