@@ -8,7 +8,6 @@ for all layers, is charged to each call.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from rag_eval.arguments import OneLineParser
 
 __all__ = ["Case", "default_cases", "main", "run"]
 
@@ -214,7 +215,9 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="rag_eval.benchmarks.attention", description=__doc__)
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.attention", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls a backend and case")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")

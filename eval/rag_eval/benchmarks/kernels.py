@@ -18,7 +18,6 @@ wall clock and process CPU time, in turn so that a busy machine hits all alike, 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rag_eval.arguments import OneLineParser
 from rag_eval.errors import EvalError
 from rag_kernels import (
     RotarySpec,
@@ -236,7 +236,7 @@ def _operations(config: KernelBenchConfig) -> dict[str, Callable[[], object]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m rag_eval.benchmarks.kernels", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

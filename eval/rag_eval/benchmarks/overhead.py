@@ -7,7 +7,6 @@ layout, streaming through the loop's thread, and summing up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -16,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rag_eval.arguments import OneLineParser
 from retrievers.types import Chunk, SearchHit
 
 
@@ -132,14 +132,16 @@ def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> di
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.overhead", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--chunks", type=int, default=6)
     parser.add_argument("--new-tokens", type=int, default=8)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.repeats < 4:
         parser.error("--repeats must be at least 4")
     result = measure(
@@ -149,7 +151,8 @@ def main() -> None:
         new_tokens=options.new_tokens,
     )
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,9 +26,7 @@ import dataclasses
 import json
 import os
 import platform
-import statistics
 import sys
-import time
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +37,7 @@ import torch
 from chunk_cache import ChunkKey, ChunkKV, Lease, Match, as_token_ids
 from chunk_cache.policies import DEFAULT_POLICY, Policy, create_policy
 from rag_eval.arguments import OneLineParser
+from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion import plan as planning
@@ -99,18 +98,14 @@ class PlanningConfig:
         return [int(word) for word in self.stored.split(",")]
 
 
-_Times = list[tuple[float, float]]
-"""Wall and CPU milliseconds, call by call."""
-
-
 def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: None) -> Any:
     """Run the benchmark.
 
     Returns
     -------
     dict
-        ``stores{N{KIND{wall_ms_min, wall_ms_p50, wall_ms_p99, wall_ms_max, cpu_ms_p50, n}}}`` with the
-        number of matched chunks beside them, ``prompt_tokens``, ``config``, ``threads``, ``load_average``
+        ``stores{N{KIND}}`` with what :meth:`CallTimer.report` gives and the number of matched chunks
+        beside it, ``prompt_tokens``, ``config``, ``threads``, ``load_average``
         (processes that wanted to run on ``cpus`` cores: with more than those, wall times hold waiting),
         ``versions``.
     """
@@ -194,15 +189,19 @@ class _Bench:
         """Time every kind of call, interleaved."""
         policies = {name: create_policy(name) for name in self._config.policies.split(",")}
         policies.setdefault(DEFAULT_POLICY, create_policy(DEFAULT_POLICY))
-        times: dict[str, _Times] = {}
+        timers: dict[str, CallTimer] = {}
         for turn in range(self._config.repeats + 10):
             for way in ("spans", "scan"):
-                state, taken = _timed(self._match_spans if way == "spans" else self._match_scan)
+                matching = CallTimer()
+                state = matching(self._match_spans if way == "spans" else self._match_scan)
                 if len(state.spans) != self._found:
                     raise AssertionError(f"matched {len(state.spans)} of {self._found} chunks")
+                taken = matching.wall[0], matching.cpu[0]
                 noted = {f"match_{way}": taken}
                 for name, policy in policies.items():
-                    rows, planned = _timed(self._plan, state, policy)
+                    making = CallTimer()
+                    rows = making(self._plan, state, policy)
+                    planned = making.wall[0], making.cpu[0]
                     if way == "spans":
                         noted[f"plan_{name}"] = planned
                     if name == DEFAULT_POLICY:
@@ -212,11 +211,11 @@ class _Bench:
                 state.drop()
                 if turn >= 10:
                     for kind, pair in noted.items():
-                        times.setdefault(kind, []).append(pair)
+                        timers.setdefault(kind, CallTimer()).note(*pair)
         self._runtime.store.check_integrity(expect_idle=True)
         return {
             "matched_chunks": self._found,
-            **{kind: _report(times[kind]) for kind in sorted(times)},
+            **{kind: timers[kind].report() for kind in sorted(timers)},
         }
 
     def _lease(self, state: RequestState, matches: list[Match]) -> RequestState:
@@ -281,25 +280,6 @@ class _Bench:
             )
         _, slots = plan_rows([rows], self._facts)
         return int(slots.numel())
-
-
-def _timed(call: Callable[..., Any], *args: Any) -> tuple[Any, tuple[float, float]]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = call(*args)
-    took = (time.perf_counter() - wall, time.process_time() - cpu)
-    return result, (1e3 * took[0], 1e3 * took[1])
-
-
-def _report(times: _Times) -> dict[str, float | int]:
-    wall, cpu = [pair[0] for pair in times], [pair[1] for pair in times]
-    return {
-        "wall_ms_min": round(min(wall), 4),
-        "wall_ms_p50": round(statistics.median(wall), 4),
-        "wall_ms_p99": round(float(np.percentile(wall, 99)), 4),
-        "wall_ms_max": round(max(wall), 4),
-        "cpu_ms_p50": round(statistics.median(cpu), 4),
-        "n": len(times),
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ stdout. Every part can be left out (``--skip``).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rag_eval.arguments import OneLineParser
 from rag_eval.benchmarks.retrieval_ingest import measure_ingest
 from rag_eval.benchmarks.retrieval_memory import measure_memory
 from rag_eval.benchmarks.retrieval_search import measure_search
@@ -88,7 +88,9 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line, see the module's text."""
-    parser = argparse.ArgumentParser(description="Measure retrieval.")
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.retrieval", description="Measure retrieval."
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--embedder", help="sentence-transformers folder; packaged by default")
     parser.add_argument("--skip", action="append", default=[], choices=PARTS)

@@ -9,7 +9,6 @@ engine when the first token is there, and depends less on the load.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import time
 from typing import Any
+
+from rag_eval.arguments import OneLineParser
 
 __all__ = ["VARIANTS", "main", "run"]
 
@@ -122,7 +123,9 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="rag_eval.benchmarks.startup")
+    parser = OneLineParser(
+        prog="python -m rag_eval.benchmarks.startup", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", required=True, help="folder in Hugging Face format")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None)
