@@ -85,7 +85,7 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
         config = ThroughputConfig(
             model=str(tiny_path),
             modes="prefix,query:0.15",
-            rates="2,1000000",
+            rates="10,1000000",
             workload=SHAPE,
             output_tokens=4,
             ttft_bound_s=1000.0,
@@ -100,13 +100,13 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
         assert "goodput" in capsys.readouterr().out
         with pytest.raises(KeyboardInterrupt):
             throughput.run(config, interrupt_at("chunks computed"))
-        broken_off = throughput.run(config, interrupt_at("prefix at 2/s"))
+        broken_off = throughput.run(config, interrupt_at("prefix at 10/s"))
         # A mode that reuses nothing here: chunks of fewer tokens than fusion takes on.
         words[words.index("--requests") + 1] = "1"
         assert throughput.main([*words, "--chunk-tokens", "1", "--chunks", "1"]) == 1
         assert "epic:0.2" in capsys.readouterr().err
     assert broken_off["interrupted"] is True
-    assert [(run["mode"], run["rate"]) for run in broken_off["runs"]] == [("prefix", 2.0)]
+    assert [(run["mode"], run["rate"]) for run in broken_off["runs"]] == [("prefix", 10.0)]
     assert broken_off["modes"]["prefix"]["best_goodput_per_s"] > 0
     assert broken_off["modes"]["query:0.15"]["best_goodput_per_s"] is None
     assert "prefix" in throughput.table(broken_off)
@@ -116,7 +116,7 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
     assert report["warm"]["chunks"] == SHAPE.corpus
     assert report["modes"]["query:0.15"]["computed_fraction"] < 1
     rows = {(run["mode"], run["rate"]): run for run in report["runs"]}
-    assert {("prefix", 2.0), ("query:0.15", 2.0)} <= set(rows)
+    assert {("prefix", 10.0), ("query:0.15", 10.0)} <= set(rows)
     for run in report["runs"]:
         assert (run["n"], run["failed"]) == (SHAPE.requests, 0)
         assert run["within_bound"] == 1.0
@@ -126,6 +126,6 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
         assert run["cpu_s"] is None
     # Twelve prompts within microseconds: none can be answered before the last one is sent.
     assert all(run["saturated"] for run in report["runs"] if run["rate"] == 1e6)
-    assert report["modes"]["prefix"]["saturated_at"] in (2.0, 1e6)
+    assert report["modes"]["prefix"]["saturated_at"] in (10.0, 1e6)
     assert set(report["modes"]) == {"prefix", "query:0.15"}
     assert report["modes"]["prefix"]["goodput_vs_prefix"] == 1.0
