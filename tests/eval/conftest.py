@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def interrupt_at() -> Callable[[str], Callable[[str], None]]:
+    """Makes a progress that stands in for Ctrl-C: it breaks off at the line that holds a text."""
+
+    def made(text: str) -> Callable[[str], None]:
+        def progress(line: str) -> None:
+            if text in line:
+                raise KeyboardInterrupt
+
+        return progress
+
+    return made
 
 
 @pytest.fixture(scope="session")

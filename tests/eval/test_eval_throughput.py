@@ -67,19 +67,11 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def interrupt_at(text: str) -> Callable[[str], None]:
-    """Stands in for Ctrl-C: a progress that breaks off at a line."""
-
-    def progress(line: str) -> None:
-        if text in line:
-            raise KeyboardInterrupt
-
-    return progress
-
-
 @pytest.mark.engine
 def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
-    tiny_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    interrupt_at: Callable[[str], Callable[[str], None]],
 ) -> None:
     with local_server(tiny_path, {"max_total_tokens": 8192}) as server:
         config = ThroughputConfig(

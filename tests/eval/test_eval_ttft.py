@@ -87,23 +87,17 @@ def test_every_mode_is_timed_at_every_length(
 
 
 @pytest.mark.engine
-def test_an_interrupted_run_gives_what_it_has(tiny_session: Any, tiny_path: Path) -> None:
+def test_an_interrupted_run_gives_what_it_has(
+    tiny_session: Any, tiny_path: Path, interrupt_at: Callable[[str], Callable[[str], None]]
+) -> None:
     config = TtftConfig(
         model=str(tiny_path), lengths="200,300", chunks="3", modes="prefix", repeats=1
     )
-
-    def told_to_end(at: str) -> Callable[[str], None]:
-        def progress(text: str) -> None:
-            if at in text:
-                raise KeyboardInterrupt
-
-        return progress
-
-    report = ttft.run(config, told_to_end("200 tokens"), session=tiny_session)
+    report = ttft.run(config, interrupt_at("200 tokens"), session=tiny_session)
     assert report["interrupted"] is True
     assert [point["prompt_tokens"] for point in report["points"]] == [200]
     with pytest.raises(KeyboardInterrupt):
-        ttft.run(config, told_to_end("starting"), session=tiny_session)
+        ttft.run(config, interrupt_at("starting"), session=tiny_session)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_the_engine_starts(
