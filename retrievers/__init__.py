@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retrievers.index_writer import IndexWriter
     from retrievers.ingest_report import IngestProgress, IngestReport
     from retrievers.ingestion import Splitter, delete_documents, ingest
+    from retrievers.live_index import LiveIndex, LiveRetriever
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -48,6 +49,8 @@ _EXPORTS = {
     "IndexWriter": "retrievers.index_writer",
     "IngestProgress": "retrievers.ingest_report",
     "IngestReport": "retrievers.ingest_report",
+    "LiveIndex": "retrievers.live_index",
+    "LiveRetriever": "retrievers.live_index",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
     "RerankedRetriever": "retrievers.rerank",
@@ -87,6 +90,8 @@ __all__ = [
     "IndexWriter",
     "IngestProgress",
     "IngestReport",
+    "LiveIndex",
+    "LiveRetriever",
     "LoadReport",
     "Manifest",
     "RerankedRetriever",

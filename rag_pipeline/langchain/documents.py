@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from langchain_core.documents import Document
 
-from retrievers import RetrievalError
-from retrievers.types import Chunk, SearchHit
-
-REST_FIELD = "langchain_json"
-"""Metadata field that carries, as JSON, what an index cannot hold as a column."""
-
-_RESERVED = frozenset({"document_id", "title", "path", REST_FIELD})
+from rag_pipeline.langchain.metadata import is_writable, join_metadata, split_metadata
+from retrievers.types import Chunk
 
 
 def to_chunk(document: Document, *, chunk_id: str | None = None) -> Chunk:
     """Chunk with the text and metadata of a LangChain document.
 
-    Texts, numbers and truth values become fields that a filter can select on. Everything else
-    (lists, mappings, ``None``, names that the index reserves) is kept as JSON and comes back
-    unchanged, but cannot be filtered on. ``title`` and ``path`` become the chunk's own.
+    Texts, numbers, truth values, dates, UUIDs, paths, decimals and enumeration members become fields
+    that a filter can select on. Everything else (lists, mappings, ``None``, arrays, names that the
+    index reserves) cannot be filtered on. All come back equal to what was given
+    (:mod:`.metadata`). ``title`` and ``path`` become the chunk's own.
 
     Parameters
     ----------
@@ -41,22 +36,15 @@ def to_chunk(document: Document, *, chunk_id: str | None = None) -> Chunk:
     Raises
     ------
     RetrievalError
-        Metadata that JSON cannot hold.
+        Metadata of a type that cannot be given back.
     """
-    metadata = dict(document.metadata)
-    name = chunk_id or document.id or _content_id(document)
-    title, path = metadata.get("title"), metadata.get("path")
-    own: dict[str, str] = {}
-    if isinstance(title, str) and title:
-        own["title"] = title
-    if isinstance(path, str) and path:
-        own["path"] = path
-    columns = {
-        key: value for key, value in metadata.items() if key not in own and _fits(key, value)
+    name = chunk_id or document_id(document)
+    own = {key: text for key in ("title", "path") if (text := _own_text(document, key))}
+    others = {
+        key: value
+        for key, value in document.metadata.items()
+        if key not in own or isinstance(value, Enum)
     }
-    rest = {key: value for key, value in metadata.items() if key not in own and key not in columns}
-    if rest:
-        columns[REST_FIELD] = _dump(rest, name)
     return Chunk(
         id=name,
         document_id=name,
@@ -66,7 +54,7 @@ def to_chunk(document: Document, *, chunk_id: str | None = None) -> Chunk:
         start=0,
         end=len(document.page_content),
         num_tokens=0,
-        metadata=columns,
+        metadata=split_metadata(others, name),
     )
 
 
@@ -87,14 +75,11 @@ def to_document(chunk: Chunk, *, score: float | None = None, source: bool = Fals
     Document
         ``id`` is the chunk's.
     """
-    metadata: dict[str, Any] = dict(chunk.metadata)
-    rest = metadata.pop(REST_FIELD, None)
-    if rest is not None:
-        metadata |= json.loads(str(rest))
+    metadata = join_metadata(chunk.metadata)
     if chunk.title:
-        metadata["title"] = chunk.title
+        metadata.setdefault("title", chunk.title)
     if chunk.path is not None:
-        metadata["path"] = chunk.path
+        metadata.setdefault("path", chunk.path)
     if source:
         metadata |= {"document_id": chunk.document_id, "start": chunk.start, "end": chunk.end}
     if score is not None:
@@ -102,32 +87,24 @@ def to_document(chunk: Chunk, *, score: float | None = None, source: bool = Fals
     return Document(id=chunk.id, page_content=chunk.text, metadata=metadata)
 
 
-def to_hit(document: Document, rank: int) -> SearchHit:
-    """Search hit of a document from any LangChain retriever.
-
-    Retrievers promise an order and no scores, so the score is the negative rank: a prompt that is
-    too long loses the documents that came last.
-    """
-    return SearchHit(chunk=to_chunk(document), score=float(-rank))
-
-
-def _content_id(document: Document) -> str:
-    text = json.dumps([document.page_content, document.metadata], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _fits(key: str, value: object) -> bool:
-    """Whether the index can hold a field as a column that a filter selects on."""
-    if key in _RESERVED or key.startswith("$"):
-        return False
-    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _dump(rest: Mapping[str, Any], name: str) -> str:
+def document_id(document: Document) -> str:
+    """Name of a document: its own id, or a digest of its content where it has none."""
+    if document.id:
+        return document.id
+    named = [document.page_content, document.metadata]
+    # NOTE: never repr(): it may hold an address, which differs from one process to the next.
     try:
-        return json.dumps(rest, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise RetrievalError(
-            f"metadata of document {name!r} cannot be stored ({error}); use texts, numbers, truth "
-            "values, lists and mappings"
-        ) from None
+        text = json.dumps(named, skipkeys=True, default=lambda value: type(value).__name__)
+    except (ValueError, RecursionError):  # metadata that holds itself
+        text = json.dumps([document.page_content])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def document_title(document: Document) -> str:
+    """Title as it stands in a prompt; empty where the metadata names none."""
+    return _own_text(document, "title")
+
+
+def _own_text(document: Document, key: str) -> str:
+    value: Any = document.metadata.get(key)
+    return str.__str__(value) if isinstance(value, str) and is_writable(value) else ""

@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.langchain.documents import to_chunk
+from rag_pipeline.langchain.documents import document_id, document_title
 from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.segments import (
     Message,
@@ -159,9 +159,8 @@ class ChatLayouter:
         )
 
     def _segment(self, document: Document) -> Segment:
-        chunk = to_chunk(document)
-        text = self._template.format(title=chunk.title, text=chunk.text)
-        return Segment(text=text, kind="chunk", chunk_id=chunk.id)
+        text = self._template.format(title=document_title(document), text=document.page_content)
+        return Segment(text=text, kind="chunk", chunk_id=document_id(document))
 
     def _parts(self, message: BaseMessage) -> tuple[Segment, ...]:
         if isinstance(message.content, str):

@@ -18,7 +18,8 @@ from pydantic import ConfigDict, Field
 
 from rag_pipeline.langchain.documents import to_document
 from rag_pipeline.langchain.embeddings import RagEmbeddings, as_text_embedder
-from retrievers import Index, Manifest, RetrievalError, TextEmbedder
+from rag_pipeline.langchain.metadata import as_where
+from retrievers import LiveIndex, Manifest, RetrievalError, TextEmbedder
 
 
 class RagRetriever(BaseRetriever):
@@ -56,6 +57,9 @@ class RagRetriever(BaseRetriever):
     ) -> RagRetriever:
         """Open an index made by ``rag-pipeline ingest`` or :class:`.FaissVectorStore`.
 
+        Every search sees the folder as it is then: what was added or deleted meanwhile, by this or
+        another process.
+
         Parameters
         ----------
         folder
@@ -75,7 +79,7 @@ class RagRetriever(BaseRetriever):
         if embedding is None and mode != "bm25":
             embedding = RagEmbeddings.load(Manifest.read(Path(folder)).embedder_name)
         embedder = None if embedding is None else as_text_embedder(embedding)
-        return cls(retriever=Index.open(folder, embedder=embedder).retriever(mode), **fields)
+        return cls(retriever=LiveIndex(folder, embedder=embedder).retriever(mode), **fields)
 
     def _get_relevant_documents(
         self,
@@ -103,5 +107,6 @@ class RagRetriever(BaseRetriever):
         wanted = self.k if k is None else k
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
             raise RetrievalError(f"k is {wanted!r}; it must be a whole number, at least 1")
-        hits = self.retriever.search(query, k=wanted, where=self.where if where is None else where)
+        chosen = as_where(self.where if where is None else where)
+        hits = self.retriever.search(query, k=wanted, where=chosen)
         return [to_document(hit.chunk, score=hit.score, source=True) for hit in hits]

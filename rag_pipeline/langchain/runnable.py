@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.langchain.chat_model import ChatSGLangRag
-from rag_pipeline.langchain.documents import to_chunk
+from rag_pipeline.langchain.documents import document_title
 from rag_pipeline.langchain.wire import RAG_KEY
 from rag_pipeline.prompt_layout import (
     DEFAULT_CHUNK_TEMPLATE,
@@ -226,9 +226,11 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
         text = self.question_template.format(question=question)
         extra: dict[str, Any] = {"documents": list(documents)}
         if not _takes_documents(self.llm):
-            chunks = [to_chunk(document) for document in documents]
-            written = [DEFAULT_CHUNK_TEMPLATE.format(title=c.title, text=c.text) for c in chunks]
-            text = f"{DEFAULT_CONTEXT_HEADER if chunks else ''}{''.join(written)}{text}"
+            written = [
+                DEFAULT_CHUNK_TEMPLATE.format(title=document_title(d), text=d.page_content)
+                for d in documents
+            ]
+            text = f"{DEFAULT_CONTEXT_HEADER if written else ''}{''.join(written)}{text}"
             extra = {}
         head = [SystemMessage(self.system_prompt)] if self.system_prompt else []
         return [*head, *history, HumanMessage(text)], extra

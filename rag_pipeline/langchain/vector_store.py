@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +15,17 @@ from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from numpy.typing import NDArray
 
+from rag_pipeline.langchain.arguments import (
+    as_id,
+    as_list,
+    check_batch_size,
+    per_text,
+    refuse_unknown,
+)
 from rag_pipeline.langchain.document_folder import DocumentFolder
 from rag_pipeline.langchain.documents import to_chunk, to_document
 from rag_pipeline.langchain.embeddings import RagEmbeddings, as_text_embedder, unit_vectors
+from rag_pipeline.langchain.metadata import as_where
 from retrievers import RetrievalError, TextEmbedder
 
 
@@ -25,8 +33,8 @@ class FaissVectorStore(VectorStore):
     """Documents in an index folder that ``rag-pipeline`` and other processes open as it is.
 
     Every change writes the next state of the folder beside the current one and switches in one
-    step, so add many documents with one call. Searches run while another thread changes the
-    store; they see the state before or after.
+    step, so add many documents with one call. Searches run while another thread or process changes
+    the folder; they see the state before or after, and the next call sees the new one.
 
     Parameters
     ----------
@@ -74,31 +82,35 @@ class FaissVectorStore(VectorStore):
         return len(self._folder)
 
     def reload(self) -> None:
-        """See what another process has changed."""
-        self._folder.reload()
+        """Open the folder anew and compare every file with its checksum; changes are seen without it."""
+        self._folder.check()
 
     # -- changes -----------------------------------------------------------------------------
 
     def add_texts(
         self,
         texts: Iterable[str],
-        metadatas: list[dict[str, Any]] | None = None,
+        metadatas: Iterable[dict[str, Any] | None] | None = None,
         *,
-        ids: list[str] | None = None,
+        ids: Iterable[str | None] | None = None,
         **kwargs: Any,
     ) -> list[str]:
         """Add texts; see :meth:`add_documents`."""
-        listed = list(texts)
-        _check_length("metadatas", metadatas, len(listed))
-        metadatas = metadatas or [{} for _ in listed]
+        listed = as_list("texts", texts)
+        given = per_text("metadatas", metadatas, len(listed))
         documents = [
-            Document(page_content=text, metadata=metadata)
-            for text, metadata in zip(listed, metadatas, strict=True)
+            Document(page_content=text, metadata=metadata or {})
+            for text, metadata in zip(listed, given, strict=True)
         ]
         return self.add_documents(documents, ids=ids, **kwargs)
 
     def add_documents(
-        self, documents: list[Document], *, ids: Sequence[str | None] | None = None, **kwargs: Any
+        self,
+        documents: Iterable[Document],
+        *,
+        ids: Iterable[str | None] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
     ) -> list[str]:
         """Add documents; one with an id that the store has replaces the old one.
 
@@ -107,7 +119,9 @@ class FaissVectorStore(VectorStore):
         documents
             Not changed.
         ids
-            One for each; by default the documents' own, or new random ones.
+            One for each; by default, and where one is None, the document's own or a new random one.
+        batch_size
+            Texts embedded at a time; all are written in one step whatever it is.
 
         Returns
         -------
@@ -120,23 +134,23 @@ class FaissVectorStore(VectorStore):
             Ids that do not fit, metadata that cannot be stored, or another process that changes
             the same folder.
         """
-        _refuse_unknown(kwargs)
-        _check_length("ids", ids, len(documents))
-        given = list(ids) if ids is not None else [None] * len(documents)
+        refuse_unknown(kwargs)
+        batch = check_batch_size(batch_size)
+        listed = as_list("documents", documents)
         names = [
-            wanted or document.id or str(uuid.uuid4())
-            for wanted, document in zip(given, documents, strict=True)
+            as_id(wanted) or document.id or str(uuid.uuid4())
+            for wanted, document in zip(per_text("ids", ids, len(listed)), listed, strict=True)
         ]
         # Of an id that occurs twice the last document stays, as if added one after the other.
         chunks = {
             name: to_chunk(document, chunk_id=name)
-            for name, document in zip(names, documents, strict=True)
+            for name, document in zip(names, listed, strict=True)
         }
         if chunks:
-            self._folder.put(list(chunks.values()))
+            self._folder.put(list(chunks.values()), batch_size=batch)
         return names
 
-    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
+    def delete(self, ids: Iterable[str] | None = None, **kwargs: Any) -> bool:
         """Remove documents.
 
         Parameters
@@ -147,22 +161,23 @@ class FaissVectorStore(VectorStore):
         Returns
         -------
         bool
-            True.
+            True: none of them is in the folder now.
 
         Raises
         ------
         RetrievalError
             For one chunk of a document that was ingested in several: delete the document.
         """
-        _refuse_unknown(kwargs)
-        self._folder.remove(ids)
+        refuse_unknown(kwargs)
+        self._folder.remove(None if ids is None else [as_id(i) for i in as_list("ids", ids)])
         return True
 
     # -- reading -----------------------------------------------------------------------------
 
-    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+    def get_by_ids(self, ids: Iterable[str], /) -> list[Document]:
         """Documents with these ids, in that order; unknown ids are passed over."""
-        return [to_document(chunk) for chunk in self._folder.chunks(ids)]
+        wanted = [as_id(i) for i in as_list("ids", ids)]
+        return [to_document(chunk) for chunk in self._folder.chunks(wanted)]
 
     def similarity_search(
         self,
@@ -180,7 +195,8 @@ class FaissVectorStore(VectorStore):
         k
             Documents at most.
         filter
-            Metadata filter in the language of :mod:`retrievers.filters`.
+            Metadata filter in the language of :mod:`retrievers.filters`; dates, UUIDs and the like
+            may stand in it.
 
         Returns
         -------
@@ -198,8 +214,8 @@ class FaissVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[tuple[Document, float]]:
         """As :meth:`similarity_search`, each with its cosine in [-1, 1]."""
-        _refuse_unknown(kwargs)
-        hits = self._folder.nearest(self._embedder.encode_query(query), k, filter)
+        refuse_unknown(kwargs)
+        hits = self._folder.nearest(self._embedder.encode_query(query), k, as_where(filter))
         return [(to_document(hit.chunk), hit.score) for hit in hits]
 
     def similarity_search_by_vector(
@@ -210,8 +226,8 @@ class FaissVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[Document]:
         """Documents nearest to a vector of any length above 0."""
-        _refuse_unknown(kwargs)
-        hits = self._folder.nearest(self._as_query(embedding), k, filter)
+        refuse_unknown(kwargs)
+        hits = self._folder.nearest(self._as_query(embedding), k, as_where(filter))
         return [to_document(hit.chunk) for hit in hits]
 
     def max_marginal_relevance_search(
@@ -249,9 +265,9 @@ class FaissVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[Document]:
         """As :meth:`max_marginal_relevance_search`, for a vector."""
-        _refuse_unknown(kwargs)
+        refuse_unknown(kwargs)
         vector = self._as_query(embedding)
-        hits = self._folder.nearest(vector, max(k, fetch_k), filter)
+        hits = self._folder.nearest(vector, max(k, fetch_k), as_where(filter))
         if not hits:
             return []
         candidates = self._embedder.encode_documents([hit.chunk.text for hit in hits])
@@ -284,16 +300,3 @@ class FaissVectorStore(VectorStore):
         store = cls(embedding, **kwargs)
         store.add_texts(texts, metadatas, ids=ids)
         return store
-
-
-def _check_length(name: str, values: Sequence[object] | None, count: int) -> None:
-    if values is not None and len(values) != count:
-        raise RetrievalError(f"{name} holds {len(values)} entries for {count} texts; give one each")
-
-
-def _refuse_unknown(kwargs: Mapping[str, object]) -> None:
-    if kwargs:
-        raise RetrievalError(
-            f"FaissVectorStore has no option {next(iter(kwargs))!r} here; search takes k and "
-            "filter, adding takes ids"
-        )

@@ -19,11 +19,12 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from rag_pipeline import EngineError, ModelTokenizer, PromptBuilder, RagPipelineError
 from rag_pipeline.langchain import ChatSGLangRag
-from rag_pipeline.langchain.documents import to_hit
+from rag_pipeline.langchain.documents import to_chunk
 from rag_pipeline.langchain.layout import ChatLayouter
 from rag_pipeline.langchain.wire import generate_body
 from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE, DEFAULT_SYSTEM
 from rag_pipeline.segments import SegmentEncoder, fusion_request
+from retrievers import SearchHit
 
 
 class TestChatSGLangRagUnit(ChatModelUnitTests):
@@ -64,7 +65,7 @@ def test_one_question_has_the_ids_of_the_pipelines_own_prompt(
     """Chunks that ``ask`` or ``--warm`` stored serve LangChain, and the other way round."""
     question = "Which colour?"
     builder = PromptBuilder(smollm2_path)
-    hits = [to_hit(document, rank) for rank, document in enumerate(DOCUMENTS)]
+    hits = [SearchHit(chunk=to_chunk(d), score=-rank) for rank, d in enumerate(DOCUMENTS)]
     ours = builder.build(question, hits, max_new_tokens=8)
     asked = HumanMessage(DEFAULT_QUESTION_TEMPLATE.format(question=question))
     theirs = layouter.build([SystemMessage(DEFAULT_SYSTEM), asked], DOCUMENTS, max_new_tokens=8)
