@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from retrievers.bm25 import Bm25Builder, Bm25Index
     from retrievers.dense import DenseIndex
     from retrievers.embedding import Embedder, TextEmbedder
-    from retrievers.errors import CorruptIndexError, EmbedderMismatchError, RetrievalError
+    from retrievers.errors import (
+        CorruptIndexError,
+        EmbedderMismatchError,
+        RetrievalError,
+        StorageError,
+    )
     from retrievers.faiss_factory import choose_factory
     from retrievers.filters import Filter
     from retrievers.hybrid import HybridRetriever
@@ -21,10 +26,11 @@ if TYPE_CHECKING:
     from retrievers.index_store import Index
     from retrievers.index_writer import IndexWriter
     from retrievers.ingest_report import IngestProgress, IngestReport
-    from retrievers.ingestion import Splitter, delete_documents, ingest
+    from retrievers.ingestion import Splitter, delete_documents, finish_removals, ingest
     from retrievers.live_index import LiveIndex, LiveRetriever
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
+    from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
     from retrievers.splitter import TokenSplitter
     from retrievers.tokenizer import HFTokenizer
@@ -41,6 +47,7 @@ _EXPORTS = {
     "Document": "retrievers.types",
     "Embedder": "retrievers.embedding",
     "EmbedderMismatchError": "retrievers.errors",
+    "Erase": "retrievers.removal",
     "Filter": "retrievers.filters",
     "HFTokenizer": "retrievers.tokenizer",
     "HybridRetriever": "retrievers.hybrid",
@@ -53,12 +60,14 @@ _EXPORTS = {
     "LiveRetriever": "retrievers.live_index",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
+    "Removal": "retrievers.removal",
     "RerankedRetriever": "retrievers.rerank",
     "Reranker": "retrievers.rerank",
     "RetrievalError": "retrievers.errors",
     "Retriever": "retrievers.types",
     "Scalar": "retrievers.types",
     "SearchHit": "retrievers.types",
+    "StorageError": "retrievers.errors",
     "SkippedSource": "retrievers.loaders",
     "Splitter": "retrievers.ingestion",
     "TextEmbedder": "retrievers.embedding",
@@ -66,6 +75,7 @@ _EXPORTS = {
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
     "delete_documents": "retrievers.ingestion",
+    "finish_removals": "retrievers.ingestion",
     "indexed_text": "retrievers.index_settings",
     "ingest": "retrievers.ingestion",
     "load_corpus": "retrievers.loaders",
@@ -82,6 +92,7 @@ __all__ = [
     "Document",
     "Embedder",
     "EmbedderMismatchError",
+    "Erase",
     "Filter",
     "HFTokenizer",
     "HybridRetriever",
@@ -94,6 +105,7 @@ __all__ = [
     "LiveRetriever",
     "LoadReport",
     "Manifest",
+    "Removal",
     "RerankedRetriever",
     "Reranker",
     "RetrievalError",
@@ -102,11 +114,13 @@ __all__ = [
     "SearchHit",
     "SkippedSource",
     "Splitter",
+    "StorageError",
     "TextEmbedder",
     "TokenSplitter",
     "Tokenizer",
     "choose_factory",
     "delete_documents",
+    "finish_removals",
     "indexed_text",
     "ingest",
     "load_corpus",

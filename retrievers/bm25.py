@@ -8,8 +8,11 @@ scores them.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.dense import top_k
+from retrievers.durable import write_array
 from retrievers.errors import CorruptIndexError, RetrievalError
 
 K1 = 1.5
@@ -104,8 +108,8 @@ class Bm25Builder:
         lengths = (
             np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype=np.int32)
         ).astype("<i4")
-        lengths.tofile(self._folder / _LENGTHS_NAME)
-        ends.astype("<u8").tofile(self._folder / _ROWS_NAME)
+        write_array(self._folder / _LENGTHS_NAME, lengths)
+        write_array(self._folder / _ROWS_NAME, ends.astype("<u8"))
         vocabulary = json.dumps(self._vocabulary, ensure_ascii=True)
         (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
         params = {
@@ -124,7 +128,8 @@ class Bm25Builder:
 
     def abort(self) -> None:
         """Close without finishing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
+            self._file.close()
 
     def _write_scores(self, ends: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
         num_rows, num_terms = len(lengths), len(self._vocabulary)
@@ -142,7 +147,7 @@ class Bm25Builder:
             if df:
                 idf[column] = math.log(1 + (num_rows - df + 0.5) / (df + 0.5))
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(frequencies)])
-        np.save(self._folder / "indptr.csc.index.npy", indptr, allow_pickle=False)
+        _save(self._folder / "indptr.csc.index.npy", indptr)
         data = _create(self._folder / "data.csc.index.npy", np.float32, self._num_pairs)
         indices = _create(self._folder / "indices.csc.index.npy", np.int32, self._num_pairs)
         cursor = indptr[:-1].copy()
@@ -245,10 +250,26 @@ def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
 
 
 def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
-    if count:
-        created: NDArray[Any] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            path, mode="w+", dtype=dtype, shape=(count,)
-        )
-        return created
-    np.save(path, np.empty(0, dtype=dtype), allow_pickle=False)
-    return np.empty(0, dtype=dtype)
+    if not count:
+        _save(path, np.empty(0, dtype=dtype))
+        return np.empty(0, dtype=dtype)
+    header = io.BytesIO()
+    fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(header, fields)  # type: ignore[no-untyped-call]
+    size = header.tell() + count * np.dtype(dtype).itemsize
+    with path.open("wb") as file:
+        file.write(header.getvalue())
+        file.flush()
+        # The blocks are taken now: a page of a mapped file that finds no room on the disk later is
+        # a bus error, which kills the process.
+        os.posix_fallocate(file.fileno(), 0, size)
+    created: NDArray[Any] = np.load(path, mmap_mode="r+", allow_pickle=False)
+    return created
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        # Not `tofile` inside `np.save`, which says neither where nor why a write fell short.
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        file.write(buffer.getbuffer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from retrievers.durable import write_array
 from retrievers.errors import CorruptIndexError
 from retrievers.types import Chunk
 
@@ -61,11 +63,12 @@ class ChunkWriter:
     def close(self) -> None:
         """Write the offsets and close."""
         self._file.close()
-        np.concatenate(self._offsets).tofile(self._folder / _OFFSETS_NAME)
+        write_array(self._folder / _OFFSETS_NAME, np.concatenate(self._offsets))
 
     def abort(self) -> None:
         """Close without finishing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
+            self._file.close()
 
 
 class ChunkStore:

@@ -110,7 +110,10 @@ class DenseIndex:
 
     def save(self, path: Path) -> None:
         """Write the index to `path`."""
-        import_faiss().write_index(self._index, str(path))
+        faiss = import_faiss()
+        # FAISS' own writer reports a full disk as a fault of its library, and one at closing not at all.
+        with path.open("wb") as file:
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:
         return int(self._index.ntotal)

@@ -11,5 +11,19 @@ class CorruptIndexError(RetrievalError):
     """An index folder whose files do not match its manifest."""
 
 
+class StorageError(RetrievalError):
+    """A disk that refuses to write, sync, rename or remove: full, read-only or broken.
+
+    Attributes
+    ----------
+    errno
+        The system's number of the reason; None where it gave none.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 class EmbedderMismatchError(RetrievalError):
     """An index opened with another embedder than the one it was built with."""

@@ -6,9 +6,7 @@ survives into the next generation keeps its label.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from retrievers.bm25 import Bm25Index
 from retrievers.chunk_store import id_hash
 from retrievers.columns import Columns
+from retrievers.documents import DocumentRecord, DocumentTable
 from retrievers.errors import CorruptIndexError, RetrievalError
 from retrievers.manifest import Manifest
 from retrievers.row_files import RowFiles, open_array
@@ -25,16 +24,6 @@ DENSE_NAME = "dense.faiss"
 BM25_NAME = "bm25"
 LABELS_NAME = "labels.i64"
 IDS_NAME = "ids.u64"
-DOCUMENTS_NAME = "documents.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DocumentRecord:
-    """What a generation remembers of a document: enough to see that it is unchanged."""
-
-    id: str
-    content_hash: str
-    num_chunks: int
 
 
 class Generation(RowFiles):
@@ -57,7 +46,13 @@ class Generation(RowFiles):
         self._id_hashes = open_array(folder / IDS_NAME, "<u8", (rows,))
         self._id_order: NDArray[np.int64] | None = None
         self._key_order: NDArray[np.int64] | None = None
+        self._documents = DocumentTable(folder)
         self.bm25 = Bm25Index(folder / BM25_NAME, rows)
+
+    def close(self) -> None:
+        """Release what is not released by garbage collection."""
+        self._documents.close()
+        super().close()
 
     def rows_of_labels(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of FAISS labels.
@@ -119,13 +114,7 @@ class Generation(RowFiles):
 
     def documents(self) -> Iterator[DocumentRecord]:
         """Every document, in the order of ingestion."""
-        path = self.folder / DOCUMENTS_NAME
-        try:
-            with path.open("rb") as file:
-                for line in file:
-                    yield DocumentRecord(**json.loads(line))
-        except (OSError, ValueError, TypeError) as exc:
-            raise CorruptIndexError(f"{path} cannot be read ({exc}); ingest again") from exc
+        return iter(self._documents)
 
     def rows_of_documents(self, ids: set[str]) -> NDArray[np.bool_]:
         """``(num_rows,)`` bool: rows that belong to these documents."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +13,14 @@ from retrievers.bm25 import Bm25Builder
 from retrievers.chunk_store import ChunkStore, id_hash
 from retrievers.columns import ColumnWriter, chunk_fields
 from retrievers.dense_update import DensePlan, write_dense
+from retrievers.documents import DocumentRecord, write_documents
+from retrievers.durable import write_array
 from retrievers.errors import RetrievalError
 from retrievers.generation import (
     BM25_NAME,
     DENSE_NAME,
-    DOCUMENTS_NAME,
     IDS_NAME,
     LABELS_NAME,
-    DocumentRecord,
     Generation,
 )
 from retrievers.index_settings import IndexSettings, indexed_text
@@ -78,7 +76,7 @@ def write_generation(
     labels = np.arange(first_label, next_label, dtype=np.int64)
     if current is not None:
         labels = np.concatenate([current.labels[kept], labels])
-    labels.astype("<i8").tofile(folder / LABELS_NAME)
+    write_array(folder / LABELS_NAME, labels.astype("<i8"))
     with closing(RowFiles(folder, len(labels), settings.dim)) as rows:
         _write_ids(folder, hashes, rows.chunks)
         num_trained = write_dense(
@@ -89,8 +87,7 @@ def write_generation(
             current=current,
             kept=kept,
         )
-    with (folder / DOCUMENTS_NAME).open("w", encoding="ascii") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in documents)
+    write_documents(folder, documents)
     return Manifest(
         generation=folder.name,
         embedder_name=settings.embedder_name,
@@ -155,7 +152,7 @@ def _write_rows(
 
 def _write_ids(folder: Path, hashes: NDArray[np.uint64], chunks: ChunkStore) -> None:
     """Write the table from id to row; this is where an id that occurs twice shows."""
-    hashes.astype("<u8").tofile(folder / IDS_NAME)
+    write_array(folder / IDS_NAME, hashes.astype("<u8"))
     distinct, counts = np.unique(hashes, return_counts=True)
     if len(distinct) != len(hashes):
         row = int(np.flatnonzero(hashes == distinct[counts > 1][0])[-1])

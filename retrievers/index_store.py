@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from retrievers.dense import DenseIndex, exact_search
+from retrievers.documents import DocumentRecord
 from retrievers.errors import CorruptIndexError, EmbedderMismatchError, RetrievalError
 from retrievers.filters import Filter
-from retrievers.generation import DENSE_NAME, DocumentRecord, Generation
+from retrievers.generation import DENSE_NAME, Generation
 from retrievers.hybrid import HybridRetriever
 from retrievers.manifest import Manifest
 from retrievers.row_files import VECTORS_NAME

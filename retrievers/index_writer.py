@@ -1,15 +1,15 @@
 """Changes to an index, committed as a new generation in one step.
 
 Everything new is staged on disk; :meth:`IndexWriter.commit` writes the next generation beside the
-current one, replaces the manifest last, and only then removes the old files. Killed at any point,
-the folder opens as the old state or as the new one.
+current one, makes all of it safe on the disk, replaces the manifest last, and only then removes the
+old files. Killed at any point, or without power, the folder opens as the old state or as the new one.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -19,16 +19,21 @@ from numpy.typing import NDArray
 
 from retrievers.chunk_store import encode_chunk
 from retrievers.dense_update import DensePlan, plan_dense
-from retrievers.errors import RetrievalError
+from retrievers.documents import DocumentRecord
+from retrievers.durable import make_folders, remove_tree, storage_faults, sync_folder
+from retrievers.errors import RetrievalError, StorageError
 from retrievers.faiss_factory import AUTO, create_index, set_options
-from retrievers.generation import DocumentRecord, Generation
+from retrievers.generation import Generation
 from retrievers.generation_writer import write_generation
 from retrievers.index_settings import IndexSettings, indexed_text
 from retrievers.index_store import check_embedder
 from retrievers.journal import text_key
-from retrievers.manifest import MANIFEST_NAME, Manifest
+from retrievers.manifest import MANIFEST_NAME, NEW_MANIFEST_NAME, Manifest
+from retrievers.removal import Erase, Removal
 from retrievers.row_files import RowFiles, RowWriter
 from retrievers.types import Chunk
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 WORK_NAME = ".work"
@@ -43,30 +48,39 @@ class IndexWriter:
         Index folder, created where missing.
     settings
         Settings of the new state.
+    erase
+        Called with the chunks that a change removed, see :mod:`retrievers.removal`.
 
     Raises
     ------
     EmbedderMismatchError
         Where the folder holds an index of another embedder.
+    StorageError
+        Where the disk refuses.
     RetrievalError
         Where another process changes the index, or a setting is not valid.
     """
 
-    def __init__(self, folder: str | Path, settings: IndexSettings) -> None:
+    def __init__(
+        self, folder: str | Path, settings: IndexSettings, *, erase: Erase | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.settings = settings
-        _create_folder(self.folder)
-        self._lock = FileLock(self.folder / LOCK_NAME, timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise RetrievalError(
-                f"another process is changing the index {self.folder}; wait for it to end"
-            ) from None
+        self._erase = erase
         self._stage: RowWriter | None = None
         self.current: Generation | None = None
+        _create_folder(self.folder)
+        self._lock = FileLock(self.folder / LOCK_NAME, timeout=0)
+        with self._writing():
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise RetrievalError(
+                    f"another process is changing the index {self.folder}; wait for it to end"
+                ) from None
         try:
-            self._open()
+            with self._writing():
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -89,7 +103,11 @@ class IndexWriter:
             set_options(
                 create_index(self.settings.dim, factory), self.settings.search_options or ""
             )
-        self._remove_leftovers()
+        try:
+            self._retire({})
+        except StorageError as error:
+            # It keeps: the files stay and name what is to be erased.
+            logger.warning("%s", error)
         current = self.current.documents() if self.current is not None else ()
         self._documents = {record.id: record for record in current}
         self._dropped: set[str] = set()
@@ -107,14 +125,17 @@ class IndexWriter:
 
     def close(self) -> None:
         """Release the lock; staged changes that were not committed are forgotten."""
-        if self._stage is not None:
-            self._stage.abort()
-            shutil.rmtree(self._stage.folder, ignore_errors=True)
-            self._stage = None
-        if self.current is not None:
-            self.current.close()
-            self.current = None
-        self._lock.release()
+        try:
+            if self._stage is not None:
+                self._stage.abort()
+                with suppress(OSError):  # the next writer tries again, and says so
+                    remove_tree(self._stage.folder)
+                self._stage = None
+            if self.current is not None:
+                self.current.close()
+                self.current = None
+        finally:
+            self._lock.release()
 
     def document(self, document_id: str) -> DocumentRecord | None:
         """Look up what the index knows of a document, staged changes included."""
@@ -167,7 +188,8 @@ class IndexWriter:
         assert self._stage is not None
         title = self.settings.include_title
         keys = b"".join(text_key(indexed_text(chunk, title)) for chunk in chunks)
-        self._stage.append((encode_chunk(chunk) for chunk in chunks), vectors, keys)
+        with self._writing():
+            self._stage.append((encode_chunk(chunk) for chunk in chunks), vectors, keys)
         self._staged_documents.update(chunk.document_id for chunk in chunks)
 
     def commit(self, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -187,12 +209,31 @@ class IndexWriter:
         assert stage is not None
         kept = self._kept_rows()
         plan = plan_dense(self.settings, self.manifest, len(kept) + stage.num_rows)
+        if self.manifest is not None and self._is_unchanged(self.manifest, plan):
+            self.close()
+            return self.manifest
+        with self._writing():
+            manifest = self._write(stage, plan, kept, progress)
+        dropped = {}
+        if self.current is not None:
+            rows = np.flatnonzero(self.current.rows_of_documents(self._dropped))
+            dropped[self.current.folder.name] = rows
+        self.manifest = manifest
+        self._retire(dropped)
+        self.close()
+        return manifest
+
+    def _write(
+        self,
+        stage: RowWriter,
+        plan: DensePlan,
+        kept: NDArray[np.int64],
+        progress: Callable[[int, int], None] | None,
+    ) -> Manifest:
+        """Write the next generation beside the current one, and name it in the manifest."""
         number = 1
         if self.manifest is not None:
-            if self._is_unchanged(self.manifest, plan):
-                self.close()
-                return self.manifest
-            number = int(self.manifest.generation.rsplit("-", 1)[1]) + 1
+            number = _number(self.folder / self.manifest.generation) + 1
         target = self.folder / f"gen-{number:06d}"
         target.mkdir()
         try:
@@ -208,16 +249,69 @@ class IndexWriter:
                     documents=self._documents.values(),
                     progress=progress,
                 )
+            manifest.write(self.folder)
         except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
+            # An interrupt may come when the manifest names it already.
+            if not self._is_named(target.name):
+                with suppress(OSError):
+                    remove_tree(target)
             raise
-        manifest.write(self.folder)
-        if self.manifest is not None:
-            # Readers that have the old files open or mapped keep them until they close.
-            shutil.rmtree(self.folder / self.manifest.generation, ignore_errors=True)
-        self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
         return manifest
+
+    def _is_named(self, generation: str) -> bool:
+        """Whether the manifest on the disk names a generation; in doubt, yes."""
+        try:
+            return Manifest.read(self.folder).generation == generation
+        except RetrievalError:
+            return (self.folder / MANIFEST_NAME).exists()
+
+    def _retire(self, dropped: Mapping[str, NDArray[np.int64]]) -> None:
+        """Remove the files of every state but the current one, and first what was made of their texts.
+
+        Parameters
+        ----------
+        dropped
+            Rows that are gone, by generation; where a process was killed they have to be found.
+        """
+        current = self.manifest.generation if self.manifest is not None else None
+        with storage_faults(
+            f"the old files of the index {self.folder} cannot be removed",
+            state="what is deleted is not found any more, but may lie on the disk",
+        ):
+            # What is removed now is needed no more only if the manifest survives a power cut.
+            sync_folder(self.folder)
+            gone = False
+            for old in sorted(self.folder.glob("gen-*")):
+                if old.name == current:
+                    continue
+                gone = True
+                if self.manifest is not None and _number(old) < _number(Path(str(current))):
+                    self._erase_rows(old, dropped.get(old.name))
+                # Readers that have the old files open or mapped keep them until they close.
+                remove_tree(old)
+            for path in (self.folder / WORK_NAME / "stage", self.folder / NEW_MANIFEST_NAME):
+                if path.is_dir():
+                    remove_tree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if self._stage is not None:  # committed: nothing is left to resume
+                remove_tree(self.work)
+            if gone:
+                sync_folder(self.folder)
+
+    def _erase_rows(self, old: Path, rows: NDArray[np.int64] | None) -> None:
+        if self._erase is None or self.manifest is None or (rows is not None and not len(rows)):
+            return
+        live = Generation(self.folder / self.manifest.generation, self.manifest)
+        with closing(live):
+            self._erase(Removal(old=old, rows=rows, live=live))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with storage_faults(
+            f"the index {self.folder} cannot be written", state="the index is as it was"
+        ):
+            yield
 
     def _kept_rows(self) -> NDArray[np.int64]:
         """Rows of the current generation whose documents stay as they are."""
@@ -247,20 +341,17 @@ class IndexWriter:
         if document_id in self._documents:
             self._dropped.add(document_id)
 
-    def _remove_leftovers(self) -> None:
-        """Clear what a killed process left: generations never committed, staged files."""
-        keep = self.manifest.generation if self.manifest is not None else None
-        for path in self.folder.glob("gen-*"):
-            if path.name != keep:
-                shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.folder / WORK_NAME / "stage", ignore_errors=True)
-        (self.folder / MANIFEST_NAME).with_suffix(".json.new").unlink(missing_ok=True)
+
+def _number(generation: Path) -> int:
+    return int(generation.name.rsplit("-", 1)[1])
 
 
 def _create_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
     except (FileExistsError, NotADirectoryError):
         raise RetrievalError(f"{folder} is a file; name a folder for the index") from None
     except OSError as exc:
-        raise RetrievalError(f"cannot create the index folder {folder}: {exc.strerror}") from exc
+        raise StorageError(
+            f"cannot create the index folder {folder}: {exc.strerror}", exc.errno
+        ) from exc

@@ -16,6 +16,7 @@ from retrievers.index_writer import IndexWriter
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
 from retrievers.journal import EmbeddingJournal
 from retrievers.manifest import Manifest
+from retrievers.removal import Erase
 from retrievers.types import Chunk, Document
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def ingest(
     search_options: str | None = None,
     include_title: bool = True,
     sync: bool = False,
+    erase: Erase | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestReport:
     """Bring an index up to date with documents.
@@ -88,6 +90,8 @@ def ingest(
         Embed and match the title together with the text.
     sync
         Also remove documents of the index that are not among `documents`.
+    erase
+        Called with the chunks that left the index, see :mod:`retrievers.removal`.
     progress
         Called after every step.
 
@@ -114,7 +118,7 @@ def ingest(
         search_options=search_options,
         include_title=include_title,
     )
-    with IndexWriter(index_dir, settings) as writer:
+    with IndexWriter(index_dir, settings, erase=erase) as writer:
         before = writer.manifest
         journal = EmbeddingJournal(writer.work / "journal", embedder.fingerprint, embedder.dim)
         vectors = ReusingEmbedder(embedder, writer.current, journal, tally)
@@ -137,7 +141,9 @@ def ingest(
     return tally.report(before, manifest)
 
 
-def delete_documents(index_dir: str | Path, document_ids: Sequence[str]) -> int:
+def delete_documents(
+    index_dir: str | Path, document_ids: Sequence[str], *, erase: Erase | None = None
+) -> int:
     """Remove documents from an index, without its embedder.
 
     Parameters
@@ -146,6 +152,8 @@ def delete_documents(index_dir: str | Path, document_ids: Sequence[str]) -> int:
         Index folder.
     document_ids
         Documents to remove; every one must be in the index.
+    erase
+        Called with the chunks that left the index, see :mod:`retrievers.removal`.
 
     Returns
     -------
@@ -153,7 +161,36 @@ def delete_documents(index_dir: str | Path, document_ids: Sequence[str]) -> int:
         Chunks that went with them.
     """
     manifest = Manifest.read(Path(index_dir))
-    settings = IndexSettings(
+    with IndexWriter(index_dir, _as_is(manifest), erase=erase) as writer:
+        for document_id in dict.fromkeys(document_ids):
+            if not writer.remove_document(document_id):
+                raise RetrievalError(f"the index {index_dir} holds no document {document_id!r}")
+        return manifest.num_chunks - writer.commit().num_chunks
+
+
+def finish_removals(index_dir: str | Path, *, erase: Erase | None = None) -> None:
+    """Remove what a killed process left of older states of an index; without such files, nothing.
+
+    Parameters
+    ----------
+    index_dir
+        Index folder.
+    erase
+        Called with the chunks that left the index, see :mod:`retrievers.removal`.
+
+    Raises
+    ------
+    RetrievalError
+        Where another process changes the index: it does the same.
+    """
+    manifest = Manifest.read(Path(index_dir))
+    if any(path.name != manifest.generation for path in Path(index_dir).glob("gen-*")):
+        IndexWriter(index_dir, _as_is(manifest), erase=erase).close()
+
+
+def _as_is(manifest: Manifest) -> IndexSettings:
+    """Settings that change nothing but the documents."""
+    return IndexSettings(
         embedder_name=manifest.embedder_name,
         embedder_fingerprint=manifest.embedder_fingerprint,
         dim=manifest.dim,
@@ -161,11 +198,6 @@ def delete_documents(index_dir: str | Path, document_ids: Sequence[str]) -> int:
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         include_title=manifest.include_title,
     )
-    with IndexWriter(index_dir, settings) as writer:
-        for document_id in dict.fromkeys(document_ids):
-            if not writer.remove_document(document_id):
-                raise RetrievalError(f"the index {index_dir} holds no document {document_id!r}")
-        return manifest.num_chunks - writer.commit().num_chunks
 
 
 class _Run:

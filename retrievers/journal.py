@@ -6,6 +6,7 @@ A shard that was torn anyway (power cut) does not match its name and is thrown a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from retrievers.durable import storage_faults
 from retrievers.row_files import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ class EmbeddingJournal:
 
     def __init__(self, folder: Path, fingerprint: str, dim: int) -> None:
         self._folder = folder / fingerprint
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with _writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._dtype = np.dtype([("key", f"V{KEY_BYTES}"), ("vector", "<f4", (dim,))])
         self._shards: list[Path] = []
         self._places: dict[bytes, tuple[int, int]] = {}
-        for path in sorted(self._folder.iterdir()):
-            self._take(path)
+        with _writing(self._folder):
+            for path in sorted(self._folder.iterdir()):
+                self._take(path)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -70,11 +74,17 @@ class EmbeddingJournal:
         number = len(self._shards)
         path = self._folder / f"{number:06d}-{digest}.npy"
         temporary = self._folder / "new.part"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _writing(self._folder):
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         self._register(path, records["key"])
 
     def vectors(self, keys: Sequence[bytes]) -> NDArray[np.float32]:
@@ -114,3 +124,9 @@ class EmbeddingJournal:
         self._shards.append(path)
         for row, key in enumerate(keys):
             self._places[key.tobytes()] = (number, row)
+
+
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return storage_faults(
+        f"the ingest journal {folder} cannot be written", state="the index is as it was"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,10 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from retrievers.durable import storage_faults, sync_folder, sync_tree
 from retrievers.errors import CorruptIndexError, RetrievalError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+NEW_MANIFEST_NAME = "manifest.json.new"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +82,23 @@ class Manifest:
         body = asdict(self)
         body["checksum"] = _checksum(body)
         path = folder / MANIFEST_NAME
-        temporary = path.with_suffix(".json.new")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary = folder / NEW_MANIFEST_NAME
+        # Every name that the manifest gives must be on the disk before the manifest is.
         sync_folder(folder)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(body, file, indent=1, sort_keys=True)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        with storage_faults(
+            f"the new state of {folder} is not safe from a power cut yet", state="it is in use"
+        ):
+            sync_folder(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -156,33 +169,21 @@ class Manifest:
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:
-    """Size and checksum of every file under `root`, flushed to disk first."""
-    records: dict[str, FileRecord] = {}
-    for path in sorted(root.rglob("*")):
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        records[path.relative_to(root).as_posix()] = FileRecord(
+    """Size and checksum of every file under `root`; all of it survives a power cut afterwards."""
+    sync_tree(root)
+    return {
+        path.relative_to(root).as_posix(): FileRecord(
             size=path.stat().st_size, sha256=file_digest(path)
         )
-    sync_folder(root)
-    return records
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Row ``i`` of every file belongs to the same chunk.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ class RowWriter:
     def abort(self) -> None:
         """Close without finishing."""
         self._chunks.abort()
-        self._vectors.close()
-        self._keys.close()
+        for file in (self._vectors, self._keys):
+            with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
+                file.close()
 
 
 def open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

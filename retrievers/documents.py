@@ -1,0 +1,67 @@
+"""The documents of a generation: a line each, in a file that is open from the start."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from retrievers.errors import CorruptIndexError
+
+_NAME = "documents.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRecord:
+    """What a generation remembers of a document: enough to see that it is unchanged."""
+
+    id: str
+    content_hash: str
+    num_chunks: int
+
+
+def write_documents(folder: Path, documents: Iterable[DocumentRecord]) -> None:
+    """Write the table into the folder of a new generation."""
+    with (folder / _NAME).open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(asdict(record)) + "\n" for record in documents)
+
+
+class DocumentTable:
+    """Documents of one generation, in the order of ingestion.
+
+    The file is opened here and never again by its path: by then a newer generation may have
+    replaced the folder.
+
+    Parameters
+    ----------
+    folder
+        Generation folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _NAME
+        try:
+            with self._path.open("rb") as file:
+                size = self._path.stat().st_size
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+        except OSError as exc:
+            raise CorruptIndexError(f"{self._path} cannot be read: {exc}") from exc
+
+    def __iter__(self) -> Iterator[DocumentRecord]:
+        start = 0
+        # The end of a line is looked up each time: several readers share the map.
+        while (end := self._map.find(b"\n", start)) >= 0:
+            try:
+                yield DocumentRecord(**json.loads(self._map[start:end]))
+            except (ValueError, TypeError) as exc:
+                raise CorruptIndexError(
+                    f"{self._path} cannot be read ({exc}); ingest again"
+                ) from exc
+            start = end + 1
+
+    def close(self) -> None:
+        """Release the mapping."""
+        if isinstance(self._map, mmap.mmap):
+            self._map.close()

@@ -1,0 +1,93 @@
+"""Files that survive a power cut, and one line where a disk refuses.
+
+Everything that an index writes goes through Python's own files, so that a short write is an error here
+and not in a library, and so that a test can make any single call fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrievers.errors import StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "name a folder that you may write",
+    errno.EPERM: "name a folder that you may write",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+}
+
+
+def write_array(path: Path, values: NDArray[Any]) -> None:
+    """Write the bytes of an array to a new file."""
+    with path.open("wb") as file:
+        file.write(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below `folder`, and `folder` itself, survive a power cut."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            sync_tree(path)
+        else:
+            _sync(path)
+    _sync(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new, renamed and removed names inside `folder` survive a power cut."""
+    _sync(folder)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder with its parents; the names of all that are new survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _sync(path.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it; one that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def storage_faults(what: str, *, state: str = "nothing was changed") -> Iterator[None]:
+    """Turn a refusal of the disk into a :class:`StorageError` of one line.
+
+    Parameters
+    ----------
+    what
+        What cannot be done, as in ``"the index X cannot be written"``.
+    state
+        What is true afterwards.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = _ADVICE.get(error.errno or 0, "check the disk")
+        raise StorageError(
+            f"{what} ({reason}); {state}; {advice} and try again", error.errno
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
