@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 WORK_NAME = ".work"
+STAGE_NAME = "stage"
 
 
 class IndexWriter:
@@ -67,6 +68,7 @@ class IndexWriter:
         self.folder = Path(folder)
         self.settings = settings
         self._erase = erase
+        self.work = self.folder / WORK_NAME
         self._stage: RowWriter | None = None
         self.current: Generation | None = None
         _create_folder(self.folder)
@@ -112,8 +114,7 @@ class IndexWriter:
         self._documents = {record.id: record for record in current}
         self._dropped: set[str] = set()
         self._staged_documents: set[str] = set()
-        self.work = self.folder / WORK_NAME
-        stage = self.work / "stage"
+        stage = self.work / STAGE_NAME
         stage.mkdir(parents=True)
         self._stage = RowWriter(stage)
 
@@ -128,9 +129,9 @@ class IndexWriter:
         try:
             if self._stage is not None:
                 self._stage.abort()
-                with suppress(OSError):  # the next writer tries again, and says so
-                    remove_tree(self._stage.folder)
                 self._stage = None
+            with suppress(OSError):  # the next writer tries again, and says so
+                remove_tree(self.work / STAGE_NAME)
             if self.current is not None:
                 self.current.close()
                 self.current = None
@@ -289,13 +290,9 @@ class IndexWriter:
                     self._erase_rows(old, dropped.get(old.name))
                 # Readers that have the old files open or mapped keep them until they close.
                 remove_tree(old)
-            for path in (self.folder / WORK_NAME / "stage", self.folder / NEW_MANIFEST_NAME):
-                if path.is_dir():
-                    remove_tree(path)
-                else:
-                    path.unlink(missing_ok=True)
-            if self._stage is not None:  # committed: nothing is left to resume
-                remove_tree(self.work)
+            (self.folder / NEW_MANIFEST_NAME).unlink(missing_ok=True)
+            # After a commit nothing is left to resume.
+            remove_tree(self.work / STAGE_NAME if self._stage is None else self.work)
             if gone:
                 sync_folder(self.folder)
 

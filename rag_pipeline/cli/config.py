@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rag_pipeline.cli.console import emit_json, say, write
 from rag_pipeline.config import FILE_NAME, HOME_VARIABLE, anything_set, load_settings
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.whole_file import write_whole
 
 MEASURING = frozenset({"eval", "bench"})
 """Commands whose settings are all on their command line; a file only says where the project's folder is."""
@@ -101,9 +101,7 @@ def run_init(path: Path) -> None:
         raise RagPipelineError(f"{target} exists already; edit it, or name another file")
     if not target.parent.is_dir():
         raise RagPipelineError(f"{target.parent} is not a folder; make it first")
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(template(), "utf-8")
-    partial.replace(target)
+    write_whole(target, template())
     say(f"wrote {target}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -18,6 +20,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
 """Exit code of a command that was interrupted."""
+
+UNREAD = 141
+"""Exit code where whoever reads the output has gone, as a shell reports it of other programs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = INTERRUPTED
     except _user_errors() as error:
         return _fail(str(error), code=1)
+    except BrokenPipeError:
+        _forget_output()
+        return UNREAD
+    except OSError as error:
+        # What a command expects of the disk is refused where it is known; this is all the rest.
+        _forget_output()
+        return _fail(_disk_line(error), code=1)
     # typer turns an interrupt of a command into this code, without a word.
     if result == INTERRUPTED:
         return _fail("interrupted; what was already written is kept", code=INTERRUPTED)
@@ -70,6 +82,30 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return (RagPipelineError, RetrievalError)
 
 
+def _disk_line(error: OSError) -> str:
+    """Say what the system refused, on which file, and what may help."""
+    advice = {
+        errno.ENOSPC: "free some space and try again",
+        errno.EDQUOT: "free some space, or raise the quota, and try again",
+        errno.EROFS: "name a place that can be written",
+        errno.EACCES: "name a place that you may use",
+        errno.EPERM: "name a place that you may use",
+        errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    }.get(error.errno or 0, "check the path and the disk")
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{error.strerror or error}; {advice}"
+
+
+def _forget_output() -> None:
+    """Drop what cannot be printed: at its end Python would try again, and print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _usage_line(error: Exception) -> str:
     """Say what was wrong with the words given, and where the allowed ones are listed."""
     context = getattr(error, "ctx", None)
@@ -80,6 +116,7 @@ def _usage_line(error: Exception) -> str:
 
 def _fail(message: str, *, code: int) -> int:
     line = " ".join(message.split())
-    sys.stderr.write(f"error: {line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.flush()
     return code

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rag_eval.datasets import DatasetOptions
     from rag_eval.gate.gate import GateConfig, run_gate
     from rag_eval.gate.record import save_gate
-    from rag_eval.runner.predictions import write_atomically
+    from rag_pipeline.whole_file import write_whole
 
     try:
         config = GateConfig(
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stored = save_gate(result)
     text = json.dumps(result, ensure_ascii=False, allow_nan=False)
     if given.out:
-        write_atomically(given.out, text + "\n")
+        write_whole(given.out, text + "\n")
     print(text if given.json else table(result))
     print(f"kept in {stored}", file=sys.stderr)
     return 0 if result["passed"] else 1

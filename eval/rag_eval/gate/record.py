@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.config import home_dir
+from rag_pipeline.whole_file import write_whole
 
 PACKAGES = ("sglang", "rag-pipeline", "torch")
 """Packages whose versions decide whether a verdict still holds; the first two name its file."""
@@ -88,13 +88,9 @@ def save_gate(result: Mapping[str, Any]) -> Path:
     Path
         The file, written under a temporary name first.
     """
-    folder = gates_dir() / str(result["identity"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _file_name(result["versions"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = gates_dir() / str(result["identity"]) / _file_name(result["versions"])
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text + "\n")
     return path
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rag_pipeline.whole_file import write_whole
+
 if TYPE_CHECKING:
     from rag_eval.runner import EvalResult
 
@@ -63,10 +65,7 @@ def published(result: EvalResult, run: Path) -> dict[str, Any]:
 def publish(result: EvalResult, run: Path, file: Path) -> None:
     """Write :func:`published` to `file`, under a temporary name first."""
     text = json.dumps(published(result, run), indent=1, ensure_ascii=False, allow_nan=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, text + "\n")
 
 
 def _without_folders(command: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from rag_eval.datasets import corpus_texts
 from rag_eval.runner.config import EvalConfig
-from rag_eval.runner.predictions import write_atomically
 from rag_pipeline.passage_sample import PASSAGE_NAME, sample_passage
+from rag_pipeline.whole_file import write_whole
 from retrievers import Index
 
 
@@ -38,7 +38,7 @@ def run_passage(config: EvalConfig) -> str:
         text = sample_passage(_texts(config))
         if not text:
             return ""
-        write_atomically(file, text)
+        write_whole(file, text)
     return str(file.absolute())
 
 
@@ -78,5 +78,5 @@ def fusion_settings(**changes: Any) -> Iterator[None]:
 def write_corpus_passage(dataset: str, folder: Path) -> str:
     """Write a generator's passage into a folder and return its path."""
     file = folder / PASSAGE_NAME
-    write_atomically(file, sample_passage(corpus_texts(dataset)))
+    write_whole(file, sample_passage(corpus_texts(dataset)))
     return str(file)

@@ -11,18 +11,11 @@ from typing import Any
 import yaml
 
 from rag_eval.errors import EvalError
+from rag_pipeline.whole_file import write_whole
 
 PREDICTIONS = "predictions.jsonl"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class _WithoutAnchors(yaml.SafeDumper):
@@ -67,7 +60,7 @@ class RunFolder:
         elif (path / PREDICTIONS).exists():
             raise EvalError(f"{path} has predictions but no {CONFIG}; give another --out")
         content = {"identity": plain, "notes": first, "calls": calls}
-        write_atomically(config, yaml.dump(content, Dumper=_WithoutAnchors, sort_keys=True))
+        write_whole(config, yaml.dump(content, Dumper=_WithoutAnchors, sort_keys=True))
 
     def _check(
         self, config: Path, identity: Mapping[str, Any]
@@ -112,10 +105,8 @@ class RunFolder:
     def append(self, record: dict[str, Any]) -> None:
         """Add the record of one example; it is on disk when this returns."""
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.path / PREDICTIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with (self.path / PREDICTIONS).open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
         self.records[record["id"]] = record

@@ -20,11 +20,12 @@ from rag_eval.runner.config import EvalConfig
 from rag_eval.runner.engine import start_session
 from rag_eval.runner.measure import measure_example
 from rag_eval.runner.passage import fusion_settings, run_passage
-from rag_eval.runner.predictions import METRICS, RunFolder, write_atomically
+from rag_eval.runner.predictions import METRICS, RunFolder
 from rag_eval.runner.prompts import PromptMaker
 from rag_eval.runner.retrieval import IndexedChunks, score_retrieval
 from rag_eval.runner.session import EngineSession
 from rag_eval.runner.summary import EvalResult, summarise
+from rag_pipeline.whole_file import write_whole
 
 Progress = Callable[[str], None]
 """Takes one line about where a run stands."""
@@ -91,8 +92,8 @@ def finish(
         else None,
     )
     text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(config.out / METRICS, text + "\n")
-    write_atomically(config.out / TABLE, table_text(result))
+    write_whole(config.out / METRICS, text + "\n")
+    write_whole(config.out / TABLE, table_text(result))
     write_plots(result, records, config.out)
     return result
 

@@ -1,0 +1,188 @@
+"""Crash at every call, and a fault at every call: the index is the old one or the new one, always.
+
+The calls are those of a change that adds, replaces and removes documents, seen from between Python and
+the disk; nothing of the index is replaced by a stand-in.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rag_eval.io_faults import CHANGES, CrashRecorder, DiskCalls, Fault
+from retrievers import Document, Index, StorageError, delete_documents, ingest
+
+SECRET = "the old code of the vault is 4711"
+BEFORE = [
+    Document(id="a", title="", text=f"tea at one\n{SECRET}"),
+    Document(id="b", title="", text="coffee at two"),
+    Document(id="c", title="", text="water at three"),
+]
+AFTER = [
+    Document(id="a", title="", text="tea at one\nthe vault has no code"),
+    Document(id="b", title="", text="coffee at two"),
+    Document(id="d", title="", text="juice at four"),
+]
+
+
+def texts(folder: Path) -> frozenset[str]:
+    with Index.open(folder) as index:
+        documents = {record.id for record in index.documents()}
+        found = list(index.chunks())
+        assert documents == {chunk.document_id for chunk in found}
+        assert index.retriever("bm25").search("tea", k=1)[0].chunk.text == "tea at one"
+        return frozenset(chunk.text for chunk in found)
+
+
+def lines(documents: list[Document]) -> frozenset[str]:
+    return frozenset(line for document in documents for line in document.text.split("\n"))
+
+
+def holds(folder: Path, text: str) -> bool:
+    return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What belongs to no state: other generations, staged rows, files under a temporary name."""
+    states = sorted(path.name for path in folder.glob("gen-*"))
+    odd = [path.name for path in folder.rglob("*") if path.suffix in (".new", ".part")]
+    staged = [str(path) for path in (folder / ".work").glob("stage/*")]
+    return states[1:] + odd + staged
+
+
+@pytest.fixture
+def folder(tmp_path: Path, hash_embedder, splitter) -> Path:
+    ingest(BEFORE, tmp_path / "index", splitter=splitter, embedder=hash_embedder)
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def change(hash_embedder, splitter) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        ingest(AFTER, folder, splitter=splitter, embedder=hash_embedder, sync=True)
+
+    return run
+
+
+def test_every_crash_leaves_the_old_state_or_the_new_one(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    with CrashRecorder(folder) as recorder:
+        change(folder)
+    # What was staged is nothing that an index is read from.
+    images = {image.without(".work"): (when, image) for when, image in recorder.images()}
+    seen = set()
+    for number, (when, image) in enumerate(images.values()):
+        left = tmp_path / f"image-{number}"
+        image.restore(left)
+        found = texts(left)
+        assert found in (lines(BEFORE), lines(AFTER)), when
+        seen.add(found)
+        if number % 8 == 0:
+            change(left)
+            assert texts(left) == lines(AFTER)
+            assert not leftovers(left), when
+            assert not holds(left, SECRET), when
+    assert len(seen) == 2
+    for image in recorder.final():
+        assert not any(SECRET.encode() in content for _, content in image.files)
+
+
+def test_every_crash_of_a_first_ingest_leaves_no_index_or_a_whole_one(
+    tmp_path: Path, hash_embedder, splitter
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with CrashRecorder(home) as recorder:
+        ingest(AFTER, home / "new" / "index", splitter=splitter, embedder=hash_embedder)
+    seen = set()
+    images = {image.without(".work"): when for when, image in recorder.images()}
+    for number, (image, when) in enumerate(images.items()):
+        left = tmp_path / f"image-{number}"
+        image.restore(left)
+        if (left / "new" / "index" / "manifest.json").exists():
+            found = texts(left / "new" / "index")
+        else:
+            found = frozenset()
+        assert found in (frozenset(), lines(AFTER)), when
+        seen.add(found)
+    assert len(seen) == 2
+    for number, image in enumerate(set(recorder.final())):
+        left = tmp_path / f"final-{number}"
+        image.restore(left)
+        assert texts(left / "new" / "index") == lines(AFTER)
+
+
+@pytest.mark.parametrize(
+    ("code", "lasting"),
+    [(errno.EIO, False), (errno.ENOSPC, True), (errno.EROFS, True)],
+    ids=["EIO once", "ENOSPC from then on", "EROFS from then on"],
+)
+def test_every_call_that_fails_is_one_line_and_leaves_one_whole_state(
+    code: int, lasting: bool, tmp_path: Path, change, hash_embedder, splitter
+) -> None:
+    kinds = CHANGES + (("unlink", "rmdir") if code == errno.EROFS and lasting else ())
+    failures = 0
+    for nth in range(1000):
+        folder = tmp_path / str(nth)
+        ingest(BEFORE, folder, splitter=splitter, embedder=hash_embedder)
+        with DiskCalls(
+            folder, fault=Fault(kinds=kinds, nth=nth, errno=code, lasting=lasting)
+        ) as disk:
+            try:
+                change(folder)
+                failed = None
+            except StorageError as error:
+                failed = error
+        if not disk.failed:
+            break
+        failures += 1
+        where = str(disk.failed[0])
+        found = texts(folder)
+        assert found in (lines(BEFORE), lines(AFTER)), where
+        if failed is None:
+            # Only what nothing depends on may fail unsaid, and the change was made all the same.
+            assert found == lines(AFTER), where
+        else:
+            assert failed.errno == code, where
+            assert "\n" not in str(failed), where
+            assert str(folder) in str(failed), where
+            assert ("as it was" in str(failed)) == (found == lines(BEFORE)), (where, str(failed))
+        if found == lines(BEFORE) and not (lasting and code == errno.EROFS):
+            assert not leftovers(folder), where
+        change(folder)
+        assert texts(folder) == lines(AFTER), where
+        assert not leftovers(folder), where
+        assert not holds(folder, SECRET), where
+    assert failures > 40
+
+
+def test_a_delete_whose_old_files_stay_says_so_and_the_next_change_removes_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = Fault(kinds=("unlink",), nth=0, errno=errno.EIO, lasting=True)
+    with DiskCalls(folder, fault=fault), pytest.raises(StorageError, match="may lie on the disk"):
+        delete_documents(folder, ["a"])
+    assert SECRET not in texts_of(folder)
+    assert holds(folder, SECRET)
+    with caplog.at_level(logging.WARNING):
+        delete_documents(folder, ["c"])
+    assert not holds(folder, SECRET)
+
+
+def texts_of(folder: Path) -> list[str]:
+    with Index.open(folder) as index:
+        return [chunk.text for chunk in index.chunks()]
+
+
+def test_documents_are_those_of_the_generation_that_was_opened(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
+    with Index.open(folder) as index:
+        change(folder)
+        assert [record.id for record in index.documents()] == ["a", "b", "c"]
+        assert [record.id for record in index.documents()] == ["a", "b", "c"]
