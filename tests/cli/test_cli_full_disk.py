@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
 from chunk_cache import ChunkKey, ChunkKV, StoreFolder
+from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 from rag_pipeline.cli import main
 
 

@@ -130,7 +130,7 @@ def test_every_call_that_fails_is_one_line_and_leaves_one_whole_state(
     failures = 0
     for nth in range(1000):
         index = tmp_path / str(nth)
-        shutil.copytree(index, index)
+        shutil.copytree(folder, index)
         with DiskCalls(
             index, fault=Fault(kinds=kinds, nth=nth, errno=code, lasting=lasting)
         ) as disk:
