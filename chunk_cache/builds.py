@@ -23,21 +23,15 @@ class BuildTable:
     def __init__(self, retry_failed_s: float) -> None:
         self._retry_failed_s = retry_failed_s
         self.building: dict[ChunkKey, Build] = {}
-        # Oldest failure first; bounded, because failing keys come from what clients send.
+        # Oldest failure first, and the back-off is one for all, so the first to end is in front; bounded,
+        # because failing keys come from what clients send.
         self.failed: OrderedDict[ChunkKey, tuple[float, str]] = OrderedDict()
 
     def state(self, key: ChunkKey) -> ChunkState | None:
-        """Return BUILDING, FAILED or neither."""
+        """Return BUILDING, FAILED or neither; call :meth:`expire` first."""
         if key in self.building:
             return ChunkState.BUILDING
         return ChunkState.FAILED if key in self.failed else None
-
-    def against(self, key: ChunkKey, now: float) -> ChunkState | None:
-        """Tell what forbids a new build of ``key``; a failure does only during its back-off."""
-        if key in self.building:
-            return ChunkState.BUILDING
-        failure = self.failed.get(key)
-        return ChunkState.FAILED if failure is not None and now < failure[0] else None
 
     def begin(self, build: Build) -> None:
         """Register the one writer of a key."""
@@ -59,11 +53,13 @@ class BuildTable:
             self.failed.popitem(last=False)
 
     def expire(self, now: float) -> int:
-        """Fail builds past their deadline; returns how many."""
+        """Fail builds past their deadline and forget failures past their back-off; returns how many builds."""
         late = [build for build in self.building.values() if build.deadline <= now]
         for build in late:
             del self.building[build.key]
             self.fail(build.key, f"build of {build.owner or 'an unnamed owner'} timed out", now)
+        while self.failed and next(iter(self.failed.values()))[0] <= now:
+            self.failed.popitem(last=False)
         return len(late)
 
     def check(self, ready: set[ChunkKey], *, expect_idle: bool) -> None:

@@ -19,7 +19,7 @@ class ChunkState(enum.Enum):
     """One writer computes it. Everybody else treats it as a miss and must not compute it too."""
     READY = "ready"
     FAILED = "failed"
-    """The last build failed; another is allowed after the store's back-off."""
+    """The last build failed, and the store's back-off has not passed; then the key is absent again."""
 
 
 class Lease:

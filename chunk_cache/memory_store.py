@@ -118,11 +118,16 @@ class MemoryStore(WritableStore):
         """Lease every match that is still there; the others are left out (they are misses)."""
         ids = as_prompt_ids(prompt_ids)
         leased: list[tuple[Match, Lease]] = []
-        for match in matches:
-            run = ids[match.prompt_start : match.prompt_end]
-            lease = self.acquire(match.key, run, chunk_offset=match.chunk_offset)
-            if lease is not None:
-                leased.append((match, lease))
+        try:
+            for match in matches:
+                run = ids[match.prompt_start : match.prompt_end]
+                lease = self.acquire(match.key, run, chunk_offset=match.chunk_offset)
+                if lease is not None:
+                    leased.append((match, lease))
+        except BaseException:
+            for _, lease in leased:
+                lease.release()
+            raise
         return leased
 
     @contextlib.contextmanager

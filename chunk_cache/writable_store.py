@@ -89,9 +89,7 @@ class WritableStore:
         with self._lock:
             self._expire_builds()
             now = self._clock()
-            against = self._builds.against(key, now)
-            if key in self._ledger.entries:
-                against = ChunkState.READY
+            against = ChunkState.READY if key in self._ledger.entries else self._builds.state(key)
             if against is not None:
                 self._stats.builds_refused += 1
                 return against
@@ -156,7 +154,7 @@ class WritableStore:
             return True
 
     def _expire_builds(self) -> None:
-        if self._builds.building:
+        if self._builds.building or self._builds.failed:
             self._stats.builds_expired += self._builds.expire(self._clock())
 
     def _drop(self, key: ChunkKey) -> ChunkKV:

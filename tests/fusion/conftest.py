@@ -224,9 +224,7 @@ class LocalEngine:
 
     def fresh(self) -> None:
         """Empty everything, chunks and counters too."""
-        from rag_pipeline.sglang_plugin.fusion import background
-
-        background.clear()
+        self.runtime.missing.clear()
         self.flush()
         self.runtime.store.clear()
         self.runtime.metrics.counts.clear()

@@ -149,8 +149,12 @@ def test_ranks_must_have_the_same_variant(local, monkeypatch):
             super().__init__()
             self.size = 2
 
-        def common(self, items):
-            return {item for item in items if len(item) < 4 or item[3] == 0}
+        def _exchange(self, vote):
+            is_fine, value = vote
+            if isinstance(value, tuple):
+                runs, missing = value
+                value = [run for run in runs if not run[4]], missing
+            return [vote, (is_fine, value)]
 
     monkeypatch.setattr(local.runtime, "group", Group())
     req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})

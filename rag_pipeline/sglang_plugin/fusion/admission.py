@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chunk_cache import Build, ChunkKey
+from chunk_cache import Build, ChunkKey, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.chunk_search import (
     build_behind_passage,
@@ -51,9 +51,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
         explicit = request is not None and request.mode != "off"
         if request is None:
-            if not (
-                runtime.config.automatic and runtime.is_on and runtime.store.stats().chunks_now
-            ):
+            # With several ranks the store of one must not decide: a look-up is a vote.
+            stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
+            if not (runtime.config.automatic and runtime.is_on and stored):
                 return
             request = FusionRequest()
         if request.mode == "build" and request.passage:
@@ -128,35 +128,28 @@ def _fall_back(runtime: FusionRuntime, state: RequestState, reason: str) -> None
 
 
 def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
-    request, prompt = state.request, state.prompt
+    """Lease what every tensor-parallel rank has; behind the vote nothing is done that can fail on one rank."""
+    request = state.request
     turns = lease_turns(runtime, state, tenant) if request.conversation else []
-    if request.spans:
-        prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
-        assert prefix is not None
-        found = find_in_spans(
-            runtime, prompt, prefix, request.spans, passage=request.passage is not False
-        )
-    else:
-        prefix, found = scan_prompt(runtime, prompt, tenant, passage=request.passage is not False)
-    matches, missing = found.matches, found.missing
-    if prefix is not None:
-        # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
-        low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
-        matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
-    leased = [
-        LeasedSpan(match=m, lease=lease, is_behind_passage=m.key in found.behind_passage)
-        for m, lease in runtime.store.acquire_matches(prompt, matches)
-    ]
-    if runtime.group.size > 1:
-        agreed = runtime.group.common([_run_of(span) for span in leased])
-        for span in leased:
-            if _run_of(span) not in agreed:
-                span.lease.release()
-        leased = [span for span in leased if _run_of(span) in agreed]
-    missing = [(s, e) for s, e in missing if e > max(state.radix_len, state.turns_end)]
+    prefix: KnownPrefix | None = None
+
+    def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
+        nonlocal prefix
+        prefix, missing = _look_up(runtime, state, tenant)
+        return [_run_of(span, prefix) for span in state.spans if not span.is_turn], missing
+
+    offers = runtime.group.gather(offer)
+    agreed = set.intersection(*(set(runs) for runs, _ in offers))
+    missing = sorted({span for _, spans in offers for span in spans})
+    leased = []
+    for span in state.spans[len(turns) :]:
+        if _run_of(span, prefix) in agreed:
+            leased.append(span)
+        else:
+            span.lease.release()
+    state.spans = [*turns, *leased]
     runtime.metrics.count("spans", "hit", len(leased))
     runtime.metrics.count("spans", "miss", len(missing))
-    state.spans = [*turns, *leased]
     if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
@@ -168,9 +161,46 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
         _remember_missing(runtime, state, prefix, missing)
 
 
-def _run_of(span: LeasedSpan) -> tuple[int, ...]:
-    """What the ranks must have in common, the variant of the chunk too: heads of two must never mix."""
-    return span.start, span.end, span.match.chunk_offset, int(span.is_behind_passage)
+def _look_up(
+    runtime: FusionRuntime, state: RequestState, tenant: Tenant
+) -> tuple[KnownPrefix | None, list[tuple[int, int]]]:
+    """Lease this rank's chunks onto the state; return the prefix and the spans that are worth building."""
+    request, prompt = state.request, state.prompt
+    passage = request.passage is not False
+    if request.spans:
+        prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
+        assert prefix is not None
+        found = find_in_spans(runtime, prompt, prefix, request.spans, passage=passage)
+    else:
+        prefix, found = scan_prompt(runtime, prompt, tenant, passage=passage)
+    matches = found.matches
+    if prefix is not None:
+        # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
+        low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
+        matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
+    state.spans += [
+        LeasedSpan(match=m, lease=lease, is_behind_passage=m.key in found.behind_passage)
+        for m, lease in runtime.store.acquire_matches(prompt, matches)
+    ]
+    behind = max(state.radix_len, state.turns_end)
+    return prefix, [(start, end) for start, end in found.missing if end > behind]
+
+
+def _run_of(span: LeasedSpan, prefix: KnownPrefix | None) -> tuple[Any, ...]:
+    """What the ranks must have in common: the run, and everything in the chunk's key but the rank's own shard.
+
+    Heads of two chunks, or of two variants of one, must never mix, and all must be moved by the same distance.
+    """
+    record = span.lease.record
+    return (
+        span.start,
+        span.end,
+        span.match.chunk_offset,
+        record.base_position,
+        span.is_behind_passage,
+        0 if prefix is None else int(prefix.ids.size),
+        hash_token_ids(record.token_ids),
+    )
 
 
 def _remember_missing(
@@ -193,8 +223,13 @@ def _begin_capture(
     runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, start: int, end: int
 ) -> None:
     ids = state.prompt[start:end]
-    key = ChunkKey.of(prefix.context, ids)
-    build = runtime.store.begin_build(key, ids, owner="prefill")
+    try:
+        key = ChunkKey.of(prefix.context, ids)
+        build = runtime.store.begin_build(key, ids, owner="prefill")
+    except Exception as error:
+        # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
+        runtime.say_fault("capture", error)
+        return
     if isinstance(build, Build):
         state.captures.append(Capture(start=start, end=end, base_position=start, build=build))
 

@@ -1,14 +1,13 @@
-"""Missing chunks, computed later: a bounded queue that is served only while the engine has nothing to do."""
+"""Missing chunks, computed later: the queue is served only while the engine has nothing to do."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion import internal_requests
+from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
 from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.runtime import (
     FusionRuntime,
@@ -17,63 +16,41 @@ from rag_pipeline.sglang_plugin.fusion.runtime import (
     get_runtime,
 )
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MissingChunk:
-    """A chunk that a prompt had and the store had not."""
-
-    prefix: KnownPrefix
-    ids: TokenArray
-    key: ChunkKey
-
-
-_QUEUE: deque[MissingChunk] = deque()
 _IDLE_TURNS = 200
 """Turns of the idle scheduler loop before a build starts, some tens of milliseconds: the gap between two
 requests of one client is no idleness. Counted, not timed, so that tensor-parallel ranks agree."""
 _idle = 0
 
 
-def enqueue(runtime: FusionRuntime, prefix: KnownPrefix, ids: TokenArray) -> bool:
-    """Remember a missing chunk; False if it is known, being built, or dropped because the queue is full."""
-    if not runtime.config.background:
-        return False
+def enqueue(runtime: FusionRuntime, prefix: KnownPrefix, ids: TokenArray) -> None:
+    """Remember a missing chunk. Looks at nothing that tensor-parallel ranks may see differently."""
     key = ChunkKey.of(prefix.context, ids)
-    if runtime.store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
-        return False
-    if any(chunk.key == key for chunk in _QUEUE):
-        return False
-    if len(_QUEUE) >= runtime.config.max_background:
-        runtime.metrics.count("background", "dropped")
-        return False
-    _QUEUE.append(MissingChunk(prefix=prefix, ids=ids.copy(), key=key))
-    runtime.metrics.count("background", "queued")
-    return True
+    if not runtime.config.background or key in runtime.missing:
+        return
+    chunk = MissingChunk(prefix=prefix, ids=ids.copy(), key=key)
+    dropped = runtime.missing.add(chunk, runtime.config.max_background)
+    runtime.metrics.count("background", "dropped", dropped)
+    runtime.metrics.count("background", "queued", key in runtime.missing)
 
 
 def take(runtime: FusionRuntime) -> MissingChunk | None:
-    """Next chunk that is still missing, oldest first."""
-    while _QUEUE:
-        chunk = _QUEUE.popleft()
-        if runtime.store.state(chunk.key) is None:
+    """Next chunk that is still missing on some tensor-parallel rank and that none may not build; a vote."""
+    waiting = list(runtime.missing)
+    if not waiting:
+        return None
+    states = runtime.group.gather(lambda: [runtime.store.state(chunk.key) for chunk in waiting])
+    for seen in zip(*states, strict=True):
+        chunk = runtime.missing.take()
+        if None in seen and set(seen) <= {None, ChunkState.READY}:
             return chunk
         runtime.metrics.count("background", "obsolete")
     return None
 
 
-def pending() -> int:
-    """Chunks waiting."""
-    return len(_QUEUE)
-
-
-def clear() -> None:
-    """Forget all."""
-    _QUEUE.clear()
-
-
 def around_idle_sleep(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Wrap ``IdleSleeper.maybe_sleep``: one sleep is up to a second, far more than an idle turn."""
-    if not _QUEUE:
+    runtime = get_runtime()
+    if runtime is None or not runtime.missing:
         original(*args, **kwargs)
 
 
@@ -83,20 +60,26 @@ def before_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     A request that arrives meanwhile waits for at most the prefill of one chunk.
     """
     global _idle
-    if not _QUEUE:
-        _idle = 0
-        return
     runtime = get_runtime()
-    if runtime is None or not runtime.is_on or not scheduler.is_fully_idle():
+    if runtime is None or not runtime.missing or not runtime.is_on or not scheduler.is_fully_idle():
         _idle = 0
         return
     _idle += 1
     if _idle < _IDLE_TURNS:
         return
     _idle = 0
-    chunk = take(runtime)
-    if chunk is None:
+    try:
+        chunk = take(runtime)
+    except Exception as error:
+        # Every rank is here: with all queues empty they are in step again.
+        runtime.missing.clear()
+        runtime.say_fault("background", error)
         return
+    if chunk is not None:
+        _start(runtime, scheduler, chunk)
+
+
+def _start(runtime: FusionRuntime, scheduler: Any, chunk: MissingChunk) -> None:
     prefix = chunk.prefix
     start, end = int(prefix.ids.size), int(prefix.ids.size + chunk.ids.size)
     request = FusionRequest(mode="build", spans=((start, end),), prefix_len=start)

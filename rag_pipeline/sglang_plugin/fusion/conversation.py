@@ -15,7 +15,6 @@ store's byte budget, evicted like any chunk, and no page, lock or slot that two 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
@@ -44,20 +43,36 @@ def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> 
 
     Sets ``state.turns_end`` and ``state.turn``. All tensor-parallel ranks must call it together.
     """
-    chain = runtime.conversations.find(namespace_of(state, tenant), state.prompt)
-    leased: list[tuple[Segment, LeasedSpan]] = []
-    for segment, match in chain:
-        found = runtime.store.acquire_matches(state.prompt, [match])
-        if not found:
-            break  # what stands behind was computed over it
-        leased.append((segment, LeasedSpan(match=match, lease=found[0][1], is_turn=True)))
-    kept = runtime.group.common([(s.start, s.end, 0) for _, s in leased])
-    agreed = list(itertools.takewhile(lambda item: (item[1].start, item[1].end, 0) in kept, leased))
+    chain: list[Segment] = []
+
+    def offer() -> list[tuple[int, int, int]]:
+        for segment, match in runtime.conversations.find(namespace_of(state, tenant), state.prompt):
+            found = runtime.store.acquire_matches(state.prompt, [match])
+            if not found:
+                break  # what stands behind was computed over it
+            chain.append(segment)
+            state.spans.append(LeasedSpan(match=match, lease=found[0][1], is_turn=True))
+        return [(s.start, s.end, t.number) for s, t in zip(state.spans, chain, strict=True)]
+
+    offers = runtime.group.gather(offer)
+    leased, state.spans = state.spans, []
+    agreed: list[tuple[Segment, LeasedSpan]] = []
+    for segment, span, same in zip(chain, leased, zip(*offers, strict=False), strict=False):
+        if len({(start, number) for start, _, number in same}) > 1:
+            break
+        # A rank on which the chain goes on leaves a turn where the next begins.
+        end = min(end for _, end, _ in same)
+        run = span.match.clipped(span.start, end)
+        agreed.append((segment, dataclasses.replace(span, match=run)))
+    for segment, span in zip(chain[len(agreed) :], leased[len(agreed) :], strict=True):
+        # What one rank has lost all forget, or the next time that it is kept heads of two computations would mix.
+        span.lease.release()
+        runtime.store.evict(segment.key)
     if not agreed or agreed[-1][1].end - state.radix_len < runtime.config.min_reused_tokens:
         # The tree's exact KV reaches as far.
+        for _, span in agreed:
+            span.lease.release()
         agreed = []
-    for _, span in leased[len(agreed) :]:
-        span.lease.release()
     spans: list[LeasedSpan] = []
     for segment, span in agreed:
         state.turns_end, state.turn = span.end, segment.number
@@ -65,6 +80,7 @@ def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> 
             span.lease.release()
             continue
         spans.append(dataclasses.replace(span, match=span.match.clipped(state.radix_len, span.end)))
+    state.spans = list(spans)
     return spans
 
 
@@ -99,7 +115,8 @@ def keep_turn(
         return False
     if state.report.fallback or isinstance(req.finished_reason, FINISH_ABORT):
         return False
-    assert runtime.facts is not None
+    facts = runtime.facts
+    assert facts is not None
     namespace = namespace_of(state, Tenant(req.extra_key, req.cache_salt))
     start = max(state.exact_limit, state.turns_end)
     # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
@@ -107,22 +124,40 @@ def keep_turn(
     end = min(kv_len, written)
     if end - start < runtime.config.min_reused_tokens:
         return False
-    if not runtime.conversations.has_room(namespace):
+    ids = np.asarray(req.full_untruncated_fill_ids[:end], dtype=np.int64)
+    key: ChunkKey | None = None
+
+    def store() -> str:
+        nonlocal key
+        if not runtime.conversations.has_room(namespace):
+            return "not_stored"
+        context = facts.context(
+            prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
+        )
+        own = ChunkKey.of(context, ids[start:])
+        build = runtime.store.begin_build(own, ids[start:], owner="turn")
+        if not isinstance(build, Build):
+            return "known"  # the same turn was asked before
+        with build:
+            capture = Capture(start=start, end=end, base_position=start, build=build)
+            slots = row[:end].to(torch.int64)
+            if build.commit(capture_chunk(pool, facts.num_layers, slots, capture)):
+                key = own
+        return "stored" if key is not None else "not_stored"
+
+    outcome: set[str] = set()
+    try:
+        # Kept by all or by none, so that the number of a segment means the same computation on every rank.
+        outcome = set(runtime.group.gather(store))
+    finally:
+        if key is not None and outcome != {"stored"}:
+            runtime.store.evict(key)
+    if outcome == {"known"}:
+        return False
+    if outcome != {"stored"}:
         runtime.metrics.count("turns", "not_stored")
         return False
-    ids = np.asarray(req.full_untruncated_fill_ids[:end], dtype=np.int64)
-    context = runtime.facts.context(
-        prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
-    )
-    key = ChunkKey.of(context, ids[start:])
-    build = runtime.store.begin_build(key, ids[start:], owner="turn")
-    if not isinstance(build, Build):
-        return False  # the same turn was asked before
-    with build:
-        capture = Capture(start=start, end=end, base_position=start, build=build)
-        slots = row[:end].to(torch.int64)
-        stored = build.commit(capture_chunk(pool, runtime.facts.num_layers, slots, capture))
-    if stored:
-        runtime.conversations.add(namespace, ids, start, state.turn, key)
-    runtime.metrics.count("turns", "stored" if stored else "not_stored")
-    return stored
+    assert key is not None
+    runtime.conversations.add(namespace, ids, start, state.turn, key)
+    runtime.metrics.count("turns", "stored")
+    return True

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from rag_pipeline.sglang_plugin.fusion import disk
-from rag_pipeline.sglang_plugin.fusion.attention import FusedPass
 from rag_pipeline.sglang_plugin.fusion.batch_view import make_view, whole_rows
 from rag_pipeline.sglang_plugin.fusion.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.fused_forward import FusedForward
 from rag_pipeline.sglang_plugin.fusion.fused_item import PlanEntry
 from rag_pipeline.sglang_plugin.fusion.plan import Piece
-from rag_pipeline.sglang_plugin.fusion.probing import FusedPassError
 from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime
 from rag_pipeline.sglang_plugin.fusion.usage import attach_report, fill_report
@@ -79,11 +77,13 @@ def _fused(
     """Run the fused forward; whatever goes wrong in it, the same batch is prefilled as usual instead."""
     stage = "plan"
     try:
-        view, fused = _prepared(runtime, runner, batch, entries)
+        with runtime.group.in_step():
+            view, fused = FusedForward(runtime, runner, batch, entries).prepare()
         stage = "pass"
-        output = original(runner, view, *args, **kwargs)
-        if not runtime.group.all_true(fused.fault is None):
-            raise FusedPassError("the fused pass failed on a rank") from fused.fault
+        with runtime.group.in_step():
+            output = original(runner, view, *args, **kwargs)
+            if fused.fault is not None:
+                raise fused.fault
     except Exception as error:
         _give_up(runtime, entries, stage, error)
     else:
@@ -91,22 +91,6 @@ def _fused(
         return output
     # Outside the handler, so that a fault of SGLang itself is raised as itself.
     return original(runner, _rewritten(runner, batch, entries), *args, **kwargs)
-
-
-def _prepared(
-    runtime: FusionRuntime, runner: Any, batch: Any, entries: list[PlanEntry]
-) -> tuple[Any, FusedPass]:
-    """Plan and probe; a rank that cannot keeps the others from starting a pass without it."""
-    fault: Exception | None = None
-    prepared: tuple[Any, FusedPass] | None = None
-    try:
-        prepared = FusedForward(runtime, runner, batch, entries).prepare()
-    except Exception as error:
-        fault = error
-    if not runtime.group.all_true(fault is None):
-        raise fault or FusedPassError("planning failed on another rank")
-    assert prepared is not None
-    return prepared
 
 
 def _give_up(

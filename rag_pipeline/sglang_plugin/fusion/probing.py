@@ -18,10 +18,6 @@ from rag_pipeline.sglang_plugin.fusion.probes import DeviationObserver, MassObse
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
 
-class FusedPassError(RuntimeError):
-    """A pass failed on some tensor-parallel rank; every rank raises it and prefills as usual."""
-
-
 class Prober:
     """Runs the probing passes of one forward and lets the policies choose.
 
@@ -167,17 +163,22 @@ class Prober:
         """Run a pass; return the likeliest next token of each request, None where the observer stopped it."""
         fused = make_pass(self._runtime, self._loader, rows, observer=observer)
         view = make_view(self._batch, rows, fused, whole_batch=False)
+        self._runtime.group.all_true(True)  # no rank starts a pass that another one does not reach
         output = None
         with contextlib.suppress(StopPassError):
             output = self._runner._forward_raw(view, None)
-        if not self._runtime.group.all_true(fused.fault is None):
-            raise FusedPassError("a probing pass failed on a rank") from fused.fault
-        if output is None:
-            return None
-        if observer.last_layer < self._facts.num_layers:
-            raise RuntimeError(
-                "a probing pass ran to the end of the model; its observer never stopped it"
-            )
-        return self._runtime.group.first(
-            output.logits_output.next_token_logits.argmax(dim=-1).to(torch.int64)
-        )
+        ids: list[Tensor] = []
+
+        def conclude() -> None:
+            if fused.fault is not None:
+                raise fused.fault
+            if output is None:
+                return
+            if observer.last_layer < self._facts.num_layers:
+                raise RuntimeError(
+                    "a probing pass ran to the end of the model; its observer never stopped it"
+                )
+            ids.append(output.logits_output.next_token_logits.argmax(dim=-1).to(torch.int64))
+
+        self._runtime.group.gather(conclude)
+        return self._runtime.group.first(ids[0]) if ids else None

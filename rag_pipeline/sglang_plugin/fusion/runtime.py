@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunk_cache import KVContext, MemoryStore, StoreFolder, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
@@ -73,6 +74,7 @@ class FusionRuntime:
         self.metrics = metrics or FusionMetrics()
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
         self.conversations = Conversations(self.store)
+        self.missing = BuildQueue()
         self.self_check = "not run"
         self.folder: StoreFolder | None = None
         self.passage: TokenArray = np.empty(0, dtype=np.int64)
@@ -127,6 +129,7 @@ class FusionRuntime:
         fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
         self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
         self._prefixes.clear()
+        self.missing.clear()
         # Pinned ones too: nothing can ever find them again.
         stored = self.store.keys()
         for key in stored:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from typing import Any
 
+from chunk_cache import hash_token_ids
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.fusion import background, disk, internal_requests
+from rag_pipeline.sglang_plugin.fusion import disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import (
     UnsupportedModelError,
@@ -26,10 +29,36 @@ logger = logging.getLogger(__name__)
 def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Run after ``Scheduler.__init__``: the model is loaded, the pools exist, no request has come."""
     runtime = build_runtime(scheduler)
+    agree_on_start(runtime)
     set_runtime(runtime)
     if runtime.is_on and runtime.config.self_check:
         prove(runtime, scheduler)
     disk.open_folder(runtime)
+
+
+def agree_on_start(runtime: FusionRuntime) -> None:
+    """Turn fusion off on every rank where it is off on one, or where one was told something else."""
+
+    def told() -> tuple[bool, str]:
+        settings = dataclasses.asdict(runtime.config)
+        for name in (
+            "store_dir",
+            "passage_file",
+        ):  # folders may differ, what was read from them may not
+            del settings[name]
+        settings["max_prompt"] = runtime.max_prompt
+        settings["passage"] = hash_token_ids(runtime.passage)
+        return runtime.is_on, json.dumps(settings, sort_keys=True)
+
+    seen = runtime.group.gather(told)
+    if not runtime.is_on:
+        return
+    if not all(is_on for is_on, _ in seen):
+        runtime.turn_off("it is off on another tensor-parallel rank")
+    elif len(set(seen)) > 1:
+        runtime.turn_off(
+            "the tensor-parallel ranks have different settings or passages of fusion; start all alike"
+        )
 
 
 def prove(runtime: FusionRuntime, scheduler: Any) -> None:
@@ -62,7 +91,6 @@ def after_weight_update(result: Any, manager: Any, *args: Any, **kwargs: Any) ->
     fingerprint = fingerprint_weights(model)
     if fingerprint != runtime.facts.fingerprint:
         logger.info("Weights changed to %s: stored chunks are dropped", fingerprint[:12])
-        background.clear()
         runtime.weights_changed(fingerprint)
 
 
@@ -71,7 +99,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     runtime = get_runtime()
     if runtime is not None:
         # Where fusion is off nobody serves the queue, and nobody need wait for it.
-        waiting = background.pending() + internal_requests.running() if runtime.is_on else 0
+        waiting = len(runtime.missing) + internal_requests.running() if runtime.is_on else 0
         result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
 
 
