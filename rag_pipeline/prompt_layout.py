@@ -139,7 +139,7 @@ class PromptBuilder:
         Returns
         -------
         PromptLayout
-            The chunks with the lowest scores are left out until the rest fits; see `dropped`.
+            Chunks are taken best first, each that still fits; the others are in `dropped`.
 
         Raises
         ------
@@ -150,7 +150,8 @@ class PromptBuilder:
         if not question:
             raise RagPipelineError("the question is empty; give at least one word")
         limit = min(self.context_length, context_length or self.context_length)
-        question_text = self._question_template.format(question=question)
+        note = self.tokenizer.date_note()
+        question_text = note + self._question_template.format(question=question)
         question_ids = self.tokenizer.encode_runs([(question_text, False), *self._tail])
         room = limit - max_new_tokens - len(self._system_ids) - len(question_ids)
         if room < 0:
@@ -186,15 +187,9 @@ class PromptBuilder:
     def _fit(self, hits: Sequence[SearchHit], room: int) -> tuple[list[SearchHit], list[SearchHit]]:
         lengths = [len(self.chunk_ids(hit.chunk)) for hit in hits]
         best_first = sorted(range(len(hits)), key=lambda i: -hits[i].score)
-        total = sum(lengths)
-        out: set[int] = set()
-        for index in reversed(best_first):
-            if total <= room:
-                break
-            total -= lengths[index]
-            out.add(index)
-        kept = [hit for i, hit in enumerate(hits) if i not in out]
-        return kept, [hits[i] for i in best_first if i in out]
+        chosen = {best_first[i] for i in fitting([lengths[i] for i in best_first], room)}
+        kept = [hit for i, hit in enumerate(hits) if i in chosen]
+        return kept, [hits[i] for i in best_first if i not in chosen]
 
     def _template_parts(
         self, system_prompt: str, header: str
@@ -229,6 +224,31 @@ class PromptBuilder:
             return None
         places = [text.index(message["content"]) for message in messages]
         return text if places == sorted(places) else None
+
+
+def fitting(lengths: Sequence[int], room: int) -> list[int]:
+    """Choose what goes into a prompt: best first, each that still fits.
+
+    One that is too long by itself keeps none of the others out.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each, best first.
+    room
+        Tokens that there is place for.
+
+    Returns
+    -------
+    list of int
+        Places in `lengths`, ascending.
+    """
+    chosen = []
+    for place, length in enumerate(lengths):
+        if length <= room:
+            chosen.append(place)
+            room -= length
+    return chosen
 
 
 def model_context_length(folder: Path) -> int:

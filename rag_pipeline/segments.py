@@ -244,14 +244,7 @@ def rendered_parts(
         {"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)
     ]
     try:
-        text = tokenizer.render_chat(messages)
-        if text is not None and not opening:
-            # NOTE: ModelTokenizer always writes the opening; this asks the tokenizer under it.
-            text = str(
-                tokenizer._hf.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=False
-                )
-            )
+        text = tokenizer.render_chat(messages, opening=opening)
     except TemplateError:
         return None
     if text is None or any(text.count(mark) != 1 for mark in marks):

@@ -11,10 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import date, datetime, time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import ModelError
+
+PROMPT_DATE = date(2024, 7, 26)
+"""What a chat template with a date writes at the head of a prompt: the day that Llama 3's own template
+names where it cannot ask the clock."""
 
 
 class ModelTokenizer:
@@ -144,23 +150,64 @@ class ModelTokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str | None:
-        """Apply the chat template, with the opening of the answer.
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], *, opening: bool = True
+    ) -> str | None:
+        """Apply the chat template, which writes :data:`PROMPT_DATE` where it writes a date.
 
         Parameters
         ----------
         messages
             ``role`` and ``content`` of each message.
+        opening
+            Whether the text ends with the opening of an answer.
 
         Returns
         -------
         str or None
             The prompt as text; None when the model has no chat template.
         """
+        return self._render(messages, PROMPT_DATE, opening)
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the current date into a prompt."""
+        from jinja2 import TemplateError
+
+        user = [{"role": "user", "content": "x"}]
+        try:
+            texts = {self._render(user, PROMPT_DATE.replace(year=y), True) for y in (2023, 2024)}
+        except TemplateError:
+            return False
+        return len(texts) > 1
+
+    def date_note(self) -> str:
+        """Line that tells today's date, for the end of a prompt; empty for a template without a date.
+
+        The date at the head of the prompt is pinned: chunk KV is computed behind it and would be
+        missed from midnight on.
+        """
+        return f"Today is {date.today():%d %B %Y}.\n" if self.writes_date else ""
+
+    @property
+    def date_policy(self) -> str:
+        """What prompts say of the date, for people."""
+        if not self.writes_date:
+            return "the chat template writes none"
+        return (
+            f"pinned to {PROMPT_DATE:%d %B %Y} at the head, so that chunk KV outlives midnight; "
+            "today's date stands before the question"
+        )
+
+    def _render(self, messages: Sequence[dict[str, str]], day: date, opening: bool) -> str | None:
         if not getattr(self._hf, "chat_template", None):
             return None
         text: str = self._hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=opening,
+            # A name given here hides the function of that name that templates call for a date.
+            strftime_now=datetime.combine(day, time()).strftime,
         )
         return text
 

@@ -35,6 +35,7 @@ def run_doctor(*, model: str, server: str | None, json_output: bool) -> None:
         **facts,
         "engine": activation,
         "gate": gate,
+        "prompt_date": _prompt_date(folder),
         "ok": not problems,
         "problems": problems,
     }
@@ -119,6 +120,16 @@ def _server_model(url: str) -> Path:
         backend.close()
 
 
+def _prompt_date(folder: Path) -> str:
+    """What prompts for a model say of the date; a server's model may lie on another machine."""
+    from rag_pipeline import ModelError, ModelTokenizer
+
+    try:
+        return ModelTokenizer.load(folder).date_policy
+    except ModelError:
+        return "not known: the model's folder is not on this machine"
+
+
 def _ask_engine(model: str, folder: Path) -> dict[str, Any]:
     from rag_pipeline.sglang_plugin import activation_of, create_engine
 
@@ -151,6 +162,7 @@ def _print_report(report: dict[str, Any]) -> None:
         ("engine hooks", f"{len(engine['hooks'])} applied, {len(engine['unapplied'])} missing"),
         ("fusion", "on" if engine["fusion_on"] else f"OFF: {engine['fusion_off_reason']}"),
         ("fusion self-check", engine["self_check"]),
+        ("date in prompts", report["prompt_date"]),
     ]
     for name, value in [*rows, *_gate_rows(report["gate"])]:
         print(f"{name:24} {value}")

@@ -11,7 +11,11 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.langchain.documents import document_id, document_title
-from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
+from rag_pipeline.prompt_layout import (
+    DEFAULT_CHUNK_TEMPLATE,
+    DEFAULT_CONTEXT_HEADER,
+    fitting,
+)
 from rag_pipeline.segments import (
     Message,
     Segment,
@@ -102,7 +106,7 @@ class ChatLayouter:
         Returns
         -------
         ChatLayout
-            The last documents are left out until the rest fits.
+            Documents are taken in order, each that still fits; the others are in `dropped`.
 
         Raises
         ------
@@ -110,10 +114,11 @@ class ChatLayouter:
             Messages that are no text, a conversation that the chat template refuses, or one that
             does not fit even without documents.
         """
-        kept = [self._segment(document) for document in documents]
-        dropped: list[str] = []
+        given = [self._segment(document) for document in documents]
+        kept = list(range(len(given)))
         while True:
-            layout = self._lay_out(messages, kept, dropped)
+            dropped = [str(part.chunk_id) for i, part in enumerate(given) if i not in kept]
+            layout = self._lay_out(messages, [given[i] for i in kept], dropped)
             excess = len(layout.input_ids) + max_new_tokens - self.context_length
             if excess <= 0:
                 return layout
@@ -123,10 +128,8 @@ class ChatLayouter:
                     f"kept for the answer; the context holds {self.context_length}: shorten it, or "
                     "lower max_tokens"
                 )
-            while kept and excess > 0:
-                segment = kept.pop()
-                dropped.insert(0, str(segment.chunk_id))
-                excess -= len(self.encoder.chunk_ids(segment.text))
+            lengths = [len(self.encoder.chunk_ids(given[i].text)) for i in kept]
+            kept = [kept[place] for place in fitting(lengths, sum(lengths) - excess)]
 
     def _lay_out(
         self, messages: Sequence[BaseMessage], documents: Sequence[Segment], dropped: list[str]
@@ -137,8 +140,9 @@ class ChatLayouter:
             if not users:
                 raise RagPipelineError("documents need a human message to stand in; add one")
             header = Segment(text=self._header)
+            note = Segment(text=self.encoder.tokenizer.date_note())
             last = turns[users[-1]]
-            turns[users[-1]] = Message(role="user", parts=(header, *documents, *last.parts))
+            turns[users[-1]] = Message(role="user", parts=(header, *documents, note, *last.parts))
         segments, shared = conversation_segments(self.encoder.tokenizer, turns)
         ids, spans = self.encoder.encode(segments)
         # Where the first turn begins with documents, its header belongs to the shared part too.

@@ -92,6 +92,7 @@ class RagService:
                 "model": verdict,
             },
             "index": indexes,
+            "prompt_date": self.builder.tokenizer.date_policy,
             "cache": {"store": fusion.get("store", {}), "counts": fusion.get("counts", {})},
             "limits": {
                 name: value

@@ -116,6 +116,10 @@ def test_documents_that_do_not_fit_are_dropped_from_the_end_and_named(
     assert len(layout.input_ids) + 100 <= 2048
     assert layout.documents + layout.dropped == tuple(str(i) for i in range(9))
     assert layout.dropped
+    # One that is too long by itself keeps no other out.
+    documents = [Document(page_content="word " * n, id=str(n)) for n in (3000, 300, 2500, 3)]
+    layout = layouter.build([HumanMessage("Q")], documents, max_new_tokens=100)
+    assert (layout.documents, layout.dropped) == (("300", "3"), ("3000", "2500"))
     with pytest.raises(RagPipelineError, match="the context holds 2048: shorten it") as error:
         layouter.build([HumanMessage("word " * 3000)], documents, max_new_tokens=100)
     assert "\n" not in str(error.value)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import string
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from langchain_core.messages import HumanMessage, SystemMessage
 
 from rag_pipeline.errors import ModelError, RagPipelineError
+from rag_pipeline.langchain import to_document
+from rag_pipeline.langchain.layout import ChatLayouter
 from rag_pipeline.prompt_layout import (
     DEFAULT_CONTEXT_HEADER,
     DEFAULT_QUESTION_TEMPLATE,
     DEFAULT_SYSTEM,
     PromptBuilder,
+    fitting,
     model_context_length,
 )
+from rag_pipeline.segments import SegmentEncoder
 from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout
 from retrievers.types import Chunk, SearchHit
@@ -148,6 +154,84 @@ def test_low_scores_are_dropped_first_and_reported(byte_level: ModelTokenizer) -
     layout = builder.build(QUESTION, order, max_new_tokens=11, context_length=bare + 10 + room)
     assert [h.chunk.title for h in layout.chunks] == ["with"]
     assert [h.chunk.title for h in layout.dropped] == ["lambda", "naïve façade"]
+
+
+def test_a_chunk_that_is_too_long_by_itself_keeps_no_other_out(
+    byte_level: ModelTokenizer,
+) -> None:
+    huge = [hit(f"huge{score}", "word " * 2000, score) for score in (9.0, 2.5)]
+    builder = PromptBuilder(byte_level, context_length=1024)
+    for order in itertools.permutations([*huge, *HITS]):
+        layout = builder.build(QUESTION, order, max_new_tokens=32)
+        assert layout.chunks == tuple(h for h in order if h in HITS)
+        assert layout.dropped == tuple(huge)  # best first
+        check_spans(layout)
+
+
+@given(
+    st.lists(st.integers(1, 60), max_size=8),
+    st.integers(0, 120),
+)
+def test_what_is_left_out_would_not_have_fitted(lengths: list[int], room: int) -> None:
+    chosen = fitting(lengths, room)
+    left = room - sum(lengths[i] for i in chosen)
+    assert left >= 0
+    assert chosen == sorted(chosen)
+    for place in set(range(len(lengths))) - set(chosen):
+        better = sum(lengths[i] for i in chosen if i < place)
+        assert lengths[place] > room - better
+
+
+DATED = (
+    "<|im_start|>system\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n"
+    "{{ messages[0]['content'] if messages[0]['role'] == 'system' else '' }}<|im_end|>\n"
+    "{% for m in messages if m['role'] != 'system' %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes the date as the templates of Llama 3 and Granite do."""
+
+
+def test_a_template_that_writes_the_date_shares_its_prefix_over_midnight(
+    byte_level: ModelTokenizer, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk KV is computed behind the head of the prompt; the day is told behind the chunks."""
+    from transformers.utils import chat_template_utils
+
+    import rag_pipeline.tokenizer as module
+
+    dated = ModelTokenizer.load(smollm2_path)
+    dated._hf.chat_template = DATED
+
+    def on(day: int) -> tuple[PromptLayout, tuple[int, ...]]:
+        class Day(datetime):
+            @classmethod
+            def now(cls, *_: object) -> datetime:
+                return datetime(2026, 11, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        monkeypatch.setattr(
+            module, "date", type("D", (date,), {"today": lambda: date(2026, 11, day)})
+        )
+        builder = PromptBuilder(dated, context_length=4096)
+        layouter = ChatLayouter(SegmentEncoder(dated), context_length=4096)
+        asked = HumanMessage(DEFAULT_QUESTION_TEMPLATE.format(question=QUESTION))
+        documents = [to_document(found.chunk) for found in HITS]
+        theirs = layouter.build([SystemMessage(DEFAULT_SYSTEM), asked], documents, max_new_tokens=8)
+        return builder.build(QUESTION, HITS, max_new_tokens=8), theirs.input_ids
+
+    (first, first_chat), (second, second_chat) = on(28), on(29)
+    shared = first.question_span.start
+    assert first.input_ids[:shared] == second.input_ids[:shared]
+    assert first_chat == first.input_ids
+    assert second_chat == second.input_ids
+    assert "Today Date: 26 Jul 2024" in first.text
+    assert f"Today is 28 November 2026.\nQuestion: {QUESTION}" in first.text
+    assert f"Today is 29 November 2026.\nQuestion: {QUESTION}" in second.text
+    assert "pinned to 26 July 2024" in dated.date_policy
+    # A template without a date writes no more than before.
+    assert not byte_level.writes_date
+    assert byte_level.date_policy == "the chat template writes none"
 
 
 def test_question_that_does_not_fit_alone_is_refused_with_numbers(
