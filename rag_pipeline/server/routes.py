@@ -25,6 +25,8 @@ from rag_pipeline.server.schemas import (
     HealthAnswer,
     IndexName,
     JobAnswer,
+    ModelEntry,
+    ModelsAnswer,
     SearchAnswer,
     SearchRequest,
 )
@@ -74,6 +76,19 @@ def make_router(service: RagService) -> APIRouter:
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
+
+    @router.get("/models", response_model=ModelsAnswer)
+    async def models() -> Response:
+        """List the model that answers here; clients ask before they chat."""
+        return JSONResponse({"object": "list", "data": [service.model_entry()]})
+
+    @router.get("/models/{model:path}", response_model=ModelEntry)
+    async def model(model: Annotated[str, Path(min_length=1, max_length=512)]) -> Response:
+        """Look up the model that answers here."""
+        entry = service.model_entry()
+        if model not in (entry["id"], "default"):
+            raise ApiError(404, f"no model {model[:200]!r} here; this server has {entry['id']!r}")
+        return JSONResponse(entry)
 
     @router.post("/search", response_model=SearchAnswer)
     async def search(body: SearchRequest, request: Request) -> Response:

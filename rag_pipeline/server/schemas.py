@@ -4,47 +4,68 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
 
 MAX_K = 64
 _TEXT_LIMIT = 200_000
+
+_Text = Annotated[str, Field(max_length=_TEXT_LIMIT)]
 
 Search = Literal["dense", "bm25", "hybrid"]
 IndexName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Where = dict[str, Any]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message; text only."""
 
     type: Literal["text"]
-    text: Annotated[str, Field(max_length=_TEXT_LIMIT)]
+    text: _Text
+    annotations: Annotated[list[Any], Field(max_length=1024)] | None = None
 
 
-class Message(_Strict):
+class RefusalPart(Strict):
+    """A part of an answer that was a refusal."""
+
+    type: Literal["refusal"]
+    refusal: _Text
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return self.refusal
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+# One arm is chosen by the kind of JSON value, so that a refusal names what is wrong with that arm.
+Content = Annotated[
+    Annotated[_Text, Tag("text")] | Annotated[list[Part], Tag("parts")],
+    Discriminator(lambda given: "parts" if isinstance(given, list) else "text"),
+]
+
+
+class Message(NeutralMessage):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=_TEXT_LIMIT)] | list[TextPart] | None = None
+    content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
-    refusal: None = None
+    refusal: _Text | None = None
 
     def text(self) -> str:
         """All text of the message."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
 
-class RagOptions(_Strict):
+class RagOptions(Strict):
     """Retrieval and fusion of one request; the server's own settings where nothing is said."""
 
     index: IndexName | None = Field(default=None, description="Name of an index of this key.")
@@ -66,17 +87,17 @@ class RagOptions(_Strict):
     )
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """OpenAI's options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ChatRequest(_Strict):
+class ChatRequest(NeutralRequest):
     """OpenAI's chat completion request, with `rag` beside it.
 
-    Fields of OpenAI's schema that this route cannot honour are refused, not dropped.
+    What would change the answer and cannot be honoured here is refused, not dropped.
     """
 
     model: Annotated[str, Field(max_length=512)] | None = None
@@ -95,10 +116,6 @@ class ChatRequest(_Strict):
     ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1, description="One answer a request.")] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: dict[str, Any] | None = None
-    store: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -106,6 +123,11 @@ class ChatRequest(_Strict):
             raise ValueError("the last message must be the user's and hold at least one word")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options without stream; set stream to true")
+        if self.seed is not None and self.temperature:
+            raise ValueError(
+                f"seed is {self.seed} with temperature {self.temperature}: sampling cannot be "
+                "repeated here; set temperature to 0, or leave seed out"
+            )
         return self
 
     @property
@@ -114,7 +136,7 @@ class ChatRequest(_Strict):
         return self.max_completion_tokens or self.max_tokens
 
 
-class SearchRequest(_Strict):
+class SearchRequest(Strict):
     """A search without an answer."""
 
     query: Annotated[str, Field(min_length=1, max_length=8000, pattern=r"\S")]
@@ -156,6 +178,22 @@ class ChatAnswer(_Answer):
     rag: dict[str, Any]
 
 
+class ModelEntry(_Answer):
+    """The one model that answers here."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelsAnswer(_Answer):
+    """Models, as OpenAI's clients list them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
 class ErrorFields(_Answer):
     """One line that says what was given, what is allowed, and what to change."""
 
@@ -171,14 +209,14 @@ class ErrorAnswer(_Answer):
     error: ErrorFields
 
 
-class JsonDocument(_Strict):
+class JsonDocument(Strict):
     """A document sent as text; the suffix of its name chooses the parser (``.txt`` without one)."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     text: Annotated[str, Field(min_length=1)]
 
 
-class DocumentsRequest(_Strict):
+class DocumentsRequest(Strict):
     """Documents to ingest."""
 
     documents: Annotated[list[JsonDocument], Field(min_length=1, max_length=64)]

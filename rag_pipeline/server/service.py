@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag_pipeline.errors import EngineError
@@ -42,12 +43,23 @@ class RagService:
     model_gate: Callable[[str], dict[str, Any]] | None = None
     """Verdict of the model gate for an attention class, where the caller can look it up."""
 
+    started: int = field(default_factory=lambda: int(time.time()))
+
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(RETRIEVAL_THREADS, thread_name_prefix="rag-retrieve")
 
     def tenant(self, request: Request) -> Tenant:
         """Tenant of a request that SGLang's key check has let through."""
         return self.tenants.of(bearer_token(request.headers.get("authorization")))
+
+    def model_entry(self) -> dict[str, Any]:
+        """The served model as OpenAI's clients read it."""
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "rag-pipeline",
+        }
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run blocking work beside the event loop, which streams everybody's answers."""

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 
 pytestmark = pytest.mark.engine
 
@@ -133,6 +134,21 @@ def test_an_openai_client_talks_to_it_unchanged(rag_server: Any) -> None:
         )
     )
     assert pieces[-1].usage is not None
+    # What a client does next: list the models, send the answer back, fill in the neutral fields.
+    (listed,) = client.models.list().data
+    assert client.models.retrieve(listed.id).id == listed.id
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-9")
+    history = [*asked["messages"], whole.choices[0].message.model_dump(), *asked["messages"]]
+    neutral: Any = {"n": 1, "seed": 1, "logprobs": False, "response_format": {"type": "text"}}
+    more = client.chat.completions.create(**{**asked, "messages": history, **neutral})
+    assert more.choices[0].message.content
+    chain = ChatOpenAI(
+        base_url=str(client.base_url), api_key=client.api_key, model=listed.id, max_tokens=4
+    )
+    first = chain.invoke([("user", QUESTION)])
+    assert chain.invoke([("user", QUESTION), first, ("user", QUESTION)]).text
+    assert "".join(piece.text for piece in chain.stream(QUESTION)) == first.text
     with pytest.raises(openai.BadRequestError, match=r"rag\.kk is not known here"):
         client.chat.completions.create(**asked, extra_body={"rag": {"kk": 2}})
     with pytest.raises(openai.AuthenticationError):

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from rag_pipeline.cli import main
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.errors import ApiError, refusal_of
 from rag_pipeline.server.guard import is_loopback, make_guard
 from rag_pipeline.server.parsing import ParseError, parse_upload, safe_name
 from rag_pipeline.server.schemas import ChatRequest, Message
@@ -274,18 +276,91 @@ def test_sentences_lean_on_the_chunk_that_has_their_words() -> None:
 # -- requests -----------------------------------------------------------------------------------
 
 
-def test_openai_fields_that_cannot_be_honoured_are_refused() -> None:
-    good = {"messages": [{"role": "user", "content": "hi"}]}
-    ChatRequest.model_validate({**good, "model": "m", "n": 1, "user": "u", "temperature": 0.5})
-    for extra in (
-        {"n": 2},
-        {"tools": []},
-        {"logprobs": True},
-        {"response_format": {}},
-        {"seed": 1},
-    ):
-        with pytest.raises(ValueError, match=next(iter(extra))):
-            ChatRequest.model_validate({**good, **extra})
+USER = {"role": "user", "content": "hi"}
+
+
+def test_an_answer_comes_back_as_history_as_the_openai_package_dumps_it() -> None:
+    from openai.types.chat import ChatCompletionMessage
+    from openai.types.chat.chat_completion_message import Annotation, AnnotationURLCitation
+
+    cited = AnnotationURLCitation(end_index=1, start_index=0, title="t", url="u")
+    answers = [
+        ChatCompletionMessage(role="assistant", content="At nine."),
+        ChatCompletionMessage(role="assistant", content="At nine.", tool_calls=[], annotations=[]),
+        ChatCompletionMessage(
+            role="assistant",
+            content="At nine.",
+            annotations=[Annotation(type="url_citation", url_citation=cited)],
+        ),
+        ChatCompletionMessage(role="assistant", refusal="At nine."),
+    ]
+    parts = [{"type": "text", "text": "At"}, {"type": "text", "text": "nine.", "annotations": []}]
+    for dumped in [
+        *(answer.model_dump() for answer in answers),
+        {"role": "assistant", "content": parts, "name": None},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "At\nnine."}]},
+    ]:
+        request = ChatRequest.model_validate({"messages": [USER, dumped, USER]})
+        assert request.messages[1].text().split() == ["At", "nine."]
+
+
+def test_every_field_of_openais_schema_is_taken_where_it_changes_nothing() -> None:
+    from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+
+    fields = set(CompletionCreateParamsBase.__annotations__) - {"messages"}
+    for name in fields | {"a_field_of_next_year"}:
+        ChatRequest.model_validate({"messages": [USER], name: None})
+    neutral: dict[str, Any] = {
+        "model": "m", "n": 1, "user": "u", "temperature": 0, "seed": 7, "tools": [],
+        "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto",
+        "response_format": {"type": "text"}, "logprobs": False, "top_logprobs": 0, "logit_bias": {},
+        "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium", "store": True,
+        "metadata": {"k": "v"}, "service_tier": "auto", "safety_identifier": "s", "stop": [],
+        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "max_completion_tokens": 5,
+        "stream": False, "prediction": {"type": "content", "content": "x"}, "top_p": 1,
+        "presence_penalty": 0, "frequency_penalty": 0,
+    }  # fmt: skip
+    for name, value in neutral.items():
+        ChatRequest.model_validate({"messages": [USER], name: value})
+    ChatRequest.model_validate({"messages": [USER], **neutral})
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({"n": 2}, "n is 2"),
+        ({"tools": [{"type": "function"}]}, "tools is"),
+        ({"tool_choice": "required"}, "tool_choice is 'required'"),
+        ({"functions": [{}]}, "functions is"),
+        ({"logprobs": True}, "logprobs is True"),
+        ({"top_logprobs": 3}, "top_logprobs is 3"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is"),
+        ({"response_format": {}}, "response_format.type is missing"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "v"}}, "audio is"),
+        ({"reasoning_effort": "high"}, "reasoning_effort is 'high'"),
+        ({"seed": 1, "temperature": 0.5}, "set temperature to 0, or leave seed out"),
+        ({"a_field_of_next_year": 1}, "a_field_of_next_year is not known here"),
+        ({"messages": [{**USER, "tool_calls": [{}]}, USER]}, "messages.0.tool_calls is"),
+        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages.0.role is 'tool'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "does not match any of the expected tags: 'text', 'refusal'",
+        ),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_in_one_line(
+    extra: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        ChatRequest.model_validate({"messages": [USER], **extra})
+    found = [{**item, "loc": ("body", *item["loc"])} for item in error.value.errors()]
+    refusal = refusal_of(RequestValidationError(found))
+    assert refusal is not None
+    assert refusal[0] == 400
+    assert line in refusal[1]
+    assert "\n" not in refusal[1]
 
 
 def test_the_guard_keeps_foreign_pages_out_of_a_server_without_a_key() -> None:
