@@ -6,6 +6,7 @@ Python does.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from rag_pipeline.cli.options import (
     StoreOption,
     TopKOption,
 )
+from rag_pipeline.config import VERBOSE_VARIABLE
 
 app = typer.Typer(
     name="rag-pipeline",
@@ -50,8 +52,15 @@ def _root(
             help="Settings file in place of rag-pipeline.toml in this folder; off reads no file.",
         ),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Show all that SGLang says; may stand behind the command."),
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if verbose:
+        os.environ[VERBOSE_VARIABLE] = "1"
+        os.environ.pop("TQDM_DISABLE", None)
     if version:
         from importlib.metadata import version as installed_version
 

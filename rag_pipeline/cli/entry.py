@@ -18,6 +18,8 @@ from rag_pipeline.cli.app import app
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+VERBOSE = "--verbose"
+
 INTERRUPTED = 130
 """Exit code of a command that was interrupted."""
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What Ctrl-C ends in good order (an engine's processes, files under way), a supervisor can too.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if VERBOSE in words:  # stands behind the command as well as before it
+        words = [VERBOSE, *(word for word in words if word != VERBOSE)]
     try:
         result = command.main(
             args=words or ["--help"],

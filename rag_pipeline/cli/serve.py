@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -80,8 +79,6 @@ def run_serve(options: ServeOptions) -> None:
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.
         words += ["--served-model-name", Path(options.model).name.replace(":", "-")]
-    # Its workers would each ask the terminal how wide it is and draw bars into the log.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     # The server ends by itself on SIGTERM and then passes it on: to the system, as its supervisor expects.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     say(f"Starting SGLang with {options.model}; this takes half a minute on a CPU")

@@ -15,7 +15,13 @@ from rag_pipeline.config.folders import (
     kv_store_dir,
     models_dir,
 )
-from rag_pipeline.config.sources import CONFIG_VARIABLE, FILE_NAME, Origin, anything_set
+from rag_pipeline.config.sources import (
+    CONFIG_VARIABLE,
+    FILE_NAME,
+    VERBOSE_VARIABLE,
+    Origin,
+    anything_set,
+)
 
 if TYPE_CHECKING:
     from rag_pipeline.config.reference import settings_table, template
@@ -26,6 +32,7 @@ __all__ = [
     "CONFIG_VARIABLE",
     "FILE_NAME",
     "HOME_VARIABLE",
+    "VERBOSE_VARIABLE",
     "Origin",
     "ResolvedSettings",
     "Settings",

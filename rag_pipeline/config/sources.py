@@ -24,8 +24,14 @@ NO_FILES = "off"
 PREFIX = "RAG_PIPELINE_"
 FUSION_VARIABLE = "RAG_PIPELINE_FUSION"
 
-_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "RAG_PIPELINE_FAULT_FILE", "RAG_PIPELINE_INTEGRITY"})
-"""Variables of the prefix that are not settings: where to look, one between our processes, one of tests."""
+VERBOSE_VARIABLE = "RAG_PIPELINE_VERBOSE"
+"""Environment variable: ``1`` lets all messages and bars of the engine through, as ``--verbose`` does."""
+
+_NOT_SETTINGS = frozenset(
+    {CONFIG_VARIABLE, VERBOSE_VARIABLE, "RAG_PIPELINE_FAULT_FILE", "RAG_PIPELINE_INTEGRITY"}
+)
+"""Variables of the prefix that are no settings: where to look, how much to say, one between our
+processes, one of tests."""
 
 _TEST_PREFIX = "RAG_PIPELINE_TEST_"
 

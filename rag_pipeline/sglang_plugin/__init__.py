@@ -101,8 +101,9 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import activation, fusion, integrity, launch_hooks
+        from rag_pipeline.sglang_plugin import activation, fusion, integrity, launch_hooks, noise
 
+        noise.hide_bars()
         activation.register()
         launch_hooks.register()
         fusion.register()

@@ -2,16 +2,21 @@
 
 Each entry names the logger or module that speaks and the whole start of the sentence, so a new or
 changed warning is shown. Installed in every process as soon as the CPU platform is chosen, which is
-before SGLang imports the modules that warn.
+before SGLang imports the modules that warn. ``RAG_PIPELINE_VERBOSE=1`` (``--verbose``) lets all through.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 import warnings
+from typing import Any
 
-__all__ = ["LOG_NOISE", "WARNING_NOISE", "install"]
+from rag_pipeline.config import VERBOSE_VARIABLE
+
+__all__ = ["LOG_NOISE", "WARNING_NOISE", "hide_bars", "install"]
 
 WARNING_NOISE: tuple[tuple[str, str], ...] = (
     # (module that warns, start of the message)
@@ -55,6 +60,8 @@ class _StartsWith(logging.Filter):
 
 def install() -> None:
     """Install the filters in this process. Idempotent; changes no level and no handler."""
+    if os.environ.get(VERBOSE_VARIABLE) == "1":
+        return
     for module, text in WARNING_NOISE:
         warnings.filterwarnings(
             "ignore", message=re.escape(text), category=UserWarning, module=re.escape(module)
@@ -63,3 +70,24 @@ def install() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(f, _StartsWith) and f.text == text for f in logger.filters):
             logger.addFilter(_StartsWith(text))
+
+
+def hide_bars() -> None:
+    """Let ``TQDM_DISABLE=1`` hold for every bar of this process. Idempotent.
+
+    tqdm reads it only where a caller leaves ``disable`` out; SGLang's loaders say ``disable=False``.
+    """
+    if os.environ.get("TQDM_DISABLE") != "1":
+        return
+    from tqdm import tqdm
+
+    if getattr(tqdm.__init__, "_hides_bars", False):
+        return
+    draw = tqdm.__init__
+
+    @functools.wraps(draw)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        draw(self, *args, **{**kwargs, "disable": True})
+
+    init._hides_bars = True  # type: ignore[attr-defined]
+    tqdm.__init__ = init

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.fault_report import FAULT_FILE, run_and_report
@@ -32,7 +33,6 @@ CPU_DEFAULTS: dict[str, Any] = {
     "disable_cuda_graph": True,
     "max_total_tokens": 16384,
     "sleep_on_idle": True,
-    "log_level": "error",
 }
 """What :func:`create_engine` fills in on the CPU platform where the caller says nothing. SGLang's own
 ``max_total_tokens`` would take most of the memory of the machine for KV, and its idle scheduler would
@@ -72,7 +72,14 @@ def cpu_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
     from rag_pipeline.sglang_plugin.platform import RagCpuPlatform
 
-    return {**CPU_DEFAULTS, **given} if isinstance(current_platform, RagCpuPlatform) else given
+    if not isinstance(current_platform, RagCpuPlatform):
+        return given
+    return {**CPU_DEFAULTS, "log_level": log_level(), **given}
+
+
+def log_level() -> str:
+    """How much SGLang says: errors, or all with ``--verbose``."""
+    return "info" if os.environ.get(VERBOSE_VARIABLE) == "1" else "error"
 
 
 def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
@@ -109,7 +116,7 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
             launch_hooks.ensure_applied()
             arguments = cpu_defaults(server_args)
             _check_names(ServerArgs, arguments)
-            arguments.setdefault("log_level", "error")
+            arguments.setdefault("log_level", log_level())
             with _no_process_kill(arguments) as arguments:
                 engine = _engine_class(fast)(model_path=model_path, **arguments)
         except EngineError:

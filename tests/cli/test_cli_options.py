@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from rag_pipeline.cli import main
@@ -51,3 +55,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_help_and_version_succeed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--verbose", "--version"], ["--version", "--verbose"]])
+def test_verbose_stands_before_or_behind_and_lets_the_engine_speak(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rag_pipeline.config import VERBOSE_VARIABLE
+    from rag_pipeline.sglang_plugin.startup import log_level
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv(VERBOSE_VARIABLE, "")
+    assert log_level() == "error"
+    assert main(words) == 0
+    assert "TQDM_DISABLE" not in os.environ
+    assert log_level() == "info"
+    assert capsys.readouterr().out.startswith("rag-pipeline ")
+
+
+@pytest.mark.parametrize(("value", "bars"), [("1", 0), ("", 1)])
+def test_a_bar_that_insists_is_hidden_where_bars_are_off(value: str, bars: int) -> None:
+    """SGLang's loaders say ``disable=False``, which tqdm prefers to its environment variable."""
+    code = (
+        "from rag_pipeline.sglang_plugin import noise\n"
+        "noise.hide_bars(); noise.hide_bars()\n"
+        "from tqdm.auto import tqdm\n"
+        "assert list(tqdm([1, 2], desc='shards', disable=False)) == [1, 2]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TQDM_DISABLE": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("shards" in done.stderr) == bool(bars)
