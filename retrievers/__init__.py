@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrievers.bm25 import Bm25Builder, Bm25Index
     from retrievers.dense import DenseIndex
+    from retrievers.distinct import DistinctRetriever
     from retrievers.embedding import Embedder, TextEmbedder
     from retrievers.errors import (
         CorruptIndexError,
@@ -44,6 +45,7 @@ _EXPORTS = {
     "CorruptIndexError": "retrievers.errors",
     "CrossEncoderReranker": "retrievers.rerank",
     "DenseIndex": "retrievers.dense",
+    "DistinctRetriever": "retrievers.distinct",
     "Document": "retrievers.types",
     "Embedder": "retrievers.embedding",
     "EmbedderMismatchError": "retrievers.errors",
@@ -89,6 +91,7 @@ __all__ = [
     "CorruptIndexError",
     "CrossEncoderReranker",
     "DenseIndex",
+    "DistinctRetriever",
     "Document",
     "Embedder",
     "EmbedderMismatchError",

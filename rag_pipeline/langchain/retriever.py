@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 from rag_pipeline.langchain.documents import to_document
 from rag_pipeline.langchain.embeddings import RagEmbeddings, as_text_embedder
 from rag_pipeline.langchain.metadata import as_where
-from retrievers import LiveIndex, Manifest, RetrievalError, TextEmbedder
+from retrievers import DistinctRetriever, LiveIndex, Manifest, RetrievalError, TextEmbedder
 
 
 class RagRetriever(BaseRetriever):
@@ -79,7 +79,8 @@ class RagRetriever(BaseRetriever):
         if embedding is None and mode != "bm25":
             embedding = RagEmbeddings.load(Manifest.read(Path(folder)).embedder_name)
         embedder = None if embedding is None else as_text_embedder(embedding)
-        return cls(retriever=LiveIndex(folder, embedder=embedder).retriever(mode), **fields)
+        live = LiveIndex(folder, embedder=embedder).retriever(mode)
+        return cls(retriever=DistinctRetriever(live), **fields)
 
     def _get_relevant_documents(
         self,

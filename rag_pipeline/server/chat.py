@@ -16,6 +16,7 @@ from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import error_body, refusal_of
 from rag_pipeline.server.segments import segments_of
 from rag_pipeline.types import GenerationRequest, PromptLayout, SamplingOptions
+from retrievers.distinct import FETCHED, distinct
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -153,16 +154,17 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
     extra_fields(GenerationRequest(input_ids=(), policy=policy, ratio=options.ratio))
     index = service.indexes.get(tenant, options.index)
     talk = read_conversation(body.messages)
+    wanted = options.k or service.settings.top_k
     hits = index.search(
         options.query or talk.query,
-        k=options.k or service.settings.top_k,
+        k=FETCHED * wanted,
         mode=options.search or service.settings.search,
         where=options.where,
     )
     retrieved = time.perf_counter()
     layout = service.builder.build(
         talk.question,
-        hits,
+        distinct(hits, wanted),
         max_new_tokens=sampling.max_new_tokens,
         context_length=service.engine.context_length,
     )
