@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from rag_pipeline.errors import RagPipelineError
 if TYPE_CHECKING:
     from rag_pipeline import Answer, RagPipeline
     from rag_pipeline.generation import Backend
+    from rag_pipeline.server.attribution import Attribution
     from retrievers import Index
     from retrievers.types import Retriever
 
@@ -95,6 +96,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
     from rag_pipeline import PromptBuilder, RagPipeline
     from rag_pipeline.generation import extra_fields
     from rag_pipeline.types import GenerationRequest
+    from retrievers import DistinctRetriever
 
     if options.search not in SEARCHES:
         raise RagPipelineError(
@@ -103,7 +105,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
     # A policy that does not exist is refused before anything is opened.
     extra_fields(GenerationRequest(input_ids=(), policy=options.policy, ratio=options.ratio))
     index = open_index(options.index, embedder=options.embedder, search=options.search)
-    retriever = index.retriever(options.search)
+    retriever = DistinctRetriever(index.retriever(options.search))
     folder = resolve_llm_shown(options.model).path
     builder = PromptBuilder(folder)
     # Refuses a question that cannot fit before half a minute is spent on starting an engine.
@@ -155,14 +157,26 @@ class _Warming:
             raise self._error
 
 
+def cited(answer: str, links: Sequence[Attribution]) -> str:
+    """Write the number of its source behind each sentence that leans on one."""
+    for link in reversed(links):
+        answer = f"{answer[: link.end]} [{link.number}]{answer[link.end :]}"
+    return answer
+
+
 def print_answer(answer: Answer, *, with_text: bool = True) -> None:
     """Print answer, sources, usage and timings for a person."""
+    from rag_pipeline.server.attribution import attribute
+
+    links = attribute(answer.answer, [source.text for source in answer.sources])
     if with_text:
-        write(f"{answer.answer}\n")
+        write(f"{cited(answer.answer, links)}\n")
     write("\nSources\n")
+    leaned_on = {link.number for link in links}
     for number, source in enumerate(answer.sources, start=1):
         place = f"  ({source.path})" if source.path and source.path != source.title else ""
-        write(f"  {number}. {source.title}{place}  score {source.score:.3f}\n")
+        mark = ", the answer's words" if number in leaned_on else ""
+        write(f"  [{number}] {source.title}{place}  score {source.score:.3f}{mark}\n")
     usage, timing = answer.usage, answer.timing
     write(
         f"Tokens   prompt {usage.prompt_tokens} = exact prefix {usage.exact_prefix_tokens} "
