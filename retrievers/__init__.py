@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from retrievers.faiss_factory import choose_factory
     from retrievers.filters import Filter
     from retrievers.hybrid import HybridRetriever
-    from retrievers.index_settings import IndexSettings, indexed_text
+    from retrievers.index_settings import IndexSettings, document_hash, indexed_text
     from retrievers.index_store import Index
     from retrievers.index_writer import IndexWriter
     from retrievers.ingest_report import IngestProgress, IngestReport
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from retrievers.live_index import LiveIndex, LiveRetriever
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
+    from retrievers.prepared import PreparedDocument
     from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
     from retrievers.splitter import TokenSplitter
@@ -62,6 +63,7 @@ _EXPORTS = {
     "LiveRetriever": "retrievers.live_index",
     "LoadReport": "retrievers.loaders",
     "Manifest": "retrievers.manifest",
+    "PreparedDocument": "retrievers.prepared",
     "Removal": "retrievers.removal",
     "RerankedRetriever": "retrievers.rerank",
     "Reranker": "retrievers.rerank",
@@ -77,6 +79,7 @@ _EXPORTS = {
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
     "delete_documents": "retrievers.ingestion",
+    "document_hash": "retrievers.index_settings",
     "finish_removals": "retrievers.ingestion",
     "indexed_text": "retrievers.index_settings",
     "ingest": "retrievers.ingestion",
@@ -108,6 +111,7 @@ __all__ = [
     "LiveRetriever",
     "LoadReport",
     "Manifest",
+    "PreparedDocument",
     "Removal",
     "RerankedRetriever",
     "Reranker",
@@ -123,6 +127,7 @@ __all__ = [
     "Tokenizer",
     "choose_factory",
     "delete_documents",
+    "document_hash",
     "finish_removals",
     "indexed_text",
     "ingest",

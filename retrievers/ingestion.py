@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from retrievers.index_writer import IndexWriter
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
 from retrievers.journal import EmbeddingJournal
 from retrievers.manifest import Manifest
+from retrievers.prepared import PreparedDocument
 from retrievers.removal import Erase
 from retrievers.types import Chunk, Document
 
@@ -53,7 +54,7 @@ class Splitter(Protocol):
 
 
 def ingest(
-    documents: Iterable[Document],
+    documents: Iterable[Document | PreparedDocument],
     index_dir: str | Path,
     *,
     splitter: Splitter,
@@ -62,6 +63,7 @@ def ingest(
     search_options: str | None = None,
     include_title: bool = True,
     sync: bool = False,
+    supersedes: Callable[[str], bool] | None = None,
     erase: Erase | None = None,
     progress: Callable[[IngestProgress], None] | None = None,
 ) -> IngestReport:
@@ -90,6 +92,8 @@ def ingest(
         Embed and match the title together with the text.
     sync
         Also remove documents of the index that are not among `documents`.
+    supersedes
+        Also remove those of them for whose id this is true; asked when all documents were read.
     erase
         Called with the chunks that left the index, see :mod:`retrievers.removal`.
     progress
@@ -125,8 +129,10 @@ def ingest(
         run = _Run(writer, splitter, vectors, tally)
         run.read(documents)
         if sync:
-            run.remove_unseen()
+            run.remove_unseen(lambda _: True)
         else:
+            if supersedes is not None:
+                run.remove_unseen(supersedes)
             run.refuse_mixed_settings()
         if not writer.document_ids() and before is None:
             raise RetrievalError("there is nothing to ingest: no document was found")
@@ -216,16 +222,16 @@ class _Run:
         self._tally = tally
         self._window: list[Chunk] = []
 
-    def read(self, documents: Iterable[Document]) -> None:
+    def read(self, documents: Iterable[Document | PreparedDocument]) -> None:
         """Take in every document."""
         tally = self._tally
-        for document in documents:
+        for document in map(self._prepared, documents):
             if document.id in tally.seen:
                 raise RetrievalError(
                     f"document id {document.id!r} occurs twice; ids must be distinct"
                 )
             tally.seen.add(document.id)
-            digest = document_hash(document, self._writer.settings)
+            digest = document.content_hash
             known = self._writer.document(document.id)
             if known is not None and known.content_hash == digest:
                 tally.unchanged += 1
@@ -236,7 +242,7 @@ class _Run:
             else:
                 tally.changed += 1
             self._writer.put_document(document.id, digest)
-            for chunk in self._splitter.split(document):
+            for chunk in document.chunks:
                 self._window.append(chunk)
                 tally.chunks += 1
                 if len(self._window) >= WINDOW_CHUNKS:
@@ -244,9 +250,22 @@ class _Run:
             tally.tell()
         self._flush()
 
-    def remove_unseen(self) -> None:
-        """Remove what the index has and this pass did not meet."""
-        for document_id in self._unseen():
+    def _prepared(self, document: Document | PreparedDocument) -> PreparedDocument:
+        if isinstance(document, PreparedDocument):
+            return document
+        return PreparedDocument(
+            id=document.id,
+            content_hash=document_hash(document, self._writer.settings),
+            chunks=self._split(document),
+        )
+
+    def _split(self, document: Document) -> Iterator[Chunk]:
+        # A generator: an unchanged document is never split.
+        yield from self._splitter.split(document)
+
+    def remove_unseen(self, chosen: Callable[[str], bool]) -> None:
+        """Remove what the index has and this pass did not meet, where it is chosen."""
+        for document_id in filter(chosen, self._unseen()):
             self._writer.remove_document(document_id)
             self._tally.removed += 1
 

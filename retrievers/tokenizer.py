@@ -80,6 +80,10 @@ class HFTokenizer:
         """SHA-256 over the bytes of ``tokenizer.json`` and the settings of this adapter."""
         return self._fingerprint
 
+    def save(self, file: Path) -> None:
+        """Write the tokenizer as one ``tokenizer.json``, which gives the same tokens."""
+        self._backend.save(str(file))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, without special tokens."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

@@ -236,9 +236,12 @@ def serve(
     overlap: OverlapOption = 0,
     max_upload_mb: Annotated[int, typer.Option(min=1, max=4096, help="Largest upload.")] = 16,
     parse_seconds: Annotated[
-        int, typer.Option(min=1, max=3600, help="CPU seconds to parse one file.")
-    ] = 30,
-    parse_memory_mb: Annotated[int, typer.Option(min=128, help="Memory to parse one file.")] = 1024,
+        int, typer.Option(min=1, max=3600, help="CPU seconds to read and split one file.")
+    ] = 60,
+    parse_memory_mb: Annotated[int, typer.Option(min=256, help="Memory for that.")] = 1024,
+    job_seconds: Annotated[
+        int, typer.Option(min=1, max=86400, help="Longest work on one upload.")
+    ] = 1800,
     store: StoreOption = None,
 ) -> None:
     """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
@@ -260,6 +263,7 @@ def serve(
             max_upload_mb=max_upload_mb,
             parse_seconds=parse_seconds,
             parse_memory_mb=parse_memory_mb,
+            job_seconds=job_seconds,
             store=store,
             words=tuple(context.args),
         )

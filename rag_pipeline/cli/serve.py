@@ -34,8 +34,9 @@ class ServeOptions:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     overlap: int = 0
     max_upload_mb: int = 16
-    parse_seconds: int = 30
+    parse_seconds: int = 60
     parse_memory_mb: int = 1024
+    job_seconds: int = 1800
     store: Path | None = None
     words: tuple[str, ...] = ()
 
@@ -69,6 +70,7 @@ def run_serve(options: ServeOptions) -> None:
         max_upload_bytes=options.max_upload_mb << 20,
         parse_seconds=options.parse_seconds,
         parse_bytes=options.parse_memory_mb << 20,
+        job_seconds=options.job_seconds,
     )
     if options.policy != PREFIX_POLICY:
         # No tenant's chunks are computed behind the text of another.

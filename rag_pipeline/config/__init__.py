@@ -14,6 +14,7 @@ from rag_pipeline.config.folders import (
     indexes_dir,
     kv_store_dir,
     models_dir,
+    uploads_dir,
 )
 from rag_pipeline.config.sources import (
     CONFIG_VARIABLE,
@@ -44,6 +45,7 @@ __all__ = [
     "models_dir",
     "settings_table",
     "template",
+    "uploads_dir",
 ]
 
 _HOME = {

@@ -39,3 +39,8 @@ def indexes_dir() -> Path:
 def kv_store_dir() -> Path:
     """Folder of the chunk-KV store on disk."""
     return home_dir() / "kv"
+
+
+def uploads_dir() -> Path:
+    """Folder of uploads that a server has accepted and not ingested yet."""
+    return home_dir() / "uploads"

@@ -96,9 +96,12 @@ class ServeSettings(_Section):
     overlap: int = Field(default=0, ge=0, description="Tokens shared by neighbouring chunks.")
     max_upload_mb: int = Field(default=16, ge=1, le=4096, description="Largest upload, MiB.")
     parse_seconds: int = Field(
-        default=30, ge=1, le=3600, description="CPU seconds to parse one file."
+        default=60, ge=1, le=3600, description="CPU seconds to read and split one file."
     )
-    parse_memory_mb: int = Field(default=1024, ge=128, description="Memory to parse one file, MiB.")
+    parse_memory_mb: int = Field(default=1024, ge=256, description="Memory for that, MiB.")
+    job_seconds: int = Field(
+        default=1800, ge=1, le=86400, description="Longest work on one upload, seconds."
+    )
 
 
 class FusionSettings(_Section):

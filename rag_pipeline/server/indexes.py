@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.turns import Turns
 from retrievers import Embedder, Index, Manifest, RetrievalError, SearchHit
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ class SharedEmbedder(Embedder):
     def __init__(self, model: str | Path, *, name: str) -> None:
         super().__init__(model, name=name)
         # The tokenizer inside keeps the settings of its last call: two calls at once spoil each other.
-        self._turn = threading.Lock()
+        self._turns = Turns()
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of several queries, ``(len(texts), dim)`` float32, unit length."""
-        with self._turn:
+        with self._turns.turn():
             return super().encode_queries(texts)
 
     def encode_documents(
@@ -45,7 +46,7 @@ class SharedEmbedder(Embedder):
         by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         for start in range(0, len(texts), _BATCH):
             rows = by_length[start : start + _BATCH]
-            with self._turn:
+            with self._turns.turn():
                 out[rows] = super().encode_documents([texts[row] for row in rows])
             if progress is not None:
                 progress(len(rows))
@@ -53,7 +54,7 @@ class SharedEmbedder(Embedder):
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text in the model's own tokenizer, without truncation or prompt."""
-        with self._turn:
+        with self._turns.turn():
             return super().count_tokens(texts)
 
 

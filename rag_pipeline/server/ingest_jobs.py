@@ -1,40 +1,44 @@
-"""Uploads on their way into an index: one at a time, in the background, each with its progress."""
+"""Uploads on their way into an index: durable, one queue per tenant, each upload with its progress."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import threading
 import time
+import unicodedata
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rag_pipeline.config import uploads_dir
 from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.file_names import UPLOADS, file_of
 from rag_pipeline.server.indexes import ServedIndex
-from rag_pipeline.server.parsing import ParseError, parse_upload
+from rag_pipeline.server.ingest_run import Cancelled, IngestRun, Stopped
+from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.settings import ServerSettings
-from retrievers import (
-    Document,
-    HFTokenizer,
-    IngestProgress,
-    RetrievalError,
-    TokenSplitter,
-    delete_documents,
-    ingest,
-)
+from rag_pipeline.server.spool import Spool
+from retrievers import Erase, RetrievalError, delete_documents
 
 logger = logging.getLogger(__name__)
 
+KEPT_SECONDS = 24 * 3600
+"""How long the result of an upload can be asked for."""
+
+MAX_TRIES = 3
+"""An upload at which the server died as often is given up: it may be what kills it."""
+
 _ENDED = ("done", "failed")
 _KEPT_JOBS = 200
-# Shares of the bar: parsing a file is quick beside embedding its chunks, and writing is quick again.
-_PARSED, _EMBEDDED = 0.1, 0.9
+_CLOSE_S = 10
+_SAVED = (
+    "id", "order", "created", "ended_at", "tenant", "index", "index_folder", "files", "state",
+    "tries", "documents", "chunks", "skipped", "error",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,15 +47,20 @@ class Job:
 
     tenant: str
     index: str
+    index_folder: str
     files: list[str]
     id: str = field(default_factory=lambda: f"job-{uuid.uuid4().hex[:16]}")
+    order: int = 0
     created: float = field(default_factory=time.time)
+    ended_at: float | None = None
     state: str = "queued"
     progress: float = 0.0
+    tries: int = 0
     documents: int = 0
     chunks: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None
+    cancelled: bool = False
 
     @property
     def ended(self) -> bool:
@@ -74,28 +83,52 @@ class Job:
             "error": self.error,
         }
 
+    def to_record(self) -> dict[str, Any]:
+        """What the next server needs to know."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Job:
+        """Read what :meth:`to_record` gave."""
+        job = cls(**{name: record[name] for name in _SAVED})
+        job.progress = 1.0 if job.state == "done" else 0.0
+        if not job.ended:
+            job.state, job.documents, job.chunks = "queued", 0, 0
+        return job
+
 
 class IngestJobs:
-    """The one thread that changes indexes.
+    """All uploads of a server, and the threads that change its indexes.
+
+    Each tenant has a queue with a thread of its own while there is work, so that nobody waits for
+    another's upload; what they share (processes that parse, the embedder) goes round in turns.
 
     Parameters
     ----------
     settings
         Limits, and the splitter of new indexes.
+    spool
+        Folder for uploads under way; the project's own by default.
+    erase
+        Erases elsewhere what was made of chunks that left an index, see :mod:`retrievers.removal`.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(
+        self, settings: ServerSettings, *, spool: Path | None = None, erase: Erase | None = None
+    ) -> None:
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rag-ingest")
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._spool = Spool(spool or uploads_dir())
+        self._erase = erase
+        self._run = IngestRun(settings, self._spool.folder, erase)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._tokenizer: HFTokenizer | None = None
-        self._work = tempfile.TemporaryDirectory(prefix="rag-uploads-")
+        self._jobs: dict[str, Job] = {}
+        self._folders: dict[str, Path] = {}
+        self._queues: dict[str, deque[Callable[[], None]]] = {}
+        self._threads: set[threading.Thread] = set()
+        self._last_order = 0
 
-    def new_folder(self) -> Path:
-        """Empty folder for the files of one upload; :meth:`submit` takes it over."""
-        return Path(tempfile.mkdtemp(dir=self._work.name))
+    # -- what routes call -----------------------------------------------------------------------
 
     def check_room(self, tenant: str) -> None:
         """Refuse an upload before its files are read.
@@ -108,31 +141,79 @@ class IngestJobs:
         with self._lock:
             self._refuse_crowd(tenant)
 
-    def _refuse_crowd(self, tenant: str) -> None:
-        waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
-        if waiting >= self._settings.max_queued_jobs:
-            raise ApiError(
-                429,
-                f"{waiting} uploads are still under way; wait until some are done and try again",
-            )
+    def new_folder(self) -> Path:
+        """Empty folder for the files of one upload, to be given to :meth:`submit` or :meth:`drop`."""
+        return self._spool.new_folder()
 
-    def submit(self, tenant: str, index: ServedIndex, folder: Path) -> Job:
-        """Queue the files of a folder; the folder is removed in the end."""
+    def add_file(self, folder: Path, name: str, pieces: Iterable[bytes]) -> None:
+        """Write one file of an upload; `name` went through ``safe_name``."""
+        if name in self._spool.files(folder):
+            raise ApiError(400, f"two files are called {name!r}; send one of them", param="name")
+        self._spool.add_file(folder, name, pieces)
+
+    def drop(self, folder: Path) -> None:
+        """Forget an upload that was not submitted."""
+        self._spool.remove(folder)
+
+    def submit(
+        self,
+        tenant: str,
+        index: ServedIndex,
+        folder: Path,
+        *,
+        refused: Iterable[dict[str, str]] = (),
+    ) -> Job:
+        """Queue the files of a folder. Once this returns, the upload is finished or reported as failed."""
         job = Job(
-            tenant=tenant, index=index.name, files=sorted(file.name for file in folder.iterdir())
+            tenant=tenant,
+            index=index.name,
+            index_folder=str(index.folder.resolve()),
+            files=list(self._spool.files(folder)),
+            skipped=list(refused),
         )
         with self._lock:
             self._refuse_crowd(tenant)  # several may have passed the first check together
-            self._jobs[job.id] = job
-            ended = [known.id for known in self._jobs.values() if known.ended]
-            for old in ended[: max(0, len(self._jobs) - _KEPT_JOBS)]:
-                del self._jobs[old]
-        self._thread.submit(self._run, job, index, folder)
+            job.order = self._last_order = max(self._last_order + 1, time.time_ns())
+            self._jobs[job.id], self._folders[job.id] = job, folder
+        try:
+            self._spool.write(folder, job.to_record())
+        except BaseException:
+            self._forget(job)
+            raise
+        self._forget_old(tenant)
+        self._put(tenant, lambda: self._work(job, index, folder))
         return job
 
-    def delete(self, index: ServedIndex, document_id: str) -> Future[int]:
-        """Remove a document when the uploads before are done; gives the chunks that went."""
-        return self._thread.submit(delete_documents, index.folder, [document_id])
+    def delete(self, tenant: str, index: ServedIndex, document_id: str) -> Future[int]:
+        """Remove a document, or all that came from an uploaded file, behind the uploads before it.
+
+        Returns
+        -------
+        Future of int
+            The chunks that went; :class:`ApiError` 404 where there is nothing of this name.
+        """
+        future: Future[int] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(self._delete(index, document_id))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._put(tenant, work)
+        return future
+
+    def cancel(self, tenant: str, job_id: str) -> Job:
+        """End an upload at its next step; one that has ended stays as it is."""
+        job = self.get(tenant, job_id)
+        with self._lock:
+            waiting = job.state == "queued" and not job.cancelled
+            job.cancelled = True
+        if waiting:
+            self._end(job, "failed", "cancelled")
+        return job
 
     def get(self, tenant: str, job_id: str) -> Job:
         """Job of a tenant by id, or 404: another tenant's job is as unknown as none."""
@@ -145,94 +226,166 @@ class IngestJobs:
     def of(self, tenant: str, index: str) -> list[Job]:
         """Jobs of a tenant on an index, newest first."""
         with self._lock:
-            return [
-                job
-                for job in reversed(self._jobs.values())
-                if job.tenant == tenant and job.index == index
-            ]
+            mine = [j for j in self._jobs.values() if j.tenant == tenant and j.index == index]
+        return sorted(mine, key=lambda job: -job.order)
+
+    def resume(self, indexes: Mapping[tuple[str, str], ServedIndex]) -> int:
+        """Go on with what a server before this one had accepted and not finished.
+
+        Parameters
+        ----------
+        indexes
+            By names of tenant and index; uploads to others wait for a server that has them.
+
+        Returns
+        -------
+        int
+            Uploads that are queued again.
+        """
+
+        def mine(record: Mapping[str, Any]) -> bool:
+            index = indexes.get((str(record.get("tenant")), str(record.get("index"))))
+            return index is not None and str(index.folder.resolve()) == record.get("index_folder")
+
+        resumed = 0
+        for folder, record in self._spool.take_over(mine):
+            job = Job.from_record(record)
+            with self._lock:
+                self._jobs[job.id], self._folders[job.id] = job, folder
+                self._last_order = max(self._last_order, job.order)
+            if job.ended:
+                self._spool.remove_files(folder)
+                continue
+            resumed += 1
+            index = indexes[job.tenant, job.index]
+            self._put(job.tenant, lambda j=job, i=index, f=folder: self._work(j, i, f))  # type: ignore[misc]
+        for tenant in {tenant for tenant, _ in indexes}:
+            self._forget_old(tenant)
+        return resumed
 
     def close(self) -> None:
-        """Stop at the next step; an index that was being changed stays as it was, and resumes."""
+        """Stop at the next step. What is not done stays in the spool for the next start."""
         self._stop.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            threads = list(self._threads)
+        end = time.monotonic() + _CLOSE_S
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._spool.close()
 
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise RetrievalError("the server is stopping; upload again, what is done is kept")
+    # -- the threads ----------------------------------------------------------------------------
 
-    def _run(self, job: Job, index: ServedIndex, folder: Path) -> None:
-        try:
-            report = ingest(
-                self._documents(job, folder),
-                index.folder,
-                splitter=self._splitter(index),
-                embedder=index.embedder(),
-                progress=lambda progress: self._show(job, progress),
+    def _put(self, tenant: str, work: Callable[[], None]) -> None:
+        with self._lock:
+            queue = self._queues.get(tenant)
+            if queue is not None:
+                queue.append(work)
+                return
+            self._queues[tenant] = deque([work])
+            thread = threading.Thread(
+                target=self._drain, args=(tenant,), name=f"rag-ingest-{tenant}"
             )
-            if not job.documents:
-                raise ParseError("no file gave a document")
-            logger.info("Upload %s: %s", job.id, report)
-            job.state, job.progress = "done", 1.0
+            self._threads.add(thread)
+            thread.start()
+
+    def _drain(self, tenant: str) -> None:
+        while True:
+            with self._lock:
+                queue = self._queues[tenant]
+                if not queue or self._stop.is_set():
+                    del self._queues[tenant]
+                    self._threads.discard(threading.current_thread())
+                    return
+                work = queue.popleft()
+            work()
+
+    def _work(self, job: Job, index: ServedIndex, folder: Path) -> None:
+        with self._lock:
+            if job.cancelled:
+                return
+            job.tries += 1
+            job.state = "parsing"
+        try:
+            if job.tries > MAX_TRIES:
+                raise ParseError(
+                    f"the server ended {MAX_TRIES} times while it worked on this upload"
+                )
+            self._spool.write(folder, job.to_record())
+            self._run(job, index, self._spool.files(folder), lambda: self._check(job))
+            self._end(job, "done")
+        except Stopped:
+            job.tries -= 1  # the next server goes on; stopping is not the upload's fault
+            self._spool.write(folder, job.to_record())
+        except Cancelled:
+            self._end(job, "failed", "cancelled")
         except (RetrievalError, ParseError) as error:
             reasons = [f"{item['name']}: {item['reason']}" for item in job.skipped]
-            self._fail(job, reasons[0] if reasons and not job.documents else str(error))
+            self._end(job, "failed", reasons[0] if reasons and not job.documents else str(error))
         except Exception as error:
             logger.exception("Upload %s failed", job.id)
-            self._fail(job, f"a fault of this server ({type(error).__name__}); see its log")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._end(
+                job, "failed", f"a fault of this server ({type(error).__name__}); see its log"
+            )
 
-    def _fail(self, job: Job, reason: str) -> None:
-        job.error = " ".join(reason.split())[:500]
-        job.state = "failed"
+    def _check(self, job: Job) -> None:
+        if self._stop.is_set():
+            raise Stopped("the server is stopping")
+        if job.cancelled:
+            raise Cancelled("cancelled")
 
-    def _documents(self, job: Job, folder: Path) -> Iterator[Document]:
-        """Parse file after file; one that cannot be read is listed and does not stop the others."""
-        job.state = "parsing"
-        for number, name in enumerate(job.files):
-            self._check_stop()
-            try:
-                for document in parse_upload(
-                    folder / name,
-                    seconds=self._settings.parse_seconds,
-                    num_bytes=self._settings.parse_bytes,
-                ):
-                    job.documents += 1
-                    yield document
-            except ParseError as error:
-                job.skipped.append({"name": name, "reason": str(error)})
-            job.progress = max(job.progress, _PARSED * (number + 1) / len(job.files))
+    def _end(self, job: Job, state: str, error: str | None = None) -> None:
+        """Show the result when it is on the disk; a kill before repeats the work, which changes nothing."""
+        line = None if error is None else " ".join(error.split())[:500]
+        ended_at = time.time()
+        folder = self._folders[job.id]
+        record = job.to_record() | {"state": state, "error": line, "ended_at": ended_at}
+        try:
+            self._spool.write(folder, record)
+            self._spool.remove_files(folder)
+        except OSError:
+            logger.exception("The result of upload %s could not be written", job.id)
+        with self._lock:
+            job.error, job.ended_at, job.state = line, ended_at, state
+            job.progress = 1.0 if state == "done" else job.progress
+        logger.info("Upload %s is %s%s", job.id, state, f": {line}" if line else "")
 
-    def _show(self, job: Job, progress: IngestProgress) -> None:
-        self._check_stop()
-        job.chunks = progress.chunks
-        if progress.stage == "write":
-            job.state = "writing"
-            share = progress.written / max(1, progress.total)
-            job.progress = max(job.progress, _EMBEDDED + (1 - _EMBEDDED) * share)
-        elif progress.chunks:
-            job.state = "embedding"
-            share = (progress.embedded + progress.reused) / progress.chunks
-            job.progress = max(job.progress, _PARSED + (_EMBEDDED - _PARSED) * share)
+    def _delete(self, index: ServedIndex, document_id: str) -> int:
+        current = index.current()
+        known = [] if current is None else [record.id for record in current.documents()]
+        for wanted in dict.fromkeys((document_id, unicodedata.normalize("NFC", document_id))):
+            name = wanted.removeprefix(f"{UPLOADS}/")
+            by_name = wanted != name
+            found = [
+                known_id
+                for known_id in known
+                if known_id == wanted or (by_name and file_of(known_id) == name)
+            ]
+            if found:
+                return delete_documents(index.folder, found, erase=self._erase)
+        raise ApiError(404, f"the index {index.name!r} holds no document {document_id[:200]!r}")
 
-    def _splitter(self, index: ServedIndex) -> TokenSplitter:
-        """The index's own settings where there are some: an index is split in one way."""
-        if self._tokenizer is None:
-            self._tokenizer = HFTokenizer(self._settings.model)
-        manifest = index.manifest()
-        known = {} if manifest is None else dict(manifest.splitter)
-        return TokenSplitter(
-            self._tokenizer,
-            chunk_tokens=int(known.get("chunk_tokens", self._settings.chunk_tokens)),
-            overlap=int(known.get("overlap", self._settings.overlap)),
-        )
+    # -- housekeeping ---------------------------------------------------------------------------
 
+    def _refuse_crowd(self, tenant: str) -> None:
+        waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
+        if waiting >= self._settings.max_queued_jobs:
+            raise ApiError(
+                429,
+                f"{waiting} uploads are still under way; wait until some are done and try again",
+            )
 
-def stage(folder: Path, name: str, content: Sequence[bytes] | bytes) -> None:
-    """Write one uploaded file into an upload's folder; `name` went through ``safe_name``."""
-    target = folder / name
-    if target.exists():
-        raise ApiError(400, f"two files are called {name!r}; send one of them", param="name")
-    with target.open("xb") as file:
-        for piece in [content] if isinstance(content, bytes) else content:
-            file.write(piece)
+    def _forget_old(self, tenant: str) -> None:
+        with self._lock:
+            ended = [j for j in self._jobs.values() if j.tenant == tenant and j.ended]
+        ended.sort(key=lambda job: job.order, reverse=True)
+        now = time.time()
+        for number, job in enumerate(ended):
+            if number >= _KEPT_JOBS or now - (job.ended_at or now) > KEPT_SECONDS:
+                self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.pop(job.id, None)
+            folder = self._folders.pop(job.id, None)
+        if folder is not None:
+            self._spool.remove(folder)

@@ -1,61 +1,247 @@
-"""A process that parses one uploaded file, with limits on its time and memory set before it reads a byte.
+"""A process that reads and splits one uploaded file, with limits set before it reads a byte.
 
-Run as ``python -m rag_pipeline.server.parse_worker FILE OUT SECONDS BYTES``. Documents go to OUT as JSON
-lines; a refusal goes to stderr as one line with exit code 3. Parsers of foreign formats are the part of a
-server that an attacker feeds directly: what goes wrong here ends this process only.
+Run as ``python -m rag_pipeline.server.parse_worker TASK`` in the folder of the file, TASK being the JSON
+of a :class:`ParseTask`. Documents and their chunks go to a file as JSON lines; a refusal goes to stderr as
+one line with exit code 3. Unpacking, decoding and parsing of foreign formats is the part of a server that
+an attacker feeds directly: what goes wrong here ends this process only.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import gzip
 import json
+import os
 import resource
+import signal
 import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrievers import Document, TokenSplitter
 
 REFUSED = 3
-MAX_OUTPUT_BYTES = 256 << 20
+MAX_ID_CHARS = 1000
+_MAX_TITLE_CHARS = 1000
+_MAX_METADATA_CHARS = 16 << 10
+_PIECE = 1 << 20
+_PR_SET_PDEATHSIG = 1
 
 
-def set_limits(seconds: int, num_bytes: int) -> None:
-    """Bound CPU time, address space, written bytes and open files of this process."""
-    for what, limit in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, num_bytes),
-        (resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParseLimits:
+    """What one file may take and give.
+
+    Parameters
+    ----------
+    seconds
+        CPU time.
+    memory_bytes
+        Address space.
+    unpacked_bytes
+        Of a compressed file.
+    text_chars, documents, chunks
+        That come out of it.
+    """
+
+    seconds: int
+    memory_bytes: int
+    unpacked_bytes: int
+    text_chars: int
+    documents: int
+    chunks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitTask:
+    """How to split, and what decides whether a document is unchanged.
+
+    Parameters
+    ----------
+    tokenizer
+        ``tokenizer.json`` of the served model.
+    chunk_tokens, overlap
+        As :class:`retrievers.TokenSplitter` takes them.
+    settings, tokenizer_fingerprint
+        Of the index's splitter, for :func:`retrievers.document_hash`.
+    """
+
+    tokenizer: str
+    chunk_tokens: int
+    overlap: int
+    settings: dict[str, Any]
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParseTask:
+    """One file: its name, the prefix of its documents' ids, where they go, and the limits."""
+
+    name: str
+    prefix: str
+    out: str
+    limits: ParseLimits
+    split: SplitTask
+
+    def to_json(self) -> str:
+        """Argument of the process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, word: str) -> ParseTask:
+        """Read what :meth:`to_json` wrote."""
+        fields = json.loads(word)
+        fields["limits"] = ParseLimits(**fields["limits"])
+        fields["split"] = SplitTask(**fields["split"])
+        return cls(**fields)
+
+
+class _Refusal(Exception):
+    """One line for the user."""
 
 
 def main(words: list[str]) -> int:
-    """Parse one file; see the module."""
-    file, out, seconds, num_bytes = Path(words[0]), Path(words[1]), int(words[2]), int(words[3])
-    set_limits(seconds, num_bytes)
+    """Read one file; see the module."""
+    task = ParseTask.from_json(words[0])
+    _end_with_parent(int(words[1]))
+    set_limits(task.limits)
+    from retrievers import RetrievalError
+
+    try:
+        with Path(task.out).open("w", encoding="ascii") as lines:
+            _write(task, lines)
+    except (_Refusal, RetrievalError) as error:
+        return _refuse(str(error))
+    except MemoryError:
+        return _refuse(f"it needs more than {task.limits.memory_bytes >> 20} MiB of memory")
+    except RecursionError:
+        return _refuse("it is nested too deeply")
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            return _refuse("it gives too much text; split the file")
+        return _refuse(f"cannot read it: {error.strerror or type(error).__name__}")
+    return 0
+
+
+def set_limits(limits: ParseLimits) -> None:
+    """Bound CPU time, address space, written bytes and open files of this process."""
+    # ASCII JSON writes a character as up to twelve bytes.
+    written = 12 * limits.text_chars + (64 << 20)
+    for what, soft, hard in (
+        (resource.RLIMIT_CPU, limits.seconds, limits.seconds + 1),
+        (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, written, written),
+        (resource.RLIMIT_NOFILE, 64, 64),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        resource.setrlimit(what, (soft, hard))
+    os.nice(5)  # answers come first
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed server leaves no worker: the next server does the work again."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _refuse(reason: str) -> int:
+    sys.stderr.write(" ".join(reason.encode("utf-8", "replace").decode().split())[:300] + "\n")
+    return REFUSED
+
+
+def _write(task: ParseTask, lines: IO[str]) -> None:
+    from retrievers import HFTokenizer, IndexSettings, TokenSplitter, document_hash
+
+    limits, split = task.limits, task.split
+    _check_unpacked(task)
+    splitter = TokenSplitter(
+        HFTokenizer(split.tokenizer), chunk_tokens=split.chunk_tokens, overlap=split.overlap
+    )
+    # An embedder has no part in the hash of a document.
+    settings = IndexSettings(
+        embedder_name="",
+        embedder_fingerprint="",
+        dim=0,
+        splitter=split.settings,
+        tokenizer_fingerprint=split.tokenizer_fingerprint,
+    )
+    num_chars = num_chunks = 0
+    for num_documents, document in enumerate(_documents(task), start=1):
+        num_chars += len(document.text)
+        if num_documents > limits.documents:
+            raise _Refusal(f"it holds more than {limits.documents} documents; split the file")
+        if num_chars > limits.text_chars:
+            raise _Refusal(f"it holds more than {limits.text_chars} characters; split the file")
+        chunks = _split(splitter, document)
+        num_chunks += len(chunks)
+        if num_chunks > limits.chunks:
+            raise _Refusal(f"it gives more than {limits.chunks} chunks; split the file")
+        header = {
+            "id": document.id,
+            "hash": document_hash(document, settings),
+            "title": document.title,
+            "metadata": dict(document.metadata),
+            "chunks": len(chunks),
+        }
+        lines.write(json.dumps(header) + "\n")
+        lines.writelines(json.dumps(chunk) + "\n" for chunk in chunks)
+
+
+def _split(splitter: TokenSplitter, document: Document) -> list[list[Any]]:
+    return [
+        [chunk.id, chunk.start, chunk.end, chunk.num_tokens, chunk.text]
+        for chunk in splitter.split(document)
+    ]
+
+
+def _documents(task: ParseTask) -> Iterator[Document]:
+    """Documents as the index will have them: under the upload's name, marked as uploaded."""
     from retrievers import LoadReport, RetrievalError, load_file
 
     report = LoadReport()
+    folder = f"{Path.cwd().name}/"
     try:
-        with out.open("w", encoding="ascii") as lines:
-            for document in load_file(file, report=report):
-                fields = {
-                    "id": document.id,
-                    "text": document.text,
-                    "title": document.title,
-                    "metadata": dict(document.metadata),
-                }
-                lines.write(json.dumps(fields) + "\n")
+        for document in load_file(task.name, report=report):
+            name = task.prefix + document.id.removeprefix(folder)
+            if len(name) > MAX_ID_CHARS:
+                raise _Refusal(f"a record's id is longer than {MAX_ID_CHARS} characters")
+            # Both are repeated in every chunk.
+            if len(json.dumps(dict(document.metadata))) > _MAX_METADATA_CHARS:
+                raise _Refusal(
+                    f"a record has more than {_MAX_METADATA_CHARS >> 10} KiB of metadata"
+                )
+            yield replace(
+                document,
+                id=name,
+                title=document.title[:_MAX_TITLE_CHARS],
+                path=task.name,
+                metadata={**document.metadata, "uploaded": True},
+            )
     except RetrievalError as error:
-        reasons = [reason for _, reason in report.skipped] or [str(error)]
-        sys.stderr.write(" ".join(reasons[0].split()) + "\n")
-        return REFUSED
-    except MemoryError:
-        sys.stderr.write(f"parsing needs more than {num_bytes >> 20} MiB of memory\n")
-        return REFUSED
-    except RecursionError:
-        sys.stderr.write("it is nested too deeply\n")
-        return REFUSED
-    return 0
+        reasons = [reason for _, reason in report.skipped]
+        raise _Refusal(reasons[0] if reasons else str(error)) from error
+
+
+def _check_unpacked(task: ParseTask) -> None:
+    """Unpack once in small pieces and count, before anything asks for all of it."""
+    if not task.name.lower().endswith(".gz"):
+        return
+    total = 0
+    try:
+        with gzip.open(task.name, "rb") as stream:
+            while piece := stream.read(_PIECE):
+                total += len(piece)
+                if total > task.limits.unpacked_bytes:
+                    most = task.limits.unpacked_bytes >> 20
+                    raise _Refusal(f"it unpacks to more than {most} MiB; split the file")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _Refusal(f"broken gzip file ({error})") from error
 
 
 if __name__ == "__main__":

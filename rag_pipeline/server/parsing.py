@@ -1,139 +1,205 @@
-"""Uploaded files to documents, through a worker process a file."""
+"""Uploaded files to documents and their chunks, through a worker process per file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-from rag_pipeline.server.errors import ApiError
-from rag_pipeline.server.parse_worker import REFUSED
-from retrievers.types import Document
+from rag_pipeline.server.file_names import UPLOADS, file_of, safe_name
+from rag_pipeline.server.parse_worker import REFUSED, ParseLimits, ParseTask, SplitTask
+from retrievers import Chunk, PreparedDocument
 
-UPLOADS = "uploads"
-"""First part of the id of every uploaded document."""
+__all__ = ["ParseError", "ParseLimits", "ParsedDocument", "SplitTask", "parse_upload", "safe_name"]
 
-_MAX_NAME_BYTES = 200
-_ALLOWED_MARKS = frozenset(" ._-()+,'&@#!=")
+_MAX_LINE = 16 << 20
+_LOOK_S = 0.05
+_TRIES = 3
+# What the limits themselves do; whatever else ends a worker from outside may be chance.
+_BY_LIMIT = frozenset({signal.SIGXCPU, signal.SIGXFSZ})
 
 
 class ParseError(Exception):
     """A file that gave no document; the message is one line."""
 
 
-def safe_name(given: str) -> str:
-    """Name of an upload, as title, id and file name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedDocument(PreparedDocument):
+    """A document of an upload, with the number of its chunks."""
 
-    A path is not cut down to its last part: a client that sends one means something by it that this
-    server will not do.
-
-    Raises
-    ------
-    ApiError
-        Anything but letters, digits, spaces and a few marks; a hidden, empty or overlong name.
-    """
-    name = unicodedata.normalize("NFC", given)
-    allowed = all(char.isalnum() or char in _ALLOWED_MARKS for char in name)
-    encoded = name.encode("utf-8", "replace")
-    if (
-        not name.strip()
-        or not allowed
-        or name != name.strip()
-        or name.startswith(".")
-        or name.endswith(".")
-        or len(encoded) > _MAX_NAME_BYTES
-    ):
-        shown = ascii(given if len(given) <= 80 else f"{given[:80]}...")
-        raise ApiError(
-            400,
-            f"the file name {shown} is not allowed; use letters, digits, spaces and . _ - ( ) + , "
-            f"(no path, not hidden, at most {_MAX_NAME_BYTES} bytes)",
-            param="name",
-        )
-    return name
+    num_chunks: int
 
 
-def parse_upload(file: Path, *, seconds: int, num_bytes: int) -> Iterator[Document]:
-    """Parse one file in a worker process.
+class _Killed(Exception):
+    """A worker that something outside ended."""
+
+
+def parse_upload(
+    file: Path,
+    *,
+    work: Path,
+    limits: ParseLimits,
+    split: SplitTask,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[ParsedDocument]:
+    """Read and split one file in a worker process.
 
     Parameters
     ----------
     file
-        With the name that the documents get.
-    seconds, num_bytes
+        With the name that the documents get; nothing is written into its folder.
+    work
+        Folder for what the worker writes, made here; the caller's to remove.
+    limits
         Limits of the process; it is killed after twice as many seconds of wall time.
+    split
+        How to split.
+    check
+        Called every now and then while the worker runs; raises to end it.
 
-    Yields
-    ------
-    Document
-        Ids begin with ``uploads/NAME``.
+    Returns
+    -------
+    iterator of ParsedDocument
+        Ids begin with ``uploads/NAME``. The worker is done; one chunk at a time is held in memory.
 
     Raises
     ------
     ParseError
-        One line: why there is no document in it.
+        One line: why there is no document in it. A worker that is killed from outside is tried
+        three times.
     """
-    out = file.with_name(f"{file.name}.parsed")
-    command = [sys.executable, "-m", "rag_pipeline.server.parse_worker"]
-    command += [str(file), str(out), str(seconds), str(num_bytes)]
-    try:
-        done = subprocess.run(
-            command,
+    for _ in range(_TRIES):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(mode=0o700)
+        out = work / "documents.jsonl"
+        task = ParseTask(
+            name=file.name, prefix=f"{UPLOADS}/", out=str(out), limits=limits, split=split
+        )
+        with contextlib.suppress(_Killed):
+            _run(task, file.parent, work, check)
+            return _read(out, file.name)
+    raise ParseError(f"its parser was killed {_TRIES} times; does it need too much memory?")
+
+
+def _run(task: ParseTask, folder: Path, work: Path, check: Callable[[], None]) -> None:
+    limits = task.limits
+    said = work / "said"
+    command = [sys.executable, "-m", "rag_pipeline.server.parse_worker", task.to_json()]
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*command, str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=2 * seconds,
-            env=_environment(),
-            cwd=file.parent,
+            stderr=stderr,
+            env=_environment(work),
+            cwd=folder,
             start_new_session=True,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        raise ParseError(f"parsing took longer than {2 * seconds} s; split the file") from None
-    try:
-        if done.returncode != 0:
-            raise ParseError(_reason(done.returncode, done.stderr, seconds))
-        with out.open(encoding="ascii") as lines:
-            for line in lines:
-                fields = json.loads(line)
-                yield Document(
-                    id=_document_id(fields["id"], file),
-                    text=fields["text"],
-                    title=fields["title"],
-                    path=file.name,
-                    metadata=fields["metadata"] | {"uploaded": True},
-                )
-    finally:
-        out.unlink(missing_ok=True)
+        try:
+            _wait(process, 2 * limits.seconds, check)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if process.returncode != 0:
+        with said.open("rb") as stderr:
+            words = stderr.read(1 << 16)
+        raise _fault(process.returncode, words, limits)
 
 
-def _document_id(loaded: str, file: Path) -> str:
-    """Put the upload's own name where the loader put the folder that it lay in."""
-    folder = f"{file.parent.name}/"
-    return f"{UPLOADS}/{loaded.removeprefix(folder)}"
+def _wait(process: subprocess.Popen[bytes], seconds: float, check: Callable[[], None]) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_LOOK_S)
+            return
+        check()
+        if time.monotonic() > end:
+            raise ParseError(
+                f"parsing took longer than {seconds} s; split the file or raise --parse-seconds"
+            )
 
 
-def _environment() -> dict[str, str]:
+def _read(out: Path, name: str) -> Iterator[ParsedDocument]:
+    with out.open("rb") as lines:
+        while (line := _line(lines)) is not None:
+            # The worker has read what an attacker wrote: what it says is checked like a request.
+            if not isinstance(line, dict) or file_of(str(line["id"])) != name:
+                raise ParseError("its parser failed (strange output)")
+            chunks = _chunks(lines, line, name)
+            yield ParsedDocument(
+                id=line["id"],
+                content_hash=str(line["hash"]),
+                chunks=chunks,
+                num_chunks=int(line["chunks"]),
+            )
+            for _ in chunks:  # of a document that is unchanged
+                pass
+
+
+def _chunks(lines: IO[bytes], document: dict[str, Any], name: str) -> Iterator[Chunk]:
+    for _ in range(int(document["chunks"])):
+        line = _line(lines)
+        if line is None:
+            raise ParseError("its parser failed (its output is cut off)")
+        chunk_id, start, end, num_tokens, text = line
+        yield Chunk(
+            id=str(chunk_id),
+            document_id=document["id"],
+            text=str(text),
+            title=str(document["title"]),
+            start=int(start),
+            end=int(end),
+            num_tokens=int(num_tokens),
+            path=name,
+            metadata=document["metadata"],
+        )
+
+
+def _line(lines: IO[bytes]) -> Any:
+    line = lines.readline(_MAX_LINE)
+    if not line:
+        return None
+    if not line.endswith(b"\n"):
+        raise ParseError("its parser failed (its output is cut off)")
+    return json.loads(line)
+
+
+def _environment(work: Path) -> dict[str, str]:
     """What a parser needs of the environment: nothing that is secret or that points elsewhere."""
-    kept = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR", "SYSTEMROOT")
+    kept = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
     # One thread: a pool of them would count each thread's stack against the memory limit.
-    fixed = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    fixed = {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TMPDIR": str(work),
+    }
     return {name: os.environ[name] for name in kept if name in os.environ} | fixed
 
 
-def _reason(code: int, said: bytes, seconds: int) -> str:
+def _fault(code: int, said: bytes, limits: ParseLimits) -> Exception:
     lines = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
     if code == REFUSED and lines:
-        return lines[-1][:300]
-    if -code in (signal.SIGXCPU, signal.SIGKILL):
-        return f"parsing took more than {seconds} s of CPU time or too much memory; split the file"
-    if code == -signal.SIGXFSZ:
-        return "it unpacks to too much text; split the file"
-    if any("MemoryError" in line for line in lines):
-        return "parsing needs more memory than an upload may take; split the file"
-    return f"its parser failed (exit code {code}); is the file damaged?"
+        return ParseError(lines[-1])
+    if -code == signal.SIGXCPU:
+        return ParseError(
+            f"parsing took more than {limits.seconds} s of CPU time; split the file or raise "
+            "--parse-seconds"
+        )
+    if -code == signal.SIGABRT or any("MemoryError" in line for line in lines):
+        most = limits.memory_bytes >> 20
+        return ParseError(f"parsing needs more than {most} MiB of memory; split the file")
+    if code < 0 and -code not in _BY_LIMIT:
+        return _Killed()
+    return ParseError(f"its parser failed (exit code {code}); is the file damaged?")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from rag_pipeline.server import chat
 from rag_pipeline.server.errors import ApiError, RagRoute
-from rag_pipeline.server.ingest_jobs import stage
-from rag_pipeline.server.parsing import safe_name
+from rag_pipeline.server.file_names import safe_name, shown
+from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.schemas import (
     ChatAnswer,
     ChatRequest,
@@ -41,6 +41,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _SSE = {"text/event-stream": {"schema": {"type": "string"}}}
 _NDOCS = 1000
+_TEXTS_LIMIT = 4 << 20
+"""Texts in JSON are decoded in this process; files are not."""
 
 IndexQuery = Annotated[IndexName | None, Query(description="Name of an index of this key.")]
 
@@ -138,14 +140,10 @@ def make_router(service: RagService) -> APIRouter:
         document_id: Annotated[str, Path(min_length=1, max_length=1024)],
         index: IndexQuery = None,
     ) -> Response:
-        """Remove one document with its chunks, behind the uploads that came before."""
-        served = service.indexes.get(service.tenant(request), index)
-        known = await service.in_thread(served.holds, document_id)
-        if not known:
-            raise ApiError(
-                404, f"the index {served.name!r} holds no document {document_id[:200]!r}"
-            )
-        chunks = await asyncio.wrap_future(service.jobs.delete(served, document_id))
+        """Remove a document, or an uploaded file with all its records, behind the uploads before it."""
+        tenant = service.tenant(request)
+        served = service.indexes.get(tenant, index)
+        chunks = await asyncio.wrap_future(service.jobs.delete(tenant.name, served, document_id))
         return JSONResponse(
             {
                 "id": document_id,
@@ -161,6 +159,13 @@ def make_router(service: RagService) -> APIRouter:
     ) -> Response:
         """Progress of one upload."""
         return JSONResponse(service.jobs.get(service.tenant(request).name, job_id).to_json())
+
+    @router.delete("/jobs/{job_id}", response_model=JobAnswer)
+    async def cancel_job(request: Request, job_id: Annotated[str, Path(max_length=64)]) -> Response:
+        """End an upload that waits or runs; it is then `failed` with the error `cancelled`."""
+        tenant = service.tenant(request).name
+        job = await asyncio.to_thread(service.jobs.cancel, tenant, job_id)
+        return JSONResponse(job.to_json())
 
     @router.get(
         "/health",
@@ -198,8 +203,11 @@ async def _take_upload(service: RagService, tenant: Tenant, request: Request) ->
 
 
 async def _take_texts(service: RagService, tenant: Tenant, request: Request) -> dict[str, Any]:
+    content = await _read_body(request, _TEXTS_LIMIT)
     try:
-        body = DocumentsRequest.model_validate(json.loads(await request.body()))
+        body = await asyncio.to_thread(
+            lambda: DocumentsRequest.model_validate(json.loads(bytes(content)))
+        )
     except ValidationError as error:
         from fastapi.exceptions import RequestValidationError
 
@@ -208,11 +216,28 @@ async def _take_texts(service: RagService, tenant: Tenant, request: Request) -> 
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON ({str(error)[:120]}); send one object") from None
     index = service.indexes.get(tenant, body.index)
-    named = []
-    for document in body.documents:
-        name = safe_name(document.name)
-        named.append((name if "." in name else f"{name}.txt", document.text.encode()))
-    return await _submit(service, tenant, index.name, named)
+    named = [
+        (
+            document.name if "." in document.name else f"{document.name}.txt",
+            [document.text.encode()],
+        )
+        for document in body.documents
+    ]
+    return await asyncio.to_thread(_submit, service, tenant, index, named)
+
+
+async def _read_body(request: Request, limit: int) -> bytearray:
+    """Read a body that is decoded here, in one piece."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > limit:
+            raise ApiError(
+                413,
+                f"the JSON is larger than {limit >> 20} MiB; send the texts as files in "
+                "multipart/form-data",
+            )
+    return content
 
 
 async def _take_files(service: RagService, tenant: Tenant, request: Request) -> dict[str, Any]:
@@ -223,32 +248,50 @@ async def _take_files(service: RagService, tenant: Tenant, request: Request) -> 
             raise ApiError(
                 400, f"form field {unknown[0][:80]!r} is not known; allowed: file, index"
             )
-        uploads = form.getlist("file")
-        if not uploads or any(isinstance(upload, str) for upload in uploads):
+        uploads = [upload for upload in form.getlist("file") if not isinstance(upload, str)]
+        if not uploads or len(uploads) != len(form.getlist("file")):
             raise ApiError(400, "form field 'file' must hold at least one file with a name")
         wanted = form.get("index")
         index = service.indexes.get(tenant, str(wanted) if wanted else None)
-        named = [(safe_name(upload.filename or ""), await upload.read()) for upload in uploads]  # type: ignore[union-attr]
-    return await _submit(service, tenant, index.name, named)
+        named = [(upload.filename or "", _pieces(upload.file)) for upload in uploads]
+        return await asyncio.to_thread(_submit, service, tenant, index, named)
 
 
-async def _submit(
-    service: RagService, tenant: Tenant, index: str, named: list[tuple[str, bytes]]
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(1 << 20):
+        yield piece
+
+
+def _submit(
+    service: RagService,
+    tenant: Tenant,
+    index: ServedIndex,
+    named: Sequence[tuple[str, Iterable[bytes]]],
 ) -> dict[str, Any]:
-    def write() -> dict[str, Any]:
-        import shutil
-
-        folder = service.jobs.new_folder()
+    """Write the files to the spool and queue them; a name that is refused costs its own file only."""
+    jobs = service.jobs
+    refused: list[dict[str, str]] = []
+    try:
+        folder = jobs.new_folder()
         try:
-            for name, content in named:
-                stage(folder, name, content)
-            job = service.jobs.submit(tenant.name, service.indexes.get(tenant, index), folder)
+            for given, pieces in named:
+                try:
+                    name = safe_name(given)
+                except ApiError as error:
+                    if len(refused) + 1 == len(named):
+                        raise
+                    refused.append({"name": shown(given), "reason": str(error)})
+                    continue
+                jobs.add_file(folder, name, pieces)
+            return jobs.submit(tenant.name, index, folder, refused=refused).to_json()
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            jobs.drop(folder)
             raise
-        return job.to_json()
-
-    return await service.in_thread(write)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ApiError(
+            503, f"the upload cannot be kept on this server's disk ({reason}); try again later"
+        ) from error
 
 
 def _upload_body() -> dict[str, Any]:

@@ -76,6 +76,13 @@ def serve(
         app.state.rag_guard = make_guard(host=facts.host, has_key=facts.has_api_key)
         app.include_router(make_router(service))
         app.include_router(make_page_router())
+        jobs.resume(
+            {
+                (tenant.name, name): index
+                for tenant in tenants.all()
+                for name, index in indexes.of(tenant).items()
+            }
+        )
         # The embedder's weights load while the engine starts.
         threading.Thread(target=_warm, args=(embedders,), name="warm-embedder", daemon=True).start()
 

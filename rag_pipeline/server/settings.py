@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.server.parse_worker import ParseLimits
+
+MIN_PARSE_BYTES = 256 << 20
 
 SEARCHES = ("dense", "bm25", "hybrid")
 
@@ -29,7 +32,12 @@ class ServerSettings:
     max_queued_jobs
         Uploads of one tenant that wait or run.
     parse_seconds, parse_bytes
-        CPU time and address space of the process that parses one file; wall time is twice that.
+        CPU time and address space of the process that reads and splits one file; wall time is twice
+        that.
+    max_documents, max_chunks
+        Out of one upload.
+    job_seconds
+        For the whole of one upload, from the moment it is its turn.
     """
 
     model: Path
@@ -42,8 +50,11 @@ class ServerSettings:
     max_upload_bytes: int = 16 << 20
     max_upload_files: int = 64
     max_queued_jobs: int = 16
-    parse_seconds: int = 30
+    parse_seconds: int = 60
     parse_bytes: int = 1 << 30
+    max_documents: int = 50_000
+    max_chunks: int = 50_000
+    job_seconds: int = 1800
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -54,10 +65,29 @@ class ServerSettings:
             raise RagPipelineError(
                 f"--overlap is {self.overlap}; it must be below --chunk-tokens ({self.chunk_tokens})"
             )
-        for name in ("max_upload_bytes", "max_upload_files", "max_queued_jobs", "parse_seconds"):
+        for name in (
+            "max_upload_bytes",
+            "max_upload_files",
+            "max_queued_jobs",
+            "max_documents",
+            "max_chunks",
+            "parse_seconds",
+            "job_seconds",
+        ):
             if getattr(self, name) < 1:
                 raise RagPipelineError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.parse_bytes < 128 << 20:
+        if self.parse_bytes < MIN_PARSE_BYTES:
             raise RagPipelineError(
-                f"parse_bytes is {self.parse_bytes}; a parser needs at least {128 << 20}"
+                f"parse_bytes is {self.parse_bytes}; a parser needs at least {MIN_PARSE_BYTES}"
             )
+
+    def parse_limits(self) -> ParseLimits:
+        """Limits of the process that reads one file; what comes out of it goes with what comes in."""
+        return ParseLimits(
+            seconds=self.parse_seconds,
+            memory_bytes=self.parse_bytes,
+            unpacked_bytes=8 * self.max_upload_bytes,
+            text_chars=4 * self.max_upload_bytes,
+            documents=self.max_documents,
+            chunks=self.max_chunks,
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import lru_cache
@@ -47,6 +48,10 @@ _WIDE_STOP = re.compile(r"[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\u
 _CODE_SYMBOLS_PER_CHAR = 0.06
 _MIN_INDENT = 2
 _WORD = re.compile(r"\S+")
+# The sentence model looks from every full stop to the end of its word: without a bound on words, the
+# steps would grow with the square of a text that has no blanks. Below the bound nothing changes.
+_MAX_WORD_CHARS = 2048
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{_MAX_WORD_CHARS + 1},}}")
 _CLAUSE_MARKS = ",;:)]}"
 _MAX_GROUP_WORDS = 24
 
@@ -152,7 +157,7 @@ def _spans(text: str, block: list[_Line]) -> Iterator[tuple[int, int]]:
 
 def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     run = text[start:end]
-    for span_start, span_end in _tokenizer()(run):
+    for span_start, span_end in _model_spans(run):
         cuts = [match.end() for match in _WIDE_STOP.finditer(run, span_start, span_end)]
         for cut in [*cuts, span_end]:
             piece = run[span_start:cut]
@@ -161,6 +166,27 @@ def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
                 left = span_start + len(piece) - len(piece.lstrip())
                 yield start + left, start + left + len(stripped)
             span_start = cut
+
+
+def _model_spans(run: str) -> list[tuple[int, int]]:
+    """Sentences by the model, which is shown only the two ends of an overlong word."""
+    shown: list[str] = []
+    seams, left_out = [], [0]
+    begin = position = 0
+    for word in _LONG_WORD.finditer(run):
+        head, tail = word.start() + _MAX_WORD_CHARS // 2, word.end() - _MAX_WORD_CHARS // 2
+        shown.append(run[begin:head])
+        position += head - begin
+        seams.append(position)
+        left_out.append(left_out[-1] + tail - head)
+        begin = tail
+    shown.append(run[begin:])
+    spans: list[tuple[int, int]] = _tokenizer()("".join(shown))
+    if not seams:
+        return spans
+    return [
+        (a + left_out[bisect_left(seams, a)], b + left_out[bisect_left(seams, b)]) for a, b in spans
+    ]
 
 
 @lru_cache(maxsize=1)

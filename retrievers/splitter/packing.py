@@ -49,7 +49,8 @@ def pack(
         slack = max(0.0, 1.0 - tokens / limit)
         least = best[j - 1] + costs[j - 1] + 1.0 + _SLACK_COST * slack * slack
         least_at = j - 1
-        for i in range(j - 2, -1, -1):
+        # No further back than `limit` atoms: some tokenizers give odd characters no token at all.
+        for i in range(j - 2, max(-1, j - limit - 2), -1):
             tokens += token_counts[i]
             if tokens > limit:
                 break

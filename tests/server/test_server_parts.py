@@ -1,8 +1,7 @@
-"""The parts of the server that need no engine: names, tenants, parsing, segments, the guard, error lines."""
+"""The parts of the server that need no engine: tenants, segments, the guard, error lines."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
@@ -19,52 +16,14 @@ from rag_pipeline.cli import main
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
-from rag_pipeline.server.errors import ApiError, refusal_of
+from rag_pipeline.server.errors import refusal_of
 from rag_pipeline.server.guard import is_loopback, make_guard
-from rag_pipeline.server.parsing import ParseError, parse_upload, safe_name
 from rag_pipeline.server.schemas import ChatRequest, Message
 from rag_pipeline.server.segments import segments_of
 from rag_pipeline.server.tenants import Tenants, parse_indexes
 from rag_pipeline.types import PromptLayout, Span, Usage
 
 KEY = "a-key-of-enough-letters"
-
-
-# -- names --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", " ", ".", "..", "../x.txt", "a/b.txt", "a\\b.txt", "/etc/passwd", "C:\\x", ".hidden", "x\0.txt",
-     "x\n.txt", "x" * 300, "\u202egpj.exe", "name.", " a.txt", "%2e%2e%2fx", "a\ud800b", "~root", "a:b"],
-)  # fmt: skip
-def test_names_that_could_lead_elsewhere_are_refused(name: str) -> None:
-    with pytest.raises(ApiError, match=r"the file name .* is not allowed") as error:
-        safe_name(name)
-    assert error.value.status == 400
-    str(error.value).encode()
-
-
-@given(st.text(max_size=60))
-def test_an_allowed_name_stays_in_its_folder(name: str) -> None:
-    try:
-        kept = safe_name(name)
-    except ApiError:
-        return
-    folder = Path("/srv/uploads")
-    assert (folder / kept).resolve().parent == folder.resolve()
-    assert Path(kept).name == kept
-
-
-def test_ordinary_names_are_kept() -> None:
-    for name in (
-        "Guide 2.md",
-        "résumé.pdf",
-        "data_set-3.jsonl.gz",
-        "日本語.txt",
-        "A (copy), final.html",
-    ):
-        assert safe_name(name) == name
 
 
 # -- tenants ------------------------------------------------------------------------------------
@@ -134,55 +93,6 @@ def test_index_options() -> None:
     ):
         with pytest.raises(RagPipelineError, match=line):
             parse_indexes(wrong)
-
-
-# -- parsing in a worker ------------------------------------------------------------------------
-
-
-def parse(file: Path, *, seconds: int = 5, megabytes: int = 512) -> list[Any]:
-    return list(parse_upload(file, seconds=seconds, num_bytes=megabytes << 20))
-
-
-def test_a_file_becomes_a_document_under_its_own_name(tmp_path: Path) -> None:
-    file = tmp_path / "Guide 2.md"
-    file.write_text("# The title\n\nA body of text.")
-    (document,) = parse(file)
-    assert (document.id, document.title, document.path) == (
-        "uploads/Guide 2.md",
-        "The title",
-        "Guide 2.md",
-    )
-    assert "A body of text." in document.text
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("empty.txt", b""), ("broken.pdf", b"%PDF-1.7 nothing"), ("broken.json", b"[" * 100_000),
-     ("data.jsonl.gz", b"not gzip")],
-)  # fmt: skip
-def test_a_file_without_text_is_refused_in_one_line(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ParseError) as error:
-        parse(tmp_path / name)
-    line = str(error.value)
-    assert line
-    assert "\n" not in line
-    assert "Traceback" not in line
-    assert str(tmp_path) not in line
-
-
-def test_a_bomb_ends_its_worker_and_nothing_else(tmp_path: Path) -> None:
-    """One megabyte that unpacks to a gigabyte in one line: the limit on memory holds."""
-    bomb = tmp_path / "bomb.jsonl.gz"
-    with gzip.open(bomb, "wb", compresslevel=9) as out:
-        for _ in range(1024):
-            out.write(b"a" * (1 << 20))
-    with pytest.raises(ParseError, match=r"memory|too much|CPU") as error:
-        parse(bomb)
-    assert "\n" not in str(error.value)
 
 
 # -- prompts, segments, attribution -------------------------------------------------------------

@@ -1,0 +1,308 @@
+"""Uploads without an engine: replaced and deleted by name, durable, one queue per tenant, bounded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rag_pipeline.server import ServerSettings
+from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.file_names import file_of
+from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
+from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.turns import Turns
+
+Text = str | bytes
+
+
+class Uploads:
+    """A spool, some indexes, and servers that come and go."""
+
+    def __init__(self, folder: Path, settings: ServerSettings, embedders: EmbedderPool) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.indexes = {
+            (tenant, "main"): ServedIndex("main", folder / tenant, embedders)
+            for tenant in ("acme", "globex")
+        }
+        self.jobs = self.start()
+
+    def start(self) -> IngestJobs:
+        self.jobs = IngestJobs(self.settings, spool=self.folder / "spool")
+        self.jobs.resume(self.indexes)
+        return self.jobs
+
+    def index(self, tenant: str = "acme") -> ServedIndex:
+        return self.indexes[tenant, "main"]
+
+    def submit(self, files: dict[str, Text], tenant: str = "acme") -> Job:
+        folder = self.jobs.new_folder()
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            self.jobs.add_file(folder, name, [data])
+        return self.jobs.submit(tenant, self.index(tenant), folder)
+
+    def upload(self, files: dict[str, Text], tenant: str = "acme") -> Job:
+        job = self.submit(files, tenant)
+        self.wait(lambda: job.ended)
+        return job
+
+    def delete(self, document_id: str, tenant: str = "acme") -> int:
+        return self.jobs.delete(tenant, self.index(tenant), document_id).result(60)
+
+    def ids(self, tenant: str = "acme") -> set[str]:
+        current = self.index(tenant).current()
+        return set() if current is None else {record.id for record in current.documents()}
+
+    def left(self) -> list[Path]:
+        """Files of uploads in the spool, records and locks aside."""
+        spool = self.folder / "spool"
+        names = ("job.json", ".lock")
+        return [path for path in spool.rglob("*") if path.is_file() and path.name not in names]
+
+    @staticmethod
+    def wait(ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def embedders(minilm_path: Path) -> EmbedderPool:
+    return EmbedderPool(str(minilm_path))
+
+
+@pytest.fixture
+def make_uploads(
+    tmp_path: Path, smollm2_path: Path, embedders: EmbedderPool
+) -> Iterator[Callable[..., Uploads]]:
+    made: list[Uploads] = []
+
+    def make(**limits: Any) -> Uploads:
+        settings = ServerSettings(model=smollm2_path, embedder=embedders.default, **limits)
+        made.append(Uploads(tmp_path, settings, embedders))
+        return made[-1]
+
+    yield make
+    for uploads in made:
+        uploads.jobs.close()
+
+
+def records(*pairs: tuple[str, str]) -> str:
+    return "".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in pairs)
+
+
+# -- by name ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_and_deleted_with_every_record_it_brought(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    uploads.upload({"birds.jsonl": records(("1", "Herons fish."), ("2", "Owls hunt."))})
+    uploads.upload({"birds.json": json.dumps([{"id": "1", "text": "Rooks nest."}])})
+    assert uploads.ids() == {
+        "uploads/birds.jsonl#1",
+        "uploads/birds.jsonl#2",
+        "uploads/birds.json#1",
+    }
+    # The same name again: what is no longer in it goes, what is new comes.
+    job = uploads.upload({"birds.jsonl": records(("2", "Owls sleep."), ("3", "Kites soar."))})
+    assert (job.state, job.documents) == ("done", 2)
+    assert uploads.ids() == {
+        "uploads/birds.jsonl#2",
+        "uploads/birds.jsonl#3",
+        "uploads/birds.json#1",
+    }
+    # A file that cannot be read replaces nothing.
+    job = uploads.upload({"birds.jsonl": "not JSON", "ok.txt": "Fine."})
+    assert [item["name"] for item in job.skipped] == ["birds.jsonl"]
+    assert "uploads/birds.jsonl#3" in uploads.ids()
+    assert uploads.delete("uploads/birds.jsonl#3") == 1
+    assert uploads.delete("uploads/birds.jsonl") == 1
+    assert uploads.ids() == {"uploads/birds.json#1", "uploads/ok.txt"}
+    with pytest.raises(ApiError) as gone:
+        uploads.delete("uploads/birds.jsonl")
+    assert gone.value.status == 404
+
+
+def test_names_that_begin_alike_do_not_touch_each_other(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    names = ["a", "a#1", "a.md", "a.md.parsed", "a.md#x", "a.jsonl.txt", "a.txt", "A.md", "documents.jsonl.md",
+             "job.json.txt", "0000", "résumé.md"]  # fmt: skip
+    texts: dict[str, Text] = {name: f"Text of {name}." for name in names}
+    job = uploads.upload({**texts, "a.jsonl": records(("1", "One."), ("txt", "Two."))})
+    assert (job.state, job.skipped) == ("done", [])
+    ids = {f"uploads/{name}" for name in names} | {"uploads/a.jsonl#1", "uploads/a.jsonl#txt"}
+    assert uploads.ids() == ids
+    for name in ("a.jsonl", "a", "a.md", "re\u0301sume\u0301.md"):
+        uploads.delete(f"uploads/{name}")
+        ids -= {i for i in ids if file_of(i) == name.replace("e\u0301", "é")}
+        assert uploads.ids() == ids
+    assert len(ids) == len(names) - 3
+
+
+def test_a_document_is_deleted_behind_its_upload(make_uploads: Callable[..., Uploads]) -> None:
+    uploads = make_uploads()
+    uploads.submit({"later.txt": "Some text."})
+    assert uploads.delete("uploads/later.txt") == 1
+    assert uploads.ids() == set()
+
+
+# -- durable ------------------------------------------------------------------------------------
+
+
+def test_what_was_accepted_is_finished_by_the_next_server(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    uploads.jobs._put("acme", uploads.jobs._stop.wait)  # holds the queue until the server stops
+    first = uploads.submit({"a.txt": "The first version."})
+    second = uploads.submit({"a.txt": "The second version.", "b.md": "# B\n\nMore."})
+    folder = uploads.jobs._folders[first.id]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+    assert modes == {0o600, 0o700}
+    half = uploads.jobs.new_folder()  # an upload that broke off was never accepted
+    uploads.jobs.add_file(half, "c.txt", [b"half"])
+    uploads.jobs.close()
+    assert not first.ended
+    jobs = uploads.start()
+    uploads.wait(lambda: jobs.get("acme", second.id).ended)
+    for job in (first, second):
+        assert jobs.get("acme", job.id).state == "done"
+        assert jobs.get("acme", job.id).tries == 1
+    assert uploads.ids() == {"uploads/a.txt", "uploads/b.md"}
+    hit = uploads.index().search("version", k=1, mode="bm25")[0]
+    assert hit.chunk.text == "The second version."
+    assert uploads.left() == []
+    # Results are kept over a restart, and nobody else's business.
+    jobs.close()
+    jobs = uploads.start()
+    assert jobs.get("acme", first.id).state == "done"
+    with pytest.raises(ApiError):
+        jobs.get("globex", first.id)
+
+
+def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[..., Uploads]) -> None:
+    uploads = make_uploads()
+    uploads.jobs._put("acme", uploads.jobs._stop.wait)
+    job = uploads.submit({"poison.txt": "Text."})
+    job.tries = 3  # as three servers that died have left it
+    uploads.jobs._spool.write(uploads.jobs._folders[job.id], job.to_record())
+    uploads.jobs.close()
+    jobs = uploads.start()
+    uploads.wait(lambda: jobs.get("acme", job.id).ended)
+    found = jobs.get("acme", job.id)
+    assert found.state == "failed"
+    assert "ended 3 times" in str(found.error)
+    assert uploads.ids() == set()
+    assert uploads.left() == []
+
+
+def test_uploads_of_a_living_server_are_left_alone(make_uploads: Callable[..., Uploads]) -> None:
+    uploads = make_uploads()
+    uploads.jobs._put("acme", uploads.jobs._stop.wait)
+    job = uploads.submit({"a.txt": "Text."})
+    other = IngestJobs(uploads.settings, spool=uploads.folder / "spool")
+    try:
+        assert other.resume(uploads.indexes) == 0
+        with pytest.raises(ApiError):
+            other.get("acme", job.id)
+    finally:
+        other.close()
+
+
+# -- bounded ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("line.jsonl.gz", gzip.compress(json.dumps({"text": "a " * (5 << 20)}).encode()), "unpacks to more than 8"),
+        ("many.jsonl", records(*((str(n), f"Text {n}.") for n in range(41))), "more than 40 documents"),
+        ("long.txt", "word. " * 60_000, "more than 600 chunks"),
+        ("title.json", json.dumps({"id": "k" * 2000, "text": "x"}), "id is longer than 1000"),
+        ("meta.json", json.dumps({"text": "x", "metadata": {"a": "b" * 20_000}}), "16 KiB of metadata"),
+        ("deep.json", "[" * 100_000, "not JSON"),
+        ("empty.txt", "", "no text"),
+        ("broken.jsonl.gz", b"not gzip", "gzip"),
+    ],
+)  # fmt: skip
+def test_a_file_beyond_its_limits_is_one_line(
+    make_uploads: Callable[..., Uploads], name: str, content: Text, line: str
+) -> None:
+    uploads = make_uploads(max_upload_bytes=1 << 20, max_documents=40, max_chunks=600)
+    job = uploads.upload({name: content, "ok.txt": "Fine."})
+    assert (job.state, job.documents) == ("done", 1)
+    (skipped,) = job.skipped
+    assert skipped["name"] == name
+    assert line in skipped["reason"]
+    assert "\n" not in skipped["reason"]
+    assert str(uploads.folder) not in skipped["reason"]
+    assert uploads.ids() == {"uploads/ok.txt"}
+    assert uploads.left() == []
+
+
+def test_a_tenants_slow_upload_holds_nobody_else_and_can_be_cancelled(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    slow = uploads.submit({"slow.txt": "\"'. " * 400_000})
+    waiting = uploads.submit({"next.txt": "Behind it."})
+    uploads.wait(lambda: slow.state != "queued")
+    assert uploads.upload({"b.txt": "A neighbour."}, "globex").state == "done"
+    assert uploads.delete("uploads/b.txt", "globex") == 1
+    assert not slow.ended
+    assert uploads.jobs.cancel("acme", waiting.id).error == "cancelled"
+    uploads.jobs.cancel("acme", slow.id)
+    uploads.wait(lambda: slow.ended)
+    assert (slow.state, slow.error) == ("failed", "cancelled")
+    assert uploads.ids() == set()
+    assert uploads.left() == []
+
+
+def test_the_next_turn_is_the_longest_waiting_ones() -> None:
+    turns, order = Turns(), []
+    go = [threading.Event() for _ in range(3)]
+
+    def work(number: int) -> None:
+        for _ in range(2):
+            go[number].set()
+            with turns.turn():
+                order.append(number)
+                time.sleep(0.02)
+
+    with turns.turn():
+        threads = []
+        for number in range(3):
+            threads.append(threading.Thread(target=work, args=(number,)))
+            threads[-1].start()
+            go[number].wait()
+            while len(turns._waiting) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 0, 1, 2]
+
+
+def test_nothing_goes_to_the_temporary_folder(
+    make_uploads: Callable[..., Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setenv("TMPDIR", os.fspath(elsewhere))
+    uploads = make_uploads()
+    assert uploads.upload({"page.html": "<p>Hello.</p>"}).state == "done"
+    assert list(elsewhere.iterdir()) == []
