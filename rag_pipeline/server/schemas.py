@@ -212,7 +212,7 @@ class ErrorAnswer(_Answer):
 class JsonDocument(Strict):
     """A document sent as text; the suffix of its name chooses the parser (``.txt`` without one)."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[str, Field(min_length=1, max_length=255)]
     text: Annotated[str, Field(min_length=1)]
 
 
