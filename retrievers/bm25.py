@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from retrievers.dense import top_k
 from retrievers.durable import write_array
 from retrievers.errors import CorruptIndexError, RetrievalError
+from retrievers.terms import ANALYSIS, terms
 
 K1 = 1.5
 B = 0.75
@@ -34,18 +34,7 @@ _FORWARD_NAME = "forward.i32"
 _ROWS_NAME = "forward.rows.u64"
 _LENGTHS_NAME = "lengths.i32"
 _VOCABULARY_NAME = "vocab.index.json"
-# Scripts written without spaces would make one term of a sentence: there, each sign is a term.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_TERM = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-
-
-def terms(text: str) -> list[str]:
-    """Terms BM25 counts: case-folded words, without a stop list or stemming.
-
-    No words are dropped because in technical text ``with``, ``not`` or ``C`` carry the meaning;
-    BM25's own weighting makes the common ones nearly free.
-    """
-    return _TERM.findall(text.casefold())
+_ANALYSIS_NAME = "analysis.json"
 
 
 class Bm25Builder:
@@ -112,6 +101,8 @@ class Bm25Builder:
         write_array(self._folder / _ROWS_NAME, ends.astype("<u8"))
         vocabulary = json.dumps(self._vocabulary, ensure_ascii=True)
         (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
+        analysis = json.dumps({"version": ANALYSIS})
+        (self._folder / _ANALYSIS_NAME).write_text(analysis, encoding="utf-8")
         params = {
             "k1": K1,
             "b": B,
@@ -179,6 +170,12 @@ class Bm25Index:
         Folder written by :class:`Bm25Builder`.
     num_rows
         Rows the manifest promises.
+
+    Attributes
+    ----------
+    is_current
+        Whether the terms were made by the rules of :mod:`retrievers.terms` as they are now; else
+        those of a query do not fit them.
     """
 
     def __init__(self, folder: Path, num_rows: int) -> None:
@@ -199,6 +196,7 @@ class Bm25Index:
         if len(self.lengths) != num_rows or self._bm25.scores["num_docs"] != num_rows:
             raise CorruptIndexError(f"{folder} does not hold {num_rows} rows; ingest again")
         self._num_rows = num_rows
+        self.is_current = _analysis(folder) == ANALYSIS
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -240,6 +238,15 @@ class Bm25Index:
         best = top_k(scores, k)
         best = best[scores[best] > 0]
         return best, scores[best]
+
+
+def _analysis(folder: Path) -> int:
+    """Rules that made the terms; the first indexes do not say."""
+    path = folder / _ANALYSIS_NAME
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["version"]) if path.exists() else 1
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise CorruptIndexError(f"{path} cannot be read ({exc}); ingest again") from exc
 
 
 def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.errors import CorruptIndexError, RetrievalError
+from retrievers.errors import CorruptIndexError
 from retrievers.types import Chunk, Scalar
 
 FIELDS = ("document_id", "title", "path")
@@ -20,16 +20,17 @@ _CODES_NAME = "columns.i32"
 
 
 def chunk_fields(chunk: Chunk) -> dict[str, Scalar]:
-    """Everything of a chunk that a filter may select on."""
+    """Everything of a chunk that a filter may select on.
+
+    Metadata called like a field of the chunk, or like an operator of a filter, is selected on by
+    ``metadata.NAME``.
+    """
     fields: dict[str, Scalar] = {"document_id": chunk.document_id, "title": chunk.title}
     if chunk.path is not None:
         fields["path"] = chunk.path
     for name, value in chunk.metadata.items():
-        if name.startswith("$") or name in FIELDS:
-            raise RetrievalError(
-                f"metadata field {name!r} of document {chunk.document_id!r} is reserved; rename it"
-            )
-        fields[name] = value
+        taken = name.startswith("$") or name in FIELDS
+        fields[f"metadata.{name}" if taken else name] = value
     return fields
 
 
@@ -74,7 +75,7 @@ class ColumnWriter:
                 for part in [*parts, np.full(missing, -1, dtype=np.int32)]:
                     file.write(part.astype("<i4").tobytes())
         values = {name: [value for _, value in self._values[name]] for name in names}
-        text = json.dumps({"num_rows": self._num_rows, "values": values}, ensure_ascii=False)
+        text = json.dumps({"num_rows": self._num_rows, "values": values})
         (folder / _VALUES_NAME).write_text(text, encoding="utf-8")
 
 

@@ -6,24 +6,30 @@ survives into the next generation keeps its label.
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.bm25 import Bm25Index
+from retrievers.bm25 import Bm25Builder, Bm25Index
 from retrievers.chunk_store import id_hash
 from retrievers.columns import Columns
 from retrievers.documents import DocumentRecord, DocumentTable
 from retrievers.errors import CorruptIndexError, RetrievalError
+from retrievers.index_settings import indexed_text
 from retrievers.manifest import Manifest
 from retrievers.row_files import RowFiles, open_array
+
+logger = logging.getLogger(__name__)
 
 DENSE_NAME = "dense.faiss"
 BM25_NAME = "bm25"
 LABELS_NAME = "labels.i64"
 IDS_NAME = "ids.u64"
+_BLOCK_ROWS = 4096
 
 
 class Generation(RowFiles):
@@ -35,6 +41,11 @@ class Generation(RowFiles):
         Generation folder.
     manifest
         Its manifest.
+
+    Attributes
+    ----------
+    is_current
+        Whether the files on disk are as this version writes them.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -48,6 +59,26 @@ class Generation(RowFiles):
         self._key_order: NDArray[np.int64] | None = None
         self._documents = DocumentTable(folder)
         self.bm25 = Bm25Index(folder / BM25_NAME, rows)
+        self.is_current = self.bm25.is_current
+        if not self.is_current:
+            self.bm25 = self._analysed_anew()
+
+    def _analysed_anew(self) -> Bm25Index:
+        """Build BM25 from the chunks: the terms on disk were made by the rules of another version."""
+        logger.warning(
+            "%s: its BM25 terms were made by an older version and are made anew at every start; "
+            "ingest once to keep them",
+            self.folder,
+        )
+        # The files are mapped, so they may go.
+        with tempfile.TemporaryDirectory() as work:
+            builder = Bm25Builder(Path(work) / BM25_NAME)
+            for start in range(0, self.num_rows, _BLOCK_ROWS):
+                block = range(start, min(start + _BLOCK_ROWS, self.num_rows))
+                title = self.manifest.include_title
+                builder.append([indexed_text(chunk, title) for chunk in self.chunks.chunks(block)])
+            builder.finish()
+            return Bm25Index(Path(work) / BM25_NAME, self.num_rows)
 
     def close(self) -> None:
         """Release what is not released by garbage collection."""

@@ -322,6 +322,7 @@ class IndexWriter:
         return (
             not self._dropped
             and not self._stage.num_rows
+            and (self.current is None or self.current.is_current)
             and len(self._documents) == old.num_documents
             and plan == DensePlan.of(old)
             and dict(settings.splitter) == dict(old.splitter)

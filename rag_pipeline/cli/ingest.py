@@ -132,6 +132,9 @@ def report_lines(report: IngestReport, loaded: LoadReport) -> list[str]:
     lines += [f"skipped {path}: {reason}" for path, reason in shown]
     if loaded.num_skipped > len(shown):
         lines.append(f"... and {loaded.num_skipped - len(shown)} more skipped")
+    lines += [f"note {path}: {words}" for path, words in loaded.notes[:10]]
+    if len(loaded.notes) > 10:
+        lines.append(f"... and {len(loaded.notes) - 10} more notes; --json lists them")
     return lines
 
 
@@ -142,4 +145,5 @@ def loaded_json(loaded: LoadReport) -> dict[str, Any]:
         "documents": loaded.num_documents,
         "skipped": loaded.num_skipped,
         "skipped_first": [{"path": path, "reason": reason} for path, reason in loaded.skipped],
+        "notes": [{"path": path, "note": words} for path, words in loaded.notes],
     }

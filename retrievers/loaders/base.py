@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from retrievers.errors import RetrievalError
+from retrievers.metadata import storable_text
 from retrievers.types import Document
 
 
@@ -38,6 +39,8 @@ class LoadReport:
         Files, directories and lines that gave nothing.
     skipped
         The first 100 of those, with the reason.
+    notes
+        The first 100 remarks on what was read all the same: a guessed encoding, bytes lost.
     """
 
     num_files: int = 0
@@ -45,12 +48,18 @@ class LoadReport:
     num_duplicates: int = 0
     num_skipped: int = 0
     skipped: list[SkippedSource] = field(default_factory=list)
+    notes: list[SkippedSource] = field(default_factory=list)
 
     def skip(self, path: str, reason: str) -> None:
         """Count one skipped source."""
         self.num_skipped += 1
         if len(self.skipped) < _MAX_LISTED:
             self.skipped.append(SkippedSource(path, reason))
+
+    def note(self, path: str, words: str) -> None:
+        """Remark on a source that was read."""
+        if len(self.notes) < _MAX_LISTED:
+            self.notes.append(SkippedSource(path, words))
 
 
 class Source(NamedTuple):
@@ -103,16 +112,23 @@ def known_suffixes() -> list[str]:
     return sorted(_LOADERS)
 
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 def clean_text(text: str) -> str:
     r"""Normalise line ends to ``\n`` and drop what no tokenizer or reader can use.
 
-    NUL and a leading byte-order mark go; lone surrogates (broken JSON escapes) become U+FFFD.
+    NUL, soft hyphens and a leading byte-order mark go, which no reader sees; lone surrogates
+    (broken JSON escapes) become U+FFFD.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").removeprefix("\ufeff")
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+    return text if text.isascii() else storable_text(text.replace("\xad", ""))
+
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def readable_name(name: str) -> str:
+    r"""Make a file name storable and printable: ``caf\xe9.txt`` for bytes that are not UTF-8."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 def one_line(text: str) -> str:
@@ -139,7 +155,7 @@ def whole_file_document(
     return Document(
         id=source.id,
         text=text,
-        title=one_line(title) or source.file.stem,
+        title=one_line(title) or Path(source.path).stem,
         path=source.path,
         metadata=metadata,
     )

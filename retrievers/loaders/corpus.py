@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from retrievers.errors import RetrievalError
-from retrievers.loaders.base import LoadReport, Source, loader_for
+from retrievers.loaders.base import LoadReport, Source, loader_for, one_line, readable_name
 from retrievers.loaders.globs import compile_globs
 from retrievers.loaders.topics import TOPICS_NAME, load_topics
 from retrievers.loaders.walk import Selection, label_folders, walk
@@ -87,6 +88,7 @@ def _stream(
 ) -> Iterator[Document]:
     num_before = report.num_documents
     num_found = 0
+    seen: set[bytes] = set()  # 8 bytes a document
     for source in _sources(sources, selection, report):
         num_found += 1
         if source is None:
@@ -94,7 +96,7 @@ def _stream(
                 report.num_documents += 1
                 yield document
         else:
-            yield from _documents(source, report)
+            yield from _documents(source, report, seen)
     if report.num_documents > num_before:
         return
     names = ", ".join(str(source) for source in sources)
@@ -132,20 +134,29 @@ def _sources(
         if resolved.is_dir():
             yield from walk(resolved, labels[resolved], selection, seen, report)
         elif not resolved.is_file():
-            report.skip(str(source), "not a regular file")
+            report.skip(readable_name(str(source)), "not a regular file")
         else:
             status = resolved.stat()
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 label = labels[resolved.parent]
-                yield Source(resolved, f"{label}/{resolved.name}", str(source))
+                name = readable_name(resolved.name)
+                yield Source(resolved, f"{label}/{name}", readable_name(str(source)))
 
 
-def _documents(source: Source, report: LoadReport) -> Iterator[Document]:
-    """Yield one file's documents; a file that fails is reported, those it gave remain."""
+def _documents(source: Source, report: LoadReport, seen: set[bytes]) -> Iterator[Document]:
+    """Yield one file's documents; a file that fails is reported, those it gave remain.
+
+    Two files may come to one id (``b/c.txt`` of a folder ``a`` and ``c.txt`` of another ``a/b``).
+    """
     num_before = report.num_documents
     try:
         for document in loader_for(source.file)(source, report):
+            key = hashlib.blake2b(document.id.encode(), digest_size=8).digest()
+            if key in seen:
+                report.skip(source.path, f"its id {document.id!r} was given before; rename it")
+                continue
+            seen.add(key)
             report.num_documents += 1
             yield document
     except RetrievalError as error:
@@ -153,4 +164,9 @@ def _documents(source: Source, report: LoadReport) -> Iterator[Document]:
         report.skip(source.path, str(error).removeprefix(f"{source.path}: "))
     except OSError as error:
         report.skip(source.path, f"cannot read it: {error.strerror or error}")
+    # A parser that gives up on one file must not end the others; it is named for a report.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        report.skip(
+            source.path, f"its parser failed ({type(error).__name__}: {one_line(str(error))})"
+        )
     report.num_files += report.num_documents > num_before

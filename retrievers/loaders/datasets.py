@@ -1,47 +1,68 @@
-"""JSON and JSON Lines data sets: their passages become documents, each once a file."""
+"""JSON and JSON Lines data sets: their passages become documents.
+
+A passage without an id of its own becomes one document however often the file has it.
+"""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
 
 from retrievers.errors import RetrievalError
 from retrievers.loaders.base import LoadReport, Source, clean_text, one_line, register_loader
+from retrievers.loaders.encoding import (
+    GUESS_BYTES,
+    decode,
+    guess_encoding,
+    marked_encoding,
+    nearly_utf8,
+)
 from retrievers.loaders.passages import SHAPES, Passage, passages_of
-from retrievers.loaders.text import decode
 from retrievers.types import Document
 
 # What passages_of raises for a record of the right shape with something wrong inside.
-_MALFORMED = (TypeError, KeyError, ValueError, AttributeError)
+_MALFORMED = (TypeError, KeyError, ValueError, AttributeError, RecursionError)
+_MAX_FOREIGN = 1000
 
 
 class _Collector:
-    """Turns the passages of one file into documents, each content once."""
+    """Turns the passages of one file into documents."""
 
     def __init__(self, source: Source, report: LoadReport) -> None:
         self.source = source
         self.report = report
-        # 16 bytes a passage: the only memory that grows with the file.
+        # The only memory that grows with the file: 16 bytes a passage, and the ids it gives.
         self._seen: set[bytes] = set()
         self._keys: dict[str, bytes] = {}
+        self._num_foreign = 0
         self.count = 0
 
     def add(self, passage: Passage) -> Document | None:
         text = clean_text(passage.text)
         if not text.strip():
             return None
-        title = one_line(passage.title) or self.source.file.name.split(".")[0]
-        digest = hashlib.blake2b(f"{title}\0{text}".encode(), digest_size=16).digest()
-        key = digest.hex() if passage.key is None else one_line(passage.key)
-        if digest in self._seen:
+        title = one_line(passage.title) or Path(self.source.path).name.split(".")[0]
+        content = f"{title}\0{text}"
+        if passage.metadata:
+            content += f"\0{json.dumps(passage.metadata, sort_keys=True)}"
+        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+        if passage.key is None:
+            key, is_known = digest.hex(), digest in self._seen
+            self._seen.add(digest)
+        else:
+            key = one_line(passage.key)
+            is_known = key in self._keys
+            if self._keys.setdefault(key, digest) != digest:
+                raise ValueError(f"id {key!r} was used before for another text")
+        if is_known:
             self.report.num_duplicates += 1
             return None
-        if passage.key is not None and self._keys.setdefault(key, digest) != digest:
-            raise ValueError(f"id {key!r} was used before for another text")
-        self._seen.add(digest)
         self.count += 1
         return Document(
             id=f"{self.source.id}#{key}",
@@ -55,10 +76,12 @@ class _Collector:
         for place, record in numbered:
             passages = passages_of(record)
             if passages is None:
-                # The first record tells a file of another kind from one with a bad record.
-                if not self.count:
-                    raise RetrievalError(f"{place}: no passages in this record; known: {SHAPES}")
-                self.report.skip(place, "record without passages")
+                self._num_foreign += 1
+                known = f"; known: {SHAPES}" if self._num_foreign == 1 else ""
+                self.report.skip(place, f"no passages in this record{known}")
+                # A file of another kind, not one with a bad record.
+                if not self.count and self._num_foreign >= _MAX_FOREIGN:
+                    break
                 continue
             try:
                 for passage in passages:
@@ -70,6 +93,61 @@ class _Collector:
             raise RetrievalError(f"{self.source.path}: no passage with text in it")
 
 
+def _open(source: Source) -> BinaryIO:
+    opened = gzip.open if source.file.suffix.lower() == ".gz" else open
+    return cast(BinaryIO, opened(source.file, "rb"))
+
+
+def _lines(source: Source, report: LoadReport) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines, one in memory at a time; those that are not UTF-8 as they are guessed."""
+    with _open(source) as file:
+        head = file.read(4)
+    with _open(source) as file:
+        if (encoding := marked_encoding(head)) is not None:
+            try:
+                yield from enumerate(io.TextIOWrapper(file, encoding, newline="\n"), start=1)
+            except UnicodeDecodeError as error:
+                raise RetrievalError(f"{source.path}: not valid {encoding}") from error
+            return
+        refusal = ""
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig")
+                continue
+            except UnicodeDecodeError:
+                place = f"{source.path}:{number}"
+            if (line := nearly_utf8(raw, place, report)) is not None:
+                yield number, line
+                continue
+            if encoding is None and not refusal:
+                # Each line alone is too little to tell by.
+                try:
+                    encoding = guess_encoding(_foreign_lines(source), source.path)
+                except RetrievalError as error:
+                    refusal = str(error).removeprefix(f"{source.path}: ")
+            if encoding is None:
+                report.skip(place, refusal)
+                continue
+            report.note(place, f"read as {encoding}, a guess; save it as UTF-8")
+            yield number, raw.decode(encoding, "replace")
+
+
+def _foreign_lines(source: Source) -> bytes:
+    """Lines that are not UTF-8, as many as a guess needs."""
+    found: list[bytes] = []
+    size = 0
+    with _open(source) as file:
+        for raw in file:
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                found.append(raw)
+                size += len(raw)
+                if size >= GUESS_BYTES:
+                    break
+    return b"".join(found)
+
+
 @register_loader(".jsonl", ".ndjson", ".jsonl.gz")
 def load_jsonl(source: Source, report: LoadReport) -> Iterator[Document]:
     """Yield the passages of a JSON Lines file, reading line by line.
@@ -78,21 +156,19 @@ def load_jsonl(source: Source, report: LoadReport) -> Iterator[Document]:
     """
 
     def numbered() -> Iterator[tuple[str, object]]:
-        opener = gzip.open if source.file.suffix == ".gz" else open
-        with opener(source.file, "rb") as lines:
-            try:
-                for number, line in enumerate(lines, start=1):
-                    place = f"{source.path}:{number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        yield place, json.loads(line.decode("utf-8-sig"))
-                    except (ValueError, RecursionError) as error:
-                        if b"\0" in line:
-                            raise RetrievalError(f"{source.path}: binary file") from error
-                        report.skip(place, f"not JSON: {error}")
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise RetrievalError(f"{source.path}: broken gzip file ({error})") from error
+        try:
+            for number, line in _lines(source, report):
+                place = f"{source.path}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    yield place, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    if "\0" in line:
+                        raise RetrievalError(f"{source.path}: binary file") from error
+                    report.skip(place, f"not JSON: {error}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise RetrievalError(f"{source.path}: broken gzip file ({error})") from error
 
     yield from _Collector(source, report).records(numbered())
 
@@ -103,15 +179,15 @@ def load_json(source: Source, report: LoadReport) -> Iterator[Document]:
 
     The file is parsed whole, so its size bounds the memory; JSON Lines streams.
     """
-    payload = source.file.read_bytes()
-    if source.file.suffix == ".gz":
-        try:
-            payload = gzip.decompress(payload)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise RetrievalError(f"{source.path}: broken gzip file ({error})") from error
     try:
-        content = json.loads(decode(payload, source.path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        with _open(source) as file:
+            payload = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise RetrievalError(f"{source.path}: broken gzip file ({error})") from error
+    text = decode(payload, source.path, report=report)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise RetrievalError(f"{source.path}: not JSON ({error})") from error
     records = content if isinstance(content, list) else [content]
     numbered = ((f"{source.path}[{i}]", record) for i, record in enumerate(records))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from retrievers.metadata import storable_metadata
 from retrievers.types import Scalar
 
 
@@ -76,12 +76,9 @@ def _musique(record: dict[str, Any]) -> Iterator[Passage]:
 
 
 def _generic(record: dict[str, Any]) -> Iterator[Passage]:
-    title = _text(record.get("title") or "")
-    metadata = {
-        str(key): value if isinstance(value, str | int | float | bool) else json.dumps(value)
-        for key, value in (record.get("metadata") or {}).items()
-        if value is not None
-    }
+    title = record.get("title") or ""
+    title = str(title) if isinstance(title, int | float) else _text(title)
+    metadata = storable_metadata(record.get("metadata") or {})
     if "text" in record:
         text, name = _text(record["text"]), "jsonl"
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from retrievers.loaders.base import LoadReport, Source
+from retrievers.loaders.base import LoadReport, Source, readable_name
 
 
 class Selection(NamedTuple):
@@ -35,7 +35,7 @@ def label_folders(folders: Sequence[Path]) -> dict[Path, str]:
                 "/".join(other.parts[-length:]) != label for other in distinct if other != folder
             ):
                 break
-        labels[folder] = label
+        labels[folder] = readable_name(label)
     return labels
 
 
@@ -65,7 +65,8 @@ def walk(
                 return
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
-            report.skip(prefix.rstrip("/") or str(directory), f"cannot list it: {error.strerror}")
+            where = readable_name(prefix.rstrip("/") or str(directory))
+            report.skip(where, f"cannot list it: {error.strerror}")
             return
         for entry in entries:
             relative = prefix + entry.name
@@ -76,9 +77,10 @@ def walk(
             elif selection.take(relative):
                 # Sockets, pipes and devices would block or never end.
                 if not entry.is_file():
-                    report.skip(relative, "not a regular file, or a broken link")
+                    report.skip(readable_name(relative), "not a regular file, or a broken link")
                 elif _first_time(Path(entry.path), seen):
-                    yield Source(Path(entry.path), f"{label}/{relative}", relative)
+                    name = readable_name(relative)
+                    yield Source(Path(entry.path), f"{label}/{name}", name)
 
     yield from visit(folder, "")
 

@@ -89,6 +89,43 @@ def test_ids_and_metadata_of_a_record_are_kept(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_equal_texts_with_other_ids_or_metadata_are_all_kept(tmp_path: Path) -> None:
+    documents, report = _load(
+        tmp_path / "a.jsonl",
+        [
+            {"id": "N", "text": "x", "metadata": {"shop": "north"}},
+            {"id": "S", "text": "x", "metadata": {"shop": "south"}},
+            {"id": "T", "text": "x", "metadata": {"shop": "south"}},
+            {"text": "x", "metadata": {"shop": "east"}},
+            {"text": "x", "metadata": {"shop": "west"}},
+            {"id": "N", "text": "x", "metadata": {"shop": "north"}},
+            {"text": "x", "metadata": {"shop": "west"}},
+        ],
+    )
+    shops = [document.metadata["shop"] for document in documents]
+    assert shops == ["north", "south", "south", "east", "west"]
+    assert len({document.id for document in documents}) == 5
+    assert (report.num_duplicates, report.num_skipped) == (2, 0)
+
+
+def test_no_record_stops_those_behind_it(tmp_path: Path) -> None:
+    lines = [
+        '{"version": 1}', '{"id": 1, "text": "one", "title": 5}', "9" * 5000,
+        '{"text": "two", "metadata": {"n": NaN, "i": 1e999, "d": {"k": [null]}}}',
+        '{"text": "x", "metadata": [1]}', '{"text": null}', '{"id": [1], "text": "three"}',
+        '{"id": "\\ud800", "text": "four"}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = LoadReport()
+    documents = list(load_file(tmp_path / "a.jsonl", report=report))
+    assert [document.text for document in documents] == ["one", "two", "three", "four"]
+    assert documents[1].metadata == {"format": "jsonl", "i": "inf", "d": '{"k": [null]}'}
+    assert [int(skip.path.rsplit(":", 1)[1]) for skip in report.skipped] == [1, 3, 5, 6]
+    (tmp_path / "a.json").write_text("[" + "9" * 5000 + "]")
+    with pytest.raises(RetrievalError, match="not JSON"):
+        list(load_file(tmp_path / "a.json"))
+
+
 def test_bad_lines_are_skipped_counted_and_named(tmp_path: Path) -> None:
     lines = [
         '{"id": "1", "text": "good"}', "{broken", '{"id": "2", "text": 5}', '{"no": "text"}',

@@ -41,6 +41,30 @@ def test_a_folder_is_walked_sorted_without_hidden_files(folder: Path) -> None:
     assert (report.num_files, report.num_documents, report.num_skipped) == (5, 5, 0)
 
 
+def test_no_name_of_a_file_stops_the_others(tmp_path: Path) -> None:
+    names = [
+        b"caf\xe9.txt", b"caf\xe8.txt", b"caf\\xe9.txt", b"two\nlines.md", b"tab\t.md", b" .txt",
+        b"a.jsonl#1", b"\xf0\x9f\x94\xa7.txt", b"-.txt", b"bad\xff.pdf", "Prüfung.txt".encode(),
+    ]  # fmt: skip
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_text("words")
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "x"}')
+    (tmp_path / os.fsdecode(b"dir\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"dir\xe9") / "x.txt").write_text("words")
+    report = LoadReport()
+    documents = list(load_corpus([tmp_path], report=report))
+    shown = {document.path for document in documents}
+    assert {"caf\\xe9.txt", "caf\\xe8.txt", "two\\nlines.md", "dir\\xe9/x.txt", "🔧.txt"} <= shown
+    assert len({document.id for document in documents}) == len(documents) == 10
+    for text in [d.id + d.title for d in documents] + [s.path + s.reason for s in report.skipped]:
+        assert text.encode().decode().isprintable()
+    # The broken PDF, and the names that come to one id.
+    assert report.num_skipped == 3
+    assert sum("was given before; rename it" in skip.reason for skip in report.skipped) == 2
+    with pytest.raises(RetrievalError, match=r"bad\\xff\.pdf: broken PDF"):
+        list(load_corpus([tmp_path / os.fsdecode(b"bad\xff.pdf")]))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import unicodedata
 from pathlib import Path
 
 import bm25s
@@ -8,7 +9,12 @@ import numpy as np
 import pytest
 
 from retrievers import Bm25Builder, Bm25Index, CorruptIndexError, RetrievalError
-from retrievers.bm25 import terms
+from retrievers.terms import terms
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
 
 TEXTS = [
     paragraph
@@ -95,8 +101,54 @@ def test_empty(tmp_path: Path) -> None:
 
 
 def test_terms() -> None:
-    assert terms("The C-API's __init__, Straße") == ["the", "c", "api", "s", "__init__", "strasse"]
-    assert terms("日本語 text かな") == ["日", "本", "語", "text", "か", "な"]
+    assert terms("The C-API's __init__, snake_case") == [
+        "the", "c", "api", "s", "__init__", "snake_case",
+    ]  # fmt: skip
+    assert terms("日本語 text") == ["日", "本", "語", "日本", "本語", "text"]
+
+
+_SAME_WORDS = {
+    "decomposed German": (nfd("Der Prüfbericht über Größe"), "Prüfbericht GRÖSSE"),
+    "decomposed Korean": (nfd("한국 지도"), "한국"),
+    "decomposed Vietnamese": (nfd("tiếng Việt"), "tiếng Việt"),
+    "no accents": ("Zażółć ŁÓDŹ øre Crème brûlée", "zazolc lodz ore creme brulee"),
+    "Turkish i": ("İstanbul ISPARTA ısparta", "istanbul isparta"),
+    "soft hyphen": ("infor\u00admation zero\u200bwidth \ufeffmark", "information zerowidth mark"),
+    "ligatures": ("ﬁne ﬂow Straße", "fine flow STRASSE"),
+    "full width": ("ＡＢＣ１２３ 𝐁𝐨𝐥𝐝", "ABC123 bold"),
+    "half-width kana": ("ﾊﾞﾙﾌﾞ", "バルブ"),
+    "Greek": ("ΟΔΟΣ ᾠδή", "οδός ωδη"),
+    "Russian": ("за́мок ёлка", "замок елка"),
+    "Ukrainian apostrophes": ("п’ять п'ять", "пʼять"),
+    "Arabic points": ("مُحَمَّد العـــربية", "محمد العربية"),
+    "Persian": ("می‌خواهم کتاب", "میخواهم كتاب"),
+    "Hebrew points": ("שָׁלוֹם", "שלום"),
+    "digits": ("١٢٣ १२३ Ⅳ", "123 iv"),
+    "fractions, notes, units": ("10½ kg Acme™ Ventil¹ m² 10² CO₂", "10 acme ventil m2 co2"),
+    "Hindi": ("हिन्दी ज़्यादा", "हिन्दी ज्यादा"),
+    "Tamil": ("வணக்கம் தமிழ்", "தமிழ்"),
+    "Lao": ("ປະເທດລາວສວຍງາມ", "ລາວ"),
+    "Thai": ("กรุณาตรวจสอบวาล์วทุกปี", "ตรวจสอบ"),
+    "Khmer": ("ភាសាខ្មែរ", "ខ្មែរ"),
+    "Burmese": ("မြန်မာစာ", "မြန်မာ"),
+    "Tibetan": ("བོད་ཡིག", "བོད"),
+    "Chinese": ("请检查压力阀", "压力阀"),
+    "Korean particle": ("서울은 크다", "서울"),
+}
+
+
+@pytest.mark.parametrize("name", _SAME_WORDS)
+def test_every_spelling_of_a_word_is_one_term(name: str) -> None:
+    text, query = _SAME_WORDS[name]
+    assert set(terms(query)) <= set(terms(text))
+    assert max(map(len, terms(query))) > 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("мой", "мои"), ("10½", "101"), ("10²", "102"), ("が", "か"), ("คน", "กน")]
+)
+def test_letters_that_tell_words_apart_stay(one: str, other: str) -> None:
+    assert not set(terms(other)) <= set(terms(one))
 
 
 def test_truncated_file(tmp_path: Path) -> None:

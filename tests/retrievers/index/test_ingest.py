@@ -135,12 +135,64 @@ def test_bad_documents(tmp_path: Path, hash_embedder, splitter) -> None:
         ingest([], tmp_path / "a", splitter=splitter, embedder=hash_embedder)
     with pytest.raises(RetrievalError, match="'d0' occurs twice"):
         ingest(corpus(1) * 2, tmp_path / "b", splitter=splitter, embedder=hash_embedder)
-    reserved = replace(corpus(1)[0], metadata={"title": "x"})
-    with pytest.raises(RetrievalError, match="'title' of document 'd0' is reserved"):
-        ingest([reserved], tmp_path / "c", splitter=splitter, embedder=hash_embedder)
     (tmp_path / "file").write_text("")
     with pytest.raises(RetrievalError, match="is a file"):
         ingest(corpus(1), tmp_path / "file", splitter=splitter, embedder=hash_embedder)
+
+
+@pytest.mark.parametrize("name", ["title", "path", "document_id", "$schema", "$or"])
+def test_metadata_called_like_a_field_is_kept_and_found(
+    name: str, tmp_path: Path, hash_embedder, splitter
+) -> None:
+    document = replace(corpus(1)[0], metadata={name: "Menu"})
+    ingest([document], tmp_path, splitter=splitter, embedder=hash_embedder)
+    with Index.open(tmp_path, embedder=hash_embedder) as index:
+        found = index.search_terms("first", k=3, where={f"metadata.{name}": "Menu"})
+        assert [hit.chunk.metadata for hit in found] == [{name: "Menu"}]
+        assert index.search_terms("first", k=3, where={"title": "T0"})
+
+
+def test_no_character_or_value_of_a_document_stops_an_ingest(
+    tmp_path: Path, hash_embedder, splitter
+) -> None:
+    odd = Document(
+        id="\udce9",
+        text="word \ud800\nnext",
+        title="\udfff",
+        path="\udce9",
+        metadata={
+            "bad \udce9": "\ud800", "nan": float("nan"), "inf": float("inf"), "none": None,
+            "huge": 10**5000, "long": 2**64, "list": [1, "\ud800"], "path type": Path("a"), "": 1,
+        },  # type: ignore[dict-item]
+    )  # fmt: skip
+    ingest([odd, *corpus(2)], tmp_path, splitter=splitter, embedder=hash_embedder)
+    with Index.open(tmp_path, embedder=hash_embedder) as index:
+        (first, _) = [chunk for chunk in index.chunks() if chunk.title == "\ufffd"]
+        assert first.text == "word \ufffd"
+        assert set(first.metadata) == {
+            "bad \ufffd", "inf", "huge", "long", "list", "path type", "",
+        }  # fmt: skip
+        assert first.metadata["long"] == "18446744073709551616"
+        assert index.search_terms("first", k=5)
+
+
+def test_an_index_with_terms_of_other_rules_is_searched_right_and_mended_by_an_ingest(
+    tmp_path: Path, hash_embedder, splitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [replace(corpus(1)[0], text="Prüfbericht und Größe")]
+    with monkeypatch.context() as older:
+        older.setattr("retrievers.bm25.ANALYSIS", 1)
+        older.setattr("retrievers.bm25.terms", lambda text: text.split())
+        ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
+    with Index.open(tmp_path) as index:
+        assert len(index.search_terms("prufbericht", k=3)) == 1
+    hash_embedder.texts.clear()
+    report = ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
+    assert (report.changed, hash_embedder.texts) == (True, [])
+    again = ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
+    assert not again.changed
+    with Index.open(tmp_path) as index:
+        assert len(index.search_terms("prufbericht", k=3)) == 1
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, hash_embedder, splitter) -> None:
