@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rag_pipeline.encoded_texts import EncodedTexts
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout, Span
 from retrievers.types import Chunk, SearchHit
@@ -25,6 +26,9 @@ DEFAULT_SYSTEM = "You are a helpful assistant. Use the given text to answer the 
 DEFAULT_CONTEXT_HEADER = "Text:\n\n"
 DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
 DEFAULT_QUESTION_TEMPLATE = "Question: {question}\nAnswer in one sentence."
+
+ECHO_CHARACTERS = 80
+"""Length of a question by which its repetition is told."""
 
 # Stand-ins while the chat template is rendered; letters only, so that no template escapes or
 # strips them.
@@ -74,9 +78,11 @@ class PromptBuilder:
         _check_template(
             "question_template", question_template, needed="question", allowed=("question",)
         )
+        self.repetition_penalty = 1.0
         if not isinstance(tokenizer, ModelTokenizer):
             folder = Path(tokenizer)
             tokenizer = ModelTokenizer.load(folder)
+            self.repetition_penalty = repetition_penalty_of(folder)
             if context_length is None:
                 context_length = model_context_length(folder)
         if context_length is None:
@@ -90,6 +96,10 @@ class PromptBuilder:
         self._texts = EncodedTexts(tokenizer, chunk_cache_size)
         self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
+
+    def echo(self, question: str) -> str:
+        """Text at which an answer ends: the question over again; see :func:`echo_of`."""
+        return echo_of(self._question_template.format(question=question))
 
     @property
     def system_ids(self) -> tuple[int, ...]:
@@ -224,6 +234,15 @@ class PromptBuilder:
             return None
         places = [text.index(message["content"]) for message in messages]
         return text if places == sorted(places) else None
+
+
+def echo_of(question_text: str) -> str:
+    """What a model writes that begins the prompt's question again instead of ending its answer.
+
+    Small models do; generation stops there. Only this very question is meant, so an answer may hold
+    other questions.
+    """
+    return "\n" + question_text.strip().splitlines()[0][:ECHO_CHARACTERS]
 
 
 def fitting(lengths: Sequence[int], room: int) -> list[int]:

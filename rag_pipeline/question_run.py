@@ -72,6 +72,9 @@ class QuestionRun:
     ) -> GenerationRequest:
         """Turn the hits into a request; retrieval ends here."""
         self.retrieved = time.perf_counter()
+        self.sampling = self.sampling.filled(
+            repetition_penalty=builder.repetition_penalty, stop=builder.echo(self.question)
+        )
         self.layout = builder.build(
             self.question,
             hits,

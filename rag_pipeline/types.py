@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from retrievers.types import Chunk, SearchHit
@@ -76,14 +76,14 @@ class SamplingOptions:
     stop
         Strings that end the answer; not part of it.
     repetition_penalty
-        In (0, 2]; 1 is none.
+        In (0, 2]; 1 is none. None takes what the model's ``generation_config.json`` names.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
         from rag_pipeline.errors import RagPipelineError
@@ -99,8 +99,17 @@ class SamplingOptions:
             refuse("temperature", self.temperature, "0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             refuse("top_p", self.top_p, "above 0 and at most 1")
-        if not 0 < self.repetition_penalty <= 2:
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty <= 2:
             refuse("repetition_penalty", self.repetition_penalty, "above 0 and at most 2")
+
+    def filled(self, *, repetition_penalty: float, stop: str) -> SamplingOptions:
+        """Return these options with the model's own penalty where none is given, and one more stop."""
+        given = self.repetition_penalty
+        return replace(
+            self,
+            repetition_penalty=repetition_penalty if given is None else given,
+            stop=(*self.stop, stop),
+        )
 
     def to_params(self) -> dict[str, Any]:
         """Write the sampling parameters as SGLang's engine and ``/generate`` take them."""
@@ -108,7 +117,9 @@ class SamplingOptions:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": 1.0
+            if self.repetition_penalty is None
+            else self.repetition_penalty,
         }
         if self.stop:
             params["stop"] = list(self.stop)

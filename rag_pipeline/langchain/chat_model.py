@@ -34,13 +34,14 @@ from rag_pipeline.langchain.wire import (
     token_report,
     usage_metadata,
 )
+from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.segments import SegmentEncoder, fusion_request
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
 
-_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_NEUTRAL = {"top_k": -1, "min_p": 0.0}
 """SGLang's chat endpoint takes what is unsaid from the model's generation config, ``/generate`` does
 not; saying it makes ``invoke`` and ``stream`` decode alike."""
 
@@ -104,6 +105,7 @@ class ChatSGLangRag(ChatOpenAI):
     _lock: Lock = PrivateAttr(default_factory=Lock)
     _facts: ServerFacts | None = PrivateAttr(default=None)
     _layouter: ChatLayouter | None = PrivateAttr(default=None)
+    _penalty: float = PrivateAttr(default=1.0)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -234,7 +236,8 @@ class ChatSGLangRag(ChatOpenAI):
             layout.spans, layout.prefix_len, self.policy, self.ratio, conversation=conversation
         )
         custom = {**(body.get("custom_params") or {}), **fusion.to_custom_params()}
-        body = {**_NEUTRAL, **body, "input_ids": list(layout.input_ids), "custom_params": custom}
+        said = {**_NEUTRAL, "repetition_penalty": self._penalty, **body}
+        body = {**said, "input_ids": list(layout.input_ids), "custom_params": custom}
         if not stream:
             body["return_meta_info"] = True
         return layout, without_documents(messages), {**kwargs, "extra_body": body}
@@ -277,6 +280,7 @@ class ChatSGLangRag(ChatOpenAI):
         server = self._server()
         with self._lock:
             if self._layouter is None:
+                self._penalty = repetition_penalty_of(self.tokenizer or server.model_path)
                 self._layouter = ChatLayouter(
                     SegmentEncoder(server.load_tokenizer(self.tokenizer, self._key())),
                     context_length=server.context_length,

@@ -168,6 +168,9 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         max_new_tokens=sampling.max_new_tokens,
         context_length=service.engine.context_length,
     )
+    sampling = sampling.filled(
+        repetition_penalty=service.builder.repetition_penalty, stop=talk.echo
+    )
     params = sampling.to_params()
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(body, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE
+from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE, echo_of
 from rag_pipeline.server.schemas import Message
 
 QUESTION_TEMPLATE = "{question}"
@@ -26,10 +26,13 @@ class Conversation:
         The last user message: what is retrieved by.
     question
         The question part of the prompt.
+    echo
+        Text at which the answer ends: the question over again.
     """
 
     query: str
     question: str
+    echo: str
 
 
 def read_conversation(messages: Sequence[Message]) -> Conversation:
@@ -45,5 +48,6 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
         parts.append(f"The conversation so far:\n{turns}")
     # A client with rules of its own says itself how long an answer is to be.
     template = "Question: {question}" if rules else DEFAULT_QUESTION_TEMPLATE
-    parts.append(template.format(question=query))
-    return Conversation(query=query, question="\n\n".join(parts))
+    asked = template.format(question=query)
+    parts.append(asked)
+    return Conversation(query=query, question="\n\n".join(parts), echo=echo_of(asked))

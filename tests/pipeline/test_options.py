@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import extra_fields, usage_from_meta
 from rag_pipeline.generation.base import delta
+from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.question_run import QuestionRun
+from rag_pipeline.server.conversation import read_conversation
+from rag_pipeline.server.schemas import Message
 from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Source, Span, Timing
 
 
@@ -95,3 +102,43 @@ def test_answer_json_has_exactly_the_keys_of_the_contract() -> None:
         "fresh_tokens", "completion_tokens",
     ]  # fmt: skip
     assert list(found["timing"]) == ["retrieve_s", "ttft_s", "total_s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "penalty"),
+    [
+        ('{"repetition_penalty": 1.05, "temperature": 0.7}', 1.05),
+        ('{"temperature": 0.7}', 1.0),
+        ('{"repetition_penalty": true}', 1.0),
+        ('{"repetition_penalty": 40}', 1.0),
+        ("[]", 1.0),
+        ("{", 1.0),
+        (None, 1.0),
+    ],
+)
+def test_an_answer_is_decoded_with_the_penalty_that_the_models_publisher_names(
+    text: str | None, penalty: float, smollm2_path: Path, tmp_path: Path
+) -> None:
+    for file in smollm2_path.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    builder = PromptBuilder(tmp_path)
+    for given, used in ((None, penalty), (1.0, 1.0), (1.3, 1.3)):
+        run = QuestionRun.start("q", 1, SamplingOptions(repetition_penalty=given), "prefix", None)
+        request = run.lay_out(builder, [], context_length=2048)
+        assert request.sampling.to_params()["repetition_penalty"] == used
+
+
+def test_an_answer_ends_where_it_asks_its_own_question_again(smollm2_path: Path) -> None:
+    """A small model goes on with the prompt's question; an answer may hold other questions."""
+    builder = PromptBuilder(smollm2_path)
+    run = QuestionRun.start("When? " * 40, 1, SamplingOptions(stop=("END",)), "prefix", None)
+    stop = run.lay_out(builder, [], context_length=2048).sampling.to_params()["stop"]
+    assert stop[0] == "END"
+    assert stop[1].startswith("\nQuestion: When? When?")
+    assert len(stop[1]) == 81
+    talk = read_conversation([Message(role="user", content="Why?\nTell me.")])
+    assert talk.echo == "\nQuestion: Why?"
