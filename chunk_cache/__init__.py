@@ -10,8 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chunk_cache.background_writer import BackgroundWriter
     from chunk_cache.errors import ChunkCacheError, IntegrityError
     from chunk_cache.folder import LoadReport, StoreFolder
+    from chunk_cache.folder_budget import DISK_BYTES
+    from chunk_cache.folder_layout import tenant_mark
     from chunk_cache.handles import Build, ChunkState, Lease
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
@@ -25,13 +28,17 @@ if TYPE_CHECKING:
     from chunk_cache.listing import EntryInfo, Resolution
     from chunk_cache.matching import ChunkMatcher, MatchResult
     from chunk_cache.memory_store import MemoryStore
+    from chunk_cache.private_files import write_private
     from chunk_cache.records import ChunkKV, KVLayout, LayerKV
     from chunk_cache.spans import Match, check_spans, merge_matches
     from chunk_cache.stats import StoreStats
+    from chunk_cache.text_marks import TextMarks
     from chunk_cache.tier import Tier
 
 _HOME = {
+    "DISK_BYTES": "folder_budget",
     "STORE_FORMAT_VERSION": "keys",
+    "BackgroundWriter": "background_writer",
     "Build": "handles",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
@@ -51,6 +58,7 @@ _HOME = {
     "Resolution": "listing",
     "StoreFolder": "folder",
     "StoreStats": "stats",
+    "TextMarks": "text_marks",
     "Tier": "tier",
     "as_prompt_ids": "keys",
     "as_token_ids": "keys",
@@ -58,10 +66,14 @@ _HOME = {
     "check_spans": "spans",
     "hash_token_ids": "keys",
     "merge_matches": "spans",
+    "tenant_mark": "folder_layout",
+    "write_private": "private_files",
 }
 
 __all__ = [
+    "DISK_BYTES",
     "STORE_FORMAT_VERSION",
+    "BackgroundWriter",
     "Build",
     "ChunkCacheError",
     "ChunkKV",
@@ -81,6 +93,7 @@ __all__ = [
     "Resolution",
     "StoreFolder",
     "StoreStats",
+    "TextMarks",
     "Tier",
     "as_prompt_ids",
     "as_token_ids",
@@ -88,6 +101,8 @@ __all__ = [
     "check_spans",
     "hash_token_ids",
     "merge_matches",
+    "tenant_mark",
+    "write_private",
 ]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from chunk_cache.keys import ChunkKey, as_token_ids
+from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
 from chunk_cache.records import ChunkKV, KVLayout
 
 STORE_FORMAT = "rag-chunk-store"
@@ -41,6 +43,19 @@ def encode_record(record: ChunkKV) -> bytes:
     }
     data: bytes = save(tensors, metadata=header)
     return data
+
+
+def read_token_ids(path: Path) -> TokenIds | None:
+    """Token ids of a chunk file, without its tensors; ``None`` where they cannot be read."""
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            start, end = json.loads(file.read(header_size))["token_ids"]["data_offsets"]
+            file.seek(8 + header_size + start)
+            return as_token_ids(np.frombuffer(file.read(end - start), dtype="<i4"))
+    except Exception:
+        # As wide as below: a damaged file holds nothing that anybody can use.
+        return None
 
 
 def decode_record(key: ChunkKey, data: bytes) -> ChunkKV | None:

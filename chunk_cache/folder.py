@@ -7,15 +7,17 @@ never wrong KV.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chunk_cache.chunk_file import decode_record, encode_record
+from chunk_cache.chunk_file import decode_record, encode_record, read_token_ids
 from chunk_cache.errors import ChunkCacheError
+from chunk_cache.folder_budget import DISK_BYTES, FolderBudget, stored_files, temporary_bytes
 from chunk_cache.folder_layout import (
     check_manifest,
     chunk_path,
@@ -23,12 +25,18 @@ from chunk_cache.folder_layout import (
     context_path,
     make_folder,
     pin_path,
-    write_atomically,
     write_context,
 )
 from chunk_cache.handles import ChunkState
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.memory_store import MemoryStore
+from chunk_cache.private_files import (
+    sweep,
+    sync_folder,
+    temporary_files,
+    tighten,
+    write_private,
+)
 from chunk_cache.records import ChunkKV
 
 
@@ -41,6 +49,8 @@ class LoadReport:
     no_room: int = 0
     """The budget has no room without evicting: an import never pushes out what is in memory."""
     corrupt: int = 0
+    foreign: int = 0
+    """Of another model, rank or tenant than asked for."""
 
     def to_json(self) -> dict[str, int]:
         """Return all fields as a dict."""
@@ -59,6 +69,10 @@ class StoreFolder:
         The folder.
     create
         Make it if it does not exist.
+    byte_budget
+        Most bytes of all chunk files; a write makes room by deleting the longest unused ones.
+    model
+        Folder of the model whose records are written here, told beside them.
 
     Raises
     ------
@@ -71,8 +85,19 @@ class StoreFolder:
         Damaged files met since the folder was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        byte_budget: int = DISK_BYTES,
+        model: str = "",
+    ) -> None:
+        if byte_budget < 0:
+            raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
         self.path = Path(path)
+        self._model = model
+        self.budget = FolderBudget(self.path, byte_budget, self.evict)
         self.corrupt_files = 0
         if create:
             make_folder(self.path)
@@ -85,15 +110,32 @@ class StoreFolder:
         record = self._read(key)
         return record if record is not None and record.tokens_equal(token_ids) else None
 
-    def put(self, record: ChunkKV) -> bool:
+    def put(self, record: ChunkKV, *, context: KVContext | None = None) -> bool:
         """Write a record (any device; read back on the CPU), replacing an older file of its key.
+
+        Parameters
+        ----------
+        record
+            What to write.
+        context
+            Of the record's namespace; told in the folder, and needed for :meth:`namespaces`.
+
+        Returns
+        -------
+        bool
+            ``False`` where the budget has no room that is not pinned.
 
         Raises
         ------
         OSError
             If the disk refuses; no file of the final name is left behind half-written.
         """
-        write_atomically(chunk_path(self.path, record.key), encode_record(record))
+        data = encode_record(record)
+        if self.budget.make_room(len(data)) is None:
+            return False
+        if context is not None and not context_path(self.path, context.namespace).exists():
+            write_context(self.path, context, self._model)
+        write_private(chunk_path(self.path, record.key), data)
         return True
 
     def remove(self, key: ChunkKey) -> bool:
@@ -125,7 +167,7 @@ class StoreFolder:
         """
         if not chunk_path(self.path, key).exists():
             return False
-        pin_path(self.path, key).touch()
+        write_private(pin_path(self.path, key), b"")
         return True
 
     def unpin(self, key: ChunkKey) -> bool:
@@ -145,7 +187,7 @@ class StoreFolder:
         return (force or not self.is_pinned(key)) and self.remove(key)
 
     def trim(self, byte_budget: int) -> list[ChunkKey]:
-        """Delete records, oldest written first, until the files fit; pinned ones stay.
+        """Delete records, the longest unused first, until the files fit; pinned ones stay.
 
         Parameters
         ----------
@@ -164,22 +206,48 @@ class StoreFolder:
         """
         if byte_budget < 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
-        aged: list[tuple[int, ChunkKey, int]] = []
-        for key in self.keys():
-            try:
-                status = chunk_path(self.path, key).stat()
-            except FileNotFoundError:
-                continue  # another process was faster
-            aged.append((status.st_mtime_ns, key, status.st_size))
-        over = sum(size for _, _, size in aged) - byte_budget
-        gone: list[ChunkKey] = []
-        for _, key, size in sorted(aged, key=lambda row: row[0]):
-            if over <= 0:
-                break
-            if self.evict(key):
-                gone.append(key)
-                over -= size
-        return gone
+        self.sweep()
+        return self.budget.trim(byte_budget)
+
+    def token_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone."""
+        return read_token_ids(chunk_path(self.path, key))
+
+    def used(self, keys: Iterable[ChunkKey]) -> None:
+        """Note that records were used just now: they are evicted last, and loaded first."""
+        for key in keys:
+            with contextlib.suppress(OSError):
+                os.utime(chunk_path(self.path, key))
+
+    # -- order --------------------------------------------------------------------------------
+
+    def clean(self) -> None:
+        """Remove what crashes left, and take the rights of other users to the folder."""
+        self.sweep()
+        tighten(self.path)
+
+    def sync(self) -> None:
+        """Make deletions survive a power cut: what is erased must not come back."""
+        for folder in (*self.path.glob("*/*/"), *self.path.glob("*/"), self.path):
+            with contextlib.suppress(FileNotFoundError):
+                sync_folder(folder)
+
+    def sweep(self) -> int:
+        """Remove temporary files that no process writes any more; returns how many."""
+        return sweep(self.path)
+
+    def unfinished(self) -> tuple[int, int]:
+        """Number and bytes of temporary files: being written, or left by a crash."""
+        return sum(1 for _ in temporary_files(self.path)), temporary_bytes(self.path)
+
+    def namespaces(self, fields: Mapping[str, Any]) -> frozenset[str]:
+        """Namespaces that the folder describes with these fields of a :class:`KVContext`."""
+        return frozenset(
+            path.name
+            for path in self.path.iterdir()
+            if (found := self.describe(path.name)) is not None
+            and all(found.get(name) == value for name, value in fields.items())
+        )
 
     # -- whole stores -------------------------------------------------------------------------
 
@@ -210,7 +278,7 @@ class StoreFolder:
             Number of files written.
         """
         for context in contexts:
-            write_context(self.path, context)
+            write_context(self.path, context, self._model)
         written = 0
         for done, key in enumerate(store.keys() if keys is None else keys, start=1):
             if not chunk_path(self.path, key).exists():
@@ -225,29 +293,32 @@ class StoreFolder:
         self,
         store: MemoryStore,
         *,
-        namespace: str | None = None,
+        namespaces: Container[str] | None = None,
         pin: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
         """Read records into a memory store until its budget is full; nothing is evicted for it.
 
-        Pinned records come first, and are pinned in memory too.
+        Pinned records come first, and are pinned in memory too; then the most recently used.
 
         Parameters
         ----------
         store
             Where to.
-        namespace
-            Only chunks of this :attr:`KVContext.namespace`; by default all.
+        namespaces
+            Only chunks of these :attr:`KVContext.namespace`; by default all.
         pin
             Pin everything that is loaded.
         progress
             Called with the number of files done so far.
         """
         counts = dict.fromkeys((field.name for field in dataclasses.fields(LoadReport)), 0)
-        wanted = [
-            (not self.is_pinned(k), k) for k in self.keys() if namespace in (None, k.namespace)
-        ]
+        wanted: list[tuple[bool, ChunkKey]] = []
+        for file in reversed(stored_files(self.path)):
+            if namespaces is None or file.key.namespace in namespaces:
+                wanted.append((not self.is_pinned(file.key), file.key))
+            else:
+                counts["foreign"] += 1
         wanted.sort(key=lambda row: row[0])
         for done, (loose, key) in enumerate(wanted, start=1):
             if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
@@ -271,9 +342,13 @@ class StoreFolder:
         return LoadReport(**counts)
 
     def verify(self, *, remove: bool = False) -> list[ChunkKey]:
-        """Read every file and return the keys of damaged ones, deleting them if ``remove``."""
+        """Read every file and return the keys of damaged ones, deleting them if ``remove``.
+
+        What crashes left goes with them.
+        """
         bad = [key for key in self.keys() if self._read(key) is None]
         if remove:
+            self.sweep()
             for key in bad:
                 self.remove(key)
         return bad

@@ -1,9 +1,9 @@
-"""What lies where in the folder of a store, and files that appear whole or not at all.
+"""What lies where in the folder of a store.
 
 ::
 
     store.json                                       format name and version
-    <namespace>/context.json                         what the namespace stands for (no tenant salt)
+    <namespace>/context.json                         what the namespace stands for (no tenant's salt)
     <namespace>/<2 hex>/<digest>-<tokens>.safetensors
     <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
 
@@ -13,16 +13,16 @@ none of them undoes what another did.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from chunk_cache.chunk_file import STORE_FORMAT
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext
+from chunk_cache.private_files import write_private
 
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
@@ -39,11 +39,11 @@ def make_folder(folder: Path) -> None:
     manifest = _manifest_path(folder)
     if manifest.exists():
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A process that was killed while it made the store leaves a temporary file.
+    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
-    write_atomically(manifest, json.dumps(fields).encode())
+    write_private(manifest, json.dumps(fields).encode())
 
 
 def check_manifest(folder: Path) -> None:
@@ -97,24 +97,21 @@ def chunks_in(folder: Path) -> Iterator[ChunkKey]:
                 yield ChunkKey(namespace.name, parts[1], int(parts[2]))
 
 
-def write_context(folder: Path, context: KVContext) -> None:
-    """Tell what a context's namespace stands for; its tenant's salt stays out of the folder."""
-    fields = {name: value for name, value in context.to_json().items() if name != "tenant"}
+def tenant_mark(salt: str) -> str:
+    """What stands in the folder for a tenant: a digest of its salt, empty for nobody in particular."""
+    if not salt:
+        return ""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"ragkv-tenant").hexdigest()
+
+
+def write_context(folder: Path, context: KVContext, model: str = "") -> None:
+    """Tell what a context's namespace stands for; of its tenant's salt only a digest.
+
+    `model` is the folder of the model, whose tokenizer made the token ids.
+    """
+    fields = context.to_json() | {"tenant": tenant_mark(context.tenant), "model": model}
     data = json.dumps(fields, indent=1, sort_keys=True).encode()
-    write_atomically(context_path(folder, context.namespace), data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under another name and rename it; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not fsynced: after a power cut a short file fails its checksum and is a miss.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_private(context_path(folder, context.namespace), data)
 
 
 def _manifest_path(folder: Path) -> Path:

@@ -213,6 +213,11 @@ class MemoryStore(WritableStore):
         with self._lock:
             return list(self._ledger.entries)
 
+    def used_since(self, moment: float) -> list[ChunkKey]:
+        """READY keys that were stored or used after a moment of the store's clock."""
+        with self._lock:
+            return [key for key, e in self._ledger.entries.items() if e.used_at >= moment]
+
     def find_keys(self, prefix: str) -> list[ChunkKey]:
         """READY keys whose digest starts with ``prefix`` (what a person types)."""
         with self._lock:

@@ -202,6 +202,19 @@ class WritableStore:
             self._drop(key)
             return True
 
+    def erase(self, keys: Iterable[ChunkKey]) -> int:
+        """Drop records whatever holds them; returns how many.
+
+        A pinned one goes too. One that is in use is found by nobody from now on, and its memory is
+        free when the last lease ends.
+        """
+        with self._lock:
+            present = [key for key in keys if key in self._ledger.entries]
+            for key in present:
+                self._stats.evicted_by_hand += 1
+                self._drop(key)
+            return len(present)
+
     def clear(self) -> int:
         """Drop everything that is neither in use nor pinned; returns how many went."""
         with self._lock:

@@ -89,6 +89,11 @@ class HFTokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens as they are written."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def encode_offsets(self, text: str) -> list[tuple[int, int]]:
         """Character span ``(start, end)`` of every token of :meth:`encode`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chunk_cache.matching.cover import longest_cover
+from chunk_cache.matching.hashing import WindowHasher
 from chunk_cache.matching.matcher import ChunkMatcher, MatchResult
 
-__all__ = ["ChunkMatcher", "MatchResult", "longest_cover"]
+__all__ = ["ChunkMatcher", "MatchResult", "WindowHasher", "longest_cover"]

@@ -141,6 +141,11 @@ class FusionSettings(_Section):
         default="",
         description="Folder of chunk KV for engines started without a store of their own.",
     )
+    store_dir_bytes: int = Field(
+        default=16 << 30,
+        ge=0,
+        description="Byte budget of the folder of chunk KV; the longest unused chunks go first.",
+    )
 
 
 class Settings(_Section):

@@ -71,8 +71,14 @@ def test_a_store_goes_out_and_comes_back(
     assert b"secret salt" not in everything
 
     mine = make_store()
-    report = folder.load_into(mine, namespace=context.namespace, pin=True)
-    assert report.to_json() == {"loaded": 5, "already_there": 0, "no_room": 0, "corrupt": 0}
+    report = folder.load_into(mine, namespaces={context.namespace}, pin=True)
+    assert report.to_json() == {
+        "loaded": 5,
+        "already_there": 0,
+        "no_room": 0,
+        "corrupt": 0,
+        "foreign": 1,
+    }
     assert set(mine.keys()) == {record.key for record in records[:5]}
     assert mine.stats().pinned_bytes_now == sum(record.num_bytes for record in records[:5])
     assert [m.key for m in mine.match(range(300, 370), context)] == [records[3].key]

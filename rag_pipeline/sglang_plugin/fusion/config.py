@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from chunk_cache import DISK_BYTES
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_pipeline.errors import EngineError
 
@@ -48,6 +49,11 @@ class FusionConfig:
         UTF-8 file with the text of that passage, best in the manner of the documents; empty for the built-in prose.
     store_dir : str
         Folder that chunk KV is read from at start and written to when it is made; empty for none.
+    store_dir_bytes : int
+        Byte budget of that folder, of all its models, ranks and tenants together.
+    store_tenants : str
+        Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
+        ``*`` for all. Records of nobody in particular are always read.
     """
 
     enabled: bool = True
@@ -62,6 +68,8 @@ class FusionConfig:
     passage_tokens: int = 768
     passage_file: str = ""
     store_dir: str = ""
+    store_dir_bytes: int = DISK_BYTES
+    store_tenants: str = "*"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -79,6 +87,10 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: store_bytes={self.store_bytes}, max_background="
                 f"{self.max_background}, min_reused_tokens={self.min_reused_tokens}; the first and "
                 "the last must be positive, the other not negative."
+            )
+        if self.store_dir_bytes < 0:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: store_dir_bytes is {self.store_dir_bytes}; give 0 (nothing is written) or more."
             )
         try:
             create_policy(self.policy)

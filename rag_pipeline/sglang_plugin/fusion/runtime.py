@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import KVContext, MemoryStore, StoreFolder, hash_token_ids
+from chunk_cache import BackgroundWriter, KVContext, MemoryStore, TextMarks, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
@@ -18,6 +18,9 @@ from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 from rag_pipeline.sglang_plugin.fusion.turns import Conversations
+
+if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +79,15 @@ class FusionRuntime:
         self.conversations = Conversations(self.store)
         self.missing = BuildQueue()
         self.self_check = "not run"
-        self.folder: StoreFolder | None = None
+        self.writer: BackgroundWriter | None = None
+        """Where finished records go besides memory."""
+        self.erased: ErasedText | None = None
         self.passage: TokenArray = np.empty(0, dtype=np.int64)
         """Neutral text that chunks are computed behind; empty for none."""
+        self.passage_text = ""
+        """The text of it where it is not the built-in prose."""
+        self.plain_passage = self.passage
+        """What takes its place where it holds text that was deleted."""
         self.max_prompt = 0
         """Tokens that a prompt may hold in this engine."""
         self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
@@ -160,6 +169,23 @@ class FusionRuntime:
             return None
         ids = np.concatenate([known.ids, self.passage])
         return self.prefix(ids, int(ids.size), known.tenant)
+
+    def context_of(self, namespace: str) -> KVContext | None:
+        """Context of a known prefix by its namespace."""
+        for known in self._prefixes.values():
+            if known.context.namespace == namespace:
+                return known.context
+        return None
+
+    def forget_passage(self, marks: TextMarks) -> None:
+        """Compute no more chunks behind a passage that holds erased text; the built-in prose takes its place.
+
+        Called from another thread. Ranks would change at different moments, so several keep theirs.
+        """
+        if self.group.size == 1 and self.passage_text and marks.are_in(self.passage_text):
+            self.passage, self.passage_text = self.plain_passage, ""
+            # Replaced, not emptied: the scheduler may be reading it.
+            self._prefixes = OrderedDict()
 
     def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first."""

@@ -33,7 +33,7 @@ def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any)
     set_runtime(runtime)
     if runtime.is_on and runtime.config.self_check:
         prove(runtime, scheduler)
-    disk.open_folder(runtime)
+    disk.open_folder(runtime, str(scheduler.server_args.tokenizer_path))
 
 
 def agree_on_start(runtime: FusionRuntime) -> None:
@@ -100,6 +100,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     if runtime is not None:
         # Where fusion is off nobody serves the queue, and nobody need wait for it.
         waiting = len(runtime.missing) + internal_requests.running() if runtime.is_on else 0
+        waiting += disk.pending(runtime)
         result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
 
 
@@ -132,12 +133,12 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         reason = reason or str(error)
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
     runtime.max_prompt = int(scheduler.max_req_input_len)
-    runtime.passage = passage_ids(
-        getattr(scheduler, "tokenizer", None),
-        config.passage_tokens,
-        runtime.max_prompt,
-        text=text,
-    )
+    tokenizer, length = getattr(scheduler, "tokenizer", None), config.passage_tokens
+    runtime.passage = passage_ids(tokenizer, length, runtime.max_prompt, text=text)
+    runtime.plain_passage = runtime.passage
+    if config.passage_file:
+        runtime.passage_text = text
+        runtime.plain_passage = passage_ids(tokenizer, length, runtime.max_prompt)
     if reason:
         logger.warning("Chunk-KV fusion is off for this engine: %s", reason)
     else:

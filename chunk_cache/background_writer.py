@@ -1,0 +1,148 @@
+"""Chunk records on their way to the disk: written by a thread of their own, dropped when it cannot keep up.
+
+A disk may be slow and a network folder may hang; whoever made a record never waits for either.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from chunk_cache.folder import StoreFolder
+from chunk_cache.keys import ChunkKey, KVContext
+from chunk_cache.records import ChunkKV
+
+QUEUE_BYTES = 256 << 20
+"""Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""
+_NOTE_USE_S = 30.0
+"""How often the use of records is noted on their files."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    record: ChunkKV
+    context: KVContext
+
+
+class BackgroundWriter:
+    """A bounded queue before a :class:`StoreFolder`, and the thread that empties it.
+
+    Parameters
+    ----------
+    folder
+        Where to; only the thread writes to it.
+    count
+        Called with ``written``, ``dropped`` (the queue was full), ``no_room`` (the budget is),
+        ``write_failed`` or ``erased`` for every record, from either thread.
+    failed
+        Called with what a disk refused, from the thread.
+    is_erased
+        Whether a record must not reach the disk; asked before it is written, and after.
+    used
+        Keys of records that were used since a moment of :func:`time.monotonic`.
+    queue_bytes
+        Most bytes that wait.
+    """
+
+    def __init__(
+        self,
+        folder: StoreFolder,
+        *,
+        count: Callable[[str], None],
+        failed: Callable[[OSError], None],
+        is_erased: Callable[[ChunkKV], bool] = lambda record: False,
+        used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        self.folder = folder
+        self._count = count
+        self._failed = failed
+        self._is_erased = is_erased
+        self._used = used
+        self._queue_bytes = queue_bytes
+        self._queue: deque[_Waiting] = deque()
+        self._bytes = 0
+        self._writing = False
+        self._stopping = False
+        self._noted = time.monotonic()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="chunk-kv-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, record: ChunkKV, context: KVContext) -> bool:
+        """Queue a record; ``False`` where it is dropped. Never waits for the disk."""
+        with self._changed:
+            room = self._bytes + record.num_bytes <= self._queue_bytes and not self._stopping
+            if room:
+                self._queue.append(_Waiting(record, context))
+                self._bytes += record.num_bytes
+                self._changed.notify_all()
+        if not room:
+            self._count("dropped")
+        return room
+
+    @property
+    def pending(self) -> int:
+        """Records that are not on the disk yet."""
+        with self._changed:
+            return len(self._queue) + self._writing
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        with self._changed:
+            self._queue.clear()
+            self._bytes = 0
+            self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing waits, but no longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._writing, timeout_s)
+
+    def close(self, timeout_s: float) -> bool:
+        """Take nothing more, write what waits, and end; ``False`` where the time was too short."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._stopping, _NOTE_USE_S)
+                waiting = self._queue.popleft() if self._queue else None
+                if waiting is None and self._stopping:
+                    return
+                self._writing = waiting is not None
+            if waiting is not None:
+                self._write(waiting)
+                with self._changed:
+                    # Counted as waiting until now: the memory is held until now.
+                    self._bytes = max(0, self._bytes - waiting.record.num_bytes)
+                    self._writing = False
+                    self._changed.notify_all()
+            if time.monotonic() - self._noted >= _NOTE_USE_S:
+                since, self._noted = self._noted, time.monotonic()
+                self.folder.used(self._used(since))
+
+    def _write(self, waiting: _Waiting) -> None:
+        record = waiting.record
+        kind = "erased"
+        try:
+            if not self._is_erased(record):
+                kind = "written" if self.folder.put(record, context=waiting.context) else "no_room"
+                # The text may have been erased meanwhile, by somebody who did not see this file yet.
+                if kind == "written" and self._is_erased(record):
+                    self.folder.remove(record.key)
+                    kind = "erased"
+        except OSError as error:
+            kind = "write_failed"
+            self._failed(error)
+        except Exception as error:  # a thread that ends would drop everything unsaid
+            kind = "write_failed"
+            self._failed(OSError(f"{type(error).__name__}: {error}"))
+        self._count(kind)

@@ -1,0 +1,115 @@
+"""Marks of texts that were erased: hashes of all their runs of characters, to find them in other text.
+
+White space does not count: a chunk is laid out with titles and line breaks around it. The marks do
+not give the text back, so that they may lie on a disk for as long as others have to be told.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from chunk_cache.matching import WindowHasher
+
+_WINDOW = 32
+"""Characters of a run. A text that is shorter is one run."""
+_SEED = 0x5EED
+_EVERYTHING = "everything"
+
+Hashes = npt.NDArray[np.uint64]
+
+
+class TextMarks:
+    """Runs of characters of texts that are gone.
+
+    Parameters
+    ----------
+    runs
+        Sorted hashes by the length of the run, characters.
+    everything
+        All text counts as gone: there was too much of it to tell apart.
+    """
+
+    def __init__(self, runs: Mapping[int, Hashes], *, everything: bool = False) -> None:
+        self._runs = {length: hashes for length, hashes in runs.items() if hashes.size}
+        self.everything = everything
+
+    @classmethod
+    def of(cls, texts: Iterable[tuple[str, Iterable[str]]]) -> Self:
+        """Marks of texts that are gone, without the runs that live texts hold too.
+
+        Parameters
+        ----------
+        texts
+            Each text that is gone with the live ones that may share some of it.
+        """
+        found: dict[int, list[Hashes]] = {}
+        for text, live in texts:
+            points = _points(text)
+            if not points.size:
+                continue
+            length = min(_WINDOW, int(points.size))
+            runs = _hashes(points, length)
+            for other in live:
+                runs = runs[~np.isin(runs, _hashes(_points(other), length))]
+            found.setdefault(length, []).append(runs)
+        return cls({length: np.unique(np.concatenate(parts)) for length, parts in found.items()})
+
+    def __bool__(self) -> bool:
+        """Whether any text can be found by them."""
+        return self.everything or bool(self._runs)
+
+    def are_in(self, text: str) -> bool:
+        """Whether a text holds a run of what is gone."""
+        if self.everything:
+            return True
+        points = _points(text)
+        for length, gone in self._runs.items():
+            runs = _hashes(points, length)
+            places = np.searchsorted(gone, runs)
+            if (gone[np.minimum(places, gone.size - 1)] == runs).any():
+                return True
+        return False
+
+    def to_bytes(self) -> bytes:
+        """Write them as NumPy's archive; no text is in it."""
+        out = io.BytesIO()
+        arrays = {str(length): hashes for length, hashes in self._runs.items()}
+        if self.everything:
+            arrays[_EVERYTHING] = np.zeros(0, dtype=np.uint64)
+        np.savez(out, **arrays)  # type: ignore[arg-type]
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what :meth:`to_bytes` wrote.
+
+        Raises
+        ------
+        ValueError
+            For anything else.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                names = set(archive.files)
+                runs = {int(name): archive[name] for name in names - {_EVERYTHING}}
+        except Exception as error:
+            raise ValueError(f"not marks of erased texts: {error}") from None
+        return cls(runs, everything=_EVERYTHING in names)
+
+
+def _points(text: str) -> npt.NDArray[np.int32]:
+    packed = "".join(text.split()).encode("utf-32-le", "surrogatepass")
+    return np.frombuffer(packed, dtype="<i4")
+
+
+_hashers: dict[int, WindowHasher] = {}
+
+
+def _hashes(points: npt.NDArray[np.int32], length: int) -> Hashes:
+    hasher = _hashers.setdefault(length, WindowHasher(length))
+    return hasher(points, _SEED)

@@ -1,0 +1,206 @@
+"""Deleted text goes from the chunk KV too: from every folder here, and from engines that are running.
+
+Who deletes posts a notice first, a file in the project's folder that every engine of this user looks
+at every few seconds, and then goes through the files of the chunk stores that it knows. An engine goes
+through its memory, and through its own folder where that was not among them. A notice holds hashes of
+the text, not the text (:class:`chunk_cache.TextMarks`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rag_pipeline.config import home_dir
+from rag_pipeline.passage_sample import PASSAGE_NAME
+
+if TYPE_CHECKING:
+    from chunk_cache import StoreFolder, TextMarks
+    from chunk_cache.keys import TokenIds
+    from retrievers import Erase, Removal
+
+logger = logging.getLogger(__name__)
+
+NOTICE_S = 180.0
+"""How long a notice is kept in force, seconds: requests that found the text before it was deleted may
+still bring it back to an engine's store for so long."""
+
+_MOST_CHUNKS = 4096
+"""More chunks than this in one change are not told apart from others: the stores are emptied."""
+
+Decode = Callable[["TokenIds"], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """What was erased, and where already."""
+
+    name: str
+    marks: TextMarks
+    folders: tuple[str, ...]
+    """Chunk stores that whoever deleted goes through."""
+
+
+def board() -> Path:
+    """Folder of the notices."""
+    return home_dir() / "erased"
+
+
+def make_eraser(*stores: Path) -> Erase:
+    """Erase what leaves an index from chunk KV; to be passed to ``ingest`` and ``delete_documents``.
+
+    Parameters
+    ----------
+    stores
+        Folders of chunk KV; one that is no store, or not there, is passed over.
+    """
+
+    def erase(removal: Removal) -> None:
+        marks = marks_of(removal)
+        if not marks:
+            return
+        post(marks, stores)
+        passage = removal.old.parent / PASSAGE_NAME
+        if passage.exists() and marks.are_in(passage.read_text("utf-8", "replace")):
+            # A new sample is drawn at the next start of an engine.
+            passage.unlink(missing_ok=True)
+        for store in stores:
+            erase_folder(store, marks)
+
+    return erase
+
+
+def default_stores(*given: Path | None) -> tuple[Path, ...]:
+    """Folders of chunk KV that this user's settings name, and those given."""
+    from rag_pipeline.config import kv_store_dir
+    from rag_pipeline.sglang_plugin import FusionConfig
+
+    configured = FusionConfig.from_env().store_dir
+    named = [kv_store_dir(), *(Path(configured) for _ in range(bool(configured))), *given]
+    return tuple(dict.fromkeys(path.absolute() for path in named if path is not None))
+
+
+def marks_of(removal: Removal) -> TextMarks:
+    """Marks of the chunks that are gone, without text that live ones hold too."""
+    from chunk_cache import TextMarks
+
+    gone = list(islice(removal.chunks(), _MOST_CHUNKS + 1))
+    if len(gone) > _MOST_CHUNKS:
+        return TextMarks({}, everything=True)
+    return TextMarks.of(
+        (chunk.text, [live.text for live in removal.live_like(chunk.text)]) for chunk in gone
+    )
+
+
+def post(marks: TextMarks, folders: Sequence[Path]) -> None:
+    """Tell the engines that are running.
+
+    Raises
+    ------
+    OSError
+        Where the notice cannot be written.
+    """
+    from chunk_cache import write_private
+
+    _remove_old()
+    name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
+    meta = json.dumps([str(path.absolute()) for path in folders]).encode()
+    write_private(board() / f"{name}.json", meta)
+    # Read by its presence, so it comes last.
+    write_private(board() / f"{name}.marks", marks.to_bytes())
+
+
+def notices(seen: set[str]) -> Iterator[Notice]:
+    """Notices in force that are not among those `seen`; they are added to them."""
+    from chunk_cache import TextMarks
+
+    with contextlib.suppress(OSError):
+        for path in sorted(board().glob("*.marks")):
+            if path.stem in seen or _age(path) > NOTICE_S:
+                continue
+            seen.add(path.stem)
+            try:
+                marks = TextMarks.from_bytes(path.read_bytes())
+                folders = tuple(json.loads(path.with_suffix(".json").read_bytes()))
+            except (OSError, ValueError) as error:
+                # What it says is not known, so everything may be meant.
+                logger.warning("Notice %s of erased text cannot be read: %s", path, error)
+                marks, folders = TextMarks({}, everything=True), ()
+            yield Notice(name=path.stem, marks=marks, folders=folders)
+
+
+def erase_folder(path: Path, marks: TextMarks, decode: Decode | None = None) -> int:
+    """Delete the records of a chunk store that hold text that is gone; returns how many.
+
+    Parameters
+    ----------
+    path
+        The folder; nothing is done where there is no store.
+    marks
+        What is gone.
+    decode
+        Token ids to text, for namespaces that name no model.
+
+    Raises
+    ------
+    OSError
+        Where a file cannot be deleted.
+    """
+    from chunk_cache import ChunkCacheError, StoreFolder
+
+    try:
+        store = StoreFolder(path)
+    except ChunkCacheError:
+        return 0
+    decoders: dict[str, Decode | None] = {}
+    gone = 0
+    for key in store.keys():  # noqa: SIM118 - not a mapping
+        if key.namespace not in decoders:
+            decoders[key.namespace] = _decoder(store, key.namespace) or decode
+        read = decoders[key.namespace]
+        ids = store.token_ids(key)
+        # What nobody here can read may hold the text: it is a cache, and goes.
+        if read is None or ids is None or marks.are_in(read(ids)):
+            gone += store.remove(key)
+    if gone:
+        store.sync()
+    return gone
+
+
+def _decoder(store: StoreFolder, namespace: str) -> Decode | None:
+    model = (store.describe(namespace) or {}).get("model")
+    return decoder_of(Path(model)) if model else None
+
+
+def decoder_of(model: Path) -> Decode | None:
+    """Token ids to text, by the tokenizer of a model's folder; None where it has none."""
+    from retrievers import HFTokenizer, RetrievalError
+
+    try:
+        tokenizer = HFTokenizer(model)
+    except (RetrievalError, OSError):
+        return None
+    return lambda ids: tokenizer.decode(ids.tolist())
+
+
+def _remove_old() -> None:
+    for path in board().glob("*.*"):
+        if _age(path) > 2 * NOTICE_S:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - os.stat(path).st_mtime  # noqa: PTH116
+    except OSError:
+        return 0.0
