@@ -95,7 +95,7 @@ def stored_files(folder: Path) -> list[StoredFile]:
         with contextlib.suppress(OSError):  # another process was faster
             status = os.stat(chunk_path(folder, key))  # noqa: PTH116 - a folder may hold 100,000
             found.append(StoredFile(status.st_mtime_ns, key, status.st_size))
-    found.sort()
+    found.sort(key=lambda file: file.used_ns)
     return found
 
 

@@ -29,6 +29,11 @@ class EncodedTexts:
         """Texts whose ids are kept."""
         return len(self._known)
 
+    def clear(self) -> None:
+        """Forget all texts."""
+        with self._lock:
+            self._known.clear()
+
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, special-token strings as ordinary characters."""
         with self._lock:

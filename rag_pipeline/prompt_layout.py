@@ -106,6 +106,10 @@ class PromptBuilder:
         """Token ids of the system part, the prefix that all prompts share."""
         return self._system_ids
 
+    def forget_texts(self) -> None:
+        """Keep no text of a chunk: some were deleted, and nothing says which."""
+        self._texts.clear()
+
     def chunk_text(self, chunk: Chunk) -> str:
         """Return the text of `chunk` as it stands in a prompt."""
         return self._chunk_template.format(title=chunk.title, text=chunk.text)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Bm25Builder:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._vocabulary = dict(previous.vocabulary) if previous is not None else {}
+        self._columns = _unused_columns(self._vocabulary)
         self._file = (folder / _FORWARD_NAME).open("wb")
         self._ends: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._lengths: list[NDArray[np.int32]] = []
@@ -69,7 +71,10 @@ class Bm25Builder:
             words = terms(text)
             counts = Counter(words)
             for word, count in counts.items():
-                pairs.append(self._vocabulary.setdefault(word, len(self._vocabulary)))
+                column = self._vocabulary.get(word)
+                if column is None:
+                    column = self._vocabulary[word] = next(self._columns)
+                pairs.append(column)
                 pairs.append(count)
             self._num_pairs += len(counts)
             ends.append(self._num_pairs)
@@ -99,8 +104,6 @@ class Bm25Builder:
         ).astype("<i4")
         write_array(self._folder / _LENGTHS_NAME, lengths)
         write_array(self._folder / _ROWS_NAME, ends.astype("<u8"))
-        vocabulary = json.dumps(self._vocabulary, ensure_ascii=True)
-        (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
         analysis = json.dumps({"version": ANALYSIS})
         (self._folder / _ANALYSIS_NAME).write_text(analysis, encoding="utf-8")
         params = {
@@ -123,7 +126,8 @@ class Bm25Builder:
             self._file.close()
 
     def _write_scores(self, ends: NDArray[np.int64], lengths: NDArray[np.int32]) -> None:
-        num_rows, num_terms = len(lengths), len(self._vocabulary)
+        num_rows = len(lengths)
+        num_terms = max(self._vocabulary.values(), default=-1) + 1
         path = self._folder / _FORWARD_NAME
         pairs = _map(path, "<i4", 2 * self._num_pairs).reshape(-1, 2)
         frequencies = np.zeros(num_terms, dtype=np.int64)
@@ -133,6 +137,10 @@ class Bm25Builder:
         for first, last in blocks:
             found = np.bincount(pairs[ends[first] : ends[last], 0], minlength=num_terms)
             frequencies += found
+        # A word of deleted texts only is text that was deleted; its column is given to another word.
+        left = {word: column for word, column in self._vocabulary.items() if frequencies[column]}
+        vocabulary = json.dumps(left, ensure_ascii=True)
+        (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
         idf = np.zeros(num_terms, dtype=np.float32)
         for column, df in enumerate(frequencies.tolist()):
             if df:
@@ -247,6 +255,12 @@ def _analysis(folder: Path) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["version"]) if path.exists() else 1
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise CorruptIndexError(f"{path} cannot be read ({exc}); ingest again") from exc
+
+
+def _unused_columns(vocabulary: Mapping[str, int]) -> Iterator[int]:
+    """Columns that no word has, lowest first."""
+    used = set(vocabulary.values())
+    return (column for column in itertools.count() if column not in used)
 
 
 def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
     from retrievers import Index
 
 
-def use_store(given: Path | None, index: Index | None = None) -> Path:
+def use_store(
+    given: Path | None, index: Index | None = None, *, tenants: Sequence[str] | None = ()
+) -> Path:
     """Make engines started by this process keep chunk KV in a folder, and return it.
 
     What was `given` wins over ``store_dir`` of ``RAG_PIPELINE_FUSION``, which wins over the
     folder below ``RAG_PIPELINE_HOME``. With an `index`, chunks are computed behind a sample of it,
-    unless the settings name another passage.
+    unless the settings name another passage. Of `tenants` (salts of requests) records are read at
+    start, besides those of nobody in particular; ``None`` reads all.
     """
+    from chunk_cache import tenant_mark
     from rag_pipeline.passage_sample import index_passage
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
@@ -36,7 +41,10 @@ def use_store(given: Path | None, index: Index | None = None) -> Path:
             )
         if not passage and index is not None:
             passage = str(index_passage(index) or "")
-        chosen = dataclasses.replace(config, store_dir=str(folder), passage_file=passage)
+        marks = "*" if tenants is None else ",".join(map(tenant_mark, tenants))
+        chosen = dataclasses.replace(
+            config, store_dir=str(folder), passage_file=passage, store_tenants=marks
+        )
         os.environ[FUSION_VARIABLE] = chosen.to_env()
     return folder
 
@@ -110,8 +118,9 @@ def run_cache(
 
 
 def folder_stats(folder: StoreFolder) -> dict[str, Any]:
-    """Chunks, tokens, bytes, pins and namespaces of a folder."""
+    """Chunks, tokens, bytes, pins and namespaces of a folder, and files that are not finished."""
     keys = list(folder.keys())
+    unfinished, unfinished_bytes = folder.unfinished()
     pins = [key for key in keys if folder.is_pinned(key)]
     return {
         "store": str(folder.path),
@@ -121,6 +130,8 @@ def folder_stats(folder: StoreFolder) -> dict[str, Any]:
         "pinned_chunks": len(pins),
         "pinned_bytes": sum(folder.size_of(key) for key in pins),
         "namespaces": len({key.namespace for key in keys}),
+        "unfinished_files": unfinished,
+        "unfinished_bytes": unfinished_bytes,
     }
 
 

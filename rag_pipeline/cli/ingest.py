@@ -57,6 +57,7 @@ def run_ingest(options: IngestOptions, *, json_output: bool) -> None:
 
 def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
     """Ingest with a progress bar; returns what the index and the loaders report."""
+    from rag_pipeline.erasure import default_stores, make_eraser
     from retrievers import (
         HFTokenizer,
         LoadReport,
@@ -106,6 +107,7 @@ def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
             embedder=embedder,
             factory=options.factory,
             sync=options.sync,
+            erase=make_eraser(*default_stores(options.store)),
             progress=show,
         )
     return report, loaded

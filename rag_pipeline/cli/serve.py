@@ -14,6 +14,7 @@ from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
+    from rag_pipeline.server import Tenants
     from rag_pipeline.sglang_plugin.http_server import ServerFacts
     from retrievers import Index
 
@@ -76,7 +77,8 @@ def run_serve(options: ServeOptions) -> None:
         # No tenant's chunks are computed behind the text of another.
         shared = None if len(tenants) else _opened(next(iter(indexes.values())))
         with shared or nullcontext():
-            use_store(options.store or kv_store_dir(), shared)
+            salts = _salts(tenants) if len(tenants) else None
+            use_store(options.store or kv_store_dir(), shared, tenants=salts)
     words = ["--host", options.host, "--port", str(options.port), *options.words]
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.
@@ -91,6 +93,18 @@ def run_serve(options: ServeOptions) -> None:
         on_ready=_say_ready,
         model_gate=lambda attention: gate_facts(settings.model, attention, name=options.model),
     )
+
+
+def _salts(tenants: Tenants) -> list[str]:
+    """What stands in chunk KV for each tenant; SGLang's routes carry a salt in either of two fields."""
+    from rag_pipeline.sglang_plugin import Tenant
+
+    return [
+        Tenant(extra_key=extra, cache_salt=salt).salt
+        for tenant in tenants.all()
+        for extra, salt in ((None, tenant.salt), (tenant.salt, None), (tenant.salt, tenant.salt))
+        if tenant.salt
+    ]
 
 
 def _opened(folder: Path) -> Index | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_pipeline.erasure import default_stores, make_eraser
 from retrievers import (
     Index,
     IndexSettings,
@@ -52,6 +53,7 @@ class DocumentFolder:
         self._embedder = embedder
         self._factory = factory
         self._change = threading.Lock()
+        self._erase = make_eraser(*default_stores())
         self._live = LiveIndex(path, embedder=embedder)
         self._live.current()
 
@@ -88,7 +90,7 @@ class DocumentFolder:
         ]
         with self._change:
             settings = self._settings()
-            with IndexWriter(self._path, settings) as writer:
+            with IndexWriter(self._path, settings, erase=self._erase) as writer:
                 # The writer's lock is held: what is current now stays so until the commit.
                 index = self._live.current()
                 for chunk in chunks:
@@ -110,7 +112,7 @@ class DocumentFolder:
         with self._change:
             if self._live.current() is None:
                 return
-            with IndexWriter(self._path, self._settings()) as writer:
+            with IndexWriter(self._path, self._settings(), erase=self._erase) as writer:
                 index = self._live.current()
                 if ids is None:
                     removed = writer.document_ids()

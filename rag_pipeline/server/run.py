@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rag_pipeline.erasure import default_stores, make_eraser
 from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
 from rag_pipeline.server.guard import make_guard
-from rag_pipeline.server.indexes import EmbedderPool, IndexTable
+from rag_pipeline.server.indexes import EmbedderPool, IndexTable, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
 from rag_pipeline.server.page import is_page_path, make_page_router
 from rag_pipeline.server.routes import make_router
@@ -17,10 +19,14 @@ from rag_pipeline.server.service import RagService
 from rag_pipeline.sglang_plugin.http_access import AccessRules
 from rag_pipeline.sglang_plugin.http_server import ServerFacts, run_http_server
 from rag_pipeline.sglang_plugin.served_engine import ServedEngine
+from retrievers import RetrievalError, finish_removals
 
 if TYPE_CHECKING:
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenants
+    from retrievers import Erase, Removal
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -56,11 +62,21 @@ def serve(
     builder = PromptBuilder(settings.model, question_template=QUESTION_TEMPLATE)
     embedders = EmbedderPool(settings.embedder)
     indexes = IndexTable(tenants.all(), embedders)
-    for tenant in tenants.all():
-        for index in indexes.of(tenant).values():
-            index.current()  # a damaged index is refused now, not at the first question
+    served = [index for tenant in tenants.all() for index in indexes.of(tenant).values()]
+    erase_kv = make_eraser(*default_stores())
 
-    jobs = IngestJobs(settings)
+    def erase(removal: Removal) -> None:
+        erase_kv(removal)
+        builder.forget_texts()
+        for index in served:
+            if index.folder == removal.old.parent:
+                index.current()  # lets go of the files of the state before
+
+    for index in served:
+        _finish_removals(index, erase)
+        index.current()  # a damaged index is refused now, not at the first question
+
+    jobs = IngestJobs(settings, erase=erase)
 
     def attach(app: Any, engine: ServedEngine, facts: ServerFacts) -> None:
         service = RagService(
@@ -91,6 +107,15 @@ def serve(
         run_http_server(settings.model, words, attach=attach, rules=rules, on_ready=on_ready)
     finally:
         jobs.close()
+
+
+def _finish_removals(index: ServedIndex, erase: Erase) -> None:
+    """Do what a killed process left undone; a damaged or busy index says so when it is opened or changed."""
+    try:
+        if index.manifest() is not None:
+            finish_removals(index.folder, erase=erase)
+    except RetrievalError as error:
+        logger.warning("Index %r: %s", index.name, error)
 
 
 def _warm(embedders: EmbedderPool) -> None:

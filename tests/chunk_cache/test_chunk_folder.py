@@ -87,6 +87,7 @@ def test_a_store_goes_out_and_comes_back(
         "already_there": 5,
         "no_room": 0,
         "corrupt": 0,
+        "foreign": 0,
     }
 
 
@@ -154,6 +155,7 @@ def test_a_damaged_file_is_counted_at_import(
         "already_there": 0,
         "no_room": 0,
         "corrupt": 1,
+        "foreign": 0,
     }
     assert store.keys() == [records[1].key]
     assert store.stats().corrupt == 1

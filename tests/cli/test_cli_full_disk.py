@@ -23,7 +23,7 @@ def store_with_one_chunk(folder: Path) -> str:
     key = ChunkKey.of("ab" * 16, ids)
     kv = torch.zeros(2, 8, 1, 4)
     StoreFolder(folder, create=True).put(
-        ChunkKV(key=key, token_ids=ids, base_position=0, k=kv, v=kv)
+        ChunkKV(key=key, token_ids=ids, base_position=0, k=kv, v=kv.clone())
     )
     return key.digest
 

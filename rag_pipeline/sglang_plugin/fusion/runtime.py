@@ -138,6 +138,8 @@ class FusionRuntime:
         fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
         self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
         self._prefixes.clear()
+        if self.writer is not None:
+            self.writer.clear()
         self.missing.clear()
         # Pinned ones too: nothing can ever find them again.
         stored = self.store.keys()

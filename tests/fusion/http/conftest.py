@@ -61,8 +61,8 @@ def encode(model: Path):
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def pinned_store(path: Path) -> int:
-    """A chunk folder with one pinned record of some other model; returns its bytes in memory."""
+def fill_store(path: Path) -> None:
+    """Make a chunk folder with one pinned record, of some other model."""
     context = KVContext(
         model_fingerprint="other", dtype="float32", kv_dtype="float32", rope="{}", prefix_digest="-"
     )
@@ -74,9 +74,8 @@ def pinned_store(path: Path) -> int:
         v=torch.randn(2, 70, 2, 16),
     )
     folder = StoreFolder(path, create=True)
-    folder.put(record)
+    folder.put(record, context=context)
     folder.pin(record.key)
-    return record.num_bytes
 
 
 @pytest.fixture(scope="session")
@@ -84,13 +83,13 @@ def server(
     model: Path, sglang_server: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("server")
-    pinned_bytes = pinned_store(folder / "kv")
+    fill_store(folder / "kv")
     log = folder / "log.txt"
     variables = {FUSION_VARIABLE: FusionConfig(store_dir=str(folder / "kv")).to_env()}
     options = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
     flags = {"enable_metrics": True, "sleep_on_idle": True}
     with sglang_server(model, log, variables, **options, **flags) as url:
-        yield {"url": url, "pinned_bytes": pinned_bytes, "log": log}
+        yield {"url": url, "log": log}
 
 
 class Client:

@@ -15,7 +15,7 @@ from rag_pipeline.types import GenerationRequest, SamplingOptions, Span
 pytestmark = pytest.mark.engine
 
 
-def test_server_info_shows_the_activation_and_the_pinned_chunk(server, client: Any):
+def test_server_info_shows_the_activation_and_reads_no_chunk_of_another_model(server, client: Any):
     facts = activation_of(server["url"])
     assert facts.active
     assert facts.unapplied == ()
@@ -25,8 +25,9 @@ def test_server_info_shows_the_activation_and_the_pinned_chunk(server, client: A
     state = client.state()
     assert state["on"]
     assert state["self_check"].startswith("passed: rotation")
-    assert state["counts"]["disk.loaded"] == 1
-    assert state["store"]["pinned_bytes_now"] == server["pinned_bytes"]
+    assert state["counts"]["disk.foreign"] == 1
+    assert "disk.loaded" not in state["counts"]
+    assert state["store"]["pinned_bytes_now"] == 0
 
 
 def test_generate_builds_fuses_and_leaves_alone(client: Any, layout, built):

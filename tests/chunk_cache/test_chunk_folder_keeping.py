@@ -1,0 +1,263 @@
+"""What a store's folder keeps: for whom, how much, what crashes left, and what is read back first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chunk_cache import BackgroundWriter, ChunkKey, ChunkKV, KVContext, MemoryStore, StoreFolder
+from chunk_cache.private_files import write_private
+from rag_eval.io_faults import CHANGES, DiskCalls, Fault
+
+Make = Callable[..., ChunkKV]
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+
+
+def age(folder: StoreFolder, key: ChunkKey, seconds: int) -> None:
+    (path,) = folder.path.rglob(f"{key.digest}*.safetensors")
+    os.utime(path, (seconds, seconds))
+
+
+def size(folder: StoreFolder) -> int:
+    return sum(folder.size_of(key) for key in folder.keys())  # noqa: SIM118 - not a mapping
+
+
+def test_every_file_and_folder_is_its_owners_alone(
+    tmp_path: Path, make_record: Make, context: KVContext, open_umask: None
+) -> None:
+    folder = StoreFolder(tmp_path / "new" / "kv", create=True)
+    record = make_record(range(20))
+    folder.put(record, context=context)
+    folder.pin(record.key)
+    assert modes(folder.path) == {0o600, 0o700}
+    for path in (folder.path, *folder.path.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o644)
+    folder.clean()
+    assert modes(folder.path) == {0o600, 0o700}
+
+
+def test_the_budget_holds_at_every_write_and_the_longest_unused_go_first(
+    tmp_path: Path, make_record: Make
+) -> None:
+    records = [make_record(range(n, n + 20)) for n in range(0, 3000, 100)]
+    probe = StoreFolder(tmp_path / "probe", create=True)
+    probe.put(records[0])
+    budget = int(5.5 * size(probe))
+    folder = StoreFolder(tmp_path / "kv", create=True, byte_budget=budget)
+    other = StoreFolder(folder.path, byte_budget=budget)  # as another process has it
+    for number, record in enumerate(records):
+        (folder if number % 3 else other).put(record)
+        age(folder, record.key, 1000 + number)
+        if number == 4:
+            folder.pin(records[3].key)
+        folder.used([records[1].key] if number < 10 else [])
+        assert size(folder) <= budget
+    left = set(folder.keys())
+    assert records[3].key in left
+    assert records[-1].key in left
+    assert len(left) >= 4
+    assert records[1].key in left  # used later than most were written
+    assert not StoreFolder(folder.path, byte_budget=10).put(records[0])
+
+
+def test_what_a_crash_left_is_seen_and_swept_while_a_living_writer_is_left_alone(
+    tmp_path: Path, make_record: Make
+) -> None:
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    record = make_record(range(20))
+    folder.put(record)
+    (path,) = folder.path.rglob("*.safetensors")
+    left, living = (path.with_name(f".{path.name}.{name}.tmp") for name in ("left", "living"))
+    left.write_bytes(b"x" * 1000)
+    with living.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert folder.unfinished() == (2, 1000)
+        assert folder.verify(remove=True) == []
+        assert (left.exists(), living.exists()) == (False, True)
+    left.write_bytes(b"x" * 1000)
+    folder.trim(1 << 30)
+    assert folder.unfinished() == (0, 0)
+
+
+def test_a_writer_whose_temporary_file_was_swept_writes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def swept_before_the_lock(file: object, flags: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        for path in tmp_path.glob(".*.tmp"):
+            path.unlink()
+        real(file, flags)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", swept_before_the_lock)
+    write_private(tmp_path / "file", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_only_what_can_be_used_is_read_and_the_latest_first(
+    tmp_path: Path, make_record: Make, context: KVContext
+) -> None:
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    others = [
+        dataclasses.replace(context, model_fingerprint="another"),
+        dataclasses.replace(context, tp_size=2, tp_rank=1),
+        dataclasses.replace(context, tenant="acme"),
+    ]
+    for other in others:
+        folder.put(make_record(range(30), in_context=other), context=other)
+    mine = [make_record(range(n, n + 20)) for n in range(0, 600, 100)]
+    for number, record in enumerate(mine):
+        folder.put(record, context=context)
+        age(folder, record.key, 1000 + (number * 5) % 6)
+    fields = context.to_json()
+    del fields["prefix_digest"]
+    store = MemoryStore(3 * mine[0].num_bytes)
+    report = folder.load_into(store, namespaces=folder.namespaces(fields))
+    assert (report.loaded, report.no_room, report.foreign) == (3, 3, 3)
+    latest = sorted(range(6), key=lambda number: -((number * 5) % 6))[:3]
+    assert set(store.keys()) == {mine[number].key for number in latest}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+def test_a_write_that_fails_at_any_call_leaves_the_old_record_or_the_new_one(
+    code: int, tmp_path: Path, make_record: Make, context: KVContext
+) -> None:
+    record = make_record(range(20))
+    for nth in range(100):
+        folder = StoreFolder(tmp_path / str(nth), create=True)
+        fault = Fault(kinds=CHANGES, nth=nth, errno=code)
+        with DiskCalls(folder.path, fault=fault) as disk, contextlib.suppress(OSError):
+            folder.put(record, context=context)
+        if not disk.failed:
+            break
+        assert folder.unfinished() == (0, 0)
+        assert folder.verify() == []
+        assert folder.put(record, context=context)
+        assert folder.get(record.key, record.token_ids) is not None
+    assert nth > 3
+
+
+class HungFolder(StoreFolder):
+    """A folder whose disk does not answer until told to; everything else is real."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, create=True)
+        self.answers = threading.Event()
+        self.asked = threading.Event()
+
+    def put(self, record: ChunkKV, *, context: KVContext | None = None) -> bool:
+        self.asked.set()
+        self.answers.wait(60)
+        return super().put(record, context=context)
+
+
+@pytest.fixture
+def hung(tmp_path: Path) -> Iterator[HungFolder]:
+    folder = HungFolder(tmp_path / "kv")
+    yield folder
+    folder.answers.set()
+
+
+def writer_of(folder: StoreFolder, counts: list[str], **options: object) -> BackgroundWriter:
+    return BackgroundWriter(folder, count=counts.append, failed=print, **options)  # type: ignore[arg-type]
+
+
+def test_a_hung_disk_holds_nobody_up_and_costs_what_does_not_fit_the_queue(
+    hung: HungFolder, make_record: Make, context: KVContext
+) -> None:
+    records = [make_record(range(n, n + 20)) for n in range(0, 1000, 100)]
+    counts: list[str] = []
+    writer = writer_of(hung, counts, queue_bytes=3 * records[0].num_bytes)
+    taken = [writer.put(record, context) for record in records]
+    assert taken == [True] * 3 + [False] * 7
+    assert counts == ["dropped"] * 7
+    assert not writer.close(timeout_s=0.05)
+    assert not writer.put(records[0], context)
+    hung.answers.set()
+    assert writer.close(timeout_s=60)
+    assert set(hung.keys()) == {record.key for record in records[:3]}
+    assert counts.count("written") == 3
+
+
+def test_what_is_erased_while_it_waits_or_is_written_does_not_reach_the_disk(
+    hung: HungFolder, make_record: Make, context: KVContext
+) -> None:
+    records = [make_record(range(n, n + 20)) for n in range(0, 300, 100)]
+    erased: set[ChunkKey] = set()
+    counts: list[str] = []
+    writer = writer_of(hung, counts, is_erased=lambda record: record.key in erased)
+    for record in records:
+        writer.put(record, context)
+    assert hung.asked.wait(60)
+    erased |= {records[0].key, records[1].key}
+    hung.answers.set()
+    assert writer.drain(60)
+    assert set(hung.keys()) == {records[2].key}
+    assert sorted(counts) == ["erased", "erased", "written"]
+    hung.asked.clear()
+    hung.answers.clear()
+    for record in records[:2]:
+        erased.discard(record.key)
+        writer.put(record, context)
+    assert hung.asked.wait(60)
+    writer.clear()
+    hung.answers.set()
+    assert writer.drain(60)
+    assert set(hung.keys()) == {records[2].key, records[0].key}
+
+
+def test_use_in_memory_is_noted_on_the_files(
+    tmp_path: Path, make_record: Make, context: KVContext
+) -> None:
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    records = [make_record(range(n, n + 20)) for n in range(0, 300, 100)]
+    now = [0.0]
+    store = MemoryStore(1 << 30, clock=lambda: now[0])
+    for record in records:
+        folder.put(record, context=context)
+        age(folder, record.key, 1000)
+        store.put(record)
+    now[0] = 10.0
+    lease = store.acquire(records[1].key, records[1].token_ids)
+    assert lease is not None
+    folder.used(store.used_since(5.0))
+    small = MemoryStore(2 * records[0].num_bytes - 1)
+    assert folder.load_into(small).loaded == 1
+    assert small.keys() == [records[1].key]
+
+
+def test_erasing_drops_what_is_pinned_and_what_is_in_use(make_record: Make) -> None:
+    records = [make_record(range(n, n + 20)) for n in range(0, 300, 100)]
+    store = MemoryStore(1 << 30)
+    for record in records:
+        store.put(record)
+    store.pin(records[0].key)
+    lease = store.acquire(records[1].key, records[1].token_ids)
+    assert lease is not None
+    assert store.erase([record.key for record in records[:2]]) == 2
+    assert store.keys() == [records[2].key]
+    store.check_integrity()
+    lease.release()
+    store.check_integrity(expect_idle=True)
+    assert store.stats().bytes_now == records[2].num_bytes
