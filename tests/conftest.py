@@ -27,6 +27,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def _notices_of_this_test_alone(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that one test deletes is not to go from an engine that another test uses."""
+    if os.environ.get("RAG_PIPELINE_HOME") is None:
+        folder = tmp_path_factory.mktemp("erased", numbered=True)
+        monkeypatch.setattr("rag_pipeline.erasure.board", lambda: folder)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Allow sockets to this machine only (engine processes talk over them)."""
     from pytest_socket import socket_allow_hosts

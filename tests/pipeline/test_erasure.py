@@ -17,7 +17,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder, TextMarks
 from rag_pipeline import erasure
-from rag_pipeline.erasure import board, erase_folder, make_eraser, post
+from rag_pipeline.erasure import erase_folder, make_eraser, post
 from rag_pipeline.passage_sample import PASSAGE_NAME
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
@@ -171,7 +171,7 @@ def test_nothing_is_erased_where_documents_only_come(
     before = texts(store, smollm2_path)
     put(index, {"c": "Another town has another vault."}, erase=make_eraser(store.path))
     assert texts(store, smollm2_path) == before
-    assert not board().exists()
+    assert not list(erasure.board().iterdir())
 
 
 def test_an_erasure_that_was_cut_short_is_made_up_for(
@@ -250,11 +250,11 @@ def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
 ) -> None:
     marks = TextMarks.of([(SECRET, [])])
     post(marks, [])
-    assert b"vault" not in bytes_below(board())
+    assert b"vault" not in bytes_below(erasure.board())
     (notice,) = erasure.notices(set())
     assert notice.marks.are_in(f"x {SECRET[3:50]} y")
     assert not notice.marks.are_in(OTHER)
-    next(board().glob("*.marks")).write_bytes(b"damaged")
+    next(erasure.board().glob("*.marks")).write_bytes(b"damaged")
     (notice,) = erasure.notices(set())
     assert notice.marks.everything
 
