@@ -1,6 +1,5 @@
 """Names of uploaded files: what people call files is kept, what could lead elsewhere is refused."""
 
-
 from __future__ import annotations
 
 from pathlib import Path
