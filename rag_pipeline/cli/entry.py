@@ -23,9 +23,6 @@ VERBOSE = "--verbose"
 INTERRUPTED = 130
 """Exit code of a command that was interrupted."""
 
-UNREAD = 141
-"""Exit code where whoever reads the output has gone, as a shell reports it of other programs."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -66,9 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = INTERRUPTED
     except _user_errors() as error:
         return _fail(str(error), code=1)
-    except BrokenPipeError:
-        _forget_output()
-        return UNREAD
     except OSError as error:
         # What a command expects of the disk is refused where it is known; this is all the rest.
         _forget_output()
