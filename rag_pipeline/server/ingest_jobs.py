@@ -271,7 +271,8 @@ class IngestJobs:
         end = time.monotonic() + _CLOSE_S
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-        self._spool.close()
+        if not any(thread.is_alive() for thread in threads):
+            self._spool.close()  # else the end of this process does it
 
     # -- the threads ----------------------------------------------------------------------------
 
