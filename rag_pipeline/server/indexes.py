@@ -150,11 +150,6 @@ class ServedIndex:
         page = islice(index.documents(), offset, offset + limit)
         return index.manifest.num_documents, [(record.id, record.num_chunks) for record in page]
 
-    def holds(self, document_id: str) -> bool:
-        """Whether the index has a document of this id."""
-        index = self.current()
-        return index is not None and any(record.id == document_id for record in index.documents())
-
     def status(self) -> dict[str, Any]:
         """JSON-ready state for health; a damaged index says so instead of raising."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -11,14 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.routes import make_router
+from rag_pipeline.server.tenants import Tenant
 from rag_pipeline.server.turns import Turns
 
 Text = str | bytes
@@ -306,3 +312,81 @@ def test_nothing_goes_to_the_temporary_folder(
     uploads = make_uploads()
     assert uploads.upload({"page.html": "<p>Hello.</p>"}).state == "done"
     assert list(elsewhere.iterdir()) == []
+
+
+# -- over HTTP, without an engine -----------------------------------------------------------------
+
+
+@pytest.fixture
+def client(make_uploads: Callable[..., Uploads]) -> Iterator[TestClient]:
+    uploads = make_uploads(max_upload_bytes=8 << 20)
+    tenant = Tenant(name="acme", salt="", indexes={"main": uploads.index().folder})
+
+    class Service:
+        """What the routes of documents use of the service."""
+
+        settings, jobs = uploads.settings, uploads.jobs
+
+        class indexes:
+            get = staticmethod(lambda tenant, name: uploads.index())
+
+        tenant = staticmethod(lambda request: tenant)
+
+        @staticmethod
+        async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+            return await asyncio.to_thread(function, *args)
+
+    app = FastAPI()
+    app.include_router(make_router(Service()))  # type: ignore[arg-type]
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        yield client
+
+
+DOCUMENTS = "/v1/rag/documents"
+
+
+def ended(client: TestClient, job: dict[str, Any]) -> dict[str, Any]:
+    state = job
+    while state["state"] not in ("done", "failed"):
+        time.sleep(0.05)
+        state = client.get(f"/v1/rag/jobs/{job['id']}").json()
+    return state
+
+
+def test_one_bad_name_costs_its_own_file_only(client: TestClient) -> None:
+    files = [
+        ("file", ("हिन्दी रिपोर्ट.txt", b"In Hindi.")),
+        ("file", ("a\u202etxt.exe", b"Turned around.")),
+        ("file", ("50% off [new].md", b"# Offer\n\nCheap.")),
+    ]
+    answer = client.post(DOCUMENTS, files=files)
+    assert answer.status_code == 202, answer.text
+    job = ended(client, answer.json())
+    assert (job["state"], job["documents"]) == ("done", 2)
+    (skipped,) = job["skipped"]
+    assert skipped["name"] == "'a\\u202etxt.exe'"
+    listed = {item["id"] for item in client.get(DOCUMENTS).json()["data"]}
+    assert listed == {"uploads/हिन्दी रिपोर्ट.txt", "uploads/50% off [new].md"}
+    gone = client.delete(f"{DOCUMENTS}/{quote('uploads/50% off [new].md')}")
+    assert (gone.status_code, gone.json()["deleted"]) == (200, True)
+    # Where nothing is left of a batch, it is refused at once; so are two files of one name.
+    for refused in (
+        [("file", ("../x.txt", b"x")), ("file", ("CON", b"x"))],
+        [("file", ("re\u0301.txt", b"x")), ("file", ("ré.txt", b"y"))],
+    ):
+        answer = client.post(DOCUMENTS, files=refused)
+        assert answer.status_code == 400, answer.text
+
+
+def test_texts_are_deleted_behind_their_upload_and_bounded(client: TestClient) -> None:
+    body = {"documents": [{"name": "note", "text": "A note."}]}
+    job = client.post(DOCUMENTS, json=body).json()
+    gone = client.delete(f"{DOCUMENTS}/uploads/note.txt")
+    assert (gone.status_code, gone.json()["chunks"]) == (200, 1)
+    again = client.delete(f"{DOCUMENTS}/uploads/note.txt")
+    assert again.status_code == 404
+    assert client.delete(f"/v1/rag/jobs/{job['id']}").json()["state"] == "done"
+    assert client.delete("/v1/rag/jobs/job-unknown").status_code == 404
+    large = client.post(DOCUMENTS, json={"documents": [{"name": "n", "text": "x" * (5 << 20)}]})
+    assert large.status_code == 413
+    assert "multipart" in large.json()["error"]["message"]
