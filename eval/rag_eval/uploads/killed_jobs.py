@@ -84,9 +84,11 @@ def _ids(index: Path) -> set[str]:
 
 
 def _left(folder: Path) -> list[Path]:
+    """Files of uploads that nobody needs any more, and all in the temporary folder."""
     known = ("job.json", ".lock")
-    spool = [path for path in (folder / "spool").rglob("*") if path.is_file()]
-    return [path for path in spool if path.name not in known] + list((folder / "tmp").iterdir())
+    places = (folder / "spool", folder / "tmp")
+    found = [path for place in places for path in place.rglob("*") if path.is_file()]
+    return [path for path in found if path.name not in known]
 
 
 class _Child:
