@@ -75,7 +75,7 @@ class Build:
     the right: its late ``commit`` returns ``False`` and changes nothing.
     """
 
-    __slots__ = ("_abort", "_commit", "deadline", "key", "owner", "token_ids")
+    __slots__ = ("_abort", "_commit", "deadline", "key", "owner", "tenant", "token_ids")
 
     def __init__(
         self,
@@ -85,10 +85,12 @@ class Build:
         deadline: float,
         commit: Callable[[Build, ChunkKV, bool], bool],
         abort: Callable[[Build, str, bool], bool],
+        tenant: str = "",
     ) -> None:
         self.key = key
         self.token_ids = token_ids
         self.owner = owner
+        self.tenant = tenant
         self.deadline = deadline
         self._commit = commit
         self._abort = abort

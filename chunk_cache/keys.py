@@ -1,7 +1,7 @@
 """What a chunk's KV is a function of, and the key made from it.
 
-The KV of a token run depends on far more than its text: weights, number formats, RoPE parameters,
-adapter, the prefix it was computed behind, the head shard of this rank. :class:`KVContext` names all
+The KV of a token run depends on far more than its text: weights, number formats, RoPE parameters, the
+model's configuration, the prefix it was computed behind, the head shard of this rank. :class:`KVContext` names all
 of it, and :class:`ChunkKey` is a BLAKE2b hash over the context *and* the token ids, so KV made under
 other conditions cannot be found by accident. This module needs NumPy only.
 """
@@ -157,17 +157,13 @@ class KVContext:
     """RoPE parameters as :func:`canonical_json` (base, rotary dim, scaling, interleaving)."""
     prefix_digest: str
     """:func:`hash_token_ids` of the shared prefix the chunks are computed behind."""
-    adapter: str = ""
-    """LoRA or other adapter (identity and revision); empty for the bare model."""
-    attention: str = "causal"
-    """Attention pattern of the layers, with window sizes where there are any."""
+    settings: str = ""
+    """Everything else that changes KV: a digest of the model's configuration and the engine's settings."""
     tenant: str = ""
     """Salt of the tenant: chunks of one tenant are invisible to another. May be a secret."""
     tp_rank: int = 0
     """Rank in the attention tensor-parallel group: each rank stores its own head shard."""
     tp_size: int = 1
-    head_shard: str = ""
-    """How heads are laid out over ranks when rank and size do not say it (replicated KV heads)."""
     format_version: int = STORE_FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -213,22 +209,6 @@ class KVContext:
     def to_json(self) -> dict[str, str | int]:
         """Return the fields as a JSON-ready dict; the tenant salt is included."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> KVContext:
-        """Read what :meth:`to_json` wrote.
-
-        Raises
-        ------
-        ChunkCacheError
-            For unknown, missing or mistyped fields.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != names:
-            raise ChunkCacheError(
-                f"KV context with fields {sorted(fields)}: exactly {sorted(names)} are needed"
-            )
-        return cls(**fields)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,10 +13,11 @@ from chunk_cache.records import ChunkKV
 class Entry:
     """Book-keeping of one record."""
 
-    __slots__ = ("detached", "hits", "pinned", "record", "refs", "used_at")
+    __slots__ = ("detached", "hits", "pinned", "record", "refs", "tenant", "used_at")
 
-    def __init__(self, record: ChunkKV, pinned: bool, now: float) -> None:
+    def __init__(self, record: ChunkKV, pinned: bool, now: float, tenant: str) -> None:
         self.record = record
+        self.tenant = tenant
         self.pinned = pinned
         self.refs = 0
         self.hits = 0
@@ -29,8 +30,8 @@ class Ledger:
     """READY records under a byte budget.
 
     ``bytes_now`` counts detached records too and never exceeds the budget. ``evictable`` holds
-    exactly the keys that are neither in use nor pinned, least recently used first, so that an
-    eviction costs the same however much is pinned.
+    exactly the keys that are neither in use nor pinned, by tenant and least recently used first, so
+    that an eviction costs the same however much is pinned.
     """
 
     def __init__(self, byte_budget: int) -> None:
@@ -40,23 +41,41 @@ class Ledger:
         self.num_in_use = 0
         """Records with a lease on them, detached ones included."""
         self.entries: dict[ChunkKey, Entry] = {}
-        self.evictable: OrderedDict[ChunkKey, None] = OrderedDict()
+        self.evictable: dict[str, OrderedDict[ChunkKey, None]] = {}
+        self.bytes_of: dict[str, int] = {}
+        """Bytes that each tenant holds, leased, pinned and detached ones included; sums to ``bytes_now``."""
         self._detached: set[Entry] = set()
 
-    def insert(self, record: ChunkKV, pinned: bool, now: float) -> None:
+    def insert(self, record: ChunkKV, pinned: bool, now: float, tenant: str) -> None:
         """Add a record; room must have been made."""
-        self.entries[record.key] = Entry(record, pinned, now)
-        self.bytes_now += record.num_bytes
+        entry = self.entries[record.key] = Entry(record, pinned, now, tenant)
+        self._weigh(entry, record.num_bytes)
         if pinned:
             self.pinned_bytes += record.num_bytes
         else:
-            self.evictable[record.key] = None
+            self._make_evictable(entry)
+
+    def _weigh(self, entry: Entry, num_bytes: int) -> None:
+        self.bytes_now += num_bytes
+        self.bytes_of[entry.tenant] = self.bytes_of.get(entry.tenant, 0) + num_bytes
+        if not self.bytes_of[entry.tenant]:
+            del self.bytes_of[entry.tenant]
+
+    def _make_evictable(self, entry: Entry) -> None:
+        self.evictable.setdefault(entry.tenant, OrderedDict())[entry.record.key] = None
+
+    def _keep(self, entry: Entry) -> None:
+        keys = self.evictable.get(entry.tenant)
+        if keys is not None:
+            keys.pop(entry.record.key, None)
+            if not keys:
+                del self.evictable[entry.tenant]
 
     def take(self, entry: Entry) -> None:
         """Count one more user."""
         self.num_in_use += entry.refs == 0
         entry.refs += 1
-        self.evictable.pop(entry.record.key, None)
+        self._keep(entry)
 
     def give_back(self, entry: Entry, now: float) -> None:
         """Count one user less."""
@@ -69,35 +88,47 @@ class Ledger:
         entry.used_at = now
         if entry.detached:
             self._detached.remove(entry)
-            self.bytes_now -= entry.record.num_bytes
+            self._weigh(entry, -entry.record.num_bytes)
         elif not entry.pinned:
-            self.evictable[entry.record.key] = None
+            self._make_evictable(entry)
 
-    def victims(self, num_bytes: int) -> list[ChunkKey] | None:
-        """Keys to drop, oldest first, so that ``num_bytes`` fit; ``None`` if dropping cannot help.
+    def victims(self, num_bytes: int, tenant: str) -> list[ChunkKey] | None:
+        """Keys to drop so that ``num_bytes`` of a tenant fit; ``None`` if dropping cannot help.
 
-        All or nothing: evicting some and still not fitting would lose records for no gain.
+        Who would hold most, the new record counted, loses its least recently used record first; among equals the
+        tenant that asks. So nobody is pushed out by a tenant that holds more. All or nothing: evicting some and
+        still not fitting would lose records for no gain.
         """
         over = self.bytes_now + num_bytes - self.byte_budget
+        held = {name: self.bytes_of[name] for name in self.evictable}
+        held[tenant] = self.bytes_of.get(tenant, 0) + num_bytes
+        rows = {name: iter(keys) for name, keys in self.evictable.items()}
         chosen: list[ChunkKey] = []
-        for key in self.evictable:
-            if over <= 0:
-                break
-            chosen.append(key)
-            over -= self.entries[key].record.num_bytes
-        return chosen if over <= 0 else None
+        while over > 0:
+            most = max(held, key=lambda name: (held[name], name == tenant))
+            key = next(rows.get(most, iter(())), None)
+            if key is not None:
+                chosen.append(key)
+                weight = self.entries[key].record.num_bytes
+                held[most] -= weight
+                over -= weight
+            elif most == tenant:
+                return None  # all of its own is in use or pinned
+            else:
+                del held[most]
+        return chosen
 
     def drop(self, key: ChunkKey) -> ChunkKV:
         """Forget a record; one that is in use keeps its bytes until the last lease ends."""
         entry = self.entries.pop(key)
-        self.evictable.pop(key, None)
+        self._keep(entry)
         if entry.pinned:
             self.pinned_bytes -= entry.record.num_bytes
         if entry.refs:
             entry.detached = True
             self._detached.add(entry)
         else:
-            self.bytes_now -= entry.record.num_bytes
+            self._weigh(entry, -entry.record.num_bytes)
         return entry.record
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
@@ -107,11 +138,11 @@ class Ledger:
         entry.pinned = pinned
         if pinned:
             self.pinned_bytes += entry.record.num_bytes
-            self.evictable.pop(entry.record.key, None)
+            self._keep(entry)
         else:
             self.pinned_bytes -= entry.record.num_bytes
             if not entry.refs:
-                self.evictable[entry.record.key] = None
+                self._make_evictable(entry)
 
     def check(self, *, expect_idle: bool) -> None:
         """Check accounting, eviction list and keys; see :meth:`MemoryStore.check_integrity`."""
@@ -123,8 +154,15 @@ class Ledger:
             _fail(f"{self.bytes_now} bytes exceed the budget of {self.byte_budget}")
         if self.pinned_bytes != sum(e.record.num_bytes for e in entries if e.pinned):
             _fail("pinned_bytes is not the weight of the pinned records")
-        if set(self.evictable) != {k for k, e in self.entries.items() if not (e.refs or e.pinned)}:
-            _fail("the eviction list is not the records that are neither in use nor pinned")
+        listed = {(name, key) for name, keys in self.evictable.items() for key in keys}
+        free = {(e.tenant, k) for k, e in self.entries.items() if not (e.refs or e.pinned)}
+        if listed != free or not all(self.evictable.values()):
+            _fail("the eviction lists are not the records that are neither in use nor pinned")
+        shares: dict[str, int] = {}
+        for entry in (*entries, *self._detached):
+            shares[entry.tenant] = shares.get(entry.tenant, 0) + entry.record.num_bytes
+        if self.bytes_of != shares:
+            _fail("bytes_of is not what the tenants' records weigh")
         for key, entry in self.entries.items():
             if entry.refs < 0 or entry.detached:
                 _fail(f"{key}: refs={entry.refs}, detached={entry.detached}")

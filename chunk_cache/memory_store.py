@@ -27,9 +27,9 @@ class MemoryStore(WritableStore):
     """Chunk records in memory, shared by all requests of a process. Thread-safe.
 
     The contract in short: a lookup either gives a :class:`Lease` on a record whose token ids were
-    compared with the caller's, or ``None``; records in use or pinned are never evicted; the least
-    recently used of the others go first; one writer builds a key at a time; ``bytes_now`` never
-    exceeds the budget.
+    compared with the caller's, or ``None``; records in use or pinned are never evicted; of the others
+    the tenant that holds most loses its least recently used ones first; one writer builds a key at a
+    time; ``bytes_now`` never exceeds the budget.
 
     Parameters
     ----------

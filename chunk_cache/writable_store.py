@@ -68,9 +68,21 @@ class WritableStore:
         token_ids: Iterable[int] | npt.NDArray[Any],
         *,
         owner: str = "",
+        tenant: str = "",
         timeout_s: float | None = None,
     ) -> Build | ChunkState:
         """Ask for the right to build a key.
+
+        Parameters
+        ----------
+        key, token_ids
+            What will be built.
+        owner
+            Who builds it, for listings.
+        tenant
+            Whose share of the budget the record takes.
+        timeout_s
+            As ``build_timeout_s`` of the store, for this build.
 
         Returns
         -------
@@ -94,7 +106,7 @@ class WritableStore:
                 self._stats.builds_refused += 1
                 return against
             deadline = now + (self._build_timeout_s if timeout_s is None else timeout_s)
-            build = Build(key, ids, owner, deadline, self._commit, self._abort)
+            build = Build(key, ids, owner, deadline, self._commit, self._abort, tenant)
             self._builds.begin(build)
             self._stats.builds_begun += 1
             return build
@@ -112,12 +124,6 @@ class WritableStore:
         build = self.begin_build(record.key, record.token_ids, owner="put")
         return isinstance(build, Build) and build.commit(record, pin=pin)
 
-    def release_owner(self, owner: str) -> int:
-        """Drop every build of an owner that is gone (an aborted request); returns how many."""
-        with self._lock:
-            mine = [build for build in self._builds.building.values() if build.owner == owner]
-            return sum(build.abort("owner gone", failed=False) for build in mine)
-
     def _commit(self, build: Build, record: ChunkKV, pin: bool) -> bool:
         if record.key != build.key:
             raise ChunkCacheError(f"record {record.key} committed to the build of {build.key}")
@@ -132,7 +138,7 @@ class WritableStore:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
                 return False
-            victims = self._ledger.victims(record.num_bytes)
+            victims = self._ledger.victims(record.num_bytes, build.tenant)
             if victims is None:
                 self._stats.rejected_no_room += 1
                 return False
@@ -140,7 +146,7 @@ class WritableStore:
                 self._stats.evicted += 1
                 self._stats.evicted_bytes += self._drop(key).num_bytes
             self.matcher.add(build.key, record.token_ids)
-            self._ledger.insert(record, pin, self._clock())
+            self._ledger.insert(record, pin, self._clock(), build.tenant)
             self._stats.inserted += 1
             return True
 
@@ -218,4 +224,17 @@ class WritableStore:
     def clear(self) -> int:
         """Drop everything that is neither in use nor pinned; returns how many went."""
         with self._lock:
-            return sum(self.evict(key) for key in list(self._ledger.evictable))
+            keys = [key for row in self._ledger.evictable.values() for key in row]
+            return sum(self.evict(key) for key in keys)
+
+    def reset(self) -> None:
+        """Forget every record, pinned and leased ones too, and take every build's right: nothing old is found again.
+
+        The bytes of a leased record are counted until its last lease ends.
+        """
+        with self._lock:
+            for key in list(self._ledger.entries):
+                self._drop(key)
+            for build in list(self._builds.building.values()):
+                build.abort("the store was reset", failed=False)
+            self._builds.failed.clear()

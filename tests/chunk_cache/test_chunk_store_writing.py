@@ -124,17 +124,6 @@ def test_an_abandoned_build_loses_its_right(
     assert store.stats().builds_expired == 1
 
 
-def test_an_owner_that_is_gone_gives_up_all_its_builds(make_store: MakeStore, make_record: Make):
-    store = make_store()
-    for number in range(3):
-        record = make_record(ids_of(number))
-        store.begin_build(record.key, ids_of(number), owner="a" if number else "b")
-    assert store.release_owner("a") == 2
-    assert store.release_owner("a") == 0
-    assert [info.detail for info in store.ls()] == ["b"]
-    assert store.release_owner("b") == 1
-
-
 def test_a_record_of_another_key_is_not_committed(make_store: MakeStore, make_record: Make):
     store, one, two = make_store(), make_record(ids_of(1)), make_record(ids_of(2))
     build = store.begin_build(one.key, ids_of(1))

@@ -343,9 +343,22 @@ def test_a_turn_that_one_rank_lost_is_computed_and_kept_anew_on_both(make_pair):
         pair.idle()
     pair.ask(ids, fusion)
     turns = pair.ranks[0].conversations
-    (segments,) = turns._spaces.values()
+    (segments,) = turns._spaces.of("")
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)
     assert pair.ranks[0].store.evict(segments[0].key)
     assert pair.ask(ids, fusion)[1][2] == 0
     # Had rank 1 kept the old one, the heads of two computations would meet here.
+    assert pair.ask(ids, fusion)[1][2] > len(PREFIX)
+
+
+def test_a_turn_that_one_rank_could_not_keep_is_kept_by_none(make_pair):
+    pair = make_pair()
+    for _ in range(2):
+        pair.ask(*fuse([2, 3]))
+        pair.idle()
+    ids, fusion = fuse([2, 3], conversation="c")
+    pair.ask(ids, fusion, ("raise", 1, "store.begin_build"))
+    assert [len(runtime.conversations) for runtime in pair.ranks] == [0, 0]
+    # Had rank 0 counted it, the ranks would number their turns differently from here on.
+    assert pair.ask(ids, fusion)[1][2] == 0
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)

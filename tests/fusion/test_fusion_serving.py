@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+
+from chunk_cache import ChunkKey, ChunkState
+from rag_pipeline.sglang_plugin.fusion import background
+from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
+from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 
 VOCAB, PREFIX, CHUNK = 256, 20, 80
 
@@ -176,28 +182,15 @@ def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
     assert (report(req)["reused_tokens"], report(req)["computed_fraction"]) == (0, 1.0)
 
 
-def test_changed_weights_make_stored_chunks_misses(engine):
-    from rag_pipeline.sglang_plugin.fusion.startup import after_weight_update
-
-    local = engine("llama")
-    local.build(PREFIX_IDS, CHUNKS[0])
-    (key,) = local.runtime.store.keys()
-    assert local.runtime.store.pin(key)  # a pin keeps it in memory, not useful
-    manager = SimpleNamespace(scheduler=local.scheduler)
-    after_weight_update(None, manager)
-    assert local.runtime.store.stats().chunks_now == 1  # nothing changed
-    weight = next(local.scheduler.tp_worker.model_runner.model.parameters())
-    with torch.inference_mode():
-        weight[0, 0] += 1
-        after_weight_update(None, manager)
-        assert local.runtime.store.stats().chunks_now == 0
-        changed = local.runtime.facts.fingerprint
-        weight[0, 0] -= 1
-        after_weight_update(None, manager)
-    assert local.runtime.facts.fingerprint != changed
+def missing(local):
+    prefix = local.runtime.prefix(np.array(PREFIX_IDS), PREFIX, Tenant(None, None))
+    ids = np.array(CHUNKS[1])
+    return MissingChunk(prefix=prefix, ids=ids, key=ChunkKey.of(prefix.context, ids))
 
 
 def test_server_info_shows_state_and_counters(engine):
+    from sglang.srt.managers.io_struct import AbortReq
+
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0])
     controller = next(
@@ -210,6 +203,15 @@ def test_server_info_shows_state_and_counters(engine):
     assert block["self_check"].startswith("passed: rotation")
     assert block["store"]["chunks_now"] == 1
     assert block["counts"]["spans.stored"] == 1
+    assert block["pending"] == 0
+    # Builds that wait are counted, and one that is aborted in the queue leaves nothing behind.
+    background._start(local.runtime, local.scheduler, missing(local))
+    block = controller.get_internal_state(None).internal_state["rag_fusion"]
+    assert block["pending"] == 1
+    local.scheduler.abort_request(AbortReq(rid="rag-internal-"))
+    block = controller.get_internal_state(None).internal_state["rag_fusion"]
+    assert block["pending"] == 0
+    assert all(info.state is ChunkState.READY for info in local.runtime.store.ls())
 
 
 def test_metrics_reach_prometheus_once(engine, monkeypatch):

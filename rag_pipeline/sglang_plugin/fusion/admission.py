@@ -88,6 +88,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     if state.resolved:
         return
     state.radix_len = int(req.prefix_len)
+    state.epoch = runtime.epoch
     state.row_layers = 0.0
     state.turns_end = state.turn = 0
     state.recomputed = []
@@ -222,10 +223,12 @@ def _remember_missing(
 def _begin_capture(
     runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, start: int, end: int
 ) -> None:
+    if not runtime.may_store(state.epoch, state.radix_len):
+        return
     ids = state.prompt[start:end]
     try:
         key = ChunkKey.of(prefix.context, ids)
-        build = runtime.store.begin_build(key, ids, owner="prefill")
+        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.salt)
     except Exception as error:
         # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
         runtime.say_fault("capture", error)

@@ -6,16 +6,20 @@ import dataclasses
 import hashlib
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from chunk_cache import KVContext, canonical_json
 from chunk_cache.policies import qkv_share
 from rag_kernels import RotarySpec, RotaryUnsupportedError, rotary_spec_from_config
+from rag_pipeline.sglang_plugin.fusion.model_identity import (
+    describe_settings,
+    fingerprint_weights,
+)
 from rag_pipeline.sglang_plugin.fusion.support import refuse_model
 
 _MAX_ANGLE_ERROR = 2e-2
 """Radians. A bf16 cos/sin table alone is off by up to 4e-3; a wrong base or scaling by far more."""
-_SAMPLES_PER_TENSOR = 65_536
+_TABLE_ROWS = 256
 
 
 class UnsupportedModelError(ValueError):
@@ -33,7 +37,7 @@ class ModelFacts:
     rotary : RotarySpec
         Rotation of the keys, checked against the table that the model itself uses.
     fingerprint : str
-        Hash of the loaded weights of this rank.
+        Hash of the weights of this rank as they were loaded first.
     context_fields : dict
         Fields of :class:`KVContext` that do not depend on the request.
     qkv_share : float
@@ -86,7 +90,7 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     reason = refuse_model(config, pool, layers)
     if reason is not None:
         raise UnsupportedModelError(reason)
-    rotary = _read_rotary(config, [modules[name.rpartition(".")[0]] for name, _ in named])
+    rotary, table = _read_rotary(config, [modules[name.rpartition(".")[0]] for name, _ in named])
     fingerprint = fingerprint_weights(model_runner.model)
     first = layers[0]
     text = getattr(config, "text_config", None) or config
@@ -109,7 +113,15 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
                     ).hexdigest(),
                     "dim": rotary.rotary_dim,
                     "neox": rotary.is_neox_style,
+                    # What the model multiplies by: it also holds the factor that YaRN puts on keys.
+                    "table": hashlib.blake2b(
+                        table[:_TABLE_ROWS].float().cpu().contiguous().numpy().tobytes(),
+                        digest_size=16,
+                    ).hexdigest(),
                 }
+            ),
+            "settings": describe_settings(
+                config, model_runner.server_args, model_runner.prefill_attention_backend_str
             ),
             "tp_rank": tp_rank,
             "tp_size": tp_size,
@@ -124,8 +136,8 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     )
 
 
-def _read_rotary(config: Any, attention_modules: list[Any]) -> RotarySpec:
-    """Spec of the configuration, accepted only if the model's own tables say the same."""
+def _read_rotary(config: Any, attention_modules: list[Any]) -> tuple[RotarySpec, Tensor]:
+    """Spec of the configuration, accepted only if the model's own tables say the same, and the table."""
     embeddings = {id(e): e for m in attention_modules if (e := getattr(m, "rotary_emb", None))}
     if len(embeddings) != 1:
         raise UnsupportedModelError(
@@ -146,20 +158,4 @@ def _read_rotary(config: Any, attention_modules: list[Any]) -> RotarySpec:
         raise UnsupportedModelError(
             f"the model's rotary table is {error_rad:.3g} rad away from its configuration's frequencies"
         )
-    return spec
-
-
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Hash of names, shapes, types and evenly spread samples of all loaded weights.
-
-    Reading samples of the tensors as loaded, and not file names, tells apart checkpoints that share a
-    name, on-line updates, and merged adapters. Up to 65,536 elements a tensor are read.
-    """
-    digest = hashlib.blake2b(digest_size=32, person=b"ragkv-weights")
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        sample = flat[::step].contiguous()
-        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return spec, table

@@ -46,7 +46,9 @@ def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> 
     chain: list[Segment] = []
 
     def offer() -> list[tuple[int, int, int]]:
-        for segment, match in runtime.conversations.find(namespace_of(state, tenant), state.prompt):
+        for segment, match in runtime.conversations.find(
+            namespace_of(state, tenant), state.prompt, tenant=tenant.salt
+        ):
             found = runtime.store.acquire_matches(state.prompt, [match])
             if not found:
                 break  # what stands behind was computed over it
@@ -109,15 +111,14 @@ def keep_turn(
     bool
         Whether it is stored: not without a conversation, a fused token, or after a fault or an abort.
     """
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
     if not state.request.conversation or state.exact_limit is None or not state.done:
         return False
-    if state.report.fallback or isinstance(req.finished_reason, FINISH_ABORT):
+    if state.report.fallback or _was_aborted(req):
         return False
     facts = runtime.facts
     assert facts is not None
-    namespace = namespace_of(state, Tenant(req.extra_key, req.cache_salt))
+    tenant = Tenant(req.extra_key, req.cache_salt)
+    namespace = namespace_of(state, tenant)
     start = max(state.exact_limit, state.turns_end)
     # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
     written = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
@@ -129,13 +130,15 @@ def keep_turn(
 
     def store() -> str:
         nonlocal key
-        if not runtime.conversations.has_room(namespace):
+        if not runtime.may_store(state.epoch, state.radix_len):
+            return "not_stored"
+        if not runtime.conversations.has_room(namespace, tenant=tenant.salt):
             return "not_stored"
         context = facts.context(
             prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
         )
         own = ChunkKey.of(context, ids[start:])
-        build = runtime.store.begin_build(own, ids[start:], owner="turn")
+        build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=tenant.salt)
         if not isinstance(build, Build):
             return "known"  # the same turn was asked before
         with build:
@@ -158,6 +161,14 @@ def keep_turn(
         runtime.metrics.count("turns", "not_stored")
         return False
     assert key is not None
-    runtime.conversations.add(namespace, ids, start, state.turn, key)
+    runtime.conversations.add(namespace, ids, start, state.turn, key, tenant=tenant.salt)
     runtime.metrics.count("turns", "stored")
     return True
+
+
+def _was_aborted(req: Any) -> bool:
+    if req.finished_reason is None:
+        return False
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return isinstance(req.finished_reason, FINISH_ABORT)

@@ -158,7 +158,7 @@ def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: Plan
         record = capture_chunk(runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture)
         stored = capture.build.commit(record)
         state.captures.remove(capture)
-        if stored:
+        if stored and not runtime.epoch:  # after an update no other process can find it
             disk.keep(runtime, record)
         state.report.built_chunks += stored
         runtime.metrics.count("spans", "stored" if stored else "not_stored")

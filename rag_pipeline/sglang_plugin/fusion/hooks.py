@@ -15,6 +15,7 @@ from rag_pipeline.sglang_plugin.fusion import (
     startup,
     usage,
     validation,
+    weight_updates,
 )
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
@@ -25,13 +26,20 @@ _ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
 _WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _STREAMER = _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer."
 
-USED = tuple(
+USED = (
+    *(
+        HookTarget(
+            path=f"{_SRT}mem_cache.allocator.{allocator}.get_all_free_pages",
+            kind="uses",
+            why="free slots are borrowed for the draft's pass",
+        )
+        for allocator in ("token.TokenToKVPoolAllocator", "paged.PagedTokenToKVPoolAllocator")
+    ),
     HookTarget(
-        path=f"{_SRT}mem_cache.allocator.{allocator}.get_all_free_pages",
+        path=_SCHEDULER + "collect_inflight_reqs",
         kind="uses",
-        why="free slots are borrowed for the draft's pass",
-    )
-    for allocator in ("token.TokenToKVPoolAllocator", "paged.PagedTokenToKVPoolAllocator")
+        why="chunk builds that are under way are counted",
+    ),
 )
 """What fusion calls without hooking it."""
 
@@ -157,6 +165,12 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "reqs",
         ),
         _row(
+            _SCHEDULER + "flush_cache",
+            "after",
+            "an empty tree holds no KV of older weights",
+            weight_updates.after_flush,
+        ),
+        _row(
             _SCHEDULER + "on_idle",
             "before",
             "missing chunks are computed when there is nothing else to do",
@@ -187,16 +201,19 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
         *(
             _row(
                 _WEIGHTS + name,
-                "after",
-                "chunk KV of other weights must not be found",
-                startup.after_weight_update,
+                "around",
+                "chunk KV of other weights must not be found, nor stored as that of these",
+                weight_updates.around_update,
             )
             for name in (
                 "update_weights_from_disk",
                 "update_weights_from_distributed",
                 "update_weights_from_tensor",
                 "update_weights_from_ipc",
+                "begin_weight_update",
                 "end_weight_update",
+                "release_memory_occupation",
+                "resume_memory_occupation",
             )
         ),
     ]

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 
 INTERNAL_RID = "rag-internal-"
 """Request ids that begin so belong to this process; clients' ids are refused this beginning."""
 
 _NUMBERS = itertools.count(1)
-_live: set[str] = set()
 
 
 def submit(
@@ -62,7 +60,6 @@ def submit(
     params.normalize(None)
     rid = f"{INTERNAL_RID}{next(_NUMBERS)}"
     before = len(scheduler.waiting_queue)
-    _live.add(rid)
     scheduler.handle_generate_request(
         TokenizedGenerateReqInput(
             rid=rid,
@@ -82,7 +79,6 @@ def submit(
         )
     )
     if len(scheduler.waiting_queue) <= before:
-        _live.discard(rid)
         return None
     return scheduler.waiting_queue[-1]
 
@@ -92,31 +88,21 @@ def is_internal(req: Any) -> bool:
     return str(req.rid).startswith(INTERNAL_RID)
 
 
-def running() -> int:
-    """Requests of this process that have not ended."""
-    return len(_live)
+def running(scheduler: Any) -> int:
+    """Requests of this process that have not ended, wherever the scheduler has them."""
+    reqs = {*scheduler.waiting_queue, *scheduler.collect_inflight_reqs(), scheduler.chunked_req}
+    return sum(req is not None and is_internal(req) and not req.finished() for req in reqs)
 
 
 def before_stream_output(
     streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Run before ``SchedulerOutputStreamer.stream_output``: keep the output of our own requests."""
-    if not _live:
-        return None
     ours = [req for req in reqs if is_internal(req)]
     if not ours:
         return None
     for req in ours:
         if req.finished():
             req.finished_output = True
-            _live.discard(req.rid)
     others = [req for req in reqs if not is_internal(req)]
     return (streamer, others, *args), kwargs
-
-
-def drop(req: Any) -> None:
-    """Forget a request that ended without output."""
-    _live.discard(str(req.rid))
-    state = state_of(req)
-    if state is not None:
-        state.drop()

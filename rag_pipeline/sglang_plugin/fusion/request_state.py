@@ -135,6 +135,8 @@ class RequestState:
         What will be stored after the forward.
     radix_len : int
         Exact tokens found in the tree when the prompt was admitted.
+    epoch : int
+        Of the weights at that time.
     exact_limit : int or None
         Tokens that may be published as exact; None for all.
     turns_end : int
@@ -155,6 +157,7 @@ class RequestState:
         "__weakref__",
         "captures",
         "done",
+        "epoch",
         "exact_limit",
         "explicit",
         "internal",
@@ -188,6 +191,7 @@ class RequestState:
         self.spans: list[LeasedSpan] = []
         self.captures: list[Capture] = []
         self.radix_len = 0
+        self.epoch = 0
         self.recomputed: list[int] = []
         self.exact_limit: int | None = None
         self.turns_end = 0

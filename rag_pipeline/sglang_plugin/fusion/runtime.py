@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import OrderedDict
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from chunk_cache import BackgroundWriter, KVContext, MemoryStore, TextMarks, has
 from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
@@ -78,6 +79,10 @@ class FusionRuntime:
         self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
         self.conversations = Conversations(self.store)
         self.missing = BuildQueue()
+        self.epoch = 0
+        """Updates of the weights so far, see :meth:`new_weights`."""
+        self.in_update = False
+        self.tree_is_old = False
         self.self_check = "not run"
         self.writer: BackgroundWriter | None = None
         """Where finished records go besides memory."""
@@ -90,14 +95,14 @@ class FusionRuntime:
         """What takes its place where it holds text that was deleted."""
         self.max_prompt = 0
         """Tokens that a prompt may hold in this engine."""
-        self._prefixes: OrderedDict[tuple[Tenant, str], KnownPrefix] = OrderedDict()
+        self._prefixes: FairTable[str, KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0
 
     @property
     def is_on(self) -> bool:
         """Whether requests are fused."""
-        return not self.off_reason and self.facts is not None
+        return not self.off_reason and not self.in_update and self.facts is not None
 
     def turn_off(self, reason: str) -> None:
         """Prefill everything as usual from now on, and say so loudly."""
@@ -132,25 +137,48 @@ class FusionRuntime:
         """Forget the faults so far: they were not in a row."""
         self._faults = 0
 
-    def weights_changed(self, fingerprint: str) -> None:
-        """Move to another identity of the weights: no chunk of the old ones is found again."""
-        assert self.facts is not None
-        fields = self.facts.context_fields | {"model_fingerprint": fingerprint}
-        self.facts = dataclasses.replace(self.facts, fingerprint=fingerprint, context_fields=fields)
+    def new_weights(self, *, in_update: bool, tree_is_old: bool) -> None:
+        """Begin another epoch of the weights: no chunk of the old ones is found again, none in work is stored.
+
+        Its identity is drawn and not read from the weights, so it is other whatever was changed, and no other
+        process has it: what is stored from now on is of use to this engine only.
+
+        Parameters
+        ----------
+        in_update : bool
+            The weights are still being written, or their memory is released: nothing is stored or loaded.
+        tree_is_old : bool
+            The radix tree holds, or running requests will publish, KV of older weights until it is flushed.
+        """
+        self.epoch += 1
+        self.in_update, self.tree_is_old = in_update, tree_is_old
+        self.missing.clear()
         self._prefixes.clear()
         if self.writer is not None:
             self.writer.clear()
-        self.missing.clear()
-        # Pinned ones too: nothing can ever find them again.
-        stored = self.store.keys()
-        for key in stored:
-            self.store.evict(key, force=True)
+        self.store.reset()
+        if self.facts is not None:
+            identity = f"{self.facts.fingerprint}+{secrets.token_hex(16)}"
+            fields = self.facts.context_fields | {"model_fingerprint": identity}
+            self.facts = dataclasses.replace(self.facts, context_fields=fields)
+
+    def may_store(self, epoch: int, radix_len: int) -> bool:
+        """Whether KV that a request computed is that of the weights in use.
+
+        Parameters
+        ----------
+        epoch : int
+            When the request was admitted.
+        radix_len : int
+            Tokens that it took from the radix tree, which may hold KV of older weights until it is flushed.
+        """
+        return epoch == self.epoch and not self.in_update and not (self.tree_is_old and radix_len)
 
     def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
         ids = prompt[:prefix_len]
         digest = hash_token_ids(ids)
-        known = self._prefixes.get((tenant, digest))
+        known = self._prefixes.get(tenant.salt, digest)
         if known is None:
             assert self.facts is not None
             known = KnownPrefix(
@@ -158,11 +186,7 @@ class FusionRuntime:
                 context=self.facts.context(prefix_digest=digest, tenant=tenant.salt),
                 tenant=tenant,
             )
-            while len(self._prefixes) >= _MAX_PREFIXES:
-                self._prefixes.popitem(last=False)
-            self._prefixes[tenant, digest] = known
-        else:
-            self._prefixes.move_to_end((tenant, digest))
+            self._prefixes.put(tenant.salt, digest, known, _MAX_PREFIXES)
         return known
 
     def behind_passage(self, known: KnownPrefix) -> KnownPrefix | None:
@@ -187,15 +211,11 @@ class FusionRuntime:
         if self.group.size == 1 and self.passage_text and marks.are_in(self.passage_text):
             self.passage, self.passage_text = self.plain_passage, ""
             # Replaced, not emptied: the scheduler may be reading it.
-            self._prefixes = OrderedDict()
+            self._prefixes = FairTable()
 
     def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first."""
-        found = [
-            known
-            for (owner, _), known in self._prefixes.items()
-            if owner == tenant and known.begins(prompt)
-        ]
+        found = [known for known in self._prefixes.of(tenant.salt) if known.begins(prompt)]
         return sorted(found, key=lambda known: -known.ids.size)
 
     def status(self) -> dict[str, Any]:

@@ -11,11 +11,7 @@ from chunk_cache import hash_token_ids
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion import disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.context import (
-    UnsupportedModelError,
-    fingerprint_weights,
-    read_model,
-)
+from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
@@ -82,24 +78,13 @@ def prove(runtime: FusionRuntime, scheduler: Any) -> None:
     runtime.metrics.counts.clear()
 
 
-def after_weight_update(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Run after the scheduler's ``update_weights_*``: stored KV of the old weights must not be found."""
-    runtime = get_runtime()
-    if runtime is None or runtime.facts is None:
-        return
-    model = manager.scheduler.tp_worker.model_runner.model
-    fingerprint = fingerprint_weights(model)
-    if fingerprint != runtime.facts.fingerprint:
-        logger.info("Weights changed to %s: stored chunks are dropped", fingerprint[:12])
-        runtime.weights_changed(fingerprint)
-
-
 def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
     """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
     runtime = get_runtime()
     if runtime is not None:
         # Where fusion is off nobody serves the queue, and nobody need wait for it.
-        waiting = len(runtime.missing) + internal_requests.running() if runtime.is_on else 0
+        builds = len(runtime.missing) + internal_requests.running(controller.scheduler)
+        waiting = builds if runtime.is_on else 0
         waiting += disk.pending(runtime)
         result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from chunk_cache import ChunkKey, ChunkState, Match, MemoryStore, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
 
 TokenArray = npt.NDArray[np.int64]
 
@@ -45,7 +45,7 @@ class Segment:
 
 
 class Conversations:
-    """Segments by namespace, the least recently used conversation forgotten first.
+    """Segments by namespace; of the tenant with most conversations the least recently used is forgotten first.
 
     Parameters
     ----------
@@ -55,19 +55,20 @@ class Conversations:
 
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
-        self._spaces: OrderedDict[str, list[Segment]] = OrderedDict()
+        self._spaces: FairTable[str, list[Segment]] = FairTable()
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
         """Count the conversations."""
         return len(self._spaces)
 
-    def find(self, namespace: str, prompt: TokenArray) -> list[tuple[Segment, Match]]:
+    def find(
+        self, namespace: str, prompt: TokenArray, *, tenant: str = ""
+    ) -> list[tuple[Segment, Match]]:
         """Longest chain of segments that the prompt goes through, each with the run of it that fits."""
-        segments = self._alive(namespace)
+        segments = self._alive(namespace, tenant)
         if not segments:
             return []
-        self._spaces.move_to_end(namespace)
         hashes: dict[int, str] = {}
         # Chain that ends in a segment, by its number; a parent always comes before its children.
         chains: dict[int, list[tuple[Segment, Match]]] = {0: []}
@@ -94,12 +95,19 @@ class Conversations:
                 best = chain
         return best
 
-    def has_room(self, namespace: str) -> bool:
+    def has_room(self, namespace: str, *, tenant: str = "") -> bool:
         """Whether a conversation may still grow."""
-        return len(self._alive(namespace)) < _MAX_SEGMENTS
+        return len(self._alive(namespace, tenant)) < _MAX_SEGMENTS
 
     def add(
-        self, namespace: str, ids: TokenArray, start: int, parent: int, key: ChunkKey
+        self,
+        namespace: str,
+        ids: TokenArray,
+        start: int,
+        parent: int,
+        key: ChunkKey,
+        *,
+        tenant: str = "",
     ) -> Segment:
         """Remember a segment whose record is in the store."""
         segment = Segment(
@@ -110,23 +118,21 @@ class Conversations:
             parent=parent,
             key=key,
         )
-        self._spaces.setdefault(namespace, []).append(segment)
-        self._spaces.move_to_end(namespace)
-        while len(self._spaces) > _MAX_CONVERSATIONS:
-            _, forgotten = self._spaces.popitem(last=False)
+        segments = [*(self._spaces.get(tenant, namespace) or ()), segment]
+        for forgotten in self._spaces.put(tenant, namespace, segments, _MAX_CONVERSATIONS):
             for old in forgotten:
                 self._store.evict(old.key)
         return segment
 
-    def _alive(self, namespace: str) -> list[Segment]:
+    def _alive(self, namespace: str, tenant: str) -> list[Segment]:
         alive: list[Segment] = []
         numbers = {0}
-        for segment in self._spaces.get(namespace, ()):
+        for segment in self._spaces.get(tenant, namespace) or ():
             if segment.parent in numbers and self._store.state(segment.key) is ChunkState.READY:
                 alive.append(segment)
                 numbers.add(segment.number)
         if alive:
-            self._spaces[namespace] = alive
+            self._spaces.put(tenant, namespace, alive, _MAX_CONVERSATIONS)
         else:
-            self._spaces.pop(namespace, None)
+            self._spaces.pop(tenant, namespace)
         return alive

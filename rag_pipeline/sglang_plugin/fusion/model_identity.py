@@ -1,0 +1,86 @@
+"""What makes chunk KV of one engine other than that of another: the weights, the configuration, the way it computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import xxhash
+
+_NO_MATTER = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Fields of a Hugging Face configuration that no key or value depends on; the dtype in use is told apart elsewhere."""
+_SETTINGS = (
+    "quantization",
+    "kv_cache_dtype",
+    "torchao_config",
+    "model_impl",
+    "json_model_override_args",
+)
+"""Settings of the engine that change keys or values on purpose, not by rounding alone."""
+_PIECE_BYTES = 64 << 20
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Hash of names, shapes, types and every byte of the loaded weights.
+
+    The tensors as loaded, and not file names, tell apart checkpoints that share a name and merged adapters. All
+    bytes are read, about 2 GB/s: samples miss a head, a column or a layer that was changed between them.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for piece in flat.split(_PIECE_BYTES):
+            digest.update(memoryview(piece.cpu().numpy()))
+    return digest.hexdigest()
+
+
+def describe_settings(hf_config: Any, settings: Any, attention: str) -> str:
+    """Digest of everything in a model's configuration and an engine's settings that may change chunk KV.
+
+    Parameters
+    ----------
+    hf_config : transformers.PretrainedConfig
+        As in effect, overrides applied. Every field counts but a few that are known not to matter: one that
+        nobody has heard of is a miss, never KV of another model.
+    settings : sglang.srt.server_args.ServerArgs
+        Of the engine; of these a few count.
+    attention : str
+        Attention backend that prefills.
+    """
+    said = {
+        "config": _without(hf_config.to_dict()),
+        "attention": attention,
+        "engine": {name: str(getattr(settings, name, None)) for name in _SETTINGS},
+    }
+    text = json.dumps(said, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16, person=b"ragkv-settings").hexdigest()
+
+
+def _without(value: Any) -> Any:
+    """Nested configurations too, such as that of the text part."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _without(item) for key, item in value.items() if key not in _NO_MATTER}

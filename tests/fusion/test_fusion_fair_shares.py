@@ -1,0 +1,68 @@
+"""Prefixes, conversations and waiting builds are shared evenly: one tenant's loop pushes out its own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue, MissingChunk
+from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
+
+CALLS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size=60)
+
+
+def chunk(tenant, key):
+    return MissingChunk(prefix=SimpleNamespace(tenant=tenant), ids=None, key=(tenant, key))
+
+
+@given(CALLS, st.integers(1, 8))
+def test_a_table_is_bounded_and_only_who_holds_most_loses(calls, capacity):
+    table = FairTable()
+    for tenant, key in calls:
+        before = {name: len(table.of(name)) for name in "abcd"}
+        is_new = table.get(tenant, key) is None
+        gone = table.put(tenant, key, (tenant, key), capacity)
+        assert len(table) <= capacity
+        assert table.get(tenant, key) == (tenant, key) or (tenant, key) in gone
+        for loser, _ in gone:
+            held = before[loser] + (is_new and loser == tenant)
+            assert held == max(before[name] + (is_new and name == tenant) for name in "abcd")
+
+
+def test_one_tenant_has_the_whole_table_until_another_comes():
+    table = FairTable()
+    for key in range(9):
+        table.put("loop", key, key, 8)
+    assert table.of("loop") == list(range(1, 9))
+    for key in range(3):
+        table.put("quiet", key, key, 8)
+    for key in range(100):
+        table.put("loop", key, key, 8)
+    assert table.of("quiet") == [0, 1, 2]
+    for key in range(9):  # newcomers are heard even when everybody holds one
+        table.put(f"new {key}", key, key, 8)
+        assert table.of(f"new {key}") == [key]
+
+
+@given(CALLS, st.integers(0, 8))
+def test_waiting_builds_are_bounded_and_taken_in_turn(calls, capacity):
+    queue = BuildQueue()
+    for tenant, key in calls:
+        if (tenant, key) in queue:
+            continue
+        before = [c.key for c in queue]
+        dropped = queue.add(chunk(tenant, key), capacity)
+        after = [c.key for c in queue]
+        assert len(queue) == len(after) == len(before) + 1 - dropped <= max(capacity, 0)
+        for lost, _ in set(before) - set(after):
+            held = [sum(name == other for name, _ in before) for other in "abcd"]
+            assert sum(name == lost for name, _ in before) == max(held)
+            assert sum(name == tenant for name, _ in after) < max(held)
+    order = [c.key for c in queue]
+    assert [queue.take().key for _ in range(len(queue))] == order
+    turns = [[name for name, _ in order].index(name) for name in {name for name, _ in order}]
+    assert sorted(turns) == list(
+        range(len(turns))
+    )  # everybody's first comes before anybody's second
