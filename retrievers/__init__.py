@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retrievers.errors import (
         CorruptIndexError,
         EmbedderMismatchError,
+        IndexBusyError,
         RetrievalError,
         StorageError,
     )
@@ -55,6 +56,7 @@ _EXPORTS = {
     "HFTokenizer": "retrievers.tokenizer",
     "HybridRetriever": "retrievers.hybrid",
     "Index": "retrievers.index_store",
+    "IndexBusyError": "retrievers.errors",
     "IndexSettings": "retrievers.index_settings",
     "IndexWriter": "retrievers.index_writer",
     "IngestProgress": "retrievers.ingest_report",
@@ -103,6 +105,7 @@ __all__ = [
     "HFTokenizer",
     "HybridRetriever",
     "Index",
+    "IndexBusyError",
     "IndexSettings",
     "IndexWriter",
     "IngestProgress",

@@ -11,6 +11,10 @@ class CorruptIndexError(RetrievalError):
     """An index folder whose files do not match its manifest."""
 
 
+class IndexBusyError(RetrievalError):
+    """An index that another process is changing; it can be tried again."""
+
+
 class StorageError(RetrievalError):
     """A disk that refuses to write, sync, rename or remove: full, read-only or broken.
 

@@ -21,7 +21,7 @@ from retrievers.chunk_store import encode_chunk
 from retrievers.dense_update import DensePlan, plan_dense
 from retrievers.documents import DocumentRecord
 from retrievers.durable import make_folders, remove_tree, storage_faults, sync_folder
-from retrievers.errors import RetrievalError, StorageError
+from retrievers.errors import IndexBusyError, RetrievalError, StorageError
 from retrievers.faiss_factory import AUTO, create_index, set_options
 from retrievers.generation import Generation
 from retrievers.generation_writer import write_generation
@@ -58,8 +58,10 @@ class IndexWriter:
         Where the folder holds an index of another embedder.
     StorageError
         Where the disk refuses.
+    IndexBusyError
+        Where another process changes the index.
     RetrievalError
-        Where another process changes the index, or a setting is not valid.
+        Where a setting is not valid.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class IndexWriter:
             try:
                 self._lock.acquire()
             except Timeout:
-                raise RetrievalError(
+                raise IndexBusyError(
                     f"another process is changing the index {self.folder}; wait for it to end"
                 ) from None
         try:

@@ -224,6 +224,25 @@ def serve(
     tenants: Annotated[
         Path | None, typer.Option(help="JSON file of further keys, each with its own indexes.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="The operator's key; better as a file, or RAG_PIPELINE_API_KEY."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File of the operator's key.")] = None,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(help="Key of SGLang's administrative routes; or RAG_PIPELINE_ADMIN_API_KEY."),
+    ] = None,
+    admin_api_key_file: Annotated[
+        Path | None, typer.Option(help="File of the administrator's key.")
+    ] = None,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected-without-key",
+            help="Let whoever reaches --host read, add and delete all documents.",
+        ),
+    ] = False,
     embedder: EmbedderOption = None,
     policy: Annotated[
         str, typer.Option(help="For requests that name none: prefix or a fusion policy.")
@@ -242,6 +261,16 @@ def serve(
     job_seconds: Annotated[
         int, typer.Option(min=1, max=86400, help="Longest work on one upload.")
     ] = 1800,
+    max_searches: Annotated[
+        int, typer.Option(min=1, help="Searches that wait or run; one more is answered 503.")
+    ] = 64,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once.")] = 1024,
+    max_body_mb: Annotated[
+        int, typer.Option(min=1, max=4096, help="Largest request to SGLang's own routes.")
+    ] = 64,
+    stop_seconds: Annotated[
+        int, typer.Option(min=0, max=3600, help="For requests to end after SIGTERM.")
+    ] = 15,
     store: StoreOption = None,
 ) -> None:
     """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
@@ -254,6 +283,11 @@ def serve(
             host=host,
             port=port,
             tenants=tenants,
+            api_key=api_key,
+            api_key_file=api_key_file,
+            admin_api_key=admin_api_key,
+            admin_api_key_file=admin_api_key_file,
+            unprotected=unprotected,
             embedder=embedder,
             policy=policy,
             search=search,
@@ -264,6 +298,10 @@ def serve(
             parse_seconds=parse_seconds,
             parse_memory_mb=parse_memory_mb,
             job_seconds=job_seconds,
+            max_searches=max_searches,
+            max_connections=max_connections,
+            max_body_mb=max_body_mb,
+            stop_seconds=stop_seconds,
             store=store,
             words=tuple(context.args),
         )

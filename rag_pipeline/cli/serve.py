@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,14 @@ from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from rag_pipeline.server import Tenants
-    from rag_pipeline.sglang_plugin.http_server import ServerFacts
+    from rag_pipeline.sglang_plugin.http_server import ServerFacts, ServerKeys
     from retrievers import Index
+
+_KEY_FILE_VARIABLES = (
+    "RAG_PIPELINE_SERVE_API_KEY_FILE",
+    "RAG_PIPELINE_SERVE_ADMIN_API_KEY_FILE",
+    "RAG_PIPELINE_SERVE_TENANTS",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +35,11 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     tenants: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    api_key_file: Path | None = None
+    admin_api_key: str | None = field(default=None, repr=False)
+    admin_api_key_file: Path | None = None
+    unprotected: bool = False
     embedder: str | None = None
     policy: str = "query"
     search: str = "dense"
@@ -38,6 +50,10 @@ class ServeOptions:
     parse_seconds: int = 60
     parse_memory_mb: int = 1024
     job_seconds: int = 1800
+    max_searches: int = 64
+    max_connections: int = 1024
+    max_body_mb: int = 64
+    stop_seconds: int = 15
     store: Path | None = None
     words: tuple[str, ...] = ()
 
@@ -47,19 +63,22 @@ def run_serve(options: ServeOptions) -> None:
     from rag_pipeline.cli.cache import use_store
     from rag_pipeline.cli.doctor import gate_facts
     from rag_pipeline.generation import PREFIX_POLICY, extra_fields
-    from rag_pipeline.server import ServerSettings, Tenants, parse_indexes, serve
+    from rag_pipeline.server import (
+        ServerSettings,
+        Tenants,
+        parse_indexes,
+        refuse_exposure,
+        serve,
+    )
     from rag_pipeline.types import GenerationRequest
 
+    keys = _keys(options)
     _refuse_words(options)
     extra_fields(GenerationRequest(input_ids=(), policy=options.policy))
     indexes = parse_indexes(options.index)
-    tenants = Tenants.load(indexes, options.tenants)
-    has_key = any(word.partition("=")[0] == "--api-key" for word in options.words)
-    if len(tenants) and not has_key:
-        raise RagPipelineError(
-            "--tenants without --api-key would leave the operator's side open; give --api-key too"
-        )
-    _warn_of_the_open(options.host, has_key=has_key)
+    tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
+    refuse_exposure(options.host, tenants, open_to_network=options.unprotected)
+    _warn_of_the_open(options.host, has_key=tenants.has_key)
     settings = ServerSettings(
         model=resolve_llm_shown(options.model).path,
         embedder=options.embedder or DEFAULT_EMBEDDER,
@@ -72,6 +91,11 @@ def run_serve(options: ServeOptions) -> None:
         parse_seconds=options.parse_seconds,
         parse_bytes=options.parse_memory_mb << 20,
         job_seconds=options.job_seconds,
+        open_to_network=options.unprotected,
+        max_searches=options.max_searches,
+        max_connections=options.max_connections,
+        max_body_bytes=options.max_body_mb << 20,
+        stop_seconds=options.stop_seconds,
     )
     if options.policy != PREFIX_POLICY:
         # No tenant's chunks are computed behind the text of another.
@@ -90,6 +114,7 @@ def run_serve(options: ServeOptions) -> None:
         settings,
         tenants,
         words,
+        keys=keys,
         on_ready=_say_ready,
         model_gate=lambda attention: gate_facts(settings.model, attention, name=options.model),
     )
@@ -124,15 +149,52 @@ def _say_ready(facts: ServerFacts) -> None:
     say(f"       {url}/rag for the page, {url}/v1/rag/health for the state")
 
 
+def _keys(options: ServeOptions) -> ServerKeys:
+    """Keys by flag, file or environment; one on the command line is taken out of the process list."""
+    from rag_pipeline.server import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, MIN_KEY, read_key
+    from rag_pipeline.sglang_plugin.http_server import ServerKeys
+
+    for variable in _KEY_FILE_VARIABLES:
+        # Elsewhere an empty variable is one that is not set; here it would mean that no key is wanted.
+        if not os.environ.get(variable, variable).strip():
+            raise RagPipelineError(f"{variable} is empty; name a file, or take the variable away")
+    keys = ServerKeys(
+        api_key=read_key(
+            flag="--api-key",
+            given=options.api_key,
+            file=options.api_key_file,
+            variable=API_KEY_VARIABLE,
+        ),
+        admin_api_key=read_key(
+            flag="--admin-api-key",
+            given=options.admin_api_key,
+            file=options.admin_api_key_file,
+            variable=ADMIN_API_KEY_VARIABLE,
+        ),
+    )
+    for flag, key in (("--api-key", keys.api_key), ("--admin-api-key", keys.admin_api_key)):
+        if key is not None and len(key) < MIN_KEY:
+            say(f"WARNING: {flag} has {len(key)} characters; a key of {MIN_KEY} cannot be guessed")
+    if options.api_key is not None or options.admin_api_key is not None:
+        from setproctitle import setproctitle
+
+        setproctitle("rag-pipeline serve")
+        say(
+            "WARNING: a key on the command line stood in the process list until now, and may stand in "
+            "the shell's history; give it as --api-key-file or RAG_PIPELINE_API_KEY"
+        )
+    return keys
+
+
 def _warn_of_the_open(host: str, *, has_key: bool) -> None:
-    from rag_pipeline.server.guard import is_loopback
+    from rag_pipeline.server import is_loopback
 
     if is_loopback(host):
         return
     say("!" * 78)
     say(f"WARNING: listening on {host}: other machines can reach this server, without encryption.")
     if not has_key:
-        say("WARNING: no --api-key: WHOEVER REACHES IT can read, add and delete all documents.")
+        say("WARNING: no key: WHOEVER REACHES IT can read, add and delete all documents.")
     say("WARNING: put a TLS proxy in front, or leave out --host to serve this machine only.")
     say("!" * 78)
 

@@ -102,6 +102,20 @@ class ServeSettings(_Section):
     job_seconds: int = Field(
         default=1800, ge=1, le=86400, description="Longest work on one upload, seconds."
     )
+    api_key_file: str | None = Field(default=None, description="File of the operator's key.")
+    admin_api_key_file: str | None = Field(
+        default=None, description="File of the key of SGLang's administrative routes."
+    )
+    max_searches: int = Field(
+        default=64, ge=1, description="Searches that wait or run; one more is answered 503."
+    )
+    max_connections: int = Field(default=1024, ge=1, description="Connections open at once.")
+    max_body_mb: int = Field(
+        default=64, ge=1, le=4096, description="Largest request to SGLang's own routes, MiB."
+    )
+    stop_seconds: int = Field(
+        default=15, ge=0, le=3600, description="For requests to end after SIGTERM."
+    )
 
 
 class FusionSettings(_Section):

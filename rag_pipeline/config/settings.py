@@ -30,7 +30,16 @@ from rag_pipeline.config.sources import (
 from rag_pipeline.errors import RagPipelineError
 
 _PATHS = frozenset(
-    {"home", "index", "store", "fusion.store_dir", "fusion.passage_file", "serve.tenants"}
+    {
+        "home",
+        "index",
+        "store",
+        "fusion.store_dir",
+        "fusion.passage_file",
+        "serve.tenants",
+        "serve.api_key_file",
+        "serve.admin_api_key_file",
+    }
 )
 _NAMED_PATHS = "serve.indexes"
 _NAMES_OR_PATHS = frozenset({"model", "embedder"})

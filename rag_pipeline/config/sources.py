@@ -28,10 +28,17 @@ VERBOSE_VARIABLE = "RAG_PIPELINE_VERBOSE"
 """Environment variable: ``1`` lets all messages and bars of the engine through, as ``--verbose`` does."""
 
 _NOT_SETTINGS = frozenset(
-    {CONFIG_VARIABLE, VERBOSE_VARIABLE, "RAG_PIPELINE_FAULT_FILE", "RAG_PIPELINE_INTEGRITY"}
+    {
+        CONFIG_VARIABLE,
+        VERBOSE_VARIABLE,
+        "RAG_PIPELINE_API_KEY",
+        "RAG_PIPELINE_ADMIN_API_KEY",
+        "RAG_PIPELINE_FAULT_FILE",
+        "RAG_PIPELINE_INTEGRITY",
+    }
 )
-"""Variables of the prefix that are no settings: where to look, how much to say, one between our
-processes, one of tests."""
+"""Variables of the prefix that are no settings: where to look, how much to say, the server's keys, which
+nothing shows, one between our processes, one of tests."""
 
 _TEST_PREFIX = "RAG_PIPELINE_TEST_"
 

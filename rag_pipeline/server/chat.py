@@ -210,7 +210,7 @@ async def complete(service: RagService, run: ChatRun, http_request: Request) -> 
             {"index": 0, "message": message, "finish_reason": run.finish, "logprobs": None}
         ],
         "usage": run.usage(),
-        "rag": {"citations": run.citations(), **run.summary()},
+        "rag": {"citations": run.citations(), **await service.after(run.summary)},
     }
 
 
@@ -235,7 +235,7 @@ async def stream(
                 yield _event(service, run, opening, rag={"citations": run.citations()})
             if text:
                 yield _event(service, run, {"content": text})
-        yield _event(service, run, {}, finish=run.finish, rag=run.summary())
+        yield _event(service, run, {}, finish=run.finish, rag=await service.after(run.summary))
         if run.body.stream_options is not None and run.body.stream_options.include_usage:
             yield _event(service, run, None, usage=run.usage())
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,13 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from rag_pipeline.errors import EngineError, RagPipelineError
-from retrievers.errors import RetrievalError
+from rag_pipeline.errors import EngineError, ModelError, RagPipelineError
+from retrievers.errors import (
+    CorruptIndexError,
+    EmbedderMismatchError,
+    IndexBusyError,
+    RetrievalError,
+    StorageError,
+)
 
 logger = logging.getLogger(__name__)
-
-JSON_LIMIT_BYTES = 1 << 20
-"""Largest body of a route that does not say otherwise."""
 
 _SHOWN = 80
 _TYPES = {
@@ -31,12 +35,27 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A refusal with its HTTP status; the message is the one line that the client reads."""
+    """A refusal with its HTTP status; the message is the one line that the client reads.
 
-    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+    Parameters
+    ----------
+    status
+        HTTP status.
+    message
+        What was given, what is allowed, what to change.
+    param
+        The field at fault, in OpenAI's errors.
+    retry_s
+        Seconds after which it may be tried again, where that makes sense.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, retry_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.retry_s = retry_s
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -46,13 +65,19 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     return {"error": {"message": line, "type": kind, "param": param, "code": status}}
 
 
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+def error_response(
+    status: int, message: str, param: str | None = None, *, retry_s: int | None = None
+) -> JSONResponse:
     """Response of an error."""
-    return JSONResponse(error_body(status, message, param), status_code=status)
+    headers = None if retry_s is None else {"Retry-After": str(retry_s)}
+    return JSONResponse(error_body(status, message, param), status_code=status, headers=headers)
 
 
 def refusal_of(error: BaseException) -> tuple[int, str, str | None] | None:
-    """Status, line and parameter of an exception that is the client's to mend; None for a fault of ours."""
+    """Status, line and parameter to answer with; None for a fault that nobody foresaw.
+
+    What the client can mend is 4xx. What is wrong with the server is 5xx, in a line without its paths.
+    """
     if isinstance(error, ApiError):
         return error.status, str(error), error.param
     if isinstance(error, RequestValidationError):
@@ -61,9 +86,22 @@ def refusal_of(error: BaseException) -> tuple[int, str, str | None] | None:
         return error.status_code, str(error.detail), None
     if isinstance(error, EngineError):
         return int(getattr(error, "status", 503)), str(error), None
+    if isinstance(error, IndexBusyError):
+        return 503, "another process is changing the index; try again", None
+    if isinstance(error, StorageError | OSError) and not isinstance(error, EngineError):
+        return *_disk_fault(error.errno), None
+    if isinstance(error, CorruptIndexError | EmbedderMismatchError | ModelError):
+        return 503, "the index cannot be used on this server; its log has the details", None
     if isinstance(error, RagPipelineError | RetrievalError):
         return 400, str(error), None
     return None
+
+
+def _disk_fault(number: int | None) -> tuple[int, str]:
+    """Status and line for a disk that refuses: 507 where it is full, else a fault of this server."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return 507, "the disk of this server is full; nothing was changed"
+    return 500, "the disk of this server failed; its log has the details"
 
 
 def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
@@ -93,22 +131,15 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
 
 
 class RagRoute(APIRoute):
-    """A route that bounds the body, refuses foreign origins, and answers every error in one line."""
+    """A route that answers every error in one line."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler."""
         original = super().get_route_handler()
-        # An upload's limit is known only when the server is configured.
-        limit_of = getattr(self.endpoint, "body_limit", None)
 
         async def handler(request: Request) -> Response:
-            limit = limit_of() if limit_of is not None else JSON_LIMIT_BYTES
             try:
-                guard = getattr(request.app.state, "rag_guard", None)
-                if guard is not None:
-                    guard(request)
-                bounded = Request(request.scope, _bounded(request, limit))
-                return await original(bounded)
+                return await original(request)
             except ClientDisconnect:
                 return error_response(400, "the client closed the connection")
             except (RecursionError, UnicodeError):
@@ -116,42 +147,22 @@ class RagRoute(APIRoute):
                     400, "the body cannot be read: nested too deeply or not UTF-8"
                 )
             except Exception as error:
-                refusal = _too_large(error) or refusal_of(error)
+                found = _under(error)
+                refusal = refusal_of(found)
+                if refusal is None or refusal[0] >= 500:
+                    logger.error(
+                        "A fault in %s %s", request.method, request.url.path, exc_info=error
+                    )
                 if refusal is None:
-                    logger.exception("A fault in %s %s", request.method, request.url.path)
                     return error_response(500, "a fault of this server; its log has the details")
-                return error_response(*refusal)
+                return error_response(*refusal, retry_s=getattr(found, "retry_s", None))
 
         return handler
 
 
-def _too_large(error: BaseException) -> tuple[int, str, str | None] | None:
-    """Find our own 413 under the wrapping that a body parser put around it."""
+def _under(error: BaseException) -> BaseException:
+    """Find our own refusal of a body under the wrapping that a body parser put around it."""
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ApiError):
-            return seen.status, str(seen), seen.param
+    while seen is not None and not isinstance(seen, ApiError):
         seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _bounded(request: Request, limit: int) -> Callable[[], Coroutine[Any, Any, Any]]:
-    """Receive at most `limit` bytes: the header may be missing or lie."""
-    declared = request.headers.get("content-length", "")
-
-    def refuse() -> None:
-        raise ApiError(413, f"the body is larger than {limit} bytes; send less at once")
-
-    if declared.isdigit() and int(declared) > limit:
-        refuse()
-    total = 0
-
-    async def receive() -> Any:
-        nonlocal total
-        message = await request.receive()
-        total += len(message.get("body", b""))
-        if total > limit:
-            refuse()
-        return message
-
-    return receive
+    return error if seen is None else seen

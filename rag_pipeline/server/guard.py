@@ -1,60 +1,293 @@
-"""Browsers as unwitting helpers: a server without a key answers pages of its own origin only.
+"""The one way in: an ASGI middleware around the whole application, SGLang's own routes and ``/metrics`` included.
 
-SGLang's app allows every origin. A server on the loopback address is then open to any web page that its
-user visits, directly or by a name that resolves to the loopback address. A key closes that: browsers send
-none by themselves.
+In this order: is the server stopping, is the request well-formed, may a browser have been tricked into it
+(only where no key is needed), does its key open the route, is its body small enough. What the guard refuses
+reaches nothing behind it.
+
+**Protected mode.** A server without a key answers this machine and its own page only. SGLang's app allows
+every origin, with credentials; a server on the loopback address would then be open to any web page that its
+user visits, directly or by a name that resolves there. A key closes that: browsers send none by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from urllib.parse import urlsplit
+import hmac
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.server.access import ROUTES, Access, find_route
+from rag_pipeline.server.addresses import HostName, is_loopback, is_own_origin, parse_host
+from rag_pipeline.server.errors import ApiError, error_response
+from rag_pipeline.server.request_log import Exchange
+from rag_pipeline.server.tenants import Tenant, Tenants
+from rag_pipeline.sglang_plugin.http_access import admitted
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+JSON_LIMIT_BYTES = 1 << 20
+"""Largest body of one of this project's routes that does not say otherwise."""
+
+OPEN_FLAG = "--unprotected-without-key"
+
+_PAGES = frozenset(path for path in ROUTES if path.startswith("/rag"))
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine only."""
-    return host in LOOPBACK or host.startswith("127.")
-
-
-def make_guard(*, host: str, has_key: bool) -> Callable[[Request], None]:
-    """Make the check that every RAG route runs first.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardRules:
+    """What the guard holds requests to.
 
     Parameters
     ----------
     host
         Address that the server listens on.
-    has_key
-        Whether every request must carry a key.
+    tenants
+        Keys of the operator and of tenants.
+    admin_key
+        Of SGLang's administrative routes; None where the operator's key opens them.
+    open_to_network
+        Whether a server without a key answers other machines too.
+    max_body_bytes
+        Largest body of a route without a limit of its own.
+    body_limits
+        Limits by path template.
     """
 
-    def guard(request: Request) -> None:
-        if has_key:
+    host: str
+    tenants: Tenants
+    admin_key: str | None = None
+    open_to_network: bool = False
+    max_body_bytes: int = 64 << 20
+    body_limits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_exposure(self.host, self.tenants, open_to_network=self.open_to_network)
+
+
+def refuse_exposure(host: str, tenants: Tenants, *, open_to_network: bool) -> None:
+    """Refuse to serve other machines without a key.
+
+    Raises
+    ------
+    RagPipelineError
+        Unless a key is set, only this machine can reach `host`, or the caller said that it may be so.
+    """
+    if not (tenants.has_key or open_to_network or is_loopback(host)):
+        raise RagPipelineError(
+            f"--host {host} without a key lets whoever reaches this server read, add and delete all "
+            "documents; give --api-key-file (or RAG_PIPELINE_API_KEY), leave out --host to serve this "
+            f"machine only, or accept it with {OPEN_FLAG}"
+        )
+
+
+class Guard:
+    """The middleware.
+
+    Parameters
+    ----------
+    app
+        The application behind it.
+    rules
+        What is allowed.
+    """
+
+    def __init__(self, app: ASGIApp, rules: GuardRules) -> None:
+        self._app = app
+        self._rules = rules
+        self._own_names = {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.in_flight = 0
+        """Requests that were admitted and have not ended."""
+        self.stopping = False
+        """Set, no further request is admitted; :attr:`in_flight` then only falls."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
             return
-        called = request.headers.get("host", "")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != called:
+        template, access = find_route(scope)
+        exchange = Exchange(scope, template, receive, send, limit=self._limit(template))
+        try:
+            tenant = self._admit(scope, template, access)
+        except ApiError as refusal:
+            await _refuse(refusal, exchange)
+            return
+        # Read by this project's routes; without it they answer nobody.
+        scope.setdefault("state", {})["rag_tenant"] = tenant
+        exchange.tenant = tenant.name if tenant is not None else ""
+        token = admitted.set("" if tenant is None else tenant.salt)
+        self.in_flight += 1
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except ApiError as refusal:
+            # The body was too large, and nobody behind here made an answer of it.
+            if not exchange.begun:
+                await _answer(refusal, exchange)
+        finally:
+            self.in_flight -= 1
+            admitted.reset(token)
+            exchange.end()
+
+    def _limit(self, template: str) -> int:
+        other = JSON_LIMIT_BYTES if template.startswith("/v1/rag") else self._rules.max_body_bytes
+        return self._rules.body_limits.get(template, other)
+
+    def _admit(self, scope: Scope, template: str, access: Access) -> Tenant | None:
+        """Return whose request it is; None for nobody's, which an open route takes.
+
+        Raises
+        ------
+        ApiError
+            With the status of the refusal.
+        """
+        if self.stopping:
+            raise ApiError(
+                503, "the server is stopping; send it again to another, or later", retry_s=10
+            )
+        headers = _Headers(scope)
+        host = _host_of(headers)
+        if not self._rules.tenants.has_key:
+            self._refuse_strangers(scope, headers, host, template)
+        if _is_preflight(scope, headers):
+            return None
+        return self._caller(headers, access)
+
+    def _caller(self, headers: _Headers, access: Access) -> Tenant | None:
+        tenants, admin_key = self._rules.tenants, self._rules.admin_key
+        if access is Access.OPEN:
+            return None
+        if access is Access.ADMIN and admin_key is not None:
+            key = _key_of(headers)
+            if key is not None and hmac.compare_digest(key, admin_key):
+                return tenants.operator
+            raise _no_key("this route is opened by --admin-api-key")
+        if not tenants.has_key:
+            return tenants.operator
+        tenant = tenants.of(_key_of(headers))
+        if tenant is None:
+            raise _no_key("send `Authorization: Bearer KEY` with a key of this server")
+        if tenant is not tenants.operator and access is not Access.TENANT:
+            raise ApiError(403, "a tenant's key does not open this route")
+        return tenant
+
+    def _refuse_strangers(
+        self, scope: Scope, headers: _Headers, host: HostName | None, template: str
+    ) -> None:
+        """Protected mode: this machine, called by its own name, and this server's own page."""
+        if host is None:
+            raise ApiError(400, "the request has no Host header; send the name of this server")
+        origins = headers.all(b"origin")
+        if origins and not (len(origins) == 1 and is_own_origin(origins[0], host)):
             raise ApiError(
                 403,
-                f"origin {origin[:120]!r} is not this server; start it with --api-key to allow it",
+                f"origin {ascii(origins[0])[:120]} is not this server; start it with --api-key to allow it",
             )
-        name = _host_name(called)
-        if is_loopback(host) and name not in LOOPBACK and not name.startswith("127."):
+        # An image or a link of a foreign page sends no Origin; a link may lead to the page here.
+        site = headers.one(b"sec-fetch-site")
+        if site not in (None, "same-origin", "none") and template not in _PAGES:
+            raise ApiError(
+                403, "another site's page sent this; start the server with --api-key to allow it"
+            )
+        if self._rules.open_to_network:
+            # A name that anybody can register could have been given this server's address.
+            if not (host.address is not None or host.is_loopback or self._is_own_name(host.name)):
+                raise ApiError(403, _other_name(host))
+            return
+        if not host.is_loopback:
+            raise ApiError(403, _other_name(host))
+        client = scope.get("client")
+        if client is not None and client[0] and not is_loopback(client[0]):
             raise ApiError(
                 403,
-                f"host {called[:120]!r} is not this machine's own name; start the server with --api-key "
-                "to serve under another name",
+                "a server without a key answers this machine only, and a proxy says that this comes "
+                "from another; start it with --api-key",
             )
 
-    return guard
+    def _is_own_name(self, name: str) -> bool:
+        given = parse_host(self._rules.host)
+        return name in self._own_names or (given is not None and name == given.name)
 
 
-def _host_name(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0].lower()
+class _Headers:
+    """Headers of a request: as text, and never one of several."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._pairs: list[tuple[bytes, bytes]] = scope["headers"]
+
+    def all(self, name: bytes) -> list[str]:
+        return [value.decode("latin-1").strip() for key, value in self._pairs if key == name]
+
+    def one(self, name: bytes) -> str | None:
+        found = self.all(name)
+        return found[0] if found else None
+
+
+def _host_of(headers: _Headers) -> HostName | None:
+    given = headers.all(b"host")
+    if len(given) > 1:
+        raise ApiError(400, f"the request has {len(given)} Host headers; send one")
+    if not given or not given[0]:
+        return None
+    host = parse_host(given[0])
+    if host is None:
+        raise ApiError(400, f"the Host header {ascii(given[0])[:120]} is no name or address")
+    return host
+
+
+def _is_preflight(scope: Scope, headers: _Headers) -> bool:
+    """Whether a browser asks if it may; SGLang's CORS layer answers, and nothing behind it is reached."""
+    return (
+        scope.get("method") == "OPTIONS"
+        and bool(headers.all(b"origin"))
+        and bool(headers.all(b"access-control-request-method"))
+    )
+
+
+def _key_of(headers: _Headers) -> str | None:
+    """Key of the one ``Authorization: Bearer KEY`` header.
+
+    Raises
+    ------
+    ApiError
+        401 for a header that carries no key: two of them, another scheme, letters beyond ASCII.
+    """
+    given = headers.all(b"authorization")
+    if not given:
+        return None
+    scheme, _, key = given[0].partition(" ")
+    key = key.strip()
+    if len(given) > 1 or scheme.lower() != "bearer" or not key or not key.isascii():
+        raise _no_key("the Authorization header is not `Bearer KEY` with one key in ASCII")
+    return key
+
+
+def _no_key(message: str) -> ApiError:
+    return ApiError(401, message)
+
+
+def _other_name(host: HostName) -> str:
+    return (
+        f"host {host.name[:120]!r} is not this machine's own name; start the server with --api-key to "
+        "serve under another name"
+    )
+
+
+async def _refuse(refusal: ApiError, exchange: Exchange) -> None:
+    await _answer(refusal, exchange)
+    exchange.end(refused=str(refusal))
+
+
+async def _answer(refusal: ApiError, exchange: Exchange) -> None:
+    response: Response = error_response(
+        refusal.status, str(refusal), refusal.param, retry_s=refusal.retry_s
+    )
+    if refusal.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    # What the client sends behind a refusal is not read; the connection cannot be used again.
+    response.headers["Connection"] = "close"
+    if exchange.scope["type"] == "websocket":
+        await exchange.refuse_websocket(response)
+    else:
+        await response(exchange.scope, exchange.receive, exchange.send)

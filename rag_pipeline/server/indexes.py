@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.turns import Turns
 from retrievers import Embedder, Index, Manifest, RetrievalError, SearchHit
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rag_pipeline.server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 16
 """Passages embedded before a waiting query gets its turn."""
@@ -97,6 +101,7 @@ class ServedIndex:
         self._lock = threading.Lock()
         self._opened: Index | None = None
         self._seen: tuple[int, int] | None = None
+        self._fault: tuple[tuple[int, int], str] | None = None
 
     def embedder(self) -> SharedEmbedder:
         """The embedder of the index, or the one a new index will get."""
@@ -111,16 +116,37 @@ class ServedIndex:
         """The index as it is on disk now; None where the folder holds none yet.
 
         A search that has begun goes on with the generation it has; its files stay open until then.
+
+        Raises
+        ------
+        ApiError
+            503 for an index that cannot be opened. It is looked at again when its manifest changes.
         """
         with self._lock:
             mark = self._mark()
             if mark is None:
-                self._opened = self._seen = None
+                self._opened = self._seen = self._fault = None
+            elif self._fault is not None and self._fault[0] == mark:
+                raise self._unusable()
             elif mark != self._seen:
-                first = self._opened is None
-                self._opened = Index.open(self.folder, embedder=self.embedder(), verify=first)
-                self._seen = mark
+                self._open(mark)
             return self._opened
+
+    def _open(self, mark: tuple[int, int]) -> None:
+        first = self._opened is None
+        try:
+            self._opened = Index.open(self.folder, embedder=self.embedder(), verify=first)
+        except (RetrievalError, RagPipelineError, OSError) as error:
+            self._opened = self._seen = None
+            self._fault = mark, str(error)
+            logger.error("The index %r cannot be used: %s", self.name, error)
+            raise self._unusable() from error
+        self._seen, self._fault = mark, None
+
+    def _unusable(self) -> ApiError:
+        return ApiError(
+            503, f"the index {self.name!r} cannot be used on this server; its log has the details"
+        )
 
     def search(
         self, query: str, *, k: int, mode: str, where: Mapping[str, object] | None = None
@@ -154,8 +180,10 @@ class ServedIndex:
         """JSON-ready state for health; a damaged index says so instead of raising."""
         try:
             manifest = self.manifest()
-        except RetrievalError as error:
+        except (RetrievalError, OSError) as error:
             return {"ok": False, "error": str(error)}
+        if self._fault is not None:
+            return {"ok": False, "error": self._fault[1]}
         if manifest is None:
             return {"ok": True, "documents": 0, "chunks": 0, "embedder": self._embedders.default}
         return {

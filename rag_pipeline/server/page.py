@@ -31,11 +31,6 @@ HEADERS = {
 }
 
 
-def is_page_path(path: str) -> bool:
-    """Whether a path is one of the page's own files, which hold no secret and need no key."""
-    return path in FILES
-
-
 @cache
 def _content(name: str) -> tuple[bytes, str]:
     data = (files("rag_pipeline.server") / "static" / name).read_bytes()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, BinaryIO, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -33,8 +33,6 @@ from rag_pipeline.server.schemas import (
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.tenants import Tenant
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": "One line that says what to change."}
     for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503)
@@ -45,16 +43,6 @@ _TEXTS_LIMIT = 4 << 20
 """Texts in JSON are decoded in this process; files are not."""
 
 IndexQuery = Annotated[IndexName | None, Query(description="Name of an index of this key.")]
-
-
-def body_limit(limit: Callable[[], int]) -> Callable[[F], F]:
-    """Give an endpoint another limit than that of JSON bodies."""
-
-    def mark(endpoint: F) -> F:
-        endpoint.body_limit = limit  # type: ignore[attr-defined]
-        return endpoint
-
-    return mark
 
 
 def make_router(service: RagService) -> APIRouter:
@@ -68,7 +56,8 @@ def make_router(service: RagService) -> APIRouter:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer from the indexed documents; OpenAI's schema with `rag` beside it."""
-        run = await service.in_thread(chat.prepare, service, service.tenant(request), body)
+        tenant = service.tenant(request)
+        run = await service.in_thread(tenant, chat.prepare, service, tenant, body)
         if not body.stream:
             return JSONResponse(await chat.complete(service, run, request))
         events = chat.stream(service, run, request)
@@ -95,7 +84,8 @@ def make_router(service: RagService) -> APIRouter:
     @router.post("/search", response_model=SearchAnswer)
     async def search(body: SearchRequest, request: Request) -> Response:
         """Search without an answer."""
-        index = service.indexes.get(service.tenant(request), body.index)
+        tenant = service.tenant(request)
+        index = service.indexes.get(tenant, body.index)
         mode = body.search or service.settings.search
 
         def find() -> list[dict[str, Any]]:
@@ -103,13 +93,12 @@ def make_router(service: RagService) -> APIRouter:
             hits = index.search(body.query, k=k, mode=mode, where=body.where)
             return [chat.citation(n, hit, with_text=True) for n, hit in enumerate(hits, start=1)]
 
-        data = await service.in_thread(find)
+        data = await service.in_thread(tenant, find)
         return JSONResponse({"object": "list", "index": index.name, "data": data})
 
     @router.post(
         "/documents", response_model=JobAnswer, status_code=202, openapi_extra=_upload_body()
     )
-    @body_limit(lambda: service.settings.max_upload_bytes)
     async def add_documents(request: Request) -> Response:
         """Upload files (multipart, field `file`) or texts (JSON); ingested in the background."""
         tenant = service.tenant(request)
@@ -127,7 +116,9 @@ def make_router(service: RagService) -> APIRouter:
         """List the documents of an index, and this key's uploads to it."""
         tenant = service.tenant(request)
         served = service.indexes.get(tenant, index)
-        total, page = await service.in_thread(lambda: served.documents(offset=offset, limit=limit))
+        total, page = await service.in_thread(
+            tenant, lambda: served.documents(offset=offset, limit=limit)
+        )
         jobs = [job.to_json() for job in service.jobs.of(tenant.name, served.name)]
         data = [{"id": name, "chunks": chunks} for name, chunks in page]
         return JSONResponse(
@@ -174,7 +165,7 @@ def make_router(service: RagService) -> APIRouter:
     )
     async def health(request: Request) -> Response:
         """Whether the plugin is active and fusion on; what indexes and cache hold."""
-        report = await service.health(service.tenant(request))
+        report = await service.health.report(service.tenant(request))
         return JSONResponse(report, status_code=200 if report["activation"]["active"] else 503)
 
     return router

@@ -5,19 +5,27 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.erasure import default_stores, make_eraser
 from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
-from rag_pipeline.server.guard import make_guard
+from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.guard import Guard, GuardRules
+from rag_pipeline.server.health import Health
 from rag_pipeline.server.indexes import EmbedderPool, IndexTable, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
-from rag_pipeline.server.page import is_page_path, make_page_router
+from rag_pipeline.server.page import make_page_router
+from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
-from rag_pipeline.sglang_plugin.http_access import AccessRules
-from rag_pipeline.sglang_plugin.http_server import ServerFacts, run_http_server
+from rag_pipeline.sglang_plugin.http_server import (
+    HttpLimits,
+    ServerFacts,
+    ServerKeys,
+    run_http_server,
+)
 from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 from retrievers import RetrievalError, finish_removals
 
@@ -34,6 +42,7 @@ def serve(
     tenants: Tenants,
     words: Sequence[str],
     *,
+    keys: ServerKeys,
     on_ready: Callable[[ServerFacts], None],
     model_gate: Callable[[str], dict[str, Any]] | None = None,
 ) -> None:
@@ -47,6 +56,8 @@ def serve(
         Who may use which index.
     words
         SGLang's flags.
+    keys
+        Of the operator and of the administrator.
     on_ready
         Called when requests can be answered.
     model_gate
@@ -70,26 +81,34 @@ def serve(
         builder.forget_texts()
         for index in served:
             if index.folder == removal.old.parent:
-                index.current()  # lets go of the files of the state before
+                with suppress(ApiError):
+                    index.current()  # lets go of the files of the state before
 
     for index in served:
         _finish_removals(index, erase)
-        index.current()  # a damaged index is refused now, not at the first question
+    _open_indexes(tenants, indexes)
 
     jobs = IngestJobs(settings, erase=erase)
 
-    def attach(app: Any, engine: ServedEngine, facts: ServerFacts) -> None:
+    def attach(app: Any, engine: ServedEngine, facts: ServerFacts) -> Guard:
         service = RagService(
             settings=settings,
             engine=engine,
             builder=builder,
-            tenants=tenants,
+            num_tenants=len(tenants),
             indexes=indexes,
             jobs=jobs,
             model_name=facts.model_name,
-            model_gate=model_gate,
+            health=Health(
+                engine=engine,
+                settings=settings,
+                tenants=tenants,
+                indexes=indexes,
+                model_name=facts.model_name,
+                prompt_date=builder.tokenizer.date_policy,
+                model_gate=model_gate,
+            ),
         )
-        app.state.rag_guard = make_guard(host=facts.host, has_key=facts.has_api_key)
         app.include_router(make_router(service))
         app.include_router(make_page_router())
         jobs.resume(
@@ -101,10 +120,22 @@ def serve(
         )
         # The embedder's weights load while the engine starts.
         threading.Thread(target=_warm, args=(embedders,), name="warm-embedder", daemon=True).start()
+        rules = GuardRules(
+            host=facts.host,
+            tenants=tenants,
+            admin_key=keys.admin_api_key,
+            open_to_network=settings.open_to_network,
+            max_body_bytes=settings.max_body_bytes,
+            body_limits={"/v1/rag/documents": settings.max_upload_bytes},
+        )
+        return Guard(app, rules)
 
-    rules = AccessRules(is_public=is_page_path, accepts=tenants.accepts, salt_of=tenants.salt_of)
+    log_requests()
+    limits = HttpLimits(max_connections=settings.max_connections, stop_s=settings.stop_seconds)
     try:
-        run_http_server(settings.model, words, attach=attach, rules=rules, on_ready=on_ready)
+        run_http_server(
+            settings.model, words, attach=attach, keys=keys, limits=limits, on_ready=on_ready
+        )
     finally:
         jobs.close()
 
@@ -116,6 +147,17 @@ def _finish_removals(index: ServedIndex, erase: Erase) -> None:
             finish_removals(index.folder, erase=erase)
     except RetrievalError as error:
         logger.warning("Index %r: %s", index.name, error)
+
+
+def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
+    """Find a damaged index now, not at the first question; with tenants it stops its owner only."""
+    for tenant in tenants.all():
+        for index in indexes.of(tenant).values():
+            try:
+                index.current()
+            except ApiError as refusal:
+                if not len(tenants):
+                    raise RetrievalError(index.status()["error"]) from refusal
 
 
 def _warm(embedders: EmbedderPool) -> None:

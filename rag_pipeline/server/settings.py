@@ -38,6 +38,16 @@ class ServerSettings:
         Out of one upload.
     job_seconds
         For the whole of one upload, from the moment it is its turn.
+    open_to_network
+        Answer other machines without a key.
+    max_body_bytes
+        Of one request to SGLang's own routes.
+    max_searches
+        Searches, questions' included, that wait or run; a tenant has half of it.
+    max_connections
+        Open at once.
+    stop_seconds
+        That requests have to end after SIGTERM.
     """
 
     model: Path
@@ -55,6 +65,11 @@ class ServerSettings:
     max_documents: int = 50_000
     max_chunks: int = 50_000
     job_seconds: int = 1800
+    open_to_network: bool = False
+    max_body_bytes: int = 64 << 20
+    max_searches: int = 64
+    max_connections: int = 1024
+    stop_seconds: int = 15
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -73,6 +88,9 @@ class ServerSettings:
             "max_chunks",
             "parse_seconds",
             "job_seconds",
+            "max_body_bytes",
+            "max_searches",
+            "max_connections",
         ):
             if getattr(self, name) < 1:
                 raise RagPipelineError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,7 +1,7 @@
 """Tenants: who a key belongs to, which indexes it sees, and the cache namespace of its requests.
 
-The operator's own key is SGLang's ``--api-key``; without tenants everybody is the operator. A tenants
-file adds keys, each with indexes of its own::
+The operator's own key is ``--api-key``; without any key everybody is the operator. A tenants file adds
+keys, each with indexes of its own::
 
     {"acme": {"api_key": "...", "index": "indexes/acme"},
      "globex": {"api_key_sha256": "...", "index": {"law": "indexes/law", "news": "indexes/news"}}}
@@ -18,28 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.server.keys import EVERYBODYS_DIGESTS, MIN_KEY, check_key, digest_of
 
 OPERATOR = "operator"
 """Name of whoever holds SGLang's own key, or of everybody where there is none."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MIN_KEY = 16
-
-# What a tenant's key opens: serving, and nothing that changes or shows the server.
-_OPEN_PREFIXES = ("/v1/rag/", "/v1/models/")
-_OPEN_PATHS = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-        "/v1/tokenize",
-        "/v1/detokenize",
-        "/generate",
-        "/model_info",
-        "/get_model_info",
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,42 +55,65 @@ class Tenants:
         Indexes of the operator.
     by_key
         SHA-256 (hex) of a key, and its tenant.
+    operator_key
+        The operator's key; None where nobody needs one.
+
+    Raises
+    ------
+    RagPipelineError
+        Tenants without an operator's key, or with the operator's own.
     """
 
     def __init__(
-        self, operator_indexes: Mapping[str, Path], by_key: Mapping[str, Tenant] | None = None
+        self,
+        operator_indexes: Mapping[str, Path],
+        by_key: Mapping[str, Tenant] | None = None,
+        *,
+        operator_key: str | None = None,
     ) -> None:
         self.operator = Tenant(name=OPERATOR, salt="", indexes=dict(operator_indexes))
         self._by_key = dict(by_key or {})
+        self._operator_key = None if operator_key is None else digest_of(operator_key)
+        if self._by_key and self._operator_key is None:
+            raise RagPipelineError(
+                "--tenants without --api-key would leave the operator's side open; give --api-key too"
+            )
+        if self._operator_key in self._by_key:
+            name = self._by_key[self._operator_key].name
+            raise RagPipelineError(f"--api-key is also the key of tenant {name}; take another")
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether a request needs a key."""
+        return self._operator_key is not None
 
     def all(self) -> list[Tenant]:
         """The operator and every tenant."""
         return [self.operator, *self._by_key.values()]
 
-    def of(self, token: str | None) -> Tenant:
-        """Tenant of a key that SGLang's own check has let through."""
-        return self._find(token) or self.operator
-
-    def accepts(self, token: str, path: str) -> bool:
-        """Whether a tenant's key opens a path."""
-        allowed = path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
-        return allowed and self._find(token) is not None
-
-    def salt_of(self, token: str | None) -> str:
-        """Cache namespace of a key."""
-        return self.of(token).salt
-
-    def _find(self, token: str | None) -> Tenant | None:
-        if token is None or not self._by_key:
+    def of(self, key: str | None) -> Tenant | None:
+        """Whose key it is, None for nobody's; without an operator's key everybody is the operator."""
+        if self._operator_key is None:
+            return self.operator
+        if key is None:
             return None
-        # Looked up by digest, so the time taken says nothing about a key.
-        return self._by_key.get(_digest(token))
+        digest = digest_of(key)
+        if digest == self._operator_key:
+            return self.operator
+        # The file may hold a digest only: how long its key is, is seen here.
+        return self._by_key.get(digest) if len(key) >= MIN_KEY else None
 
     @classmethod
-    def load(cls, operator_indexes: Mapping[str, Path], path: Path | None) -> Tenants:
+    def load(
+        cls,
+        operator_indexes: Mapping[str, Path],
+        path: Path | None,
+        *,
+        operator_key: str | None = None,
+    ) -> Tenants:
         """Read a tenants file.
 
         Raises
@@ -114,9 +122,9 @@ class Tenants:
             One line for anything that is missing, unknown or given twice.
         """
         if path is None:
-            return cls(operator_indexes)
+            return cls(operator_indexes, operator_key=operator_key)
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
         except (OSError, ValueError) as error:
             raise RagPipelineError(f"--tenants {path} cannot be read as JSON ({error})") from error
         if not isinstance(given, dict) or not given:
@@ -127,8 +135,9 @@ class Tenants:
             if digest in by_key:
                 raise RagPipelineError(f"--tenants {path}: {name} has the key of another tenant")
             by_key[digest] = tenant
-        _refuse_shared_folders(path, [cls(operator_indexes).operator, *by_key.values()])
-        return cls(operator_indexes, by_key)
+        tenants = cls(operator_indexes, by_key, operator_key=operator_key)
+        _refuse_shared_folders(path, tenants.all())
+        return tenants
 
 
 def parse_indexes(given: Iterable[str]) -> dict[str, Path]:
@@ -168,11 +177,16 @@ def _read_tenant(path: Path, name: str, fields: Any) -> tuple[str, Tenant]:
     if (key is None) == (digest is None):
         raise RagPipelineError(f"{where} needs one of api_key and api_key_sha256")
     if key is not None:
-        if not isinstance(key, str) or len(key) < _MIN_KEY or not key.isascii() or " " in key:
-            raise RagPipelineError(f"{where}: api_key needs {_MIN_KEY} or more ASCII characters")
-        digest = _digest(key)
+        if not isinstance(key, str) or len(check_key(key, f"{where}: api_key")) < MIN_KEY:
+            raise RagPipelineError(f"{where}: api_key needs {MIN_KEY} or more ASCII characters")
+        digest = digest_of(key)
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         raise RagPipelineError(f"{where}: api_key_sha256 must be 64 hexadecimal digits")
+    if digest in EVERYBODYS_DIGESTS:
+        raise RagPipelineError(
+            f"{where}: api_key_sha256 is the digest of a word that everybody knows; take a random key "
+            f"of {MIN_KEY} or more characters"
+        )
     index = fields.get("index")
     words = [index] if isinstance(index, str) else None
     if isinstance(index, dict):
@@ -197,12 +211,17 @@ def _refuse_shared_folders(path: Path, tenants: list[Tenant]) -> None:
                 )
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that stands twice in one object: JSON's readers would drop the first silently."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands twice")
+    return dict(pairs)
+
+
 def _check_name(where: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise RagPipelineError(
             f"{where}: {name!r} is not a name; use lower-case letters, digits, - and _ (at most 64)"
         )
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

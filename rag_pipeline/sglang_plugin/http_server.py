@@ -12,16 +12,24 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rag_pipeline.errors import EngineError
+from rag_pipeline.errors import EngineError, RagPipelineError
 from rag_pipeline.sglang_plugin import launch_hooks, startup
-from rag_pipeline.sglang_plugin.http_access import AccessRules
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
+from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
+from rag_pipeline.sglang_plugin.http_stop import GracefulStop, handle_sigterm
 from rag_pipeline.sglang_plugin.served_engine import ServedEngine, activation_in
 
-__all__ = ["ServerFacts", "run_http_server"]
+__all__ = ["HttpLimits", "ServerFacts", "ServerKeys", "run_http_server"]
+
+MAX_QUEUED_REQUESTS = 128
+"""``--max-queued-requests`` where the caller says nothing; SGLang's own queue has no end."""
+
+_CONFIG = "uvicorn.config.Config.__init__"
+_SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +38,24 @@ class ServerFacts:
 
     host: str
     port: int
-    has_api_key: bool
     model_name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerKeys:
+    """SGLang's two keys; None for one that is not wanted."""
+
+    api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
 
 
 def run_http_server(
     model_path: Path,
     words: Sequence[str],
     *,
-    attach: Callable[[Any, ServedEngine, ServerFacts], None],
-    rules: AccessRules,
+    attach: Callable[[Any, ServedEngine, ServerFacts], Any],
+    keys: ServerKeys,
+    limits: HttpLimits,
     on_ready: Callable[[ServerFacts], None],
 ) -> None:
     """Serve until told to stop.
@@ -51,9 +67,12 @@ def run_http_server(
     words
         Further flags, as ``sglang serve`` takes them; they win over the CPU defaults.
     attach
-        Called with SGLang's FastAPI app before it listens, to add routes.
-    rules
-        Keys and namespaces.
+        Called with SGLang's FastAPI app before anything starts, to add routes. What it returns is served:
+        the guard around that app, with a :class:`.http_stop.Door`'s attributes.
+    keys
+        Not among the words, which SGLang shows.
+    limits
+        Of connections, and of the time that a header, a body and a stop may take.
     on_ready
         Called when the engine has answered its warm-up and the plugin has proved to be active.
 
@@ -66,9 +85,9 @@ def run_http_server(
     with startup._fault_file() as fault_file:
         fast = startup.prepare()
         try:
-            server_args = _parse(model_path, words)
-            _launch(server_args, fast=fast, attach=attach, rules=rules, on_ready=on_ready)
-        except EngineError:
+            server_args = _parse(model_path, words, keys)
+            _launch(server_args, fast=fast, attach=attach, limits=limits, on_ready=on_ready)
+        except RagPipelineError:
             raise
         except (Exception, SystemExit) as error:
             raise EngineError(startup._reason(fault_file, error, str(model_path))) from error
@@ -76,7 +95,7 @@ def run_http_server(
             _end_children()
 
 
-def _parse(model_path: Path, words: Sequence[str]) -> Any:
+def _parse(model_path: Path, words: Sequence[str], keys: ServerKeys) -> Any:
     import sglang.srt.plugins
     from sglang.srt.server_args import prepare_server_args
 
@@ -98,6 +117,19 @@ def _parse(model_path: Path, words: Sequence[str]) -> Any:
         raise EngineError(
             "gRPC and encoder-only servers have no HTTP routes; leave out that flag, or use `sglang serve`"
         )
+    if server_args.grpc_port is not None or os.environ.get("SGLANG_RUST_SERVER", "0") not in (
+        "",
+        "0",
+    ):
+        raise EngineError(
+            "--grpc-port and SGLANG_RUST_SERVER open a way in that no key guards; leave them out, or use "
+            "`sglang serve`"
+        )
+    for name in ("api_key", "admin_api_key"):
+        if getattr(server_args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise EngineError(f"{flag} must be written in full, so that it is seen here")
+        setattr(server_args, name, getattr(keys, name))
     startup._check_port({"host": server_args.host, "port": server_args.port})
     return server_args
 
@@ -113,7 +145,7 @@ def _default_words(words: Sequence[str]) -> list[str]:
 
 def _missing_defaults(words: Sequence[str]) -> dict[str, Any]:
     given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
-    defaults = startup.cpu_defaults({})
+    defaults = {"max_queued_requests": MAX_QUEUED_REQUESTS} | startup.cpu_defaults({})
     return {k: v for k, v in defaults.items() if f"--{k.replace('_', '-')}" not in given}
 
 
@@ -136,24 +168,22 @@ def _launch(
     server_args: Any,
     *,
     fast: bool,
-    attach: Callable[[Any, ServedEngine, ServerFacts], None],
-    rules: AccessRules,
+    attach: Callable[[Any, ServedEngine, ServerFacts], Any],
+    limits: HttpLimits,
     on_ready: Callable[[ServerFacts], None],
 ) -> None:
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import Engine
 
-    from rag_pipeline.sglang_plugin import http_access, plugin_is_off
+    from rag_pipeline.sglang_plugin import plugin_is_off
 
-    http_access.register(rules)
     engine = ServedEngine(incremental=bool(server_args.incremental_streaming_output))
     facts = ServerFacts(
         host=str(server_args.host),
         port=int(server_args.port),
-        has_api_key=bool(server_args.api_key),
         model_name=str(server_args.served_model_name or Path(server_args.model_path).name),
     )
-    attach(http_server.app, engine, facts)
+    _register(http_server.app, attach(http_server.app, engine, facts), limits)
 
     def ready() -> None:
         if not plugin_is_off() and startup._plugin_allowed():
@@ -171,6 +201,55 @@ def _launch(
             ),
             launch_callback=ready,
         )
+
+
+def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
+    """Hook what SGLang does with the app, its keys and SIGTERM; a hook that is not there is no server."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from rag_pipeline.sglang_plugin import http_access
+
+    rows = http_access.register()
+    rows += [
+        HookTarget(
+            path=_CONFIG,
+            kind="before",
+            why="the guard is around the whole app, and SGLang passes uvicorn no limits",
+            params=("app", "http", "timeout_graceful_shutdown"),
+        ),
+        HookTarget(
+            path=_SIGTERM,
+            kind="around",
+            why="SGLang drains without a limit and goes on accepting",
+        ),
+    ]
+    add_targets(rows)
+    verify_targets(rows)
+
+    def configure(config: Any, served: Any, *args: Any, **options: Any) -> Any:
+        if served is not app:
+            return None
+        options |= {
+            "http": limited_protocol(limits),
+            "timeout_graceful_shutdown": int(limits.stop_s),
+        }
+        return (config, guard, *args), options
+
+    stop = GracefulStop(guard, limit_s=limits.stop_s, last_resort=_end_now)
+    HookRegistry.register(_CONFIG, configure, HookType.BEFORE)
+    HookRegistry.register(_SIGTERM, handle_sigterm(stop), HookType.AROUND)
+    HookRegistry.apply_hooks()
+    missing = [row.path for row in rows if row.path not in HookRegistry._patched]
+    if missing:
+        raise EngineError(f"SGLang did not take the hook on {', '.join(missing)}; its log says why")
+
+
+def _end_now() -> None:
+    """End this process when its shutdown hangs."""
+    try:
+        _end_children()
+    finally:
+        os._exit(1)
 
 
 def _verify(engine: ServedEngine) -> None:

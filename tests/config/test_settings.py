@@ -31,6 +31,8 @@ NOT_SETTINGS = {
     "json_output", "paths", "question", "help", "path",
     # NAME:RATIO in ask.policy says it; a ratio alone could not be taken back by `--policy prefix`.
     "ratio",
+    # A settings file is shown and shared; a key is not, and the risk of none is taken on each start anew.
+    "api_key", "admin_api_key", "unprotected",
 }  # fmt: skip
 """Options that say what one run is about, and are no defaults of a user or a project."""
 

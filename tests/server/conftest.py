@@ -1,4 +1,4 @@
-"""One real server for the whole folder: SGLang with the plugin, a tiny random model, three tenants."""
+"""One real server for the whole folder: SGLang with the plugin, a tiny random model, and tenants, one with a damaged index."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 OPERATOR_KEY = "operator-key-0123456789"
 ACME_KEY = "acme-key-0123456789abcdef"
 GLOBEX_KEY = "globex-key-0123456789abcdef"
+BROKEN_KEY = "broken-key-0123456789abcdef"
 
 # Sentences that only one tenant has; they must never be seen by another.
 ACME_SECRET = "The purple walrus guards vault seventeen under the old lighthouse of Brenmark."
@@ -128,7 +129,11 @@ def rag_server(
     make_index(folder / "topics", topic_texts("with", "lambda", "while", "import"))
     make_index(folder / "acme", {"vaults": ACME_SECRET, **topic_texts("pass")})
     make_index(folder / "globex", {"turbines": GLOBEX_SECRET})
+    make_index(folder / "broken", topic_texts("del"))
+    damaged = next((folder / "broken").rglob("*.faiss"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     tenants = {
+        "broken": {"api_key": BROKEN_KEY, "index": {"hurt": str(folder / "broken")}},
         "acme": {"api_key": ACME_KEY, "index": str(folder / "acme")},
         "globex": {
             "api_key": GLOBEX_KEY,
@@ -152,5 +157,10 @@ def rag_server(
         return "Ready:" in log.read_text(errors="replace")
 
     with serving(words, log, ready=ready, RAG_PIPELINE_INTEGRITY="on") as (url, pid):
-        keys = {"operator": OPERATOR_KEY, "acme": ACME_KEY, "globex": GLOBEX_KEY}
+        keys = {
+            "operator": OPERATOR_KEY,
+            "acme": ACME_KEY,
+            "globex": GLOBEX_KEY,
+            "broken": BROKEN_KEY,
+        }
         yield Server(url=url, pid=pid, folder=folder, log=log, keys=keys)

@@ -164,6 +164,7 @@ def test_a_closed_connection_ends_the_request(rag_server: Any) -> None:
             next(answer.iter_lines())
         # 1,200 tokens would take far longer than it takes to come to rest.
         rag_server.wait_idle()
+    with rag_server.client("acme") as client:
         assert client.get("/v1/rag/health").json()["status"] == "ok"
 
 
@@ -182,7 +183,8 @@ def test_health_tells_activation_gate_index_and_cache(rag_server: Any) -> None:
         answer = client.get("/v1/rag/health")
     assert answer.status_code == 200
     health = answer.json()
-    assert health["status"] == "ok", health["problems"]
+    # The operator is told of a tenant's damaged index, and of nothing else.
+    assert all(line.startswith("tenant broken, index hurt") for line in health["problems"])
     assert health["activation"]["active"]
     assert health["activation"]["unapplied"] == []
     assert health["gate"]["on"]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.testclient import TestClient
 
 from rag_pipeline.cli import main
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import refusal_of
-from rag_pipeline.server.guard import is_loopback, make_guard
+from rag_pipeline.server.keys import EVERYBODYS_DIGESTS, digest_of, read_key
 from rag_pipeline.server.schemas import ChatRequest, Message
 from rag_pipeline.server.segments import segments_of
 from rag_pipeline.server.tenants import Tenants, parse_indexes
@@ -32,7 +32,7 @@ KEY = "a-key-of-enough-letters"
 def load(tmp_path: Path, content: Any) -> Tenants:
     path = tmp_path / "tenants.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return Tenants.load({"main": tmp_path / "main"}, path)
+    return Tenants.load({"main": tmp_path / "main"}, path, operator_key="operators-own-key")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,13 @@ def load(tmp_path: Path, content: Any) -> Tenants:
         ({"acme": {"index": "x"}}, "needs one of api_key"),
         ({"acme": {"api_key": KEY, "api_key_sha256": "0" * 64, "index": "x"}}, "needs one of"),
         ({"acme": {"api_key_sha256": "zz", "index": "x"}}, "64 hexadecimal"),
+        ({"acme": {"api_key": "", "index": "x"}}, "is empty"),
+        ({"acme": {"api_key": " " * 20, "index": "x"}}, "is empty"),
+        ({"acme": {"api_key": "é" * 20, "index": "x"}}, "beyond ASCII"),
+        ({"acme": {"api_key_sha256": digest_of(""), "index": "x"}}, "everybody knows"),
+        ({"acme": {"api_key_sha256": digest_of("test"), "index": "x"}}, "everybody knows"),
+        ({"acme": {"api_key": "operators-own-key", "index": "x"}}, "is also the key of tenant acme"),
+        ('{"acme": {}, "acme": {}}', "'acme' stands twice"),
         ({"acme": {"api_key": KEY}}, "index must be a folder"),
         ({"acme": {"api_key": KEY, "index": "x", "salt": "y"}}, "unknown fields salt"),
         ({"a": {"api_key": KEY, "index": "x"}, "b": {"api_key": KEY, "index": "y"}}, "key of another"),
@@ -63,23 +70,84 @@ def test_a_tenant_shares_no_index_and_no_namespace_with_the_operator(tmp_path: P
     with pytest.raises(RagPipelineError, match="operator and acme share the index"):
         load(tmp_path, {"acme": {"api_key": KEY, "index": str(tmp_path / "main")}})
     tenants = load(tmp_path, {"acme": {"api_key": KEY, "index": "x"}})
-    assert tenants.of(KEY).name == "acme"
-    assert tenants.of("another key") is tenants.operator
-    assert tenants.salt_of(None) == ""
-    assert tenants.salt_of(KEY).startswith("tenant-")
+    acme = tenants.of(KEY)
+    assert acme is not None
+    assert acme.name == "acme"
+    assert acme.salt.startswith("tenant-")
+    assert tenants.of("operators-own-key") is tenants.operator
+    # Whoever brings no key, or another, is nobody: not the operator.
+    assert tenants.of("another key") is tenants.of(None) is tenants.of("") is None
+    assert Tenants({}).of(None).name == "operator"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/flush_cache", "/server_info", "/v1/ragged", "/abort_request", "/update_weights_from_disk", "/v1/rag",
-     "/v1/chat/completions/..", "/start_profile", "/generate/", "/openapi.json"],
-)  # fmt: skip
-def test_a_tenants_key_opens_serving_routes_only(tmp_path: Path, path: str) -> None:
-    tenants = load(tmp_path, {"acme": {"api_key": KEY, "index": "x"}})
-    assert not tenants.accepts(KEY, path)
-    assert tenants.accepts(KEY, "/v1/chat/completions")
-    assert tenants.accepts(KEY, "/v1/rag/search")
-    assert not tenants.accepts("wrong", "/v1/rag/search")
+def test_a_digest_of_a_short_key_opens_nothing(tmp_path: Path) -> None:
+    """How long the key behind a digest is, is only seen when somebody brings it."""
+    hashed = {"a": {"api_key_sha256": digest_of("short"), "index": "x"},
+              "b": {"api_key_sha256": digest_of(KEY), "index": "y"}}  # fmt: skip
+    tenants = load(tmp_path, hashed)
+    assert tenants.of("short") is None
+    assert tenants.of(KEY).name == "b"  # type: ignore[union-attr]
+
+
+def test_the_documented_digest_is_of_no_word() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text("utf-8")
+    shown = set(re.findall(r"[0-9a-f]{64}", text))
+    assert shown
+    assert not shown & EVERYBODYS_DIGESTS
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t", "é", "two words"])
+def test_a_key_that_is_none_is_an_error_wherever_it_comes_from(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(key)
+    for name in ("api-key", "admin-api-key"):
+        variable = f"RAG_PIPELINE_{name.upper().replace('-', '_')}"
+        for words, environment in (
+            ([f"--{name}", key], {}),
+            ([f"--{name}={key}"], {}),
+            ([f"--{name}-file", str(file)], {}),
+            ([], {variable: key}),
+        ):
+            with monkeypatch.context() as patch:
+                for given, value in environment.items():
+                    patch.setenv(given, value)
+                assert main(["serve", "--index", "/x", *words]) == 1
+                said = capsys.readouterr().err.strip().splitlines()
+                assert said[-1].startswith("error: ")
+                assert f"--{name}" in said[-1] or variable in said[-1]
+
+
+def test_an_empty_name_of_a_key_file_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--index", "/x", "--api-key-file", ""]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    monkeypatch.setenv("RAG_PIPELINE_SERVE_API_KEY_FILE", "")
+    assert main(["serve", "--index", "/x"]) == 1
+    assert "RAG_PIPELINE_SERVE_API_KEY_FILE is empty" in capsys.readouterr().err
+
+
+def test_keys_come_from_one_place_and_leave_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(**given: Any) -> str | None:
+        return read_key(
+            **{"flag": "--api-key", "given": None, "file": None, "variable": "SOME_KEY"} | given
+        )
+
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert read() is None
+    assert read(given=KEY) == read(file=tmp_path / "key") == KEY
+    monkeypatch.setenv("SOME_KEY", KEY)
+    assert read() == KEY
+    assert "SOME_KEY" not in os.environ
+    with pytest.raises(RagPipelineError, match="both give a key"):
+        read(given=KEY, file=tmp_path / "key")
+    (tmp_path / "key").write_text(f"{KEY}\nsecond\n")
+    with pytest.raises(RagPipelineError, match="one key"):
+        read(file=tmp_path / "key")
 
 
 def test_index_options() -> None:
@@ -273,33 +341,6 @@ def test_what_would_change_the_answer_is_refused_in_one_line(
     assert "\n" not in refusal[1]
 
 
-def test_the_guard_keeps_foreign_pages_out_of_a_server_without_a_key() -> None:
-    app = FastAPI()
-    from rag_pipeline.server.errors import RagRoute
-
-    app.router.route_class = RagRoute
-
-    @app.get("/x")
-    async def answer() -> dict[str, int]:
-        return {"ok": 1}
-
-    with TestClient(app, base_url="http://127.0.0.1:30000") as client:
-        app.state.rag_guard = make_guard(host="127.0.0.1", has_key=False)
-        assert client.get("/x").status_code == 200
-        assert client.get("/x", headers={"Origin": "http://127.0.0.1:30000"}).status_code == 200
-        foreign = client.get("/x", headers={"Origin": "https://evil.example"})
-        assert foreign.status_code == 403
-        assert "--api-key" in foreign.json()["error"]["message"]
-        assert client.get("/x", headers={"Origin": "null"}).status_code == 403
-        assert client.get("/x", headers={"Host": "rebound.example"}).status_code == 403
-        app.state.rag_guard = make_guard(host="0.0.0.0", has_key=False)
-        assert client.get("/x", headers={"Host": "box.example"}).status_code == 200
-        app.state.rag_guard = make_guard(host="127.0.0.1", has_key=True)
-        assert client.get("/x", headers={"Origin": "https://app.example"}).status_code == 200
-    assert is_loopback("127.0.0.2")
-    assert not is_loopback("0.0.0.0")
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -311,6 +352,8 @@ def test_the_guard_keeps_foreign_pages_out_of_a_server_without_a_key() -> None:
         (["serve", "--index", "/x", "--model-path", "/y"], "--model-path is not taken here; use --model"),
         (["serve", "--index", "/x", "--port", "0"], "Invalid value for '--port'"),
         (["serve", "--index", "/x", "stray"], "'stray' is not a flag"),
+        (["serve", "--index", "/x", "--host", "0.0.0.0"], "accept it with --unprotected-without-key"),
+        (["serve", "--index", "/x", "--host", "127.evil.example"], "--unprotected-without-key"),
     ],
 )  # fmt: skip
 def test_serve_refuses_in_one_line_before_anything_starts(

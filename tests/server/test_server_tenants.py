@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+
+from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 
 pytestmark = pytest.mark.engine
 
@@ -80,10 +84,69 @@ def test_tenants_share_no_kv_whatever_salt_they_send(rag_server: Any) -> None:
     from rag_pipeline.server import Tenants
 
     tenants = Tenants.load(
-        {"topics": rag_server.folder / "topics"}, rag_server.folder / "tenants.json"
+        {"topics": rag_server.folder / "topics"},
+        rag_server.folder / "tenants.json",
+        operator_key=rag_server.keys["operator"],
     )
     assert cached("operator", "another") == 0
-    assert cached("globex", tenants.salt_of(rag_server.keys["acme"])) == 0
+    acme = tenants.of(rag_server.keys["acme"])
+    assert acme is not None
+    assert cached("globex", acme.salt) == 0
+
+
+def test_a_damaged_index_stops_its_tenant_only(rag_server: Any) -> None:
+    refused = rag_server.post(FIND, {"query": "x"}, "broken")
+    assert refused.status_code == 503
+    assert rag_server.is_one_line(refused)
+    assert "'hurt' cannot be used" in refused.json()["error"]["message"]
+    assert str(rag_server.folder) not in refused.text
+    assert rag_server.post(FIND, {"query": "vault"}, "acme").status_code == 200
+    health = {
+        tenant: rag_server.client(tenant).get("/v1/rag/health").json()
+        for tenant in ("operator", "acme", "broken")
+    }
+    assert [health[tenant]["status"] for tenant in health] == ["degraded", "ok", "degraded"]
+    assert any("tenant broken, index hurt" in line for line in health["operator"]["problems"])
+    assert not health["broken"]["index"]["hurt"]["ok"]
+
+
+def test_no_figure_of_the_whole_server_reaches_a_tenant(rag_server: Any) -> None:
+    with rag_server.client() as operator, rag_server.client("acme") as acme:
+        assert operator.get("/v1/rag/health").json()["cache"]["store"]
+        seen = acme.get("/v1/rag/health").json()
+        assert seen["cache"] == {}
+        assert list(seen["index"]) == ["acme"]
+        for path in ("/metrics", "/server_info", "/v1/loads", "/openapi.json"):
+            assert acme.get(path).status_code == 403
+    with rag_server.client(None) as nobody:
+        assert nobody.get("/metrics").status_code == 401
+        assert nobody.get("/health").status_code == 200
+        assert (
+            nobody.get("/v1/models", headers=[("Authorization", b"Bearer \xe9")]).status_code == 401
+        )
+
+
+def test_the_route_matrix_of_a_running_server(rag_server: Any) -> None:
+    target = MatrixTarget(
+        url=rag_server.url,
+        operator_key=rag_server.keys["operator"],
+        tenant_key=rag_server.keys["acme"],
+    )
+
+    async def run() -> Any:
+        async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+            return await run_matrix(client, target)
+
+    report = asyncio.run(run())
+    assert report.failed == 0, report.to_json()
+    assert report.tried > 1500
+
+
+def test_who_holds_a_key_does_not_read_it_in_the_servers_facts(rag_server: Any) -> None:
+    with rag_server.client() as client:
+        assert rag_server.keys["operator"] not in client.get("/server_info").text
+    with Path(f"/proc/{rag_server.pid}/cmdline").open() as words:
+        assert rag_server.keys["operator"] not in words.read()
 
 
 @pytest.fixture

@@ -1,0 +1,293 @@
+"""Too much at once, too slow, or time to go: bounds of the server, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rag_pipeline.errors import ModelError
+from rag_pipeline.server.attribution import attribute
+from rag_pipeline.server.errors import ApiError, refusal_of
+from rag_pipeline.server.work_pool import WorkPool
+from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
+from rag_pipeline.sglang_plugin.http_stop import GracefulStop
+from retrievers import CorruptIndexError, IndexBusyError, RetrievalError, StorageError
+
+# -- the queue ----------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room() -> None:
+    async def run() -> None:
+        pool, gate = WorkPool(1, limit=4, share=2), threading.Event()
+
+        def ask(tenant: str) -> asyncio.Task[bool]:
+            return asyncio.ensure_future(pool.run(tenant, gate.wait, 60))
+
+        waiting = [ask(tenant) for tenant in ("a", "a", "b", "c")]
+        await asyncio.sleep(0)
+        for tenant, status in (("a", 429), ("b", 503), ("d", 503)):
+            with pytest.raises(ApiError) as refusal:
+                await pool.run(tenant, int)
+            assert (refusal.value.status, refusal.value.retry_s) == (status, 1)
+        waiting.pop().cancel()  # its client went: the place is free
+        await asyncio.sleep(0)
+        waiting.append(ask("b"))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await asyncio.gather(*waiting) == [True] * 4
+        assert await pool.run("a", int) == 0
+
+    asyncio.run(run())
+
+
+def test_a_job_that_fails_leaves_its_place() -> None:
+    async def run() -> None:
+        pool = WorkPool(1, limit=1, share=1)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await pool.run("a", lambda: 1 / 0)
+
+    asyncio.run(run())
+
+
+# -- whose fault it is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CorruptIndexError("/srv/x/index.faiss is no index"), 503),
+        (IndexBusyError("another process is changing the index /srv/x"), 503),
+        (StorageError("/srv/x: No space left on device", errno.ENOSPC), 507),
+        (StorageError("/srv/x: Disk quota exceeded", errno.EDQUOT), 507),
+        (StorageError("/srv/x: Read-only file system", errno.EROFS), 500),
+        (OSError(errno.EIO, "Input/output error", "/srv/x"), 500),
+        (OSError(errno.ENOSPC, "No space left on device", "/srv/x"), 507),
+        (ModelError("no embedder at /srv/x"), 503),
+        (RetrievalError("where.$near is not known"), 400),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_server_is_not_the_clients(error: Exception, status: int) -> None:
+    refusal = refusal_of(error)
+    assert refusal is not None
+    assert refusal[0] == status
+    assert "/srv" not in refusal[1]
+
+
+# -- attribution --------------------------------------------------------------------------------
+
+
+class Counted(str):
+    """Text that counts the letters that are looked at, one by one or in a slice."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for letter in super().__iter__():
+            type(self).looks += 1
+            yield letter
+
+    def __getitem__(self, key: Any) -> str:
+        part = super().__getitem__(key)
+        type(self).looks += len(part)
+        return part
+
+
+@pytest.mark.parametrize(
+    "unit", [".", ".a", ". ", "a. b ", "\n", "word. ", "?!.x", "a ", " ", ".\n"]
+)
+def test_attribution_of_twice_the_text_takes_twice_the_steps(unit: str) -> None:
+    def steps(times: int) -> int:
+        Counted.looks = 0
+        attribute(Counted(unit * times), ["a b word"])
+        return Counted.looks
+
+    once, twice = steps(2000), steps(4000)
+    assert once >= 2000 * len(unit)  # it is this text that is counted
+    assert twice <= 2 * once + 10
+
+
+def test_sentences_end_where_they_did() -> None:
+    source = ["one two three four"]
+    for answer, parts in [
+        ("one two. three four!", [(0, 20)]),
+        ("  one two  \n\n x y. one two?! ", [(2, 9), (19, 28)]),
+        ("one two...three four", [(0, 20)]),
+        ("", []),
+        (" \n ", []),
+    ]:
+        assert [(a.start, a.end) for a in attribute(answer, source)] == parts
+
+
+# -- stopping -----------------------------------------------------------------------------------
+
+
+class Door:
+    stopping = False
+    in_flight = 2
+
+
+def stop(door: Door, limit_s: float, *, leave: Callable[[list[str]], None]) -> list[str]:
+    """What happens after SIGTERM; `leave` runs at every step and may let requests end."""
+    said: list[str] = []
+
+    async def run() -> None:
+        stopper = GracefulStop(door, limit_s=limit_s, last_resort=lambda: said.append("killed"))
+        stopper.on_signal(lambda: said.append("abort"), lambda: said.append("finish"))
+        assert door.stopping
+        while "finish" not in said:
+            leave(said)
+            if "again" in said:
+                stopper.on_signal(lambda: None, lambda: None)
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    return [word for word in said if word != "again"]
+
+
+def test_a_stop_waits_for_requests_that_are_searching_still() -> None:
+    door = Door()
+
+    def leave(said: list[str]) -> None:
+        said.append("left")
+        if said.count("left") > 5:
+            door.in_flight = 0
+
+    said = stop(door, 60, leave=leave)
+    assert "abort" not in said
+    assert said.count("left") > 5
+
+
+def test_a_stop_has_a_limit() -> None:
+    door = Door()
+
+    def leave(said: list[str]) -> None:
+        if "abort" in said:
+            door.in_flight = 0
+
+    assert stop(door, 0.05, leave=leave) == ["abort", "finish"]
+
+
+def test_a_second_signal_ends_the_waiting() -> None:
+    door = Door()
+
+    def leave(said: list[str]) -> None:
+        said.append("again")
+        if "abort" in said:
+            door.in_flight = 0
+
+    assert stop(door, 3600, leave=leave) == ["abort", "finish"]
+
+
+# -- connections --------------------------------------------------------------------------------
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size, more = size + len(message["body"]), message["more_body"]
+    body = str(size).encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.contextmanager
+def listening(**limits: Any) -> Iterator[Callable[[], socket.socket]]:
+    """A real uvicorn server on a free port; gives connections to it."""
+    import uvicorn
+
+    protocol = limited_protocol(HttpLimits(**limits))
+    config = uvicorn.Config(echo, port=0, http=protocol, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        threading.Event().wait(0.01)
+    place = server.servers[0].sockets[0].getsockname()
+    opened: list[socket.socket] = []
+
+    def connect() -> socket.socket:
+        opened.append(socket.create_connection(place, timeout=60))
+        return opened[-1]
+
+    try:
+        yield connect
+    finally:
+        for connection in opened:
+            connection.close()
+        server.should_exit = True
+        thread.join(60)
+
+
+def answer(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(4096):
+            data += piece
+    return data
+
+
+REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n"
+
+
+def test_a_client_that_does_not_get_on_is_let_go() -> None:
+    with listening(header_s=0.3, body_s=0.3) as connect:
+        for sent, status in [
+            (b"", b"HTTP/1.1 408"),
+            (b"GET", b"HTTP/1.1 408"),
+            (REQUEST, b"HTTP/1.1 408"),
+            (REQUEST + b"\r\n12", b""),
+        ]:
+            connection = connect()
+            connection.sendall(sent)
+            assert answer(connection)[:12] == status
+        second = connect()  # the same in a second request on one connection
+        second.sendall(REQUEST + b"\r\n1234")
+        assert second.recv(4096).startswith(b"HTTP/1.1 200")
+        second.sendall(b"GET / HTT")
+        assert b"HTTP/1.1 408" in answer(second)
+
+
+def test_a_client_that_gets_on_slowly_is_served() -> None:
+    """Every piece comes in time, the whole takes longer; idle between two requests is no fault."""
+    with listening(header_s=1.0, body_s=1.0, body_step=1) as connect:
+        connection = connect()
+        pause = threading.Event()
+        for _ in range(2):
+            connection.sendall(REQUEST + b"\r\n")
+            for _ in range(4):
+                pause.wait(0.4)
+                connection.sendall(b"1")
+            assert connection.recv(4096).endswith(b"\r\n\r\n4")
+            pause.wait(1.5)
+
+
+def test_connections_are_bounded_and_the_next_one_is_told() -> None:
+    with listening(max_connections=2) as connect:
+        first, second = connect(), connect()
+        for connection in (first, second):
+            connection.sendall(REQUEST + b"\r\n1234")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        refused = answer(connect())
+        assert refused.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in refused
+        first.close()
+        for _ in range(1000):
+            third = connect()
+            third.sendall(REQUEST + b"\r\n1234")
+            if third.recv(4096).startswith(b"HTTP/1.1 200"):
+                return
+        pytest.fail("a place that is free is not given again")

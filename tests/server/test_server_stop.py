@@ -1,0 +1,129 @@
+"""A server without a key, from start to SIGTERM: protected, under load, and stopping with work under way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
+
+pytestmark = pytest.mark.engine
+
+FIND = "/v1/rag/search"
+
+
+@pytest.fixture(scope="module")
+def lone_server(
+    tiny_llm: Path,
+    make_index: Callable[[Path, dict[str, str]], Path],
+    serving: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, int, Path]]:
+    """URL, process and log of a server of its own: one test ends it."""
+    folder = tmp_path_factory.mktemp("lone-server")
+    make_index(folder / "index", {"a": "The lighthouse keeper paints the purple door."})
+    words: list[str | Path] = [
+        sys.executable,
+        "-c",
+        "import sys; from rag_pipeline.cli import main; sys.exit(main())",
+    ]
+    words += ["serve", "--model", tiny_llm, "--index", folder / "index", "--store", folder / "kv"]
+    words += ["--max-searches", "8", "--stop-seconds", "2", "--max-body-mb", "1"]
+    words += ["--max-total-tokens", "8192", "--context-length", "4096"]
+    log = folder / "log.txt"
+    with serving(
+        words, log, ready=lambda url: "Ready:" in log.read_text(errors="replace")
+    ) as found:
+        yield *found, log
+
+
+def client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, trust_env=False, timeout=300)
+
+
+def test_the_route_matrix_of_a_server_without_a_key(lone_server: Any) -> None:
+    async def run() -> Any:
+        async with httpx.AsyncClient(trust_env=False, timeout=120) as asking:
+            return await run_matrix(asking, MatrixTarget(url=lone_server[0]))
+
+    report = asyncio.run(run())
+    assert report.failed == 0, report.to_json()
+
+
+def test_a_stock_route_has_a_limit_of_its_body(lone_server: Any) -> None:
+    with client(lone_server[0]) as asking:
+        for content in (b"x" * (2 << 20), (b"x" * (1 << 16) for _ in range(40))):
+            headers = {"content-type": "application/json"}
+            large = asking.post("/generate", content=content, headers=headers)
+            assert large.status_code == 413
+
+
+def test_health_is_answered_while_searches_are_refused_and_waiting(lone_server: Any) -> None:
+    url, _, log = lone_server
+    waiting, done = 300, threading.Event()
+    left = [waiting]
+
+    def search(_: int) -> httpx.Response:
+        with client(url) as asking:
+            found = asking.post(FIND, json={"query": "Who paints the door?"})
+        left[0] -= 1
+        if not left[0]:
+            done.set()
+        return found
+
+    with ThreadPoolExecutor(waiting) as pool, client(url) as asking:
+        searches = [pool.submit(search, number) for number in range(waiting)]
+        during = 0
+        while not done.is_set():
+            health = asking.get("/v1/rag/health")
+            assert health.status_code == 200
+            assert asking.get("/ready").status_code == 200
+            during += not done.is_set()
+        answers = [found.result() for found in searches]
+    assert during >= 1
+    assert {found.status_code for found in answers} == {200, 503}
+    for refused in (found for found in answers if found.status_code == 503):
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == 503
+    assert '"route": "/v1/rag/search", "status": 503' in log.read_text()
+
+
+def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: Any) -> None:
+    url, pid, _ = lone_server
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    body = {
+        "messages": [{"role": "user", "content": "Who paints the door?"}],
+        "max_tokens": 3000,
+        "stream": True,
+    }
+    with (
+        client(url) as asking,
+        client(url) as late,
+        asking.stream("POST", "/v1/rag/chat/completions", json=body) as answer,
+    ):
+        pieces = answer.iter_lines()
+        assert next(pieces).startswith("data: ")
+        os.kill(pid, signal.SIGTERM)
+        refused = late.get("/v1/rag/health")
+        while refused.status_code == 200:
+            refused = late.get("/v1/rag/health")
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 1
+        last = [line for line in pieces if line][-2:]
+    # Three thousand tokens take longer than two seconds: the client is told, not cut off.
+    assert '"code": 503' in last[0]
+    assert last[1] == "data: [DONE]"
+    gone, alive = psutil.wait_procs(family, timeout=120)
+    assert not alive
+    assert len(gone) == len(family)
