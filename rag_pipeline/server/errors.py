@@ -149,7 +149,9 @@ class RagRoute(APIRoute):
             except Exception as error:
                 found = _under(error)
                 refusal = refusal_of(found)
-                if refusal is None or refusal[0] >= 500:
+                # A full queue is refused by the hundred, and what opened an index has said why.
+                foreseen = isinstance(found, ApiError | EngineError)
+                if refusal is None or (refusal[0] >= 500 and not foreseen):
                     logger.error(
                         "A fault in %s %s", request.method, request.url.path, exc_info=error
                     )
