@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -80,6 +82,59 @@ def test_ratio_one_equals_plain_prefill_and_reuse_does_not(engine, family):
     reused = local.ask(ids, fusion={"spans": spans, "policy": "reuse"})
     assert report(reused)["reused_tokens"] == 4 * CHUNK
     assert abs(logprobs(reused)[0] - logprobs(plain)[0]) > 1e-3
+
+
+def edited(chunk, *places):
+    return [257 - t if i in places else t for i, t in enumerate(chunk)]
+
+
+LONG = tokens(100, 30)
+
+
+@pytest.mark.parametrize(
+    ("stored", "stands", "num_exact"),
+    [
+        ([LONG], LONG, 100),
+        # The same length, a date in it changed: what stands behind the date has seen another date.
+        ([LONG], edited(LONG, 0, 1, 2), 0),
+        ([edited(LONG, 70)], LONG, 70),
+        # The beginning of one chunk, then the rest of a longer one whose own beginning is another.
+        ([LONG[:70], edited([*LONG, *LONG[:50]], 3)], [*LONG, *LONG[:50]], 16),
+        # The same, but it begins alike: all of it is exact.
+        ([LONG[:70], [*LONG, *LONG[:50]]], [*LONG, *LONG[:50]], 150),
+        ([LONG], LONG[10:], 0),
+        ([LONG], [*LONG[:10], *LONG], 0),
+    ],
+    ids=["whole", "edited", "cut", "continued", "nested", "headless", "pushed"],
+)
+@pytest.mark.parametrize("warm", [0, 5])
+def test_what_is_not_recomputed_with_ratio_one_is_exact(
+    engine, monkeypatch, stored, stands, num_exact, warm
+):
+    local = engine("llama")
+    searching = dataclasses.replace(local.runtime.config, automatic=True, passage_tokens=0)
+    monkeypatch.setattr(local.runtime, "config", searching)
+    monkeypatch.setattr(local.runtime, "passage", local.runtime.passage[:0])
+    prefix = tokens(PREFIX, 1)
+    for chunk in stored:
+        local.build(prefix, chunk)
+    ids, spans = lay_out(prefix, [stands], tokens(9, 2))
+    local.flush()
+    plain = prefilled(local, ids, fusion={"mode": "off"})
+    wanted = [slot_kv(local, plain, layer) for layer in range(5)]
+    local.run(plain)
+    for fusion in ({"policy": "full"}, {"policy": "full", "spans": spans}):
+        local.flush()
+        local.ask([*ids[: PREFIX + warm], 257 - ids[PREFIX + warm]], 1, fusion={"mode": "off"})
+        fused = prefilled(local, ids, fusion=fusion)
+        for layer in range(5):
+            for got, right in zip(slot_kv(local, fused, layer), wanted[layer], strict=True):
+                torch.testing.assert_close(got, right, rtol=0, atol=5e-4)
+        local.run(fused)
+        assert largest_difference(plain, fused) < 2e-4
+        mine = report(fused)
+        assert mine["exact_prefix_tokens"] == PREFIX + warm
+        assert mine["reused_tokens"] == max(0, num_exact - warm)
 
 
 @pytest.mark.parametrize("size", [12, 150], ids=["short", "long"])

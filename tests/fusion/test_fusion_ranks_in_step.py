@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV
-from rag_pipeline.sglang_plugin.fusion import admission, background, conversation
+from rag_pipeline.sglang_plugin.fusion import background, batching, conversation
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
@@ -156,7 +156,7 @@ class Pair:
         def serve(rank, runtime):
             req = Request(ids, fusion)
             adder = SimpleNamespace(can_run_list=[], rem_input_tokens=10**6, rem_chunk_tokens=None)
-            admission.around_add_request(
+            batching.around_add_one_req(
                 lambda adder, req, *args, **kwargs: adder.can_run_list.append(req), adder, req
             )
             if trigger[:2] == ("clock", rank):
@@ -224,7 +224,7 @@ def make_pair(monkeypatch):
         LOCAL.built.append((ids, request.prefix_len))
         return object()
 
-    for module in (admission, background):
+    for module in (batching, background):
         monkeypatch.setattr(module, "get_runtime", lambda: LOCAL.runtime)
     monkeypatch.setattr(background.internal_requests, "submit", submit)
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)

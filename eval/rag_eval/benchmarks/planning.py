@@ -34,19 +34,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunk_cache import ChunkKey, ChunkKV, Lease, Match, as_token_ids
+from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids
 from chunk_cache.policies import DEFAULT_POLICY, Policy, create_policy
 from rag_eval.arguments import OneLineParser
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion import plan as planning
+from rag_pipeline.sglang_plugin.fusion.admission import lease_matches
 from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, plan_rows
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.request_state import LeasedSpan, RequestState, Tenant
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix
 
 _VOCABULARY = (
     49_152  # of SmolLM2, as are layers and heads below; what matters is that windows differ
@@ -218,11 +220,11 @@ class _Bench:
             **{kind: timers[kind].report() for kind in sorted(timers)},
         }
 
-    def _lease(self, state: RequestState, matches: list[Match]) -> RequestState:
-        leased: list[tuple[Match, Lease]] = self._runtime.store.acquire_matches(
-            state.prompt, matches
-        )
-        state.spans = [LeasedSpan(match=match, lease=lease) for match, lease in leased]
+    def _lease(
+        self, state: RequestState, prefix: KnownPrefix, matches: list[Match]
+    ) -> RequestState:
+        state.radix_len = self._config.system_tokens
+        state.spans = lease_matches(self._runtime, state.prompt, prefix, matches)
         return state
 
     def _match_spans(self) -> RequestState:
@@ -235,29 +237,25 @@ class _Bench:
             spans=request.spans,
             min_piece=self._runtime.config.min_reused_tokens,
         )
-        return self._lease(state, found.matches)
+        return self._lease(state, prefix, found.matches)
 
     def _match_scan(self) -> RequestState:
         request = FusionRequest()
         state = RequestState(request, request.make_policy(DEFAULT_POLICY), self._prompt)
         (known,) = self._runtime.prefixes_of(state.prompt, _TENANT)
-        return self._lease(state, self._runtime.store.match(state.prompt, known.context))
+        return self._lease(state, known, self._runtime.store.match(state.prompt, known.context))
 
     def _plan(self, state: RequestState, policy: Policy) -> int:
         """Plan as the fused forward does; returns the number of rows."""
         size, radix = int(state.prompt.size), self._config.system_tokens
         piece = planning.Piece(start=radix, end=size, is_last=True)
         prompt = torch.from_numpy(state.prompt)
-        exact = planning.exact_end([(s.start, s.end, s.delta) for s in state.spans], radix)
-        fresh = planning.fresh_positions(state.loads, piece)
-        layout = planning.make_layout(
-            state.loads,
+        layout, fresh = plan_item(
+            state,
+            piece,
             num_layers=self._facts.num_layers,
             prompt_len=size,
-            radix_len=radix,
-            exact_len=exact,
             qkv_share=self._facts.qkv_share,
-            scoring_rows=int(fresh.numel()),
         )
         chosen = planning.early_rows(policy, layout, piece)
         if chosen is None:

@@ -1,13 +1,14 @@
-"""When a request is considered for a batch: find and lease its chunks, and charge only rows that will be computed."""
+"""When a request is considered for a batch: find its chunks, lease them, say what may be stored and published."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from chunk_cache import Build, ChunkKey, hash_token_ids
+import numpy as np
+
+from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.chunk_search import (
     build_behind_passage,
@@ -30,10 +31,13 @@ from rag_pipeline.sglang_plugin.fusion.request_state import (
     UsageReport,
     state_of,
 )
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix, get_runtime
+from rag_pipeline.sglang_plugin.fusion.runtime import (
+    FusionRuntime,
+    KnownPrefix,
+    TokenArray,
+    get_runtime,
+)
 from rag_pipeline.sglang_plugin.fusion.support import refuse_request
-
-logger = logging.getLogger(__name__)
 
 
 def tenant_of(req: Any) -> Tenant:
@@ -51,9 +55,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
         explicit = request is not None and request.mode != "off"
         if request is None:
-            # With several ranks the store of one must not decide: a look-up is a vote.
-            stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
-            if not (runtime.config.automatic and runtime.is_on and stored):
+            if not (
+                runtime.config.automatic and runtime.is_on and runtime.store.stats().chunks_now
+            ):
                 return
             request = FusionRequest()
         if request.mode == "build" and request.passage:
@@ -76,6 +80,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     """Resolve one request: what is loaded, what is stored, what may be published.
 
+    Everything follows from the radix match of this scheduling attempt. SGLang matches a request anew at every
+    attempt, and the tree may have grown since: nothing of an earlier attempt is kept.
+
     Parameters
     ----------
     runtime : FusionRuntime
@@ -85,23 +92,29 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     state : RequestState
         Changed in place; ``resolved`` afterwards.
     """
-    if state.resolved:
-        return
+    state.drop()
     state.radix_len = int(req.prefix_len)
     state.epoch = runtime.epoch
     state.row_layers = 0.0
-    state.turns_end = state.turn = 0
     state.recomputed = []
+    state.looked_up = (0, 0)
     state.report = UsageReport(prompt_tokens=int(state.prompt.size))
     if state.request.mode == "off":
         state.give_up("off")
         return
-    if not runtime.is_on and not state.internal:
-        _fall_back(runtime, state, "fusion_off")
-        return
-    reason = refuse_request(req)
-    if reason is not None:
-        _fall_back(runtime, state, reason)
+    reason = "" if runtime.is_on or state.internal else "fusion_off"
+    reason = reason or refuse_request(req) or ""
+    if not reason and not np.array_equal(state.prompt, req.origin_input_ids):
+        # SGLang cut or replaced it after it had come: an abort, or a prompt that is too long.
+        reason = "prompt_changed"
+    if reason:
+        if state.request.spans:
+            runtime.say_once(
+                reason,
+                "A request with chunk spans is prefilled as usual: %s",
+                runtime.off_reason or reason,
+            )
+        state.give_up(reason)
         return
     began = time.perf_counter()
     tenant = tenant_of(req)
@@ -115,17 +128,6 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     if state.spans:
         state.exact_limit = state.spans[0].start
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
-
-
-def _fall_back(runtime: FusionRuntime, state: RequestState, reason: str) -> None:
-    runtime.metrics.count("fallbacks", reason)
-    if state.request.spans:
-        runtime.say_once(
-            reason,
-            "A request with chunk spans is prefilled as usual: %s",
-            runtime.off_reason or reason,
-        )
-    state.give_up(reason)
 
 
 def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
@@ -149,14 +151,12 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
         else:
             span.lease.release()
     state.spans = [*turns, *leased]
-    runtime.metrics.count("spans", "hit", len(leased))
-    runtime.metrics.count("spans", "miss", len(missing))
+    state.looked_up = (len(leased), len(missing))
     if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
             state.report.fallback = state.report.fallback or "in_exact_prefix"
         elif request.spans:
-            runtime.metrics.count("fallbacks", "miss")
             state.report.fallback = state.report.fallback or "miss"
     if prefix is not None and missing:
         _remember_missing(runtime, state, prefix, missing)
@@ -179,12 +179,41 @@ def _look_up(
         # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
         low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
         matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
-    state.spans += [
-        LeasedSpan(match=m, lease=lease, is_behind_passage=m.key in found.behind_passage)
-        for m, lease in runtime.store.acquire_matches(prompt, matches)
-    ]
+    state.spans += lease_matches(runtime, prompt, prefix, matches, found.behind_passage)
     behind = max(state.radix_len, state.turns_end)
     return prefix, [(start, end) for start, end in found.missing if end > behind]
+
+
+def lease_matches(
+    runtime: FusionRuntime,
+    prompt: TokenArray,
+    prefix: KnownPrefix | None,
+    matches: Sequence[Match],
+    behind_passage: Collection[ChunkKey] = (),
+) -> list[LeasedSpan]:
+    """Lease what is still there of runs of chunks that were computed behind a prefix of the prompt."""
+    return [
+        LeasedSpan(
+            match=match,
+            lease=lease,
+            is_behind_passage=match.key in behind_passage,
+            is_exact=prefix is not None and _is_exact(prompt, match, lease, prefix),
+        )
+        for match, lease in runtime.store.acquire_matches(prompt, matches)
+    ]
+
+
+def _is_exact(prompt: TokenArray, match: Match, lease: Lease, prefix: KnownPrefix) -> bool:
+    if match.key.namespace != prefix.context.namespace:
+        return False  # computed behind the passage
+    record = lease.record
+    return planning.stands_in_place(
+        prompt,
+        match,
+        prefix_len=int(prefix.ids.size),
+        chunk_ids=record.token_ids,
+        base_position=record.base_position,
+    )
 
 
 def _run_of(span: LeasedSpan, prefix: KnownPrefix | None) -> tuple[Any, ...]:
@@ -235,51 +264,6 @@ def _begin_capture(
         return
     if isinstance(build, Build):
         state.captures.append(Capture(start=start, end=end, base_position=start, build=build))
-
-
-def expected_savings(state: RequestState, start: int, end: int) -> int:
-    """Rows of ``[start, end)`` that a batch will not compute, as far as known at admission."""
-    if not state.is_pending or not state.spans:
-        return 0
-    turns = planning.skipped_rows([(s.start, s.end) for s in state.spans if s.is_turn], start, end)
-    chunks = planning.skipped_rows(state.loads, start, end) - turns
-    return turns + int(chunks * (1.0 - min(1.0, state.policy.ratio)))
-
-
-def around_add_request(
-    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Wrap ``PrefillAdder.add_one_req`` and ``add_chunked_req``: budgets count computed rows.
-
-    The budget is raised by the rows that the request will not compute, for the time of the call, and what
-    an admitted piece did not use of it is taken back.
-    """
-    runtime, state = get_runtime(), state_of(req)
-    if runtime is None or state is None:
-        return original(adder, req, *args, **kwargs)
-    try:
-        admit(runtime, req, state)
-    except Exception:
-        # Anything unforeseen here must cost speed, never a request.
-        logger.exception("Matching failed; request %s is prefilled as usual", req.rid)
-        runtime.metrics.count("fallbacks", "internal_error")
-        state.give_up("internal_error")
-    promised = expected_savings(state, int(req.prefix_len), len(req.full_untruncated_fill_ids))
-    if not promised:
-        return original(adder, req, *args, **kwargs)
-    count = len(adder.can_run_list)
-    _raise_budget(adder, promised)
-    result = original(adder, req, *args, **kwargs)
-    admitted = len(adder.can_run_list) > count and adder.can_run_list[-1] is req
-    used = expected_savings(state, int(req.prefix_len), int(req.extend_end)) if admitted else 0
-    _raise_budget(adder, used - promised)
-    return result
-
-
-def _raise_budget(adder: Any, rows: int) -> None:
-    adder.rem_input_tokens += rows
-    if adder.rem_chunk_tokens is not None:
-        adder.rem_chunk_tokens += rows
 
 
 def after_release(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:

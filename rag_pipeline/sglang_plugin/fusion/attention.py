@@ -66,6 +66,11 @@ class Loader:
         self._spec = spec
         self._done: set[int] = set()
 
+    @property
+    def slots(self) -> list[Tensor]:
+        """All slots that are written, load by load."""
+        return [item.slots for item in self._loads]
+
     def ensure(self, layer_id: int, k_pool: Tensor, v_pool: Tensor) -> None:
         """Load a layer unless that was done."""
         if layer_id in self._done:

@@ -7,7 +7,7 @@ that SGLang derives (start offsets, last rows for the logits, prefix lengths) fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rag_kernels import MeanShiftPlan, PositionCausalPlan, plan_position_causal
 from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass, Loader, Observer
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.write_guard import WriteGuard
 
 _PADDING_SLOT = 0
 """SGLang's pools keep slot 0 out of circulation for rows whose KV nobody wants."""
@@ -76,13 +77,21 @@ def make_pass(
     runtime: FusionRuntime,
     loader: Loader,
     rows: Sequence[RequestRows],
+    guard: WriteGuard,
     *,
     observer: Observer | None = None,
     shifts: tuple[MeanShiftPlan, ...] = (),
 ) -> FusedPass:
-    """One pass over these rows; a probing pass has an observer, the final one the shifts."""
+    """One pass over these rows; a probing pass has an observer, the final one the shifts.
+
+    Raises
+    ------
+    ProtectedWriteError
+        It would write what the guard protects.
+    """
     assert runtime.facts is not None
     plan, slots = plan_rows(rows, runtime.facts)
+    guard.check([slots, *loader.slots, *(shift.other_slots for shift in shifts)])
     return FusedPass(
         row_slots=slots,
         attention=plan,
@@ -94,44 +103,48 @@ def make_pass(
     )
 
 
-def whole_rows(
+def ordinary_rows(
     req_to_token: Tensor,
     batch: Any,
-    starts: Mapping[int, int],
-    fill_ids: Mapping[int, Sequence[int]],
-) -> list[RequestRows]:
-    """All rows of every request of a batch, for some requests from an earlier position on.
+    index: int,
+    start: int,
+    end: int,
+    fill_ids: Sequence[int] | None = None,
+) -> RequestRows:
+    """Rows ``[start, end)`` of a request as SGLang would lay them out.
 
     Parameters
     ----------
     req_to_token : Tensor
         SGLang's table of slots by request and position.
     batch : ForwardBatch
-        In an extend mode.
-    starts : mapping of int to int
-        First position to compute, by index of the request; by default where its piece begins.
-    fill_ids : mapping of int to sequence of int
-        Token ids by position of the requests that are in ``starts``.
+        In an extend mode; ``end`` lies in the request's piece or before it.
+    index : int
+        Index of the request in the batch.
+    start, end : int
+        Positions.
+    fill_ids : sequence of int, optional
+        Token ids by position; needed for positions in front of the piece, which the batch does not hold.
     """
-    rows, first = [], 0
-    for index, count in enumerate(batch.extend_seq_lens_cpu):
-        begin, end = int(batch.extend_prefix_lens_cpu[index]), _seq_len(batch, index)
-        start = starts.get(index, begin)
-        ids = batch.input_ids[first : first + count]
-        first += count
-        if start < begin:
-            # Not from the batch: it holds the ids of this piece only.
-            early = torch.tensor(list(fill_ids[index][start:begin]), dtype=ids.dtype)
-            ids = torch.cat([early.to(ids.device), ids])
-        rows.append(
-            RequestRows(
-                index=index,
-                positions=torch.arange(min(start, begin), end),
-                ids=ids,
-                kv_slots=req_to_token[batch.req_pool_indices[index], :end].to(torch.int64),
-            )
-        )
-    return rows
+    begin = int(batch.extend_prefix_lens_cpu[index])
+    first = sum(batch.extend_seq_lens_cpu[:index]) - begin
+    ids = batch.input_ids[first + max(start, begin) : first + max(end, begin)]
+    if start < begin:
+        assert fill_ids is not None
+        early = torch.tensor(list(fill_ids[start : min(end, begin)]), dtype=ids.dtype)
+        ids = torch.cat([early.to(ids.device), ids])
+    return RequestRows(
+        index=index,
+        positions=torch.arange(start, end),
+        ids=ids,
+        kv_slots=req_to_token[batch.req_pool_indices[index], :end].to(torch.int64),
+    )
+
+
+def bind_adapters(runner: Any, batch: Any) -> None:
+    """Lay out adapter segments for the rows that run next: SGLang did so for the rows of the whole batch."""
+    if runner.lora_manager is not None:
+        runner.lora_manager.prepare_lora_batch(batch)
 
 
 def make_view(
@@ -157,7 +170,9 @@ def make_view(
     counts = [r.count for r in rows]
     positions = torch.cat([r.positions for r in rows]).to(device, batch.positions.dtype)
     lens = torch.tensor(counts, dtype=torch.int32)
-    seq_lens = [_seq_len(batch, r.index) for r in rows]
+    # A part of ordinary rows ends where it ends; fused rows see everything up to the end of their piece.
+    ends = (int(r.positions[-1]) + 1 for r in rows)
+    seq_lens = list(ends) if fused is None else [_seq_len(batch, r.index) for r in rows]
     prefixes = [length - count for length, count in zip(seq_lens, counts, strict=True)]
     changes: dict[str, Any] = {
         "input_ids": torch.cat([r.ids for r in rows]).to(batch.input_ids.dtype),
@@ -196,7 +211,7 @@ def make_view(
     changes |= {
         "batch_size": len(rows),
         "req_pool_indices": batch.req_pool_indices[at],
-        "seq_lens": batch.seq_lens[at],
+        "seq_lens": torch.tensor(seq_lens).to(device, batch.seq_lens.dtype),
         "seq_lens_cpu": torch.tensor(seq_lens, dtype=torch.int64),
         "seq_lens_sum": sum(seq_lens),
         "orig_seq_lens": None if batch.orig_seq_lens is None else batch.orig_seq_lens[at],

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 
 from rag_pipeline.sglang_plugin.fusion import disk
-from rag_pipeline.sglang_plugin.fusion.batch_view import make_view, whole_rows
+from rag_pipeline.sglang_plugin.fusion.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.fused_forward import FusedForward
-from rag_pipeline.sglang_plugin.fusion.fused_item import PlanEntry
+from rag_pipeline.sglang_plugin.fusion.fused_item import BatchPlan, PlanEntry
+from rag_pipeline.sglang_plugin.fusion.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime
+from rag_pipeline.sglang_plugin.fusion.support import refuse_batch
 from rag_pipeline.sglang_plugin.fusion.usage import attach_report, fill_report
+from rag_pipeline.sglang_plugin.fusion.write_guard import ProtectedWriteError
 
 PLAN_KEY = "rag_fusion_plan"
+
+
+class BatchRefusedError(Exception):
+    """A request of the batch cannot stand beside fused ones; the message is the label of the reason."""
 
 
 def after_init_new(
@@ -30,7 +37,7 @@ def after_init_new(
     """
     if not batch.forward_mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
         return
-    entries = []
+    entries: list[PlanEntry] = []
     for index, req in enumerate(schedule_batch.reqs):
         state = state_of(req)
         if state is None or not state.is_pending:
@@ -40,7 +47,8 @@ def after_init_new(
         piece = Piece(start=start, end=end, is_last=end == len(req.full_untruncated_fill_ids))
         entries.append(PlanEntry(index=index, req=req, state=state, piece=piece))
     if entries:
-        batch.model_specific_states = {**(batch.model_specific_states or {}), PLAN_KEY: entries}
+        plan = BatchPlan(entries=tuple(entries), refused=refuse_batch(schedule_batch.reqs))
+        batch.model_specific_states = {**(batch.model_specific_states or {}), PLAN_KEY: plan}
 
 
 def around_model_forward(
@@ -50,17 +58,17 @@ def around_model_forward(
     states = forward_batch.model_specific_states
     if states is None or PLAN_KEY not in states:
         return original(runner, forward_batch, *args, **kwargs)
-    entries: list[PlanEntry] = states[PLAN_KEY]
+    plan: BatchPlan = states[PLAN_KEY]
     runtime = get_runtime()
     assert runtime is not None
     assert runtime.facts is not None
-    if any(entry.state.spans for entry in entries):
+    if plan.fused:
         began = time.perf_counter()
-        output = _fused(runtime, original, runner, forward_batch, entries, args, kwargs)
+        output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)
         runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
     else:
         output = original(runner, forward_batch, *args, **kwargs)
-    for entry in entries:
+    for entry in plan.entries:
         _conclude(runtime, runner, forward_batch, entry)
     return output
 
@@ -70,61 +78,50 @@ def _fused(
     original: Callable[..., Any],
     runner: Any,
     batch: Any,
-    entries: list[PlanEntry],
+    plan: BatchPlan,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the fused forward; whatever goes wrong in it, the same batch is prefilled as usual instead."""
+    limit = max(entry.state.row_limit for entry in plan.fused)
     stage = "plan"
     try:
+        if plan.refused:
+            raise BatchRefusedError(plan.refused)
         with runtime.group.in_step():
-            view, fused = FusedForward(runtime, runner, batch, entries).prepare()
+            view, fused = FusedForward(runtime, runner, batch, plan.entries).prepare()
         stage = "pass"
         with runtime.group.in_step():
+            bind_adapters(runner, view)
             output = original(runner, view, *args, **kwargs)
             if fused.fault is not None:
                 raise fused.fault
     except Exception as error:
-        _give_up(runtime, entries, stage, error)
+        _give_up(runtime, plan.fused, stage, error)
     else:
         runtime.pass_succeeded()
         return output
     # Outside the handler, so that a fault of SGLang itself is raised as itself.
-    return original(runner, _rewritten(runner, batch, entries), *args, **kwargs)
+    passes = ordinary_views(runner, batch, plan, limit)
+    for part in passes[:-1]:
+        bind_adapters(runner, part)
+        original(runner, part, *args, **kwargs)
+    bind_adapters(runner, passes[-1])
+    return original(runner, passes[-1], *args, **kwargs)
 
 
-def _give_up(
-    runtime: FusionRuntime, entries: list[PlanEntry], stage: str, error: Exception
-) -> None:
-    reason = "internal_error" if stage == "plan" else "fused_pass_error"
-    fused = [entry for entry in entries if entry.state.spans]
+def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: Exception) -> None:
+    if isinstance(error, BatchRefusedError):
+        reason = str(error)
+    else:
+        runtime.pass_failed(stage, error)
+        reason = "internal_error" if stage == "plan" else "fused_pass_error"
+        if isinstance(error, ProtectedWriteError):
+            reason = "protected_write"
     runtime.metrics.count("fallbacks", reason, len(fused))
-    runtime.pass_failed(stage, error)
     for entry in fused:
         # What may be published as exact stays as it is: after a fault nothing is claimed.
         entry.state.forget_spans(reason)
-
-
-def _rewritten(runner: Any, batch: Any, entries: list[PlanEntry]) -> Any:
-    """Return an ordinary batch that computes every row which a failed fused forward may have left wrong.
-
-    Those of this piece are rows of the batch anyway. Of a prompt that comes in pieces, all from the first
-    loaded token on: earlier pieces hold loaded KV, and probes wrote there too.
-    """
-    starts = {
-        entry.index: entry.state.exact_limit
-        for entry in entries
-        if entry.state.exact_limit is not None and entry.state.exact_limit < entry.piece.start
-    }
-    if not starts:
-        return batch
-    rows = whole_rows(
-        runner.req_to_token_pool.req_to_token,
-        batch,
-        starts,
-        {entry.index: entry.req.full_untruncated_fill_ids for entry in entries},
-    )
-    return make_view(batch, rows, None, whole_batch=True)
 
 
 def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:

@@ -12,10 +12,16 @@ from torch import Tensor
 from rag_kernels import MeanShiftPlan, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.attention import FusedPass, Loader, LoadItem
-from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_pass, make_view
-from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem, PlanEntry
+from rag_pipeline.sglang_plugin.fusion.batch_view import (
+    RequestRows,
+    make_pass,
+    make_view,
+    ordinary_rows,
+)
+from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem, PlanEntry, plan_item
 from rag_pipeline.sglang_plugin.fusion.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.write_guard import WriteGuard
 
 
 class FusedForward:
@@ -44,13 +50,18 @@ class FusedForward:
         self._req_to_token = runner.req_to_token_pool.req_to_token
         self._items = {e.index: self._item(e) for e in entries if e.state.spans}
         self._loader = Loader(self._loads(), (), self._facts.rotary)
+        self._guard = WriteGuard(
+            int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()
+        )
 
     def prepare(self) -> tuple[Any, FusedPass]:
         """Run the probing passes; return the batch of the final pass and the pass itself."""
         waiting = [item for item in self._items.values() if item.chosen is None]
         if waiting:
             began = time.perf_counter()
-            Prober(self._runtime, self._runner, self._batch, self._loader).choose(waiting)
+            Prober(self._runtime, self._runner, self._batch, self._loader, self._guard).choose(
+                waiting
+            )
             self._runtime.metrics.observe("probe_seconds", time.perf_counter() - began)
         began = time.perf_counter()
         rows, shifts, first = [], [], 0
@@ -61,7 +72,7 @@ class FusedForward:
                 shifts += self._shift(item, part, first)
             rows.append(part)
             first += part.count
-        fused = make_pass(self._runtime, self._loader, rows, shifts=tuple(shifts))
+        fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
         view = make_view(self._batch, rows, fused, whole_batch=True)
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
         return view, fused
@@ -78,20 +89,12 @@ class FusedForward:
     def _item(self, entry: PlanEntry) -> FusedItem:
         state = entry.state
         prompt = torch.tensor(entry.req.full_untruncated_fill_ids, dtype=torch.int64)
-        # Earlier turns are no more up to a policy than the exact prefix is.
-        exact = state.turns_end or planning.exact_end(
-            [(s.start, s.end, s.delta) for s in state.spans if not s.is_behind_passage],
-            state.radix_len,
-        )
-        fresh = planning.fresh_positions(state.loads, entry.piece)
-        layout = planning.make_layout(
-            state.loads,
+        layout, fresh = plan_item(
+            state,
+            entry.piece,
             num_layers=self._facts.num_layers,
             prompt_len=int(prompt.numel()),
-            radix_len=state.radix_len,
-            exact_len=min(exact, int(prompt.numel())),
             qkv_share=self._facts.qkv_share,
-            scoring_rows=int(fresh.numel()),
         )
         return FusedItem(entry, layout, self._kv_slots(entry.index), prompt, fresh)
 
@@ -112,19 +115,22 @@ class FusedForward:
                     )
         return loads
 
+    def _protected(self) -> list[Tensor]:
+        """Slots of every request in front of what this forward may write of it."""
+        return [
+            self._items[index].kv_slots[: self._items[index].entry.protected_len]
+            if index in self._items
+            else self._kv_slots(index)[: int(self._batch.extend_prefix_lens_cpu[index])]
+            for index in range(int(self._batch.batch_size))
+        ]
+
     # -- the final pass -----------------------------------------------------------------------
 
     def _ordinary_rows(self, index: int) -> RequestRows:
         """All rows of a request that fusion does not touch, as SGLang laid them out."""
         start = int(self._batch.extend_prefix_lens_cpu[index])
-        count = int(self._batch.extend_seq_lens_cpu[index])
-        first = sum(self._batch.extend_seq_lens_cpu[:index])
-        return RequestRows(
-            index=index,
-            positions=torch.arange(start, start + count),
-            ids=self._batch.input_ids[first : first + count],
-            kv_slots=self._kv_slots(index),
-        )
+        end = start + int(self._batch.extend_seq_lens_cpu[index])
+        return ordinary_rows(self._req_to_token, self._batch, index, start, end)
 
     def _final_rows(self, item: FusedItem) -> RequestRows:
         assert item.chosen is not None

@@ -23,6 +23,59 @@ class PlanEntry:
     state: RequestState
     piece: Piece
 
+    @property
+    def protected_len(self) -> int:
+        """Leading tokens that this forward must not write.
+
+        The radix tree holds them, or will: what earlier pieces computed in front of the first loaded token.
+        """
+        own = self.piece.start
+        if self.state.exact_limit is not None:
+            own = min(own, self.state.exact_limit)
+        return max(own, int(self.req.kv.cache_protected_len))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """What fusion has to do with one batch.
+
+    Attributes
+    ----------
+    entries : tuple of PlanEntry
+        Its requests that load, store or report.
+    refused : str
+        Why nothing in it may be fused, see :func:`~.support.refuse_batch`; empty otherwise.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    refused: str
+
+    @property
+    def fused(self) -> list[PlanEntry]:
+        """Entries with something to load."""
+        return [entry for entry in self.entries if entry.state.spans]
+
+
+def plan_item(
+    state: RequestState, piece: Piece, *, num_layers: int, prompt_len: int, qkv_share: float
+) -> tuple[ReuseLayout, Tensor]:
+    """Layout of a resolved request as its policy sees it, and the positions of the piece that are computed anyway."""
+    # Earlier turns are no more up to a policy than the exact prefix is.
+    exact = state.turns_end or planning.exact_end(
+        [(s.start, s.end, s.is_exact) for s in state.spans], state.radix_len
+    )
+    fresh = planning.fresh_positions(state.loads, piece)
+    layout = planning.make_layout(
+        state.loads,
+        num_layers=num_layers,
+        prompt_len=prompt_len,
+        radix_len=state.radix_len,
+        exact_len=min(exact, prompt_len),
+        qkv_share=qkv_share,
+        scoring_rows=int(fresh.numel()),
+    )
+    return layout, fresh
+
 
 class FusedItem:
     """Working state of one fused request during a forward.

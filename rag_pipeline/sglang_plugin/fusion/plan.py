@@ -9,12 +9,17 @@ the piece, in slots that the request owns.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from chunk_cache import Match
 from chunk_cache.policies import Policy, ReuseLayout
 
 
@@ -51,7 +56,7 @@ def make_layout(
     radix_len : int
         Tokens whose KV the radix tree holds.
     exact_len : int
-        ``radix_len`` plus loaded tokens that follow it in their original place, see :func:`exact_end`.
+        End of what is exact, loaded tokens in their original place included, see :func:`exact_end`.
     qkv_share : float
         See :func:`chunk_cache.policies.qkv_share`.
     scoring_rows : int, optional
@@ -70,27 +75,56 @@ def make_layout(
     )
 
 
-def exact_end(spans: Sequence[tuple[int, int, int]], radix_len: int) -> int:
-    """End of the exact part: radix prefix, then loaded runs in their original place without a gap.
+def stands_in_place(
+    prompt: npt.NDArray[Any],
+    run: Match,
+    *,
+    prefix_len: int,
+    chunk_ids: npt.NDArray[Any],
+    base_position: int,
+) -> bool:
+    """Whether a run's KV is what plain prefill of the prompt computes at its place.
+
+    The KV of a token depends on every token before it. So a run is exact only if its chunk was computed right behind
+    the prompt's prefix, stands there again, and the prompt equals the chunk from its first token to the run's end:
+    also in front of the run, however it was clipped.
 
     Parameters
     ----------
-    spans : sequence of (int, int, int)
-        ``(start, end, delta)`` with ``delta`` the positions by which the run was moved. What stands before the
-        first one is exact: found in the tree or computed now. A run with ``delta == 0`` behind it was
-        computed behind just these tokens (its context names the prefix, and the chunk's own tokens before
-        the run are the prompt's).
+    prompt : ndarray
+        Token ids ``[N]``.
+    run : Match
+        Of a chunk that was computed behind the prefix ``prompt[:prefix_len]`` and nothing else.
+    prefix_len : int
+        Tokens of that prefix.
+    chunk_ids : ndarray
+        Token ids of the whole chunk.
+    base_position : int
+        Where its first token stood when it was computed.
+    """
+    first = run.prompt_start - run.chunk_offset
+    if not first == base_position == prefix_len:
+        return False
+    return bool(np.array_equal(chunk_ids[: run.chunk_end], prompt[first : run.prompt_end]))
+
+
+def exact_end(runs: Sequence[tuple[int, int, bool]], radix_len: int) -> int:
+    """End of the exact part: radix prefix, then loaded runs that are exact, up to the first that is not.
+
+    Parameters
+    ----------
+    runs : sequence of (int, int, bool)
+        ``(start, end, is_exact)`` of loaded positions, rising, see :func:`stands_in_place`. What stands between
+        exact runs is computed behind them, so it is exact too.
     radix_len : int
         Tokens found in the tree; the answer when no run is exact.
     """
-    if not spans:
-        return radix_len
-    end = first = spans[0][0]
-    for start, stop, delta in spans:
-        if start != end or delta != 0:
+    end = radix_len
+    for _, stop, is_exact in runs:
+        if not is_exact:
             break
         end = stop
-    return end if end > first else radix_len
+    return end
 
 
 def fresh_positions(spans: Sequence[tuple[int, int]], piece: Piece) -> Tensor:
@@ -127,3 +161,52 @@ def union_rows(fresh: Tensor, chosen: Tensor) -> Tensor:
 def skipped_rows(spans: Sequence[tuple[int, int]], start: int, end: int) -> int:
     """Count loaded tokens within ``[start, end)``: rows that a scheduler need not charge."""
     return sum(max(0, min(hi, end) - max(lo, start)) for lo, hi in spans)
+
+
+def ordinary_passes(
+    ranges: Sequence[tuple[int, int]], tails: Sequence[int], limit: int, *, fills_last: bool = True
+) -> list[list[tuple[int, int, int]]]:
+    """Cut the rows of a batch into passes of a bounded size.
+
+    Parameters
+    ----------
+    ranges : sequence of (int, int)
+        Positions to compute, by request, none empty.
+    tails : sequence of int
+        Last positions of each request whose output is wanted, at least 1: they stay in the last pass.
+    limit : int
+        Most rows of a pass; more only where the tails alone are more.
+    fills_last : bool
+        Whether the last pass may hold more than the tails.
+
+    Returns
+    -------
+    list of list of (int, int, int)
+        Passes in order, each ``(request, start, end)`` by request. The last one holds every request up to its end.
+    """
+    bodies = [max(0, end - start - tail) for (start, end), tail in zip(ranges, tails, strict=True)]
+    wanted = sum(end - start for start, end in ranges) - sum(bodies)
+    early = max(0, sum(bodies) - (max(0, limit - wanted) if fills_last else 0))
+    passes: list[list[tuple[int, int, int]]] = [[]]
+    reached, room = [start for start, _ in ranges], limit
+    for index, body in enumerate(bodies):
+        left = min(body, early)
+        early -= left
+        while left:
+            if not room:
+                passes.append([])
+                room = limit
+            count = min(left, room)
+            passes[-1].append((index, reached[index], reached[index] + count))
+            reached[index] += count
+            left, room = left - count, room - count
+    last = [(index, reached[index], end) for index, (_, end) in enumerate(ranges)]
+    return [*passes, last] if passes[0] else [last]
+
+
+def reach(limit: int, start: int, end: int, computed: Callable[[int], int]) -> int:
+    """Furthest end of a piece from ``start`` that computes at most ``limit`` rows.
+
+    ``computed(e)`` counts the rows of a piece that ends at ``e``; it must not fall.
+    """
+    return start + bisect.bisect_right(range(start + 1, end + 1), limit, key=computed)

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from rag_pipeline.sglang_plugin.fusion import draft
 from rag_pipeline.sglang_plugin.fusion.attention import Loader, Observer, StopPassError
-from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, make_pass, make_view
+from rag_pipeline.sglang_plugin.fusion.batch_view import (
+    RequestRows,
+    bind_adapters,
+    make_pass,
+    make_view,
+)
 from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.plan import union_rows
 from rag_pipeline.sglang_plugin.fusion.probes import DeviationObserver, MassObserver
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.write_guard import WriteGuard
 
 
 class Prober:
@@ -31,15 +37,20 @@ class Prober:
         In an extend mode.
     loader : Loader
         Shared by the passes of the forward.
+    guard : WriteGuard
+        What no pass may write.
     """
 
-    def __init__(self, runtime: FusionRuntime, runner: Any, batch: Any, loader: Loader) -> None:
+    def __init__(
+        self, runtime: FusionRuntime, runner: Any, batch: Any, loader: Loader, guard: WriteGuard
+    ) -> None:
         assert runtime.facts is not None
         self._runtime = runtime
         self._facts = runtime.facts
         self._runner = runner
         self._batch = batch
         self._loader = loader
+        self._guard = guard
 
     def choose(self, items: Sequence[FusedItem]) -> None:
         """Set ``chosen`` of every item."""
@@ -161,8 +172,9 @@ class Prober:
 
     def _run(self, rows: Sequence[RequestRows], observer: Observer) -> Tensor | None:
         """Run a pass; return the likeliest next token of each request, None where the observer stopped it."""
-        fused = make_pass(self._runtime, self._loader, rows, observer=observer)
+        fused = make_pass(self._runtime, self._loader, rows, self._guard, observer=observer)
         view = make_view(self._batch, rows, fused, whole_batch=False)
+        bind_adapters(self._runner, view)
         self._runtime.group.all_true(True)  # no rank starts a pass that another one does not reach
         output = None
         with contextlib.suppress(StopPassError):

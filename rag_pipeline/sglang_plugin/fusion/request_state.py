@@ -94,13 +94,15 @@ class LeasedSpan:
     """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it.
 
     ``is_turn`` marks a run that an earlier turn of the conversation left: no policy recomputes it.
-    ``is_behind_passage`` marks KV that saw the neutral passage: it is exact at no place.
+    ``is_behind_passage`` marks KV that saw the neutral passage.
+    ``is_exact`` marks KV that plain prefill of the prompt would compute too, behind exact KV.
     """
 
     match: Match
     lease: Lease
     is_turn: bool = False
     is_behind_passage: bool = False
+    is_exact: bool = False
 
     @property
     def start(self) -> int:
@@ -137,6 +139,8 @@ class RequestState:
         Exact tokens found in the tree when the prompt was admitted.
     epoch : int
         Of the weights at that time.
+    looked_up : (int, int)
+        Chunks found and chunks missing in this attempt.
     exact_limit : int or None
         Tokens that may be published as exact; None for all.
     turns_end : int
@@ -147,6 +151,8 @@ class RequestState:
         Prompt positions that were loaded and then computed anew.
     row_layers : float
         Work done so far: rows times layers.
+    row_limit : int
+        Most rows that SGLang would let the batch of its next piece have.
     explicit : bool
         The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
@@ -161,6 +167,7 @@ class RequestState:
         "exact_limit",
         "explicit",
         "internal",
+        "looked_up",
         "policy",
         "prompt",
         "radix_len",
@@ -169,6 +176,7 @@ class RequestState:
         "request",
         "resolved",
         "row_layers",
+        "row_limit",
         "spans",
         "turn",
         "turns_end",
@@ -192,11 +200,13 @@ class RequestState:
         self.captures: list[Capture] = []
         self.radix_len = 0
         self.epoch = 0
+        self.looked_up = (0, 0)
         self.recomputed: list[int] = []
         self.exact_limit: int | None = None
         self.turns_end = 0
         self.turn = 0
         self.row_layers = 0.0
+        self.row_limit = 0
         self.explicit = explicit
         self.internal = internal
         self.report = UsageReport(prompt_tokens=int(self.prompt.size))
@@ -215,6 +225,7 @@ class RequestState:
         self.resolved = False
         self.done = False
         self.exact_limit = None
+        self.turns_end = self.turn = 0
 
     def drop_captures(self) -> None:
         """Give build rights back: nothing is stored any more."""
@@ -237,7 +248,7 @@ class RequestState:
         for span in self.spans:
             span.lease.release()
         self.spans = []
-        self.captures = []
+        self.drop_captures()
         self.done = True
 
     def __del__(self) -> None:

@@ -95,6 +95,8 @@ class FusionRuntime:
         """What takes its place where it holds text that was deleted."""
         self.max_prompt = 0
         """Tokens that a prompt may hold in this engine."""
+        self.mixes_decoding = False
+        """Whether batches of prompts hold rows of running requests too (--enable-mixed-chunk)."""
         self._prefixes: FairTable[str, KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0

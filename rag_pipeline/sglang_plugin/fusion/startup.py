@@ -16,7 +16,7 @@ from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
 from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
-from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
+from rag_pipeline.sglang_plugin.fusion.support import refuse_settings, refuse_tree
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     )
     group = _rank_group()
     reason, facts = refuse_settings(scheduler.server_args), None
+    reason = reason or refuse_tree(scheduler.tree_cache)
     if reason is None and not scheduler.is_generation:
         reason = "the model does not generate"
     if reason is None:
@@ -118,6 +119,7 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         reason = reason or str(error)
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
     runtime.max_prompt = int(scheduler.max_req_input_len)
+    runtime.mixes_decoding = bool(scheduler.is_mixed_chunk)
     tokenizer, length = getattr(scheduler, "tokenizer", None), config.passage_tokens
     runtime.passage = passage_ids(tokenizer, length, runtime.max_prompt, text=text)
     runtime.plain_passage = runtime.passage

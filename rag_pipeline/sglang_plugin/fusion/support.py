@@ -5,6 +5,7 @@ A refusal is not an error: the engine serves on, by ordinary prefill.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,7 +55,30 @@ def refuse_settings(server_args: Any) -> str | None:
         return "hierarchical cache (--enable-hierarchical-cache): untested together with fusion"
     if setting("enable_lmcache", False):
         return "LMCache (--enable-lmcache): both would write the same slots"
+    if setting("enable_unified_cache_external_linker", False):
+        return "an external cache linker: it lengthens a request's prefix behind the match"
     return None
+
+
+def refuse_tree(tree: Any) -> str | None:
+    """Reason why fusion cannot work beside an engine's prefix cache, or None.
+
+    What keeps fused KV from being published as exact is hooked into one class. Any other may publish through doors of
+    its own, a subclass too.
+
+    Parameters
+    ----------
+    tree : BasePrefixCache
+        SGLang's, of the scheduler.
+    """
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    if type(tree) is UnifiedRadixCache:
+        return None
+    return (
+        f"prefix cache {type(tree).__name__}: only SGLang's own UnifiedRadixCache is kept free of fused KV; start "
+        "without --radix-cache-backend, --enable-flexkv and --enable-lmcache"
+    )
 
 
 def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
@@ -95,22 +119,48 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     return None
 
 
-def refuse_request(req: Any) -> str | None:
-    """Reason why one request is prefilled as usual, as a short label for the counters, or None."""
+def refuse_beside(req: Any) -> str | None:
+    """Reason why no request of a batch can be fused if this one is in it, as a short label, or None.
+
+    A fused pass has fewer rows than the batch that SGLang made. What SGLang prepares or slices by a request's
+    position follows; this is the one list of what goes by the batch's original rows instead.
+    """
+    if req.lora_id is not None:
+        return "lora"  # adapters are laid out in segments of rows
+    if req.return_hidden_states or req.return_pooled_hidden_states:
+        return "hidden_states"  # sliced by the rows that the scheduler counted
+    if req.return_routed_experts or req.return_indexer_topk:
+        return "routed_experts"
+    if req.multi_item_delimiter_indices is not None:
+        return "multi_item_scoring"  # positions of rows, and attention that is not causal
+    if req.token_indices_to_pool is not None or req.decision_layout is not None:
+        return "pooled_positions"
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         return "input_embeds"
+    if req.token_type_ids:
+        return "token_types"
     if req.multimodal_inputs is not None:
         return "multimodal"
-    if req.lora_id is not None:
-        return "lora"
+    if req.is_dllm():
+        return "diffusion_model"
+    return None
+
+
+def refuse_batch(reqs: Iterable[Any]) -> str:
+    """Reason why nothing in a batch of these requests can be fused, as a short label; empty for none."""
+    reasons = (refuse_beside(req) for req in reqs)
+    return next((f"beside_{reason}" for reason in reasons if reason is not None), "")
+
+
+def refuse_request(req: Any) -> str | None:
+    """Reason why one request is prefilled as usual, as a short label for the counters, or None."""
+    reason = refuse_beside(req)
+    if reason is not None:
+        return reason
     if req.session is not None:
         return "session"
-    if req.return_hidden_states or req.return_routed_experts or req.return_indexer_topk:
-        return "hidden_states"
     if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1:
         return "input_logprobs"
     if req.beam_group is not None:
         return "beam_search"
-    if req.is_dllm():
-        return "diffusion_model"
     return None
