@@ -322,8 +322,8 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=_FORWARD)
 def bench(context: typer.Context) -> None:
-    """Measure speed alone: ttft, throughput (arrivals at a server), store (save, load, evict)."""
-    names = ("ttft", "throughput", "store")
+    """Measure speed (ttft, throughput, store) or reliability; nothing of answer quality."""
+    names = ("ttft", "throughput", "store", "reliability")
     benchmarks = {name: f"rag_eval.benchmarks.{name}" for name in names}
     name, *words = context.args or ["--help"]
     if name in ("-h", "--help"):

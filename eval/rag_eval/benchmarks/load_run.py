@@ -40,12 +40,15 @@ class LoadTarget:
         Key of each tenant.
     marks
         For each tenant a word that stands in its documents only.
+    pid
+        First process of the server; 0 where that is not known.
     """
 
     url: str
     operator_key: str
     tenants: Mapping[str, str]
     marks: Mapping[str, str]
+    pid: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

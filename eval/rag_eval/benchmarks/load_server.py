@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rag_eval.benchmarks.load_run import LoadTarget
@@ -48,6 +48,7 @@ def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Itera
     from rag_pipeline.models import resolve_llm
 
     model_folder = resolve_llm(model).path
+    folder.mkdir(parents=True, exist_ok=True)
     for name, (_, mark) in TENANTS.items():
         build_index(folder / name, model_folder, mark)
     keys = {
@@ -74,9 +75,11 @@ def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Itera
             operator_key=OPERATOR_KEY,
             tenants={name: key for name, (key, _) in TENANTS.items()},
             marks={name: mark for name, (_, mark) in TENANTS.items()},
+            pid=process.pid,
         )
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -1,0 +1,122 @@
+"""Long load: memory and descriptors stay, SIGTERM under load ends in time, a killed scheduler is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import psutil
+
+from rag_eval.benchmarks.load_run import LoadTarget, run_load
+from rag_eval.benchmarks.load_server import started_server
+from rag_eval.reliability.figure import Outcome, Plan
+
+STOP_S, UNREADY_S, SLOPE_MIB_H, DESCRIPTORS = 30.0, 5.0, 1.0, 8
+_HOUR = 3600
+
+
+def run(plan: Plan) -> Outcome:
+    """Full size: one hour of load, 100 stops under load, 100 killed schedulers."""
+    outcome = Outcome()
+    seconds, stops = plan.size(_HOUR, 20), plan.size(100, 1)
+    outcome.note = f"{seconds} s of load, {stops} stops and {stops} kills" if stops < 100 else ""
+    with started_server(plan.model, plan.folder / "load") as target:
+        _stays_small(target, seconds, plan, outcome)
+    for number in range(stops):
+        with started_server(plan.model, plan.folder / f"stop-{number}") as target:
+            _under_load(target, plan, lambda one: _stops(one, outcome))
+        with started_server(plan.model, plan.folder / f"kill-{number}") as target:
+            _loses_scheduler(target, outcome)
+    return outcome
+
+
+def _family(target: LoadTarget) -> list[psutil.Process]:
+    parent = psutil.Process(target.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def _stays_small(target: LoadTarget, seconds: int, plan: Plan, outcome: Outcome) -> None:
+    """Sample memory and descriptors of the processes; a line through the second half gives the slope."""
+    samples: list[tuple[float, float, int]] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        began = time.monotonic()
+        while not done.wait(max(0.5, seconds / 200)):
+            family = _family(target)
+            rss = sum(p.memory_info().rss for p in family) / 2**20
+            samples.append((time.monotonic() - began, rss, sum(p.num_fds() for p in family)))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    report = asyncio.run(run_load(target, seconds=float(seconds), concurrency=16, seed=plan.seed))
+    done.set()
+    thread.join()
+    outcome.tried += report.requests
+    for fault in report.faults:
+        outcome.fault(fault)
+    half = samples[len(samples) // 2 :]
+    slope = _slope([(at, rss) for at, rss, _ in half]) * _HOUR
+    # Caches fill in the first minutes: a short run says what it saw and is held to nothing.
+    limit = SLOPE_MIB_H if seconds >= _HOUR else None
+    outcome.measure("rss_slope_mib_per_h", slope, limit)
+    outcome.measure("rss_max_mib", max(rss for _, rss, _ in samples))
+    spread = max(fds for *_, fds in half) - min(fds for *_, fds in half)
+    outcome.measure("descriptor_spread", spread)
+    growth = _slope([(at, float(fds)) for at, _, fds in half]) * (half[-1][0] - half[0][0])
+    outcome.measure("descriptor_growth", growth, DESCRIPTORS)
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Least squares slope per second."""
+    count = len(points)
+    x0 = sum(x for x, _ in points) / count
+    y0 = sum(y for _, y in points) / count
+    below = sum((x - x0) ** 2 for x, _ in points)
+    return sum((x - x0) * (y - y0) for x, y in points) / below if below else 0.0
+
+
+def _under_load(target: LoadTarget, plan: Plan, act: Callable[[LoadTarget], None]) -> None:
+    load = threading.Thread(
+        target=lambda: asyncio.run(run_load(target, seconds=6, concurrency=16, seed=plan.seed)),
+        daemon=True,
+    )
+    load.start()
+    time.sleep(4)
+    act(target)
+
+
+def _stops(target: LoadTarget, outcome: Outcome) -> None:
+    outcome.tried += 1
+    family = _family(target)
+    began = time.monotonic()
+    os.kill(target.pid, signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=3 * STOP_S)
+    outcome.measure("stop_s", time.monotonic() - began, STOP_S)
+    if alive:
+        outcome.fault(f"SIGTERM left {len(alive)} processes: {[p.name() for p in alive]}")
+
+
+def _loses_scheduler(target: LoadTarget, outcome: Outcome) -> None:
+    """Kill the process that holds the model; the server may not go on calling itself ready."""
+    outcome.tried += 1
+    scheduler = max(_family(target), key=lambda p: p.memory_info().rss)
+    scheduler.kill()
+    began = time.monotonic()
+    headers = {"Authorization": f"Bearer {target.operator_key}"}
+    while time.monotonic() - began < 60:
+        try:
+            answer = httpx.get(
+                f"{target.url}/health_generate", headers=headers, timeout=5, trust_env=False
+            )
+            if answer.status_code != 200:
+                break
+        except httpx.TransportError:
+            break
+        time.sleep(0.1)
+    outcome.measure("unready_s", time.monotonic() - began, UNREADY_S)
