@@ -153,7 +153,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def ranks_agree(self) -> None:
         traces = [server.trace for server in self.ranks.servers]
-        assert all(trace == traces[0] for trace in traces), "ranks computed other rows"
+        for steps in zip(*traces, strict=True):
+            assert all(step == steps[0] for step in steps), f"ranks computed other rows: {steps}"
 
     def teardown(self) -> None:
         def drain(server: Any) -> None:

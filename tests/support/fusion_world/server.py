@@ -13,7 +13,7 @@ from chunk_cache import MemoryStore
 from chunk_cache.matching import ChunkMatcher
 from fusion_world import checks, model
 from fusion_world.tree import Tree
-from rag_pipeline.sglang_plugin.fusion import admission, forward, radix
+from rag_pipeline.sglang_plugin.fusion import admission, batching, forward, radix
 from rag_pipeline.sglang_plugin.fusion.attention import find_pass
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
@@ -79,6 +79,13 @@ class Adder:
         self.can_run_list: list[Req] = []
         self.refusals = list(refusals)
         self.has_cut = False
+        self.running_batch = SimpleNamespace(reqs=[])
+
+    def budget_state(self) -> Any:
+        """Whether another request may come."""
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        return AddReqResult.CONTINUE if self.rem_chunk_tokens > 0 else AddReqResult.OTHER
 
 
 class Server:
@@ -144,6 +151,7 @@ class Server:
             token_to_kv_pool=self.pool,
             token_to_kv_pool_allocator=allocator,
             model_config=SimpleNamespace(context_len=MAX_LENGTH),
+            lora_manager=None,
             _forward_raw=lambda view, _: self._compute(self.runner, view),
         )
 
@@ -174,7 +182,7 @@ class Server:
         adder = Adder(rows, refusals)
         if self.cut is not None:
             req, self.cut = self.cut, None
-            admission.around_add_request(self._add_piece, adder, req)
+            batching.around_add_chunked_req(self._add_piece, adder, req)
             if req not in adder.can_run_list:
                 self.cut = req
                 return
@@ -184,7 +192,7 @@ class Server:
             path = self.tree.path(req.tenant, req.full_untruncated_fill_ids[:-1])
             req.prefix_len = req.kv.cache_protected_len = len(path)
             self.tree.lock(path, 1)
-            admission.around_add_request(self._add, adder, req)
+            batching.around_add_one_req(self._add, adder, req)
             if req in adder.can_run_list:
                 req.path = path
                 self.waiting_queue.remove(req)
