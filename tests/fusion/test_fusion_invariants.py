@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
             servers[-1].fails_at = which % 3
         else:
             for server in servers if what == "chunk evicted" else servers[:1]:
-                keys = sorted(server.runtime.store.keys(), key=lambda key: key.digest)
+                keys = list(server.runtime.store.keys())
                 if keys:
                     server.runtime.store.evict(keys[which % len(keys)])
 

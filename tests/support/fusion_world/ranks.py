@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,11 @@ class DivergedError(AssertionError):
 
 def _globals() -> dict[tuple[Any, str], Any]:
     """State of a scheduler process that lives in modules."""
-    fresh: dict[tuple[Any, str], Any] = {
+    return {
         (runtime, "_RUNTIME"): None,
-        (background, "_QUEUE"): deque(),
         (background, "_idle"): 0,
-        (internal_requests, "_live"): set(),
         (internal_requests, "_NUMBERS"): itertools.count(1),
     }
-    return {place: value for place, value in fresh.items() if hasattr(*place)}
 
 
 class Ranks:

@@ -126,6 +126,7 @@ class Server:
                 "dtype": "float32",
                 "kv_dtype": "float32",
                 "rope": "{}",
+                "settings": "none",
                 "tp_rank": rank,
                 "tp_size": size,
             },
@@ -237,7 +238,7 @@ class Server:
         self.tree.evict(0)
         assert not self.tree.slots()
         self.epoch += 1
-        self.runtime.weights_changed(f"epoch-{self.epoch}")
+        self.runtime.new_weights(in_update=False, tree_is_old=False)
 
     # -- inside ----------------------------------------------------------------------------------
 
