@@ -33,6 +33,9 @@ CPU_DEFAULTS: dict[str, Any] = {
     "disable_cuda_graph": True,
     "max_total_tokens": 16384,
     "sleep_on_idle": True,
+    # One forward of a long prompt may take minutes on few or busy cores; SGLang would call 300 s a hang
+    # and end the engine.
+    "watchdog_timeout": 3600.0,
 }
 """What :func:`create_engine` fills in on the CPU platform where the caller says nothing. SGLang's own
 ``max_total_tokens`` would take most of the memory of the machine for KV, and its idle scheduler would
