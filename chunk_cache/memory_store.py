@@ -175,7 +175,8 @@ class MemoryStore(WritableStore):
 
         Explicit spans come first: each whose whole chunk is READY is matched as it stands, and
         automatic matches are trimmed around it. The place of a missing one is open to automatic
-        matches (an older, differently cut chunk may cover it).
+        matches (an older, differently cut chunk may cover it); where none is missing, nothing is
+        scanned.
 
         Parameters
         ----------
@@ -186,7 +187,7 @@ class MemoryStore(WritableStore):
         spans
             Explicit ``(start, end)`` positions; see :func:`check_spans`.
         automatic
-            Also scan the prompt.
+            Also scan the prompt, if a span is missing or none was given.
         min_piece
             Shortest automatic piece worth keeping after trimming, tokens.
         """
@@ -194,7 +195,8 @@ class MemoryStore(WritableStore):
         namespace = context if isinstance(context, str) else context.namespace
         explicit: list[Match] = []
         missing: list[tuple[int, int]] = []
-        for start, end in check_spans(spans or (), int(ids.size)):
+        given = check_spans(spans or (), int(ids.size))
+        for start, end in given:
             run = ids[start:end]
             if int(run.min()) < 0 or int(run.max()) > np.iinfo(np.int32).max:
                 continue  # engine-made ids (image pads): never stored, nothing to build either
@@ -203,7 +205,8 @@ class MemoryStore(WritableStore):
                 explicit.append(Match(start, end, key))
             else:
                 missing.append((start, end))
-        found = self.match(ids, namespace) if automatic else []
+        scan = automatic and (missing or not given)
+        found = self.match(ids, namespace) if scan else []
         return Resolution(merge_matches(explicit, found, min_piece=min_piece), missing)
 
     # -- inspecting ---------------------------------------------------------------------------

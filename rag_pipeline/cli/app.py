@@ -271,6 +271,13 @@ def serve(
     stop_seconds: Annotated[
         int, typer.Option(min=0, max=3600, help="For requests to end after SIGTERM.")
     ] = 15,
+    automatic: Annotated[
+        bool | None,
+        typer.Option(
+            "--automatic/--no-automatic",
+            help="Look for stored chunks in every prompt, unasked (fusion.automatic).",
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
@@ -302,6 +309,7 @@ def serve(
             max_connections=max_connections,
             max_body_mb=max_body_mb,
             stop_seconds=stop_seconds,
+            automatic=automatic,
             store=store,
             words=tuple(context.args),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ class ServeOptions:
     max_connections: int = 1024
     max_body_mb: int = 64
     stop_seconds: int = 15
+    automatic: bool | None = None
     store: Path | None = None
     words: tuple[str, ...] = ()
 
@@ -103,6 +105,7 @@ def run_serve(options: ServeOptions) -> None:
         with shared or nullcontext():
             salts = _salts(tenants) if len(tenants) else None
             use_store(options.store or kv_store_dir(), shared, tenants=salts)
+    _choose_automatic(tenants, options.automatic)
     words = ["--host", options.host, "--port", str(options.port), *options.words]
     if not any(word.partition("=")[0] == "--served-model-name" for word in options.words):
         # The folder of a converted model is named by its contents; clients read the name given here.
@@ -130,6 +133,23 @@ def _salts(tenants: Tenants) -> list[str]:
         for extra, salt in ((None, tenant.salt), (tenant.salt, None), (tenant.salt, tenant.salt))
         if tenant.salt
     ]
+
+
+def _choose_automatic(tenants: Tenants, given: bool | None) -> None:
+    """Tell the engine whose prompts it may approximate unasked: the flag, else the setting, and each tenant's own."""
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    config = FusionConfig.from_env()
+    everybody = config.automatic if given is None else given
+    choices = {
+        tenant.salt: everybody if tenant.automatic is None else tenant.automatic
+        for tenant in tenants.all()
+    }
+    everybody = all(choices.values())
+    chosen = () if everybody else tuple(salt for salt, on in choices.items() if on)
+    chosen = tuple(sorted({*config.automatic_tenants, *chosen}))
+    config = dataclasses.replace(config, automatic=everybody, automatic_tenants=chosen)
+    os.environ[FUSION_VARIABLE] = config.to_env()
 
 
 def _opened(folder: Path) -> Index | None:

@@ -129,7 +129,12 @@ class FusionSettings(_Section):
         default="query", description="Policy of requests that name none; NAME or NAME:RATIO."
     )
     automatic: bool = Field(
-        default=True, description="Look for stored chunks in prompts without spans."
+        default=False,
+        description="Approximate unasked: look for stored chunks in every prompt, of any client.",
+    )
+    automatic_tenants: list[str] = Field(
+        default=[],
+        description="The same for single tenants, by `cache_salt` up to a `/`; a tenants file sets its own.",
     )
     background: bool = Field(
         default=True, description="Compute missing chunks while the engine is idle."

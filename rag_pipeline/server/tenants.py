@@ -3,7 +3,7 @@
 The operator's own key is ``--api-key``; without any key everybody is the operator. A tenants file adds
 keys, each with indexes of its own::
 
-    {"acme": {"api_key": "...", "index": "indexes/acme"},
+    {"acme": {"api_key": "...", "index": "indexes/acme", "automatic": true},
      "globex": {"api_key_sha256": "...", "index": {"law": "indexes/law", "news": "indexes/news"}}}
 """
 
@@ -39,11 +39,14 @@ class Tenant:
         Cache namespace; empty for the operator, whose chunk KV the command line shares.
     indexes
         Folder of each index by the name that requests use; the first one is the default.
+    automatic
+        Whether stored chunks are looked for in prompts that do not ask for it; None: as the server is set.
     """
 
     name: str
     salt: str
     indexes: Mapping[str, Path]
+    automatic: bool | None = None
 
 
 class Tenants:
@@ -170,7 +173,7 @@ def _read_tenant(path: Path, name: str, fields: Any) -> tuple[str, Tenant]:
         raise RagPipelineError(f"{where} is the name of --api-key's holder; choose another")
     if not isinstance(fields, dict):
         raise RagPipelineError(f"{where} must be an object with api_key and index")
-    unknown = sorted(set(fields) - {"api_key", "api_key_sha256", "index"})
+    unknown = sorted(set(fields) - {"api_key", "api_key_sha256", "index", "automatic"})
     if unknown:
         raise RagPipelineError(f"{where} has unknown fields {', '.join(unknown)}")
     key, digest = fields.get("api_key"), fields.get("api_key_sha256")
@@ -195,8 +198,14 @@ def _read_tenant(path: Path, name: str, fields: Any) -> tuple[str, Tenant]:
         raise RagPipelineError(
             f"{where}: index must be a folder, or an object of names and folders"
         )
+    automatic = fields.get("automatic")
+    if automatic is not None and not isinstance(automatic, bool):
+        raise RagPipelineError(
+            f"{where}: automatic is {automatic!r}; give true or false, or leave it out"
+        )
     salt = f"tenant-{hashlib.sha256(f'rag-tenant:{name}'.encode()).hexdigest()[:32]}"
-    return digest, Tenant(name=name, salt=salt, indexes=parse_indexes(words))
+    indexes = parse_indexes(words)
+    return digest, Tenant(name=name, salt=salt, indexes=indexes, automatic=automatic)
 
 
 def _refuse_shared_folders(path: Path, tenants: list[Tenant]) -> None:

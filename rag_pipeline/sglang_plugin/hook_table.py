@@ -50,6 +50,8 @@ class HookTarget:
         One sentence: what the hook is for.
     params
         Parameter names that the hook relies on; each must still be in the target's signature.
+    attributes
+        For a class: names of methods and fields that are called or read on its instances.
     checked_with
         SGLang release this row was run with.
     """
@@ -58,6 +60,7 @@ class HookTarget:
     kind: str
     why: str
     params: tuple[str, ...] = field(default=())
+    attributes: tuple[str, ...] = field(default=())
     checked_with: str = CHECKED_WITH
 
     def __post_init__(self) -> None:
@@ -85,6 +88,11 @@ def _fault(row: HookTarget) -> str | None:
         found = pkgutil.resolve_name(row.path)
     except (ImportError, AttributeError) as error:
         return f"{row.path} ({error})"
+    if row.attributes:
+        known = _names_of(found)
+        gone = [name for name in row.attributes if name not in known]
+        if gone:
+            return f"{row.path} lost {', '.join(gone)}"
     if not row.params:
         return None
     try:
@@ -94,6 +102,21 @@ def _fault(row: HookTarget) -> str | None:
     # A wrapper that SGLang made keeps the signature through functools.wraps.
     missing = [name for name in row.params if name not in have]
     return f"{row.path} lost the parameter(s) {', '.join(missing)}" if missing else None
+
+
+def _names_of(kind: type) -> set[str]:
+    """Names that instances of a class may have: its members, and all that its own methods mention.
+
+    Fields are set in ``__init__``, so a class does not list them; reading its source would take seconds.
+    """
+    names = set(dir(kind))
+    for base in kind.__mro__:
+        # An enumeration hides its methods from `dir`.
+        names.update(vars(base), inspect.get_annotations(base))
+        for member in vars(base).values():
+            code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+            names.update(code.co_names if code else ())
+    return names
 
 
 def verify_targets(rows: Iterable[HookTarget] | None = None) -> None:

@@ -84,8 +84,12 @@ def test_at_its_own_place_a_chunk_is_exact_and_elsewhere_it_saw_the_passage(loca
         build(local, chunk, True)
     local.flush()
     before = hits(local)
+    scans = local.runtime.store.stats().prompts_matched
     req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})
     assert report(req)["reused_tokens"] == 2 * CHUNK
+    assert (
+        local.runtime.store.stats().prompts_matched == scans
+    )  # each chunk is there in one way or the other
     used = {key: count - before[key] for key, count in hits(local).items()}
     assert sorted((base, count) for (base, _), count in used.items()) == [
         (PREFIX, 0),

@@ -85,24 +85,6 @@ def test_background_builds_wait_for_idleness_and_the_queue_is_bounded(engine, mo
     assert runtime.metrics.counts["background.started"] == 3
 
 
-def test_prompts_without_spans_are_matched_automatically(engine):
-    local = engine("llama")
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    ids, _ = lay_out([CHUNKS[2], tokens(11, 5), CHUNKS[0]], tokens(9, 3))
-    local.flush()
-    plain = local.ask(ids, 4, fusion={"mode": "off"})
-    local.flush()
-    found = local.ask(ids, 4)
-    assert report(found)["policy"] == "query"
-    assert report(found)["reused_tokens"] + report(found)["recomputed_tokens"] == 2 * CHUNK
-    assert plain.customized_info is None
-    # Another prefix: chunk KV computed behind ours is not valid there.
-    local.flush()
-    other = local.ask([*tokens(PREFIX, 99), *CHUNKS[2], *tokens(9, 3)], 4)
-    assert other.customized_info is None
-
-
 def test_tenants_do_not_see_each_other(engine):
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0], cache_salt="one")

@@ -56,6 +56,7 @@ def load(tmp_path: Path, content: Any) -> Tenants:
         ('{"acme": {}, "acme": {}}', "'acme' stands twice"),
         ({"acme": {"api_key": KEY}}, "index must be a folder"),
         ({"acme": {"api_key": KEY, "index": "x", "salt": "y"}}, "unknown fields salt"),
+        ({"acme": {"api_key": KEY, "index": "x", "automatic": "yes"}}, "give true or false"),
         ({"a": {"api_key": KEY, "index": "x"}, "b": {"api_key": KEY, "index": "y"}}, "key of another"),
         ({"a": {"api_key": KEY, "index": "x"}, "b": {"api_key": KEY + "2", "index": "x"}}, "share the index"),
     ],
@@ -148,6 +149,42 @@ def test_keys_come_from_one_place_and_leave_the_environment(
     (tmp_path / "key").write_text(f"{KEY}\nsecond\n")
     with pytest.raises(RagPipelineError, match="one key"):
         read(file=tmp_path / "key")
+
+
+@pytest.mark.parametrize(
+    ("flag", "acme", "everybody", "single"),
+    [
+        (None, None, False, []),
+        (None, True, False, ["acme"]),
+        (True, None, True, []),
+        (True, True, True, []),
+        (True, False, False, ["operator", "other"]),
+        (False, True, False, ["acme"]),
+    ],
+)
+def test_each_tenant_says_whether_its_prompts_are_matched_unasked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: bool | None,
+    acme: bool | None,
+    everybody: bool,
+    single: list[str],
+) -> None:
+    from rag_pipeline.cli.serve import _choose_automatic
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    choice = {} if acme is None else {"automatic": acme}
+    content = {
+        "acme": {"api_key": KEY, "index": "x", **choice},
+        "other": {"api_key": KEY[::-1], "index": "y"},
+    }
+    tenants = load(tmp_path, content)
+    monkeypatch.setenv(FUSION_VARIABLE, '{"min_reused_tokens": 9}')
+    _choose_automatic(tenants, flag)
+    told = FusionConfig.from_env()
+    assert (told.automatic, told.min_reused_tokens) == (everybody, 9)
+    salts = {tenant.name: tenant.salt for tenant in tenants.all()}
+    assert sorted(told.automatic_tenants) == sorted(salts[name] for name in single)
 
 
 def test_index_options() -> None:

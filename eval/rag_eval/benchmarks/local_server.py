@@ -52,7 +52,9 @@ class LocalServer:
 
 
 @contextmanager
-def local_server(folder: Path, engine_args: Mapping[str, Any]) -> Iterator[LocalServer]:
+def local_server(
+    folder: Path, engine_args: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Iterator[LocalServer]:
     """Start ``sglang.launch_server`` on a free port of this machine and stop it in the end.
 
     Parameters
@@ -61,6 +63,8 @@ def local_server(folder: Path, engine_args: Mapping[str, Any]) -> Iterator[Local
         Model folder.
     engine_args
         Server arguments by name; they win over the project's defaults for the CPU.
+    environment
+        Variables beside this process's own.
 
     Raises
     ------
@@ -73,7 +77,11 @@ def local_server(folder: Path, engine_args: Mapping[str, Any]) -> Iterator[Local
         with log.open("wb") as out:
             # A process group of its own: SGLang's children end with it.
             process = subprocess.Popen(
-                _command(folder, port, engine_args), stdout=out, stderr=out, start_new_session=True
+                _command(folder, port, engine_args),
+                env={**os.environ, **(environment or {})},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
         server = LocalServer(url=f"http://127.0.0.1:{port}", pid=process.pid)
         try:

@@ -157,7 +157,13 @@ def run(
 
 @contextmanager
 def two_servers(progress: Callable[[str], None]) -> Iterator[list[str]]:
-    """Start two servers with the plugin on a tiny model of random weights; yields their URLs."""
+    """Start two servers with the plugin on a tiny model of random weights; yields their URLs.
+
+    They match automatically: a router that drops the fields of a request drops its asking too.
+    """
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    environment = {FUSION_VARIABLE: FusionConfig(automatic=True).to_env()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rag-bench-")))
         make_tiny_model(folder)
@@ -165,7 +171,7 @@ def two_servers(progress: Callable[[str], None]) -> Iterator[list[str]]:
         urls = []
         for number in (1, 2):
             progress(f"starting server {number} of 2")
-            urls.append(stack.enter_context(local_server(folder, settings)).url)
+            urls.append(stack.enter_context(local_server(folder, settings, environment)).url)
         yield urls
 
 

@@ -22,6 +22,7 @@ attention is causal by absolute position. How a request travels, module by modul
 ``background``     missing chunks, computed when the engine is idle
 ``context``        identity of the model, its rotation; ``support``: what is refused and why
 ``disk``           the folder that chunk KV is read from and written to; ``erased``: deleted text goes
+``consent``        which prompts may be approximated at all
 ``metrics``        counters in SGLang's ``/metrics``; ``self_check``: proof at start; ``tp``: ranks agree
 ``runtime``        the process-wide object that holds all this; ``hooks``: the table of hooked targets
 =================  ==================================================================================

@@ -15,6 +15,7 @@ from rag_pipeline.sglang_plugin.fusion.chunk_search import (
     find_in_spans,
     scan_prompt,
 )
+from rag_pipeline.sglang_plugin.fusion.consent import may_match_unasked, refuse_asked
 from rag_pipeline.sglang_plugin.fusion.conversation import lease_turns
 from rag_pipeline.sglang_plugin.fusion.internal_requests import is_internal
 from rag_pipeline.sglang_plugin.fusion.request_spans import (
@@ -55,9 +56,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
         explicit = request is not None and request.mode != "off"
         if request is None:
-            if not (
-                runtime.config.automatic and runtime.is_on and runtime.store.stats().chunks_now
-            ):
+            # With several ranks the store of one must not decide: a look-up is a vote.
+            stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
+            if not (runtime.is_on and stored and may_match_unasked(runtime.config, req)):
                 return
             request = FusionRequest()
         if request.mode == "build" and request.passage:
@@ -103,7 +104,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
         state.give_up("off")
         return
     reason = "" if runtime.is_on or state.internal else "fusion_off"
-    reason = reason or refuse_request(req) or ""
+    reason = reason or refuse_asked(state.request, req) or refuse_request(req) or ""
     if not reason and not np.array_equal(state.prompt, req.origin_input_ids):
         # SGLang cut or replaced it after it had come: an abort, or a prompt that is too long.
         reason = "prompt_changed"

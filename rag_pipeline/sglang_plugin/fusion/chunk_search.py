@@ -44,14 +44,16 @@ def find_in_spans(
 ) -> Found:
     """Look up a client's spans; `passage` false leaves KV unused that saw the neutral passage.
 
-    Around missing spans an older, differently cut chunk may serve; outside the spans the client said that there is
-    no chunk: the question stays fresh whatever it quotes.
+    Where a span is missing, the prompt is scanned for an older, differently cut chunk that may serve around it; outside
+    the spans the client said that there is no chunk: the question stays fresh whatever it quotes.
     """
-    plain = _resolve(runtime, prompt, prefix, spans)
     behind = runtime.behind_passage(prefix) if passage else None
     if behind is None:
-        return plain
-    moved = _resolve(runtime, prompt, behind, spans)
+        return _resolve(runtime, prompt, prefix, spans, scan=True)
+    plain, moved = (_resolve(runtime, prompt, p, spans, scan=False) for p in (prefix, behind))
+    # At its own place a chunk has plain KV only, elsewhere perhaps only what saw the passage: missing is what has neither.
+    if set(plain.missing) & set(moved.missing):
+        plain, moved = (_resolve(runtime, prompt, p, spans, scan=True) for p in (prefix, behind))
     own = int(prefix.ids.size)
     # Away from its own place a chunk is worth building behind the passage although a plain one may serve now.
     missing = [s for s in plain.missing if s[0] == own]
@@ -110,12 +112,14 @@ def _resolve(
     prompt: TokenArray,
     prefix: KnownPrefix,
     spans: tuple[tuple[int, int], ...],
+    *,
+    scan: bool,
 ) -> Found:
     found = runtime.store.resolve(
         prompt,
         prefix.context,
         spans=spans,
-        automatic=runtime.config.automatic,
+        automatic=scan,
         min_piece=runtime.config.min_reused_tokens,
     )
     inside = [

@@ -32,7 +32,9 @@ class FusionConfig:
     policy : str
         Policy of requests that name none; ``NAME`` or ``NAME:RATIO``.
     automatic : bool
-        Scan prompts without spans for stored chunks.
+        Look for stored chunks in prompts that do not ask for it (:mod:`.consent`).
+    automatic_tenants : tuple of str
+        The same for single tenants: first parts (up to a ``/``) of the ``cache_salt`` of their requests.
     background : bool
         Compute missing chunks when the engine is idle.
     max_background : int
@@ -59,7 +61,8 @@ class FusionConfig:
     enabled: bool = True
     store_bytes: int = 2 << 30
     policy: str = DEFAULT_POLICY
-    automatic: bool = True
+    automatic: bool = False
+    automatic_tenants: tuple[str, ...] = ()
     background: bool = True
     max_background: int = 64
     min_reused_tokens: int = 16
@@ -75,9 +78,12 @@ class FusionConfig:
         for field in dataclasses.fields(self):
             value, wanted = getattr(self, field.name), type(field.default)
             if type(value) is not wanted:
-                raise EngineError(
-                    f"{CONFIG_VARIABLE}: {field.name} is {value!r}; give {wanted.__name__}."
-                )
+                kind = "a list" if wanted is tuple else wanted.__name__
+                raise EngineError(f"{CONFIG_VARIABLE}: {field.name} is {value!r}; give {kind}.")
+        if not all(isinstance(tenant, str) for tenant in self.automatic_tenants):
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: automatic_tenants is {list(self.automatic_tenants)}; give strings."
+            )
         if self.passage_tokens < 0:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: passage_tokens is {self.passage_tokens}; give 0 (none) or more."
@@ -123,7 +129,11 @@ class FusionConfig:
                 raise EngineError(
                     f"{CONFIG_VARIABLE} has no field {key!r}; allowed: {', '.join(known)}."
                 )
-        return cls(**given)
+        # JSON has no tuples.
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        return cls(**values)
 
     def to_env(self) -> str:
         """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""

@@ -19,6 +19,7 @@ from rag_pipeline.sglang_plugin.fusion import (
     weight_updates,
 )
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.internals import INTERNALS
 
 _SRT = "sglang.srt."
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
@@ -26,23 +27,6 @@ _SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
 _WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _STREAMER = _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer."
-
-USED = (
-    *(
-        HookTarget(
-            path=f"{_SRT}mem_cache.allocator.{allocator}.get_all_free_pages",
-            kind="uses",
-            why="free slots are borrowed for the draft's pass",
-        )
-        for allocator in ("token.TokenToKVPoolAllocator", "paged.PagedTokenToKVPoolAllocator")
-    ),
-    HookTarget(
-        path=_SCHEDULER + "collect_inflight_reqs",
-        kind="uses",
-        why="chunk builds that are under way are counted",
-    ),
-)
-"""What fusion calls without hooking it."""
 
 
 def _row(
@@ -228,6 +212,6 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     rows = hook_rows()
-    add_targets([*(target for target, _ in rows), *USED])
+    add_targets([*(target for target, _ in rows), *INTERNALS])
     for target, hook in rows:
         HookRegistry.register(target.path, hook, HookType(target.kind))

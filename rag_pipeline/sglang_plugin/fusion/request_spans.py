@@ -60,7 +60,8 @@ class FusionRequest:
         ``fuse``: reuse what is stored. ``build``: prefill as usual and store the spans' KV. ``off``:
         leave this request alone, no automatic matching either.
     spans : tuple of (int, int)
-        Half-open token positions of chunks, rising, disjoint, not empty; none means: look yourself.
+        Half-open token positions of chunks, rising, disjoint, not empty; none means: look for stored chunks in
+        the whole prompt.
     prefix_len : int
         Tokens of the shared prefix that chunk KV is computed behind; by default all before the first span.
     policy : str
@@ -95,11 +96,6 @@ class FusionRequest:
             An unknown policy or option, or a value that is not allowed.
         """
         return _make_policy(self.policy or default, self.ratio, self.options)
-
-    @property
-    def wants_automatic(self) -> bool:
-        """Whether the prompt may be scanned for stored chunks: no spans were given."""
-        return self.mode == "fuse" and not self.spans
 
     def to_custom_params(self) -> dict[str, Any]:
         """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""

@@ -216,8 +216,17 @@ class FusionRuntime:
             self._prefixes = FairTable()
 
     def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
-        """Known prefixes of the tenant that the prompt begins with, longest first."""
-        found = [known for known in self._prefixes.of(tenant.salt) if known.begins(prompt)]
+        """Known prefixes of the tenant that the prompt begins with, longest first.
+
+        None that is shorter than a worthwhile reuse: nothing, a start token or the opening of a chat template begins
+        every prompt, so that one client's chunks behind it would be found in the prompts of all others.
+        """
+        least = self.config.min_reused_tokens
+        found = [
+            known
+            for known in self._prefixes.of(tenant.salt)
+            if known.ids.size >= least and known.begins(prompt)
+        ]
         return sorted(found, key=lambda known: -known.ids.size)
 
     def status(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from chunk_cache import hash_token_ids
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion import disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.consent import refuse_engine
 from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
 from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
@@ -100,7 +101,8 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         labels=getattr(collector, "labels", None),
     )
     group = _rank_group()
-    reason, facts = refuse_settings(scheduler.server_args), None
+    reason = refuse_engine(scheduler.server_args) or refuse_settings(scheduler.server_args)
+    facts = None
     reason = reason or refuse_tree(scheduler.tree_cache)
     if reason is None and not scheduler.is_generation:
         reason = "the model does not generate"

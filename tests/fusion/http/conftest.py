@@ -85,7 +85,9 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     fill_store(folder / "kv")
     log = folder / "log.txt"
-    variables = {FUSION_VARIABLE: FusionConfig(store_dir=str(folder / "kv")).to_env()}
+    variables = {
+        FUSION_VARIABLE: FusionConfig(store_dir=str(folder / "kv"), automatic=True).to_env()
+    }
     options = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
     flags = {"enable_metrics": True, "sleep_on_idle": True}
     with sglang_server(model, log, variables, **options, **flags) as url:

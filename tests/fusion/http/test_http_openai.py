@@ -82,7 +82,7 @@ def test_chat_takes_custom_params_and_returns_the_report(client: Any, encode, la
     parts = [m["choices"][0]["delta"].get("content") or "" for m in streamed if m["choices"]]
     assert "".join(parts) == answer["choices"][0]["message"]["content"]
     assert client.moved(before)["tokens.reused"] == at - head
-    # A client that knows nothing of spans: the prompt is scanned for what is stored.
+    # A client that knows nothing of spans, on a server with automatic matching: the prompt is scanned.
     client.flush()
     before = client.metrics()
     plain = {"model": "m", "messages": messages, "max_tokens": 2}
@@ -93,4 +93,12 @@ def test_chat_takes_custom_params_and_returns_the_report(client: Any, encode, la
     client.flush()
     before = client.metrics()
     client.ok("/v1/chat/completions", plain | {"custom_params": {"rag_mode": "off"}})
-    assert client.moved(before)["tokens.reused"] == 0
+    # Who wants numbers gets those of plain prefill.
+    client.flush()
+    client.ok("/v1/chat/completions", plain | {"logprobs": True, "top_logprobs": 2})
+    client.flush()
+    ids = [*encode(system + "user: "), *(i for p in passages[::-1] for i in encode(p)), 7]
+    score = {"query": ids[:-1], "items": [ids[-1:]], "label_token_ids": [5, 9], "model": "m"}
+    client.ok("/v1/score", score)
+    moved = client.moved(before)
+    assert moved["requests.fused"] == moved["tokens.reused"] == 0
