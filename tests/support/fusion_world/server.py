@@ -41,7 +41,7 @@ class Req:
         self.extend_end = 0
         self.kv = SimpleNamespace(req_pool_idx=None, cache_protected_len=0)
         custom = None if fusion is None else {f"rag_{key}": v for key, v in fusion.items()}
-        self.sampling_params = SimpleNamespace(custom_params=custom)
+        self.sampling_params = SimpleNamespace(custom_params=custom, max_new_tokens=4)
         self.path: list[Any] = []
         self.is_finished = False
         self.approximate_from: int | None = None
