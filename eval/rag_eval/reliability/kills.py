@@ -1,0 +1,142 @@
+"""SIGKILL at random moments of a process that ingests, deletes and stores: all is readable, nothing stays behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from chunk_cache import StoreFolder
+from rag_eval.reliability.figure import Outcome, Plan
+from rag_eval.reliability.small_state import (
+    CONTEXT,
+    advance,
+    holds,
+    leftovers,
+    lines,
+    record,
+    secret,
+    stored,
+    texts,
+)
+from retrievers import finish_removals
+
+_KEPT = 12
+"""Records in the store at most; older ones are removed one by one."""
+_PUTS = 4
+"""Records that are stored between two changes of the index."""
+_FULL = 1000
+
+
+def run(plan: Plan) -> Outcome:
+    """Full size: 1,000 kills."""
+    outcome, rng = Outcome(), random.Random(plan.seed)
+    kills = plan.size(_FULL, 40)
+    outcome.note = f"{kills} of {_FULL} kills" if kills < _FULL else ""
+    # Forked from a process that has all modules and no threads: a child is there at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch", "faiss"])
+    advance(plan.folder / "index", 0)
+    StoreFolder(plan.folder / "store", create=True)
+    state, number, span = 0, 0, 0.0
+    hit: Counter[str] = Counter()
+    for kill in range(kills):
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_write, args=(plan.folder, state, number, theirs))
+        child.start()
+        theirs.close()
+        seen = [ours.recv()]
+        if kill == 0:
+            span = _time_of_round(ours, seen)
+        time.sleep(rng.uniform(0, span))
+        child.kill()
+        child.join()
+        seen += _rest(ours)
+        outcome.tried += 1
+        done = [message for message in seen if message[0] == "done"]
+        begun = seen[-1][1] if seen[-1][0] == "begin" else "nothing"
+        hit[begun] += 1
+        state = max((value for _, what, value in done if what in ("ingest", "delete")), default=state)
+        number = max((value + 1 for _, what, value in done if what == "store"), default=number)
+        try:
+            state, number = _look(plan.folder, state, number, outcome, f"kill {kill} in {begun}")
+        except Exception as error:
+            outcome.fault(f"kill {kill} in {begun}: {type(error).__name__} {error}")
+            break
+    outcome.worst |= {f"kills_in_{name}": hit[name] for name in ("ingest", "delete", "store")}
+    if missed := [name for name in ("ingest", "delete", "store") if not hit[name] and kills >= 20]:
+        outcome.fault(f"no kill fell into {', '.join(missed)}")
+    return outcome
+
+
+def _write(folder: Path, state: int, number: int, say: Connection[Any, Any]) -> None:
+    """Change the index and the store until killed; tell before and after each change."""
+    say.send(("ready", "", 0))
+    store = StoreFolder(folder / "store")
+    while True:
+        state += 1
+        what = "delete" if state % 2 else "ingest"
+        say.send(("begin", what, state))
+        advance(folder / "index", state)
+        say.send(("done", what, state))
+        for _ in range(_PUTS):
+            say.send(("begin", "store", number))
+            store.put(record(number), context=CONTEXT)
+            store.pin(record(number).key)
+            if number >= _KEPT:
+                store.remove(record(number - _KEPT).key)
+            say.send(("done", "store", number))
+            number += 1
+
+
+def _time_of_round(ours: Connection[Any, Any], seen: list[tuple[str, str, int]]) -> float:
+    """Wait for an ingest and a deletion, each with its records; seconds."""
+    began = time.monotonic()
+    while sum(message[:2] == ("done", "store") for message in seen) < 2 * _PUTS:
+        seen.append(ours.recv())
+    return time.monotonic() - began
+
+
+def _rest(ours: Connection[Any, Any]) -> list[tuple[str, str, int]]:
+    """Read what was said before the end."""
+    said = []
+    try:
+        while True:
+            said.append(ours.recv())
+    except (EOFError, OSError):
+        ours.close()
+    return said
+
+
+def _look(folder: Path, state: int, number: int, outcome: Outcome, when: str) -> tuple[int, int]:
+    """Read index and store as they were left, start anew, and look for what should not be there."""
+    found = texts(folder / "index")
+    states = {lines(value): value for value in (state, state + 1)}
+    if found not in states:
+        outcome.fault(f"{when}: the index is neither in state {state} nor in the next")
+        raise ValueError("the state of the index is not known")
+    state = states[found]
+    numbers, wrong = stored(folder / "store")
+    for text in wrong:
+        outcome.fault(f"{when}: {text}")
+    kept = set(range(max(0, number - _KEPT + 1), number))
+    if lost := kept - numbers:
+        outcome.fault(f"{when}: records {sorted(lost)} were stored and are gone")
+    # What the start of a server does.
+    finish_removals(folder / "index")
+    store = StoreFolder(folder / "store")
+    store.clean()
+    left = leftovers(folder / "index") + leftovers(folder / "store")
+    outcome.measure("leftovers", len(left))
+    if left:
+        outcome.fault(f"{when}: left after the next start: {left[:5]}")
+    for old in range(max(0, state - 5), state):
+        if secret(old) not in lines(state) and holds(folder / "index", secret(old)):
+            outcome.fault(f"{when}: text of state {old} is left in state {state}")
+    if texts(folder / "index") != lines(state):
+        outcome.fault(f"{when}: the start changed the index")
+    return state, max([number, *(found + 1 for found in numbers)])
