@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from rag_eval.benchmarks.load_run import LoadTarget
 from rag_eval.errors import EvalError
@@ -28,7 +29,14 @@ _PROGRAM = "import sys; from rag_pipeline.cli import main; sys.exit(main())"
 
 
 @contextmanager
-def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[LoadTarget]:
+def started_server(
+    model: str,
+    folder: Path,
+    flags: Sequence[str] = (),
+    *,
+    keys: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[LoadTarget]:
     """Start the server; its processes are killed in the end.
 
     Parameters
@@ -39,6 +47,10 @@ def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Itera
         For indexes and the log.
     flags
         Further flags of ``rag-pipeline serve``.
+    keys
+        Whether it has tenants and an operator's key; else it needs none.
+    variables
+        Added to its environment.
 
     Raises
     ------
@@ -51,18 +63,19 @@ def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Itera
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, mark) in TENANTS.items():
         build_index(folder / name, model_folder, mark)
-    keys = {
+    tenants = {
         name: {"api_key": key, "index": str(folder / name)} for name, (key, _) in TENANTS.items()
     }
-    (folder / "tenants.json").write_text(json.dumps(keys))
+    (folder / "tenants.json").write_text(json.dumps(tenants))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [sys.executable, "-c", _PROGRAM, "serve", "--model", str(model_folder)]
     command += ["--port", str(port), "--index", str(folder / "operator")]
-    command += ["--tenants", str(folder / "tenants.json"), "--api-key", OPERATOR_KEY]
+    if keys:
+        command += ["--tenants", str(folder / "tenants.json"), "--api-key", OPERATOR_KEY]
     command += ["--store", str(folder / "kv"), "--context-length", "2048", *flags]
-    environment = {**os.environ, "RAG_PIPELINE_INTEGRITY": "on"}
+    environment = {**os.environ, "RAG_PIPELINE_INTEGRITY": "on", **variables}
     log = folder / "log.txt"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -72,8 +85,8 @@ def started_server(model: str, folder: Path, flags: Sequence[str] = ()) -> Itera
         _wait_ready(process, log)
         yield LoadTarget(
             url=f"http://127.0.0.1:{port}",
-            operator_key=OPERATOR_KEY,
-            tenants={name: key for name, (key, _) in TENANTS.items()},
+            operator_key=OPERATOR_KEY if keys else "",
+            tenants={name: key for name, (key, _) in TENANTS.items() if keys},
             marks={name: mark for name, (_, mark) in TENANTS.items()},
             pid=process.pid,
         )

@@ -48,6 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
                     folder=Path(folder),
                 )
                 found[name] = figure(name)(plan)
+                if not found[name].tried:
+                    found[name].fault("nothing was tried")
             if not given.json:
                 sys.stdout.write(_lines(name, found[name]))
                 sys.stdout.flush()
@@ -55,14 +57,18 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stderr.write("error: interrupted; the figures that were done are printed\n")
         status = INTERRUPTED
     if given.json:
-        sys.stdout.write(json.dumps(_report(found, sys.argv), indent=1) + "\n")
+        said = sys.argv[1:] if words is None else words
+        sys.stdout.write(json.dumps(_report(found, said), indent=1) + "\n")
     return status or int(any(outcome.failed for outcome in found.values()))
 
 
-def _report(found: dict[str, Outcome], command: Sequence[str]) -> dict[str, Any]:
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": sys.version[:6]}
-    figures = {name: outcome.to_json() for name, outcome in found.items()}
-    return figures | {"command": " ".join(["rag-pipeline", *command[1:]]), "on": machine}
+def _report(found: dict[str, Outcome], words: Sequence[str]) -> dict[str, Any]:
+    """One key per figure, and nothing else; each can be read without the others."""
+    run = {
+        "command": " ".join(["rag-pipeline bench reliability", *words]),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+    }
+    return {name: outcome.to_json() | run for name, outcome in found.items()}
 
 
 def _lines(name: str, outcome: Outcome) -> str:

@@ -27,9 +27,13 @@ from retrievers import finish_removals
 
 _KEPT = 12
 """Records in the store at most; older ones are removed one by one."""
-_PUTS = 4
+_PUTS = 8
 """Records that are stored between two changes of the index."""
 _FULL = 1000
+_KINDS = ("ingest", "delete", "store")
+
+Message = tuple[str, str, int]
+"""``begin`` or ``done``, a kind of change, and its number; the first of all is ``ready``."""
 
 
 def run(plan: Plan) -> Outcome:
@@ -42,7 +46,8 @@ def run(plan: Plan) -> Outcome:
     context.set_forkserver_preload([__name__, "torch", "faiss"])
     advance(plan.folder / "index", 0)
     StoreFolder(plan.folder / "store", create=True)
-    state, number, span = 0, 0, 0.0
+    state, number = 0, 0
+    spans: dict[str, float] = {}
     hit: Counter[str] = Counter()
     for kill in range(kills):
         ours, theirs = context.Pipe(duplex=False)
@@ -50,9 +55,11 @@ def run(plan: Plan) -> Outcome:
         child.start()
         theirs.close()
         seen = [ours.recv()]
-        if kill == 0:
-            span = _time_of_round(ours, seen)
-        time.sleep(rng.uniform(0, span))
+        if not spans:
+            spans = _times(ours, seen)
+        # In turns: a moment of an ingest, of a deletion, of records being stored.
+        _wait_for(ours, seen, _KINDS[kill % len(_KINDS)])
+        time.sleep(rng.uniform(0, spans[_KINDS[kill % len(_KINDS)]]))
         child.kill()
         child.join()
         seen += _rest(ours)
@@ -60,15 +67,17 @@ def run(plan: Plan) -> Outcome:
         done = [message for message in seen if message[0] == "done"]
         begun = seen[-1][1] if seen[-1][0] == "begin" else "nothing"
         hit[begun] += 1
-        state = max((value for _, what, value in done if what in ("ingest", "delete")), default=state)
+        state = max(
+            (value for _, what, value in done if what in ("ingest", "delete")), default=state
+        )
         number = max((value + 1 for _, what, value in done if what == "store"), default=number)
         try:
             state, number = _look(plan.folder, state, number, outcome, f"kill {kill} in {begun}")
         except Exception as error:
             outcome.fault(f"kill {kill} in {begun}: {type(error).__name__} {error}")
             break
-    outcome.worst |= {f"kills_in_{name}": hit[name] for name in ("ingest", "delete", "store")}
-    if missed := [name for name in ("ingest", "delete", "store") if not hit[name] and kills >= 20]:
+    outcome.worst |= {f"kills_in_{name}": hit[name] for name in _KINDS}
+    if missed := [name for name in _KINDS if not hit[name] and kills >= 20]:
         outcome.fault(f"no kill fell into {', '.join(missed)}")
     return outcome
 
@@ -93,15 +102,30 @@ def _write(folder: Path, state: int, number: int, say: Connection[Any, Any]) -> 
             number += 1
 
 
-def _time_of_round(ours: Connection[Any, Any], seen: list[tuple[str, str, int]]) -> float:
-    """Wait for an ingest and a deletion, each with its records; seconds."""
-    began = time.monotonic()
-    while sum(message[:2] == ("done", "store") for message in seen) < 2 * _PUTS:
+def _times(ours: Connection[Any, Any], seen: list[Message]) -> dict[str, float]:
+    """Watch two editions come and go; how long each kind of change takes, seconds."""
+    begun: dict[str, float] = {}
+    times: dict[str, float] = {}
+    while sum(message[:2] == ("done", "delete") for message in seen) < 3:
         seen.append(ours.recv())
-    return time.monotonic() - began
+        word, what, _ = seen[-1]
+        if word == "begin":
+            begun[what] = time.monotonic()
+        elif what in begun:
+            times[what] = max(time.monotonic() - begun[what], times.get(what, 0.0))
+    # Several records follow one another.
+    return times | {"store": _PUTS * times["store"]}
 
 
-def _rest(ours: Connection[Any, Any]) -> list[tuple[str, str, int]]:
+def _wait_for(ours: Connection[Any, Any], seen: list[Message], what: str) -> None:
+    """Wait until a change of a kind begins."""
+    while ours.poll():
+        seen.append(ours.recv())
+    while seen[-1][:2] != ("begin", what):
+        seen.append(ours.recv())
+
+
+def _rest(ours: Connection[Any, Any]) -> list[Message]:
     """Read what was said before the end."""
     said = []
     try:

@@ -6,6 +6,7 @@ foretold; index, store and their files are the real ones.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,10 +122,12 @@ def leftovers(folder: Path) -> list[str]:
 
 def holds(folder: Path, text: str | bytes) -> list[Path]:
     """Files in which a text stands."""
-    wanted = text.encode() if isinstance(text, str) else text
-    return [
-        path for path in folder.rglob("*") if path.is_file() and wanted in path.read_bytes()
-    ]
+    wanted, found = text.encode() if isinstance(text, str) else text, []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            if path.is_file() and wanted in path.read_bytes():
+                found.append(path)
+    return found
 
 
 def record(number: int) -> ChunkKV:

@@ -1,0 +1,73 @@
+"""Every reliability figure can be run, counts what it tried, and the command says no in one line."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from rag_eval.benchmarks import reliability
+from rag_eval.reliability import FIGURES, Outcome, Plan, io_faults, kills, small_state
+
+
+def plan(folder: Path) -> Plan:
+    return Plan(quick=False, model="smollm2-135m", seed=1, scale=0.006, folder=folder)
+
+
+def test_every_name_has_a_module_that_runs() -> None:
+    for name in FIGURES:
+        assert callable(import_module(f"rag_eval.reliability.{name}").run), name
+
+
+def test_failing_disks_are_tried_and_an_error_that_is_swallowed_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good").mkdir()
+    outcome = io_faults.run(plan(tmp_path / "good"))
+    assert outcome.tried >= 30
+    assert outcome.faults == []
+    assert "every 167th call" in outcome.note
+    monkeypatch.setattr(io_faults, "lines", lambda state: small_state.lines(state + 2))
+    (tmp_path / "bad").mkdir()
+    assert io_faults.run(plan(tmp_path / "bad")).failed
+
+
+def test_killed_writers_are_tried_and_a_file_left_behind_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good").mkdir()
+    outcome = kills.run(plan(tmp_path / "good"))
+    assert (outcome.tried, outcome.faults) == (6, [])
+    monkeypatch.setattr(kills, "leftovers", lambda folder: ["gen-000001"])
+    (tmp_path / "bad").mkdir()
+    assert kills.run(plan(tmp_path / "bad")).failed
+
+
+@pytest.mark.parametrize(
+    "words", [["--only", "luck"], ["--scale", "2"], ["--scale", "nan"], ["--seed", "x"]]
+)
+def test_a_mistake_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        reliability.main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: ")
+
+
+def test_the_report_has_a_key_per_figure_and_a_failure_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = Outcome(tried=3)
+    monkeypatch.setattr(reliability, "figure", lambda name: lambda given: outcome)
+    assert reliability.main(["--only", "kills", "--only", "jobs", "--quick", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["kills", "jobs"]
+    assert report["jobs"]["passed"] is True
+    assert report["jobs"]["command"].endswith("--only kills --only jobs --quick --json")
+    outcome.measure("lost", 1, 0)
+    assert reliability.main(["--only", "kills", "--quick"]) == 1
+    assert "lost 1.0 (promised: at most 0)" in capsys.readouterr().out
