@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chunk_cache import StoreFolder
 from rag_eval.benchmarks import reliability
 from rag_eval.reliability import FIGURES, Outcome, Plan, io_faults, kills, small_state
 
@@ -34,15 +35,29 @@ def test_failing_disks_are_tried_and_an_error_that_is_swallowed_is_seen(
     assert io_faults.run(plan(tmp_path / "bad")).failed
 
 
-def test_killed_writers_are_tried_and_a_file_left_behind_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "good").mkdir()
-    outcome = kills.run(plan(tmp_path / "good"))
-    assert (outcome.tried, outcome.faults) == (6, [])
-    monkeypatch.setattr(kills, "leftovers", lambda folder: ["gen-000001"])
-    (tmp_path / "bad").mkdir()
-    assert kills.run(plan(tmp_path / "bad")).failed
+def test_what_a_killed_writer_may_not_leave_is_seen(tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    small_state.advance(index, 0)
+    store = StoreFolder(tmp_path / "store", create=True)
+    for number in range(3):
+        store.put(small_state.record(number), context=small_state.CONTEXT)
+    outcome = Outcome()
+    assert kills.look(tmp_path, 0, 3, outcome, "whole") == (0, 3)
+    assert outcome.faults == []
+    kills.look(tmp_path, 0, 4, outcome, "lost")
+    (store.path / "left.tmp").write_bytes(b"")
+    kills.look(tmp_path, 0, 3, outcome, "left")
+    (path,) = store.path.rglob(f"{small_state.record(1).key.digest}*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    kills.look(tmp_path, 0, 1, outcome, "damaged")
+    assert [fault.split(":")[0] for fault in outcome.faults] == [
+        "lost",
+        "left",
+        "damaged",
+        "damaged",
+    ]
+    with pytest.raises(ValueError, match="not known"):
+        kills.look(tmp_path, 3, 1, outcome, "other state")
 
 
 @pytest.mark.parametrize(

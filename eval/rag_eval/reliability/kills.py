@@ -72,7 +72,7 @@ def run(plan: Plan) -> Outcome:
         )
         number = max((value + 1 for _, what, value in done if what == "store"), default=number)
         try:
-            state, number = _look(plan.folder, state, number, outcome, f"kill {kill} in {begun}")
+            state, number = look(plan.folder, state, number, outcome, f"kill {kill} in {begun}")
         except Exception as error:
             outcome.fault(f"kill {kill} in {begun}: {type(error).__name__} {error}")
             break
@@ -136,7 +136,7 @@ def _rest(ours: Connection[Any, Any]) -> list[Message]:
     return said
 
 
-def _look(folder: Path, state: int, number: int, outcome: Outcome, when: str) -> tuple[int, int]:
+def look(folder: Path, state: int, number: int, outcome: Outcome, when: str) -> tuple[int, int]:
     """Read index and store as they were left, start anew, and look for what should not be there."""
     found = texts(folder / "index")
     states = {lines(value): value for value in (state, state + 1)}
