@@ -60,8 +60,9 @@ def run(plan: Plan) -> Outcome:
 def _kinds() -> Iterator[tuple[str, int, bool]]:
     for name in ("ingest", "delete", "put", "pin", "remove"):
         for code in CODES:
-            for lasting in (False, True):
-                yield name, code, lasting
+            # A full disk still lets files be removed.
+            if (name, code) != ("remove", errno.ENOSPC):
+                yield from ((name, code, lasting) for lasting in (False, True))
 
 
 Attempt = Callable[[Path, DiskCalls, int], str]
@@ -79,8 +80,7 @@ def _each_call(
     outcome: Outcome,
 ) -> int:
     """Let the calls fail one after the other; returns how many were reached."""
-    # Only a read-only disk refuses to remove files.
-    kinds = CHANGES + (("unlink", "rmdir") if code == errno.EROFS else ())
+    kinds = CHANGES + (("unlink", "rmdir") if code != errno.ENOSPC else ())
     reached = 0
     # A shorter action than the stride still has its first call tried.
     for nth in (0, *range(first or stride, _MOST_CALLS, stride)):
