@@ -44,7 +44,8 @@ class _HashEmbedder:
         for row, text in enumerate(texts):
             seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
             out[row] = np.random.default_rng(seed).normal(size=self.dim)
-        return out / np.linalg.norm(out, axis=1, keepdims=True)
+        out /= np.linalg.norm(out, axis=1, keepdims=True)
+        return out
 
     def encode_query(self, text: str) -> NDArray[np.float32]:
         row: NDArray[np.float32] = self.encode_documents([text])[0]
