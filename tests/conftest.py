@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,7 +160,9 @@ def _serving(
             time.sleep(0.5)
         yield url, process.pid
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # A test may have stopped it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -1,6 +1,6 @@
 """What a key protects: every route of SGLang 0.5.23 and of this project, by what opens it.
 
-docs/server.md shows the same lists, and a test compares both with the routes of the real app: a new route of
+docs/security.md shows the same lists, and a test compares both with the routes of the real app: a new route of
 SGLang fails it until somebody has decided. Until then it is the operator's: what stands in no list is closed.
 """
 

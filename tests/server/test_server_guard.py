@@ -348,7 +348,7 @@ def test_every_route_of_the_real_app_is_in_a_list() -> None:
 
 
 def test_the_documentation_has_the_same_lists() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
     rows = re.findall(
         r"^\| (nothing|any key|the operator's key|the administrator's key)[^|]*\| (.+) \|$",
         text,

@@ -333,7 +333,7 @@ def client(make_uploads: Callable[..., Uploads]) -> Iterator[TestClient]:
         tenant = staticmethod(lambda request: tenant)
 
         @staticmethod
-        async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+        async def in_thread(tenant: Tenant, function: Callable[..., Any], *args: Any) -> Any:
             return await asyncio.to_thread(function, *args)
 
     app = FastAPI()

@@ -52,6 +52,8 @@ def test_the_server_survives_the_mix(rag_server: Any) -> None:
         marks={"acme": "Brenmark", "globex": "Turbine nine"},
     )
     report = asyncio.run(run_load(target, seconds=10, concurrency=24, seed=1))
-    assert report.faults == [], asdict(report)
+    # One tenant's index is damaged from the start, and health says so to the operator.
+    (hurt,) = report.faults
+    assert hurt.startswith("health: tenant broken"), asdict(report)
     assert report.requests >= 24
     assert report.at_rest["integrity"][0]["store"] == "ok"

@@ -91,7 +91,7 @@ def test_a_digest_of_a_short_key_opens_nothing(tmp_path: Path) -> None:
 
 
 def test_the_documented_digest_is_of_no_word() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
     shown = set(re.findall(r"[0-9a-f]{64}", text))
     assert shown
     assert not shown & EVERYBODYS_DIGESTS

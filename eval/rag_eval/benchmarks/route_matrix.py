@@ -1,7 +1,7 @@
 """Every route, with every kind of key, from every kind of page: what is answered, and what must be.
 
 The driver needs an ``httpx`` client and no server of its own: a test gives it the guard in this process, the
-benchmark of reliability a running server. What must be answered is written down here from docs/server.md and
+benchmark of reliability a running server. What must be answered is written down here from docs/security.md and
 not asked of the guard.
 """
 

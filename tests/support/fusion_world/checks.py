@@ -116,13 +116,9 @@ class Plan:
         loads = [(s.start, s.end) for s in self.spans]
         kept = loads and not (state.report.fallback or self.is_full)
         if kept and req.approximate_from is None:
-            turns = [s for s in self.spans if s.is_turn]
-            runs = [(s.start, s.end) for s in self.spans if self._is_exact(s)]
-            end = loads[0][0]
-            for start, stop in runs:
-                end = stop if start == end and not turns else end
-            if end < req.extend_end:
-                req.approximate_from = end
+            # Everything in front of the first run that saw other tokens is exact, loaded or not.
+            first = next((s.start for s in self.spans if not self._is_exact(s)), req.extend_end)
+            req.approximate_from = first if first < req.extend_end else None
         if not kept:
             # A fault, or a policy that computes all: whatever earlier pieces loaded is exact again.
             if state is None or not state.spans:
