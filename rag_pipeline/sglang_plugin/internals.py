@@ -24,7 +24,7 @@ INTERNALS = (
     _row(
         _SCHEDULER,
         "its state, and where its parts are",
-        has="enable_overlap is_generation last_batch max_req_input_len metrics_collector model_config "
+        has="enable_overlap is_generation is_mixed_chunk last_batch max_req_input_len metrics_collector model_config "
         "running_batch server_args token_to_kv_pool_allocator tokenizer tp_worker waiting_queue chunked_req tree_cache",
     ),
     _row(f"{_SCHEDULER}.handle_generate_request", "queue a request of our own", "recv_req"),
@@ -65,11 +65,11 @@ INTERNALS = (
     _row(
         "managers.schedule_batch.Req",
         "what a request wants, where it stands, and what it gets",
-        has="beam_group cache_salt customized_info extend_end extra_key finished finished_output finished_reason "
+        has="beam_group cache_salt customized_info decision_layout extend_end extra_key finished finished_output finished_reason "
         "full_untruncated_fill_ids input_embeds is_dllm kv kv_hints logprob logprob_start_len lora_id "
         "multi_item_delimiter_indices multimodal_inputs origin_input_ids origin_input_ids_unpadded "
         "output_ids_through_stop positional_embed_overrides prefix_len return_hidden_states return_indexer_topk "
-        "return_logprob return_routed_experts return_sampling_mask rid sampling_params session token_indices_to_pool",
+        "return_logprob return_pooled_hidden_states return_routed_experts return_sampling_mask rid sampling_params session token_indices_to_pool token_type_ids",
     ),
     _row(
         "managers.schedule_batch.ReqKvInfo",
@@ -81,13 +81,18 @@ INTERNALS = (
     _row(
         "managers.schedule_policy.PrefillAdder",
         "budgets count rows that are computed",
-        has="can_run_list rem_chunk_tokens rem_input_tokens",
+        has="budget_state can_run_list rem_chunk_tokens rem_input_tokens running_batch",
+    ),
+    _row(
+        "managers.schedule_policy.AddReqResult",
+        "a request that must wait is told so",
+        has="CONTINUE OTHER",
     ),
     # -- the forward
     _row(
         _RUNNER,
         "the model and its pools",
-        has="attn_backend dtype model model_config req_to_token_pool token_to_kv_pool token_to_kv_pool_allocator "
+        has="attn_backend dtype lora_manager model model_config req_to_token_pool token_to_kv_pool token_to_kv_pool_allocator "
         "prefill_attention_backend_str server_args use_mla_backend",
     ),
     _row(f"{_RUNNER}._forward_raw", "probing passes", "forward_batch", "pp_proxy_tensors"),
