@@ -99,6 +99,7 @@ class Machine(RuleBasedStateMachine):
         ids, fusion, tenant = request
         if len(self.first.waiting_queue) > 3:
             return
+        self.ranks.each(lambda server: server.tree.evict(0))
         self._submit(ids, fusion, tenant)
         self._submit(ids, {"mode": "off"}, tenant)
         refusals = [True] * (len(self.first.waiting_queue) - 1)
@@ -109,6 +110,17 @@ class Machine(RuleBasedStateMachine):
                 server.finish(req)
 
         self.ranks.each(act)
+        self.turn(400, [])
+
+    @rule(request=requests(), which=st.integers(0, 30))
+    def lose_and_build_again(self, request: Any, which: int) -> None:
+        """Lose a chunk on one rank, miss it, and have it built while nothing else is to be done."""
+        self.disturb("chunk lost on one rank", which)
+        self.disturb("tree evicted", 0)
+        self.ask(request)
+        self.idle()
+        self.turn(400, [])
+        self.ask(request)
 
     @rule(rows=st.sampled_from((400, 400, 60, 17)), refusals=st.lists(st.booleans(), max_size=3))
     def turn(self, rows: int, refusals: list[bool]) -> None:
@@ -212,7 +224,7 @@ def test_nothing_called_exact_is_approximate_and_nothing_is_left_behind(machine:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
+            max_examples=15,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
