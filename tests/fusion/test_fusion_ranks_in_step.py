@@ -27,7 +27,7 @@ from rag_pipeline.sglang_plugin.fusion.request_state import ATTRIBUTE, RequestSt
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
-PREFIX, PASSAGE, QUESTION = [1, 2, 3], [7, 8, 9], [200, 201, 202, 203, 204, 205]
+PREFIX, PASSAGE, QUESTION = [1, 2, 3, 4], [7, 8, 9], [200, 201, 202, 203, 204, 205]
 # The first two end alike: a run of either is the same tokens, but not the same KV.
 CHUNKS = [
     [10, 11, *range(20, 100)],
@@ -74,6 +74,7 @@ class Request:
         self.origin_input_ids = self.full_untruncated_fill_ids = ids
         self.rid, self.prefix_len, self.extend_end = "r", 0, len(ids)
         self.output_ids_through_stop = [5, 6]
+        self.sampling_params = SimpleNamespace(max_new_tokens=2)
         state = RequestState(fusion, fusion.make_policy("reuse"), ids, explicit=bool(fusion.spans))
         setattr(self, ATTRIBUTE, state)
 
