@@ -1,4 +1,7 @@
-"""300 random requests through SGLang's real scheduler: what is exact is exact to fp64, and nothing is left behind."""
+"""NOT in the suite yet: one answer that ought to be exact is 0.14 away from fp64, for a reason not found.
+
+300 random requests through SGLang's real scheduler; to run it, copy it to tests/fusion/test_fusion_random_requests.py.
+"""
 
 from __future__ import annotations
 
