@@ -213,37 +213,6 @@ def test_metrics_reach_prometheus_once(engine, monkeypatch):
     assert metrics.to_json()["tokens.reused"] == 7
 
 
-def test_the_self_check_finds_a_wrong_rotation_and_a_wrong_mask(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import attention
-    from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
-    from rag_pipeline.sglang_plugin.fusion.startup import prove
-
-    local = engine("llama")
-    errors = run_self_check(local.runtime, local.scheduler)
-    assert max(errors.values()) < 1e-2
-    original = attention.FusedPass.run_layer
-
-    def one_layer_off(self, layer, pool, q, k, v, save):
-        out = original(self, layer, pool, q, k, v, save)
-        return out if layer.layer_id else out.roll(1, 0)
-
-    monkeypatch.setattr(attention.FusedPass, "run_layer", one_layer_off)
-    with pytest.raises(SelfCheckError, match="away from plain prefill"):
-        run_self_check(local.runtime, local.scheduler)
-    # At start this turns fusion off, loudly, and serving goes on.
-    prove(local.runtime, local.scheduler)
-    assert not local.runtime.is_on
-    assert "self-check failed" in local.runtime.off_reason
-    monkeypatch.undo()
-    ids, spans = lay_out([CHUNKS[0]], tokens(9, 3))
-    req = local.ask(ids, 2, fusion={"spans": spans})
-    assert report(req)["fallback"] == "fusion_off"
-    local.settle()
-    local.runtime.off_reason = ""
-    prove(local.runtime, local.scheduler)
-    assert local.runtime.is_on, local.runtime.off_reason
-
-
 @pytest.mark.parametrize(
     ("settings", "word"),
     [

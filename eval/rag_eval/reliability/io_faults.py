@@ -31,8 +31,6 @@ _MOST_CALLS = 1000
 def run(plan: Plan) -> Outcome:
     """Full size: every call of an ingest, a deletion and three changes of the store, with each error."""
     outcome = Outcome()
-    # Its warnings are expected, hundreds of them.
-    logging.getLogger("retrievers").setLevel(logging.ERROR)
     # A share of the full size takes every so manyth call, beginning elsewhere for each kind of fault.
     stride = 8 if plan.quick else max(1, round(1 / plan.scale))
     if stride > 1:
@@ -48,13 +46,26 @@ def run(plan: Plan) -> Outcome:
             attempt = _index_attempt(advance_from[name])
         else:
             attempt = _store_attempt(name)
-        calls = _each_call(
-            plan.folder, base, code, lasting, shift % stride, stride, attempt, outcome
-        )
+        with _expected_warnings_unsaid():
+            calls = _each_call(
+                plan.folder, base, code, lasting, shift % stride, stride, attempt, outcome
+            )
         outcome.worst[f"{name}_calls"] = max(calls, outcome.worst.get(f"{name}_calls", 0))
         if not calls:
             outcome.fault(f"{name}: no call could be made to fail")
     return outcome
+
+
+@contextlib.contextmanager
+def _expected_warnings_unsaid() -> Iterator[None]:
+    """Keep hundreds of warnings about the faults out of the terminal."""
+    logger = logging.getLogger("retrievers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _kinds() -> Iterator[tuple[str, int, bool]]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rag_kernels import MeanShiftPlan, plan_mean_shift
-from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.attention import FusedPass, Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.batch_view import (
     RequestRows,
@@ -134,7 +133,7 @@ class FusedForward:
 
     def _final_rows(self, item: FusedItem) -> RequestRows:
         assert item.chosen is not None
-        positions = planning.union_rows(item.fresh, item.chosen)
+        positions = item.with_fresh(item.chosen)
         state = item.entry.state
         state.row_layers += self._facts.num_layers * int(positions.numel())
         state.report.recomputed_tokens += int(item.chosen.numel())

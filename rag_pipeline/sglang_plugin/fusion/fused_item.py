@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chunk_cache.policies import ReuseLayout
@@ -65,6 +66,8 @@ def plan_item(
         [(s.start, s.end, s.is_exact) for s in state.spans], state.radix_len
     )
     fresh = planning.fresh_positions(state.loads, piece)
+    # Those of earlier pieces count as well: they are computed once more, and the choice is that of a single piece.
+    whole = dataclasses.replace(piece, start=min(state.radix_len, piece.start))
     layout = planning.make_layout(
         state.loads,
         num_layers=num_layers,
@@ -72,7 +75,7 @@ def plan_item(
         radix_len=state.radix_len,
         exact_len=min(exact, prompt_len),
         qkv_share=qkv_share,
-        scoring_rows=int(fresh.numel()),
+        scoring_rows=int(planning.fresh_positions(state.loads, whole).numel()),
     )
     return layout, fresh
 
@@ -92,11 +95,23 @@ class FusedItem:
         int64 on the host: token ids; positions that are computed in any case; reused positions still to choose from.
     chosen : Tensor or None
         Reused positions to compute; None until a probing pass has been run.
+    outdated : Tensor
+        int64, host: what earlier pieces computed over reused KV that this forward may replace.
     kept : list of int
         Candidates left after each deviation check.
     """
 
-    __slots__ = ("candidates", "chosen", "entry", "fresh", "kept", "kv_slots", "layout", "prompt")
+    __slots__ = (
+        "candidates",
+        "chosen",
+        "entry",
+        "fresh",
+        "kept",
+        "kv_slots",
+        "layout",
+        "outdated",
+        "prompt",
+    )
 
     def __init__(
         self,
@@ -111,9 +126,18 @@ class FusedItem:
         self.kv_slots = kv_slots
         self.prompt = prompt
         self.fresh = fresh
-        self.chosen = planning.early_rows(entry.state.policy, layout, entry.piece)
+        piece = entry.piece
+        self.chosen = planning.early_rows(entry.state.policy, layout, piece)
         self.candidates = layout.reused_positions()
+        changing = self.candidates if self.chosen is None else self.chosen
+        self.outdated = planning.outdated_positions(
+            entry.state.loads, int(changing[0]) if changing.numel() else piece.start, piece
+        )
         self.kept: list[int] = []
+
+    def with_fresh(self, reused: Tensor) -> Tensor:
+        """Positions to compute for these reused ones to be as in a prompt of one piece; int64, rising."""
+        return planning.union_rows(self.fresh, torch.cat([self.outdated, reused.to("cpu")]))
 
     def rows(self, positions: Tensor, *, keeps_last: bool = False) -> RequestRows:
         """Rows of this request at rising positions."""

@@ -4,7 +4,7 @@ A prompt is ``[exact prefix][fresh or reused ...][question]``. Behind the exact 
 (its KV is loaded) or *fresh*. All fresh rows and the last row of a piece are computed; a policy names the
 reused rows that are computed too. With chunked prefill a prompt comes in pieces; policies that need a signal
 choose in the last piece, when the question is there, over the whole prompt: the rows may then lie in front of
-the piece, in slots that the request owns.
+the piece, in slots that the request owns. Fresh rows behind them are computed once more, as they would be in one piece.
 """
 
 from __future__ import annotations
@@ -136,6 +136,18 @@ def fresh_positions(spans: Sequence[tuple[int, int]], piece: Piece) -> Tensor:
             keep[lo - piece.start : hi - piece.start] = False
     keep[-1] = True
     return keep.nonzero().flatten() + piece.start
+
+
+def outdated_positions(spans: Sequence[tuple[int, int]], start: int, piece: Piece) -> Tensor:
+    """Positions in ``[start, piece.start)`` that are not loaded; int64, rising.
+
+    Earlier pieces computed them over loaded KV. They are out of date once a token from ``start`` on is computed anew.
+    """
+    keep = torch.zeros(piece.start, dtype=torch.bool)
+    keep[start:] = True
+    for lo, hi in spans:
+        keep[lo:hi] = False
+    return keep.nonzero().flatten()
 
 
 def early_rows(policy: Policy, layout: ReuseLayout, piece: Piece) -> Tensor | None:

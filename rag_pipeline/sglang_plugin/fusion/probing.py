@@ -18,7 +18,6 @@ from rag_pipeline.sglang_plugin.fusion.batch_view import (
     make_view,
 )
 from rag_pipeline.sglang_plugin.fusion.fused_item import FusedItem
-from rag_pipeline.sglang_plugin.fusion.plan import union_rows
 from rag_pipeline.sglang_plugin.fusion.probes import DeviationObserver, MassObserver
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.write_guard import WriteGuard
@@ -151,7 +150,7 @@ class Prober:
     def _check(self, members: Sequence[FusedItem], stage: int, layer: int) -> None:
         rows, wanted, first = [], [], 0
         for item in members:
-            positions = union_rows(item.fresh, item.candidates)
+            positions = item.with_fresh(item.candidates)
             rows.append(item.rows(positions))
             wanted.append(torch.searchsorted(positions, item.candidates) + first)
             first += int(positions.numel())

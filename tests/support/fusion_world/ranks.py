@@ -64,6 +64,15 @@ class Ranks:
 
     def each(self, action: Callable[[Server], Any]) -> None:
         """Let every rank do the same; then all must have done the same."""
+        # The process may hold a real engine of another test, whose state comes back afterwards.
+        of_others = {at: getattr(*at) for at in self._modules[0]}
+        try:
+            self._each(action)
+        finally:
+            for (module, name), value in of_others.items():
+                setattr(module, name, value)
+
+    def _each(self, action: Callable[[Server], Any]) -> None:
         size = len(self.servers)
         self._boxes, self._ended = [[] for _ in range(size)], [False] * size
         faults: list[BaseException | None] = [None] * size
