@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups import choices
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -17,6 +19,8 @@ __all__ = ["ATTENTION_BACKEND", "RagCpuPlatform", "offer_attention_backend"]
 
 ATTENTION_BACKEND = "rag_cpu"
 """Name of this project's attention backend, as ``--attention-backend`` takes it."""
+
+logger = logging.getLogger(__name__)
 
 _LAST_LOC = "sglang.srt.mem_cache.allocation.get_last_loc"
 _PARAMS = ("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor")
@@ -40,6 +44,14 @@ def offer_attention_backend() -> None:
     """Make ``rag_cpu`` an allowed ``--attention-backend`` in this process. Idempotent."""
     if ATTENTION_BACKEND not in choices.ATTENTION_BACKEND_CHOICES:
         choices.add_attention_backend_choices([ATTENTION_BACKEND])
+
+
+def computes_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this CPU: AVX-512, AMX, or Arm with bf16.
+
+    Without, torch falls back to plain loops: on an AVX2 machine they took a hundred times as long as fp32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
@@ -77,12 +89,14 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return "native"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Choose the attention backend and, for several ranks, the cores of each.
+        """Choose the attention backend, the dtype and, for several ranks, the cores of each.
 
         SGLang has already filled in ``intel_amx`` where the user named no backend and the device
         is an x86 CPU; out of tree it cannot work, its kernels are not in the wheels of PyPI. (On
         Arm it fills in ``torch_native``, which a user may also have asked for, so there the name
         has to be given; :func:`rag_pipeline.sglang_plugin.create_engine` does.)
+
+        ``dtype`` "auto" becomes fp32 where the CPU computes no bf16.
 
         SGLang refuses more ranks than NUMA nodes unless ``SGLANG_CPU_OMP_THREADS_BIND`` names the
         cores of each. With one rank the variable stays unset, because setting it also makes
@@ -90,6 +104,9 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.dtype == "auto" and not computes_bf16():
+            server_args.dtype = "float32"
+            logger.info("This CPU has no bf16 instructions: float32. --dtype bfloat16 forces bf16.")
         ranks = int(server_args.tp_size) * int(server_args.pp_size) * int(server_args.dp_size)
         if ranks > 1:
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", core_groups(ranks))

@@ -224,7 +224,7 @@ def test_nothing_called_exact_is_approximate_and_nothing_is_left_behind(machine:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=15,
+            max_examples=50 if machine is Machine else 30,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
