@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,29 @@ def test_platform_declines_where_sglang_has_its_own(monkeypatch):
     assert plugin.activate_platform() == "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert plugin.activate_platform() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "computes", "wanted"),
+    [
+        ("auto", True, "auto"),
+        ("auto", False, "float32"),
+        ("bfloat16", False, "bfloat16"),
+        ("float16", False, "float16"),
+    ],
+)
+def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
+    monkeypatch, asked, computes, wanted
+):
+    from rag_pipeline.sglang_plugin import platform
+
+    monkeypatch.setattr(platform, "computes_bf16", lambda: computes)
+    arguments = SimpleNamespace(
+        attention_backend=None, dtype=asked, tp_size=1, pp_size=1, dp_size=1
+    )
+    platform.RagCpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.dtype == wanted
+    assert arguments.attention_backend == "rag_cpu"
 
 
 # ---- noise --------------------------------------------------------------------------------------

@@ -190,8 +190,8 @@ def _answer(
     runner = scheduler.tp_worker.model_runner
     seen: list[Plan] = []
 
-    def look(batch: Any) -> None:
-        if req in batch.reqs and req.extend_end >= len(req.origin_input_ids) and not seen:
+    def look(schedule_batch: Any) -> None:
+        if req in schedule_batch.reqs and req.extend_end >= len(req.origin_input_ids) and not seen:
             seen.append(look_at(req, runner, facts))
 
     for _ in range(_MAX_STEPS):
