@@ -83,9 +83,9 @@ def test_twenty_prompts_have_the_tokens_and_logprobs_of_stock(engine, stock):
     for kind, expected in stock["answers"].items():
         for number, (got, want) in enumerate(zip(ours[kind], expected, strict=True)):
             assert got["ids"] == want["ids"], f"{kind} prompt {number}"
-            # Cold prefill and decode have stock's bits in bf16, and all but the last ones in fp32. Behind a prefix another number of rows is
-            # multiplied at once, so a result now and then differs in its last bit; a bf16 logit near
-            # 20 moves in steps of 0.125.
+            # Cold prefill and decode have stock's bits in bf16, and all but the last ones in fp32. Behind a
+            # prefix another number of rows is multiplied at once, so a result now and then differs in its
+            # last bit; a bf16 logit near 20 moves in steps of 0.125.
             tolerance = 0.25 if kind == "warm" else 1e-5
             assert got["logprobs"] == pytest.approx(want["logprobs"], abs=tolerance)
 

@@ -67,7 +67,7 @@ def plan_item(
     )
     fresh = planning.fresh_positions(state.loads, piece)
     # Those of earlier pieces count as well: they are computed once more, and the choice is that of a single piece.
-    whole = dataclasses.replace(piece, start=min(state.radix_len, piece.start))
+    whole = dataclasses.replace(piece, start=state.radix_len)
     layout = planning.make_layout(
         state.loads,
         num_layers=num_layers,
@@ -137,7 +137,7 @@ class FusedItem:
 
     def with_fresh(self, reused: Tensor) -> Tensor:
         """Positions to compute for these reused ones to be as in a prompt of one piece; int64, rising."""
-        return planning.union_rows(self.fresh, torch.cat([self.outdated, reused.to("cpu")]))
+        return planning.union_rows(self.fresh, torch.cat([self.outdated, reused]))
 
     def rows(self, positions: Tensor, *, keeps_last: bool = False) -> RequestRows:
         """Rows of this request at rising positions."""

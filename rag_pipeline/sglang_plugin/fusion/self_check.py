@@ -4,7 +4,7 @@
 2. ``own_place``: a stored chunk loaded where it was computed gives the log-probabilities of plain prefill: capture,
    store and load are sound.
 3. ``ratio_1``: so does a moved chunk of which every row is computed again: rows, positions and masks are right.
-4. ``moved``: the default policy, with its probing passes, draft and mean shift, over a moved chunk. In layer 0 the
+4. ``moved``: policy ``query``, with its probing passes, draft and mean shift, over a moved chunk. In layer 0 the
    moved KV is that of plain prefill; in every layer it is what rotation and shift are defined to make of it.
 5. ``probed``: the same passes over KV that is exact, which they are not told: it was computed behind the very tokens
    that stand before it. Whatever rows they choose, the answer is that of plain prefill.
@@ -30,7 +30,7 @@ from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.self_check_kv import (
     LayerPairs,
-    Plan,
+    LoadPlan,
     first_layer_error,
     look_at,
     moved_error,
@@ -92,6 +92,7 @@ def run_self_check(runtime: FusionRuntime, scheduler: Any) -> dict[str, float]:
     """
     facts = runtime.facts
     assert facts is not None
+    drafts_before = _drafts(runtime)
     answers = _answers(runtime, scheduler)
     errors = {"rotation": check_rotation(facts.rotary, facts.num_kv_heads, facts.head_dim)}
     for name, against in (
@@ -118,11 +119,16 @@ def run_self_check(runtime: FusionRuntime, scheduler: Any) -> dict[str, float]:
             raise SelfCheckError(
                 f"{name}: {what} are {errors[name]:.3f} away from plain prefill; allowed is {limit}"
             )
-    counts = runtime.metrics.counts
     asked = sum(answers[name].plan.draft_tokens > 0 for name in ("moved", "probed"))
-    if counts["drafts.scored"] + counts["drafts.left_out"] < asked:
+    if _drafts(runtime) - drafts_before < asked:
         raise SelfCheckError("the draft of the answer was never computed")
     return errors
+
+
+def _drafts(runtime: FusionRuntime) -> int:
+    """Drafts that were computed, or left out for want of room."""
+    counts = runtime.metrics.counts
+    return counts["drafts.scored"] + counts["drafts.left_out"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -130,7 +136,7 @@ class _Answer:
     """Log-probabilities of the likeliest first tokens by token id, and what the prompt left in the pool."""
 
     log_probs: dict[int, float]
-    plan: Plan
+    plan: LoadPlan
     recomputed: tuple[int, ...]
     kv: LayerPairs
     fallback: str
@@ -188,7 +194,7 @@ def _answer(
     if req is None:
         raise SelfCheckError(f"the scheduler declined a request of {len(prompt)} tokens")
     runner = scheduler.tp_worker.model_runner
-    seen: list[Plan] = []
+    seen: list[LoadPlan] = []
 
     def look(schedule_batch: Any) -> None:
         if req in schedule_batch.reqs and req.extend_end >= len(req.origin_input_ids) and not seen:

@@ -35,8 +35,8 @@ class LoadedRun:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Plan:
-    """What the scheduler knows of a request before the forward of its last piece.
+class LoadPlan:
+    """What a request is about to load, and where: known before the forward of its last piece.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Plan:
     draft_tokens: int
 
 
-def look_at(req: Any, runner: Any, facts: ModelFacts) -> Plan:
+def look_at(req: Any, runner: Any, facts: ModelFacts) -> LoadPlan:
     """Note slots, stored KV and the policy's wishes of a request whose last piece is about to be computed."""
     state, length = state_of(req), len(req.origin_input_ids)
     slots = runner.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :length].to(torch.int64)
@@ -82,7 +82,7 @@ def look_at(req: Any, runner: Any, facts: ModelFacts) -> Plan:
             stored = [(keys.cpu().clone(), values.cpu().clone()) for keys, values in pairs]
             run = LoadedRun(start=span.start, end=span.end, delta=span.delta, stored=stored)
             runs.append(run)
-    return Plan(
+    return LoadPlan(
         slots=slots.clone(),
         runs=tuple(runs),
         strength=strength,
@@ -110,7 +110,7 @@ def first_layer_error(one: LayerPairs, two: LayerPairs) -> float:
 
 
 def moved_error(
-    found: LayerPairs, plan: Plan, recomputed: Sequence[int], spec: RotarySpec
+    found: LayerPairs, plan: LoadPlan, recomputed: Sequence[int], spec: RotarySpec
 ) -> float:
     """Largest difference of loaded KV, over all layers, from stored KV that is turned and shifted as defined.
 
