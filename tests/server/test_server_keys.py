@@ -1,4 +1,4 @@
-"""The parts of the server that need no engine: tenants, segments, the guard, error lines."""
+"""Tenants, keys and index names, as `serve` reads them before anything starts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 
 from rag_pipeline.cli import main
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.server.attribution import attribute
-from rag_pipeline.server.conversation import read_conversation
-from rag_pipeline.server.errors import refusal_of
 from rag_pipeline.server.keys import EVERYBODYS_DIGESTS, digest_of, read_key
-from rag_pipeline.server.schemas import ChatRequest, Message
-from rag_pipeline.server.segments import segments_of
 from rag_pipeline.server.tenants import Tenants, parse_indexes
-from rag_pipeline.types import PromptLayout, Span, Usage
 
 KEY = "a-key-of-enough-letters"
-
-
-# -- tenants ------------------------------------------------------------------------------------
 
 
 def load(tmp_path: Path, content: Any) -> Tenants:
@@ -198,184 +187,6 @@ def test_index_options() -> None:
     ):
         with pytest.raises(RagPipelineError, match=line):
             parse_indexes(wrong)
-
-
-# -- prompts, segments, attribution -------------------------------------------------------------
-
-
-def test_a_conversation_stands_behind_the_chunks() -> None:
-    plain = read_conversation([Message(role="user", content=" Why? ")])
-    assert plain.query == "Why?"
-    assert plain.question.startswith("Question: Why?")
-    talk = read_conversation(
-        [
-            Message(role="system", content="Answer in French."),
-            Message(role="user", content="Who?"),
-            Message(role="assistant", content="He."),
-            Message(role="user", content=[{"type": "text", "text": "And why?"}]),
-        ]
-    )
-    assert talk.query == "And why?"
-    assert talk.question.startswith("Answer in French.\n\n")
-    assert "User: Who?\nAssistant: He." in talk.question
-    assert talk.question.endswith("Question: And why?")
-
-
-def layout() -> PromptLayout:
-    return PromptLayout(
-        input_ids=tuple(range(40)),
-        system_span=Span(start=0, end=10),
-        chunk_spans=(Span(start=10, end=20, chunk_id="a"), Span(start=20, end=34, chunk_id="b")),
-        question_span=Span(start=34, end=40),
-        text="",
-    )
-
-
-def usage(exact: int, reused: int, recomputed: int) -> Usage:
-    return Usage(
-        prompt_tokens=40,
-        exact_prefix_tokens=exact,
-        reused_tokens=reused,
-        recomputed_tokens=recomputed,
-        fresh_tokens=40 - exact - reused - recomputed,
-        completion_tokens=1,
-    )
-
-
-def covers(runs: list[dict[str, Any]]) -> bool:
-    edges = [0]
-    for run in runs:
-        assert run["start"] == edges[-1] < run["end"]
-        edges.append(run["end"])
-    return edges[-1] == 40
-
-
-def test_segments_name_tokens_where_the_engine_does() -> None:
-    rows = [[0, 12], [1, 5], [2, 3], [1, 14], [3, 6]]
-    found = segments_of(layout(), usage(12, 19, 3), {"runs": rows})
-    assert found["resolution"] == "token"
-    assert covers(found["runs"])
-    by_kind: dict[str, int] = {}
-    for run in found["runs"]:
-        by_kind[run["kind"]] = by_kind.get(run["kind"], 0) + run["end"] - run["start"]
-    assert by_kind == {"exact_prefix": 12, "reused": 19, "recomputed": 3, "fresh": 6}
-    assert [run["part"] for run in found["runs"]] == ["system", 1, 1, 1, 2, "question"]
-
-
-def test_segments_do_not_claim_what_counts_do_not_say() -> None:
-    plain = segments_of(layout(), usage(12, 0, 0), {})
-    assert plain["resolution"] == "token"
-    assert covers(plain["runs"])
-    assert {run["kind"] for run in plain["runs"]} == {"exact_prefix", "fresh"}
-    fused = segments_of(layout(), usage(10, 20, 4), {})
-    assert fused["resolution"] == "part"
-    assert covers(fused["runs"])
-    assert [run["kind"] for run in fused["runs"]] == ["exact_prefix", "mixed", "mixed", "fresh"]
-    reused = segments_of(layout(), usage(10, 24, 0), {})
-    assert [run["kind"] for run in reused["runs"]] == ["exact_prefix", "reused", "reused", "fresh"]
-
-
-def test_sentences_lean_on_the_chunk_that_has_their_words() -> None:
-    sources = ["Cats sleep on the warm roof.", "The lighthouse keeper paints the purple door."]
-    answer = "The keeper paints the door purple. Nobody knows why! Cats sleep."
-    found = attribute(answer, sources)
-    assert [(answer[a.start : a.end], a.number) for a in found] == [
-        ("The keeper paints the door purple.", 2),
-        ("Cats sleep.", 1),
-    ]
-    assert attribute("", sources) == attribute(answer, []) == []
-    joined = "The keeper paints.\nThe door is purple. Cats sleep on the roof."
-    assert [(a.start, a.number) for a in attribute(joined, sources)] == [(0, 2), (39, 1)]
-
-
-# -- requests -----------------------------------------------------------------------------------
-
-
-USER = {"role": "user", "content": "hi"}
-
-
-def test_an_answer_comes_back_as_history_as_the_openai_package_dumps_it() -> None:
-    from openai.types.chat import ChatCompletionMessage
-    from openai.types.chat.chat_completion_message import Annotation, AnnotationURLCitation
-
-    cited = AnnotationURLCitation(end_index=1, start_index=0, title="t", url="u")
-    answers = [
-        ChatCompletionMessage(role="assistant", content="At nine."),
-        ChatCompletionMessage(role="assistant", content="At nine.", tool_calls=[], annotations=[]),
-        ChatCompletionMessage(
-            role="assistant",
-            content="At nine.",
-            annotations=[Annotation(type="url_citation", url_citation=cited)],
-        ),
-        ChatCompletionMessage(role="assistant", refusal="At nine."),
-    ]
-    parts = [{"type": "text", "text": "At"}, {"type": "text", "text": "nine.", "annotations": []}]
-    for dumped in [
-        *(answer.model_dump() for answer in answers),
-        {"role": "assistant", "content": parts, "name": None},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "At\nnine."}]},
-    ]:
-        request = ChatRequest.model_validate({"messages": [USER, dumped, USER]})
-        assert request.messages[1].text().split() == ["At", "nine."]
-
-
-def test_every_field_of_openais_schema_is_taken_where_it_changes_nothing() -> None:
-    from openai.types.chat.completion_create_params import CompletionCreateParamsBase
-
-    fields = set(CompletionCreateParamsBase.__annotations__) - {"messages"}
-    for name in fields | {"a_field_of_next_year"}:
-        ChatRequest.model_validate({"messages": [USER], name: None})
-    neutral: dict[str, Any] = {
-        "model": "m", "n": 1, "user": "u", "temperature": 0, "seed": 7, "tools": [],
-        "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto",
-        "response_format": {"type": "text"}, "logprobs": False, "top_logprobs": 0, "logit_bias": {},
-        "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium", "store": True,
-        "metadata": {"k": "v"}, "service_tier": "auto", "safety_identifier": "s", "stop": [],
-        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "max_completion_tokens": 5,
-        "stream": False, "prediction": {"type": "content", "content": "x"}, "top_p": 1,
-        "presence_penalty": 0, "frequency_penalty": 0,
-    }  # fmt: skip
-    for name, value in neutral.items():
-        ChatRequest.model_validate({"messages": [USER], name: value})
-    ChatRequest.model_validate({"messages": [USER], **neutral})
-
-
-@pytest.mark.parametrize(
-    ("extra", "line"),
-    [
-        ({"n": 2}, "n is 2"),
-        ({"tools": [{"type": "function"}]}, "tools is"),
-        ({"tool_choice": "required"}, "tool_choice is 'required'"),
-        ({"functions": [{}]}, "functions is"),
-        ({"logprobs": True}, "logprobs is True"),
-        ({"top_logprobs": 3}, "top_logprobs is 3"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is"),
-        ({"response_format": {}}, "response_format.type is missing"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"audio": {"voice": "v"}}, "audio is"),
-        ({"reasoning_effort": "high"}, "reasoning_effort is 'high'"),
-        ({"seed": 1, "temperature": 0.5}, "set temperature to 0, or leave seed out"),
-        ({"a_field_of_next_year": 1}, "a_field_of_next_year is not known here"),
-        ({"messages": [{**USER, "tool_calls": [{}]}, USER]}, "messages.0.tool_calls is"),
-        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages.0.role is 'tool'"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "does not match any of the expected tags: 'text', 'refusal'",
-        ),
-    ],
-)
-def test_what_would_change_the_answer_is_refused_in_one_line(
-    extra: dict[str, Any], line: str
-) -> None:
-    with pytest.raises(ValidationError) as error:
-        ChatRequest.model_validate({"messages": [USER], **extra})
-    found = [{**item, "loc": ("body", *item["loc"])} for item in error.value.errors()]
-    refusal = refusal_of(RequestValidationError(found))
-    assert refusal is not None
-    assert refusal[0] == 400
-    assert line in refusal[1]
-    assert "\n" not in refusal[1]
 
 
 @pytest.mark.parametrize(
