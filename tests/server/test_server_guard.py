@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from guarded import sglang_app, (
+from guarded import (
     ADMIN,
     OPERATOR,
     OWN,
@@ -16,6 +16,7 @@ from guarded import sglang_app, (
     bearer,
     guard,
     one_line,
+    sglang_app,
 )
 
 from rag_pipeline.errors import RagPipelineError

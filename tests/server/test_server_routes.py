@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from guarded import sglang_app, (
+from guarded import (
     OPERATOR,
     OWN,
     TENANT,
@@ -20,6 +20,7 @@ from guarded import sglang_app, (
     guard,
     one_line,
     reached,
+    sglang_app,
 )
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
