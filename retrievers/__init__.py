@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from retrievers.live_index import LiveIndex, LiveRetriever
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
+    from retrievers.metadata import storable_document
     from retrievers.prepared import PreparedDocument
     from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -87,6 +88,7 @@ _EXPORTS = {
     "ingest": "retrievers.ingestion",
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",
+    "storable_document": "retrievers.metadata",
 }
 
 __all__ = [
@@ -136,6 +138,7 @@ __all__ = [
     "ingest",
     "load_corpus",
     "load_file",
+    "storable_document",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from retrievers.index_writer import IndexWriter
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
 from retrievers.journal import EmbeddingJournal
 from retrievers.manifest import Manifest
-from retrievers.metadata import storable_metadata, storable_text
+from retrievers.metadata import storable_document
 from retrievers.prepared import PreparedDocument
 from retrievers.removal import Erase
 from retrievers.types import Chunk, Document
@@ -208,18 +207,6 @@ def _as_is(manifest: Manifest) -> IndexSettings:
     )
 
 
-def _storable(document: Document) -> Document:
-    """Replace what no index can hold, so that one document does not end the ingest at its commit."""
-    return replace(
-        document,
-        id=storable_text(document.id),
-        text=storable_text(document.text),
-        title=storable_text(document.title),
-        path=None if document.path is None else storable_text(document.path),
-        metadata=storable_metadata(document.metadata),
-    )
-
-
 class _Run:
     """One pass over the documents, a window of chunks at a time."""
 
@@ -267,7 +254,7 @@ class _Run:
     def _prepared(self, document: Document | PreparedDocument) -> PreparedDocument:
         if isinstance(document, PreparedDocument):
             return document
-        document = _storable(document)
+        document = storable_document(document)
         return PreparedDocument(
             id=document.id,
             content_hash=document_hash(document, self._writer.settings),

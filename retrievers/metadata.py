@@ -1,4 +1,4 @@
-"""Metadata as it is stored: scalars that JSON, a filter and every client can hold."""
+"""Documents as they are stored: text that UTF-8 holds, metadata that JSON and a filter hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from retrievers.types import Scalar
+from retrievers.types import Document, Scalar
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # JSON clients read 64 bits; digits beyond are kept as text.
 _MAX_INT = 2**63
+
+
+def storable_document(document: Document) -> Document:
+    """Replace what no index can hold, so that one document does not end the ingest at its commit."""
+    return replace(
+        document,
+        id=storable_text(document.id),
+        text=storable_text(document.text),
+        title=storable_text(document.title),
+        path=None if document.path is None else storable_text(document.path),
+        metadata=storable_metadata(document.metadata),
+    )
 
 
 def storable_text(text: str) -> str:

@@ -35,9 +35,10 @@ MAX_TRIES = 3
 _ENDED = ("done", "failed")
 _KEPT_JOBS = 200
 _CLOSE_S = 10
+_MAX_NOTES = 100
 _SAVED = (
     "id", "order", "created", "ended_at", "tenant", "index", "index_folder", "files", "state",
-    "tries", "documents", "chunks", "skipped", "error",
+    "tries", "documents", "chunks", "skipped", "notes", "error",
 )  # fmt: skip
 
 
@@ -59,6 +60,7 @@ class Job:
     documents: int = 0
     chunks: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
+    notes: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None
     cancelled: bool = False
 
@@ -66,6 +68,19 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in _ENDED
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a file that gave nothing; a job that is done again says it once."""
+        item = {"name": name, "reason": reason}
+        if item not in self.skipped:
+            self.skipped.append(item)
+
+    def remark(self, name: str, notes: Iterable[str]) -> None:
+        """Note what of a file was left out or guessed."""
+        for note in notes:
+            item = {"name": name, "note": note}
+            if item not in self.notes and len(self.notes) < _MAX_NOTES:
+                self.notes.append(item)
 
     def to_json(self) -> dict[str, Any]:
         """What a client sees."""
@@ -80,6 +95,7 @@ class Job:
             "documents": self.documents,
             "chunks": self.chunks,
             "skipped": self.skipped,
+            "notes": self.notes,
             "error": self.error,
         }
 
@@ -90,7 +106,8 @@ class Job:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Job:
         """Read what :meth:`to_record` gave."""
-        job = cls(**{name: record[name] for name in _SAVED})
+        # A record of an older version has fewer fields.
+        job = cls(**{name: record[name] for name in _SAVED if name in record})
         job.progress = 1.0 if job.state == "done" else 0.0
         if not job.ended:
             job.state, job.documents, job.chunks = "queued", 0, 0

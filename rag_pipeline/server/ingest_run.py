@@ -136,12 +136,13 @@ class IngestRun:
                 with self._parsers.turn(check):
                     parsed = parse_upload(file, work=work, limits=left, split=split, check=check)
                 read.add(name)
-                for document in parsed:
+                job.remark(name, parsed.notes)
+                for document in parsed.documents:
                     job.documents += 1
                     chunks += document.num_chunks
                     yield document
             except ParseError as error:
-                job.skipped.append({"name": name, "reason": str(error)})
+                job.skip(name, str(error))
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             job.progress = max(job.progress, _PARSED * (number + 1) / len(files))

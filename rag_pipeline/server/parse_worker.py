@@ -1,8 +1,8 @@
 """A process that reads and splits one uploaded file, with limits set before it reads a byte.
 
 Run as ``python -m rag_pipeline.server.parse_worker TASK`` in the folder of the file, TASK being the JSON
-of a :class:`ParseTask`. Documents and their chunks go to a file as JSON lines; a refusal goes to stderr as
-one line with exit code 3. Unpacking, decoding and parsing of foreign formats is the part of a server that
+of a :class:`ParseTask`. Documents and their chunks go to a file as JSON lines, remarks on what was read to
+another; a refusal goes to stderr as one line with exit code 3. Unpacking, decoding and parsing of foreign formats is the part of a server that
 an attacker feeds directly: what goes wrong here ends this process only.
 """
 
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrievers import Document, TokenSplitter
+    from retrievers import Document, LoadReport, TokenSplitter
 
 REFUSED = 3
+MAX_NOTES = 20
 MAX_ID_CHARS = 1000
 _MAX_TITLE_CHARS = 1000
 _MAX_METADATA_CHARS = 16 << 10
@@ -80,11 +81,12 @@ class SplitTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParseTask:
-    """One file: its name, the prefix of its documents' ids, where they go, and the limits."""
+    """One file: its name, the prefix of its documents' ids, where they and the remarks go, and the limits."""
 
     name: str
     prefix: str
     out: str
+    notes: str
     limits: ParseLimits
     split: SplitTask
 
@@ -110,11 +112,13 @@ def main(words: list[str]) -> int:
     task = ParseTask.from_json(words[0])
     _end_with_parent(int(words[1]))
     set_limits(task.limits)
-    from retrievers import RetrievalError
+    from retrievers import LoadReport, RetrievalError
 
+    report = LoadReport()
     try:
         with Path(task.out).open("w", encoding="ascii") as lines:
-            _write(task, lines)
+            _write(task, report, lines)
+        Path(task.notes).write_text(json.dumps(_notes(task, report)), "ascii")
     except (_Refusal, RetrievalError) as error:
         return _refuse(str(error))
     except MemoryError:
@@ -151,11 +155,27 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _refuse(reason: str) -> int:
-    sys.stderr.write(" ".join(reason.encode("utf-8", "replace").decode().split())[:300] + "\n")
+    sys.stderr.write(_one_line(reason) + "\n")
     return REFUSED
 
 
-def _write(task: ParseTask, lines: IO[str]) -> None:
+def _one_line(words: str) -> str:
+    return " ".join(words.encode("utf-8", "replace").decode().split())[:300]
+
+
+def _notes(task: ParseTask, report: LoadReport) -> list[str]:
+    """What of the file was left out or guessed, a line each."""
+    lines = []
+    for place, words in [*report.skipped, *report.notes][:MAX_NOTES]:
+        # A place is the file, or the file and a line of it, below the folder that nobody knows.
+        where = place.removeprefix(f"{Path.cwd().name}/").removeprefix(task.name)
+        where = where.replace(":", "line ", 1).replace("[", "record ", 1).rstrip("]")
+        lines.append(_one_line(f"{where}: {words}" if where else words))
+    left = report.num_skipped + len(report.notes) - len(lines)
+    return [*lines, f"and {left} more"] if left > 0 else lines
+
+
+def _write(task: ParseTask, report: LoadReport, lines: IO[str]) -> None:
     from retrievers import HFTokenizer, IndexSettings, TokenSplitter, document_hash
 
     limits, split = task.limits, task.split
@@ -172,7 +192,7 @@ def _write(task: ParseTask, lines: IO[str]) -> None:
         tokenizer_fingerprint=split.tokenizer_fingerprint,
     )
     num_chars = num_chunks = 0
-    for num_documents, document in enumerate(_documents(task), start=1):
+    for num_documents, document in enumerate(_documents(task, report), start=1):
         num_chars += len(document.text)
         if num_documents > limits.documents:
             raise _Refusal(f"it holds more than {limits.documents} documents; split the file")
@@ -200,14 +220,13 @@ def _split(splitter: TokenSplitter, document: Document) -> list[list[Any]]:
     ]
 
 
-def _documents(task: ParseTask) -> Iterator[Document]:
+def _documents(task: ParseTask, report: LoadReport) -> Iterator[Document]:
     """Documents as the index will have them: under the upload's name, marked as uploaded."""
-    from retrievers import LoadReport, RetrievalError, load_file
+    from retrievers import RetrievalError, load_file, storable_document
 
-    report = LoadReport()
     folder = f"{Path.cwd().name}/"
     try:
-        for document in load_file(task.name, report=report):
+        for document in map(storable_document, load_file(task.name, report=report)):
             name = task.prefix + document.id.removeprefix(folder)
             if len(name) > MAX_ID_CHARS:
                 raise _Refusal(f"a record's id is longer than {MAX_ID_CHARS} characters")

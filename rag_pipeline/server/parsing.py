@@ -16,12 +16,27 @@ from pathlib import Path
 from typing import IO, Any
 
 from rag_pipeline.server.file_names import UPLOADS, file_of, safe_name
-from rag_pipeline.server.parse_worker import REFUSED, ParseLimits, ParseTask, SplitTask
+from rag_pipeline.server.parse_worker import (
+    MAX_NOTES,
+    REFUSED,
+    ParseLimits,
+    ParseTask,
+    SplitTask,
+)
 from retrievers import Chunk, PreparedDocument
 
-__all__ = ["ParseError", "ParseLimits", "ParsedDocument", "SplitTask", "parse_upload", "safe_name"]
+__all__ = [
+    "ParseError",
+    "ParseLimits",
+    "ParsedDocument",
+    "ParsedFile",
+    "SplitTask",
+    "parse_upload",
+    "safe_name",
+]
 
 _MAX_LINE = 16 << 20
+_MAX_NOTE = 400
 _LOOK_S = 0.05
 _TRIES = 3
 # What the limits themselves do; whatever else ends a worker from outside may be chance.
@@ -39,6 +54,22 @@ class ParsedDocument(PreparedDocument):
     num_chunks: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedFile:
+    """What a worker made of a file.
+
+    Attributes
+    ----------
+    documents : iterator of ParsedDocument
+        Ids begin with ``uploads/NAME``. The worker is done; one chunk at a time is held in memory.
+    notes : tuple of str
+        What of the file was left out or guessed, a line each; at most some twenty.
+    """
+
+    documents: Iterator[ParsedDocument]
+    notes: tuple[str, ...]
+
+
 class _Killed(Exception):
     """A worker that something outside ended."""
 
@@ -50,7 +81,7 @@ def parse_upload(
     limits: ParseLimits,
     split: SplitTask,
     check: Callable[[], None] = lambda: None,
-) -> Iterator[ParsedDocument]:
+) -> ParsedFile:
     """Read and split one file in a worker process.
 
     Parameters
@@ -66,11 +97,6 @@ def parse_upload(
     check
         Called every now and then while the worker runs; raises to end it.
 
-    Returns
-    -------
-    iterator of ParsedDocument
-        Ids begin with ``uploads/NAME``. The worker is done; one chunk at a time is held in memory.
-
     Raises
     ------
     ParseError
@@ -80,13 +106,18 @@ def parse_upload(
     for _ in range(_TRIES):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o700)
-        out = work / "documents.jsonl"
+        out, notes = work / "documents.jsonl", work / "notes.json"
         task = ParseTask(
-            name=file.name, prefix=f"{UPLOADS}/", out=str(out), limits=limits, split=split
+            name=file.name,
+            prefix=f"{UPLOADS}/",
+            out=str(out),
+            notes=str(notes),
+            limits=limits,
+            split=split,
         )
         with contextlib.suppress(_Killed):
             _run(task, file.parent, work, check)
-            return _read(out, file.name)
+            return ParsedFile(documents=_read(out, file.name), notes=_notes(notes))
     raise ParseError(f"its parser was killed {_TRIES} times; does it need too much memory?")
 
 
@@ -144,6 +175,12 @@ def _read(out: Path, name: str) -> Iterator[ParsedDocument]:
             )
             for _ in chunks:  # of a document that is unchanged
                 pass
+
+
+def _notes(file: Path) -> tuple[str, ...]:
+    with file.open("rb") as stream:
+        lines = json.loads(stream.read(_MAX_LINE))
+    return tuple(str(line)[:_MAX_NOTE] for line in lines[: MAX_NOTES + 1])
 
 
 def _chunks(lines: IO[bytes], document: dict[str, Any], name: str) -> Iterator[Chunk]:

@@ -235,6 +235,7 @@ class JobAnswer(_Answer):
     documents: int
     chunks: int
     skipped: list[dict[str, str]]
+    notes: list[dict[str, str]]
     error: str | None
 
 

@@ -173,7 +173,8 @@ def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "UTF-8" in capsys.readouterr().err
 
 
-def test_paths_in_a_file_are_beside_it(tmp_path: Path) -> None:
+def test_paths_in_a_file_are_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HOME_VARIABLE, raising=False)
     file = tmp_path / "settings.toml"
     file.write_text(
         'index = "i"\nmodel = "./m"\nembedder = "org/name"\nhome = "~/h"\n'
@@ -238,9 +239,12 @@ def test_show_lists_every_key_with_value_and_origin(
     assert re.search(r"^ask.top_k +4 +default$", out, re.MULTILINE)
 
 
-def test_env_prints_what_a_shell_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_prints_what_a_shell_reads_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shlex
 
+    monkeypatch.delenv(HOME_VARIABLE, raising=False)
     Path(FILE_NAME).write_text('fast_start = "off"\n[fusion]\npolicy = "epic:0.2"\n')
     assert main(["config", "env"]) == 0
     words = shlex.split(capsys.readouterr().out)

@@ -142,6 +142,39 @@ def test_a_file_is_replaced_and_deleted_with_every_record_it_brought(
     assert gone.value.status == 404
 
 
+def test_what_of_a_file_was_left_out_is_told_and_outlives_the_server(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    lines = [
+        records(("1", "Herons fish.")),
+        "{broken\n",
+        '{"id": "\\ud800", "text": "Owls \\udfff hunt."}\n',
+    ]
+    texts: dict[str, Text] = {
+        "birds.jsonl": "".join(lines),
+        "fish.json": json.dumps([{"text": "Pike."}, {"weight": 3}]),
+        "many.jsonl": records(("1", "Kites soar.")) + "{broken\n" * 30,
+        "latin.txt": "Die Bürger hörten später die schöne Überraschung und größere Äußerungen.".encode("latin-1"),
+    }  # fmt: skip
+    job = uploads.upload(texts)
+    assert (job.state, job.skipped, job.documents) == ("done", [], 5)
+    told: dict[str, list[str]] = {}
+    for item in job.notes:
+        told.setdefault(item["name"], []).append(item["note"])
+    assert told["birds.jsonl"] == ["line 2: not JSON: " + told["birds.jsonl"][0][18:]]
+    assert told["fish.json"][0].startswith("record 1: no passages in this record")
+    assert told["latin.txt"][0].startswith("read as cp1252, a guess")
+    assert len(told["many.jsonl"]) == 21
+    assert told["many.jsonl"][-1] == "and 10 more"
+    for item in job.notes:
+        assert str(uploads.folder) not in item["note"]
+        assert "\n" not in item["note"]
+    uploads.jobs.close()
+    uploads.start()
+    assert uploads.jobs.get("acme", job.id).notes == job.notes
+
+
 def test_names_that_begin_alike_do_not_touch_each_other(
     make_uploads: Callable[..., Uploads],
 ) -> None:

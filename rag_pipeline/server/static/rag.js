@@ -271,6 +271,7 @@ function jobEntry(job) {
   entry.append(make("strong", what), ` ${state}`);
   if (job.error) entry.append(make("div", job.error, "bad"));
   else for (const item of job.skipped) entry.append(make("div", `${item.name}: ${item.reason}`, "bad"));
+  for (const item of job.notes) entry.append(make("div", `${item.name}: ${item.note}`));
   if (job.state !== "done" && job.state !== "failed") {
     const bar = make("progress");
     bar.max = 1;
