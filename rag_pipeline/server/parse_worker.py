@@ -1,9 +1,10 @@
 """A process that reads and splits one uploaded file, with limits set before it reads a byte.
 
-Run as ``python -m rag_pipeline.server.parse_worker TASK`` in the folder of the file, TASK being the JSON
-of a :class:`ParseTask`. Documents and their chunks go to a file as JSON lines, remarks on what was read to
-another; a refusal goes to stderr as one line with exit code 3. Unpacking, decoding and parsing of foreign formats is the part of a server that
-an attacker feeds directly: what goes wrong here ends this process only.
+Run as ``python -P -m rag_pipeline.server.parse_worker TASK`` in an empty folder, TASK being the JSON of a
+:class:`ParseTask`. Documents and their chunks go to a file as JSON lines, remarks on what was read to another;
+a refusal goes to stderr as one line with exit code 3. Unpacking, decoding and parsing of foreign formats is the
+part of a server that an attacker feeds directly: what goes wrong here ends this process only. It never
+stands in the folder of the file, whose name may be that of a module.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ class SplitTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParseTask:
-    """One file: its name, the prefix of its documents' ids, where they and the remarks go, and the limits."""
+    """One file: its absolute path, the prefix of its documents' ids, where they and the remarks go, the limits."""
 
-    name: str
+    file: str
     prefix: str
     out: str
     notes: str
@@ -93,6 +94,11 @@ class ParseTask:
     def to_json(self) -> str:
         """Argument of the process."""
         return json.dumps(asdict(self))
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return Path(self.file).name
 
     @classmethod
     def from_json(cls, word: str) -> ParseTask:
@@ -120,15 +126,15 @@ def main(words: list[str]) -> int:
             _write(task, report, lines)
         Path(task.notes).write_text(json.dumps(_notes(task, report)), "ascii")
     except (_Refusal, RetrievalError) as error:
-        return _refuse(str(error))
+        return _refuse(task, str(error))
     except MemoryError:
-        return _refuse(f"it needs more than {task.limits.memory_bytes >> 20} MiB of memory")
+        return _refuse(task, f"it needs more than {task.limits.memory_bytes >> 20} MiB of memory")
     except RecursionError:
-        return _refuse("it is nested too deeply")
+        return _refuse(task, "it is nested too deeply")
     except OSError as error:
         if error.errno == errno.EFBIG:
-            return _refuse("it gives too much text; split the file")
-        return _refuse(f"cannot read it: {error.strerror or type(error).__name__}")
+            return _refuse(task, "it gives too much text; split the file")
+        return _refuse(task, f"cannot read it: {error.strerror or type(error).__name__}")
     return 0
 
 
@@ -154,12 +160,14 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _refuse(reason: str) -> int:
-    sys.stderr.write(_one_line(reason) + "\n")
+def _refuse(task: ParseTask, reason: str) -> int:
+    sys.stderr.write(_one_line(task, reason) + "\n")
     return REFUSED
 
 
-def _one_line(words: str) -> str:
+def _one_line(task: ParseTask, words: str) -> str:
+    # Where a server keeps uploads is nobody's business.
+    words = words.replace(f"{Path(task.file).parent}/", "")
     return " ".join(words.encode("utf-8", "replace").decode().split())[:300]
 
 
@@ -167,10 +175,10 @@ def _notes(task: ParseTask, report: LoadReport) -> list[str]:
     """What of the file was left out or guessed, a line each."""
     lines = []
     for place, words in [*report.skipped, *report.notes][:MAX_NOTES]:
-        # A place is the file, or the file and a line of it, below the folder that nobody knows.
-        where = place.removeprefix(f"{Path.cwd().name}/").removeprefix(task.name)
+        # A place is the file, or the file and a line or record of it.
+        where = place.rpartition(task.name)[2]
         where = where.replace(":", "line ", 1).replace("[", "record ", 1).rstrip("]")
-        lines.append(_one_line(f"{where}: {words}" if where else words))
+        lines.append(_one_line(task, f"{where}: {words}" if where else words))
     left = report.num_skipped + len(report.notes) - len(lines)
     return [*lines, f"and {left} more"] if left > 0 else lines
 
@@ -193,12 +201,21 @@ def _write(task: ParseTask, report: LoadReport, lines: IO[str]) -> None:
     )
     num_chars = num_chunks = 0
     for num_documents, document in enumerate(_documents(task, report), start=1):
-        num_chars += len(document.text)
         if num_documents > limits.documents:
             raise _Refusal(f"it holds more than {limits.documents} documents; split the file")
+        metadata = json.dumps(dict(document.metadata))
+        if len(metadata) > _MAX_METADATA_CHARS:
+            raise _Refusal(f"a record has more than {_MAX_METADATA_CHARS >> 10} KiB of metadata")
+        num_chars += len(document.text)
+        if num_chars <= limits.text_chars:
+            chunks = _split(splitter, document)
+            # Every chunk repeats them.
+            num_chars += len(chunks) * (len(document.title) + len(metadata))
         if num_chars > limits.text_chars:
-            raise _Refusal(f"it holds more than {limits.text_chars} characters; split the file")
-        chunks = _split(splitter, document)
+            raise _Refusal(
+                f"it holds more than {limits.text_chars} characters, metadata and titles of all chunks "
+                "counted; split the file"
+            )
         num_chunks += len(chunks)
         if num_chunks > limits.chunks:
             raise _Refusal(f"it gives more than {limits.chunks} chunks; split the file")
@@ -224,17 +241,12 @@ def _documents(task: ParseTask, report: LoadReport) -> Iterator[Document]:
     """Documents as the index will have them: under the upload's name, marked as uploaded."""
     from retrievers import RetrievalError, load_file, storable_document
 
-    folder = f"{Path.cwd().name}/"
+    folder = f"{Path(task.file).parent.name}/"
     try:
-        for document in map(storable_document, load_file(task.name, report=report)):
+        for document in map(storable_document, load_file(task.file, report=report)):
             name = task.prefix + document.id.removeprefix(folder)
             if len(name) > MAX_ID_CHARS:
                 raise _Refusal(f"a record's id is longer than {MAX_ID_CHARS} characters")
-            # Both are repeated in every chunk.
-            if len(json.dumps(dict(document.metadata))) > _MAX_METADATA_CHARS:
-                raise _Refusal(
-                    f"a record has more than {_MAX_METADATA_CHARS >> 10} KiB of metadata"
-                )
             yield replace(
                 document,
                 id=name,
@@ -253,7 +265,7 @@ def _check_unpacked(task: ParseTask) -> None:
         return
     total = 0
     try:
-        with gzip.open(task.name, "rb") as stream:
+        with gzip.open(task.file, "rb") as stream:
             while piece := stream.read(_PIECE):
                 total += len(piece)
                 if total > task.limits.unpacked_bytes:

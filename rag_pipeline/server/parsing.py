@@ -108,7 +108,7 @@ def parse_upload(
         work.mkdir(mode=0o700)
         out, notes = work / "documents.jsonl", work / "notes.json"
         task = ParseTask(
-            name=file.name,
+            file=str(file.resolve()),
             prefix=f"{UPLOADS}/",
             out=str(out),
             notes=str(notes),
@@ -116,15 +116,22 @@ def parse_upload(
             split=split,
         )
         with contextlib.suppress(_Killed):
-            _run(task, file.parent, work, check)
+            _run(task, work, check)
+            # All of it is looked at before any is used: a file that cannot be read replaces nothing.
+            for _ in _read(out, file.name):
+                check()
             return ParsedFile(documents=_read(out, file.name), notes=_notes(notes))
     raise ParseError(f"its parser was killed {_TRIES} times; does it need too much memory?")
 
 
-def _run(task: ParseTask, folder: Path, work: Path, check: Callable[[], None]) -> None:
+def _run(task: ParseTask, work: Path, check: Callable[[], None]) -> None:
     limits = task.limits
     said = work / "said"
-    command = [sys.executable, "-m", "rag_pipeline.server.parse_worker", task.to_json()]
+    # -P and an empty folder: Python imports from where it stands, and an upload may be called ctypes.py.
+    empty = work / "empty"
+    empty.mkdir(mode=0o700)
+    worker = "rag_pipeline.server.parse_worker"
+    command = [sys.executable, "-P", "-m", worker, task.to_json()]
     with said.open("wb") as stderr:
         process = subprocess.Popen(
             [*command, str(os.getpid())],
@@ -132,7 +139,7 @@ def _run(task: ParseTask, folder: Path, work: Path, check: Callable[[], None]) -
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             env=_environment(work),
-            cwd=folder,
+            cwd=empty,
             start_new_session=True,
         )
         try:
@@ -213,7 +220,7 @@ def _line(lines: IO[bytes]) -> Any:
 
 def _environment(work: Path) -> dict[str, str]:
     """What a parser needs of the environment: nothing that is secret or that points elsewhere."""
-    kept = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
+    kept = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "SYSTEMROOT")
     # One thread: a pool of them would count each thread's stack against the memory limit.
     fixed = {
         "OMP_NUM_THREADS": "1",
@@ -222,6 +229,10 @@ def _environment(work: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TMPDIR": str(work),
     }
+    # An empty or relative entry is the folder that a process stands in.
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(entry for entry in entries if Path(entry).is_absolute())
+    fixed |= {"PYTHONPATH": path} if path else {}
     return {name: os.environ[name] for name in kept if name in os.environ} | fixed
 
 

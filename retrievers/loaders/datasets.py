@@ -52,14 +52,14 @@ class _Collector:
         if passage.metadata:
             content += f"\0{json.dumps(passage.metadata, sort_keys=True)}"
         digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-        if passage.key is None:
-            key, is_known = digest.hex(), digest in self._seen
-            self._seen.add(digest)
-        else:
-            key = one_line(passage.key)
+        key = one_line(passage.key or "")
+        if key:
             is_known = key in self._keys
             if self._keys.setdefault(key, digest) != digest:
                 raise ValueError(f"id {key!r} was used before for another text")
+        else:
+            key, is_known = digest.hex(), digest in self._seen
+            self._seen.add(digest)
         if is_known:
             self.report.num_duplicates += 1
             return None

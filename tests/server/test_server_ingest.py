@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from rag_pipeline.server import ServerSettings
+from rag_pipeline.server import ServerSettings, parsing
 from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
@@ -28,6 +29,16 @@ from rag_pipeline.server.tenants import Tenant
 from rag_pipeline.server.turns import Turns
 
 Text = str | bytes
+FIRST_IMPORTS = (
+    "ctypes.py",
+    "errno.py",
+    "gzip.py",
+    "json.py",
+    "rag_pipeline.py",
+    "resource.py",
+    "retrievers.py",
+    "zlib.py",
+)
 
 
 class Uploads:
@@ -263,6 +274,65 @@ def test_uploads_of_a_living_server_are_left_alone(make_uploads: Callable[..., U
         other.close()
 
 
+@pytest.mark.parametrize("python_path", [None, "", ".", ":/nowhere"])
+def test_an_upload_is_never_imported(
+    make_uploads: Callable[..., Uploads],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    python_path: str | None,
+) -> None:
+    """A worker imports from where it stands; files may be called like anything that it imports."""
+    if python_path is not None:
+        monkeypatch.setenv("PYTHONPATH", python_path)
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w').write(__name__)\n"
+    modules = {name.split(".")[0] for name in sys.modules} | {
+        "sitecustomize",
+        "usercustomize",
+        "ctypes",
+        "pypdf",
+    }
+    names = [
+        f"{name}.py" for name in sorted(modules) if name.isidentifier() and not name.startswith("_")
+    ]
+    uploads = make_uploads(max_documents=5000, max_chunks=50000)
+    job = uploads.upload({**dict.fromkeys(names[:60], code), **dict.fromkeys(FIRST_IMPORTS, code)})
+    assert (job.state, job.skipped) == ("done", [])
+    assert not mark.exists()
+
+
+def test_a_file_that_fails_midway_replaces_nothing(
+    make_uploads: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = make_uploads()
+    uploads.upload({"a.jsonl": records(("1", "Herons fish."), ("2", "Owls hunt."))})
+    before = uploads.ids()
+    real = parsing._read
+
+    def cut(out: Path, name: str) -> Iterator[parsing.ParsedDocument]:
+        if name == "a.jsonl":
+            out.write_bytes(out.read_bytes()[:-5])
+        return real(out, name)
+
+    monkeypatch.setattr(parsing, "_read", cut)
+    job = uploads.upload(
+        {"a.jsonl": records(("1", "Herons sleep."), ("3", "Kites soar.")), "b.txt": "Fine."}
+    )
+    assert [item["name"] for item in job.skipped] == ["a.jsonl"]
+    assert uploads.ids() == before | {"uploads/b.txt"}
+    assert job.documents == 1
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_id_is_none(make_uploads: Callable[..., Uploads], blank: str) -> None:
+    uploads = make_uploads()
+    job = uploads.upload(
+        {"a.jsonl": records(("1", "Herons fish."), (blank, "Owls hunt."), ("3", "Kites soar."))}
+    )
+    assert (job.state, job.documents, job.skipped) == ("done", 3, [])
+    assert uploads.delete("uploads/a.jsonl") == 3
+
+
 # -- bounded ------------------------------------------------------------------------------------
 
 
@@ -274,6 +344,7 @@ def test_uploads_of_a_living_server_are_left_alone(make_uploads: Callable[..., U
         ("long.txt", "word. " * 60_000, "more than 600 chunks"),
         ("title.json", json.dumps({"id": "k" * 2000, "text": "x"}), "id is longer than 1000"),
         ("meta.json", json.dumps({"text": "x", "metadata": {"a": "b" * 20_000}}), "16 KiB of metadata"),
+        ("all.jsonl", json.dumps({"text": "word. " * 40_000, "metadata": {"a": "b" * 16_000}}), "metadata and titles of all"),
         ("deep.json", "[" * 100_000, "not JSON"),
         ("empty.txt", "", "no text"),
         ("broken.jsonl.gz", b"not gzip", "gzip"),
