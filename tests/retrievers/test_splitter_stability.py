@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
+from collections import Counter
 from itertools import accumulate, pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from retrievers import Chunk, Document, HFTokenizer, TokenSplitter
@@ -46,6 +47,7 @@ def _split(splitter: TokenSplitter, paragraphs: list[str]) -> list[Chunk]:
     edit=st.sampled_from(["replace", "insert", "delete", "word"]),
     overlap=st.sampled_from([0, 8]),
 )
+@example(seed=30015, size=153, place=0.203125, edit="replace", overlap=0)  # brings a text once more
 def test_an_edited_paragraph_changes_only_its_neighbours(
     tokenizer: HFTokenizer, seed: int, size: int, place: float, edit: str, overlap: int
 ) -> None:
@@ -70,6 +72,7 @@ def test_an_edited_paragraph_changes_only_its_neighbours(
     back = len(old_text) - len("\n\n".join(before[index + 1 :]))
     shift = len(new_text) - len(old_text)
     by_start = {chunk.start: chunk for chunk in new}
+    times_old, times_new = (Counter(chunk.text for chunk in found) for found in (old, new))
     reach = 9 * splitter.anchor_tokens + overlap
     token_starts = [start for start, _ in tokenizer.encode_offsets(old_text)]
 
@@ -87,7 +90,9 @@ def test_an_edited_paragraph_changes_only_its_neighbours(
         if distance > reach:
             same = by_start.get(chunk.start + moved)
             assert same is not None
-            assert (same.id, same.text, same.num_tokens) == (chunk.id, chunk.text, chunk.num_tokens)
+            assert (same.text, same.num_tokens) == (chunk.text, chunk.num_tokens)
+            # Chunks of one text are counted through the document: an edit may bring one more.
+            assert same.id == chunk.id or times_old[chunk.text] != times_new[chunk.text]
             compared += 1
     assert compared > len(old) / 4
 
