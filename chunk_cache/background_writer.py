@@ -65,7 +65,8 @@ class BackgroundWriter:
         self._queue_bytes = queue_bytes
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0
-        self._writing = False
+        self._current: _Waiting | None = None
+        self._current_is_erased = False
         self._stopping = False
         self._noted = time.monotonic()
         self._changed = threading.Condition()
@@ -88,7 +89,7 @@ class BackgroundWriter:
     def pending(self) -> int:
         """Records that are not on the disk yet."""
         with self._changed:
-            return len(self._queue) + self._writing
+            return len(self._queue) + (self._current is not None)
 
     def clear(self) -> None:
         """Forget what waits."""
@@ -97,10 +98,27 @@ class BackgroundWriter:
             self._bytes = 0
             self._changed.notify_all()
 
+    def erase(self) -> None:
+        """Forget what waits and must not reach the disk any more, however long the disk takes."""
+        with self._changed:
+            waiting = [*self._queue, *filter(None, [self._current])]
+        gone = {id(one) for one in waiting if self._is_erased(one.record)}
+        with self._changed:
+            kept = [one for one in self._queue if id(one) not in gone]
+            self._bytes -= sum(one.record.num_bytes for one in self._queue if id(one) in gone)
+            number = len(self._queue) - len(kept)
+            self._queue = deque(kept)
+            self._current_is_erased |= id(self._current) in gone
+            self._changed.notify_all()
+        for _ in range(number):
+            self._count("erased")
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing waits, but no longer than `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._writing, timeout_s)
+            return self._changed.wait_for(
+                lambda: not self._queue and self._current is None, timeout_s
+            )
 
     def close(self, timeout_s: float) -> bool:
         """Take nothing more, write what waits, and end; ``False`` where the time was too short."""
@@ -117,13 +135,13 @@ class BackgroundWriter:
                 waiting = self._queue.popleft() if self._queue else None
                 if waiting is None and self._stopping:
                     return
-                self._writing = waiting is not None
+                self._current, self._current_is_erased = waiting, False
             if waiting is not None:
                 self._write(waiting)
                 with self._changed:
                     # Counted as waiting until now: the memory is held until now.
                     self._bytes = max(0, self._bytes - waiting.record.num_bytes)
-                    self._writing = False
+                    self._current = None
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
                 since, self._noted = self._noted, time.monotonic()
@@ -136,7 +154,7 @@ class BackgroundWriter:
             if not self._is_erased(record):
                 kind = "written" if self.folder.put(record, context=waiting.context) else "no_room"
                 # The text may have been erased meanwhile, by somebody who did not see this file yet.
-                if kind == "written" and self._is_erased(record):
+                if kind == "written" and (self._current_is_erased or self._is_erased(record)):
                     self.folder.remove(record.key)
                     kind = "erased"
         except OSError as error:

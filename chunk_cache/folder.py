@@ -335,7 +335,8 @@ class StoreFolder:
                 else:
                     # Asked first: `put` would make room by evicting what was loaded before.
                     fits = record.num_bytes <= store.free_bytes
-                    put = fits and store.put(record, pin=pin or not loose)
+                    tenant = self._tenant_of(key.namespace)
+                    put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
                     counts["loaded" if put else "no_room"] += 1
             if progress is not None:
                 progress(done)
@@ -360,6 +361,10 @@ class StoreFolder:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    def _tenant_of(self, namespace: str) -> str:
+        tenant = (self.describe(namespace) or {}).get("tenant", "")
+        return tenant if isinstance(tenant, str) else ""
 
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         try:

@@ -80,7 +80,7 @@ class WritableStore:
         owner
             Who builds it, for listings.
         tenant
-            Whose share of the budget the record takes.
+            Whose share of the budget the record takes: a name, such as :func:`~.tenant_mark` of a salt.
         timeout_s
             As ``build_timeout_s`` of the store, for this build.
 
@@ -111,8 +111,17 @@ class WritableStore:
             self._stats.builds_begun += 1
             return build
 
-    def put(self, record: ChunkKV, *, pin: bool = False) -> bool:
-        """Store a finished record in one step (import, tests).
+    def put(self, record: ChunkKV, *, pin: bool = False, tenant: str = "") -> bool:
+        """Store a finished record in one step (read from a folder, tests).
+
+        Parameters
+        ----------
+        record
+            Complete.
+        pin
+            Whether it is never evicted.
+        tenant
+            As of :meth:`begin_build`.
 
         Returns
         -------
@@ -121,7 +130,7 @@ class WritableStore:
         """
         with self._lock:
             self._builds.failed.pop(record.key, None)  # here it is: no reason to wait any longer
-        build = self.begin_build(record.key, record.token_ids, owner="put")
+        build = self.begin_build(record.key, record.token_ids, owner="put", tenant=tenant)
         return isinstance(build, Build) and build.commit(record, pin=pin)
 
     def _commit(self, build: Build, record: ChunkKV, pin: bool) -> bool:

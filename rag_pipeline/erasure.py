@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.config import home_dir
 from rag_pipeline.passage_sample import PASSAGE_NAME
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from chunk_cache import StoreFolder, TextMarks
-    from chunk_cache.keys import TokenIds
     from retrievers import Erase, Removal
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ still bring it back to an engine's store for so long."""
 _MOST_CHUNKS = 4096
 """More chunks than this in one change are not told apart from others: the stores are emptied."""
 
-Decode = Callable[["TokenIds"], str]
+Decode = Callable[["npt.NDArray[Any]"], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,10 @@ from torch import Tensor
 from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
 from chunk_cache.policies.layout import ReuseLayout
 
+# A request may set them: each check layer is a pass over the prompt, and counts must stay finite.
+_MAX_CHECK_LAYERS = 16
+_MAX_SPREAD = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheBlendConfig:
@@ -37,10 +41,15 @@ class CacheBlendConfig:
         check_ratio(self.mean_shift, "mean_shift")
         if self.metric not in ("k", "v", "kv"):
             raise ValueError(f"metric is {self.metric!r}; choose k, v or kv.")
-        if self.num_check_layers < 1:
-            raise ValueError(f"num_check_layers is {self.num_check_layers}; it must be at least 1.")
-        if self.filter_spread < 0:
-            raise ValueError(f"filter_spread is {self.filter_spread}; it must be 0 or more.")
+        if not 1 <= self.num_check_layers <= _MAX_CHECK_LAYERS:
+            raise ValueError(
+                f"num_check_layers is {self.num_check_layers}; it must be at least 1 and at most "
+                f"{_MAX_CHECK_LAYERS}."
+            )
+        if not 0 <= self.filter_spread <= _MAX_SPREAD:  # NaN is refused too
+            raise ValueError(
+                f"filter_spread is {self.filter_spread}; it must be 0 or more and at most {_MAX_SPREAD}."
+            )
 
 
 class CacheBlendPolicy(Policy):

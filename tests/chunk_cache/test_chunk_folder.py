@@ -20,6 +20,7 @@ from chunk_cache import (
     MemoryStore,
     StoreFolder,
     Tier,
+    tenant_mark,
 )
 
 Make = Callable[..., ChunkKV]
@@ -89,6 +90,9 @@ def test_a_store_goes_out_and_comes_back(
         "corrupt": 0,
         "foreign": 0,
     }
+    # What was a tenant's share before is its share again.
+    share = records[-1].num_bytes
+    assert mine._ledger.bytes_of == {"": 5 * share, tenant_mark("secret salt"): share}
 
 
 def test_an_import_evicts_nothing(tmp_path: Path, make_store: MakeStore, make_record: Make):

@@ -6,10 +6,12 @@ import dataclasses
 from array import array
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunk_cache.policies import create_policy
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request_spans import (
@@ -20,6 +22,9 @@ from rag_pipeline.sglang_plugin.fusion.request_spans import (
     parse_fields,
     parse_request,
 )
+from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, UsageReport
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.usage import fill_report
 from rag_pipeline.sglang_plugin.fusion.validation import after_tokenize
 
 
@@ -75,6 +80,9 @@ def test_nested_and_flat_spans_are_the_same_and_empty_ones_vanish():
         ({"policy": 7}, "query:0.15"),
         ({"policy": "query", "ratio": 1.5}, "between 0 and 1"),
         ({"policy": "query", "ratio": True}, "between 0 and 1"),
+        ({"policy": "query", "ratio": 10**400}, "between 0 and 1"),
+        ({"policy": "query", "ratio": float("nan")}, "between 0 and 1"),
+        ({"policy": "query", "options": {"mean_shift": 10**400}}, "give a smaller one"),
         ({"policy": "query:0.1", "ratio": 0.2}, "one of them"),
         ({"policy": "query", "options": {"depth": 1}}, "mean_shift"),
         ({"policy": "query", "options": [1]}, "object"),
@@ -178,3 +186,18 @@ def test_every_message_of_a_stream_shows_the_report_as_one_dict():
     joined = {"meta_info": {"rag_fusion": ["reused_tokens"]}}
     after_coalesce(joined, None, [{"meta_info": m} for m in seen[::2]])
     assert joined["meta_info"]["rag_fusion"] == {"reused_tokens": 5}
+
+
+@pytest.mark.parametrize(("chosen", "recomputed"), [([60], 2), ([60, 99], 2), ([99], 1), ([], 1)])
+def test_the_last_token_is_counted_once_whether_a_policy_chose_it_or_not(chosen, recomputed):
+    state = RequestState(FusionRequest(), create_policy("query:0.1"), array("q", range(100)))
+    lease = SimpleNamespace(release=lambda: None)
+    state.spans = [SimpleNamespace(start=50, end=100, is_turn=False, lease=lease)]
+    state.report = UsageReport(prompt_tokens=100, recomputed_tokens=len(chosen))
+    state.recomputed = list(chosen)
+    fill_report(FusionRuntime(FusionConfig(), None), state)
+    report = state.report
+    assert (report.recomputed_tokens, report.reused_tokens) == (recomputed, 50 - recomputed)
+    assert sum(tokens for _, tokens in report.runs) == 100
+    kinds = np.repeat([kind for kind, _ in report.runs], [tokens for _, tokens in report.runs])
+    assert (kinds == 2).sum() == recomputed

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chunk_cache.policies import (
     ReuseLayout,
@@ -240,6 +245,9 @@ def test_a_model_of_one_layer_is_checked_at_layer_0():
         (("query",), {"ratio": "0.1"}, "option ratio is '0.1'"),
         (("cacheblend",), {"metric": "q"}, "expected one of k, v, kv"),
         (("cacheblend",), {"num_check_layers": 0}, "at least 1"),
+        (("cacheblend",), {"num_check_layers": 79}, "at most 16"),
+        (("cacheblend",), {"filter_spread": 1e308}, "at most 16"),
+        (("cacheblend",), {"filter_spread": float("nan")}, "at most 16"),
         (("epic",), {"first_tokens": -1}, "0 or more"),
         (("adaptive",), {"max_ratio": 0.1}, "below ratio"),
     ],
@@ -264,3 +272,24 @@ def test_bad_policies_get_one_clear_line(arguments, options, message):
 def test_impossible_layouts_are_refused(fields):
     with pytest.raises(ValueError, match="must"):
         ReuseLayout(**({"num_layers": 2, "prompt_len": 20} | fields))
+
+
+@given(st.data())
+def test_whatever_options_are_accepted_give_rows(data: st.DataObject) -> None:
+    """A request may set them: what is accepted fails in no plan, for that would cost the whole batch."""
+    name = data.draw(st.sampled_from(["cacheblend", "epic", "query", "adaptive"]))
+    odd = st.sampled_from(
+        [0, 1, -1, 2**53, 0.0, 0.3, 1.0, 1e308, -1e308, 1e-308, math.inf, math.nan, True, "v"]
+    )
+    config = type(create_policy(name).config)  # type: ignore[attr-defined]
+    names = [field.name for field in dataclasses.fields(config)]
+    options = data.draw(st.dictionaries(st.sampled_from(names), odd, max_size=3))
+    try:
+        policy = create_policy(name, **options)
+    except ValueError:
+        return
+    where = layout((5, 60), (70, 100), prompt_len=120)
+    counts = policy.num_selected(where)
+    assert all(0 <= count <= where.num_reused for count in counts)
+    assert math.isfinite(policy.computed_row_layers(where))
+    assert math.isfinite(policy.shift_strength(where))

@@ -138,7 +138,7 @@ def keep_turn(
             prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
         )
         own = ChunkKey.of(context, ids[start:])
-        build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=tenant.salt)
+        build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=tenant.share)
         if not isinstance(build, Build):
             return "known"  # the same turn was asked before
         with build:

@@ -11,12 +11,15 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from chunk_cache import ChunkKey, ChunkKV
 from rag_pipeline.erasure import NOTICE_S, Decode, Notice, decoder_of, erase_folder, notices
 
 if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
     from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,13 @@ class ErasedText:
         self._decode: Decode | None = None
         self._seen: set[str] = set()
         self._in_force: list[tuple[float, Notice]] = []
+        self._unfinished: list[Notice] = []
+        """What the folder and the passage were not gone through for."""
         self._checked: set[ChunkKey] = set()
+        self._files: set[ChunkKey] = set()
+        """What is gone from memory, and perhaps not yet from the disk."""
+        self._condemned: dict[ChunkKey, float] = {}
+        """Chunks of erased text that were waiting to be built, and until when one may come of it."""
 
     def watch(self) -> None:
         """Look for notices from now on, in a thread."""
@@ -50,43 +59,73 @@ class ErasedText:
 
     def is_in(self, record: ChunkKV) -> bool:
         """Whether a record holds text that is erased."""
-        notices_now = self._in_force
-        if not notices_now:
-            return False
-        text = self._text(record)
-        return any(text is None or notice.marks.are_in(text) for _, notice in notices_now)
+        if record.key in self._condemned:
+            return True
+        return self._is_erased(record.token_ids)
 
     def look(self) -> int:
-        """Take in new notices, and erase; returns how many records went from memory."""
+        """Take in new notices, and erase; returns how many records went from memory.
+
+        What fails is done again by the next look.
+        """
         now = time.monotonic()
         new = list(notices(self._seen))
-        held = [(until, notice) for until, notice in self._in_force if until > now]
+        self._unfinished += new
+        held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
         self._in_force = held + [(now + NOTICE_S, notice) for notice in new]
+        writer = self._runtime.writer
         if new:
             self._checked.clear()
-        if not self._in_force:
-            return 0
-        gone = self._from_memory()
-        for notice in new:
-            self._from_folder(notice)
-            self._runtime.forget_passage(notice.marks)
+            if writer is not None:
+                writer.erase()
+        self._condemn(now)
+        gone = self._from_memory() if self._in_force or self._condemned else 0
+        while self._files and writer is not None:
+            key = next(iter(self._files))
+            writer.folder.remove(key)
+            self._files.discard(key)
+        while self._unfinished:
+            self._from_folder(self._unfinished[0])
+            self._runtime.forget_passage(self._unfinished[0].marks)
+            del self._unfinished[0]
         return gone
+
+    def _condemn(self, now: float) -> None:
+        """Note the chunks of erased text that wait to be built: a busy engine builds them after any notice."""
+        if self._in_force:
+            for chunk in self._waiting():
+                if chunk.key not in self._condemned and self._is_erased(chunk.ids):
+                    self._condemned[chunk.key] = now + NOTICE_S
+        if self._condemned:
+            waiting = {chunk.key for chunk in self._waiting()}
+            until = {
+                key: now + NOTICE_S if key in waiting else until
+                for key, until in self._condemned.items()
+            }
+            self._condemned = {key: until for key, until in until.items() if until > now}
+
+    def _waiting(self) -> list[MissingChunk]:
+        while True:
+            try:
+                return list(self._runtime.missing)
+            except RuntimeError:  # the scheduler changed it meanwhile
+                continue
 
     def _from_memory(self) -> int:
         """Erase what is in the store, except what was looked at since the last notice."""
-        store, writer = self._runtime.store, self._runtime.writer
+        store = self._runtime.store
         gone = []
         for key in store.keys():  # noqa: SIM118 - a list, not a mapping
             if key in self._checked:
                 continue
-            self._checked.add(key)
             with store.borrow(key) as record:
                 if record is not None and self.is_in(record):
                     gone.append(key)
+                else:
+                    # Not those that are erased: the same chunk may be computed once more.
+                    self._checked.add(key)
+        self._files.update(gone)
         store.erase(gone)
-        if writer is not None:
-            for key in gone:
-                writer.folder.remove(key)
         self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
         return len(gone)
 
@@ -96,17 +135,23 @@ class ErasedText:
         if path and str(Path(path).absolute()) not in notice.folders:
             erase_folder(Path(path), notice.marks)
 
-    def _text(self, record: ChunkKV) -> str | None:
+    def _is_erased(self, token_ids: npt.NDArray[Any]) -> bool:
+        notices_now = self._in_force
+        if not notices_now:
+            return False
+        text = self._text(token_ids)
+        return any(text is None or notice.marks.are_in(text) for _, notice in notices_now)
+
+    def _text(self, token_ids: npt.NDArray[Any]) -> str | None:
         if self._decode is None:
             self._decode = decoder_of(Path(self._model))
-        return self._decode(record.token_ids) if self._decode is not None else None
+        return self._decode(token_ids) if self._decode is not None else None
 
     def _run(self) -> None:
         while True:
             try:
                 self.look()
             except Exception as error:
-                # The thread goes on: the next look may succeed, and nothing else erases.
+                # The thread goes on: the next look does it again, and nothing else erases.
                 self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)
-                self._checked.clear()
             time.sleep(LOOK_S)

@@ -35,7 +35,10 @@ def after_init_new(
 
     Only references are kept here; the work is done around the forward, on its stream.
     """
-    if not batch.forward_mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
+    mode = batch.forward_mode
+    if not mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
+        return
+    if mode.is_split_prefill():  # a call computes some of the layers: nothing is whole behind it
         return
     entries: list[PlanEntry] = []
     for index, req in enumerate(schedule_batch.reqs):
@@ -61,7 +64,6 @@ def around_model_forward(
     plan: BatchPlan = states[PLAN_KEY]
     runtime = get_runtime()
     assert runtime is not None
-    assert runtime.facts is not None
     if plan.fused:
         began = time.perf_counter()
         output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)

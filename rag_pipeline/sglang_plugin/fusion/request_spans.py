@@ -30,6 +30,7 @@ PARAM_PREFIX = "rag_"
 MAX_CONVERSATION = 200
 """Characters of a conversation's name."""
 MAX_SPANS = 4096
+_MAX_WHOLE = 2**53  # what JSON numbers hold exactly
 """More than any prompt holds; bounds the work that one request can cause."""
 
 Mode = Literal["fuse", "build", "off"]
@@ -141,7 +142,7 @@ def _cached_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any
 def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
     try:
         return _cached_policy(name, ratio, options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise RequestError(str(error)) from None
 
 
@@ -180,8 +181,9 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
     if not isinstance(policy, str):
         raise RequestError(f"fusion policy is {policy!r}; give a name such as 'query:0.15'.")
     ratio = fields.get("ratio")
-    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
-        raise RequestError(f"fusion ratio is {ratio!r}; give a number between 0 and 1.")
+    is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if ratio is not None and not (is_number and abs(ratio) <= _MAX_WHOLE):
+        raise RequestError(f"fusion ratio is {ratio!r:.80}; give a number between 0 and 1.")
     passage = fields.get("passage")
     if passage is not None and not isinstance(passage, bool):
         raise RequestError(f"fusion passage is {passage!r}; give true or false, or leave it out.")
@@ -298,4 +300,8 @@ def _read_options(value: Any) -> tuple[tuple[str, Any], ...]:
     for key, item in value.items():
         if not isinstance(item, (bool, int, float, str, type(None))):
             raise RequestError(f"fusion option {key!r} is {item!r}; give a number or a string.")
+        if isinstance(item, int) and abs(item) > _MAX_WHOLE:
+            raise RequestError(
+                f"fusion option {key!r} is a number beyond {_MAX_WHOLE}; give a smaller one."
+            )
     return tuple(sorted(value.items()))

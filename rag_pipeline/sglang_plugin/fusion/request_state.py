@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import Build, Lease, Match, as_prompt_ids
+from chunk_cache import Build, Lease, Match, as_prompt_ids, tenant_mark
 from chunk_cache.policies import Policy
 from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 
@@ -30,6 +30,11 @@ class Tenant(NamedTuple):
         if self.extra_key is None and self.cache_salt is None:
             return ""
         return repr((self.extra_key or "", self.cache_salt or ""))
+
+    @property
+    def share(self) -> str:
+        """Whose share of the chunk store its chunks take, the same before and after they were on a disk."""
+        return tenant_mark(self.salt)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

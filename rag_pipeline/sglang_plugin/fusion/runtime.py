@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_PREFIXES = 256
+_BUILD_S = 3600.0
 _MAX_FAULTS = 8
 """Failed forwards in a row after which each further one would only cost its requests time twice."""
 
@@ -76,7 +77,10 @@ class FusionRuntime:
         self.off_reason = off_reason
         self.group = group or RankGroup()
         self.metrics = metrics or FusionMetrics()
-        self.store = MemoryStore(config.store_bytes, checksums=config.checksums)
+        # Its request gives a right to build back; the prefill that builds may take minutes on a slow machine.
+        self.store = MemoryStore(
+            config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
+        )
         self.conversations = Conversations(self.store)
         self.missing = BuildQueue()
         self.epoch = 0

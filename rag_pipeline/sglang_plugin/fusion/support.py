@@ -49,6 +49,8 @@ def refuse_settings(server_args: Any) -> str | None:
         return "disaggregated prefill: chunk KV is not part of the transfer yet"
     if setting("enable_two_batch_overlap", False):
         return "two-batch overlap: it splits a batch by raw token counts"
+    if setting("enable_pdmux", False):
+        return "PD multiplexing (--enable-pdmux): a forward computes some of the layers of a prompt"
     if setting("disable_radix_cache", False):
         return None
     if setting("enable_hierarchical_cache", False):

@@ -23,8 +23,9 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report, facts = state.report, runtime.facts
     loaded = sum(end - start for start, end in state.loads)
     last = report.prompt_tokens - 1
-    # The last token is always computed: where it lay in a span it was loaded for nothing.
-    forced = int(any(start <= last < end for start, end in state.loads))
+    # The last token is always computed: where it lay in a span, and no policy chose it, it was loaded for nothing.
+    is_loaded = any(start <= last < end for start, end in state.loads)
+    forced = int(is_loaded and last not in state.recomputed)
     report.exact_prefix_tokens = min(state.radix_len, report.prompt_tokens)
     report.recomputed_tokens = min(report.recomputed_tokens, loaded)
     report.reused_tokens = max(0, loaded - report.recomputed_tokens - forced)
