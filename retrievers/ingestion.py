@@ -23,6 +23,9 @@ from retrievers.types import Chunk, Document
 
 logger = logging.getLogger(__name__)
 
+_FEW = 0.1
+"""Share of chunks longer than the embedder reads that is no reason to change their size."""
+
 WINDOW_CHUNKS = 2048
 """Chunks sorted by length together; all that is held in memory of the corpus at a time."""
 
@@ -139,7 +142,9 @@ def ingest(
             raise RetrievalError("there is nothing to ingest: no document was found")
         manifest = writer.commit(partial(tally.tell, "write"))
     if tally.truncated:
-        logger.warning(
+        # A few are a table or code of many signs; many are chunks that are too large.
+        logger.log(
+            logging.WARNING if tally.truncated > _FEW * tally.embedded else logging.INFO,
             "%d of %d chunks are longer than the embedder %s reads; use smaller chunks",
             tally.truncated,
             tally.embedded,

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,12 @@ class _Watch:
 
 
 async def run_load(
-    target: LoadTarget, *, seconds: float, concurrency: int, seed: int = 0
+    target: LoadTarget,
+    *,
+    seconds: float,
+    concurrency: int,
+    seed: int = 0,
+    begun: Callable[[], object] = lambda: None,
 ) -> LoadReport:
     """Load a server and check it.
 
@@ -124,10 +129,13 @@ async def run_load(
         Requests under way at once.
     seed
         Of the mix.
+    begun
+        Called when the server is warm and the load begins.
     """
     watch, numbers = _Watch(target), iter(range(1, 1 << 60))
     await _warm(target, watch)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    begun()
     began = time.monotonic()
     async with httpx.AsyncClient(
         base_url=target.url, timeout=_TIMEOUT_S, limits=limits, trust_env=False

@@ -8,16 +8,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import httpx
 import psutil
 
 from rag_eval.benchmarks.load_run import LoadTarget, run_load
 from rag_eval.benchmarks.load_server import started_server
+from rag_eval.errors import EvalError
 from rag_eval.reliability.figure import Outcome, Plan
 
 STOP_S, UNREADY_S, SLOPE_MIB_H, DESCRIPTORS = 30.0, 5.0, 1.0, 8
 _HOUR = 3600
+_FIRST_LOAD_S, _REST_S, _WARM_S = 10.0, 10, 300
 
 
 def run(plan: Plan) -> Outcome:
@@ -41,8 +44,13 @@ def _family(target: LoadTarget) -> list[psutil.Process]:
 
 
 def _stays_small(target: LoadTarget, seconds: int, plan: Plan, outcome: Outcome) -> None:
-    """Sample memory and descriptors of the processes; a line through the second half gives the slope."""
-    samples: list[tuple[float, float, int]] = []
+    """Sample the memory of the processes; a line through the second half gives the slope.
+
+    Descriptors are counted at rest, behind a first short load and at the end: each connection has one.
+    """
+    asyncio.run(run_load(target, seconds=_FIRST_LOAD_S, concurrency=16, seed=plan.seed))
+    before = _descriptors_at_rest(target)
+    samples: list[tuple[float, float]] = []
     done = threading.Event()
 
     def sample() -> None:
@@ -50,7 +58,7 @@ def _stays_small(target: LoadTarget, seconds: int, plan: Plan, outcome: Outcome)
         while not done.wait(max(0.5, seconds / 200)):
             family = _family(target)
             rss = sum(p.memory_info().rss for p in family) / 2**20
-            samples.append((time.monotonic() - began, rss, sum(p.num_fds() for p in family)))
+            samples.append((time.monotonic() - began, rss))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -61,15 +69,21 @@ def _stays_small(target: LoadTarget, seconds: int, plan: Plan, outcome: Outcome)
     for fault in report.faults:
         outcome.fault(fault)
     half = samples[len(samples) // 2 :]
-    slope = _slope([(at, rss) for at, rss, _ in half]) * _HOUR
+    slope = _slope(half) * _HOUR
     # Caches fill in the first minutes: a short run says what it saw and is held to nothing.
     limit = SLOPE_MIB_H if seconds >= _HOUR else None
     outcome.measure("rss_slope_mib_per_h", slope, limit)
-    outcome.measure("rss_max_mib", max(rss for _, rss, _ in samples))
-    spread = max(fds for *_, fds in half) - min(fds for *_, fds in half)
-    outcome.measure("descriptor_spread", spread)
-    growth = _slope([(at, float(fds)) for at, _, fds in half]) * (half[-1][0] - half[0][0])
-    outcome.measure("descriptor_growth", growth, DESCRIPTORS)
+    outcome.measure("rss_max_mib", max(rss for _, rss in samples))
+    outcome.measure("descriptor_growth", _descriptors_at_rest(target) - before, DESCRIPTORS)
+
+
+def _descriptors_at_rest(target: LoadTarget) -> int:
+    """Fewest descriptors of the processes while connections that are kept alive run out."""
+    counts: list[int] = []
+    for _ in range(_REST_S):
+        time.sleep(1)
+        counts.append(sum(process.num_fds() for process in _family(target)))
+    return min(counts)
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
@@ -82,12 +96,19 @@ def _slope(points: list[tuple[float, float]]) -> float:
 
 
 def _under_load(target: LoadTarget, plan: Plan, act: Callable[[LoadTarget], None]) -> None:
-    load = threading.Thread(
-        target=lambda: asyncio.run(run_load(target, seconds=6, concurrency=16, seed=plan.seed)),
-        daemon=True,
-    )
-    load.start()
-    time.sleep(4)
+    begun = threading.Event()
+
+    def load() -> None:
+        # Its server goes away: what it sees of that is not this figure's business.
+        with suppress(httpx.HTTPError):
+            asyncio.run(
+                run_load(target, seconds=60, concurrency=16, seed=plan.seed, begun=begun.set)
+            )
+
+    threading.Thread(target=load, daemon=True).start()
+    if not begun.wait(_WARM_S):
+        raise EvalError(f"the server was not warm after {_WARM_S} s; is the machine busy?")
+    time.sleep(2)
     act(target)
 
 
