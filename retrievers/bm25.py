@@ -30,6 +30,9 @@ from retrievers.terms import ANALYSIS, terms
 K1 = 1.5
 B = 0.75
 _METHOD = "lucene"
+MAX_QUERY_TERMS = 1000
+"""Distinct terms of a query that are scored, the rarest; each costs a look at every row that has it."""
+
 _BLOCK_ROWS = 4096
 _FORWARD_NAME = "forward.i32"
 _ROWS_NAME = "forward.rows.u64"
@@ -225,7 +228,8 @@ class Bm25Index:
         Parameters
         ----------
         query
-            Text; terms the corpus lacks are ignored.
+            Text; terms the corpus lacks are ignored, and of very many all but the rarest
+            :data:`MAX_QUERY_TERMS`.
         k
             Results at most.
         mask
@@ -238,14 +242,31 @@ class Bm25Index:
         """
         if k < 1:
             raise RetrievalError(f"k must be at least 1, got {k}")
-        words = [word for word in terms(query) if word in self.vocabulary]
-        if not words or not self._num_rows:
+        counts = Counter(word for word in terms(query) if word in self.vocabulary)
+        if not counts or not self._num_rows:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        weights = None if mask is None else mask.astype(np.float32)
-        scores = self._bm25.get_scores(words, weight_mask=weights)
+        scores = self._scores({self.vocabulary[word]: count for word, count in counts.items()})
+        if mask is not None:
+            scores *= mask
         best = top_k(scores, k)
         best = best[scores[best] > 0]
         return best, scores[best]
+
+    def _scores(self, counts: dict[int, int]) -> NDArray[np.float32]:
+        """Score every row for columns and how often the query has them.
+
+        As bm25s does, which reads the rows of a word anew each time the query repeats it.
+        """
+        data, indices, indptr = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
+        columns = np.array(list(counts), dtype=np.int64)
+        starts, ends = indptr[columns], indptr[columns + 1]
+        # In the order of the query: sums of floats depend on it.
+        chosen = np.sort(np.argsort(ends - starts, kind="stable")[:MAX_QUERY_TERMS])
+        scores = np.zeros(self._num_rows, dtype=np.float32)
+        for column, start, end in zip(columns[chosen], starts[chosen], ends[chosen], strict=True):
+            # A row stands once in a column, so that none is added to twice here.
+            scores[indices[start:end]] += data[start:end] * np.float32(counts[int(column)])
+        return scores
 
 
 def _analysis(folder: Path) -> int:
