@@ -25,10 +25,10 @@ ROWS: list[dict[str, Scalar]] = [
 
 
 def columns_of(rows: list[dict[str, Scalar]], folder: Path) -> Columns:
-    writer = ColumnWriter()
+    writer = ColumnWriter(folder)
     writer.append(rows[:2])
     writer.append(rows[2:])
-    writer.write(folder)
+    writer.write()
     return Columns(folder, len(rows))
 
 
