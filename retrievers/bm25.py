@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.dense import top_k
-from retrievers.durable import write_array
+from retrievers.durable import create_file, make_folders, write_array, write_text
 from retrievers.errors import CorruptIndexError, RetrievalError
 from retrievers.terms import ANALYSIS, terms
 
@@ -58,11 +58,11 @@ class Bm25Builder:
     """
 
     def __init__(self, folder: Path, previous: Bm25Index | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         self._folder = folder
         self._vocabulary = dict(previous.vocabulary) if previous is not None else {}
         self._columns = _unused_columns(self._vocabulary)
-        self._file = (folder / _FORWARD_NAME).open("wb")
+        self._file = create_file(folder / _FORWARD_NAME)
         self._ends: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._lengths: list[NDArray[np.int32]] = []
         self._num_pairs = 0
@@ -108,7 +108,7 @@ class Bm25Builder:
         write_array(self._folder / _LENGTHS_NAME, lengths)
         write_array(self._folder / _ROWS_NAME, ends.astype("<u8"))
         analysis = json.dumps({"version": ANALYSIS})
-        (self._folder / _ANALYSIS_NAME).write_text(analysis, encoding="utf-8")
+        write_text(self._folder / _ANALYSIS_NAME, analysis)
         params = {
             "k1": K1,
             "b": B,
@@ -120,7 +120,7 @@ class Bm25Builder:
             "num_docs": len(lengths),
             "backend": "numpy",
         }
-        (self._folder / "params.index.json").write_text(json.dumps(params), encoding="utf-8")
+        write_text(self._folder / "params.index.json", json.dumps(params))
         self._write_scores(ends, lengths)
 
     def abort(self) -> None:
@@ -143,7 +143,7 @@ class Bm25Builder:
         # A word of deleted texts only is text that was deleted; its column is given to another word.
         left = {word: column for word, column in self._vocabulary.items() if frequencies[column]}
         vocabulary = json.dumps(left, ensure_ascii=True)
-        (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
+        write_text(self._folder / _VOCABULARY_NAME, vocabulary)
         idf = np.zeros(num_terms, dtype=np.float32)
         for column, df in enumerate(frequencies.tolist()):
             if df:
@@ -299,7 +299,7 @@ def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
     fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(header, fields)  # type: ignore[no-untyped-call]
     size = header.tell() + count * np.dtype(dtype).itemsize
-    with path.open("wb") as file:
+    with create_file(path) as file:
         file.write(header.getvalue())
         file.flush()
         # The blocks are taken now: a page of a mapped file that finds no room on the disk later is
@@ -310,7 +310,7 @@ def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:
-    with path.open("wb") as file:
+    with create_file(path) as file:
         # Not `tofile` inside `np.save`, which says neither where nor why a write fell short.
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)

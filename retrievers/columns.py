@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import write_array
+from retrievers.durable import create_file, write_array, write_text
 from retrievers.errors import CorruptIndexError
 from retrievers.row_files import open_array
 from retrievers.types import Chunk, Scalar
@@ -64,7 +64,7 @@ class ColumnWriter:
         # One table for all columns: a dict for each of a million fields would weigh ten times as much.
         # The type is part of the key: True, 1 and 1.0 are one key to a dict.
         self._codes: dict[tuple[int, type, Scalar], int] = {}
-        self._spill = (folder / _SPILL_NAME).open("wb")
+        self._spill = create_file(folder / _SPILL_NAME)
         self._block_sizes: list[int] = []
 
     def append(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
@@ -121,7 +121,7 @@ class ColumnWriter:
         if len(pairs):
             write_array(self._folder / _PAIRS_NAME, pairs)
             body["sparse_rows"] = sparse_rows.tolist()
-        (self._folder / _VALUES_NAME).write_text(json.dumps(body), encoding="utf-8")
+        write_text(self._folder / _VALUES_NAME, json.dumps(body))
 
     def abort(self) -> None:
         """Close without finishing."""

@@ -111,7 +111,7 @@ class IndexWriter:
         self._dropped: set[str] = set()
         self._staged_documents: set[str] = set()
         stage = self.work / STAGE_NAME
-        stage.mkdir(parents=True)
+        make_folders(stage)
         self._stage = RowWriter(stage)
 
     def __enter__(self) -> Self:
@@ -232,7 +232,7 @@ class IndexWriter:
         if self.manifest is not None:
             number = _number(self.folder / self.manifest.generation) + 1
         target = self.folder / f"gen-{number:06d}"
-        target.mkdir()
+        target.mkdir(mode=0o700)
         try:
             stage.finish()
             with closing(RowFiles(stage.folder, stage.num_rows, self.settings.dim)) as staged:
@@ -375,7 +375,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> FileLock:
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    lock = FileLock(folder / LOCK_NAME, timeout=0, mode=0o600)
     try:
         lock.acquire()
     except Timeout:

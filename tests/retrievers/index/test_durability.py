@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,8 @@ def test_a_start_removes_what_a_killed_ingest_left_and_keeps_its_embeddings(
         ingest([secret], index, splitter=splitter, embedder=hash_embedder, progress=kill)
     (left / "manifest.json.new").write_text(secret.text)
     (left / ".lock").touch()
+    if not first:
+        shutil.rmtree(left / "gen-000002")  # as where it is killed before it begins to write
     assert holds(left / ".work" / "stage", secret.text)
     with FileLock(left / ".lock"):
         with pytest.raises(IndexBusyError):
@@ -244,3 +247,29 @@ def test_a_start_leaves_a_folder_alone_in_which_nothing_was_ingested(tmp_path: P
     assert (tmp_path / "gen-000001").exists()
     assert (tmp_path / ".work" / "stage").exists()
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("made_by_user", [False, True])
+def test_an_index_is_for_its_owner_alone(
+    made_by_user: bool, tmp_path: Path, hash_embedder, splitter
+) -> None:
+    index = tmp_path / "home" / "index"
+    seen: dict[str, int] = {}
+
+    def look(_: object = None) -> None:
+        found = (path for path in index.rglob("*"))
+        seen.update((f"{path.is_dir()} {path}", path.stat().st_mode & 0o777) for path in found)
+
+    before = os.umask(0)
+    try:
+        if made_by_user:
+            index.mkdir(mode=0o755, parents=True)
+        ingest(AFTER, index, splitter=splitter, embedder=hash_embedder, progress=look)
+        look()
+    finally:
+        os.umask(before)
+    assert index.stat().st_mode & 0o777 == (0o755 if made_by_user else 0o700)
+    assert any("stage" in name for name in seen)
+    assert any("journal" in name for name in seen)
+    odd = {n: oct(m) for n, m in seen.items() if m != (0o700 if n.startswith("True") else 0o600)}
+    assert not odd
