@@ -128,7 +128,9 @@ class ColumnWriter:
         with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
             self._spill.close()
 
-    def _blocks(self, places: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], ...]]:
+    def _blocks(
+        self, places: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]]:
         """Place of the column among the sorted names, row and code of every value."""
         with (self._folder / _SPILL_NAME).open("rb") as file:
             for size in self._block_sizes:
