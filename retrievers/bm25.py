@@ -23,13 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.dense import top_k
-from retrievers.durable import write_array
+from retrievers.durable import create_file, make_folders, write_array, write_text
 from retrievers.errors import CorruptIndexError, RetrievalError
 from retrievers.terms import ANALYSIS, terms
 
 K1 = 1.5
 B = 0.75
 _METHOD = "lucene"
+MAX_QUERY_TERMS = 1000
+"""Distinct terms of a query that are scored, the rarest; each costs a look at every row that has it."""
+
 _BLOCK_ROWS = 4096
 _FORWARD_NAME = "forward.i32"
 _ROWS_NAME = "forward.rows.u64"
@@ -55,11 +58,11 @@ class Bm25Builder:
     """
 
     def __init__(self, folder: Path, previous: Bm25Index | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         self._folder = folder
         self._vocabulary = dict(previous.vocabulary) if previous is not None else {}
         self._columns = _unused_columns(self._vocabulary)
-        self._file = (folder / _FORWARD_NAME).open("wb")
+        self._file = create_file(folder / _FORWARD_NAME)
         self._ends: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._lengths: list[NDArray[np.int32]] = []
         self._num_pairs = 0
@@ -105,7 +108,7 @@ class Bm25Builder:
         write_array(self._folder / _LENGTHS_NAME, lengths)
         write_array(self._folder / _ROWS_NAME, ends.astype("<u8"))
         analysis = json.dumps({"version": ANALYSIS})
-        (self._folder / _ANALYSIS_NAME).write_text(analysis, encoding="utf-8")
+        write_text(self._folder / _ANALYSIS_NAME, analysis)
         params = {
             "k1": K1,
             "b": B,
@@ -117,7 +120,7 @@ class Bm25Builder:
             "num_docs": len(lengths),
             "backend": "numpy",
         }
-        (self._folder / "params.index.json").write_text(json.dumps(params), encoding="utf-8")
+        write_text(self._folder / "params.index.json", json.dumps(params))
         self._write_scores(ends, lengths)
 
     def abort(self) -> None:
@@ -140,7 +143,7 @@ class Bm25Builder:
         # A word of deleted texts only is text that was deleted; its column is given to another word.
         left = {word: column for word, column in self._vocabulary.items() if frequencies[column]}
         vocabulary = json.dumps(left, ensure_ascii=True)
-        (self._folder / _VOCABULARY_NAME).write_text(vocabulary, encoding="utf-8")
+        write_text(self._folder / _VOCABULARY_NAME, vocabulary)
         idf = np.zeros(num_terms, dtype=np.float32)
         for column, df in enumerate(frequencies.tolist()):
             if df:
@@ -225,7 +228,8 @@ class Bm25Index:
         Parameters
         ----------
         query
-            Text; terms the corpus lacks are ignored.
+            Text; terms the corpus lacks are ignored, and of very many all but the rarest
+            :data:`MAX_QUERY_TERMS`.
         k
             Results at most.
         mask
@@ -238,14 +242,31 @@ class Bm25Index:
         """
         if k < 1:
             raise RetrievalError(f"k must be at least 1, got {k}")
-        words = [word for word in terms(query) if word in self.vocabulary]
-        if not words or not self._num_rows:
+        counts = Counter(word for word in terms(query) if word in self.vocabulary)
+        if not counts or not self._num_rows:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        weights = None if mask is None else mask.astype(np.float32)
-        scores = self._bm25.get_scores(words, weight_mask=weights)
+        scores = self._scores({self.vocabulary[word]: count for word, count in counts.items()})
+        if mask is not None:
+            scores *= mask
         best = top_k(scores, k)
         best = best[scores[best] > 0]
         return best, scores[best]
+
+    def _scores(self, counts: dict[int, int]) -> NDArray[np.float32]:
+        """Score every row for columns and how often the query has them.
+
+        As bm25s does, which reads the rows of a word anew each time the query repeats it.
+        """
+        data, indices, indptr = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
+        columns = np.array(list(counts), dtype=np.int64)
+        starts, ends = indptr[columns], indptr[columns + 1]
+        # In the order of the query: sums of floats depend on it.
+        chosen = np.sort(np.argsort(ends - starts, kind="stable")[:MAX_QUERY_TERMS])
+        scores = np.zeros(self._num_rows, dtype=np.float32)
+        for column, start, end in zip(columns[chosen], starts[chosen], ends[chosen], strict=True):
+            # A row stands once in a column, so that none is added to twice here.
+            scores[indices[start:end]] += data[start:end] * np.float32(counts[int(column)])
+        return scores
 
 
 def _analysis(folder: Path) -> int:
@@ -278,7 +299,7 @@ def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
     fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(header, fields)  # type: ignore[no-untyped-call]
     size = header.tell() + count * np.dtype(dtype).itemsize
-    with path.open("wb") as file:
+    with create_file(path) as file:
         file.write(header.getvalue())
         file.flush()
         # The blocks are taken now: a page of a mapped file that finds no room on the disk later is
@@ -289,7 +310,7 @@ def _create(path: Path, dtype: type, count: int) -> NDArray[Any]:
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:
-    with path.open("wb") as file:
+    with create_file(path) as file:
         # Not `tofile` inside `np.save`, which says neither where nor why a write fell short.
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)

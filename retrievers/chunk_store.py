@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import write_array
+from retrievers.durable import create_file, write_array
 from retrievers.errors import CorruptIndexError
 from retrievers.types import Chunk
 
@@ -47,7 +47,7 @@ class ChunkWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = (folder / _RECORDS_NAME).open("wb")
+        self._file = create_file(folder / _RECORDS_NAME)
         self._offsets = [np.zeros(1, dtype="<u8")]
         self._position = 0
 

@@ -1,15 +1,24 @@
-"""Metadata as dictionary-encoded columns, so that a filter looks at each distinct value once."""
+"""Metadata as dictionary-encoded columns, so that a filter looks at each distinct value once.
+
+A field that most rows carry is stored as a code for every row, any other as pairs of row and code:
+however many names of their own the documents have, files and memory grow with the values present.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrievers.durable import create_file, write_array, write_text
 from retrievers.errors import CorruptIndexError
+from retrievers.row_files import open_array
 from retrievers.types import Chunk, Scalar
 
 FIELDS = ("document_id", "title", "path")
@@ -17,6 +26,8 @@ FIELDS = ("document_id", "title", "path")
 
 _VALUES_NAME = "columns.json"
 _CODES_NAME = "columns.i32"
+_PAIRS_NAME = "columns.pairs.i32"
+_SPILL_NAME = "columns.spill"
 
 
 def chunk_fields(chunk: Chunk) -> dict[str, Scalar]:
@@ -37,46 +48,94 @@ def chunk_fields(chunk: Chunk) -> dict[str, Scalar]:
 class ColumnWriter:
     """Collects the columns of a new generation.
 
-    Memory grows with the distinct values, and by 4 bytes a row and field.
+    Memory grows with the distinct values, and while writing by 8 bytes at most a value present.
+
+    Parameters
+    ----------
+    folder
+        Folder of the generation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._num_rows = 0
-        self._codes: dict[str, list[NDArray[np.int32]]] = {}
-        self._values: dict[str, dict[tuple[type, Scalar], int]] = {}
-        self._rows_seen: dict[str, int] = {}
+        self._columns: dict[str, int] = {}
+        self._num_values: list[int] = []
+        # One table for all columns: a dict for each of a million fields would weigh ten times as much.
+        # The type is part of the key: True, 1 and 1.0 are one key to a dict.
+        self._codes: dict[tuple[int, type, Scalar], int] = {}
+        self._spill = create_file(folder / _SPILL_NAME)
+        self._block_sizes: list[int] = []
 
     def append(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
         """Add the fields of the next rows."""
-        names = {name for row in rows for name in row}
-        for name in names:
-            table = self._values.setdefault(name, {})
-            codes = np.full(len(rows), -1, dtype=np.int32)
-            for position, row in enumerate(rows):
-                if name in row:
-                    value = row[name]
-                    # The type is part of the key: True, 1 and 1.0 are one key to a dict.
-                    codes[position] = table.setdefault((type(value), value), len(table))
-            parts = self._codes.setdefault(name, [])
-            missing = self._num_rows - self._rows_seen.get(name, 0)
-            if missing:
-                parts.append(np.full(missing, -1, dtype=np.int32))
-            parts.append(codes)
-            self._rows_seen[name] = self._num_rows + len(rows)
+        triples = array("i")
+        for row, fields in enumerate(rows, self._num_rows):
+            for name, value in fields.items():
+                column = self._columns.setdefault(name, len(self._columns))
+                if column == len(self._num_values):
+                    self._num_values.append(0)
+                code = self._codes.setdefault(
+                    (column, type(value), value), self._num_values[column]
+                )
+                self._num_values[column] += code == self._num_values[column]
+                triples.extend((column, row, code))
+        self._spill.write(triples.tobytes())
+        self._block_sizes.append(len(triples) // 3)
         self._num_rows += len(rows)
 
-    def write(self, folder: Path) -> None:
-        """Write both files of the columns into `folder`."""
-        names = sorted(self._values)
-        with (folder / _CODES_NAME).open("wb") as file:
-            for name in names:
-                parts = self._codes[name]
-                missing = self._num_rows - self._rows_seen[name]
-                for part in [*parts, np.full(missing, -1, dtype=np.int32)]:
-                    file.write(part.astype("<i4").tobytes())
-        values = {name: [value for _, value in self._values[name]] for name in names}
-        text = json.dumps({"num_rows": self._num_rows, "values": values})
-        (folder / _VALUES_NAME).write_text(text, encoding="utf-8")
+    def write(self) -> None:
+        """Write the files of the columns."""
+        self._spill.close()
+        names = sorted(self._columns)
+        places = np.empty(len(names), dtype=np.int64)
+        places[[self._columns[name] for name in names]] = np.arange(len(names))
+        counts = np.zeros(len(names), dtype=np.int64)
+        for place, _, _ in self._blocks(places):
+            counts += np.bincount(place, minlength=len(names))
+        sparse = 2 * counts < self._num_rows
+        sparse_rows = np.where(sparse, counts, 0)
+        slots = np.cumsum(~sparse) - 1
+        cursor = np.cumsum(sparse_rows) - sparse_rows
+        codes = np.full((int((~sparse).sum()), self._num_rows), -1, dtype="<i4")
+        pairs = np.empty((int(sparse_rows.sum()), 2), dtype="<i4")
+        for place, row, code in self._blocks(places):
+            dense = ~sparse[place]
+            codes[slots[place[dense]], row[dense]] = code[dense]
+            order = np.argsort(place, kind="stable")
+            order = order[sparse[place[order]]]
+            found = place[order]
+            offset = np.arange(len(found)) - np.searchsorted(found, found, side="left")
+            pairs[cursor[found] + offset] = np.stack([row[order], code[order]], axis=1)
+            np.add.at(cursor, found, 1)
+        with contextlib.suppress(OSError):  # left, it is a file of numbers that nothing reads
+            (self._folder / _SPILL_NAME).unlink()
+        write_array(self._folder / _CODES_NAME, codes)
+        values: list[list[Scalar]] = [[] for _ in names]
+        for column, _, value in self._codes:
+            values[column].append(value)
+        body = {
+            "num_rows": self._num_rows,
+            "values": {name: values[self._columns[name]] for name in names},
+        }
+        if len(pairs):
+            write_array(self._folder / _PAIRS_NAME, pairs)
+            body["sparse_rows"] = sparse_rows.tolist()
+        write_text(self._folder / _VALUES_NAME, json.dumps(body))
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
+            self._spill.close()
+
+    def _blocks(
+        self, places: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]]:
+        """Place of the column among the sorted names, row and code of every value."""
+        with (self._folder / _SPILL_NAME).open("rb") as file:
+            for size in self._block_sizes:
+                block = np.frombuffer(file.read(12 * size), dtype=np.int32).reshape(-1, 3)
+                yield places[block[:, 0]], block[:, 1].astype(np.int64), block[:, 2]
 
 
 class Columns:
@@ -91,22 +150,28 @@ class Columns:
     """
 
     def __init__(self, folder: Path, num_rows: int) -> None:
+        path = folder / _VALUES_NAME
         try:
-            body = json.loads((folder / _VALUES_NAME).read_text(encoding="utf-8"))
+            body = json.loads(path.read_text(encoding="utf-8"))
             self._values: dict[str, list[Scalar]] = body["values"]
             stored_rows = int(body["num_rows"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise CorruptIndexError(f"{folder / _VALUES_NAME} cannot be read: {exc}") from exc
-        self._names = sorted(self._values)
-        expected = len(self._names) * num_rows
-        path = folder / _CODES_NAME
-        if stored_rows != num_rows or path.stat().st_size != 4 * expected:
+            sparse_rows = np.array(body.get("sparse_rows") or [0] * len(self._values), np.int64)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as exc:
+            raise CorruptIndexError(f"{path} cannot be read: {exc}") from exc
+        if stored_rows != num_rows or sparse_rows.shape != (len(self._values),):
             raise CorruptIndexError(f"{path} does not hold {num_rows} rows; ingest again")
+        self._names = sorted(self._values)
         self._num_rows = num_rows
-        self._codes = (
-            np.memmap(path, dtype="<i4", mode="r").reshape(len(self._names), num_rows)
-            if expected
-            else np.empty((len(self._names), 0), dtype="<i4")
+        self._sparse_rows = sparse_rows
+        dense = sparse_rows == 0
+        # Place of a dense column, or of the first pair of another.
+        self._places = np.where(dense, np.cumsum(dense) - 1, np.cumsum(sparse_rows) - sparse_rows)
+        self._codes = open_array(folder / _CODES_NAME, "<i4", (int(dense.sum()), num_rows))
+        num_pairs = int(sparse_rows.sum())
+        self._pairs = (
+            open_array(folder / _PAIRS_NAME, "<i4", (num_pairs, 2))
+            if num_pairs
+            else np.empty((0, 2), dtype="<i4")
         )
 
     @property
@@ -114,10 +179,17 @@ class Columns:
         """Rows every column has."""
         return self._num_rows
 
-    def names(self) -> Sequence[str]:
+    def names(self) -> Collection[str]:
         """Fields that at least one row carries."""
-        return self._names
+        return self._values.keys()
 
     def column(self, name: str) -> tuple[Sequence[Scalar], NDArray[np.int32]]:
         """Distinct values, and for every row the number of its value or -1 for none."""
-        return self._values[name], self._codes[self._names.index(name)]
+        number = bisect_left(self._names, name)
+        place, count = int(self._places[number]), int(self._sparse_rows[number])
+        if not count:
+            return self._values[name], self._codes[place]
+        codes = np.full(self._num_rows, -1, dtype=np.int32)
+        pairs = self._pairs[place : place + count]
+        codes[pairs[:, 0]] = pairs[:, 1]
+        return self._values[name], codes

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrievers.durable import create_file
 from retrievers.errors import CorruptIndexError, RetrievalError
 from retrievers.faiss_factory import (
     FLAT,
@@ -112,7 +113,7 @@ class DenseIndex:
         """Write the index to `path`."""
         faiss = import_faiss()
         # FAISS' own writer reports a full disk as a fault of its library, and one at closing not at all.
-        with path.open("wb") as file:
+        with create_file(path) as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from retrievers.durable import create_file
 from retrievers.errors import CorruptIndexError
 
 _NAME = "documents.jsonl"
@@ -24,8 +25,8 @@ class DocumentRecord:
 
 def write_documents(folder: Path, documents: Iterable[DocumentRecord]) -> None:
     """Write the table into the folder of a new generation."""
-    with (folder / _NAME).open("w", encoding="ascii") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in documents)
+    with create_file(folder / _NAME) as file:
+        file.writelines(json.dumps(asdict(record)).encode("ascii") + b"\n" for record in documents)
 
 
 class DocumentTable:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,22 @@ _ADVICE = {
 }
 
 
+def create_file(path: Path) -> BinaryIO:
+    """Open a new file to write, for its owner alone whatever the umask: it holds users' texts."""
+    file = path.open("wb")
+    os.fchmod(file.fileno(), 0o600)
+    return file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a new file."""
+    with create_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 def write_array(path: Path, values: NDArray[Any]) -> None:
     """Write the bytes of an array to a new file."""
-    with path.open("wb") as file:
+    with create_file(path) as file:
         file.write(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
 
 
@@ -51,9 +64,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder with its parents; the names of all that are new survive a power cut."""
+    """Make a folder with its parents; the names of all that are new survive a power cut.
+
+    New ones are for their owner alone; one that exists keeps its mode.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # says so where it is a file
     for path in reversed(missing):
         _sync(path.parent)
 

@@ -9,10 +9,12 @@ operators; several fields must all hold; ``$and``, ``$or`` and ``$not`` combine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from retrievers.conditions import RANGES, Condition, FieldTable, holds, scalar_key
 from retrievers.errors import RetrievalError
 from retrievers.types import Scalar
 
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 _OPERATORS = ("$eq", "$ne", "$in", "$nin", "$gt", "$gte", "$lt", "$lte", "$exists")
 _COMBINERS = ("$and", "$or", "$not")
 _MAX_DEPTH = 32
+# Each condition costs a look at every row, each operand of a list only memory.
+MAX_CONDITIONS = 1000
+MAX_OPERANDS = 100_000
+_SHOWN_FIELDS = 20
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_shown = _SHORT.repr
 
 
 class ColumnSource(Protocol):
@@ -35,7 +44,7 @@ class ColumnSource(Protocol):
         """Rows every column has."""
         ...
 
-    def names(self) -> Sequence[str]:
+    def names(self) -> Collection[str]:
         """Fields that at least one row carries."""
         ...
 
@@ -45,16 +54,9 @@ class ColumnSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Condition:
-    field: str
-    operator: str
-    operand: Scalar | tuple[Scalar, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Combined:
     kind: str
-    parts: tuple[_Condition | _Combined, ...]
+    parts: tuple[Condition | _Combined, ...]
 
 
 class Filter:
@@ -68,24 +70,17 @@ class Filter:
     Raises
     ------
     RetrievalError
-        For an unknown operator, a value of a wrong type, or an empty combination.
+        For an unknown operator, a value of a wrong type, an empty combination, or more than
+        ``MAX_CONDITIONS`` conditions or ``MAX_OPERANDS`` values in lists.
     """
 
     def __init__(self, where: Mapping[str, object]) -> None:
-        self._root = _parse(where, 0)
+        self._root = _Parser().parse(where, 0)
 
     @property
     def fields(self) -> frozenset[str]:
         """Fields the filter reads."""
-        found: set[str] = set()
-        stack: list[_Condition | _Combined] = [self._root]
-        while stack:
-            node = stack.pop()
-            if isinstance(node, _Condition):
-                found.add(node.field)
-            else:
-                stack.extend(node.parts)
-        return frozenset(found)
+        return frozenset(condition.field for condition in _conditions(self._root))
 
     def mask(self, columns: ColumnSource) -> Mask:
         """Rows that pass.
@@ -106,134 +101,162 @@ class Filter:
         RetrievalError
             For a field that no row carries, which is nearly always a misspelling.
         """
-        known = set(columns.names())
-        unknown = sorted(self.fields - known)
-        if unknown and columns.num_rows:
+        known = columns.names()
+        unknown = min((field for field in self.fields if field not in known), default=None)
+        if unknown is not None and columns.num_rows:
+            shown = ", ".join(sorted(known)[:_SHOWN_FIELDS]) or "none"
+            more = len(known) - _SHOWN_FIELDS
             raise RetrievalError(
-                f"filter field {unknown[0]!r} is carried by no chunk; fields are "
-                f"{', '.join(sorted(known)) or 'none'}"
+                f"filter field {_shown(unknown)} is carried by no chunk; fields are {shown}"
+                + (f" and {more} more" if more > 0 else "")
             )
-        return _evaluate(self._root, columns)
+        return _Evaluation(self._root, columns).mask(self._root)
 
     def matches(self, values: Mapping[str, Scalar]) -> bool:
         """Whether one row with these fields passes."""
         return _matches(self._root, values)
 
 
-def _parse(where: object, depth: int) -> _Condition | _Combined:
-    if depth > _MAX_DEPTH:
-        raise RetrievalError(f"filter is nested more than {_MAX_DEPTH} deep")
-    if not isinstance(where, Mapping):
-        raise RetrievalError(f"a filter must be a mapping, got {type(where).__name__}")
-    if not where:
-        raise RetrievalError("a filter must not be empty; leave `where` out to search everything")
-    parts = [_parse_entry(str(key), value, depth) for key, value in where.items()]
-    return parts[0] if len(parts) == 1 else _Combined(kind="$and", parts=tuple(parts))
+class _Parser:
+    """One pass over a filter, counting what it will cost."""
 
+    def __init__(self) -> None:
+        self._num_conditions = 0
+        self._num_operands = 0
 
-def _parse_entry(key: str, value: object, depth: int) -> _Condition | _Combined:
-    if key in ("$and", "$or"):
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise RetrievalError(f"filter {key} needs a list of at least one filter, got {value!r}")
-        return _Combined(kind=key, parts=tuple(_parse(part, depth + 1) for part in value))
-    if key == "$not":
-        return _Combined(kind=key, parts=(_parse(value, depth + 1),))
-    if key.startswith("$"):
-        raise RetrievalError(
-            f"filter operator {key!r} is unknown at this place; allowed are {', '.join(_COMBINERS)}"
-        )
-    if isinstance(value, Mapping):
-        if not value:
-            raise RetrievalError(f"filter on {key!r} is empty; operators: {', '.join(_OPERATORS)}")
-        parts = [_parse_operator(key, str(name), operand) for name, operand in value.items()]
+    def parse(self, where: object, depth: int) -> Condition | _Combined:
+        if depth > _MAX_DEPTH:
+            raise RetrievalError(f"filter is nested more than {_MAX_DEPTH} deep")
+        if not isinstance(where, Mapping):
+            raise RetrievalError(f"a filter must be a mapping, got {type(where).__name__}")
+        if not where:
+            raise RetrievalError(
+                "a filter must not be empty; leave `where` out to search everything"
+            )
+        parts = [self._entry(str(key), value, depth) for key, value in where.items()]
         return parts[0] if len(parts) == 1 else _Combined(kind="$and", parts=tuple(parts))
-    if isinstance(value, list | tuple | set | frozenset):
-        return _parse_operator(key, "$in", value)
-    return _parse_operator(key, "$eq", value)
 
+    def _entry(self, key: str, value: object, depth: int) -> Condition | _Combined:
+        if key in ("$and", "$or"):
+            if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+                raise RetrievalError(
+                    f"filter {key} needs a list of at least one filter, got {_shown(value)}"
+                )
+            return _Combined(kind=key, parts=tuple(self.parse(part, depth + 1) for part in value))
+        if key == "$not":
+            return _Combined(kind=key, parts=(self.parse(value, depth + 1),))
+        if key.startswith("$"):
+            raise RetrievalError(
+                f"filter operator {_shown(key)} is unknown at this place; allowed are "
+                f"{', '.join(_COMBINERS)}"
+            )
+        if isinstance(value, Mapping):
+            if not value:
+                raise RetrievalError(
+                    f"filter on {_shown(key)} is empty; operators: {', '.join(_OPERATORS)}"
+                )
+            parts = [self._condition(key, str(name), operand) for name, operand in value.items()]
+            return parts[0] if len(parts) == 1 else _Combined(kind="$and", parts=tuple(parts))
+        if isinstance(value, list | tuple | set | frozenset):
+            return self._condition(key, "$in", value)
+        return self._condition(key, "$eq", value)
 
-def _parse_operator(field: str, operator: str, operand: object) -> _Condition:
-    if operator not in _OPERATORS:
-        raise RetrievalError(
-            f"filter operator {operator!r} on {field!r} is unknown; allowed are "
-            f"{', '.join(_OPERATORS)}"
-        )
-    if operator in ("$in", "$nin"):
-        if not isinstance(operand, list | tuple | set | frozenset):
-            raise RetrievalError(f"filter {operator} on {field!r} needs a list, got {operand!r}")
-        values = tuple(_scalar(field, operator, item) for item in operand)
-        return _Condition(field=field, operator=operator, operand=values)
-    if operator == "$exists" and not isinstance(operand, bool):
-        raise RetrievalError(f"filter $exists on {field!r} needs true or false, got {operand!r}")
-    value = _scalar(field, operator, operand)
-    if operator in ("$gt", "$gte", "$lt", "$lte") and isinstance(value, bool):
-        raise RetrievalError(f"filter {operator} on {field!r} needs a number or text, got {value}")
-    return _Condition(field=field, operator=operator, operand=value)
+    def _condition(self, field: str, operator: str, operand: object) -> Condition:
+        on = f"on {_shown(field)}"
+        if operator not in _OPERATORS:
+            raise RetrievalError(
+                f"filter operator {_shown(operator)} {on} is unknown; allowed are "
+                f"{', '.join(_OPERATORS)}"
+            )
+        self._num_conditions += 1
+        if self._num_conditions > MAX_CONDITIONS:
+            raise RetrievalError(
+                f"a filter has more than {MAX_CONDITIONS} conditions; give the values of one field "
+                "as a list"
+            )
+        if operator in ("$in", "$nin"):
+            if not isinstance(operand, list | tuple | set | frozenset):
+                raise RetrievalError(f"filter {operator} {on} needs a list, got {_shown(operand)}")
+            self._num_operands += len(operand)
+            if self._num_operands > MAX_OPERANDS:
+                raise RetrievalError(
+                    f"the lists of a filter hold more than {MAX_OPERANDS} values; select on "
+                    "a field that fewer values name"
+                )
+            keys = frozenset(scalar_key(_scalar(field, operator, item)) for item in operand)
+            return Condition(field=field, operator=operator, operand=keys)
+        if operator == "$exists" and not isinstance(operand, bool):
+            raise RetrievalError(f"filter $exists {on} needs true or false, got {_shown(operand)}")
+        value = _scalar(field, operator, operand)
+        if operator in RANGES and isinstance(value, bool):
+            raise RetrievalError(f"filter {operator} {on} needs a number or text, got {value}")
+        if operator in ("$eq", "$ne"):
+            keys = frozenset([scalar_key(value)])
+            return Condition(field=field, operator=operator, operand=keys)
+        return Condition(field=field, operator=operator, operand=value)
 
 
 def _scalar(field: str, operator: str, value: object) -> Scalar:
     if isinstance(value, str | int | float | bool) and value == value:  # NaN never equals
         return value
     raise RetrievalError(
-        f"filter {operator} on {field!r} needs text, a number or a truth value, got {value!r}"
+        f"filter {operator} on {_shown(field)} needs text, a number or a truth value, "
+        f"got {_shown(value)}"
     )
 
 
-def _same(left: Scalar, right: Scalar) -> bool:
-    # Python's True == 1 would let {"year": 1} select flags.
-    return isinstance(left, bool) == isinstance(right, bool) and left == right
+def _conditions(root: Condition | _Combined) -> Iterator[Condition]:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Condition):
+            yield node
+        else:
+            stack.extend(node.parts)
 
 
-def _comparable(left: Scalar, right: Scalar) -> bool:
-    if isinstance(left, bool) or isinstance(right, bool):
-        return False
-    return isinstance(left, str) == isinstance(right, str)
+class _Evaluation:
+    """A filter on the columns of one index."""
 
+    def __init__(self, root: Condition | _Combined, columns: ColumnSource) -> None:
+        self._columns = columns
+        self._wanted: dict[str, list[Condition]] = {}
+        for condition in _conditions(root):
+            self._wanted.setdefault(condition.field, []).append(condition)
+        self._tables: dict[str, tuple[FieldTable, NDArray[np.int32]]] = {}
 
-_ORDER: dict[str, Callable[[Scalar, Scalar], bool]] = {
-    "$gt": lambda left, right: left > right,  # type: ignore[operator]
-    "$gte": lambda left, right: left >= right,  # type: ignore[operator]
-    "$lt": lambda left, right: left < right,  # type: ignore[operator]
-    "$lte": lambda left, right: left <= right,  # type: ignore[operator]
-}
+    def mask(self, node: Condition | _Combined) -> Mask:
+        import numpy as np
 
+        if isinstance(node, Condition):
+            return self._of_condition(node)
+        result = self.mask(node.parts[0])
+        if node.kind == "$not":
+            return np.logical_not(result, out=result)
+        combine = np.logical_and if node.kind == "$and" else np.logical_or
+        # In place: a mask has a byte for every row, and a filter may have a thousand of them.
+        for part in node.parts[1:]:
+            combine(result, self.mask(part), out=result)
+        return result
 
-def _holds(condition: _Condition, value: Scalar | None) -> bool:
-    operator, operand = condition.operator, condition.operand
-    if operator == "$exists":
-        return (value is not None) == operand
-    if value is None:
-        return operator in ("$ne", "$nin")
-    if isinstance(operand, tuple):
-        found = any(_same(value, item) for item in operand)
-        return found == (operator == "$in")
-    if operator in ("$eq", "$ne"):
-        return _same(value, operand) == (operator == "$eq")
-    return _comparable(value, operand) and _ORDER[operator](value, operand)
+    def _of_condition(self, condition: Condition) -> Mask:
+        import numpy as np
 
-
-def _evaluate(node: _Condition | _Combined, columns: ColumnSource) -> Mask:
-    import numpy as np
-
-    if isinstance(node, _Condition):
-        if node.field not in columns.names():
-            return np.full(columns.num_rows, _holds(node, None))
-        values, codes = columns.column(node.field)
-        # The last entry answers code -1, a row without the field.
-        table = np.array([*(_holds(node, value) for value in values), _holds(node, None)])
-        picked: Mask = table[codes]
+        name = condition.field
+        if name not in self._columns.names():
+            return np.full(self._columns.num_rows, holds(condition, None))
+        if name not in self._tables:
+            values, codes = self._columns.column(name)
+            self._tables[name] = FieldTable(values, self._wanted[name]), codes
+        table, codes = self._tables[name]
+        # The last answer is that of code -1, a row without the field.
+        picked: Mask = table.answers(condition)[codes]
         return picked
-    masks = [_evaluate(part, columns) for part in node.parts]
-    if node.kind == "$not":
-        return ~masks[0]
-    combine = np.logical_and if node.kind == "$and" else np.logical_or
-    result: Mask = combine.reduce(masks)
-    return result
 
 
-def _matches(node: _Condition | _Combined, values: Mapping[str, Scalar]) -> bool:
-    if isinstance(node, _Condition):
-        return _holds(node, values.get(node.field))
+def _matches(node: Condition | _Combined, values: Mapping[str, Scalar]) -> bool:
+    if isinstance(node, Condition):
+        return holds(node, values.get(node.field))
     results = (_matches(part, values) for part in node.parts)
     if node.kind == "$not":
         return not next(iter(results))

@@ -118,7 +118,7 @@ def _write_rows(
     """Write chunks, vectors, keys, columns and BM25; return the hash of every chunk id."""
     total = len(kept) + staged.num_rows
     rows = RowWriter(folder)
-    columns = ColumnWriter()
+    columns = ColumnWriter(folder)
     bm25 = Bm25Builder(folder / BM25_NAME, current.bm25 if current is not None else None)
     hashes = [np.empty(0, dtype=np.uint64)]
     sources: list[tuple[RowFiles, NDArray[np.int64]]] = [(staged, np.arange(staged.num_rows))]
@@ -141,10 +141,11 @@ def _write_rows(
                 if progress is not None:
                     progress(rows.num_rows, total)
         rows.finish()
-        columns.write(folder)
+        columns.write()
         bm25.finish()
     except BaseException:
         rows.abort()
+        columns.abort()
         bm25.abort()
         raise
     return np.concatenate(hashes)

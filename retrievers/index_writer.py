@@ -74,14 +74,8 @@ class IndexWriter:
         self._stage: RowWriter | None = None
         self.current: Generation | None = None
         _create_folder(self.folder)
-        self._lock = FileLock(self.folder / LOCK_NAME, timeout=0)
         with self._writing():
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise IndexBusyError(
-                    f"another process is changing the index {self.folder}; wait for it to end"
-                ) from None
+            self._lock = _locked(self.folder)
         try:
             with self._writing():
                 self._open()
@@ -117,7 +111,7 @@ class IndexWriter:
         self._dropped: set[str] = set()
         self._staged_documents: set[str] = set()
         stage = self.work / STAGE_NAME
-        stage.mkdir(parents=True)
+        make_folders(stage)
         self._stage = RowWriter(stage)
 
     def __enter__(self) -> Self:
@@ -238,7 +232,7 @@ class IndexWriter:
         if self.manifest is not None:
             number = _number(self.folder / self.manifest.generation) + 1
         target = self.folder / f"gen-{number:06d}"
-        target.mkdir()
+        target.mkdir(mode=0o700)
         try:
             stage.finish()
             with closing(RowFiles(stage.folder, stage.num_rows, self.settings.dim)) as staged:
@@ -340,6 +334,55 @@ class IndexWriter:
             )
         if document_id in self._documents:
             self._dropped.add(document_id)
+
+
+def leftovers(folder: Path, generation: str | None) -> list[Path]:
+    """What a killed process left in an index folder, or one that runs has under way.
+
+    Parameters
+    ----------
+    folder
+        Index folder.
+    generation
+        The current generation; ``None`` where there is no index yet. Then only a folder with the
+        lock of an ingest is looked into: it may be anything that a user named by mistake.
+    """
+    if generation is None and not (folder / LOCK_NAME).exists():
+        return []
+    states = folder.glob("gen-" + "[0-9]" * 6 if generation is None else "gen-*")
+    odd = (folder / NEW_MANIFEST_NAME, folder / WORK_NAME / STAGE_NAME)
+    return [path for path in states if path.name != generation] + [p for p in odd if p.exists()]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a first ingest left that was killed before there was an index.
+
+    Raises
+    ------
+    IndexBusyError
+        Where another process ingests.
+    StorageError
+        Where the disk refuses.
+    """
+    with storage_faults(f"what an ingest left in {folder} cannot be removed"), _locked(folder):
+        if (folder / MANIFEST_NAME).exists():
+            return  # the ingest was running, and has just committed
+        for path in leftovers(folder, None):
+            if path.is_dir():
+                remove_tree(path)
+            else:
+                path.unlink()
+
+
+def _locked(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK_NAME, timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise IndexBusyError(
+            f"another process is changing the index {folder}; wait for it to end"
+        ) from None
+    return lock
 
 
 def _number(generation: Path) -> int:

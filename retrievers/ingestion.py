@@ -12,10 +12,10 @@ from retrievers.embedding import TextEmbedder
 from retrievers.embedding_reuse import ReusingEmbedder
 from retrievers.errors import RetrievalError
 from retrievers.index_settings import IndexSettings, document_hash, indexed_text, settings_mark
-from retrievers.index_writer import IndexWriter
+from retrievers.index_writer import IndexWriter, leftovers, remove_unfinished
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
 from retrievers.journal import EmbeddingJournal
-from retrievers.manifest import Manifest
+from retrievers.manifest import MANIFEST_NAME, Manifest
 from retrievers.metadata import storable_document
 from retrievers.prepared import PreparedDocument
 from retrievers.removal import Erase
@@ -181,23 +181,29 @@ def delete_documents(
 
 
 def finish_removals(index_dir: str | Path, *, erase: Erase | None = None) -> None:
-    """Remove what a killed process left of older states of an index; without such files, nothing.
+    """Remove what a killed process left: older states of an index, staged text; without such files, nothing.
+
+    The embeddings that an interrupted ingest resumes from stay.
 
     Parameters
     ----------
     index_dir
-        Index folder.
+        Index folder; one in which a first ingest was killed holds no index yet.
     erase
         Called with the chunks that left the index, see :mod:`retrievers.removal`.
 
     Raises
     ------
-    RetrievalError
+    IndexBusyError
         Where another process changes the index: it does the same.
     """
-    manifest = Manifest.read(Path(index_dir))
-    if any(path.name != manifest.generation for path in Path(index_dir).glob("gen-*")):
-        IndexWriter(index_dir, _as_is(manifest), erase=erase).close()
+    folder = Path(index_dir)
+    if (folder / MANIFEST_NAME).exists():
+        manifest = Manifest.read(folder)
+        if leftovers(folder, manifest.generation):
+            IndexWriter(folder, _as_is(manifest), erase=erase).close()
+    elif leftovers(folder, None):
+        remove_unfinished(folder)
 
 
 def _as_is(manifest: Manifest) -> IndexSettings:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import storage_faults
+from retrievers.durable import create_file, make_folders, storage_faults
 from retrievers.row_files import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class EmbeddingJournal:
     def __init__(self, folder: Path, fingerprint: str, dim: int) -> None:
         self._folder = folder / fingerprint
         with _writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folders(self._folder)
         self._dtype = np.dtype([("key", f"V{KEY_BYTES}"), ("vector", "<f4", (dim,))])
         self._shards: list[Path] = []
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -76,7 +76,7 @@ class EmbeddingJournal:
         temporary = self._folder / "new.part"
         with _writing(self._folder):
             try:
-                with temporary.open("wb") as file:
+                with create_file(temporary) as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())

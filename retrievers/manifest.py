@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from retrievers.durable import storage_faults, sync_folder, sync_tree
+from retrievers.durable import create_file, storage_faults, sync_folder, sync_tree
 from retrievers.errors import CorruptIndexError, RetrievalError
 
 FORMAT_VERSION = 1
@@ -86,8 +86,8 @@ class Manifest:
         # Every name that the manifest gives must be on the disk before the manifest is.
         sync_folder(folder)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(body, file, indent=1, sort_keys=True)
+            with create_file(temporary) as file:
+                file.write(json.dumps(body, indent=1, sort_keys=True).encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

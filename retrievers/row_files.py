@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.chunk_store import ChunkStore, ChunkWriter
+from retrievers.durable import create_file
 from retrievers.errors import CorruptIndexError
 
 VECTORS_NAME = "vectors.f32"
@@ -62,8 +63,8 @@ class RowWriter:
         self.folder = folder
         self.num_rows = 0
         self._chunks = ChunkWriter(folder)
-        self._vectors = (folder / VECTORS_NAME).open("wb")
-        self._keys = (folder / KEYS_NAME).open("wb")
+        self._vectors = create_file(folder / VECTORS_NAME)
+        self._keys = create_file(folder / KEYS_NAME)
 
     def append(self, lines: Iterable[bytes], vectors: NDArray[np.float32], keys: bytes) -> None:
         """Add rows.

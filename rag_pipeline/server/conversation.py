@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE, echo_of
-from rag_pipeline.server.schemas import Message
+from rag_pipeline.server.schemas import MAX_QUERY, Message
 
 QUESTION_TEMPLATE = "{question}"
 """Template for the builder: :func:`read_conversation` writes the whole part."""
@@ -23,7 +23,7 @@ class Conversation:
     Parameters
     ----------
     query
-        The last user message: what is retrieved by.
+        The beginning of the last user message: what is retrieved by.
     question
         The question part of the prompt.
     echo
@@ -50,4 +50,5 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
     template = "Question: {question}" if rules else DEFAULT_QUESTION_TEMPLATE
     asked = template.format(question=query)
     parts.append(asked)
-    return Conversation(query=query, question="\n\n".join(parts), echo=echo_of(asked))
+    # A long message is no mistake, and no embedder reads all of it; a search costs by its length.
+    return Conversation(query=query[:MAX_QUERY], question="\n\n".join(parts), echo=echo_of(asked))

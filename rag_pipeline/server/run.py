@@ -27,7 +27,7 @@ from rag_pipeline.sglang_plugin.http_server import (
     run_http_server,
 )
 from rag_pipeline.sglang_plugin.served_engine import ServedEngine
-from retrievers import RetrievalError, finish_removals
+from retrievers import IndexBusyError, RetrievalError, finish_removals
 
 if TYPE_CHECKING:
     from rag_pipeline.server.settings import ServerSettings
@@ -143,8 +143,9 @@ def serve(
 def _finish_removals(index: ServedIndex, erase: Erase) -> None:
     """Do what a killed process left undone; a damaged or busy index says so when it is opened or changed."""
     try:
-        if index.manifest() is not None:
-            finish_removals(index.folder, erase=erase)
+        finish_removals(index.folder, erase=erase)
+    except IndexBusyError:
+        logger.info("Index %r is being changed; that removes what a crash left", index.name)
     except RetrievalError as error:
         logger.warning("Index %r: %s", index.name, error)
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
 
 MAX_K = 64
+MAX_QUERY = 8000
+"""Characters that are searched for."""
 _TEXT_LIMIT = 200_000
 
 _Text = Annotated[str, Field(max_length=_TEXT_LIMIT)]
@@ -74,7 +76,7 @@ class RagOptions(Strict):
     )
     search: Search | None = None
     where: Where | None = Field(default=None, description="Filter on chunk metadata.")
-    query: Annotated[str, Field(min_length=1, max_length=8000)] | None = Field(
+    query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY)] | None = Field(
         default=None, description="Text to retrieve by; the last user message by default."
     )
     policy: Annotated[str, Field(max_length=64)] | None = Field(
@@ -139,7 +141,7 @@ class ChatRequest(NeutralRequest):
 class SearchRequest(Strict):
     """A search without an answer."""
 
-    query: Annotated[str, Field(min_length=1, max_length=8000, pattern=r"\S")]
+    query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY, pattern=r"\S")]
     index: IndexName | None = None
     k: Annotated[int, Field(ge=1, le=MAX_K, strict=True)] | None = None
     search: Search | None = None

@@ -34,6 +34,13 @@ def test_a_conversation_stands_behind_the_chunks() -> None:
     assert talk.question.endswith("Question: And why?")
 
 
+def test_of_a_long_message_the_beginning_is_searched_for_and_all_of_it_is_asked() -> None:
+    text = "why? " * 30_000 + "Now you know."
+    talk = read_conversation([Message(role="user", content=text)])
+    assert talk.query == text[:8000]
+    assert text in talk.question
+
+
 def layout() -> PromptLayout:
     return PromptLayout(
         input_ids=tuple(range(40)),

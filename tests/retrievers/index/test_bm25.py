@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import bm25s
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from retrievers import Bm25Builder, Bm25Index, CorruptIndexError, RetrievalError
+from retrievers.bm25 import MAX_QUERY_TERMS
 from retrievers.terms import terms
 
 
@@ -69,6 +71,53 @@ def test_mask_is_a_filter(index: Bm25Index) -> None:
     keep = mask[every]
     np.testing.assert_array_equal(rows, every[keep][:10])
     np.testing.assert_allclose(scores, all_scores[keep][:10])
+
+
+class Slices(np.ndarray):
+    """An array that counts the values read from it."""
+
+    num_read = 0
+
+    def __getitem__(self, key: object) -> object:
+        found = np.asarray(self)[key]  # type: ignore[call-overload]
+        Slices.num_read += np.size(found)
+        return found
+
+
+@pytest.fixture
+def counted(index: Bm25Index, monkeypatch: pytest.MonkeyPatch) -> Bm25Index:
+    """The index, where `Slices.num_read` counts the rows of terms that are looked at."""
+    stored = index._bm25.scores
+    rows = np.asarray(stored["indices"]).view(Slices)
+    monkeypatch.setattr(index._bm25, "scores", {**stored, "indices": rows})
+    Slices.num_read = 0
+    return index
+
+
+def test_a_repeated_word_counts_each_time_and_is_looked_up_once(
+    counted: Bm25Index, direct: bm25s.BM25
+) -> None:
+    query = "generator " * 500 + "the import"
+    rows, scores = counted.search(query, 25)
+    words = {"generator", "the", "import"}
+    assert Slices.num_read == sum(len(words & set(terms(text))) for text in TEXTS)
+    np.testing.assert_allclose(scores, direct.get_scores(terms(query))[rows], rtol=1e-5)
+
+
+@pytest.mark.parametrize("query", QUERIES[:5])
+def test_without_a_repetition_the_scores_are_those_of_bm25s_bit_for_bit(
+    query: str, index: Bm25Index
+) -> None:
+    words = [word for word in dict.fromkeys(terms(query)) if word in index.vocabulary]
+    rows, scores = index.search(" ".join(words), 25)
+    np.testing.assert_array_equal(scores, index._bm25.get_scores(words)[rows])
+
+
+def test_of_very_many_words_the_rarest_are_scored(counted: Bm25Index) -> None:
+    found = Counter(word for text in TEXTS for word in set(terms(text)))
+    assert len(found) > MAX_QUERY_TERMS + 500
+    counted.search(" ".join(found), 5)
+    assert Slices.num_read == sum(sorted(found.values())[:MAX_QUERY_TERMS])
 
 
 def test_no_shared_term_gives_nothing(index: Bm25Index) -> None:

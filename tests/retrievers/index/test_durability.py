@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from rag_eval.io_faults import CHANGES, CrashRecorder, DiskCalls, Fault
-from retrievers import Document, Index, StorageError, delete_documents, ingest
+from retrievers import (
+    Document,
+    Index,
+    IndexBusyError,
+    IngestProgress,
+    StorageError,
+    delete_documents,
+    finish_removals,
+    ingest,
+)
 
 SECRET = "the old code of the vault is 4711"
 BEFORE = [
@@ -188,3 +199,77 @@ def test_documents_are_those_of_the_generation_that_was_opened(
         change(folder)
         assert [record.id for record in index.documents()] == ["a", "b", "c"]
         assert [record.id for record in index.documents()] == ["a", "b", "c"]
+
+
+class Killed(BaseException):
+    """Ends an ingest as a signal does that nothing catches: what is on the disk then is kept."""
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["a change", "a first ingest"])
+def test_a_start_removes_what_a_killed_ingest_left_and_keeps_its_embeddings(
+    first: bool, folder: Path, tmp_path: Path, hash_embedder, splitter
+) -> None:
+    index, left = tmp_path / ("new" if first else "index"), tmp_path / "left"
+
+    def kill(state: IngestProgress) -> None:
+        if state.stage == "write":
+            shutil.copytree(index, left)
+            raise Killed
+
+    secret = Document(id="s", title="", text="the new code is 1234")
+    before = len(hash_embedder.texts)
+    with pytest.raises(Killed):
+        ingest([secret], index, splitter=splitter, embedder=hash_embedder, progress=kill)
+    (left / "manifest.json.new").write_text(secret.text)
+    (left / ".lock").touch()
+    if not first:
+        shutil.rmtree(left / "gen-000002")  # as where it is killed before it begins to write
+    assert holds(left / ".work" / "stage", secret.text)
+    with FileLock(left / ".lock"):
+        with pytest.raises(IndexBusyError):
+            finish_removals(left)
+        assert holds(left / ".work" / "stage", secret.text)
+    finish_removals(left)
+    assert not holds(left, secret.text)
+    assert len(list(left.glob("gen-*"))) == (not first)
+    if not first:
+        assert texts(left) == lines(BEFORE)
+    report = ingest([secret], left, splitter=splitter, embedder=hash_embedder)
+    assert report.chunks_resumed == 1
+    assert len(hash_embedder.texts) == before + 1
+
+
+def test_a_start_leaves_a_folder_alone_in_which_nothing_was_ingested(tmp_path: Path) -> None:
+    (tmp_path / "gen-000001").mkdir()
+    (tmp_path / ".work" / "stage").mkdir(parents=True)
+    finish_removals(tmp_path)
+    finish_removals(tmp_path / "missing")
+    assert (tmp_path / "gen-000001").exists()
+    assert (tmp_path / ".work" / "stage").exists()
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("made_by_user", [False, True])
+def test_an_index_is_for_its_owner_alone(
+    made_by_user: bool, tmp_path: Path, hash_embedder, splitter
+) -> None:
+    index = tmp_path / "home" / "index"
+    seen: dict[str, int] = {}
+
+    def look(_: object = None) -> None:
+        found = (path for path in index.rglob("*"))
+        seen.update((f"{path.is_dir()} {path}", path.stat().st_mode & 0o777) for path in found)
+
+    before = os.umask(0)
+    try:
+        if made_by_user:
+            index.mkdir(mode=0o755, parents=True)
+        ingest(AFTER, index, splitter=splitter, embedder=hash_embedder, progress=look)
+        look()
+    finally:
+        os.umask(before)
+    assert index.stat().st_mode & 0o777 == (0o755 if made_by_user else 0o700)
+    assert any("stage" in name for name in seen)
+    assert any("journal" in name for name in seen)
+    odd = {n: oct(m) for n, m in seen.items() if m != (0o700 if n.startswith("True") else 0o600)}
+    assert not odd

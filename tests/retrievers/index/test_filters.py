@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
+from enum import IntEnum, StrEnum
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from retrievers import Filter, RetrievalError
 from retrievers.columns import Columns, ColumnWriter
@@ -21,10 +25,10 @@ ROWS: list[dict[str, Scalar]] = [
 
 
 def columns_of(rows: list[dict[str, Scalar]], folder: Path) -> Columns:
-    writer = ColumnWriter()
+    writer = ColumnWriter(folder)
     writer.append(rows[:2])
     writer.append(rows[2:])
-    writer.write(folder)
+    writer.write()
     return Columns(folder, len(rows))
 
 
@@ -133,3 +137,102 @@ def test_columns_agree_with_single_rows(
     rows = [*rows, {"x": 0, "y": 0}]  # every field is carried by some row
     mask = Filter(where).mask(columns_of(rows, tmp_path_factory.mktemp("columns")))
     assert mask.tolist() == [Filter(where).matches(row) for row in rows]
+
+
+class Seen(int):
+    """An integer that counts how often it is compared."""
+
+    comparisons = 0
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Seen.comparisons += 1
+        return int.__eq__(self, other) is True
+
+
+class Passes(list[Scalar]):
+    """Values of a column that count how often they are gone through."""
+
+    number = 0
+
+    def __iter__(self) -> Iterator[Scalar]:
+        self.number += 1
+        return super().__iter__()
+
+
+class OneColumn:
+    """A column `x` of many distinct values, a row each."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.values = Passes(range(num_rows))
+
+    def names(self) -> list[str]:
+        return ["x"]
+
+    def column(self, name: str) -> tuple[Passes, NDArray[np.int32]]:
+        return self.values, np.arange(self.num_rows, dtype=np.int32)
+
+
+@pytest.mark.parametrize("operator", ["$in", "$nin"])
+def test_a_long_list_is_looked_up_and_not_gone_through_for_each_value(operator: str) -> None:
+    Seen.comparisons = 0
+    wanted = [Seen(2 * number) for number in range(300)]
+    mask = Filter({"x": {operator: wanted}}).mask(OneColumn(1000))
+    assert np.flatnonzero(mask == (operator == "$in")).tolist() == list(range(0, 600, 2))
+    # Once each where it is read; else a product of both lengths.
+    assert Seen.comparisons <= 2 * len(wanted)
+
+
+def test_many_conditions_on_a_field_go_through_its_values_once_and_keep_one_mask() -> None:
+    columns = OneColumn(100_000)
+    parts = [{"x": number} for number in range(300)] + [{"x": {"$gt": 99_990 - n}} for n in (0, 3)]
+    where = Filter({"$or": parts})
+    tracemalloc.start()
+    try:
+        mask = where.mask(columns)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.flatnonzero(mask).tolist() == [*range(300), *range(99_988, 100_000)]
+    assert columns.values.number == 1
+    assert peak < 50 * columns.num_rows
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"$or": [{"x": 1}] * 1001}, "more than 1000 conditions; give the values of one field"),
+        ({"x": {"$in": list(range(100_001))}}, "more than 100000 values"),
+        ({"$and": [{"x": list(range(60_000))}] * 2}, "more than 100000 values"),
+        ({"$or": "x" * 100_000}, "needs a list of at least one filter"),
+        ({"x": {"$in": "y" * 100_000}}, "needs a list"),
+        ({"x" * 100_000: None}, "needs text, a number"),
+    ],
+)
+def test_too_much_is_refused_in_a_short_line(where: dict[str, object], message: str) -> None:
+    with pytest.raises(RetrievalError, match=message) as caught:
+        Filter(where)
+    assert len(str(caught.value)) < 250
+
+
+def test_as_much_as_is_allowed_is_answered() -> None:
+    columns = OneColumn(10)
+    assert Filter({"$or": [{"x": 1}] * 1000}).mask(columns).sum() == 1
+    assert Filter({"x": list(range(5, 100_005))}).mask(columns).sum() == 5
+
+
+def test_a_member_of_an_enumeration_selects_what_it_equals() -> None:
+    class Language(StrEnum):
+        ENGLISH = "en"
+
+    class Year(IntEnum):
+        LAST = 2019
+
+    assert Filter({"lang": Language.ENGLISH, "year": [Year.LAST]}).matches(ROWS[0])
+
+
+def test_a_misspelt_field_names_some_of_very_many_fields(tmp_path: Path) -> None:
+    columns = columns_of([{f"f{number:03}": 1 for number in range(300)}] * 3, tmp_path)
+    with pytest.raises(RetrievalError, match=r"f000, .*f019 and 280 more$"):
+        Filter({"g": 1}).mask(columns)
