@@ -21,7 +21,7 @@ CORPUS = "pydoc-topics"
 QUESTIONS = (
     "What does the with statement do?",
     "What does the assert statement do?",
-    "What is a decorator?",
+    "What is a lambda expression?",
 )
 """What a model of 135M parameters can read out of a text. It fails at comparisons ("break and continue") and at what
 does not happen ("an exception that no clause handles"), with every wording, order and number of chunks tried."""
@@ -60,7 +60,7 @@ def run_demo(*, model: str, json_output: bool) -> None:
         return
     print_comparison(fusion, threads)
     say(
-        f"\nAsk your own: rag-pipeline ask 'What is a lambda expression?' --index {index} --model {model}"
+        f"\nAsk your own: rag-pipeline ask 'What does the pass statement do?' --index {index} --model {model}"
     )
 
 
