@@ -234,6 +234,25 @@ def test_what_was_accepted_is_finished_by_the_next_server(
         jobs.get("globex", first.id)
 
 
+def test_only_an_upload_that_nobody_serves_grows_too_old(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    for tenant in ("acme", "globex"):
+        uploads.jobs._put(tenant, uploads.jobs._stop.wait)
+    served, orphan = (uploads.submit({"a.txt": "Text."}, of) for of in ("acme", "globex"))
+    for job in (served, orphan):
+        job.created -= 8 * 24 * 3600
+        uploads.jobs._spool.write(uploads.jobs._folders[job.id], job.to_record())
+    uploads.jobs.close()
+    del uploads.indexes["globex", "main"]
+    jobs = uploads.start()
+    uploads.wait(lambda: jobs.get("acme", served.id).ended)
+    assert jobs.get("acme", served.id).state == "done"
+    assert uploads.ids() == {"uploads/a.txt"}
+    assert uploads.left() == []
+
+
 def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[..., Uploads]) -> None:
     uploads = make_uploads()
     uploads.jobs._put("acme", uploads.jobs._stop.wait)
