@@ -7,7 +7,7 @@ import threading
 import time
 import unicodedata
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -142,6 +142,7 @@ class IngestJobs:
         self._jobs: dict[str, Job] = {}
         self._folders: dict[str, Path] = {}
         self._queues: dict[str, deque[Callable[[], None]]] = {}
+        self._deletions: Counter[str] = Counter()
         self._threads: set[threading.Thread] = set()
         self._last_order = 0
 
@@ -153,7 +154,7 @@ class IngestJobs:
         Raises
         ------
         ApiError
-            429 when the tenant has too many uploads under way.
+            429 when the tenant has too much under way.
         """
         with self._lock:
             self._refuse_crowd(tenant)
@@ -208,10 +209,21 @@ class IngestJobs:
         -------
         Future of int
             The chunks that went; :class:`ApiError` 404 where there is nothing of this name.
+
+        Raises
+        ------
+        ApiError
+            429 when the tenant has too much under way.
         """
         future: Future[int] = Future()
+        with self._lock:
+            self._refuse_crowd(tenant)
+            self._deletions[tenant] += 1
 
         def work() -> None:
+            # Not when the future ends: one whose client went stands in the queue all the same.
+            with self._lock:
+                self._deletions[tenant] -= 1
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -386,10 +398,12 @@ class IngestJobs:
 
     def _refuse_crowd(self, tenant: str) -> None:
         waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
+        waiting += self._deletions[tenant]
         if waiting >= self._settings.max_queued_jobs:
             raise ApiError(
                 429,
-                f"{waiting} uploads are still under way; wait until some are done and try again",
+                f"{waiting} uploads and deletions are still under way; wait until some are done and try "
+                "again",
             )
 
     def _forget_old(self, tenant: str) -> None:

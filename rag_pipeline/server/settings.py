@@ -30,7 +30,7 @@ class ServerSettings:
     max_upload_bytes, max_upload_files
         Of one upload.
     max_queued_jobs
-        Uploads of one tenant that wait or run.
+        Uploads and deletions of one tenant that wait or run.
     parse_seconds, parse_bytes
         CPU time and address space of the process that reads and splits one file; wall time is twice
         that.

@@ -200,6 +200,28 @@ def test_a_document_is_deleted_behind_its_upload(make_uploads: Callable[..., Upl
     assert uploads.ids() == set()
 
 
+def test_deletions_that_wait_are_counted_even_when_their_clients_went(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads(max_queued_jobs=3)
+    gate = threading.Event()
+    uploads.jobs._put("acme", gate.wait)
+    uploads.submit({"a.txt": "Text."})
+    waiting = [uploads.jobs.delete("acme", uploads.index(), "uploads/a.txt") for _ in range(2)]
+    assert waiting[0].cancel()  # its client went; its place in the queue is taken still
+    for more in (
+        lambda: uploads.jobs.delete("acme", uploads.index(), "uploads/a.txt"),
+        lambda: uploads.jobs.check_room("acme"),
+    ):
+        with pytest.raises(ApiError) as refusal:
+            more()
+        assert refusal.value.status == 429
+    uploads.jobs.check_room("globex")
+    gate.set()
+    assert waiting[1].result(60) == 1
+    assert uploads.upload({"b.txt": "Text."}).state == "done"
+
+
 # -- durable ------------------------------------------------------------------------------------
 
 
