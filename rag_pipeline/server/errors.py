@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -26,6 +27,7 @@ from retrievers.errors import (
 logger = logging.getLogger(__name__)
 
 _SHOWN = 80
+_PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)/?")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -93,8 +95,21 @@ def refusal_of(error: BaseException) -> tuple[int, str, str | None] | None:
     if isinstance(error, CorruptIndexError | EmbedderMismatchError | ModelError):
         return 503, "the index cannot be used on this server; its log has the details", None
     if isinstance(error, RagPipelineError | RetrievalError):
-        return 400, str(error), None
+        return 400, without_paths(str(error)), None
     return None
+
+
+def line_of(error: BaseException) -> str:
+    """What a client reads of a fault that is told later: in a job, in health. As in an answer, no paths."""
+    refusal = refusal_of(error)
+    if refusal is None:
+        return f"a fault of this server ({type(error).__name__}); its log has the details"
+    return refusal[1]
+
+
+def without_paths(line: str) -> str:
+    """Line with the last name of each absolute path: where a server keeps its files is its own business."""
+    return _PATH.sub(r"\1", line)
 
 
 def _disk_fault(number: int | None) -> tuple[int, str]:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.config import uploads_dir
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.errors import ApiError, line_of, without_paths
 from rag_pipeline.server.file_names import UPLOADS, file_of
 from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_run import Cancelled, IngestRun, Stopped
 from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.spool import Spool
-from retrievers import Erase, RetrievalError, delete_documents
+from retrievers import Erase, delete_documents
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Job:
 
     def skip(self, name: str, reason: str) -> None:
         """Note a file that gave nothing; a job that is done again says it once."""
-        item = {"name": name, "reason": reason}
+        item = {"name": name, "reason": without_paths(reason)}
         if item not in self.skipped:
             self.skipped.append(item)
 
@@ -348,14 +348,13 @@ class IngestJobs:
             self._spool.write(folder, job.to_record())
         except Cancelled:
             self._end(job, "failed", "cancelled")
-        except (RetrievalError, ParseError) as error:
+        except ParseError as error:
             reasons = [f"{item['name']}: {item['reason']}" for item in job.skipped]
-            self._end(job, "failed", reasons[0] if reasons and not job.documents else str(error))
+            line = reasons[0] if reasons and not job.documents else without_paths(str(error))
+            self._end(job, "failed", line)
         except Exception as error:
             logger.exception("Upload %s failed", job.id)
-            self._end(
-                job, "failed", f"a fault of this server ({type(error).__name__}); see its log"
-            )
+            self._end(job, "failed", line_of(error))
 
     def _check(self, job: Job) -> None:
         if self._stop.is_set():

@@ -159,7 +159,7 @@ def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
                 index.current()
             except ApiError as refusal:
                 if not len(tenants):
-                    raise RetrievalError(index.status()["error"]) from refusal
+                    raise RetrievalError(index.fault or str(refusal)) from refusal
 
 
 def _warm(embedders: EmbedderPool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import os
@@ -23,9 +24,11 @@ from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.tenants import Tenant
 from rag_pipeline.server.turns import Turns
+from retrievers import RetrievalError
 
 Text = str | bytes
 
@@ -273,6 +276,28 @@ def test_only_an_upload_that_nobody_serves_grows_too_old(
     assert jobs.get("acme", served.id).state == "done"
     assert uploads.ids() == {"uploads/a.txt"}
     assert uploads.left() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RetrievalError("/srv/acme/main is a file; name a folder for the index"),
+        OSError(errno.ENOSPC, "No space left on device", "/srv/acme/main"),
+        ParseError("/srv/acme/work/0001 is damaged"),
+    ],
+)
+def test_no_path_of_the_server_is_told_in_a_job(
+    make_uploads: Callable[..., Uploads], error: Exception
+) -> None:
+    def fail(*given: Any) -> None:
+        raise error
+
+    uploads = make_uploads()
+    uploads.jobs._run = fail  # type: ignore[assignment]
+    job = uploads.upload({"a.txt": "Text."})
+    job.skip("b.txt", str(error))
+    assert (job.state, bool(job.error)) == ("failed", True)
+    assert "/srv" not in json.dumps(job.to_json())
 
 
 def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[..., Uploads]) -> None:
