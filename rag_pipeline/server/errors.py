@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import reprlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 80
 _PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)/?")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, _SHOWN, _SHOWN, 2 * _SHOWN
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -135,7 +138,7 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
         return 400, message, None
     if not where:
         return 400, "the body must be one JSON object with content-type application/json", None
-    given = ascii(first.get("input"))
+    given = _ascii_start(first.get("input"))
     shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
     more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
     if first.get("type") == "missing":
@@ -143,6 +146,13 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
     if first.get("type") == "extra_forbidden":
         return 400, f"{where} is not known here; leave it out{more}", where
     return 400, f"{where} is {shown}: {message}{more}", where
+
+
+def _ascii_start(value: Any) -> str:
+    """As ``ascii(value)`` for the letters that are shown, whatever the size of the value."""
+    if isinstance(value, str):
+        return ascii(value[: _SHOWN + 1])
+    return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 class RagRoute(APIRoute):
