@@ -8,13 +8,15 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file under a temporary name, sync and rename it; its folder is made.
+    """Write a UTF-8 file under a temporary name, sync and rename it, and sync its folder, which is made.
 
     Raises
     ------
     OSError
-        Where the disk refuses; nothing is left behind, and an older file stays as it was.
+        Where the disk refuses; nothing is left behind, and an older file stays as it was. Only where the
+        folder cannot be synced, the new file is there and may not survive a power cut.
     """
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,3 +29,14 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    for folder in (path.parent, *(made.parent for made in missing)):
+        _sync(folder)
+
+
+# NOTE: as in retrievers.durable, which needs NumPy; the command line's help must not load it.
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -35,7 +35,7 @@ class ServerBackend:
     Raises
     ------
     EngineError
-        One line: the URL is malformed, nobody answers, or who answers is not SGLang.
+        One line: the URL is malformed, nobody answers, who answers is not SGLang, or does not take the key.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServerBackend:
         self._client = httpx.Client(timeout=self._timeout, headers=self._headers, trust_env=False)
         try:
             self.model_info = self._info("/model_info", needed="model_path")
-            server_info = self._info("/server_info", needed="version")
+            server_info = self._server_info()
         except BaseException:
             self._client.close()
             raise
@@ -177,15 +177,36 @@ class ServerBackend:
             return None
         return tokens[0] if tokens and isinstance(tokens[0], list) else tokens
 
+    def _server_info(self) -> dict[str, Any]:
+        """How the server streams and how much it admits.
+
+        A stock server says it to every key. One of this project keeps that route, which shows the whole
+        server, for its operator, and says to a tenant what it needs in its health.
+        """
+        response = self._get("/server_info")
+        if response.status_code != 403:
+            return self._read(response, "/server_info", needed="version")
+        health = self._get("/v1/rag/health")
+        if health.status_code == 404:
+            raise _key_refused(self.url, "/server_info", response, given=bool(self._headers))
+        engine = self._read(health, "/v1/rag/health", needed="engine")["engine"]
+        return engine if isinstance(engine, dict) else {}
+
     def _info(self, path: str, *, needed: str) -> dict[str, Any]:
+        return self._read(self._get(path), path, needed=needed)
+
+    def _get(self, path: str) -> httpx.Response:
         try:
-            response = self._client.get(f"{self.url}{path}", timeout=_INFO_S)
+            return self._client.get(f"{self.url}{path}", timeout=_INFO_S)
         except httpx.HTTPError as error:
             raise _http_error(self.url, error) from error
+
+    def _read(self, response: httpx.Response, path: str, *, needed: str) -> dict[str, Any]:
         if response.status_code in (401, 403):
-            raise EngineError(f"the server at {self.url} wants an API key; give its --api-key")
+            raise _key_refused(self.url, path, response, given=bool(self._headers))
+        # Health is whole with 503 too, where the plugin is off.
         try:
-            info = response.json() if response.status_code == 200 else None
+            info = response.json() if response.status_code in (200, 503) else None
         except ValueError:
             info = None
         if not isinstance(info, dict) or needed not in info:
@@ -235,6 +256,19 @@ class _Reader:
         """Refuse a stream that broke off."""
         if not self.done:
             raise EngineError(f"the server at {self._url} closed the stream before the end")
+
+
+def _key_refused(url: str, path: str, response: httpx.Response, *, given: bool) -> EngineError:
+    if not given:
+        return EngineError(f"the server at {url} wants an API key; give its --api-key")
+    try:
+        said = _message(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        said = "no reason"
+    return EngineError(
+        f"the server at {url} does not open {path} with the API key that was given "
+        f"({response.status_code}: {said}); give another"
+    )
 
 
 def _refusal(url: str, status: int, content: bytes) -> EngineError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
+import reprlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -26,6 +28,9 @@ from retrievers.errors import (
 logger = logging.getLogger(__name__)
 
 _SHOWN = 80
+_PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]+)/?")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, _SHOWN, _SHOWN, 2 * _SHOWN
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -93,8 +98,21 @@ def refusal_of(error: BaseException) -> tuple[int, str, str | None] | None:
     if isinstance(error, CorruptIndexError | EmbedderMismatchError | ModelError):
         return 503, "the index cannot be used on this server; its log has the details", None
     if isinstance(error, RagPipelineError | RetrievalError):
-        return 400, str(error), None
+        return 400, without_paths(str(error)), None
     return None
+
+
+def line_of(error: BaseException) -> str:
+    """What a client reads of a fault that is told later: in a job, in health. As in an answer, no paths."""
+    refusal = refusal_of(error)
+    if refusal is None:
+        return f"a fault of this server ({type(error).__name__}); its log has the details"
+    return refusal[1]
+
+
+def without_paths(line: str) -> str:
+    """Line with the last name of each absolute path: where a server keeps its files is its own business."""
+    return _PATH.sub(r"\1", line)
 
 
 def _disk_fault(number: int | None) -> tuple[int, str]:
@@ -120,7 +138,7 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
         return 400, message, None
     if not where:
         return 400, "the body must be one JSON object with content-type application/json", None
-    given = ascii(first.get("input"))
+    given = _ascii_start(first.get("input"))
     shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
     more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
     if first.get("type") == "missing":
@@ -128,6 +146,13 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
     if first.get("type") == "extra_forbidden":
         return 400, f"{where} is not known here; leave it out{more}", where
     return 400, f"{where} is {shown}: {message}{more}", where
+
+
+def _ascii_start(value: Any) -> str:
+    """As ``ascii(value)`` for the letters that are shown, whatever the size of the value."""
+    if isinstance(value, str):
+        return ascii(value[: _SHOWN + 1])
+    return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 class RagRoute(APIRoute):

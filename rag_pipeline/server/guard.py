@@ -1,8 +1,8 @@
 """The one way in: an ASGI middleware around the whole application, SGLang's own routes and ``/metrics`` included.
 
 In this order: is the server stopping, is the request well-formed, may a browser have been tricked into it
-(only where no key is needed), does its key open the route, is its body small enough. What the guard refuses
-reaches nothing behind it.
+(only where no key is needed), does its key open the route, is there room for it, is its body small enough. What
+the guard refuses reaches nothing behind it.
 
 **Protected mode.** A server without a key answers this machine and its own page only. SGLang's app allows
 every origin, with credentials; a server on the loopback address would then be open to any web page that its
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.access import ROUTES, Access, find_route
 from rag_pipeline.server.addresses import HostName, is_loopback, is_own_origin, parse_host
+from rag_pipeline.server.budget import Budget
 from rag_pipeline.server.errors import ApiError, error_response
 from rag_pipeline.server.request_log import Exchange
 from rag_pipeline.server.tenants import Tenant, Tenants
@@ -31,6 +32,9 @@ JSON_LIMIT_BYTES = 1 << 20
 """Largest body of one of this project's routes that does not say otherwise."""
 
 OPEN_FLAG = "--unprotected-without-key"
+
+_ALWAYS = "/v1/rag/health"
+"""Answered however full the server is, as what needs no key is: neither reads a body."""
 
 _PAGES = frozenset(path for path in ROUTES if path.startswith("/rag"))
 
@@ -53,6 +57,8 @@ class GuardRules:
         Largest body of a route without a limit of its own.
     body_limits
         Limits by path template.
+    max_requests, max_held_bytes
+        Under way at once: requests, and bytes of their bodies; a key has half of it where there are tenants.
     """
 
     host: str
@@ -61,6 +67,8 @@ class GuardRules:
     open_to_network: bool = False
     max_body_bytes: int = 64 << 20
     body_limits: Mapping[str, int] = field(default_factory=dict)
+    max_requests: int = 896
+    max_held_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         refuse_exposure(self.host, self.tenants, open_to_network=self.open_to_network)
@@ -97,6 +105,12 @@ class Guard:
         self._app = app
         self._rules = rules
         self._own_names = {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.budget = Budget(
+            max_requests=rules.max_requests,
+            max_bytes=rules.max_held_bytes,
+            shared=bool(len(rules.tenants)),
+        )
+        """What is under way of it, by key."""
         self.in_flight = 0
         """Requests that were admitted and have not ended."""
         self.stopping = False
@@ -111,12 +125,15 @@ class Guard:
         exchange = Exchange(scope, template, receive, send, limit=self._limit(template))
         try:
             tenant = self._admit(scope, template, access)
+            if tenant is not None:
+                exchange.tenant = tenant.name
+                if template != _ALWAYS:
+                    exchange.held = self.budget.enter(tenant.name, declared=exchange.announced)
         except ApiError as refusal:
             await _refuse(refusal, exchange)
             return
         # Read by this project's routes; without it they answer nobody.
         scope.setdefault("state", {})["rag_tenant"] = tenant
-        exchange.tenant = tenant.name if tenant is not None else ""
         token = admitted.set("" if tenant is None else tenant.salt)
         self.in_flight += 1
         try:
@@ -127,6 +144,8 @@ class Guard:
                 await _answer(refusal, exchange)
         finally:
             self.in_flight -= 1
+            if exchange.held is not None:
+                exchange.held.leave()
             admitted.reset(token)
             exchange.end()
 

@@ -105,6 +105,11 @@ class Health:
             "problems": problems,
             "model": self._model_name,
             "tenant": tenant.name,
+            # As /server_info names them, which a tenant's key does not open.
+            "engine": {
+                "max_req_input_len": self._engine.context_length,
+                "incremental_streaming_output": self._engine.incremental,
+            },
             "activation": activation,
             "gate": {
                 "on": bool(fusion.get("on")),

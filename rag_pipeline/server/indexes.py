@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.errors import ApiError, line_of
 from rag_pipeline.server.turns import Turns
 from retrievers import Embedder, Index, Manifest, RetrievalError, SearchHit
 
@@ -26,6 +29,12 @@ logger = logging.getLogger(__name__)
 _BATCH = 16
 """Passages embedded before a waiting query gets its turn."""
 
+FAULT_S = 10.0
+"""How long a fault is believed: the files may be whole, and only descriptors or memory have run out."""
+
+_RARELY = 10
+"""Looking again takes at most one in so many seconds: a large index is read whole for it."""
+
 
 class SharedEmbedder(Embedder):
     """An embedder that several threads use; an ingest lets queries in between its batches."""
@@ -34,6 +43,18 @@ class SharedEmbedder(Embedder):
         super().__init__(model, name=name)
         # The tokenizer inside keeps the settings of its last call: two calls at once spoil each other.
         self._turns = Turns()
+        self._loading = threading.RLock()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over weights, configuration, tokenizer, prompts and normalisation."""
+        with self._loading:
+            return super().fingerprint
+
+    def _loaded(self) -> Any:
+        # Sizes and fingerprints are asked for outside the turn; the model is loaded once all the same.
+        with self._loading:
+            return super()._loaded()
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of several queries, ``(len(texts), dim)`` float32, unit length."""
@@ -81,6 +102,16 @@ class EmbedderPool:
             return self._made[wanted]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fault:
+    """Why an index cannot be opened, of which manifest that was, and until when it is believed."""
+
+    mark: tuple[int, int]
+    line: str
+    detail: str
+    until: float
+
+
 class ServedIndex:
     """One index folder, which may not exist yet.
 
@@ -92,16 +123,32 @@ class ServedIndex:
         Index folder.
     embedders
         Where the embedder comes from; the index's own, the pool's default for a new index.
+    clock
+        Seconds, for how long a fault is believed.
     """
 
-    def __init__(self, name: str, folder: Path, embedders: EmbedderPool) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        embedders: EmbedderPool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = name
         self.folder = folder
         self._embedders = embedders
         self._lock = threading.Lock()
         self._opened: Index | None = None
         self._seen: tuple[int, int] | None = None
-        self._fault: tuple[tuple[int, int], str] | None = None
+        self._clock = clock
+        self._fault: _Fault | None = None
+        self._looking: threading.Thread | None = None
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot be opened, paths included: for the operator's terminal. Empty where it can."""
+        return "" if self._fault is None else self._fault.detail
 
     def embedder(self) -> SharedEmbedder:
         """The embedder of the index, or the one a new index will get."""
@@ -120,25 +167,37 @@ class ServedIndex:
         Raises
         ------
         ApiError
-            503 for an index that cannot be opened. It is looked at again when its manifest changes.
+            503 for an index that cannot be opened. It is looked at again when its manifest changes, and
+            after some seconds.
         """
         with self._lock:
             mark = self._mark()
             if mark is None:
                 self._opened = self._seen = self._fault = None
-            elif self._fault is not None and self._fault[0] == mark:
+            elif self._is_believed(mark):
                 raise self._unusable()
             elif mark != self._seen:
                 self._open(mark)
             return self._opened
 
+    def _is_believed(self, mark: tuple[int, int]) -> bool:
+        fault = self._fault
+        return fault is not None and fault.mark == mark and self._clock() < fault.until
+
     def _open(self, mark: tuple[int, int]) -> None:
         first = self._opened is None
+        begun = self._clock()
         try:
             self._opened = Index.open(self.folder, embedder=self.embedder(), verify=first)
         except (RetrievalError, RagPipelineError, OSError) as error:
             self._opened = self._seen = None
-            self._fault = mark, str(error)
+            now = self._clock()
+            self._fault = _Fault(
+                mark=mark,
+                line=line_of(error),
+                detail=str(error),
+                until=now + max(FAULT_S, _RARELY * (now - begun)),
+            )
             logger.error("The index %r cannot be used: %s", self.name, error)
             raise self._unusable() from error
         self._seen, self._fault = mark, None
@@ -179,11 +238,14 @@ class ServedIndex:
     def status(self) -> dict[str, Any]:
         """JSON-ready state for health; a damaged index says so instead of raising."""
         try:
-            manifest = self.manifest()
+            manifest, mark = self.manifest(), self._mark()
         except (RetrievalError, OSError) as error:
-            return {"ok": False, "error": str(error)}
-        if self._fault is not None:
-            return {"ok": False, "error": self._fault[1]}
+            return {"ok": False, "error": line_of(error)}
+        fault = self._fault
+        if fault is not None and fault.mark == mark:
+            if not self._is_believed(mark):
+                self._look_again()
+            return {"ok": False, "error": fault.line}
         if manifest is None:
             return {"ok": True, "documents": 0, "chunks": 0, "embedder": self._embedders.default}
         return {
@@ -194,6 +256,18 @@ class ServedIndex:
             "factory": manifest.factory,
             "generation": manifest.generation,
         }
+
+    def _look_again(self) -> None:
+        """Open it beside the answer: whoever routes by health sends no search that would do it."""
+        if self._looking is not None and self._looking.is_alive():
+            return
+
+        def look() -> None:
+            with suppress(ApiError):
+                self.current()
+
+        self._looking = threading.Thread(target=look, name="rag-look-again", daemon=True)
+        self._looking.start()
 
     def _mark(self) -> tuple[int, int] | None:
         from retrievers.manifest import MANIFEST_NAME

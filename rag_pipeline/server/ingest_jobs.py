@@ -7,7 +7,7 @@ import threading
 import time
 import unicodedata
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.config import uploads_dir
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.errors import ApiError, line_of, without_paths
 from rag_pipeline.server.file_names import UPLOADS, file_of
 from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_run import Cancelled, IngestRun, Stopped
 from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.spool import Spool
-from retrievers import Erase, RetrievalError, delete_documents
+from retrievers import Erase, delete_documents
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Job:
 
     def skip(self, name: str, reason: str) -> None:
         """Note a file that gave nothing; a job that is done again says it once."""
-        item = {"name": name, "reason": reason}
+        item = {"name": name, "reason": without_paths(reason)}
         if item not in self.skipped:
             self.skipped.append(item)
 
@@ -142,6 +142,7 @@ class IngestJobs:
         self._jobs: dict[str, Job] = {}
         self._folders: dict[str, Path] = {}
         self._queues: dict[str, deque[Callable[[], None]]] = {}
+        self._deletions: Counter[str] = Counter()
         self._threads: set[threading.Thread] = set()
         self._last_order = 0
 
@@ -153,7 +154,7 @@ class IngestJobs:
         Raises
         ------
         ApiError
-            429 when the tenant has too many uploads under way.
+            429 when the tenant has too much under way.
         """
         with self._lock:
             self._refuse_crowd(tenant)
@@ -208,10 +209,21 @@ class IngestJobs:
         -------
         Future of int
             The chunks that went; :class:`ApiError` 404 where there is nothing of this name.
+
+        Raises
+        ------
+        ApiError
+            429 when the tenant has too much under way.
         """
         future: Future[int] = Future()
+        with self._lock:
+            self._refuse_crowd(tenant)
+            self._deletions[tenant] += 1
 
         def work() -> None:
+            # Not when the future ends: one whose client went stands in the queue all the same.
+            with self._lock:
+                self._deletions[tenant] -= 1
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -336,14 +348,13 @@ class IngestJobs:
             self._spool.write(folder, job.to_record())
         except Cancelled:
             self._end(job, "failed", "cancelled")
-        except (RetrievalError, ParseError) as error:
+        except ParseError as error:
             reasons = [f"{item['name']}: {item['reason']}" for item in job.skipped]
-            self._end(job, "failed", reasons[0] if reasons and not job.documents else str(error))
+            line = reasons[0] if reasons and not job.documents else without_paths(str(error))
+            self._end(job, "failed", line)
         except Exception as error:
             logger.exception("Upload %s failed", job.id)
-            self._end(
-                job, "failed", f"a fault of this server ({type(error).__name__}); see its log"
-            )
+            self._end(job, "failed", line_of(error))
 
     def _check(self, job: Job) -> None:
         if self._stop.is_set():
@@ -386,10 +397,12 @@ class IngestJobs:
 
     def _refuse_crowd(self, tenant: str) -> None:
         waiting = sum(job.tenant == tenant and not job.ended for job in self._jobs.values())
+        waiting += self._deletions[tenant]
         if waiting >= self._settings.max_queued_jobs:
             raise ApiError(
                 429,
-                f"{waiting} uploads are still under way; wait until some are done and try again",
+                f"{waiting} uploads and deletions are still under way; wait until some are done and try "
+                "again",
             )
 
     def _forget_old(self, tenant: str) -> None:

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_FIELDS = 64
+"""Most fields of one object; every unknown one costs an error, made where everybody's answers stream."""
+
 _Empty = Annotated[list[Any], Field(max_length=0)]
 _Name = Annotated[str, Field(max_length=512)]
 
@@ -25,6 +28,8 @@ class Strict(BaseModel):
     def _null_is_absent(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        if len(given) > MAX_FIELDS:
+            raise ValueError(f"an object with {len(given)} fields; send at most {MAX_FIELDS}")
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -56,8 +61,8 @@ class NeutralRequest(Strict):
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     audio: None = None
     web_search_options: None = None
     reasoning_effort: Literal["none"] | None = None

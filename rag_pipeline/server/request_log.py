@@ -16,6 +16,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from rag_pipeline.server.budget import Held
 from rag_pipeline.server.errors import ApiError, error_response
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -51,6 +52,8 @@ class Exchange:
     ) -> None:
         self.scope = scope
         self.tenant = ""
+        self.held: Held | None = None
+        """Room that its body takes up; none for what is answered however full the server is."""
         self.id = _request_id(scope)
         self._template = template
         self._receive = receive
@@ -58,9 +61,15 @@ class Exchange:
         self._limit = limit
         self._started = time.perf_counter()
         self._received = self._sent = self._status = 0
-        self._too_large = self._replaced = self._gone = False
+        self._refusal: ApiError | None = None
+        self._replaced = self._gone = False
         declared = [value for name, value in scope["headers"] if name == b"content-length"]
         self._declared = int(declared[0]) if declared and declared[0].isdigit() else 0
+
+    @property
+    def announced(self) -> int:
+        """Bytes of the body as its header has them; none of a body that will not be read."""
+        return self._declared if self._declared <= self._limit else 0
 
     @property
     def begun(self) -> bool:
@@ -68,31 +77,36 @@ class Exchange:
         return bool(self._status)
 
     async def receive(self) -> Message:
-        """Receive at most `limit` bytes: the header may be missing or lie."""
-        if self._declared > self._limit:
-            self._refuse_size()
+        """Receive at most `limit` bytes, and while there is room: the header may be missing or lie."""
+        self._check_body(self._declared)
         message = await self._receive()
         self._received += len(message.get("body", b""))
         self._gone = self._gone or message["type"] == "http.disconnect"
-        if self._received > self._limit:
-            self._refuse_size()
+        self._check_body(self._received)
         return message
 
-    def _refuse_size(self) -> None:
-        self._too_large = True
-        raise self._size_error()
-
-    def _size_error(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._limit} bytes; send less at once")
+    def _check_body(self, size: int) -> None:
+        if self._refusal is None and size > self._limit:
+            self._refusal = ApiError(
+                413, f"the body is larger than {self._limit} bytes; send less at once"
+            )
+        if self._refusal is None and self.held is not None:
+            try:
+                self.held.reserve(size)
+            except ApiError as refusal:
+                self._refusal = refusal
+        if self._refusal is not None:
+            raise self._refusal
 
     async def send(self, message: Message) -> None:
-        """Pass a response on, with the request's id; a body that was too large is always a 413."""
+        """Pass a response on, with the request's id; a body that was refused is always told so."""
         if message["type"] == "http.response.start":
-            if self._too_large and message["status"] != 413:
+            refusal = self._refusal
+            if refusal is not None and message["status"] != refusal.status:
                 # SGLang's routes call a body that could not be read a fault in its text.
                 self._replaced = True
-                error = self._size_error()
-                await error_response(413, str(error))(self.scope, self._receive, self._pass_on)
+                response = error_response(refusal.status, str(refusal), retry_s=refusal.retry_s)
+                await response(self.scope, self._receive, self._pass_on)
                 return
             await self._pass_on(message)
         elif not self._replaced:
@@ -108,6 +122,9 @@ class Exchange:
                 headers.append((b"retry-after", str(_RETRY_S).encode()))
             message = {**message, "headers": headers}
         self._sent += len(message.get("body", b""))
+        if self._sent and self.held is not None:
+            # Not at the start of the response: SGLang's streams begin before the prompt is read.
+            self.held.end_body()
         await self._send(message)
 
     async def refuse_websocket(self, response: Response) -> None:

@@ -202,7 +202,9 @@ async def _take_texts(service: RagService, tenant: Tenant, request: Request) -> 
     except ValidationError as error:
         from fastapi.exceptions import RequestValidationError
 
-        found = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        found = [
+            {**item, "loc": ("body", *item["loc"])} for item in error.errors(include_url=False)
+        ]
         raise RequestValidationError(found) from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON ({str(error)[:120]}); send one object") from None

@@ -127,6 +127,8 @@ def serve(
             open_to_network=settings.open_to_network,
             max_body_bytes=settings.max_body_bytes,
             body_limits={"/v1/rag/documents": settings.max_upload_bytes},
+            max_requests=settings.max_requests,
+            max_held_bytes=settings.max_held_bytes,
         )
         return Guard(app, rules)
 
@@ -158,7 +160,7 @@ def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
                 index.current()
             except ApiError as refusal:
                 if not len(tenants):
-                    raise RetrievalError(index.status()["error"]) from refusal
+                    raise RetrievalError(index.fault or str(refusal)) from refusal
 
 
 def _warm(embedders: EmbedderPool) -> None:

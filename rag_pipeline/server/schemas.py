@@ -1,4 +1,7 @@
-"""Requests and answers of the RAG routes, as the OpenAPI document shows them. Unknown fields are refused."""
+"""Requests and answers of the RAG routes, as the OpenAPI document shows them. Unknown fields are refused.
+
+Lists stop at their first fault: a body is checked on the event loop, and may hold half a million of them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ class RefusalPart(Strict):
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 # One arm is chosen by the kind of JSON value, so that a refusal names what is wrong with that arm.
 Content = Annotated[
-    Annotated[_Text, Tag("text")] | Annotated[list[Part], Tag("parts")],
+    Annotated[_Text, Tag("text")]
+    | Annotated[list[Part], Field(max_length=1024, fail_fast=True), Tag("parts")],
     Discriminator(lambda given: "parts" if isinstance(given, list) else "text"),
 ]
 
@@ -103,7 +107,7 @@ class ChatRequest(NeutralRequest):
     """
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256, fail_fast=True)]
     rag: RagOptions = Field(default_factory=lambda: RagOptions())
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -113,7 +117,10 @@ class ChatRequest(NeutralRequest):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=200)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=200)]],
+            Field(max_length=16, fail_fast=True),
+        ]
         | None
     ) = None
     stream: bool = False
@@ -221,7 +228,7 @@ class JsonDocument(Strict):
 class DocumentsRequest(Strict):
     """Documents to ingest."""
 
-    documents: Annotated[list[JsonDocument], Field(min_length=1, max_length=64)]
+    documents: Annotated[list[JsonDocument], Field(min_length=1, max_length=64, fail_fast=True)]
     index: IndexName | None = None
 
 

@@ -30,7 +30,7 @@ class ServerSettings:
     max_upload_bytes, max_upload_files
         Of one upload.
     max_queued_jobs
-        Uploads of one tenant that wait or run.
+        Uploads and deletions of one tenant that wait or run.
     parse_seconds, parse_bytes
         CPU time and address space of the process that reads and splits one file; wall time is twice
         that.
@@ -98,6 +98,16 @@ class ServerSettings:
             raise RagPipelineError(
                 f"parse_bytes is {self.parse_bytes}; a parser needs at least {MIN_PARSE_BYTES}"
             )
+
+    @property
+    def max_requests(self) -> int:
+        """Requests under way at once; fewer than connections, so that health is answered when no more are."""
+        return max(1, self.max_connections - self.max_connections // 8)
+
+    @property
+    def max_held_bytes(self) -> int:
+        """Bytes of bodies under way at once: eight of the largest."""
+        return 8 * max(self.max_body_bytes, self.max_upload_bytes)
 
     def parse_limits(self) -> ParseLimits:
         """Limits of the process that reads one file; what comes out of it goes with what comes in."""

@@ -125,12 +125,13 @@ class Spool:
         left = 0
         for folder in sorted(path for path in other.iterdir() if path.is_dir()):
             job = _read(folder / _JOB)
-            if job is None or time.time() - job["created"] > ORPHAN_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)  # never accepted, or too old
-            elif mine(job):
+            # What was accepted for an index of this server is owed to its client, however old it is.
+            if job is not None and mine(job):
                 target = self.folder / folder.name
                 folder.rename(target)
                 taken.append((target, job))
+            elif job is None or time.time() - job["created"] > ORPHAN_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)  # never accepted, or nobody serves it
             else:
                 left += 1
         return left

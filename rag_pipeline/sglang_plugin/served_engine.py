@@ -45,6 +45,11 @@ class ServedEngine:
         return get_global_state().tokenizer_manager
 
     @property
+    def incremental(self) -> bool:
+        """Whether each piece of a stream of SGLang's own routes holds only what is new."""
+        return self._incremental
+
+    @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together that the engine admits."""
         return int(self._manager.max_req_input_len)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import json
 import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,6 +51,71 @@ def test_another_kind_of_server(tmp_path: Path) -> None:
             ServerBackend(f"http://127.0.0.1:{other.server_port}")
         assert "\n" not in str(error.value)
         other.shutdown()
+
+
+MODEL_INFO = {"model_path": "m", "is_generation": True}
+ENGINE = {"max_req_input_len": 2042, "incremental_streaming_output": True}
+NOT_YOURS = {"error": {"message": "a tenant's key does not open this route", "code": 403}}
+
+
+@contextlib.contextmanager
+def answering(answers: dict[str, tuple[int, Any]]) -> Iterator[str]:
+    """A server that gives these answers to GET, 401 without a key, and 404 elsewhere."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.get(self.path, (404, {"detail": "Not Found"}))
+            if "Authorization" not in self.headers:
+                status, body = 401, {"error": "Unauthorized"}
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("plugin", [200, 503])
+def test_a_tenants_key_is_enough(plugin: int) -> None:
+    answers: dict[str, tuple[int, Any]] = {
+        "/model_info": (200, MODEL_INFO),
+        "/server_info": (403, NOT_YOURS),
+        "/v1/rag/health": (plugin, {"status": "ok", "engine": ENGINE}),
+    }
+    with answering(answers) as url:
+        backend = ServerBackend(url, api_key="tenant")
+        assert (backend.context_length, backend._incremental) == (2042, True)
+        backend.close()
+        with pytest.raises(EngineError, match="wants an API key; give its --api-key"):
+            ServerBackend(url)
+
+
+def test_a_stock_server_needs_no_route_of_this_project() -> None:
+    info = {"version": "0.5.23", "context_length": 4096, "incremental_streaming_output": False}
+    with answering({"/model_info": (200, MODEL_INFO), "/server_info": (200, info)}) as url:
+        backend = ServerBackend(url, api_key="key")
+        assert (backend.context_length, backend._incremental) == (4096, False)
+        backend.close()
+
+
+def test_a_key_that_was_given_is_not_asked_for() -> None:
+    for answers in (
+        {"/model_info": (200, MODEL_INFO), "/server_info": (403, NOT_YOURS)},
+        {"/model_info": (403, NOT_YOURS)},
+    ):
+        with answering(answers) as url, pytest.raises(EngineError) as error:
+            ServerBackend(url, api_key="tenant")
+        assert "with the API key that was given (403: a tenant's key does not" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def is_idle(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import os
@@ -24,9 +25,11 @@ from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.tenants import Tenant
 from rag_pipeline.server.turns import Turns
+from retrievers import RetrievalError
 
 Text = str | bytes
 FIRST_IMPORTS = (
@@ -211,6 +214,28 @@ def test_a_document_is_deleted_behind_its_upload(make_uploads: Callable[..., Upl
     assert uploads.ids() == set()
 
 
+def test_deletions_that_wait_are_counted_even_when_their_clients_went(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads(max_queued_jobs=3)
+    gate = threading.Event()
+    uploads.jobs._put("acme", gate.wait)
+    uploads.submit({"a.txt": "Text."})
+    waiting = [uploads.jobs.delete("acme", uploads.index(), "uploads/a.txt") for _ in range(2)]
+    assert waiting[0].cancel()  # its client went; its place in the queue is taken still
+    for more in (
+        lambda: uploads.jobs.delete("acme", uploads.index(), "uploads/a.txt"),
+        lambda: uploads.jobs.check_room("acme"),
+    ):
+        with pytest.raises(ApiError) as refusal:
+            more()
+        assert refusal.value.status == 429
+    uploads.jobs.check_room("globex")
+    gate.set()
+    assert waiting[1].result(60) == 1
+    assert uploads.upload({"b.txt": "Text."}).state == "done"
+
+
 # -- durable ------------------------------------------------------------------------------------
 
 
@@ -243,6 +268,47 @@ def test_what_was_accepted_is_finished_by_the_next_server(
     assert jobs.get("acme", first.id).state == "done"
     with pytest.raises(ApiError):
         jobs.get("globex", first.id)
+
+
+def test_only_an_upload_that_nobody_serves_grows_too_old(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    uploads = make_uploads()
+    for tenant in ("acme", "globex"):
+        uploads.jobs._put(tenant, uploads.jobs._stop.wait)
+    served, orphan = (uploads.submit({"a.txt": "Text."}, of) for of in ("acme", "globex"))
+    for job in (served, orphan):
+        job.created -= 8 * 24 * 3600
+        uploads.jobs._spool.write(uploads.jobs._folders[job.id], job.to_record())
+    uploads.jobs.close()
+    del uploads.indexes["globex", "main"]
+    jobs = uploads.start()
+    uploads.wait(lambda: jobs.get("acme", served.id).ended)
+    assert jobs.get("acme", served.id).state == "done"
+    assert uploads.ids() == {"uploads/a.txt"}
+    assert uploads.left() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RetrievalError("/srv/acme/main is a file; name a folder for the index"),
+        OSError(errno.ENOSPC, "No space left on device", "/srv/acme/main"),
+        ParseError("/srv/acme/work/0001 is damaged"),
+    ],
+)
+def test_no_path_of_the_server_is_told_in_a_job(
+    make_uploads: Callable[..., Uploads], error: Exception
+) -> None:
+    def fail(*given: Any) -> None:
+        raise error
+
+    uploads = make_uploads()
+    uploads.jobs._run = fail  # type: ignore[assignment]
+    job = uploads.upload({"a.txt": "Text."})
+    job.skip("b.txt", str(error))
+    assert (job.state, bool(job.error)) == ("failed", True)
+    assert "/srv" not in json.dumps(job.to_json())
 
 
 def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[..., Uploads]) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import refusal_of
-from rag_pipeline.server.schemas import ChatRequest, Message
+from rag_pipeline.server.schemas import ChatRequest, DocumentsRequest, Message, SearchRequest
 from rag_pipeline.server.segments import segments_of
 from rag_pipeline.types import PromptLayout, Span, Usage
 
@@ -193,3 +193,58 @@ def test_what_would_change_the_answer_is_refused_in_one_line(
     assert refusal[0] == 400
     assert line in refusal[1]
     assert "\n" not in refusal[1]
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * MANY}]}),
+        (ChatRequest, {"messages": [1] * MANY}),
+        (ChatRequest, {"messages": [{str(key): 1 for key in range(MANY)}]}),
+        (ChatRequest, {"messages": [{str(key): None for key in range(MANY)}]}),
+        (ChatRequest, {"messages": [USER], **{str(key): 1 for key in range(MANY)}}),
+        (ChatRequest, {"messages": [USER], "rag": {str(key): 1 for key in range(MANY)}}),
+        (ChatRequest, {"messages": [USER], "logit_bias": {str(key): "x" for key in range(MANY)}}),
+        (ChatRequest, {"messages": [USER], "modalities": [1] * MANY}),
+        (ChatRequest, {"messages": [USER], "stop": [1] * MANY}),
+        (ChatRequest, {"messages": [USER], "tools": [1] * MANY}),
+        (SearchRequest, {"query": "x", **{str(key): 1 for key in range(MANY)}}),
+        (DocumentsRequest, {"documents": [1] * MANY}),
+        (DocumentsRequest, {"documents": [{str(key): 1 for key in range(MANY)}]}),
+    ],
+)
+def test_a_body_of_a_hundred_thousand_faults_makes_a_handful_of_errors(
+    schema: type[BaseModel], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        schema.model_validate(body)
+    assert error.value.error_count() <= 3
+    found = [{**item, "loc": ("body", *item["loc"])} for item in error.value.errors()]
+    refusal = refusal_of(RequestValidationError(found))
+    assert refusal is not None
+    assert len(refusal[1]) < 400
+
+
+def test_what_was_given_is_shown_as_far_as_it_is_shown_without_writing_it_all() -> None:
+    class Item:
+        written = 0
+
+        def __repr__(self) -> str:
+            type(self).written += 1
+            return "0"
+
+    class Written(str):
+        def __repr__(self) -> str:
+            raise AssertionError("written as a whole")
+
+    for given in ([Item()] * MANY, Written("é" * MANY), {"k": "é" * MANY}, 7, None, [1, "é"]):
+        item = {"type": "x", "loc": ("body", "f"), "msg": "no", "input": given}
+        refusal = refusal_of(RequestValidationError([item]))
+        assert refusal is not None
+        assert refusal[1].isascii()
+        assert len(refusal[1]) < 120
+    assert Item.written < 200

@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
+from rag_pipeline import ServerBackend
+from rag_pipeline.types import GenerationRequest, SamplingOptions
 
 pytestmark = pytest.mark.engine
 
@@ -116,6 +118,7 @@ def test_no_figure_of_the_whole_server_reaches_a_tenant(rag_server: Any) -> None
         seen = acme.get("/v1/rag/health").json()
         assert seen["cache"] == {}
         assert list(seen["index"]) == ["acme"]
+        assert set(seen["engine"]) == {"max_req_input_len", "incremental_streaming_output"}
         for path in ("/metrics", "/server_info", "/v1/loads", "/openapi.json"):
             assert acme.get(path).status_code == 403
     with rag_server.client(None) as nobody:
@@ -124,6 +127,18 @@ def test_no_figure_of_the_whole_server_reaches_a_tenant(rag_server: Any) -> None
         assert (
             nobody.get("/v1/models", headers=[("Authorization", b"Bearer \xe9")]).status_code == 401
         )
+
+
+def test_a_tenants_key_is_enough_for_this_projects_own_client(rag_server: Any) -> None:
+    backends = [
+        ServerBackend(rag_server.url, api_key=rag_server.keys[who]) for who in ("operator", "acme")
+    ]
+    limits = [backend.context_length for backend in backends]
+    assert limits[0] == limits[1] > 0
+    request = GenerationRequest(input_ids=(5, 6), sampling=SamplingOptions(max_new_tokens=4))
+    assert list(backends[1].generate(request))
+    for backend in backends:
+        backend.close()
 
 
 def test_the_route_matrix_of_a_running_server(rag_server: Any) -> None:

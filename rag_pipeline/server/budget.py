@@ -1,0 +1,130 @@
+"""How much may be under way at once: requests, and bytes of their bodies, in all and of one key.
+
+What waits in a queue is counted where it waits. This counts what comes before: a body that is being received
+or read lies in memory or in the temporary folder, whatever its route then says to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rag_pipeline.server.errors import ApiError
+
+RETRY_S = 1
+
+
+class Budget:
+    """Counts of one server; used on its event loop only.
+
+    Parameters
+    ----------
+    max_requests
+        Requests under way.
+    max_bytes
+        Of their bodies, until an answer begins.
+    shared
+        Whether there are tenants; each key then has half of both.
+    """
+
+    def __init__(self, *, max_requests: int, max_bytes: int, shared: bool) -> None:
+        self._requests = _Count("requests", max_requests, shared=shared)
+        self._bytes = _Count("bytes of bodies", max_bytes, shared=shared)
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Requests and bytes that are counted now."""
+        return self._requests.total, self._bytes.total
+
+    def enter(self, tenant: str, *, declared: int = 0) -> Held:
+        """Count a request in.
+
+        Parameters
+        ----------
+        tenant
+            Whose key it has.
+        declared
+            Bytes that its header announces: refused now, they are never received.
+
+        Raises
+        ------
+        ApiError
+            429 where the key has its share under way, 503 where the server has.
+        """
+        self._requests.add(tenant, 1)
+        held = Held(tenant, self._requests, self._bytes)
+        try:
+            held.reserve(declared)
+        except ApiError:
+            held.leave()
+            raise
+        return held
+
+
+class Held:
+    """What one request holds of a :class:`Budget`."""
+
+    def __init__(self, tenant: str, requests: _Count, num_bytes: _Count) -> None:
+        self._tenant = tenant
+        self._requests = requests
+        self._bytes = num_bytes
+        self._reserved = 0
+        self._body_is_over = self._left = False
+
+    def reserve(self, body_bytes: int) -> None:
+        """Hold as much as a body has by now, or will have; a header may have announced less.
+
+        Raises
+        ------
+        ApiError
+            429 or 503 where that is too much.
+        """
+        more = body_bytes - self._reserved
+        if more > 0 and not self._body_is_over:
+            self._bytes.add(self._tenant, more)
+            self._reserved = body_bytes
+
+    def end_body(self) -> None:
+        """Give the bytes back: an answer has begun, and a stream may go on for long."""
+        self._body_is_over = True
+        self._bytes.give_back(self._tenant, self._reserved)
+        self._reserved = 0
+
+    def leave(self) -> None:
+        """Give everything back; once is enough."""
+        self.end_body()
+        if not self._left:
+            self._left = True
+            self._requests.give_back(self._tenant, 1)
+
+
+class _Count:
+    """One quantity, in all and by tenant."""
+
+    def __init__(self, what: str, limit: int, *, shared: bool) -> None:
+        self._what = what
+        self._limit = limit
+        self._share = max(1, limit // 2) if shared else limit
+        self._by_tenant: Counter[str] = Counter()
+        self.total = 0
+
+    def add(self, tenant: str, more: int) -> None:
+        mine = self._by_tenant[tenant]
+        if mine + more > self._share and self._share < self._limit:
+            raise ApiError(
+                429,
+                f"this key has {mine} of at most {self._share} {self._what} under way; send fewer at once",
+                retry_s=RETRY_S,
+            )
+        if self.total + more > self._limit:
+            # Without figures: what others have under way is not a tenant's business.
+            raise ApiError(
+                503, f"the server has too many {self._what} under way; try again", retry_s=RETRY_S
+            )
+        self._by_tenant[tenant] += more
+        self.total += more
+
+    def give_back(self, tenant: str, number: int) -> None:
+        self.total -= number
+        self._by_tenant[tenant] -= number
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]

@@ -1,0 +1,138 @@
+"""Indexes as a server holds them: faults that pass, faults that are mended, what is told, one model."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rag_pipeline.server.errors import ApiError, line_of, without_paths
+from rag_pipeline.server.indexes import FAULT_S, EmbedderPool, ServedIndex, SharedEmbedder
+from retrievers import CorruptIndexError, Embedder, RetrievalError
+from retrievers.manifest import MANIFEST_NAME
+
+
+class Files:
+    """An index whose manifest is there, and whose files open when they are told to."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.error: Exception | None = OSError(errno.EMFILE, "Too many open files", "/srv/acme/x")
+        self.opened = 0
+        self.now = 100.0
+        (folder / MANIFEST_NAME).write_text("{}")
+        monkeypatch.setattr("rag_pipeline.server.indexes.Index.open", self._open)
+        monkeypatch.setattr(ServedIndex, "embedder", lambda index: None)
+        monkeypatch.setattr(ServedIndex, "manifest", lambda index: None)
+        self.index = ServedIndex("main", folder, EmbedderPool("x"), clock=lambda: self.now)
+
+    def _open(self, folder: Path, **options: Any) -> Any:
+        self.opened += 1
+        if self.error is not None:
+            raise self.error
+        return "the index"
+
+    def mend(self) -> None:
+        self.error = None
+        os.utime(self.folder / MANIFEST_NAME, ns=(1, 1))
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    return Files(tmp_path, monkeypatch)
+
+
+def test_a_passing_fault_is_not_believed_for_ever(files: Files) -> None:
+    for _ in range(3):
+        with pytest.raises(ApiError) as refusal:
+            files.index.current()
+        assert refusal.value.status == 503
+    assert files.opened == 1  # a damaged index is not read whole for every request
+    files.error = None
+    files.now += FAULT_S
+    assert files.index.current() == "the index"  # type: ignore[comparison-overlap]
+    assert files.index.status()["ok"]
+
+
+def test_health_finds_that_a_fault_has_passed_without_a_search(files: Files) -> None:
+    with pytest.raises(ApiError):
+        files.index.current()
+    files.error = None
+    files.now += FAULT_S
+    assert not files.index.status()["ok"]
+    looking = files.index._looking
+    assert looking is not None
+    looking.join(60)
+    assert files.index.status()["ok"]
+
+
+def test_health_is_good_as_soon_as_an_index_is_mended(files: Files) -> None:
+    files.error = CorruptIndexError("/srv/acme/x is damaged")
+    with pytest.raises(ApiError):
+        files.index.current()
+    assert not files.index.status()["ok"]
+    files.mend()
+    assert files.index.status()["ok"]
+
+
+# -- what is told -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "/srv/acme/x"),
+        CorruptIndexError("/srv/acme/x is damaged"),
+        RetrievalError("/srv/acme is a file, not an index folder"),
+        RetrievalError("cannot load the embedder '/srv/acme/': no such file"),
+        ZeroDivisionError("/srv/acme"),
+    ],
+)
+def test_no_path_of_the_server_is_told_in_health(files: Files, error: Exception) -> None:
+    files.error = error
+    assert "/srv" not in line_of(error)
+    if isinstance(error, OSError | RetrievalError):
+        with pytest.raises(ApiError):
+            files.index.current()
+        assert "/srv" not in str(files.index.status())
+        assert files.index.fault == str(error)
+
+
+def test_only_paths_are_taken_out_of_a_line() -> None:
+    for line in ("uploads/a.txt: 3/4 of it", "http://host/a/b", "a / b", "1/2", "and/or", "/v1"):
+        assert without_paths(line) == line
+    assert without_paths("no tokenizer in /srv/m/x.gguf: give '/a/b/'") == (
+        "no tokenizer in x.gguf: give 'b'"
+    )
+
+
+# -- one model ----------------------------------------------------------------------------------
+
+
+def test_a_model_is_loaded_once_however_many_threads_ask_for_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    others = threading.Event()
+
+    class Model:
+        def get_embedding_dimension(self) -> int:
+            return 7
+
+    def load(embedder: Embedder) -> Model:
+        loads.append(1)
+        others.wait(0.5)  # the others get as far as they get
+        return Model()
+
+    monkeypatch.setattr(Embedder, "_load", load)
+    embedder = SharedEmbedder(tmp_path, name="x")
+    threads = [threading.Thread(target=lambda: embedder.dim) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(loads) == 1
