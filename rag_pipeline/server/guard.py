@@ -24,6 +24,7 @@ from rag_pipeline.server.access import ROUTES, Access, find_route
 from rag_pipeline.server.addresses import HostName, is_loopback, is_own_origin, parse_host
 from rag_pipeline.server.budget import Budget
 from rag_pipeline.server.errors import ApiError, error_response
+from rag_pipeline.server.headers import Headers, host_of, is_preflight, key_of, no_key
 from rag_pipeline.server.request_log import Exchange
 from rag_pipeline.server.tenants import Tenant, Tenants
 from rag_pipeline.sglang_plugin.http_access import admitted
@@ -165,34 +166,34 @@ class Guard:
             raise ApiError(
                 503, "the server is stopping; send it again to another, or later", retry_s=10
             )
-        headers = _Headers(scope)
-        host = _host_of(headers)
+        headers = Headers(scope)
+        host = host_of(headers)
         if not self._rules.tenants.has_key:
             self._refuse_strangers(scope, headers, host, template)
-        if _is_preflight(scope, headers):
+        if is_preflight(scope, headers):
             return None
         return self._caller(headers, access)
 
-    def _caller(self, headers: _Headers, access: Access) -> Tenant | None:
+    def _caller(self, headers: Headers, access: Access) -> Tenant | None:
         tenants, admin_key = self._rules.tenants, self._rules.admin_key
         if access is Access.OPEN:
             return None
         if access is Access.ADMIN and admin_key is not None:
-            key = _key_of(headers)
+            key = key_of(headers)
             if key is not None and hmac.compare_digest(key, admin_key):
                 return tenants.operator
-            raise _no_key("this route is opened by --admin-api-key")
+            raise no_key("this route is opened by --admin-api-key")
         if not tenants.has_key:
             return tenants.operator
-        tenant = tenants.of(_key_of(headers))
+        tenant = tenants.of(key_of(headers))
         if tenant is None:
-            raise _no_key("send `Authorization: Bearer KEY` with a key of this server")
+            raise no_key("send `Authorization: Bearer KEY` with a key of this server")
         if tenant is not tenants.operator and access is not Access.TENANT:
             raise ApiError(403, "a tenant's key does not open this route")
         return tenant
 
     def _refuse_strangers(
-        self, scope: Scope, headers: _Headers, host: HostName | None, template: str
+        self, scope: Scope, headers: Headers, host: HostName | None, template: str
     ) -> None:
         """Protected mode: this machine, called by its own name, and this server's own page."""
         if host is None:
@@ -227,63 +228,6 @@ class Guard:
     def _is_own_name(self, name: str) -> bool:
         given = parse_host(self._rules.host)
         return name in self._own_names or (given is not None and name == given.name)
-
-
-class _Headers:
-    """Headers of a request: as text, and never one of several."""
-
-    def __init__(self, scope: Scope) -> None:
-        self._pairs: list[tuple[bytes, bytes]] = scope["headers"]
-
-    def all(self, name: bytes) -> list[str]:
-        return [value.decode("latin-1").strip() for key, value in self._pairs if key == name]
-
-    def one(self, name: bytes) -> str | None:
-        found = self.all(name)
-        return found[0] if found else None
-
-
-def _host_of(headers: _Headers) -> HostName | None:
-    given = headers.all(b"host")
-    if len(given) > 1:
-        raise ApiError(400, f"the request has {len(given)} Host headers; send one")
-    if not given or not given[0]:
-        return None
-    host = parse_host(given[0])
-    if host is None:
-        raise ApiError(400, f"the Host header {ascii(given[0])[:120]} is no name or address")
-    return host
-
-
-def _is_preflight(scope: Scope, headers: _Headers) -> bool:
-    """Whether a browser asks if it may; SGLang's CORS layer answers, and nothing behind it is reached."""
-    return (
-        scope.get("method") == "OPTIONS"
-        and bool(headers.all(b"origin"))
-        and bool(headers.all(b"access-control-request-method"))
-    )
-
-
-def _key_of(headers: _Headers) -> str | None:
-    """Key of the one ``Authorization: Bearer KEY`` header.
-
-    Raises
-    ------
-    ApiError
-        401 for a header that carries no key: two of them, another scheme, letters beyond ASCII.
-    """
-    given = headers.all(b"authorization")
-    if not given:
-        return None
-    scheme, _, key = given[0].partition(" ")
-    key = key.strip()
-    if len(given) > 1 or scheme.lower() != "bearer" or not key or not key.isascii():
-        raise _no_key("the Authorization header is not `Bearer KEY` with one key in ASCII")
-    return key
-
-
-def _no_key(message: str) -> ApiError:
-    return ApiError(401, message)
 
 
 def _other_name(host: HostName) -> str:

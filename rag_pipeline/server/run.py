@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rag_pipeline.erasure import default_stores, make_eraser
 from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
+from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.guard import Guard, GuardRules
 from rag_pipeline.server.health import Health
-from rag_pipeline.server.indexes import EmbedderPool, IndexTable, ServedIndex
+from rag_pipeline.server.indexes import IndexTable, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
 from rag_pipeline.server.page import make_page_router
 from rag_pipeline.server.request_log import log_requests

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from rag_pipeline.server.embedders import EmbedderPool, SharedEmbedder
 from rag_pipeline.server.errors import ApiError, line_of, without_paths
-from rag_pipeline.server.indexes import FAULT_S, EmbedderPool, ServedIndex, SharedEmbedder
+from rag_pipeline.server.indexes import FAULT_S, ServedIndex
 from retrievers import CorruptIndexError, Embedder, RetrievalError
 from retrievers.manifest import MANIFEST_NAME
 

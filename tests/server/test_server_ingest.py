@@ -21,9 +21,10 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from rag_pipeline.server import ServerSettings, parsing
+from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
-from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
+from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs, Job
 from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.routes import make_router

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.server import ServerSettings
-from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
+from rag_pipeline.server.embedders import EmbedderPool
+from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from rag_eval.uploads.hostile_files import hostile_files
 from rag_pipeline.server import ServerSettings
-from rag_pipeline.server.indexes import EmbedderPool, ServedIndex
+from rag_pipeline.server.embedders import EmbedderPool
+from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs, Job
 
 _QUESTION = "What does the heron eat?"
