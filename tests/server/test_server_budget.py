@@ -38,7 +38,8 @@ class Client:
             self.to_app.put_nowait({"type": "http.request", "body": piece, "more_body": True})
         if end:
             self.to_app.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        await asyncio.sleep(0.01)  # as far as it gets
+        for _ in range(200):  # as far as it gets: turns of the loop, which a slow machine has too
+            await asyncio.sleep(0)
         return self
 
     async def leave(self) -> None:
