@@ -14,6 +14,8 @@ from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.guard import Guard
 
 PIECE = b"x" * 100
+UNDER_WAY: set[asyncio.Future[None]] = set()
+"""A loop holds its tasks weakly: one that nobody holds is collected, and its client is gone."""
 
 
 class Client:
@@ -29,6 +31,7 @@ class Client:
         self.to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.said: list[dict[str, Any]] = []
         self.task = asyncio.ensure_future(app(self.scope, self.to_app.get, self._send))
+        UNDER_WAY.add(self.task)
 
     async def _send(self, message: Any) -> None:
         self.said.append(message)
@@ -80,6 +83,7 @@ def run(test: Callable[[Guard], Any], **rules: Any) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        UNDER_WAY.clear()
         assert app.budget.used == (0, 0)
         assert app.in_flight == 0
 
