@@ -12,6 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from uploads import Uploads
+
+from rag_pipeline.server import ServerSettings
+from rag_pipeline.server.embedders import EmbedderPool
 
 OPERATOR_KEY = "operator-key-0123456789"
 ACME_KEY = "acme-key-0123456789abcdef"
@@ -164,3 +168,24 @@ def rag_server(
             "broken": BROKEN_KEY,
         }
         yield Server(url=url, pid=pid, folder=folder, log=log, keys=keys)
+
+
+@pytest.fixture(scope="module")
+def embedders(minilm_path: Path) -> EmbedderPool:
+    return EmbedderPool(str(minilm_path))
+
+
+@pytest.fixture
+def make_uploads(
+    tmp_path: Path, smollm2_path: Path, embedders: EmbedderPool
+) -> Iterator[Callable[..., Uploads]]:
+    made: list[Uploads] = []
+
+    def make(**limits: Any) -> Uploads:
+        settings = ServerSettings(model=smollm2_path, embedder=embedders.default, **limits)
+        made.append(Uploads(tmp_path, settings, embedders))
+        return made[-1]
+
+    yield make
+    for uploads in made:
+        uploads.jobs.close()
