@@ -1,0 +1,131 @@
+"""Deleted text goes from the index, from chunk KV on the disk, and from notices; the rest stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
+
+from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks
+from rag_pipeline import erasure
+from rag_pipeline.erasure import erase_folder, make_eraser, post
+from rag_pipeline.passage_sample import PASSAGE_NAME
+from retrievers import (
+    HFTokenizer,
+    Index,
+    Removal,
+    StorageError,
+    delete_documents,
+    finish_removals,
+)
+
+
+def test_a_deleted_documents_text_goes_and_what_another_shares_stays(
+    home: Path, index: Path, store: StoreFolder, smollm2_path: Path
+) -> None:
+    (index / PASSAGE_NAME).write_text(f"{OTHER} {SECRET}\n\n{SHARED}")
+    delete_documents(index, ["a"], erase=make_eraser(store.path))
+    assert texts(store, smollm2_path) == {f"[a]\n{SHARED}\n\n", f"[b]\n{OTHER}\n\n"}
+    with Index.open(index) as opened:
+        assert {chunk.text for chunk in opened.chunks()} == {OTHER, SHARED}
+    assert b"4711" not in bytes_below(home)
+    ids = np.array(HFTokenizer(smollm2_path).encode(SECRET[20:60])[2:-2], dtype=np.int32)
+    assert ids.tobytes() not in bytes_below(home)
+
+
+def test_the_old_text_of_a_replaced_document_goes_and_what_it_kept_stays(
+    index: Path, store: StoreFolder, smollm2_path: Path
+) -> None:
+    edited = SECRET.replace("4711", "0815")
+    put(index, {"a": f"{edited}\n{SHARED}"}, erase=make_eraser(store.path))
+    assert texts(store, smollm2_path) == {
+        f"[a]\n{SHARED}\n\n",
+        f"[b]\n{OTHER}\n\n",
+        SECRET[10:60],  # all of it is in the new text too
+    }
+    assert b"4711" not in bytes_below(index)
+
+
+def test_nothing_is_erased_where_documents_only_come(
+    index: Path, store: StoreFolder, smollm2_path: Path
+) -> None:
+    before = texts(store, smollm2_path)
+    put(index, {"c": "Another town has another vault."}, erase=make_eraser(store.path))
+    assert texts(store, smollm2_path) == before
+    assert not list(erasure.board().iterdir())
+
+
+def test_an_erasure_that_was_cut_short_is_made_up_for(
+    index: Path, store: StoreFolder, smollm2_path: Path
+) -> None:
+    def refused(removal: Removal) -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(StorageError, match="not found any more, but may lie on the disk"):
+        delete_documents(index, ["a"], erase=refused)
+    with Index.open(index) as opened:
+        assert {record.id for record in opened.documents()} == {"b"}
+    assert SECRET[10:60] in texts(store, smollm2_path)
+    finish_removals(index, erase=make_eraser(store.path))
+    assert texts(store, smollm2_path) == {f"[a]\n{SHARED}\n\n", f"[b]\n{OTHER}\n\n"}
+    assert b"4711" not in bytes_below(index)
+
+
+def test_records_that_nobody_here_can_read_go_with_any_deletion(
+    index: Path, store: StoreFolder, record: Callable[..., ChunkKV], smollm2_path: Path
+) -> None:
+    gone = StoreFolder(store.path, model="/no/such/model")
+    foreign = KVContext(**{**CONTEXT.to_json(), "model_fingerprint": "n"})  # type: ignore[arg-type]
+    unreadable = record(OTHER, foreign)
+    gone.put(unreadable, context=foreign)
+    unnamed = record(OTHER, KVContext(**{**CONTEXT.to_json(), "prefix_digest": "q"}))  # type: ignore[arg-type]
+    gone.put(unnamed)
+    delete_documents(index, ["a"], erase=make_eraser(store.path))
+    assert not {unreadable.key, unnamed.key} & set(store.keys())
+    assert len(list(store.keys())) == 2
+
+
+def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
+    home: Path, record: Callable[..., ChunkKV], smollm2_path: Path
+) -> None:
+    marks = TextMarks.of([(SECRET, [])])
+    post(marks, [])
+    assert b"vault" not in bytes_below(erasure.board())
+    (notice,) = erasure.notices(set())
+    assert notice.marks.are_in(f"x {SECRET[3:50]} y")
+    assert not notice.marks.are_in(OTHER)
+    next(erasure.board().glob("*.marks")).write_bytes(b"damaged")
+    (notice,) = erasure.notices(set())
+    assert notice.marks.everything
+
+
+@pytest.mark.parametrize(
+    ("gone", "live", "found", "kept"),
+    [
+        (SECRET, [SHARED], ["x" + SECRET, SECRET.replace(" ", "\n  "), SECRET[5:50]], [OTHER]),
+        (SECRET, [SECRET.replace("4711", "0815")], [SECRET], [SECRET.replace("4711", "0815")]),
+        (SECRET, [f"{OTHER} {SECRET}"], [], [SECRET, OTHER]),
+        ("PIN 4711", [], ["the PIN  4711 is old"], ["the PIN 4712", "PIN"]),
+        ("密码是四七一一", [], ["旧的密码是四七一一。"], ["密码是四七一二"]),
+        ("   ", [], [], [SECRET, ""]),
+    ],
+)
+def test_marks_find_what_is_gone_and_nothing_that_lives(
+    gone: str, live: list[str], found: list[str], kept: list[str]
+) -> None:
+    marks = TextMarks.from_bytes(TextMarks.of([(gone, live)]).to_bytes())
+    assert all(marks.are_in(text) for text in found)
+    assert not any(marks.are_in(text) for text in kept)
+
+
+def test_too_much_to_tell_apart_empties_the_store(
+    store: StoreFolder, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "_MOST_CHUNKS", 0)
+    delete_documents(index, ["a"], erase=make_eraser(store.path))
+    assert not list(store.keys())
+    assert erase_folder(index, TextMarks({}, everything=True)) == 0  # no store: left alone
+    assert Index.open(index).manifest.num_documents == 1

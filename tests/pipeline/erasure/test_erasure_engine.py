@@ -1,0 +1,180 @@
+"""Deleted text goes from an engine that runs: its memory, what waits to be built or written, its folder."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from erasing import CONTEXT, OTHER, SECRET, SHARED
+
+from chunk_cache import BackgroundWriter, ChunkKV, StoreFolder
+from rag_pipeline import erasure
+from rag_pipeline.erasure import make_eraser
+from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
+from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from retrievers import (
+    delete_documents,
+)
+
+
+def test_an_engine_that_runs_forgets_it_too(
+    home: Path,
+    index: Path,
+    record: Callable[..., ChunkKV],
+    smollm2_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = FusionRuntime(FusionConfig(store_dir=str(home / "own")), None)
+    runtime.passage_text = f"{SHARED} {SECRET}"
+    runtime.passage, runtime.plain_passage = np.arange(3), np.arange(2)
+    folder = StoreFolder(home / "own", create=True, model=str(smollm2_path))
+    held, pinned, other = record(SECRET), record(f"[x]\n{SECRET}"), record(OTHER)
+    for one in (held, pinned, other):
+        runtime.store.put(one)
+        folder.put(one, context=CONTEXT)
+    runtime.store.pin(pinned.key)
+    lease = runtime.store.acquire(held.key, held.token_ids)
+    assert lease is not None
+    watch = ErasedText(runtime, str(smollm2_path))
+    assert watch.look() == 0
+    # Whoever deletes knows of another folder only.
+    delete_documents(index, ["a"], erase=make_eraser(home / "default"))
+    assert watch.look() == 2
+    assert runtime.store.keys() == [other.key]
+    assert set(folder.keys()) == {other.key}
+    assert runtime.passage.size == 2
+    # A request that was under way computes it once more.
+    lease.release()
+    late = record(f"[late] {SECRET}")
+    runtime.store.put(late)
+    assert watch.is_in(late)
+    assert watch.look() == 1
+    assert watch.look() == 0
+    # And when the notice is no longer in force, the same text may come again.
+    moment = time.monotonic() + erasure.NOTICE_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: moment)
+    runtime.store.put(late)
+    assert watch.look() == 0
+    assert not watch.is_in(late)
+
+
+@pytest.fixture
+def watched(home: Path, index: Path, smollm2_path: Path) -> ErasedText:
+    """What an engine with a folder of its own knows right behind a deletion that knew of no folder."""
+    StoreFolder(home / "own", create=True, model=str(smollm2_path))
+    watch = ErasedText(
+        FusionRuntime(FusionConfig(store_dir=str(home / "own")), None), str(smollm2_path)
+    )
+    delete_documents(index, ["a"], erase=make_eraser(home / "default"))
+    return watch
+
+
+def test_the_same_chunk_that_is_computed_again_goes_again(
+    watched: ErasedText, record: Callable[..., ChunkKV]
+) -> None:
+    store = watched._runtime.store
+    for _ in range(3):
+        store.put(record(SECRET))
+        assert watched.look() == 1
+        assert store.keys() == []
+
+
+def test_what_waits_to_be_built_is_erased_however_late_it_is_built(
+    watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = watched._runtime
+    late, other = record(SECRET), record(OTHER)
+    prefix: Any = SimpleNamespace(tenant=Tenant(None, None))
+    for one in (late, other):
+        chunk = MissingChunk(prefix=prefix, ids=one.token_ids.astype(np.int64), key=one.key)
+        runtime.missing.add(chunk, 8)
+    now = time.monotonic()
+    for moment in (0.0, 100.0, 200.0, 300.0):  # the engine is busy far beyond a notice
+        monkeypatch.setattr(time, "monotonic", lambda moment=moment: now + moment)
+        watched.look()
+    for one in (late, other):
+        assert runtime.missing.take().key == one.key
+        runtime.store.put(one)
+    assert watched.is_in(late)
+    assert watched.look() == 1
+    assert runtime.store.keys() == [other.key]
+    # Long after it was built the text may come again.
+    monkeypatch.setattr(time, "monotonic", lambda: now + 300 + erasure.NOTICE_S + 1)
+    watched.look()
+    assert not watched.is_in(late)
+
+
+def test_what_waits_for_a_disk_that_hangs_never_reaches_it(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StoreFolder(home / "own")
+    hangs, goes_on = threading.Event(), threading.Event()
+    put = folder.put
+
+    def slow(one: ChunkKV, **options: Any) -> bool:
+        hangs.set()
+        assert goes_on.wait(60)
+        return put(one, **options)
+
+    monkeypatch.setattr(folder, "put", slow)
+    counts: Counter[str] = Counter()
+    writer = BackgroundWriter(
+        folder,
+        count=lambda kind: counts.update([kind]),
+        failed=lambda error: None,
+        is_erased=watched.is_in,
+    )
+    watched._runtime.writer = writer
+    for text in (f"[1] {SECRET}", f"[2] {SECRET}", OTHER):
+        assert writer.put(record(text), CONTEXT)
+    assert hangs.wait(60)
+    watched.look()
+    now = time.monotonic()
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: now + erasure.NOTICE_S + 1)
+        watched.look()
+    assert watched._in_force == []
+    goes_on.set()
+    assert writer.close(60)
+    assert list(folder.keys()) == [record(OTHER).key]
+    assert counts == {"erased": 2, "written": 1}
+
+
+def test_an_erasure_that_a_disk_refuses_is_done_again(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = watched._runtime
+    runtime.passage_text, runtime.passage = f"{SHARED} {SECRET}", np.arange(3)
+    folder = StoreFolder(home / "own")
+    held, filed = record(SECRET), record(f"[x] {SECRET}")
+    runtime.store.put(held)
+    for one in (held, filed):
+        folder.put(one, context=CONTEXT)
+    runtime.writer = cast(Any, SimpleNamespace(folder=folder, erase=lambda: None))
+
+    def refuse(*args: object) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    now = time.monotonic()
+    with monkeypatch.context() as broken:
+        broken.setattr(StoreFolder, "remove", refuse)
+        for moment in (0.0, 2.0, erasure.NOTICE_S + 5):
+            broken.setattr(time, "monotonic", lambda moment=moment: now + moment)
+            with pytest.raises(OSError, match="Input/output"):
+                watched.look()
+            assert runtime.store.keys() == []
+    assert len(list(folder.keys())) == 2
+    watched.look()
+    assert list(folder.keys()) == []
+    assert runtime.passage.size == 0
