@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from chunk_cache import sync_folder
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 file under a temporary name, sync and rename it, and sync its folder, which is made.
@@ -30,13 +32,4 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink()
         raise
     for folder in (path.parent, *(made.parent for made in missing)):
-        _sync(folder)
-
-
-# NOTE: as in retrievers.durable, which needs NumPy; the command line's help must not load it.
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder)

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from chunk_cache import sync_folder
+
 _JOB = "job.json"
 _LOCK = ".lock"
 _LOCK_WAIT_S = 30
@@ -58,7 +60,7 @@ class Spool:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        _sync(home)
+        sync_folder(home)
 
     @staticmethod
     def files(folder: Path) -> dict[str, Path]:
@@ -75,8 +77,8 @@ class Spool:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / _JOB)
-        _sync(folder)
-        _sync(folder.parent)
+        sync_folder(folder)
+        sync_folder(folder.parent)
 
     def remove_files(self, folder: Path) -> None:
         """Remove everything of an upload but its record."""
@@ -109,7 +111,7 @@ class Spool:
                     lock.release()
                 if not left:
                     shutil.rmtree(other, ignore_errors=True)
-        _sync(self.folder)
+        sync_folder(self.folder)
         return sorted(taken, key=lambda pair: pair[1]["order"])
 
     def close(self) -> None:
@@ -147,11 +149,3 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _create(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -48,6 +48,7 @@ class ErasedText:
         self._unfinished: list[Notice] = []
         """What the folder and the passage were not gone through for."""
         self._checked: set[ChunkKey] = set()
+        """Chunks without erased text, as far as the notices until now say."""
         self._files: set[ChunkKey] = set()
         """What is gone from memory, and perhaps not yet from the disk."""
         self._condemned: dict[ChunkKey, float] = {}
@@ -91,18 +92,18 @@ class ErasedText:
         return gone
 
     def _condemn(self, now: float) -> None:
-        """Note the chunks of erased text that wait to be built: a busy engine builds them after any notice."""
-        if self._in_force:
-            for chunk in self._waiting():
-                if chunk.key not in self._condemned and self._is_erased(chunk.ids):
-                    self._condemned[chunk.key] = now + NOTICE_S
-        if self._condemned:
-            waiting = {chunk.key for chunk in self._waiting()}
-            until = {
-                key: now + NOTICE_S if key in waiting else until
-                for key, until in self._condemned.items()
-            }
-            self._condemned = {key: until for key, until in until.items() if until > now}
+        """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""
+        if not (self._in_force or self._condemned):
+            return
+        condemned = {key: until for key, until in self._condemned.items() if until > now}
+        for chunk in self._waiting():
+            if chunk.key in self._checked:
+                continue
+            if chunk.key in condemned or self._is_erased(chunk.ids):
+                condemned[chunk.key] = now + NOTICE_S
+            else:
+                self._checked.add(chunk.key)
+        self._condemned = condemned
 
     def _waiting(self) -> list[MissingChunk]:
         while True:
