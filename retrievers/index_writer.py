@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from retrievers.chunk_store import encode_chunk
 from retrievers.dense_update import DensePlan, plan_dense
 from retrievers.documents import DocumentRecord
 from retrievers.durable import make_folders, remove_tree, storage_faults, sync_folder
-from retrievers.errors import IndexBusyError, RetrievalError, StorageError
+from retrievers.errors import RetrievalError, StorageError
 from retrievers.faiss_factory import AUTO, create_index, set_options
 from retrievers.generation import Generation
 from retrievers.generation_writer import write_generation
+from retrievers.index_lock import STAGE_NAME, WORK_NAME, locked
 from retrievers.index_settings import IndexSettings, indexed_text
 from retrievers.index_store import check_embedder
 from retrievers.journal import text_key
@@ -34,10 +34,6 @@ from retrievers.row_files import RowFiles, RowWriter
 from retrievers.types import Chunk
 
 logger = logging.getLogger(__name__)
-
-LOCK_NAME = ".lock"
-WORK_NAME = ".work"
-STAGE_NAME = "stage"
 
 
 class IndexWriter:
@@ -75,7 +71,7 @@ class IndexWriter:
         self.current: Generation | None = None
         _create_folder(self.folder)
         with self._writing():
-            self._lock = _locked(self.folder)
+            self._lock = locked(self.folder)
         try:
             with self._writing():
                 self._open()
@@ -334,55 +330,6 @@ class IndexWriter:
             )
         if document_id in self._documents:
             self._dropped.add(document_id)
-
-
-def leftovers(folder: Path, generation: str | None) -> list[Path]:
-    """What a killed process left in an index folder, or one that runs has under way.
-
-    Parameters
-    ----------
-    folder
-        Index folder.
-    generation
-        The current generation; ``None`` where there is no index yet. Then only a folder with the
-        lock of an ingest is looked into: it may be anything that a user named by mistake.
-    """
-    if generation is None and not (folder / LOCK_NAME).exists():
-        return []
-    states = folder.glob("gen-" + "[0-9]" * 6 if generation is None else "gen-*")
-    odd = (folder / NEW_MANIFEST_NAME, folder / WORK_NAME / STAGE_NAME)
-    return [path for path in states if path.name != generation] + [p for p in odd if p.exists()]
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a first ingest left that was killed before there was an index.
-
-    Raises
-    ------
-    IndexBusyError
-        Where another process ingests.
-    StorageError
-        Where the disk refuses.
-    """
-    with storage_faults(f"what an ingest left in {folder} cannot be removed"), _locked(folder):
-        if (folder / MANIFEST_NAME).exists():
-            return  # the ingest was running, and has just committed
-        for path in leftovers(folder, None):
-            if path.is_dir():
-                remove_tree(path)
-            else:
-                path.unlink()
-
-
-def _locked(folder: Path) -> FileLock:
-    lock = FileLock(folder / LOCK_NAME, timeout=0, mode=0o600)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise IndexBusyError(
-            f"another process is changing the index {folder}; wait for it to end"
-        ) from None
-    return lock
 
 
 def _number(generation: Path) -> int:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from retrievers.embedding import TextEmbedder
 from retrievers.embedding_reuse import ReusingEmbedder
 from retrievers.errors import RetrievalError
+from retrievers.index_lock import leftovers, remove_unfinished
 from retrievers.index_settings import IndexSettings, document_hash, indexed_text, settings_mark
-from retrievers.index_writer import IndexWriter, leftovers, remove_unfinished
+from retrievers.index_writer import IndexWriter
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
 from retrievers.journal import EmbeddingJournal
 from retrievers.manifest import MANIFEST_NAME, Manifest

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.indexes import ServedIndex
+from rag_pipeline.server.ingest_job import Job
 from rag_pipeline.server.parsing import ParseError, SplitTask, parse_upload
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.turns import Turns
@@ -25,9 +25,6 @@ from retrievers import (
     TokenSplitter,
     ingest,
 )
-
-if TYPE_CHECKING:
-    from rag_pipeline.server.ingest_jobs import Job
 
 # Shares of the bar: parsing a file is quick beside embedding its chunks, and writing is quick again.
 _PARSED, _EMBEDDED = 0.1, 0.9

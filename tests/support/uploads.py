@@ -10,7 +10,8 @@ from pathlib import Path
 from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.indexes import ServedIndex
-from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.ingest_job import Job
+from rag_pipeline.server.ingest_jobs import IngestJobs
 
 Text = str | bytes
 

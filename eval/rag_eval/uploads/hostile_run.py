@@ -11,7 +11,8 @@ from rag_eval.uploads.hostile_files import hostile_files
 from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.indexes import ServedIndex
-from rag_pipeline.server.ingest_jobs import IngestJobs, Job
+from rag_pipeline.server.ingest_job import Job
+from rag_pipeline.server.ingest_jobs import IngestJobs
 
 _QUESTION = "What does the heron eat?"
 
