@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from chunk_cache.listing import EntryInfo, Resolution
     from chunk_cache.matching import ChunkMatcher, MatchResult
     from chunk_cache.memory_store import MemoryStore
-    from chunk_cache.private_files import sync_folder, write_private
+    from chunk_cache.private_files import make_private, sync_folder, write_private
     from chunk_cache.records import ChunkKV, KVLayout, LayerKV
     from chunk_cache.spans import Match, check_spans, merge_matches
     from chunk_cache.stats import StoreStats
@@ -66,6 +66,7 @@ _HOME = {
     "check_spans": "spans",
     "hash_token_ids": "keys",
     "merge_matches": "spans",
+    "make_private": "private_files",
     "sync_folder": "private_files",
     "tenant_mark": "folder_layout",
     "write_private": "private_files",
@@ -101,6 +102,7 @@ __all__ = [
     "canonical_json",
     "check_spans",
     "hash_token_ids",
+    "make_private",
     "merge_matches",
     "sync_folder",
     "tenant_mark",

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from chunk_cache import sync_folder
+from chunk_cache import make_private, sync_folder
 
 _JOB = "job.json"
 _LOCK = ".lock"
@@ -38,11 +38,11 @@ class Spool:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(root)
         self.folder = root / uuid.uuid4().hex
-        with FileLock(root / _LOCK, timeout=_LOCK_WAIT_S):
+        with FileLock(root / _LOCK, timeout=_LOCK_WAIT_S, mode=0o600):
             self.folder.mkdir(mode=0o700)
-            self._lock = FileLock(self.folder / _LOCK, thread_local=False)
+            self._lock = FileLock(self.folder / _LOCK, thread_local=False, mode=0o600)
             self._lock.acquire()
 
     def new_folder(self) -> Path:
@@ -96,11 +96,11 @@ class Spool:
     ) -> list[tuple[Path, dict[str, Any]]]:
         """Move here what dead servers left and this one can go on with, oldest first."""
         taken: list[tuple[Path, dict[str, Any]]] = []
-        with FileLock(self._root / _LOCK, timeout=_LOCK_WAIT_S):
+        with FileLock(self._root / _LOCK, timeout=_LOCK_WAIT_S, mode=0o600):
             for other in sorted(self._root.iterdir()):
                 if not other.is_dir() or other == self.folder:
                     continue
-                lock = FileLock(other / _LOCK, timeout=0)
+                lock = FileLock(other / _LOCK, timeout=0, mode=0o600)
                 try:
                     lock.acquire()
                 except Timeout:

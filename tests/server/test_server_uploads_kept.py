@@ -26,8 +26,8 @@ def test_what_was_accepted_is_finished_by_the_next_server(
     uploads.jobs._put("acme", uploads.jobs._stop.wait)  # holds the queue until the server stops
     first = uploads.submit({"a.txt": "The first version."})
     second = uploads.submit({"a.txt": "The second version.", "b.md": "# B\n\nMore."})
-    folder = uploads.jobs._folders[first.id]
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+    spool = uploads.folder / "spool"  # locks and records included
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (spool, *spool.rglob("*"))}
     assert modes == {0o600, 0o700}
     half = uploads.jobs.new_folder()  # an upload that broke off was never accepted
     uploads.jobs.add_file(half, "c.txt", [b"half"])
