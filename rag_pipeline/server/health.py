@@ -75,9 +75,7 @@ class Health:
         self._prompt_date = prompt_date
         self._model_gate = model_gate
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rag-health")
-        self._last = _Report(
-            info=None, problem="the scheduler has not reported yet", at=float("-inf")
-        )
+        self._last: _Report | None = None
         self._asking: asyncio.Task[None] | None = None
 
     async def report(self, tenant: Tenant) -> dict[str, Any]:
@@ -151,11 +149,17 @@ class Health:
 
     async def _scheduler(self) -> _Report:
         """Return the scheduler's last report; one question is under way for however many ask."""
-        if time.monotonic() - self._last.at > FRESH_S:
+        if self._last is None or time.monotonic() - self._last.at > FRESH_S:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.get_running_loop().create_task(self._ask())
             await asyncio.wait({self._asking}, timeout=WAIT_S)
-        return self._last
+        return self._last or self._first()
+
+    def _first(self) -> _Report:
+        """Return what the scheduler said when the server became ready: load may have come at once."""
+        info = self._engine.last_state
+        problem = "" if info is not None else "the scheduler has not reported yet"
+        return _Report(info=info, problem=problem, at=float("-inf"))
 
     async def _ask(self) -> None:
         try:

@@ -37,6 +37,8 @@ class ServedEngine:
 
     def __init__(self, *, incremental: bool) -> None:
         self._incremental = incremental
+        self.last_state: dict[str, Any] | None = None
+        """What :meth:`state` returned last; None before the first report."""
 
     @property
     def _manager(self) -> Any:
@@ -126,7 +128,8 @@ class ServedEngine:
             raise EngineError(
                 f"the scheduler did not report within {STATE_TIMEOUT_S:.0f} s; it is busy or has died"
             ) from None
-        return {"internal_states": states, "version": __version__}
+        self.last_state = {"internal_states": states, "version": __version__}
+        return self.last_state
 
 
 class _Info:
