@@ -264,6 +264,9 @@ def serve(
     max_searches: Annotated[
         int, typer.Option(min=1, help="Searches that wait or run; one more is answered 503.")
     ] = 64,
+    max_questions: Annotated[
+        int, typer.Option(min=1, help="Questions that wait or are answered; one more gets 503.")
+    ] = 128,
     max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once.")] = 1024,
     max_body_mb: Annotated[
         int, typer.Option(min=1, max=4096, help="Largest request to SGLang's own routes.")
@@ -306,6 +309,7 @@ def serve(
             parse_memory_mb=parse_memory_mb,
             job_seconds=job_seconds,
             max_searches=max_searches,
+            max_questions=max_questions,
             max_connections=max_connections,
             max_body_mb=max_body_mb,
             stop_seconds=stop_seconds,

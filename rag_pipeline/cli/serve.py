@@ -52,6 +52,7 @@ class ServeOptions:
     parse_memory_mb: int = 1024
     job_seconds: int = 1800
     max_searches: int = 64
+    max_questions: int = 128
     max_connections: int = 1024
     max_body_mb: int = 64
     stop_seconds: int = 15
@@ -95,6 +96,7 @@ def run_serve(options: ServeOptions) -> None:
         job_seconds=options.job_seconds,
         open_to_network=options.unprotected,
         max_searches=options.max_searches,
+        max_questions=options.max_questions,
         max_connections=options.max_connections,
         max_body_bytes=options.max_body_mb << 20,
         stop_seconds=options.stop_seconds,

@@ -109,6 +109,9 @@ class ServeSettings(_Section):
     max_searches: int = Field(
         default=64, ge=1, description="Searches that wait or run; one more is answered 503."
     )
+    max_questions: int = Field(
+        default=128, ge=1, description="Questions that wait or are answered; one more gets 503."
+    )
     max_connections: int = Field(default=1024, ge=1, description="Connections open at once.")
     max_body_mb: int = Field(
         default=64, ge=1, le=4096, description="Largest request to SGLang's own routes, MiB."

@@ -1,4 +1,4 @@
-"""How much may be under way at once: requests, and bytes of their bodies, in all and of one key.
+"""How much may be under way at once: requests, bytes of their bodies, and questions, in all and of one key.
 
 What waits in a queue is counted where it waits. This counts what comes before: a body that is being received
 or read lies in memory or in the temporary folder, whatever its route then says to it.
@@ -22,18 +22,28 @@ class Budget:
         Requests under way.
     max_bytes
         Of their bodies, until an answer begins.
+    max_questions
+        Requests that search and then generate: refused now, they do not wait for a search in vain.
     shared
-        Whether there are tenants; each key then has half of both.
+        Whether there are tenants; each key then has half of each.
     """
 
-    def __init__(self, *, max_requests: int, max_bytes: int, shared: bool) -> None:
+    def __init__(
+        self, *, max_requests: int, max_bytes: int, max_questions: int, shared: bool
+    ) -> None:
         self._requests = _Count("requests", max_requests, shared=shared)
         self._bytes = _Count("bytes of bodies", max_bytes, shared=shared)
+        self._questions = _Count("questions", max_questions, shared=shared)
 
     @property
     def used(self) -> tuple[int, int]:
         """Requests and bytes that are counted now."""
         return self._requests.total, self._bytes.total
+
+    @property
+    def questions(self) -> int:
+        """Questions that are counted now."""
+        return self._questions.total
 
     def enter(self, tenant: str, *, declared: int = 0) -> Held:
         """Count a request in.
@@ -51,7 +61,7 @@ class Budget:
             429 where the key has its share under way, 503 where the server has.
         """
         self._requests.add(tenant, 1)
-        held = Held(tenant, self._requests, self._bytes)
+        held = Held(tenant, self._requests, self._bytes, self._questions)
         try:
             held.reserve(declared)
         except ApiError:
@@ -63,12 +73,13 @@ class Budget:
 class Held:
     """What one request holds of a :class:`Budget`."""
 
-    def __init__(self, tenant: str, requests: _Count, num_bytes: _Count) -> None:
+    def __init__(self, tenant: str, requests: _Count, num_bytes: _Count, questions: _Count) -> None:
         self._tenant = tenant
         self._requests = requests
         self._bytes = num_bytes
+        self._questions = questions
         self._reserved = 0
-        self._body_is_over = self._left = False
+        self._is_question = self._body_is_over = self._left = False
 
     def reserve(self, body_bytes: int) -> None:
         """Hold as much as a body has by now, or will have; a header may have announced less.
@@ -83,6 +94,18 @@ class Held:
             self._bytes.add(self._tenant, more)
             self._reserved = body_bytes
 
+    def ask(self) -> None:
+        """Count the request as a question, until it leaves.
+
+        Raises
+        ------
+        ApiError
+            429 or 503 where that is too much.
+        """
+        if not self._is_question:
+            self._questions.add(self._tenant, 1)
+            self._is_question = True
+
     def end_body(self) -> None:
         """Give the bytes back: an answer has begun, and a stream may go on for long."""
         self._body_is_over = True
@@ -95,6 +118,8 @@ class Held:
         if not self._left:
             self._left = True
             self._requests.give_back(self._tenant, 1)
+            if self._is_question:
+                self._questions.give_back(self._tenant, 1)
 
 
 class _Count:

@@ -58,8 +58,9 @@ class GuardRules:
         Largest body of a route without a limit of its own.
     body_limits
         Limits by path template.
-    max_requests, max_held_bytes
-        Under way at once: requests, and bytes of their bodies; a key has half of it where there are tenants.
+    max_requests, max_held_bytes, max_questions
+        Under way at once: requests, bytes of their bodies, and questions; a key has half of each where there are
+        tenants.
     """
 
     host: str
@@ -70,6 +71,7 @@ class GuardRules:
     body_limits: Mapping[str, int] = field(default_factory=dict)
     max_requests: int = 896
     max_held_bytes: int = 512 << 20
+    max_questions: int = 128
 
     def __post_init__(self) -> None:
         refuse_exposure(self.host, self.tenants, open_to_network=self.open_to_network)
@@ -109,6 +111,7 @@ class Guard:
         self.budget = Budget(
             max_requests=rules.max_requests,
             max_bytes=rules.max_held_bytes,
+            max_questions=rules.max_questions,
             shared=bool(len(rules.tenants)),
         )
         """What is under way of it, by key."""
@@ -134,7 +137,7 @@ class Guard:
             await _refuse(refusal, exchange)
             return
         # Read by this project's routes; without it they answer nobody.
-        scope.setdefault("state", {})["rag_tenant"] = tenant
+        scope.setdefault("state", {}).update(rag_tenant=tenant, rag_held=exchange.held)
         token = admitted.set("" if tenant is None else tenant.salt)
         self.in_flight += 1
         try:

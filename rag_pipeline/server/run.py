@@ -130,6 +130,7 @@ def serve(
             body_limits={"/v1/rag/documents": settings.max_upload_bytes},
             max_requests=settings.max_requests,
             max_held_bytes=settings.max_held_bytes,
+            max_questions=settings.max_questions,
         )
         return Guard(app, rules)
 

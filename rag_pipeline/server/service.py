@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from rag_pipeline.prompt_layout import PromptBuilder
+    from rag_pipeline.server.budget import Held
     from rag_pipeline.server.health import Health
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.ingest_jobs import IngestJobs
@@ -56,6 +57,17 @@ class RagService:
         if tenant is None:
             raise ApiError(401, "send `Authorization: Bearer KEY` with a key of this server")
         return tenant
+
+    def count_question(self, request: Request) -> None:
+        """Take a place among the questions under way; the guard gives it back when the answer has ended.
+
+        Raises
+        ------
+        ApiError
+            429 or 503 where there is none.
+        """
+        held: Held = request.scope["state"]["rag_held"]
+        held.ask()
 
     def model_entry(self) -> dict[str, Any]:
         """The served model as OpenAI's clients read it."""

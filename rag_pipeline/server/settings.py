@@ -44,6 +44,8 @@ class ServerSettings:
         Of one request to SGLang's own routes.
     max_searches
         Searches, questions' included, that wait or run; a tenant has half of it.
+    max_questions
+        Requests that search and generate, waiting or answered; a tenant has half of it.
     max_connections
         Open at once.
     stop_seconds
@@ -68,6 +70,7 @@ class ServerSettings:
     open_to_network: bool = False
     max_body_bytes: int = 64 << 20
     max_searches: int = 64
+    max_questions: int = 128
     max_connections: int = 1024
     stop_seconds: int = 15
 
@@ -90,6 +93,7 @@ class ServerSettings:
             "job_seconds",
             "max_body_bytes",
             "max_searches",
+            "max_questions",
             "max_connections",
         ):
             if getattr(self, name) < 1:

@@ -14,6 +14,7 @@ from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.guard import Guard
 
 PIECE = b"x" * 100
+ASK = "/v1/rag/chat/completions"
 UNDER_WAY: set[asyncio.Future[None]] = set()
 """A loop holds its tasks weakly: one that nobody holds is collected, and its client is gone."""
 
@@ -68,7 +69,11 @@ async def read_and_wait(scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
     if message["type"] == "http.disconnect":
         raise ConnectionError("gone")
+    if scope["path"] == ASK:
+        scope["state"]["rag_held"].ask()
     await send({"type": "http.response.start", "status": 200, "headers": []})
+    if scope["path"] == ASK:
+        await send({"type": "http.response.body", "body": b"searched", "more_body": True})
     if scope["path"] == "/generate":
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
     await receive()
@@ -85,6 +90,7 @@ def run(test: Callable[[Guard], Any], **rules: Any) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         UNDER_WAY.clear()
         assert app.budget.used == (0, 0)
+        assert app.budget.questions == 0
         assert app.in_flight == 0
 
     asyncio.run(start())
@@ -162,6 +168,28 @@ def test_whoever_goes_gives_everything_back(sent: int) -> None:
             assert app.budget.used == (0, 0)
 
     run(test)
+
+
+def test_a_question_without_a_place_is_refused_before_it_searches_and_each_gives_its_place_back() -> (
+    None
+):
+    async def test(app: Guard) -> None:
+        held = [await Client(app, path=ASK).give(end=True) for _ in range(2)]
+        assert [client.said[-1]["body"] for client in held] == [b"searched"] * 2
+        third = await Client(app, path=ASK).give(end=True)
+        assert (third.status, third.refused) == (429, True)
+        other = await Client(app, key=OPERATOR, path=ASK).give(end=True)
+        assert other.status == 200
+        # A search is none, and the share of questions is not used up by it.
+        assert (await Client(app, path="/v1/rag/search").give(end=True)).status == 200
+        await held[0].leave()
+        assert app.budget.questions == 2
+        assert (await Client(app, path=ASK).give(end=True)).status == 200
+        other.task.cancel()
+        await asyncio.wait({other.task})
+        assert app.budget.questions == 2
+
+    run(test, max_requests=20, max_questions=4)
 
 
 def test_a_websocket_counts_as_long_as_it_is_open() -> None:

@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 
 pytestmark = pytest.mark.engine
 
-FIND = "/v1/rag/search"
+FIND, ASK = "/v1/rag/search", "/v1/rag/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,16 @@ def lone_server(
         "import sys; from rag_pipeline.cli import main; sys.exit(main())",
     ]
     words += ["serve", "--model", tiny_llm, "--index", folder / "index", "--store", folder / "kv"]
-    words += ["--max-searches", "8", "--stop-seconds", "2", "--max-body-mb", "1"]
+    words += [
+        "--max-searches",
+        "8",
+        "--max-questions",
+        "2",
+        "--stop-seconds",
+        "2",
+        "--max-body-mb",
+        "1",
+    ]
     words += ["--max-total-tokens", "8192", "--context-length", "4096"]
     log = folder / "log.txt"
     with serving(
@@ -99,6 +110,30 @@ def test_health_is_answered_while_searches_are_refused_and_waiting(lone_server: 
     assert '"route": "/v1/rag/search", "status": 503' in log.read_text()
 
 
+def test_one_question_too_many_is_refused_without_a_search(lone_server: Any) -> None:
+    url, _, _ = lone_server
+    body = {"messages": [{"role": "user", "content": "Who paints the door?"}]}
+    long = {**body, "max_tokens": 3000, "stream": True}
+    with ExitStack() as stack:
+        for _ in range(2):
+            asking = stack.enter_context(client(url))
+            pieces = stack.enter_context(asking.stream("POST", ASK, json=long)).iter_lines()
+            assert next(pieces).startswith("data: ")
+        with client(url) as asking:
+            refused = asking.post(ASK, json=body)
+            assert refused.status_code == 503
+            assert "questions" in refused.json()["error"]["message"]
+            assert int(refused.headers["retry-after"]) >= 1
+            assert asking.post(FIND, json={"query": "door"}).status_code == 200
+    with client(url) as asking:
+        # The two have gone, and their places with them.
+        for _ in range(100):
+            if (answer := asking.post(ASK, json={**body, "max_tokens": 1})).status_code == 200:
+                break
+            time.sleep(0.1)
+        assert answer.status_code == 200
+
+
 def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: Any) -> None:
     url, pid, _ = lone_server
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -110,7 +145,7 @@ def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: 
     with (
         client(url) as asking,
         client(url) as late,
-        asking.stream("POST", "/v1/rag/chat/completions", json=body) as answer,
+        asking.stream("POST", ASK, json=body) as answer,
     ):
         pieces = answer.iter_lines()
         assert next(pieces).startswith("data: ")

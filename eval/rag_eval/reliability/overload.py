@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 import time
 from dataclasses import dataclass, field
 
-import httpx
+import aiohttp
 
 from rag_eval.benchmarks.load_requests import ASK, SEARCH
 from rag_eval.benchmarks.load_run import LoadTarget
@@ -17,12 +16,11 @@ from rag_eval.reliability.figure import Outcome, Plan
 from rag_eval.reliability.probes import probing
 
 REFUSAL_S, HEALTH_S, SLOWDOWN = 0.1, 1.0, 2.0
-_CAPACITY = 16
-"""Callers that the server's queues just hold, each with one request at a time."""
+_CAPACITY = 8
+"""Callers who search, and callers who ask, that just fill the server's queues with one request each."""
 _QUEUES = {
     "--max-searches": _CAPACITY,
-    "--max-running-requests": _CAPACITY // 2,
-    "--max-queued-requests": _CAPACITY // 2,
+    "--max-questions": _CAPACITY,
 }
 _REFUSED = (429, 503)
 
@@ -43,7 +41,7 @@ def run(plan: Plan) -> Outcome:
     with started_server(plan.model, plan.folder, flags) as target:
         headers = {"Authorization": f"Bearer {target.operator_key}"}
         # What the questions need is in the chunk cache then, as it is under the overload.
-        asyncio.run(_load(target, 2, 5.0, plan.seed))
+        asyncio.run(_load(target, 1, 5.0, plan.seed))
         quiet = asyncio.run(_load(target, _CAPACITY, max(15.0, seconds / 10), plan.seed))
         with probing(target.url, "/v1/rag/health", headers) as probe:
             crowd = asyncio.run(_load(target, 10 * _CAPACITY, float(seconds), plan.seed))
@@ -51,8 +49,6 @@ def run(plan: Plan) -> Outcome:
     outcome.tried = admitted + len(crowd.refused) + len(crowd.others)
     for other in [*quiet.others, *crowd.others, *probe.faults]:
         outcome.fault(other)
-    if quiet.refused:
-        outcome.fault(f"{len(quiet.refused)} requests were refused at capacity")
     if not crowd.refused:
         outcome.fault("nothing was refused at ten times capacity")
     outcome.measure("refusal_p99_s", _quantile(crowd.refused, 0.99), REFUSAL_S)
@@ -70,45 +66,53 @@ def run(plan: Plan) -> Outcome:
 
 
 async def _load(target: LoadTarget, callers: int, seconds: float, seed: int) -> _Seen:
-    """Let so many callers ask one thing after another, as many of each tenant."""
+    """Let so many callers search and as many ask, one thing after another; half of each are a tenant's."""
     seen, until = _Seen(), time.monotonic() + seconds
-    tls = ssl.create_default_context()  # made once: it takes longer than a request
     keys = list(target.tenants.values())
 
-    async def caller(number: int) -> None:
+    async def caller(path: str, number: int) -> None:
         rng = random.Random(f"{seed}-{number}")
         headers = {"Authorization": f"Bearer {keys[number % len(keys)]}"}
-        # A client per caller: one that is shared searches all its connections for each request.
-        async with httpx.AsyncClient(
-            base_url=target.url, timeout=300, trust_env=False, verify=tls, headers=headers
-        ) as client:
-            while time.monotonic() < until:
-                await _call(client, rng, seen)
+        while time.monotonic() < until:
+            await _call(session, path, headers, rng, seen)
 
-    await asyncio.gather(*(caller(number) for number in range(callers)))
+    # Of the clients at hand this one leaves most of a small machine to the server.
+    async with aiohttp.ClientSession(
+        base_url=target.url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=300),
+    ) as session:
+        await asyncio.gather(*(caller(path, n) for path in (SEARCH, ASK) for n in range(callers)))
     return seen
 
 
-async def _call(client: httpx.AsyncClient, rng: random.Random, seen: _Seen) -> None:
+async def _call(
+    session: aiohttp.ClientSession,
+    path: str,
+    headers: dict[str, str],
+    rng: random.Random,
+    seen: _Seen,
+) -> None:
     question = f"What does import bind, case {rng.randint(1, 50)}?"
-    path, body = SEARCH, {"query": question, "k": 3}
-    if rng.random() < 0.3:
-        path = ASK
+    body: dict[str, object] = {"query": question, "k": 3}
+    if path == ASK:
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": 8}
     began = time.monotonic()
     try:
-        answer = await client.post(path, json=body)
-    except httpx.HTTPError as error:
+        async with session.post(path, json=body, headers=headers) as answer:
+            said, status = await answer.text(), answer.status
+            retry_s = answer.headers.get("retry-after")
+    except (aiohttp.ClientError, TimeoutError) as error:
         seen.others.append(f"{path}: {type(error).__name__} {error}")
         return
     took = time.monotonic() - began
-    if answer.status_code == 200:
+    if status == 200:
         seen.admitted[path].append(took)
-    elif answer.status_code in _REFUSED and answer.headers.get("retry-after"):
+    elif status in _REFUSED and retry_s:
         seen.refused.append(took)
-        await asyncio.sleep(float(answer.headers["retry-after"]))
+        await asyncio.sleep(float(retry_s))
     else:
-        seen.others.append(f"{path}: {answer.status_code} {answer.text[:200]}")
+        seen.others.append(f"{path}: {status} {said[:200]}")
 
 
 def _quantile(times: list[float], part: float) -> float:
