@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hmac
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.access import ROUTES, Access, find_route
 from rag_pipeline.server.addresses import HostName, is_loopback, is_own_origin, parse_host
-from rag_pipeline.server.budget import Budget
+from rag_pipeline.server.budget import Budget, Held
 from rag_pipeline.server.errors import ApiError, error_response
 from rag_pipeline.server.headers import Headers, host_of, is_preflight, key_of, no_key
 from rag_pipeline.server.request_log import Exchange
@@ -33,6 +33,10 @@ JSON_LIMIT_BYTES = 1 << 20
 """Largest body of one of this project's routes that does not say otherwise."""
 
 OPEN_FLAG = "--unprotected-without-key"
+
+ASK, SEARCH = "/v1/rag/chat/completions", "/v1/rag/search"
+
+_DRAINED_BYTES = 64 << 10
 
 _ALWAYS = "/v1/rag/health"
 """Answered however full the server is, as what needs no key is: neither reads a body."""
@@ -61,6 +65,9 @@ class GuardRules:
     max_requests, max_held_bytes, max_questions
         Under way at once: requests, bytes of their bodies, and questions; a key has half of each where there are
         tenants.
+    rooms
+        What refuses a key's request at the door, by path template: a queue behind it that is full. A full server
+        is asked most, and the way to a route and back takes several times as long.
     """
 
     host: str
@@ -72,6 +79,7 @@ class GuardRules:
     max_requests: int = 896
     max_held_bytes: int = 512 << 20
     max_questions: int = 128
+    rooms: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         refuse_exposure(self.host, self.tenants, open_to_network=self.open_to_network)
@@ -133,11 +141,17 @@ class Guard:
                 exchange.tenant = tenant.name
                 if template != _ALWAYS:
                     exchange.held = self.budget.enter(tenant.name, declared=exchange.announced)
+                    self._find_room(template, tenant, exchange.held)
         except ApiError as refusal:
-            await _refuse(refusal, exchange)
+            if exchange.held is not None:
+                exchange.held.leave()
+            await _answer(
+                refusal, exchange, stays=refusal.retry_s is not None and not self.stopping
+            )
+            exchange.end(refused=str(refusal))
             return
         # Read by this project's routes; without it they answer nobody.
-        scope.setdefault("state", {}).update(rag_tenant=tenant, rag_held=exchange.held)
+        scope.setdefault("state", {})["rag_tenant"] = tenant
         token = admitted.set("" if tenant is None else tenant.salt)
         self.in_flight += 1
         try:
@@ -152,6 +166,13 @@ class Guard:
                 exchange.held.leave()
             admitted.reset(token)
             exchange.end()
+
+    def _find_room(self, template: str, tenant: Tenant, held: Held) -> None:
+        """Refuse what would find a full queue; a question has its place until its answer has ended."""
+        if template == ASK:
+            held.ask()
+        if (check := self._rules.rooms.get(template)) is not None:
+            check(tenant.name)
 
     def _limit(self, template: str) -> int:
         other = JSON_LIMIT_BYTES if template.startswith("/v1/rag") else self._rules.max_body_bytes
@@ -240,19 +261,17 @@ def _other_name(host: HostName) -> str:
     )
 
 
-async def _refuse(refusal: ApiError, exchange: Exchange) -> None:
-    await _answer(refusal, exchange)
-    exchange.end(refused=str(refusal))
-
-
-async def _answer(refusal: ApiError, exchange: Exchange) -> None:
+async def _answer(refusal: ApiError, exchange: Exchange, *, stays: bool = False) -> None:
+    """Answer with a refusal; the connection may stay open where the client is to come again."""
     response: Response = error_response(
         refusal.status, str(refusal), refusal.param, retry_s=refusal.retry_s
     )
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    # What the client sends behind a refusal is not read; the connection cannot be used again.
-    response.headers["Connection"] = "close"
+    if not (stays and 0 < exchange.announced <= _DRAINED_BYTES):
+        # What the client sends behind a refusal is not read, and the connection cannot be used again; but a body
+        # this small has come with its header, and to connect anew costs a full server more than the refusal.
+        response.headers["Connection"] = "close"
     if exchange.scope["type"] == "websocket":
         await exchange.refuse_websocket(response)
     else:

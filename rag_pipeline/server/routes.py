@@ -57,7 +57,6 @@ def make_router(service: RagService) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer from the indexed documents; OpenAI's schema with `rag` beside it."""
         tenant = service.tenant(request)
-        service.count_question(request)
         run = await service.in_thread(tenant, chat.prepare, service, tenant, body)
         if not body.stream:
             return JSONResponse(await chat.complete(service, run, request))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from rag_pipeline.prompt_layout import PromptBuilder
-    from rag_pipeline.server.budget import Held
     from rag_pipeline.server.health import Health
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.ingest_jobs import IngestJobs
@@ -58,17 +57,6 @@ class RagService:
             raise ApiError(401, "send `Authorization: Bearer KEY` with a key of this server")
         return tenant
 
-    def count_question(self, request: Request) -> None:
-        """Take a place among the questions under way; the guard gives it back when the answer has ended.
-
-        Raises
-        ------
-        ApiError
-            429 or 503 where there is none.
-        """
-        held: Held = request.scope["state"]["rag_held"]
-        held.ask()
-
     def model_entry(self) -> dict[str, Any]:
         """The served model as OpenAI's clients read it."""
         return {
@@ -87,6 +75,16 @@ class RagService:
             429 or 503 where too much waits already.
         """
         return await self._work.run(tenant.name, function, *args)
+
+    def check_room(self, tenant: str) -> None:
+        """Say at the door what :meth:`in_thread` would say behind it.
+
+        Raises
+        ------
+        ApiError
+            429 or 503 where too much waits already.
+        """
+        self._work.check_room(tenant)
 
     async def after(self, function: Callable[[], T]) -> T:
         """Run the work behind an answer, beside the event loop."""

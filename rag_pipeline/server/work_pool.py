@@ -49,19 +49,29 @@ class WorkPool:
             429 where the tenant has its share under way, 503 where there is no room at all.
         """
         with self._lock:
-            if self._jobs[tenant] >= self._share:
-                status = 429 if self._share < self._limit else 503
-                raise ApiError(
-                    status,
-                    f"{self._share} requests of this key wait already; send fewer at once",
-                    retry_s=RETRY_S,
-                )
-            if self._jobs.total() >= self._limit:
-                raise ApiError(503, "the server has too much to do; try again", retry_s=RETRY_S)
+            self.check_room(tenant)
             self._jobs[tenant] += 1
         job = self._threads.submit(function, *args)
         job.add_done_callback(lambda done: self._ended(tenant))
         return await asyncio.wrap_future(job)
+
+    def check_room(self, tenant: str) -> None:
+        """Refuse a job of a tenant as :meth:`run` would.
+
+        Raises
+        ------
+        ApiError
+            429 where the tenant has its share under way, 503 where there is no room at all.
+        """
+        if self._jobs[tenant] >= self._share:
+            status = 429 if self._share < self._limit else 503
+            raise ApiError(
+                status,
+                f"{self._share} requests of this key wait already; send fewer at once",
+                retry_s=RETRY_S,
+            )
+        if self._jobs.total() >= self._limit:
+            raise ApiError(503, "the server has too much to do; try again", retry_s=RETRY_S)
 
     def _ended(self, tenant: str) -> None:
         with self._lock:

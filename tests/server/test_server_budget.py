@@ -69,8 +69,6 @@ async def read_and_wait(scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
     if message["type"] == "http.disconnect":
         raise ConnectionError("gone")
-    if scope["path"] == ASK:
-        scope["state"]["rag_held"].ask()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == ASK:
         await send({"type": "http.response.body", "body": b"searched", "more_body": True})

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -113,18 +117,25 @@ def test_health_is_answered_while_searches_are_refused_and_waiting(lone_server: 
 def test_one_question_too_many_is_refused_without_a_search(lone_server: Any) -> None:
     url, _, _ = lone_server
     body = {"messages": [{"role": "user", "content": "Who paints the door?"}]}
-    long = {**body, "max_tokens": 3000, "stream": True}
     with ExitStack() as stack:
-        for _ in range(2):
-            asking = stack.enter_context(client(url))
-            pieces = stack.enter_context(asking.stream("POST", ASK, json=long)).iter_lines()
-            assert next(pieces).startswith("data: ")
+        for _ in range(2):  # a question that is still being sent has its place
+            place = urlsplit(url)
+            raw = stack.enter_context(
+                socket.create_connection((place.hostname, place.port), timeout=60)
+            )
+            head = f"POST {ASK} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 90\r\n\r\n{{"
+            raw.sendall(head.encode())
         with client(url) as asking:
-            refused = asking.post(ASK, json=body)
+            for _ in range(100):
+                if (refused := asking.post(ASK, json={**body, "max_tokens": 1})).status_code != 200:
+                    break
             assert refused.status_code == 503
             assert "questions" in refused.json()["error"]["message"]
             assert int(refused.headers["retry-after"]) >= 1
             assert asking.post(FIND, json={"query": "door"}).status_code == 200
+        assert _refusals_on_one_connection(url, [json.dumps(body)] * 3) == [(503, False)] * 3
+        # A body that is not worth reading costs its connection.
+        assert _refusals_on_one_connection(url, [" " * (128 << 10)]) == [(503, True)]
     with client(url) as asking:
         # The two have gone, and their places with them.
         for _ in range(100):
@@ -132,6 +143,26 @@ def test_one_question_too_many_is_refused_without_a_search(lone_server: Any) -> 
                 break
             time.sleep(0.1)
         assert answer.status_code == 200
+
+
+def _refusals_on_one_connection(url: str, bodies: list[str]) -> list[tuple[int, bool]]:
+    """Status of each, and whether the server closes behind it; the first half of a body comes by itself."""
+    place = urlsplit(url)
+    raw = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+    seen: list[tuple[int, bool]] = []
+    with closing(raw):
+        for body in bodies:
+            raw.putrequest("POST", ASK)
+            raw.putheader("Content-Length", str(len(body)))
+            raw.endheaders(body[: len(body) // 2].encode())
+            with suppress(OSError):  # it may have closed by now
+                raw.send(body[len(body) // 2 :].encode())
+            answer = raw.getresponse()
+            assert json.loads(answer.read())["error"]["code"] == answer.status
+            seen.append((answer.status, answer.will_close))
+            if not answer.will_close:
+                assert raw.sock is not None
+    return seen
 
 
 def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: Any) -> None:

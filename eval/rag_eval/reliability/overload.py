@@ -22,6 +22,7 @@ _QUEUES = {
     "--max-searches": _CAPACITY,
     "--max-questions": _CAPACITY,
 }
+_SPREAD_S = 1.0
 _REFUSED = (429, 503)
 
 
@@ -73,6 +74,7 @@ async def _load(target: LoadTarget, callers: int, seconds: float, seed: int) -> 
     async def caller(path: str, number: int) -> None:
         rng = random.Random(f"{seed}-{number}")
         headers = {"Authorization": f"Bearer {keys[number % len(keys)]}"}
+        await asyncio.sleep(rng.uniform(0, _SPREAD_S))
         while time.monotonic() < until:
             await _call(session, path, headers, rng, seen)
 
@@ -110,7 +112,8 @@ async def _call(
         seen.admitted[path].append(took)
     elif status in _REFUSED and retry_s:
         seen.refused.append(took)
-        await asyncio.sleep(float(retry_s))
+        # As clients do: all of them at the same moment would be a wave, and the next one too.
+        await asyncio.sleep(float(retry_s) + rng.uniform(0, _SPREAD_S))
     else:
         seen.others.append(f"{path}: {status} {said[:200]}")
 
