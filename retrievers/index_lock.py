@@ -8,6 +8,7 @@ from filelock import FileLock, Timeout
 
 from retrievers.durable import remove_tree, storage_faults
 from retrievers.errors import IndexBusyError
+from retrievers.journal import JOURNAL_NAME, half_shards
 from retrievers.manifest import MANIFEST_NAME, NEW_MANIFEST_NAME
 
 LOCK_NAME = ".lock"
@@ -48,7 +49,11 @@ def leftovers(folder: Path, generation: str | None) -> list[Path]:
         return []
     states = folder.glob("gen-" + "[0-9]" * 6 if generation is None else "gen-*")
     odd = (folder / NEW_MANIFEST_NAME, folder / WORK_NAME / STAGE_NAME)
-    return [path for path in states if path.name != generation] + [p for p in odd if p.exists()]
+    return [
+        *(path for path in states if path.name != generation),
+        *(path for path in odd if path.exists()),
+        *half_shards(folder / WORK_NAME / JOURNAL_NAME),
+    ]
 
 
 def remove_unfinished(folder: Path) -> None:

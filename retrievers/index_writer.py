@@ -27,7 +27,7 @@ from retrievers.generation_writer import write_generation
 from retrievers.index_lock import STAGE_NAME, WORK_NAME, locked
 from retrievers.index_settings import IndexSettings, indexed_text
 from retrievers.index_store import check_embedder
-from retrievers.journal import text_key
+from retrievers.journal import JOURNAL_NAME, half_shards, text_key
 from retrievers.manifest import MANIFEST_NAME, NEW_MANIFEST_NAME, Manifest
 from retrievers.removal import Erase, Removal
 from retrievers.row_files import RowFiles, RowWriter
@@ -283,6 +283,8 @@ class IndexWriter:
                 # Readers that have the old files open or mapped keep them until they close.
                 remove_tree(old)
             (self.folder / NEW_MANIFEST_NAME).unlink(missing_ok=True)
+            for part in half_shards(self.work / JOURNAL_NAME):
+                part.unlink(missing_ok=True)
             # After a commit nothing is left to resume.
             remove_tree(self.work / STAGE_NAME if self._stage is None else self.work)
             if gone:

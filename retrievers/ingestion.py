@@ -15,7 +15,7 @@ from retrievers.index_lock import leftovers, remove_unfinished
 from retrievers.index_settings import IndexSettings, document_hash, indexed_text, settings_mark
 from retrievers.index_writer import IndexWriter
 from retrievers.ingest_report import IngestProgress, IngestReport, IngestTally
-from retrievers.journal import EmbeddingJournal
+from retrievers.journal import JOURNAL_NAME, EmbeddingJournal
 from retrievers.manifest import MANIFEST_NAME, Manifest
 from retrievers.metadata import storable_document
 from retrievers.prepared import PreparedDocument
@@ -129,7 +129,7 @@ def ingest(
     )
     with IndexWriter(index_dir, settings, erase=erase) as writer:
         before = writer.manifest
-        journal = EmbeddingJournal(writer.work / "journal", embedder.fingerprint, embedder.dim)
+        journal = EmbeddingJournal(writer.work / JOURNAL_NAME, embedder.fingerprint, embedder.dim)
         vectors = ReusingEmbedder(embedder, writer.current, journal, tally)
         run = _Run(writer, splitter, vectors, tally)
         run.read(documents)

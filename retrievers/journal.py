@@ -20,12 +20,21 @@ from numpy.typing import NDArray
 from retrievers.durable import create_file, make_folders, storage_faults
 from retrievers.row_files import KEY_BYTES
 
+JOURNAL_NAME = "journal"
+"""Folder of the journals in an index's work folder."""
+PART_NAME = "new.part"
+
 logger = logging.getLogger(__name__)
 
 
 def text_key(text: str) -> bytes:
     """Name of a text in caches: 16 bytes of its SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
+
+
+def half_shards(journal: Path) -> list[Path]:
+    """What killed processes were writing into the journals of a folder: it is of no use to the next."""
+    return sorted(journal.glob(f"*/{PART_NAME}"))
 
 
 class EmbeddingJournal:
@@ -73,7 +82,7 @@ class EmbeddingJournal:
         digest = hashlib.sha256(content).hexdigest()[:32]
         number = len(self._shards)
         path = self._folder / f"{number:06d}-{digest}.npy"
-        temporary = self._folder / "new.part"
+        temporary = self._folder / PART_NAME
         with _writing(self._folder):
             try:
                 with create_file(temporary) as file:

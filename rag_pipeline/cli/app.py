@@ -261,6 +261,9 @@ def serve(
     job_seconds: Annotated[
         int, typer.Option(min=1, max=86400, help="Longest work on one upload.")
     ] = 1800,
+    max_index_chunks: Annotated[
+        int, typer.Option(min=1, help="Chunks in one index; an upload beyond it is refused.")
+    ] = 1_000_000,
     max_searches: Annotated[
         int, typer.Option(min=1, help="Searches that wait or run; one more is answered 503.")
     ] = 64,
@@ -308,6 +311,7 @@ def serve(
             parse_seconds=parse_seconds,
             parse_memory_mb=parse_memory_mb,
             job_seconds=job_seconds,
+            max_index_chunks=max_index_chunks,
             max_searches=max_searches,
             max_questions=max_questions,
             max_connections=max_connections,

@@ -51,6 +51,7 @@ class ServeOptions:
     parse_seconds: int = 60
     parse_memory_mb: int = 1024
     job_seconds: int = 1800
+    max_index_chunks: int = 1_000_000
     max_searches: int = 64
     max_questions: int = 128
     max_connections: int = 1024
@@ -94,6 +95,7 @@ def run_serve(options: ServeOptions) -> None:
         parse_seconds=options.parse_seconds,
         parse_bytes=options.parse_memory_mb << 20,
         job_seconds=options.job_seconds,
+        max_index_chunks=options.max_index_chunks,
         open_to_network=options.unprotected,
         max_searches=options.max_searches,
         max_questions=options.max_questions,

@@ -102,6 +102,9 @@ class ServeSettings(_Section):
     job_seconds: int = Field(
         default=1800, ge=1, le=86400, description="Longest work on one upload, seconds."
     )
+    max_index_chunks: int = Field(
+        default=1_000_000, ge=1, description="Chunks in one index; an upload beyond it is refused."
+    )
     api_key_file: str | None = Field(default=None, description="File of the operator's key.")
     admin_api_key_file: str | None = Field(
         default=None, description="File of the key of SGLang's administrative routes."

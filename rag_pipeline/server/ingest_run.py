@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class IngestRun:
         splitter = self._splitter(index)
         read: set[str] = set()
         ingest(
-            self._documents(job, files, splitter, read, step),
+            self._documents(job, index, files, splitter, read, step),
             index.folder,
             splitter=splitter,
             embedder=index.embedder(),
@@ -107,6 +108,7 @@ class IngestRun:
     def _documents(
         self,
         job: Job,
+        index: ServedIndex,
         files: Mapping[str, Path],
         splitter: TokenSplitter,
         read: set[str],
@@ -121,13 +123,16 @@ class IngestRun:
         )
         limits = self._settings.parse_limits()
         work = self._work / f"{job.id}.work"
-        chunks = 0
+        chunks, held = 0, _chunks_by_file(index, files)
         for number, (name, file) in enumerate(files.items()):
             check()
+            # What this upload has replaced, or will by this file, makes room for it.
+            others = sum(n for file, n in held.items() if file not in read and file != name)
+            room = self._settings.max_index_chunks - others - chunks
             left = replace(
                 limits,
                 documents=limits.documents - job.documents,
-                chunks=limits.chunks - chunks,
+                chunks=max(0, min(limits.chunks - chunks, room)),
             )
             try:
                 with self._parsers.turn(check):
@@ -139,7 +144,9 @@ class IngestRun:
                     chunks += document.num_chunks
                     yield document
             except ParseError as error:
-                job.skip(name, str(error))
+                full = f" (the index has room for {max(0, room)} more chunks: delete documents, or raise "
+                full += "--max-index-chunks)"
+                job.skip(name, f"{error}{full if room < limits.chunks - chunks else ''}")
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             job.progress = max(job.progress, _PARSED * (number + 1) / len(files))
@@ -167,6 +174,16 @@ class IngestRun:
                     tokenizer.save(file)
                 self._loaded = tokenizer, file.resolve()
             return self._loaded
+
+
+def _chunks_by_file(index: ServedIndex, files: Mapping[str, Path]) -> Counter[str]:
+    """Chunks that an index holds of these uploaded files, and all others under the empty name."""
+    held: Counter[str] = Counter()
+    current = index.current()
+    for record in () if current is None else current.documents():
+        file = file_of(record.id) or ""
+        held[file if file in files else ""] += record.num_chunks
+    return held
 
 
 def _show(job: Job, progress: IngestProgress) -> None:

@@ -36,6 +36,8 @@ class ServerSettings:
         that.
     max_documents, max_chunks
         Out of one upload.
+    max_index_chunks
+        In one index; an upload may replace what it holds of the same files.
     job_seconds
         For the whole of one upload, from the moment it is its turn.
     open_to_network
@@ -66,6 +68,7 @@ class ServerSettings:
     parse_bytes: int = 1 << 30
     max_documents: int = 50_000
     max_chunks: int = 50_000
+    max_index_chunks: int = 1_000_000
     job_seconds: int = 1800
     open_to_network: bool = False
     max_body_bytes: int = 64 << 20
@@ -89,6 +92,7 @@ class ServerSettings:
             "max_queued_jobs",
             "max_documents",
             "max_chunks",
+            "max_index_chunks",
             "parse_seconds",
             "job_seconds",
             "max_body_bytes",

@@ -274,6 +274,37 @@ def test_rows_saved_behind_a_piece_pay_for_none_in_front_of_it(engine, row_count
     assert max(seen) <= 64
 
 
+@pytest.mark.parametrize("policy", ["query:0.3", "cacheblend:0.6"])
+@pytest.mark.parametrize("where", ["behind", "in front"])
+def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
+    engine, row_counts, policy, where
+):
+    local = engine("llama")
+    ready(local)
+    fresh = tokens(150, 60)
+    if where == "behind":
+        ids, spans = lay_out(ORDER[:1], fresh, prefix=PREFIX_IDS + tokens(10, 61))
+    else:
+        ids, spans = lay_out(ORDER, tokens(9, 3), prefix=PREFIX_IDS + fresh)
+    local.flush()
+    plain = local.ask(ids, 2, fusion={"mode": "off"})
+    local.flush()
+    with chunk_limit(local, 64):
+        req = local.submit(ids, 2, fusion={"spans": spans, "prefix_len": PREFIX, "policy": policy})
+        seen = row_counts(local)
+        local.run(req)
+    if where == "behind":
+        # All 150 would be computed in pieces, and once more with what the question has chosen.
+        assert report(req)["fallback"] == "no_savings"
+        assert report(req)["reused_tokens"] + report(req)["recomputed_tokens"] == 0
+        assert sum(seen) == len(ids)
+        assert max(seen) <= 64
+        agree(req, plain)
+        local.runtime.store.check_integrity(expect_idle=True)
+    else:
+        assert report(req)["fallback"] == ""
+
+
 def test_any_other_prefix_cache_turns_fusion_off_with_one_line(engine, monkeypatch):
     from sglang.srt.mem_cache.radix_cache import RadixCache
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache

@@ -72,6 +72,34 @@ def test_a_file_beyond_its_limits_is_one_line(
     assert uploads.left() == []
 
 
+def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    # Short paragraphs of unlike words: a chunk each.
+    def text(count: int, word: str) -> str:
+        return "\n\n".join(f"{word} {number} " * 60 for number in range(count))
+
+    uploads = make_uploads(max_index_chunks=20)
+    first = uploads.upload({"a.txt": text(8, "one")})
+    assert (first.state, first.skipped) == ("done", [])
+    assert 8 <= first.chunks <= 12
+    second = uploads.upload({"b.txt": text(40, "two"), "c.txt": "Small."})
+    assert (second.state, second.documents) == ("done", 1)
+    (skipped,) = second.skipped
+    assert skipped["name"] == "b.txt"
+    assert f"room for {20 - first.chunks} more chunks" in skipped["reason"]
+    assert "--max-index-chunks" in skipped["reason"]
+    # The file itself makes room for its next version, and others do not.
+    again = uploads.upload({"a.txt": text(8, "three")})
+    assert (again.state, again.skipped) == ("done", [])
+    assert uploads.upload({"d.txt": text(40, "four")}).state == "failed"
+    for name in ("a.txt", "c.txt"):
+        uploads.delete(f"uploads/{name}")
+    assert uploads.upload({"d.txt": text(8, "five")}).state == "done"
+    assert uploads.upload({"e.txt": text(40, "six")}, "globex").state == "failed"
+    assert uploads.upload({"e.txt": "Small."}, "globex").state == "done"
+
+
 def test_a_tenants_slow_upload_holds_nobody_else_and_can_be_cancelled(
     make_uploads: Callable[..., Uploads],
 ) -> None:

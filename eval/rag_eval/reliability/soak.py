@@ -124,7 +124,10 @@ def _stops(target: LoadTarget, outcome: Outcome) -> None:
 
 
 def _loses_scheduler(target: LoadTarget, outcome: Outcome) -> None:
-    """Kill the process that holds the model; the server may not go on calling itself ready."""
+    """Kill the process that holds the model; the server may not go on calling itself ready.
+
+    No answer within a second is none: a load balancer waits no longer.
+    """
     outcome.tried += 1
     scheduler = max(_family(target), key=lambda p: p.memory_info().rss)
     scheduler.kill()
@@ -132,9 +135,7 @@ def _loses_scheduler(target: LoadTarget, outcome: Outcome) -> None:
     headers = {"Authorization": f"Bearer {target.operator_key}"}
     while time.monotonic() - began < 60:
         try:
-            answer = httpx.get(
-                f"{target.url}/health_generate", headers=headers, timeout=5, trust_env=False
-            )
+            answer = httpx.get(f"{target.url}/ready", headers=headers, timeout=1, trust_env=False)
             if answer.status_code != 200:
                 break
         except httpx.TransportError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.admission import admit
+from rag_pipeline.sglang_plugin.fusion.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime
 from rag_pipeline.sglang_plugin.fusion.support import refuse_batch
@@ -34,6 +36,34 @@ def expected_savings(state: RequestState, start: int, end: int) -> int:
     return turns + int(chunks * (1.0 - min(1.0, state.policy.ratio)))
 
 
+def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
+    """Whether a prompt that is cut would cost more rows than its plain prefill.
+
+    A policy with a signal chooses in the last piece, and the fresh rows behind what it chooses are computed twice.
+    """
+    start, total = int(req.prefix_len), len(req.full_untruncated_fill_ids)
+    rows = adder.rem_chunk_tokens
+    once = total - start - expected_savings(state, start, total)
+    policy = state.policy
+    if rows is None or once <= rows or policy.signal == "none" or policy.ratio >= 1.0:
+        return False
+    assert runtime.facts is not None
+    whole = planning.Piece(start=start, end=total, is_last=True)
+    layout, _ = plan_item(
+        state,
+        whole,
+        num_layers=runtime.facts.num_layers,
+        prompt_len=total,
+        qkv_share=runtime.facts.qkv_share,
+    )
+    reused = layout.reused_positions()
+    if not reused.numel() or not policy.num_selected(layout)[-1]:
+        return False
+    behind = dataclasses.replace(whole, start=total)
+    again = planning.outdated_positions(state.loads, int(reused[0]), behind)
+    return once + int(again.numel()) > total - start
+
+
 def around_add_one_req(
     original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -46,6 +76,8 @@ def around_add_one_req(
     try:
         admit(runtime, req, state)
         reason = refuse_batch(_mates(runtime, adder)) if state.spans else ""
+        if not reason and state.spans and _is_dearer(runtime, adder, req, state):
+            reason = "no_savings"
         if reason:
             state.give_up(reason)
     except Exception as error:
