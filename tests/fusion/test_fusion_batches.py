@@ -274,8 +274,10 @@ def test_rows_saved_behind_a_piece_pay_for_none_in_front_of_it(engine, row_count
     assert max(seen) <= 64
 
 
-@pytest.mark.parametrize("policy", ["query:0.3", "cacheblend:0.6"])
-@pytest.mark.parametrize("where", ["behind", "in front"])
+@pytest.mark.parametrize(
+    ("policy", "where"),
+    [("query:0.3", "behind"), ("query:0.3", "in front"), ("cacheblend:0.95", "in front")],
+)
 def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
     engine, row_counts, policy, where
 ):
