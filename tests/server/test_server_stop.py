@@ -67,6 +67,22 @@ def client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, trust_env=False, timeout=300)
 
 
+def test_health_is_known_before_anybody_asked_for_it(lone_server: Any) -> None:
+    # The first thing that a server gets may be load: its scheduler then says nothing for seconds.
+    url, pid, _ = lone_server
+    scheduler = max(
+        psutil.Process(pid).children(recursive=True), key=lambda child: child.memory_info().rss
+    )
+    scheduler.suspend()
+    try:
+        with client(url) as asking:
+            answer = asking.get("/v1/rag/health")
+    finally:
+        scheduler.resume()
+    assert answer.status_code == 200
+    assert answer.json()["activation"]["active"]
+
+
 def test_the_route_matrix_of_a_server_without_a_key(lone_server: Any) -> None:
     async def run() -> Any:
         async with httpx.AsyncClient(trust_env=False, timeout=120) as asking:
