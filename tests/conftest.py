@@ -47,16 +47,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _AHEAD: pytest.StashKey[dict[ModuleType, Future[Any]]] = pytest.StashKey()
-_LATER: pytest.StashKey[dict[ModuleType, Callable[[], Any]]] = pytest.StashKey()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the jobs that modules name in ``ahead(items)``, one after the other, beside the tests before them.
 
-    For programs that run for minutes in processes of their own: the tests of one process leave the second
+    For programs that run for minutes in processes of their own: the tests themselves leave the second
     core of a small machine idle. ``items`` are the module's selected tests. ``ahead`` is called now,
-    and the job that it returns later: a job reads no environment, which tests change in between. Where
-    several processes share the tests, no core is idle, and a job runs when its module is reached.
+    and the job that it returns later: a job reads no environment, which tests change in between.
     """
     items: dict[ModuleType, list[pytest.Item]] = {}
     for item in session.items:
@@ -75,17 +73,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             except BaseException as error:
                 future.set_exception(error)
 
-    if hasattr(session.config, "workerinput"):
-        session.config.stash[_LATER] = {module: job for module, (job, _) in jobs.items()}
-    else:
-        threading.Thread(target=work, name="ahead", daemon=True).start()
+    threading.Thread(target=work, name="ahead", daemon=True).start()
 
 
 @pytest.fixture(scope="module")
 def done_ahead(request: pytest.FixtureRequest) -> Any:
     """Result of the job that the module's ``ahead`` named."""
-    if _LATER in request.config.stash:
-        return request.config.stash[_LATER][request.module]()
     return request.config.stash[_AHEAD][request.module].result()
 
 

@@ -164,7 +164,7 @@ def test_a_failed_pass_in_a_mixed_batch_leaves_every_request_right(engine, break
 
 @pytest.mark.parametrize(
     ("policy", "settings"),
-    [("epic:0.4", {}), ("query:0.6", {}), ("query:0.6", {"page_size": 16})],
+    [("epic:0.4", {}), ("query:0.3", {}), ("query:0.3", {"page_size": 16})],
     ids=["epic", "query", "query, page 16"],
 )
 def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
