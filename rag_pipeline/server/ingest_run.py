@@ -144,9 +144,13 @@ class IngestRun:
                     chunks += document.num_chunks
                     yield document
             except ParseError as error:
-                full = f" (the index has room for {max(0, room)} more chunks: delete documents, or raise "
-                full += "--max-index-chunks)"
-                job.skip(name, f"{error}{full if room < limits.chunks - chunks else ''}")
+                reason = str(error)
+                if left.chunks < limits.chunks - chunks and f"{left.chunks} chunks" in reason:
+                    reason += (
+                        f" (the index has room for {left.chunks} more chunks: delete documents, or raise "
+                        "--max-index-chunks)"
+                    )
+                job.skip(name, reason)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             job.progress = max(job.progress, _PARSED * (number + 1) / len(files))

@@ -83,9 +83,12 @@ def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
     first = uploads.upload({"a.txt": text(8, "one")})
     assert (first.state, first.skipped) == ("done", [])
     assert 8 <= first.chunks <= 12
-    second = uploads.upload({"b.txt": text(40, "two"), "c.txt": "Small."})
+    damaged = ("broken.jsonl.gz", b"not gzip")
+    second = uploads.upload({"b.txt": text(40, "two"), "c.txt": "Small.", damaged[0]: damaged[1]})
     assert (second.state, second.documents) == ("done", 1)
-    (skipped,) = second.skipped
+    (skipped,) = [item for item in second.skipped if item["name"] != damaged[0]]
+    (other,) = [item for item in second.skipped if item["name"] == damaged[0]]
+    assert "--max-index-chunks" not in other["reason"]
     assert skipped["name"] == "b.txt"
     assert f"room for {20 - first.chunks} more chunks" in skipped["reason"]
     assert "--max-index-chunks" in skipped["reason"]
