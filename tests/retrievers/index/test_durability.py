@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -27,6 +28,7 @@ from retrievers import (
     finish_removals,
     ingest,
 )
+from retrievers.journal import EmbeddingJournal, text_key
 
 SECRET = "the old code of the vault is 4711"
 BEFORE = [
@@ -237,6 +239,21 @@ def test_a_start_removes_what_a_killed_ingest_left_and_keeps_its_embeddings(
     report = ingest([secret], left, splitter=splitter, embedder=hash_embedder)
     assert report.chunks_resumed == 1
     assert len(hash_embedder.texts) == before + 1
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_half_written_shard_of_a_journal_is_removed_and_whole_ones_stay(
+    folder: Path, tmp_path: Path, has_index: bool
+) -> None:
+    index = folder if has_index else tmp_path / "first"
+    journals = index / ".work" / "journal"
+    EmbeddingJournal(journals, "f", 4).append([text_key("a")], np.ones((1, 4), np.float32))
+    (index / ".lock").touch()
+    half = journals / "f" / "new.part"
+    half.write_bytes(b"half")
+    finish_removals(index)
+    assert not half.exists()
+    assert text_key("a") in EmbeddingJournal(journals, "f", 4)
 
 
 def test_a_start_leaves_a_folder_alone_in_which_nothing_was_ingested(tmp_path: Path) -> None:

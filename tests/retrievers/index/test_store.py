@@ -22,11 +22,9 @@ from retrievers import (
     Manifest,
     RetrievalError,
     delete_documents,
-    finish_removals,
     ingest,
 )
 from retrievers.index_store import EXACT_FILTER_ROWS
-from retrievers.journal import EmbeddingJournal, text_key
 
 DOCUMENTS = [
     Document(
@@ -308,22 +306,6 @@ def test_leftovers_of_a_killed_commit_are_cleared(folder: Path, hash_embedder, s
     assert not report.changed
     assert [path.name for path in folder.glob("gen-*")] == ["gen-000001"]
     assert not (folder / "manifest.json.new").exists()
-
-
-@pytest.mark.parametrize("has_index", [True, False])
-def test_a_half_written_shard_of_a_journal_is_removed_and_whole_ones_stay(
-    folder: Path, hash_embedder, splitter, has_index: bool
-) -> None:
-    if has_index:
-        ingest(DOCUMENTS, folder, splitter=splitter, embedder=hash_embedder)
-    journal = EmbeddingJournal(folder / ".work" / "journal", "f", 4)
-    journal.append([text_key("a")], np.ones((1, 4), np.float32))
-    (folder / ".lock").touch()
-    half = folder / ".work" / "journal" / "f" / "new.part"
-    half.write_bytes(b"half")
-    finish_removals(folder)
-    assert not half.exists()
-    assert text_key("a") in EmbeddingJournal(folder / ".work" / "journal", "f", 4)
 
 
 class StoreAgainstDict(RuleBasedStateMachine):
