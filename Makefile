@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # cpu: faiss-cpu; gpu: faiss-gpu. They own the same folder, so never both.
 FAISS ?= cpu
+# Each has engines of its own, some 5 GiB; more than cores only wait for one another.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
@@ -38,7 +40,7 @@ demo: $(VENV)/.installed  ## ingest a real corpus, ask three questions, show ans
 	$(BIN)/rag-pipeline demo
 
 test: $(VENV)/.installed-dev  ## run the test suite (offline, CPU)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

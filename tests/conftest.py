@@ -7,13 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that asks a hub is a broken test; this makes it fail at once instead of after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest_plugins = ("sharing",)
+
 _GIVEN_HOME = os.environ.get("RAG_PIPELINE_HOME")
 """Where the suite was told to keep converted models; a test that sets another home has all of it."""
 
@@ -44,42 +43,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     from pytest_socket import socket_allow_hosts
 
     socket_allow_hosts(["127.0.0.1", "localhost", "::1", "0.0.0.0"], allow_unix_socket=True)
-
-
-_AHEAD: pytest.StashKey[dict[ModuleType, Future[Any]]] = pytest.StashKey()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the jobs that modules name in ``ahead(items)``, one after the other, beside the tests before them.
-
-    For programs that run for minutes in processes of their own: the tests themselves leave the second
-    core of a small machine idle. ``items`` are the module's selected tests. ``ahead`` is called now,
-    and the job that it returns later: a job reads no environment, which tests change in between.
-    """
-    items: dict[ModuleType, list[pytest.Item]] = {}
-    for item in session.items:
-        module = getattr(item, "module", None)
-        if module is not None and hasattr(module, "ahead"):
-            items.setdefault(module, []).append(item)
-    if session.config.option.collectonly:
-        return
-    jobs = {module: (module.ahead(chosen), Future[Any]()) for module, chosen in items.items()}
-    session.config.stash[_AHEAD] = {module: future for module, (_, future) in jobs.items()}
-
-    def work() -> None:
-        for job, future in jobs.values():
-            try:
-                future.set_result(job())
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=work, name="ahead", daemon=True).start()
-
-
-@pytest.fixture(scope="module")
-def done_ahead(request: pytest.FixtureRequest) -> Any:
-    """Result of the job that the module's ``ahead`` named."""
-    return request.config.stash[_AHEAD][request.module].result()
 
 
 @pytest.fixture(scope="session")

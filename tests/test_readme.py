@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,39 +36,32 @@ INGEST = "rag-pipeline ingest docs/ --index my-index"
 Done = subprocess.CompletedProcess[str]
 
 
-def ahead(items: list[pytest.Item]) -> Callable[[], dict[str, Done]]:
-    from rag_pipeline.config import home_dir
+@pytest.fixture(scope="module")
+def ran(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Done]:
+    """The selected commands, and the README's ``python``, in a folder with ``docs/`` and the README's index."""
+    from rag_pipeline.config import HOME_VARIABLE, home_dir
 
+    items = [item for item in request.session.items if item.path == request.path]
     wanted = {str(item.callspec.params["command"]) for item in items if hasattr(item, "callspec")}
-    if any(item.name == "test_python_of_the_readme" for item in items):
-        wanted.add("python")
-    models = home_dir() / "models"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    return lambda: run_all(wanted, models, environment) if wanted else {}
-
-
-def run_all(wanted: set[str], models: Path, environment: dict[str, str]) -> dict[str, Done]:
-    """Commands, and the README's ``python``, in a working folder with ``docs/`` and the README's index."""
-    from rag_pipeline.config import HOME_VARIABLE
-
     # Chunk KV goes to a home of its own; converted models stay where they are.
+    models, place = home_dir() / "models", tmp_path_factory.mktemp("readme")
+    home = tmp_path_factory.mktemp("home")
     models.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        place, home = Path(name) / "work", Path(name) / "home"
-        (place / "docs").mkdir(parents=True)
-        home.mkdir()
-        (home / "models").symlink_to(models)
-        environment = environment | {HOME_VARIABLE: str(home)}
-        for file, text in DOCS.items():
-            (place / "docs" / file).write_text(text, "utf-8")
-        first = run_command(INGEST, place, environment)
-        assert first.returncode == 0, first.stderr
-        done = {line: run_command(line, place, environment) for line in COMMANDS if line in wanted}
-        if "python" in wanted:
-            (code,) = [body for language, body in BLOCKS if language == "python"]
-            body = re.sub("^", "    ", code, flags=re.M)
-            (place / "readme.py").write_text(f"if __name__ == '__main__':\n{body}")
-            done["python"] = run([sys.executable, "readme.py"], place, environment)
+    (home / "models").symlink_to(models)
+    environment = {**os.environ, "PYTHONPATH": "", HOME_VARIABLE: str(home)}
+    (place / "docs").mkdir()
+    for file, text in DOCS.items():
+        (place / "docs" / file).write_text(text, "utf-8")
+    first = run_command(INGEST, place, environment)
+    assert first.returncode == 0, first.stderr
+    done = {line: run_command(line, place, environment) for line in COMMANDS if line in wanted}
+    if any(item.name.startswith("test_python_of_the_readme") for item in items):
+        (code,) = [body for language, body in BLOCKS if language == "python"]
+        body = re.sub("^", "    ", code, flags=re.M)
+        (place / "readme.py").write_text(f"if __name__ == '__main__':\n{body}")
+        done["python"] = run([sys.executable, "readme.py"], place, environment)
     return done
 
 
@@ -98,8 +89,8 @@ def test_every_command_of_the_readme_is_known() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "rag-pipeline " in line])
-def test_command_of_the_readme(command: str, done_ahead: dict[str, Done]) -> None:
-    done = done_ahead[command]
+def test_command_of_the_readme(command: str, ran: dict[str, Done]) -> None:
+    done = ran[command]
     assert done.returncode == 0, done.stderr
     if "--json" in command:
         answer = json.loads(done.stdout)
@@ -124,7 +115,7 @@ def test_command_of_the_readme(command: str, done_ahead: dict[str, Done]) -> Non
 
 
 @pytest.mark.engine
-def test_python_of_the_readme(done_ahead: dict[str, Done]) -> None:
-    done = done_ahead["python"]
+def test_python_of_the_readme(ran: dict[str, Done]) -> None:
+    done = ran["python"]
     assert done.returncode == 0, done.stderr
     assert "Rotation" in done.stdout

@@ -33,18 +33,11 @@ def prompt_maker(smollm2_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def eval_session(request: pytest.FixtureRequest, prompt_maker: Any) -> Iterator[Any]:
-    """A session on the suite's engine; on one of its own where that engine forces nothing."""
-    from rag_eval.runner.engine import start_session
+def eval_session(engine: Any, prompt_maker: Any) -> Any:
+    """A session on the suite's engine."""
     from rag_eval.runner.session import EngineSession
 
-    shared = request.getfixturevalue("engine")
-    if getattr(shared.server_args, "enable_custom_logit_processor", False):
-        yield EngineSession(shared, prompt_maker.decode, 49152)
-        return
-    own = start_session(prompt_maker, 49152, {})
-    yield own
-    own.close()
+    return EngineSession(engine, prompt_maker.decode, 49152)
 
 
 @pytest.fixture(scope="session")

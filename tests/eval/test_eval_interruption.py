@@ -29,12 +29,7 @@ class Ended:
     all_gone: bool
 
 
-def ahead(items: list[pytest.Item]) -> Callable[[], Ended]:
-    environment = dict(os.environ)
-    return lambda: interrupted_run(environment)
-
-
-def interrupted_run(environment: dict[str, str]) -> Ended:
+def interrupted_run() -> Ended:
     """A run that gets SIGTERM after its first example."""
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log.txt"
@@ -42,7 +37,6 @@ def interrupted_run(environment: dict[str, str]) -> Ended:
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *WORDS.split()],
                 cwd=folder,
-                env=environment,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -83,10 +77,11 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_sigterm_ends_a_run_and_its_engine(done_ahead: Ended) -> None:
-    assert done_ahead.code == 130, done_ahead.said[-2000:]
-    last = done_ahead.said.splitlines()[-1]
+def test_sigterm_ends_a_run_and_its_engine() -> None:
+    ended = interrupted_run()
+    assert ended.code == 130, ended.said[-2000:]
+    last = ended.said.splitlines()[-1]
     assert last == "error: interrupted; what was already written is kept"
-    assert "Traceback" not in done_ahead.said
-    assert done_ahead.measured > 0
-    assert done_ahead.all_gone, "processes of the engine live on"
+    assert "Traceback" not in ended.said
+    assert ended.measured > 0
+    assert ended.all_gone, "processes of the engine live on"

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +37,21 @@ if __name__ == "__main__":
 """
 
 
-def ahead(items: list[pytest.Item]) -> Callable[[], dict[str, Any]]:
-    from rag_pipeline.models import resolve_llm
-
-    model = resolve_llm("smollm2-135m").path
-    environment = {**os.environ, "SGLANG_PLUGINS": "rag_cpu"}
-    return lambda: stock_answers(model, environment)
-
-
-def stock_answers(model: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Answers of the stock engine, whose attention takes minutes for them."""
+@pytest.fixture(scope="module")
+def stock(smollm2_path: Path) -> dict[str, Any]:
+    """Answers of the stock engine, in a program of its own."""
     with tempfile.TemporaryDirectory() as folder:
         program, out = Path(folder) / "stock.py", Path(folder) / "out.json"
         program.write_text(STOCK)
-        request = {"model": str(model), "out": str(out), "folder": str(Path(__file__).parent)}
+        request = {
+            "model": str(smollm2_path),
+            "out": str(out),
+            "folder": str(Path(__file__).parent),
+        }
         done = subprocess.run(
             [sys.executable, str(program)],
             input=json.dumps(request),
-            env=environment,
+            env=os.environ | {"SGLANG_PLUGINS": "rag_cpu"},
             capture_output=True,
             text=True,
             timeout=1100,
@@ -64,11 +60,6 @@ def stock_answers(model: Path, environment: dict[str, str]) -> dict[str, Any]:
         assert out.exists(), done.stderr[-2000:]
         found: dict[str, Any] = json.loads(out.read_text())
     return found
-
-
-@pytest.fixture(scope="module")
-def stock(done_ahead: dict[str, Any]) -> dict[str, Any]:
-    return done_ahead
 
 
 def test_twenty_prompts_have_the_tokens_and_logprobs_of_stock(engine, stock):
