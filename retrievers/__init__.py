@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from retrievers.bm25 import Bm25Builder, Bm25Index
     from retrievers.dense import DenseIndex
     from retrievers.distinct import DistinctRetriever
+    from retrievers.documents import DocumentRecord, document_records
     from retrievers.embedding import Embedder, TextEmbedder
     from retrievers.errors import (
         CorruptIndexError,
@@ -50,6 +51,7 @@ _EXPORTS = {
     "DenseIndex": "retrievers.dense",
     "DistinctRetriever": "retrievers.distinct",
     "Document": "retrievers.types",
+    "DocumentRecord": "retrievers.documents",
     "Embedder": "retrievers.embedding",
     "EmbedderMismatchError": "retrievers.errors",
     "Erase": "retrievers.removal",
@@ -83,6 +85,7 @@ _EXPORTS = {
     "choose_factory": "retrievers.faiss_factory",
     "delete_documents": "retrievers.ingestion",
     "document_hash": "retrievers.index_settings",
+    "document_records": "retrievers.documents",
     "finish_removals": "retrievers.ingestion",
     "indexed_text": "retrievers.index_settings",
     "ingest": "retrievers.ingestion",
@@ -100,6 +103,7 @@ __all__ = [
     "DenseIndex",
     "DistinctRetriever",
     "Document",
+    "DocumentRecord",
     "Embedder",
     "EmbedderMismatchError",
     "Erase",
@@ -133,6 +137,7 @@ __all__ = [
     "choose_factory",
     "delete_documents",
     "document_hash",
+    "document_records",
     "finish_removals",
     "indexed_text",
     "ingest",

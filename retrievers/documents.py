@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retrievers.durable import create_file
 from retrievers.errors import CorruptIndexError
+from retrievers.manifest import MANIFEST_NAME, Manifest
 
 _NAME = "documents.jsonl"
 
@@ -27,6 +28,26 @@ def write_documents(folder: Path, documents: Iterable[DocumentRecord]) -> None:
     """Write the table into the folder of a new generation."""
     with create_file(folder / _NAME) as file:
         file.writelines(json.dumps(asdict(record)).encode("ascii") + b"\n" for record in documents)
+
+
+def document_records(folder: str | Path) -> Iterator[DocumentRecord]:
+    """Read the documents of an index without opening the rest of it; none where the folder holds no index.
+
+    Whoever asks holds the index's lock, or may be told of a generation that is being replaced.
+
+    Raises
+    ------
+    CorruptIndexError
+        For files that cannot be read.
+    """
+    place = Path(folder)
+    if not (place / MANIFEST_NAME).exists():
+        return
+    table = DocumentTable(place / Manifest.read(place).generation)
+    try:
+        yield from table
+    finally:
+        table.close()
 
 
 class DocumentTable:

@@ -268,7 +268,10 @@ def serve(
         int, typer.Option(min=1, help="Searches that wait or run; one more is answered 503.")
     ] = 64,
     max_questions: Annotated[
-        int, typer.Option(min=1, help="Questions that wait or are answered; one more gets 503.")
+        int,
+        typer.Option(
+            min=1, help="Questions that wait or are answered; raise it with --max-queued-requests."
+        ),
     ] = 128,
     max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once.")] = 1024,
     max_body_mb: Annotated[

@@ -113,7 +113,9 @@ class ServeSettings(_Section):
         default=64, ge=1, description="Searches that wait or run; one more is answered 503."
     )
     max_questions: int = Field(
-        default=128, ge=1, description="Questions that wait or are answered; one more gets 503."
+        default=128,
+        ge=1,
+        description="Questions that wait or are answered; raise it with --max-queued-requests.",
     )
     max_connections: int = Field(default=1024, ge=1, description="Connections open at once.")
     max_body_mb: int = Field(

@@ -13,6 +13,67 @@ from rag_pipeline.server.errors import ApiError
 RETRY_S = 1
 
 
+class Count:
+    """Things of one kind that are under way, in all and by tenant.
+
+    Parameters
+    ----------
+    what
+        Their name in a refusal.
+    limit
+        Of all together.
+    share
+        Of one tenant; as large as `limit` where there are no others.
+    """
+
+    def __init__(self, what: str, limit: int, *, share: int) -> None:
+        self._what = what
+        self._limit = limit
+        self._share = share
+        self._by_tenant: Counter[str] = Counter()
+        self.total = 0
+
+    def check(self, tenant: str, more: int) -> None:
+        """Refuse what :meth:`add` would; it reads two numbers, so any thread may.
+
+        Raises
+        ------
+        ApiError
+            429 where the tenant has its share, 503 where there is no room at all.
+        """
+        mine = self._by_tenant.get(tenant, 0)
+        if mine + more > self._share and self._share < self._limit:
+            raise ApiError(
+                429,
+                f"this key has {mine} of at most {self._share} {self._what} under way; send fewer at once",
+                retry_s=RETRY_S,
+            )
+        if self.total + more > self._limit:
+            # Without figures: what others have under way is not a tenant's business.
+            raise ApiError(
+                503, f"the server has too many {self._what} under way; try again", retry_s=RETRY_S
+            )
+
+    def add(self, tenant: str, more: int) -> None:
+        """Count them in.
+
+        Raises
+        ------
+        ApiError
+            As :meth:`check` does.
+        """
+        self.check(tenant, more)
+        self._by_tenant[tenant] += more
+        self.total += more
+
+    def give_back(self, tenant: str, number: int) -> None:
+        """Count them out."""
+        self.total -= number
+        self._by_tenant[tenant] -= number
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
 class Budget:
     """Counts of one server; used on its event loop only.
 
@@ -31,9 +92,12 @@ class Budget:
     def __init__(
         self, *, max_requests: int, max_bytes: int, max_questions: int, shared: bool
     ) -> None:
-        self._requests = _Count("requests", max_requests, shared=shared)
-        self._bytes = _Count("bytes of bodies", max_bytes, shared=shared)
-        self._questions = _Count("questions", max_questions, shared=shared)
+        def count(what: str, limit: int) -> Count:
+            return Count(what, limit, share=max(1, limit // 2) if shared else limit)
+
+        self._requests = count("requests", max_requests)
+        self._bytes = count("bytes of bodies", max_bytes)
+        self._questions = count("questions", max_questions)
 
     @property
     def used(self) -> tuple[int, int]:
@@ -73,13 +137,13 @@ class Budget:
 class Held:
     """What one request holds of a :class:`Budget`."""
 
-    def __init__(self, tenant: str, requests: _Count, num_bytes: _Count, questions: _Count) -> None:
+    def __init__(self, tenant: str, requests: Count, num_bytes: Count, questions: Count) -> None:
         self._tenant = tenant
         self._requests = requests
         self._bytes = num_bytes
         self._questions = questions
         self._reserved = 0
-        self._is_question = self._body_is_over = self._left = False
+        self._may_ask = self._is_question = self._body_is_over = self._left = False
 
     def reserve(self, body_bytes: int) -> None:
         """Hold as much as a body has by now, or will have; a header may have announced less.
@@ -94,15 +158,28 @@ class Held:
             self._bytes.add(self._tenant, more)
             self._reserved = body_bytes
 
-    def ask(self) -> None:
-        """Count the request as a question, until it leaves.
+    def expect_question(self) -> None:
+        """Look for a place for a question, which it takes when its body has come.
+
+        One that is still being sent holds nobody up: there are as many of them as there are connections.
 
         Raises
         ------
         ApiError
-            429 or 503 where that is too much.
+            429 or 503 where there is none.
         """
-        if not self._is_question:
+        self._questions.check(self._tenant, 1)
+        self._may_ask = True
+
+    def body_came(self) -> None:
+        """Count an expected question, until it leaves.
+
+        Raises
+        ------
+        ApiError
+            429 or 503 where its place has gone in the meantime.
+        """
+        if self._may_ask and not self._is_question:
             self._questions.add(self._tenant, 1)
             self._is_question = True
 
@@ -120,36 +197,3 @@ class Held:
             self._requests.give_back(self._tenant, 1)
             if self._is_question:
                 self._questions.give_back(self._tenant, 1)
-
-
-class _Count:
-    """One quantity, in all and by tenant."""
-
-    def __init__(self, what: str, limit: int, *, shared: bool) -> None:
-        self._what = what
-        self._limit = limit
-        self._share = max(1, limit // 2) if shared else limit
-        self._by_tenant: Counter[str] = Counter()
-        self.total = 0
-
-    def add(self, tenant: str, more: int) -> None:
-        mine = self._by_tenant[tenant]
-        if mine + more > self._share and self._share < self._limit:
-            raise ApiError(
-                429,
-                f"this key has {mine} of at most {self._share} {self._what} under way; send fewer at once",
-                retry_s=RETRY_S,
-            )
-        if self.total + more > self._limit:
-            # Without figures: what others have under way is not a tenant's business.
-            raise ApiError(
-                503, f"the server has too many {self._what} under way; try again", retry_s=RETRY_S
-            )
-        self._by_tenant[tenant] += more
-        self.total += more
-
-    def give_back(self, tenant: str, number: int) -> None:
-        self.total -= number
-        self._by_tenant[tenant] -= number
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]

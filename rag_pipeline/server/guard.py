@@ -37,6 +37,7 @@ OPEN_FLAG = "--unprotected-without-key"
 ASK, SEARCH = "/v1/rag/chat/completions", "/v1/rag/search"
 
 _DRAINED_BYTES = 64 << 10
+"""Largest body that is read and dropped behind a refusal; a larger one costs its connection."""
 
 _ALWAYS = "/v1/rag/health"
 """Answered however full the server is, as what needs no key is: neither reads a body."""
@@ -168,9 +169,9 @@ class Guard:
             exchange.end()
 
     def _find_room(self, template: str, tenant: Tenant, held: Held) -> None:
-        """Refuse what would find a full queue; a question has its place until its answer has ended."""
+        """Refuse what would find a full queue."""
         if template == ASK:
-            held.ask()
+            held.expect_question()
         if (check := self._rules.rooms.get(template)) is not None:
             check(tenant.name)
 
@@ -269,8 +270,8 @@ async def _answer(refusal: ApiError, exchange: Exchange, *, stays: bool = False)
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if not (stays and 0 < exchange.announced <= _DRAINED_BYTES):
-        # What the client sends behind a refusal is not read, and the connection cannot be used again; but a body
-        # this small has come with its header, and to connect anew costs a full server more than the refusal.
+        # A connection can be used again only behind the rest of the body. Little of it is read and dropped: to
+        # connect anew costs a full server more than the refusal.
         response.headers["Connection"] = "close"
     if exchange.scope["type"] == "websocket":
         await exchange.refuse_websocket(response)

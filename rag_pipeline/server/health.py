@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.served_engine import activation_in
+from rag_pipeline.sglang_plugin.served_engine import STATE_TIMEOUT_S, activation_in
 
 if TYPE_CHECKING:
     from rag_pipeline.server.indexes import IndexTable
@@ -30,7 +30,7 @@ WAIT_S = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Report:
-    """What the scheduler said last, or why it did not."""
+    """What the scheduler said last, or why it did not; told until it says more."""
 
     info: dict[str, Any] | None
     problem: str
@@ -84,6 +84,11 @@ class Health:
         activation: dict[str, Any] = {"active": False}
         fusion: dict[str, Any] = {}
         problems = [last.problem] if last.problem else []
+        if not problems and (silent := self._engine.silent_s()) > STATE_TIMEOUT_S:
+            # It was asked just now: an idle scheduler would have answered.
+            problems.append(
+                f"the scheduler has said nothing for {silent:.0f} s; it hangs or is busy"
+            )
         if last.info is not None:
             activation = activation_in(last.info).to_json()
             fusion = last.info["internal_states"][0].get("rag_fusion") or {}

@@ -6,12 +6,13 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rag_pipeline.server.file_names import file_of
+from rag_pipeline.server.index_quota import IndexQuota
 from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_job import Job
 from rag_pipeline.server.parsing import ParseError, SplitTask, parse_upload
@@ -24,6 +25,7 @@ from retrievers import (
     PreparedDocument,
     RetrievalError,
     TokenSplitter,
+    document_records,
     ingest,
 )
 
@@ -123,12 +125,12 @@ class IngestRun:
         )
         limits = self._settings.parse_limits()
         work = self._work / f"{job.id}.work"
-        chunks, held = 0, _chunks_by_file(index, files)
-        for number, (name, file) in enumerate(files.items()):
-            check()
-            # What this upload has replaced, or will by this file, makes room for it.
-            others = sum(n for file, n in held.items() if file not in read and file != name)
-            room = self._settings.max_index_chunks - others - chunks
+        quota = IndexQuota(self._settings.max_index_chunks, document_records(index.folder), files)
+        chunks = 0
+        crowded: dict[str, int] = {}
+
+        def prepared(name: str, room: int) -> Iterator[PreparedDocument]:
+            nonlocal chunks
             left = replace(
                 limits,
                 documents=limits.documents - job.documents,
@@ -136,24 +138,40 @@ class IngestRun:
             )
             try:
                 with self._parsers.turn(check):
-                    parsed = parse_upload(file, work=work, limits=left, split=split, check=check)
+                    parsed = parse_upload(
+                        files[name], work=work, limits=left, split=split, check=check
+                    )
                 read.add(name)
+                quota.replace(name)
                 job.remark(name, parsed.notes)
                 for document in parsed.documents:
                     job.documents += 1
                     chunks += document.num_chunks
+                    quota.add(document.num_chunks)
                     yield document
-            except ParseError as error:
-                reason = str(error)
-                if left.chunks < limits.chunks - chunks and f"{left.chunks} chunks" in reason:
-                    reason += (
-                        f" (the index has room for {left.chunks} more chunks: delete documents, or raise "
-                        "--max-index-chunks)"
-                    )
-                job.skip(name, reason)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-            job.progress = max(job.progress, _PARSED * (number + 1) / len(files))
+
+        waiting = deque(files)
+        while waiting:
+            check()
+            name = waiting.popleft()
+            room = quota.room_for(name)
+            try:
+                if room <= crowded.get(name, -1):
+                    raise ParseError(_no_room(room))
+                yield from prepared(name, room)
+            except ParseError as error:
+                has_no_room = room < limits.chunks - chunks and f"more than {room} chunks" in str(
+                    error
+                )
+                if has_no_room and name not in crowded:
+                    # Those behind it may become smaller than they were.
+                    crowded[name] = room
+                    waiting.append(name)
+                else:
+                    job.skip(name, _no_room(room) if has_no_room else str(error))
+            job.progress = max(job.progress, _PARSED * (1 - len(waiting) / len(files)))
 
     def _splitter(self, index: ServedIndex) -> TokenSplitter:
         """The index's own settings where there are some: an index is split in one way."""
@@ -180,14 +198,11 @@ class IngestRun:
             return self._loaded
 
 
-def _chunks_by_file(index: ServedIndex, files: Mapping[str, Path]) -> Counter[str]:
-    """Chunks that an index holds of these uploaded files, and all others under the empty name."""
-    held: Counter[str] = Counter()
-    current = index.current()
-    for record in () if current is None else current.documents():
-        file = file_of(record.id) or ""
-        held[file if file in files else ""] += record.num_chunks
-    return held
+def _no_room(chunks: int) -> str:
+    return (
+        f"it gives more than {chunks} chunks, and the index has room for no more of this file; delete "
+        "documents, or raise --max-index-chunks"
+    )
 
 
 def _show(job: Job, progress: IngestProgress) -> None:

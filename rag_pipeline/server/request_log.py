@@ -16,12 +16,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from rag_pipeline.server.budget import Held
+from rag_pipeline.server.budget import RETRY_S, Held
 from rag_pipeline.server.errors import ApiError, error_response
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OURS = ("/v1/rag", "/rag")
-_RETRY_S = 1
 
 logger = logging.getLogger("rag_pipeline.requests")
 
@@ -82,10 +81,11 @@ class Exchange:
         message = await self._receive()
         self._received += len(message.get("body", b""))
         self._gone = self._gone or message["type"] == "http.disconnect"
-        self._check_body(self._received)
+        is_whole = message["type"] == "http.request" and not message.get("more_body", False)
+        self._check_body(self._received, is_whole=is_whole)
         return message
 
-    def _check_body(self, size: int) -> None:
+    def _check_body(self, size: int, *, is_whole: bool = False) -> None:
         if self._refusal is None and size > self._limit:
             self._refusal = ApiError(
                 413, f"the body is larger than {self._limit} bytes; send less at once"
@@ -93,6 +93,8 @@ class Exchange:
         if self._refusal is None and self.held is not None:
             try:
                 self.held.reserve(size)
+                if is_whole:
+                    self.held.body_came()
             except ApiError as refusal:
                 self._refusal = refusal
         if self._refusal is not None:
@@ -119,7 +121,7 @@ class Exchange:
             names = {name.lower() for name, _ in headers}
             headers.append((b"x-request-id", self.id.encode()))
             if self._status in (429, 503) and b"retry-after" not in names:
-                headers.append((b"retry-after", str(_RETRY_S).encode()))
+                headers.append((b"retry-after", str(RETRY_S).encode()))
             message = {**message, "headers": headers}
         self._sent += len(message.get("body", b""))
         if self._sent and self.held is not None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.budget import Count
 
 T = TypeVar("T")
-
-RETRY_S = 1
 
 
 class WorkPool:
@@ -35,9 +32,7 @@ class WorkPool:
 
     def __init__(self, threads: int, *, limit: int, share: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rag-work")
-        self._limit = limit
-        self._share = share
-        self._jobs: Counter[str] = Counter()
+        self._jobs = Count("searches and listings", limit, share=share)
         self._lock = threading.Lock()
 
     async def run(self, tenant: str, function: Callable[..., T], *args: Any) -> T:
@@ -49,8 +44,7 @@ class WorkPool:
             429 where the tenant has its share under way, 503 where there is no room at all.
         """
         with self._lock:
-            self.check_room(tenant)
-            self._jobs[tenant] += 1
+            self._jobs.add(tenant, 1)
         job = self._threads.submit(function, *args)
         job.add_done_callback(lambda done: self._ended(tenant))
         return await asyncio.wrap_future(job)
@@ -63,18 +57,8 @@ class WorkPool:
         ApiError
             429 where the tenant has its share under way, 503 where there is no room at all.
         """
-        if self._jobs[tenant] >= self._share:
-            status = 429 if self._share < self._limit else 503
-            raise ApiError(
-                status,
-                f"{self._share} requests of this key wait already; send fewer at once",
-                retry_s=RETRY_S,
-            )
-        if self._jobs.total() >= self._limit:
-            raise ApiError(503, "the server has too much to do; try again", retry_s=RETRY_S)
+        self._jobs.check(tenant, 1)
 
     def _ended(self, tenant: str) -> None:
         with self._lock:
-            self._jobs[tenant] -= 1
-            if not self._jobs[tenant]:
-                del self._jobs[tenant]
+            self._jobs.give_back(tenant, 1)

@@ -70,11 +70,22 @@ def limited_protocol(limits: HttpLimits) -> type[asyncio.Protocol]:
                     self._body_bytes = 0
                     self._watch(limits.body_s)
             elif state is not h11.IDLE or not self.conn.trailing_data[0]:
-                self._watch(
-                    None
-                )  # a whole request, or none: uvicorn's keep-alive timer has the rest
+                # A whole request, or none.
+                self._watch(None)
+                self._keep_alive_again()
             elif was_in_body or self._timer is None:
                 self._watch(limits.header_s)
+
+        def _keep_alive_again(self) -> None:
+            """Begin uvicorn's keep-alive time anew: it ends with every piece that comes.
+
+            The rest of a body that was answered before it had come is such a piece, and no answer follows.
+            """
+            answered = self.cycle is not None and self.cycle.response_complete
+            if answered and self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
         def handle_websocket_upgrade(self, event: h11.Request) -> None:
             super().handle_websocket_upgrade(event)

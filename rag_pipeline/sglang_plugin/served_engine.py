@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -55,6 +56,10 @@ class ServedEngine:
     def context_length(self) -> int:
         """Most tokens of prompt and answer together that the engine admits."""
         return int(self._manager.max_req_input_len)
+
+    def silent_s(self) -> float:
+        """Seconds since the scheduler said anything: a token, a report; an idle one says nothing unasked."""
+        return max(0.0, time.time() - float(self._manager.last_receive_tstamp))
 
     async def generate(
         self,

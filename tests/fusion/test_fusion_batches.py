@@ -276,7 +276,12 @@ def test_rows_saved_behind_a_piece_pay_for_none_in_front_of_it(engine, row_count
 
 @pytest.mark.parametrize(
     ("policy", "where"),
-    [("query:0.3", "behind"), ("query:0.3", "in front"), ("cacheblend:0.95", "in front")],
+    [
+        ("query:0.3", "behind"),
+        ("query:0.3", "in front"),
+        ("cacheblend:0.3", "in front"),
+        ("query:0.15", "between"),
+    ],
 )
 def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
     engine, row_counts, policy, where
@@ -286,8 +291,13 @@ def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
     fresh = tokens(150, 60)
     if where == "behind":
         ids, spans = lay_out(ORDER[:1], fresh, prefix=PREFIX_IDS + tokens(10, 61))
-    else:
+    elif where == "in front":
         ids, spans = lay_out(ORDER, tokens(9, 3), prefix=PREFIX_IDS + fresh)
+    else:
+        ids, spans = lay_out(ORDER[:1], fresh[:30], prefix=PREFIX_IDS)
+        spans += [len(ids), len(ids) + CHUNK]
+        # The question is computed with what it has chosen, in the last piece: once.
+        ids = [*ids, *ORDER[1], *fresh[30:75]]
     local.flush()
     plain = local.ask(ids, 2, fusion={"mode": "off"})
     local.flush()
@@ -305,6 +315,7 @@ def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
         local.runtime.store.check_integrity(expect_idle=True)
     else:
         assert report(req)["fallback"] == ""
+        assert sum(seen) < len(ids)
 
 
 def test_any_other_prefix_cache_turns_fusion_off_with_one_line(engine, monkeypatch):

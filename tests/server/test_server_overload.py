@@ -8,13 +8,19 @@ import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from rag_pipeline.errors import ModelError
 from rag_pipeline.server.attribution import attribute
+from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError, refusal_of
+from rag_pipeline.server.health import Health
+from rag_pipeline.server.indexes import IndexTable
+from rag_pipeline.server.settings import ServerSettings
+from rag_pipeline.server.tenants import Tenants
 from rag_pipeline.server.work_pool import WorkPool
 from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http_stop import GracefulStop
@@ -126,6 +132,44 @@ def test_sentences_end_where_they_did() -> None:
         assert [(a.start, a.end) for a in attribute(answer, source)] == parts
 
 
+# -- health -------------------------------------------------------------------------------------
+
+
+class Halted:
+    """An engine whose scheduler spoke last some seconds ago, and now says nothing."""
+
+    incremental, context_length = False, 100
+    last_state = {"version": "0", "internal_states": [{}]}  # noqa: RUF012
+
+    def __init__(self, silent_s: float) -> None:
+        self._silent_s = silent_s
+
+    def silent_s(self) -> float:
+        return self._silent_s
+
+    async def state(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("silent_s", "told"), [(1.0, False), (3600.0, True)])
+def test_a_scheduler_that_has_been_silent_for_long_is_told(
+    tmp_path: Path, silent_s: float, told: bool
+) -> None:
+    tenants = Tenants({})
+    health = Health(
+        engine=cast("Any", Halted(silent_s)),
+        settings=ServerSettings(model=tmp_path),
+        tenants=tenants,
+        indexes=IndexTable(tenants.all(), EmbedderPool("none")),
+        model_name="m",
+        prompt_date="fixed",
+        model_gate=None,
+    )
+    report = asyncio.run(health.report(tenants.operator))
+    assert any("said nothing for 3600 s" in problem for problem in report["problems"]) == told
+
+
 # -- stopping -----------------------------------------------------------------------------------
 
 
@@ -203,12 +247,21 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening(**limits: Any) -> Iterator[Callable[[], socket.socket]]:
+def listening(
+    app: Any = echo, *, timeout_keep_alive: float = 5, **limits: Any
+) -> Iterator[Callable[[], socket.socket]]:
     """A real uvicorn server on a free port; gives connections to it."""
     import uvicorn
 
     protocol = limited_protocol(HttpLimits(**limits))
-    config = uvicorn.Config(echo, port=0, http=protocol, log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        app,
+        port=0,
+        http=protocol,
+        log_level="error",
+        lifespan="off",
+        timeout_keep_alive=timeout_keep_alive,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -229,6 +282,24 @@ def listening(**limits: Any) -> Iterator[Callable[[], socket.socket]]:
             connection.close()
         server.should_exit = True
         thread.join(60)
+
+
+def received(connection: socket.socket) -> bytes:
+    piece = connection.recv(4096)
+    assert piece, "the server has closed"
+    return piece
+
+
+def one_answer(connection: socket.socket) -> bytes:
+    """Header and body of one answer, in however many pieces it comes."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += received(connection)
+    head, _, body = data.partition(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+    while len(body) < size:
+        body += received(connection)
+    return head + b"\r\n\r\n" + body
 
 
 def answer(connection: socket.socket) -> bytes:
@@ -256,7 +327,7 @@ def test_a_client_that_does_not_get_on_is_let_go() -> None:
             assert answer(connection)[:12] == status
         second = connect()  # the same in a second request on one connection
         second.sendall(REQUEST + b"\r\n1234")
-        assert second.recv(4096).startswith(b"HTTP/1.1 200")
+        assert one_answer(second).startswith(b"HTTP/1.1 200")
         second.sendall(b"GET / HTT")
         assert b"HTTP/1.1 408" in answer(second)
 
@@ -271,8 +342,32 @@ def test_a_client_that_gets_on_slowly_is_served() -> None:
             for _ in range(4):
                 pause.wait(0.4)
                 connection.sendall(b"1")
-            assert connection.recv(4096).endswith(b"\r\n\r\n4")
+            assert one_answer(connection).endswith(b"\r\n\r\n4")
             pause.wait(1.5)
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """An answer that does not wait for the body."""
+    await send(
+        {"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"0")]}
+    )
+    await send({"type": "http.response.body"})
+
+
+def test_a_connection_that_is_kept_behind_a_refusal_is_let_go_too() -> None:
+    with listening(refuse, header_s=60, body_s=60, timeout_keep_alive=0.5) as connect:
+        for pieces in (
+            [REQUEST + b"\r\n1234"],
+            [REQUEST + b"\r\n", b"1234"],
+            [REQUEST + b"\r\n12", b"34"],
+        ):
+            connection = connect()
+            for _ in range(2):  # it can be used again
+                connection.sendall(pieces[0])
+                assert b"HTTP/1.1 503" in one_answer(connection)
+                for piece in pieces[1:]:
+                    connection.sendall(piece)
+            assert answer(connection) == b""
 
 
 def test_connections_are_bounded_and_the_next_one_is_told() -> None:
@@ -280,7 +375,7 @@ def test_connections_are_bounded_and_the_next_one_is_told() -> None:
         first, second = connect(), connect()
         for connection in (first, second):
             connection.sendall(REQUEST + b"\r\n1234")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            assert one_answer(connection).startswith(b"HTTP/1.1 200")
         refused = answer(connect())
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in refused
@@ -288,6 +383,6 @@ def test_connections_are_bounded_and_the_next_one_is_told() -> None:
         for _ in range(1000):
             third = connect()
             third.sendall(REQUEST + b"\r\n1234")
-            if third.recv(4096).startswith(b"HTTP/1.1 200"):
+            if one_answer(third).startswith(b"HTTP/1.1 200"):
                 return
         pytest.fail("a place that is free is not given again")

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,18 +59,24 @@ def client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, trust_env=False, timeout=300)
 
 
-def test_health_is_known_before_anybody_asked_for_it(lone_server: Any) -> None:
-    # The first thing that a server gets may be load: its scheduler then says nothing for seconds.
-    url, pid, _ = lone_server
+@contextmanager
+def scheduler_halted(pid: int) -> Iterator[None]:
+    """The scheduler of a server says nothing until the block ends."""
     scheduler = max(
         psutil.Process(pid).children(recursive=True), key=lambda child: child.memory_info().rss
     )
     scheduler.suspend()
     try:
-        with client(url) as asking:
-            answer = asking.get("/v1/rag/health")
+        yield
     finally:
         scheduler.resume()
+
+
+def test_health_is_known_before_anybody_asked_for_it(lone_server: Any) -> None:
+    # The first thing that a server gets may be load: its scheduler then says nothing for seconds.
+    url, pid, _ = lone_server
+    with scheduler_halted(pid), client(url) as asking:
+        answer = asking.get("/v1/rag/health")
     assert answer.status_code == 200
     assert answer.json()["activation"]["active"]
 
@@ -122,32 +128,46 @@ def test_health_is_answered_while_searches_are_refused_and_waiting(lone_server: 
     assert '"route": "/v1/rag/search", "status": 503' in log.read_text()
 
 
-def test_one_question_too_many_is_refused_without_a_search(lone_server: Any) -> None:
+QUESTION = {"messages": [{"role": "user", "content": "Who paints the door?"}], "max_tokens": 1}
+
+
+def test_a_question_that_is_still_being_sent_takes_no_place(lone_server: Any) -> None:
     url, _, _ = lone_server
-    body = {"messages": [{"role": "user", "content": "Who paints the door?"}]}
+    place = urlsplit(url)
     with ExitStack() as stack:
-        for _ in range(2):  # a question that is still being sent has its place
-            place = urlsplit(url)
+        for _ in range(4):
             raw = stack.enter_context(
                 socket.create_connection((place.hostname, place.port), timeout=60)
             )
             head = f"POST {ASK} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 90\r\n\r\n{{"
             raw.sendall(head.encode())
         with client(url) as asking:
-            for _ in range(100):
-                if (refused := asking.post(ASK, json={**body, "max_tokens": 1})).status_code != 200:
+            for _ in range(3):
+                assert asking.post(ASK, json=QUESTION).status_code == 200
+
+
+def test_one_question_too_many_is_refused_without_a_search(lone_server: Any) -> None:
+    url, pid, _ = lone_server
+    with ThreadPoolExecutor(2) as pool, client(url) as asking:
+        with scheduler_halted(pid):
+            answers = [pool.submit(asking.post, ASK, json=QUESTION) for _ in range(2)]
+            for _ in range(300):
+                # Refused as soon as both have come: none of these is answered while the scheduler says nothing.
+                with suppress(httpx.ReadTimeout):
+                    refused = asking.post(ASK, json=QUESTION, timeout=0.2)
                     break
             assert refused.status_code == 503
             assert "questions" in refused.json()["error"]["message"]
             assert int(refused.headers["retry-after"]) >= 1
             assert asking.post(FIND, json={"query": "door"}).status_code == 200
-        assert _refusals_on_one_connection(url, [json.dumps(body)] * 3) == [(503, False)] * 3
-        # A body that is not worth reading costs its connection.
-        assert _refusals_on_one_connection(url, [" " * (128 << 10)]) == [(503, True)]
-    with client(url) as asking:
-        # The two have gone, and their places with them.
+            bodies = [json.dumps(QUESTION)] * 3
+            assert _refusals_on_one_connection(url, bodies) == [(503, False)] * 3
+            # A body that is not worth reading costs its connection.
+            assert _refusals_on_one_connection(url, [" " * (128 << 10)]) == [(503, True)]
+        assert [found.result().status_code for found in answers] == [200, 200]
+        # All have gone, and their places with them.
         for _ in range(100):
-            if (answer := asking.post(ASK, json={**body, "max_tokens": 1})).status_code == 200:
+            if (answer := asking.post(ASK, json=QUESTION)).status_code == 200:
                 break
             time.sleep(0.1)
         assert answer.status_code == 200

@@ -8,11 +8,15 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from uploads import Text, Uploads, records
 
+from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.turns import Turns
 
 IMPORTED = tuple(
@@ -90,7 +94,7 @@ def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
     (other,) = [item for item in second.skipped if item["name"] == damaged[0]]
     assert "--max-index-chunks" not in other["reason"]
     assert skipped["name"] == "b.txt"
-    assert f"room for {20 - first.chunks} more chunks" in skipped["reason"]
+    assert f"more than {19 - first.chunks} chunks" in skipped["reason"]
     assert "--max-index-chunks" in skipped["reason"]
     # The file itself makes room for its next version, and others do not.
     again = uploads.upload({"a.txt": text(8, "three")})
@@ -101,6 +105,43 @@ def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
     assert uploads.upload({"d.txt": text(8, "five")}).state == "done"
     assert uploads.upload({"e.txt": text(40, "six")}, "globex").state == "failed"
     assert uploads.upload({"e.txt": "Small."}, "globex").state == "done"
+
+
+def test_the_order_of_files_and_an_index_that_is_too_full_refuse_nothing_that_fits(
+    make_uploads: Callable[..., Uploads],
+) -> None:
+    def text(count: int, word: str) -> str:
+        return "\n\n".join(f"{word} {number} " * 60 for number in range(count))
+
+    def restart(limit: int) -> None:
+        uploads.jobs.close()
+        uploads.settings = replace(uploads.settings, max_index_chunks=limit)
+        uploads.start()
+
+    uploads = make_uploads()
+    assert uploads.upload({"a.txt": text(5, "one"), "b.txt": text(15, "two")}).state == "done"
+    # As a whole they are no more than before; the first of them alone would be.
+    restart(25)
+    assert uploads.upload({"a.txt": text(14, "three"), "b.txt": text(5, "four")}).skipped == []
+    # Filled from the command line, or under a higher limit: what makes no file larger is taken.
+    restart(4)
+    assert uploads.upload({"a.txt": text(10, "five")}).skipped == []
+    failed = uploads.upload({"c.txt": text(2, "six")})
+    assert failed.state == "failed"
+    assert "more than 0 chunks" in failed.skipped[0]["reason"]
+
+
+def test_an_upload_does_not_ask_those_who_search(make_uploads: Callable[..., Uploads]) -> None:
+    uploads = make_uploads()
+    assert uploads.upload({"a.txt": "A door."}).state == "done"
+    # A reader met a fault that is over, and believes in it for a while.
+    with (
+        suppress(ApiError),
+        mock.patch("retrievers.Index.open", side_effect=OSError(24, "too many files")),
+    ):
+        uploads.index().current()
+    assert uploads.index().fault
+    assert uploads.upload({"b.txt": "A window."}).state == "done"
 
 
 def test_a_tenants_slow_upload_holds_nobody_else_and_can_be_cancelled(

@@ -19,7 +19,8 @@ REFUSAL_S, HEALTH_S, SLOWDOWN = 0.1, 1.0, 2.0
 _CAPACITY = 8
 """Callers who search, and callers who ask, that just fill the server's queues with one request each."""
 _QUEUES = {
-    "--max-searches": _CAPACITY,
+    # A question searches too.
+    "--max-searches": 2 * _CAPACITY,
     "--max-questions": _CAPACITY,
 }
 _SPREAD_S = 1.0
@@ -50,6 +51,11 @@ def run(plan: Plan) -> Outcome:
     outcome.tried = admitted + len(crowd.refused) + len(crowd.others)
     for other in [*quiet.others, *crowd.others, *probe.faults]:
         outcome.fault(other)
+    if quiet.refused:
+        outcome.fault(f"{len(quiet.refused)} requests were refused at capacity")
+    for path in (SEARCH, ASK):
+        if not (quiet.admitted[path] and crowd.admitted[path]):
+            outcome.fault(f"{path}: none was admitted at capacity, or none under overload")
     if not crowd.refused:
         outcome.fault("nothing was refused at ten times capacity")
     outcome.measure("refusal_p99_s", _quantile(crowd.refused, 0.99), REFUSAL_S)
@@ -60,7 +66,7 @@ def run(plan: Plan) -> Outcome:
         name = "search" if path == SEARCH else "ask"
         outcome.measure(f"{name}_p99_at_capacity_s", calm)
         outcome.measure(f"{name}_p99_overloaded_s", _quantile(times, 0.99))
-        if calm:
+        if calm and times:
             outcome.measure(f"{name}_slowdown", _quantile(times, 0.99) / calm, SLOWDOWN)
     outcome.worst["admitted"], outcome.worst["refused"] = admitted, len(crowd.refused)
     return outcome

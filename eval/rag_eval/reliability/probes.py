@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import httpx
@@ -51,7 +51,8 @@ def probing(
         try:
             yield probe
         finally:
-            here.send(None)
+            with suppress(BrokenPipeError):  # it has ended: that is said when its result is missing
+                here.send(None)
             probe.waits, probe.faults = _receive(here)
     finally:
         process.kill()

@@ -39,7 +39,8 @@ def expected_savings(state: RequestState, start: int, end: int) -> int:
 def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
     """Whether a prompt that is cut would cost more rows than its plain prefill.
 
-    A policy with a signal chooses in the last piece, and the fresh rows behind what it chooses are computed twice.
+    A policy with a signal chooses in the last piece, and what earlier pieces computed behind the first row that it
+    may choose is computed twice. At ratio 1 nothing is saved however the prompt is cut, and fusion was asked for.
     """
     start, total = int(req.prefix_len), len(req.full_untruncated_fill_ids)
     rows = adder.rem_chunk_tokens
@@ -59,8 +60,8 @@ def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState
     reused = layout.reused_positions()
     if not reused.numel() or not policy.num_selected(layout)[-1]:
         return False
-    behind = dataclasses.replace(whole, start=total)
-    again = planning.outdated_positions(state.loads, int(reused[0]), behind)
+    last = dataclasses.replace(whole, start=_last_piece(state, start, total, rows))
+    again = planning.outdated_positions(state.loads, int(reused[0]), last)
     return once + int(again.numel()) > total - start
 
 
@@ -147,6 +148,13 @@ def _piece_end(state: RequestState, start: int, total: int, rows: int) -> int:
         # The question's rows choose, in the last piece: they stay together where that costs nothing.
         return question
     return end
+
+
+def _last_piece(state: RequestState, start: int, total: int, rows: int) -> int:
+    """Where the last piece begins, if each computes at most so many rows."""
+    while start < (end := _piece_end(state, start, total, rows)) < total:
+        start = end
+    return start
 
 
 def _row_limit(adder: Any, rows: int) -> int:
