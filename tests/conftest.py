@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmStart
 
 # One thread a process: several processes with a thread a core each wait for one another at every
 # operation on a small machine (a request of a second took minutes), and results then do not depend
@@ -90,6 +91,20 @@ def engine(smollm2_path: Path) -> Iterator[Any]:
     sys.stderr.flush()
 
 
+@functools.cache
+def _warm() -> WarmStart:
+    """The process that starts programs: one as long as the suite runs, so no fixture's to end."""
+    started = WarmStart()
+    atexit.register(started.close)
+    return started
+
+
+@pytest.fixture(scope="session")
+def warm_start() -> WarmStart:
+    """Starts programs without their imports."""
+    return _warm()
+
+
 @contextmanager
 def _serving(
     words: Sequence[str | Path], log: Path, *, ready: Callable[[str], bool], **variables: str
@@ -111,11 +126,7 @@ def _serving(
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [*map(str, words), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as out:
-        # Its own process group: SGLang's children must end with it.
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | variables, start_new_session=True
-        )
+    process = _warm().popen(command, environment=os.environ | variables, stdout=log)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 600
@@ -125,9 +136,7 @@ def _serving(
             time.sleep(0.5)
         yield url, process.pid
     finally:
-        # A test may have stopped it.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill_group()  # SGLang's children among it
         process.wait()
 
 
@@ -136,7 +145,8 @@ def _answers_health(url: str) -> bool:
     import httpx
 
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+        # Certificates that nobody needs take longer to load than the answer.
+        return httpx.get(f"{url}/health", timeout=5, verify=False, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
@@ -147,9 +157,19 @@ def serving() -> Callable[..., Any]:
     return _serving
 
 
+_LAUNCH_SERVER = """
+import runpy, sys
+from rag_pipeline.sglang_plugin.startup import prepare
+prepare()
+sys.argv = ["launch_server", *sys.argv[1:]]
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+"""``python -m sglang.launch_server``, whose children share one import as those of ``rag-pipeline serve`` do."""
+
+
 @pytest.fixture(scope="session")
 def sglang_server() -> Callable[..., Any]:
-    """``with sglang_server(model, log, **options) as url``: ``sglang.launch_server`` with the plugin.
+    """``with sglang_server(model, log, **options) as url``: SGLang's own server with the plugin.
 
     Options are flags of SGLang (``max_total_tokens=4096``; ``True`` for one without a value);
     ``variables`` is added to the environment.
@@ -159,7 +179,7 @@ def sglang_server() -> Callable[..., Any]:
     def start(
         model: Path, log: Path, variables: dict[str, str] | None = None, **options: Any
     ) -> Iterator[str]:
-        words: list[str | Path] = [sys.executable, "-m", "sglang.launch_server"]
+        words: list[str | Path] = [sys.executable, "-c", _LAUNCH_SERVER]
         words += ["--model-path", model, "--attention-backend", "rag_cpu"]
         words += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-server-warmup"]
         for name, value in options.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm import WarmStart
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -29,18 +29,12 @@ class Ended:
     all_gone: bool
 
 
-def interrupted_run() -> Ended:
+def interrupted_run(warm_start: WarmStart) -> Ended:
     """A run that gets SIGTERM after its first example."""
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log.txt"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *WORDS.split()],
-                cwd=folder,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        words = [sys.executable, "-c", PROGRAM, *WORDS.split()]
+        process = warm_start.popen(words, environment=os.environ, stdout=log, cwd=folder)
         kept = folder / "run" / "predictions.jsonl"
         try:
             begun = until(lambda: process.poll() is not None or has_text(kept), seconds=400)
@@ -49,8 +43,7 @@ def interrupted_run() -> Ended:
             code = process.wait(timeout=100)
             gone = until(lambda: not group_lives(process.pid), seconds=30)
         finally:
-            if group_lives(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill_group()
             process.wait()
         measured = len(kept.read_text("utf-8").splitlines()) if kept.exists() else 0
         return Ended(code, log.read_text(errors="replace"), measured, gone)
@@ -77,8 +70,8 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_sigterm_ends_a_run_and_its_engine() -> None:
-    ended = interrupted_run()
+def test_sigterm_ends_a_run_and_its_engine(warm_start: WarmStart) -> None:
+    ended = interrupted_run(warm_start)
     assert ended.code == 130, ended.said[-2000:]
     last = ended.said.splitlines()[-1]
     assert last == "error: interrupted; what was already written is kept"

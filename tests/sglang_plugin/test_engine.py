@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmStart
 
 from rag_pipeline.errors import EngineError
 
@@ -126,17 +127,12 @@ if __name__ == "__main__":
 """
 
 
-def refused(tmp_path: Path, model: Path, arguments: str) -> str:
+def refused(warm_start: WarmStart, tmp_path: Path, model: Path, arguments: str) -> str:
     """What ``create_engine`` says in a process of its own, which must survive the failure."""
     program = tmp_path / "refused.py"
     program.write_text(REFUSED)
-    done = subprocess.run(
-        [sys.executable, str(program), str(model), arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    words = [sys.executable, str(program), str(model), arguments]
+    done = warm_start.run(words, environment=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("EngineError:")]
     assert len(lines) == 1, done.stdout + done.stderr[-2000:]
@@ -150,13 +146,13 @@ def test_unknown_argument_is_one_line(smollm2_path):
         create_engine(str(smollm2_path), atention_backend="rag_cpu")
 
 
-def test_a_scheduler_that_fails_says_why_and_the_caller_lives(tmp_path, smollm2_path):
+def test_a_scheduler_that_fails_says_why_and_the_caller_lives(warm_start, tmp_path, smollm2_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in smollm2_path.iterdir():
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
     (broken / "model.safetensors").write_bytes(b"not weights")
-    line = refused(tmp_path, broken, "{}")
+    line = refused(warm_start, tmp_path, broken, "{}")
     assert "SGLang did not start with" in line
     assert "safetensors" in line.lower() or "header" in line.lower()

@@ -122,13 +122,15 @@ def _command(folder: Path, port: int, engine_args: Mapping[str, Any]) -> list[st
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise EngineError(f"the server ended before it was ready: {_last_line(log)}")
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=10, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.5)
+    # One client: each loads certificates, which takes longer than the answer and time from what is starting.
+    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise EngineError(f"the server ended before it was ready: {_last_line(log)}")
+            with suppress(httpx.HTTPError):
+                if client.get("/health").status_code == 200:
+                    return
+            time.sleep(0.5)
     raise EngineError(f"the server was not ready after {START_S:.0f} s: {_last_line(log)}")
 
 

@@ -165,14 +165,16 @@ def counters(server: str) -> dict[str, float]:
 
 def _wait(address: str, process: subprocess.Popen[bytes], workers: int) -> None:
     deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise EvalError(f"the router ended with code {process.returncode} before it was ready")
-        with suppress(httpx.HTTPError, ValueError, KeyError):
-            known = httpx.get(f"{address}/workers", timeout=5, trust_env=False).json()["workers"]
-            if sum(bool(worker.get("is_healthy")) for worker in known) == workers:
-                return
-        time.sleep(0.3)
+    with httpx.Client(base_url=address, timeout=5, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                code = process.returncode
+                raise EvalError(f"the router ended with code {code} before it was ready")
+            with suppress(httpx.HTTPError, ValueError, KeyError):
+                known = client.get("/workers").json()["workers"]
+                if sum(bool(worker.get("is_healthy")) for worker in known) == workers:
+                    return
+            time.sleep(0.3)
     raise EvalError(f"the router did not report {workers} healthy servers in {_START_S:.0f} s")
 
 
