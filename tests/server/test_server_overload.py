@@ -159,7 +159,7 @@ def test_a_scheduler_that_has_been_silent_for_long_is_told(
     tenants = Tenants({})
     health = Health(
         engine=cast("Any", Halted(silent_s)),
-        settings=ServerSettings(model=tmp_path),
+        settings=ServerSettings(model=tmp_path, embedder="none"),
         tenants=tenants,
         indexes=IndexTable(tenants.all(), EmbedderPool("none")),
         model_name="m",
