@@ -157,19 +157,9 @@ def serving() -> Callable[..., Any]:
     return _serving
 
 
-_LAUNCH_SERVER = """
-import runpy, sys
-from rag_pipeline.sglang_plugin.startup import prepare
-prepare()
-sys.argv = ["launch_server", *sys.argv[1:]]
-runpy.run_module("sglang.launch_server", run_name="__main__")
-"""
-"""``python -m sglang.launch_server``, whose children share one import as those of ``rag-pipeline serve`` do."""
-
-
 @pytest.fixture(scope="session")
 def sglang_server() -> Callable[..., Any]:
-    """``with sglang_server(model, log, **options) as url``: SGLang's own server with the plugin.
+    """``with sglang_server(model, log, **options) as url``: ``sglang.launch_server`` with the plugin.
 
     Options are flags of SGLang (``max_total_tokens=4096``; ``True`` for one without a value);
     ``variables`` is added to the environment.
@@ -179,7 +169,7 @@ def sglang_server() -> Callable[..., Any]:
     def start(
         model: Path, log: Path, variables: dict[str, str] | None = None, **options: Any
     ) -> Iterator[str]:
-        words: list[str | Path] = [sys.executable, "-c", _LAUNCH_SERVER]
+        words: list[str | Path] = [sys.executable, "-m", "sglang.launch_server"]
         words += ["--model-path", model, "--attention-backend", "rag_cpu"]
         words += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-server-warmup"]
         for name, value in options.items():

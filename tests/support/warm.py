@@ -49,6 +49,8 @@ class WarmStart:
         cwd: Path | None = None,
     ) -> WarmProcess:
         """Start a program in a session of its own; what it says is appended to files."""
+        for file in (stdout, stderr or stdout):
+            file.touch(mode=0o600)  # whoever waits may look into it at once
         order: dict[str, object] = {
             "words": [str(word) for word in words],
             "environment": dict(environment),

@@ -50,9 +50,16 @@ def serve(fd: int) -> dict[str, Any] | None:
         for line in lines:
             order = json.loads(line)
             if "words" in order:
+                ready, say_ready = os.pipe()
                 pid = os.fork()
                 if pid == 0:
+                    os.setsid()
+                    os.close(say_ready)
+                    os.close(ready)
                     return order  # the socket is closed behind it
+                os.close(say_ready)
+                os.read(ready, 1)  # ends when the child has a group of its own, which may be killed from then on
+                os.close(ready)
                 running.add(pid)
                 answer: int | None = pid
             else:
@@ -71,8 +78,7 @@ def serve(fd: int) -> dict[str, Any] | None:
 
 
 def become(order: dict[str, Any]) -> None:
-    """Take on the session, folder, environment and files of a program of its own."""
-    os.setsid()
+    """Take on the folder, environment and files of a program of its own."""
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
