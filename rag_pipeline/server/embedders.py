@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BATCH = 16
-"""Passages embedded before a waiting query gets its turn."""
+_BATCH_CHARS = 4096
+"""Passages, and characters of them, that are embedded before a waiting query gets its turn.
+
+A thousand tokens or so: enough rows to keep two cores busy, and few enough that a search waits for little more than
+its own embedding. A single passage may be longer; a model reads a few hundred tokens of it.
+"""
 
 
 class SharedEmbedder(Embedder):
@@ -51,8 +56,12 @@ class SharedEmbedder(Embedder):
 
         out = np.empty((len(texts), self.dim), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        for start in range(0, len(texts), _BATCH):
-            rows = by_length[start : start + _BATCH]
+        start = 0
+        while start < len(by_length):
+            # Padded to the first of them, which is the longest.
+            fit = _BATCH_CHARS // max(1, len(texts[by_length[start]]))
+            rows = by_length[start : start + min(_BATCH, max(1, fit))]
+            start += len(rows)
             with self._turns.turn():
                 out[rows] = super().encode_documents([texts[row] for row in rows])
             if progress is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_model, tmp_path_factory):
+def seen(tiny_model, tmp_path_factory, warm_start):
     folder = tmp_path_factory.mktemp("interleaved")
     file = folder / "case.json"
     file.write_text(json.dumps(case()))
@@ -86,23 +85,19 @@ def seen(tiny_model, tmp_path_factory):
         outs[mode] = folder / f"{mode}.json"
         program = Path(__file__).with_name("interleaved.py")
         words = [mode, str(tiny_model("llama")), str(file), str(outs[mode])]
-        with (folder / f"{mode}.log").open("wb") as log:
-            runs[mode] = subprocess.Popen(
-                [sys.executable, str(program), *words],
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        runs[mode] = warm_start.popen(
+            [sys.executable, program, *words],
+            environment=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            stdout=folder / f"{mode}.log",
+        )
     try:
         for mode, process in runs.items():
             code = process.wait(timeout=900)
             assert code == 0, (folder / f"{mode}.log").read_text()[-3000:]
     finally:
         for process in runs.values():
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-                process.wait()
+            process.kill_group()
+            process.wait()
     return {mode: json.loads(out.read_text()) for mode, out in outs.items()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_path):
+def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_path, warm_start):
     prefix, question = tokens(PREFIX, 1), tokens(9, 2)
     chunks = [tokens(CHUNK, 10 + i) for i in range(3)]
     ids, spans = list(prefix), []
@@ -45,27 +44,22 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
     )
     folder, port = tiny_model("llama"), free_port()
     outs = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    program = Path(__file__).with_name("two_ranks.py")
     ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(__file__).with_name("two_ranks.py")),
-                *(str(rank), str(port), str(folder), str(case), str(outs[rank])),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        warm_start.popen(
+            [sys.executable, program, *map(str, (rank, port, folder, case, outs[rank]))],
+            environment=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=tmp_path / f"log{rank}.txt",
         )
         for rank in range(2)
     ]
     try:
-        logs = [process.communicate(timeout=400)[0] for process in ranks]
+        codes = [process.wait(timeout=400) for process in ranks]
     finally:
         for process in ranks:
-            process.kill()
-    for process, log in zip(ranks, logs, strict=True):
-        assert process.returncode == 0, log[-3000:]
+            process.kill_group()
+    for rank, code in enumerate(codes):
+        assert code == 0, (tmp_path / f"log{rank}.txt").read_text()[-3000:]
     seen = [json.loads(out.read_text()) for out in outs]
     assert seen[0]["on"]
     assert seen[1]["on"]

@@ -137,3 +137,23 @@ def test_a_model_is_loaded_once_however_many_threads_ask_for_its_size(
     for thread in threads:
         thread.join(60)
     assert len(loads) == 1
+
+
+def test_an_ingest_has_short_turns_of_the_embedder(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"word {number} " * times for number in range(6) for times in (1, 20, 90, 900)]
+    plain = Embedder(minilm_path).encode_documents(texts)
+    turns: list[list[str]] = []
+    original = Embedder.encode_documents
+
+    def noted(embedder: Embedder, batch: list[str], **options: Any) -> Any:
+        turns.append(list(batch))
+        return original(embedder, batch, **options)
+
+    monkeypatch.setattr(Embedder, "encode_documents", noted)
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2").encode_documents(texts)
+    assert abs(shared - plain).max() < 1e-5
+    assert sorted(text for turn in turns for text in turn) == sorted(texts)
+    assert all(len(turn) == 1 or len(turn) * max(map(len, turn)) <= 4096 for turn in turns)
+    assert max(map(len, turns)) > 2  # short ones share a turn

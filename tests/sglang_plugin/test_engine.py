@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ STOCK = """
 import json, sys
 def main():
     import sglang
-    request = json.load(sys.stdin)
+    request = json.loads(sys.argv[1])
     engine = sglang.Engine(model_path=request["model"], attention_backend="torch_native",
                            disable_cuda_graph=True, max_total_tokens=16384)
     from rag_pipeline.sglang_plugin import activation_of
@@ -39,7 +38,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def stock(smollm2_path: Path) -> dict[str, Any]:
+def stock(smollm2_path: Path, warm_start: WarmStart) -> dict[str, Any]:
     """Answers of the stock engine, in a program of its own."""
     with tempfile.TemporaryDirectory() as folder:
         program, out = Path(folder) / "stock.py", Path(folder) / "out.json"
@@ -49,14 +48,10 @@ def stock(smollm2_path: Path) -> dict[str, Any]:
             "out": str(out),
             "folder": str(Path(__file__).parent),
         }
-        done = subprocess.run(
-            [sys.executable, str(program)],
-            input=json.dumps(request),
-            env=os.environ | {"SGLANG_PLUGINS": "rag_cpu"},
-            capture_output=True,
-            text=True,
+        done = warm_start.run(
+            [sys.executable, str(program), json.dumps(request)],
+            environment=os.environ | {"SGLANG_PLUGINS": "rag_cpu"},
             timeout=1100,
-            check=False,
         )
         assert out.exists(), done.stderr[-2000:]
         found: dict[str, Any] = json.loads(out.read_text())

@@ -58,7 +58,9 @@ def serve(fd: int) -> dict[str, Any] | None:
                     os.close(ready)
                     return order  # the socket is closed behind it
                 os.close(say_ready)
-                os.read(ready, 1)  # ends when the child has a group of its own, which may be killed from then on
+                os.read(
+                    ready, 1
+                )  # ends when the child has a group of its own, which may be killed from then on
                 os.close(ready)
                 running.add(pid)
                 answer: int | None = pid
