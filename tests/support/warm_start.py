@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -82,6 +83,7 @@ def serve(fd: int) -> dict[str, Any] | None:
 def become(order: dict[str, Any]) -> None:
     """Take on the folder, environment and files of a program of its own."""
     os.chdir(order["cwd"])
+    multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(order["environment"])
     for fd, (name, flags) in enumerate(
