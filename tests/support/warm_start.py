@@ -46,35 +46,37 @@ def serve(fd: int) -> dict[str, Any] | None:
     """Answer until the other side is gone; in a child, what that child is to run."""
     control = socket.socket(fileno=fd)
     ended: dict[int, int] = {}
-    running: set[int] = set()
+    started: set[int] = set()
+
+    def reap(*_: object) -> None:
+        # At once, as whoever waits for all its processes to be gone sees a zombie too.
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+
+    signal.signal(signal.SIGCHLD, reap)
     with control, control.makefile("r", encoding="utf-8") as lines:
         for line in lines:
             order = json.loads(line)
+            answer: int | None
             if "words" in order:
                 ready, say_ready = os.pipe()
-                pid = os.fork()
-                if pid == 0:
+                answer = os.fork()
+                if answer == 0:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.setsid()
                     os.close(say_ready)
                     os.close(ready)
                     return order  # the socket is closed behind it
                 os.close(say_ready)
-                os.read(
-                    ready, 1
-                )  # ends when the child has a group of its own, which may be killed from then on
+                # Ends when the child has a group of its own, which may be killed from then on.
+                os.read(ready, 1)
                 os.close(ready)
-                running.add(pid)
-                answer: int | None = pid
+                started.add(answer)
             else:
-                while running:
-                    pid, status = os.waitpid(-1, os.WNOHANG)
-                    if not pid:
-                        break
-                    running.discard(pid)
-                    ended[pid] = os.waitstatus_to_exitcode(status)
                 answer = ended.get(order["poll"])
             control.sendall(json.dumps(answer).encode() + b"\n")
-    for pid in running:
+    for pid in started - set(ended):
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     return None
