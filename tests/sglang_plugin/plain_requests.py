@@ -8,7 +8,7 @@ from typing import Any
 SHORT = ["The capital of France is", "Hello", "def fib(n):", "1 2 3 4 5", "Once upon a time"]
 # Stock attention pays for the square of a length at every token: one prompt is long.
 CHARACTERS = (50, 77, 133, 200, 260, 333, 400, 500, 640, 770, 900, 1200, 1500, 2500, 5200)
-SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+SAMPLING = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 
 
 def prompts() -> list[str]:
