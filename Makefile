@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # cpu: faiss-cpu; gpu: faiss-gpu. They own the same folder, so never both.
 FAISS ?= cpu
-# Each has engines of its own, some 5 GiB; more than cores only wait for one another.
-TEST_PROCESSES ?= 2
+# Each has engines of its own, together up to 15 GiB; more than cores only wait for one another.
+TEST_PROCESSES ?= $(shell awk '/^MemTotal/ {print ($$2 > 20000000) ? 2 : 1}' /proc/meminfo 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
