@@ -81,6 +81,7 @@ async def read_and_wait(scope: Any, receive: Any, send: Any) -> None:
 
 def run(test: Callable[[Guard], Any], **rules: Any) -> None:
     async def start() -> None:
+        UNDER_WAY.clear()  # of a test that failed, on a loop that is closed
         app = guard(read_and_wait, **{"max_requests": 4, "max_held_bytes": 800, **rules})
         await test(app)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
