@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest_plugins = ("sharing",)
 
+
+def _home_of_this_process() -> None:
+    """Give each process that runs the suite a home of its own, with the same converted models.
+
+    Engines read there what was deleted, and let go of its KV: those of the other process would lose what they test.
+    """
+    from rag_pipeline.config import home_dir
+
+    models, home = home_dir() / "models", tempfile.TemporaryDirectory(prefix="rag-home-")
+    models.mkdir(parents=True, exist_ok=True)
+    (Path(home.name) / "models").symlink_to(models)
+    atexit.register(home.cleanup)
+    os.environ["RAG_PIPELINE_HOME"] = home.name
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _home_of_this_process()
 _GIVEN_HOME = os.environ.get("RAG_PIPELINE_HOME")
 """Where the suite was told to keep converted models; a test that sets another home has all of it."""
 
