@@ -297,7 +297,7 @@ def test_a_cut_prompt_is_fused_only_where_that_costs_no_more_than_prefill(
         ids, spans = lay_out(ORDER[:1], fresh[:30], prefix=PREFIX_IDS)
         spans += [len(ids), len(ids) + CHUNK]
         # The question is computed with what it has chosen, in the last piece: once.
-        ids = [*ids, *ORDER[1], *fresh[30:75]]
+        ids = [*ids, *ORDER[1], *fresh[30:110]]
     local.flush()
     plain = local.ask(ids, 2, fusion={"mode": "off"})
     local.flush()
