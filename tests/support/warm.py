@@ -45,7 +45,6 @@ class WarmStart:
         environment: Mapping[str, str],
         stdout: Path,
         stderr: Path | None = None,
-        stdin: Path | None = None,
         cwd: Path | None = None,
     ) -> WarmProcess:
         """Start a program in a session of its own; what it says is appended to files."""
@@ -54,7 +53,6 @@ class WarmStart:
         order: dict[str, object] = {
             "words": [str(word) for word in words],
             "environment": dict(environment),
-            "stdin": str(stdin or os.devnull),
             "stdout": str(stdout),
             "stderr": str(stderr or stdout),
             "cwd": str(cwd or Path.cwd()),

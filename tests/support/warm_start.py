@@ -90,7 +90,7 @@ def become(order: dict[str, Any]) -> None:
     os.environ.update(order["environment"])
     for fd, (name, flags) in enumerate(
         [
-            (order["stdin"], os.O_RDONLY),
+            (os.devnull, os.O_RDONLY),
             (order["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
             (order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
         ]
