@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -28,23 +29,33 @@ pytest_plugins = ("sharing",)
 
 
 def _home_of_this_process() -> None:
-    """Give each process that runs the suite a home of its own, with the same converted models.
+    """Give each process that runs the suite a home of its own, with the user's converted models.
 
-    Engines read there what was deleted, and let go of its KV: those of the other process would lose what they test.
+    A conversion takes half a minute. Engines read in the home what was deleted, and let go of its KV: those of another process, and the user's own,
+    would lose what they hold.
     """
     from rag_pipeline.config import home_dir
 
-    models, home = home_dir() / "models", tempfile.TemporaryDirectory(prefix="rag-home-")
+    models = (home_dir() / "models").resolve()
+    home = tempfile.TemporaryDirectory(prefix="rag-home-")
     models.mkdir(parents=True, exist_ok=True)
     (Path(home.name) / "models").symlink_to(models)
     atexit.register(home.cleanup)
     os.environ["RAG_PIPELINE_HOME"] = home.name
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    _home_of_this_process()
-_GIVEN_HOME = os.environ.get("RAG_PIPELINE_HOME")
-"""Where the suite was told to keep converted models; a test that sets another home has all of it."""
+_home_of_this_process()
+_HOME = os.environ["RAG_PIPELINE_HOME"]
+"""A test that sets another home has all of it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_notices_of_earlier_files() -> None:
+    """What a server deleted in one file is not to go from the engine that the next file starts.
+
+    A notice stays in force for minutes, and an engine without a tokenizer takes every text for one that is meant.
+    """
+    shutil.rmtree(Path(_HOME) / "erased", ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +63,7 @@ def _notices_of_this_test_alone(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text that one test deletes is not to go from an engine that another test uses."""
-    if os.environ.get("RAG_PIPELINE_HOME") == _GIVEN_HOME:
+    if os.environ.get("RAG_PIPELINE_HOME") == _HOME:
         folder = tmp_path_factory.mktemp("erased", numbered=True)
         monkeypatch.setattr("rag_pipeline.erasure.board", lambda: folder)
 
@@ -65,19 +76,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def pipeline_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``RAG_PIPELINE_HOME`` that outlives the session, so that the model is converted once.
-
-    The given home where one is set, else the user's; a fresh folder would cost a conversion of
-    half a minute in every run.
-    """
-    from rag_pipeline.config import home_dir
-
-    return home_dir()
-
-
-@pytest.fixture(scope="session")
-def smollm2_path(pipeline_home: Path) -> Path:
+def smollm2_path() -> Path:
     """Folder of the packaged language model in Hugging Face format."""
     from rag_pipeline.models import resolve_llm
 
