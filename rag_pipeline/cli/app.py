@@ -265,7 +265,7 @@ def serve(
         int, typer.Option(min=1, help="Chunks in one index; an upload beyond it is refused.")
     ] = 1_000_000,
     max_searches: Annotated[
-        int, typer.Option(min=1, help="Searches that wait or run; one more is answered 503.")
+        int, typer.Option(min=1, help="Searches under way, questions apart; one more gets 503.")
     ] = 64,
     max_questions: Annotated[
         int,

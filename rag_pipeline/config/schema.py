@@ -110,7 +110,9 @@ class ServeSettings(_Section):
         default=None, description="File of the key of SGLang's administrative routes."
     )
     max_searches: int = Field(
-        default=64, ge=1, description="Searches that wait or run; one more is answered 503."
+        default=64,
+        ge=1,
+        description="Searches that wait or run, those of questions apart; one more is answered 503.",
     )
     max_questions: int = Field(
         default=128,

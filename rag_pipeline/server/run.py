@@ -13,7 +13,7 @@ from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError
-from rag_pipeline.server.guard import ASK, SEARCH, Guard, GuardRules
+from rag_pipeline.server.guard import SEARCH, Guard, GuardRules
 from rag_pipeline.server.health import Health
 from rag_pipeline.server.indexes import IndexTable, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
@@ -131,7 +131,7 @@ def serve(
             max_requests=settings.max_requests,
             max_held_bytes=settings.max_held_bytes,
             max_questions=settings.max_questions,
-            rooms=dict.fromkeys((SEARCH, ASK), service.check_room),
+            rooms={SEARCH: service.check_room},
         )
         return Guard(app, rules)
 

@@ -45,7 +45,7 @@ class ServerSettings:
     max_body_bytes
         Of one request to SGLang's own routes.
     max_searches
-        Searches, questions' included, that wait or run; a tenant has half of it.
+        Searches that wait or run, those of questions apart; a tenant has half of it.
     max_questions
         Requests that search and generate, waiting or answered; a tenant has half of it.
     max_connections

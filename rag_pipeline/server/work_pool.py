@@ -25,7 +25,7 @@ class WorkPool:
     threads
         That work at once.
     limit
-        Jobs that wait or run.
+        Jobs that wait or run, those of :meth:`run_held` apart.
     share
         Of them, those of one tenant.
     """
@@ -48,6 +48,10 @@ class WorkPool:
         job = self._threads.submit(function, *args)
         job.add_done_callback(lambda done: self._ended(tenant))
         return await asyncio.wrap_future(job)
+
+    async def run_held(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a job whose caller holds a place of another limit: it waits in the same queue and is not refused."""
+        return await asyncio.wrap_future(self._threads.submit(function, *args))
 
     def check_room(self, tenant: str) -> None:
         """Refuse a job of a tenant as :meth:`run` would.

@@ -37,6 +37,8 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room() -> No
             return asyncio.ensure_future(pool.run(tenant, gate.wait, 60))
 
         waiting = [ask(tenant) for tenant in ("a", "a", "b", "c")]
+        # Who holds a place of another limit waits here too, and neither takes a place nor needs one.
+        waiting.insert(0, asyncio.ensure_future(pool.run_held(gate.wait, 60)))
         await asyncio.sleep(0)
         for tenant, status in (("a", 429), ("b", 503), ("d", 503)):
             with pytest.raises(ApiError) as refusal:
@@ -47,7 +49,7 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room() -> No
         waiting.append(ask("b"))
         await asyncio.sleep(0)
         gate.set()
-        assert await asyncio.gather(*waiting) == [True] * 4
+        assert await asyncio.gather(*waiting) == [True] * 5
         assert await pool.run("a", int) == 0
 
     asyncio.run(run())

@@ -18,11 +18,7 @@ from rag_eval.reliability.probes import probing
 REFUSAL_S, HEALTH_S, SLOWDOWN = 0.1, 1.0, 2.0
 _CAPACITY = 8
 """Callers who search, and callers who ask, that just fill the server's queues with one request each."""
-_QUEUES = {
-    # A question searches too.
-    "--max-searches": 2 * _CAPACITY,
-    "--max-questions": _CAPACITY,
-}
+_QUEUES = {"--max-searches": _CAPACITY, "--max-questions": _CAPACITY}
 _SPREAD_S = 1.0
 _REFUSED = (429, 503)
 
