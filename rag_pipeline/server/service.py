@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RETRIEVAL_THREADS = 2
-"""Search and layout are short and mostly wait for one embedder; more threads would only take turns."""
+RETRIEVAL_THREADS = 8
+"""Searches mostly wait for the one embedder, which takes along all that wait."""
 
 
 @dataclass(kw_only=True)

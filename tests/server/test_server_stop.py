@@ -81,6 +81,15 @@ def test_health_is_known_before_anybody_asked_for_it(lone_server: Any) -> None:
     assert answer.json()["activation"]["active"]
 
 
+def test_an_engine_on_the_same_cores_gives_way_to_the_http_process(lone_server: Any) -> None:
+    server = psutil.Process(lone_server[1])
+    scheduler = max(server.children(recursive=True), key=lambda child: child.memory_info().rss)
+    assert scheduler.nice() == server.nice() + 5
+    # Its threads compute, and Linux has a priority for each.
+    for thread in scheduler.threads():
+        assert os.getpriority(os.PRIO_PROCESS, thread.id) == server.nice() + 5
+
+
 def test_the_route_matrix_of_a_server_without_a_key(lone_server: Any) -> None:
     async def run() -> Any:
         async with httpx.AsyncClient(trust_env=False, timeout=120) as asking:
