@@ -1,10 +1,13 @@
-"""Embedding models that all indexes of a server share: loaded once, used in turns."""
+"""Embedding models that all indexes of a server share: loaded once, for questions first."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +20,23 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _BATCH_CHARS = 4096
-"""Passages, and characters of them, that are embedded before a waiting query gets its turn.
+"""Passages, and characters of them, that are embedded before another ingest gets its turn.
 
-A thousand tokens or so: enough rows to keep two cores busy, and few enough that a search waits for little more than
-its own embedding. A single passage may be longer; a model reads a few hundred tokens of it.
+A thousand tokens or so: enough rows to keep two cores busy. A single passage may be longer; a model reads a few
+hundred tokens of it.
 """
-
+_INGEST_NICE = 10
+"""Added to the nice value of the threads that embed passages, as for the processes that parse."""
 
 _MOST_QUERIES = 32
 """Queries in one forward pass: the weights are read once for all of them, and eight take twice the time of one."""
+
+
+def _give_way() -> None:
+    """Put this thread, and those that it starts, behind the others where threads have a priority of their own."""
+    if sys.platform == "linux":
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
 
 
 class _Query:
@@ -47,15 +58,20 @@ class _Query:
 class SharedEmbedder(Embedder):
     """An embedder that several threads use.
 
-    Queries that wait at the same time go through the model together, and an ingest lets them in between its batches.
-    A vector then differs from that of the query alone by rounding, as in any padded batch.
+    Queries that wait at the same time go through the model together: a vector then differs from that of the query
+    alone by rounding, as in any padded batch. Passages go through it beside them, in a thread that gives way.
     """
 
     def __init__(self, model: str | Path, *, name: str) -> None:
         super().__init__(model, name=name)
-        # The tokenizer inside keeps the settings of its last call: two calls at once spoil each other.
-        self._turns = Turns()
+        self._asking = Turns()
+        self._ingesting = Turns()
+        self._background = ThreadPoolExecutor(
+            1, thread_name_prefix="rag-embed", initializer=_give_way
+        )
         self._loading = threading.RLock()
+        # A tokenizer keeps the settings of its last call: two calls at once spoil each other.
+        self._tokenizing = threading.RLock()
         self._queries: deque[_Query] = deque()
 
     @property
@@ -69,11 +85,22 @@ class SharedEmbedder(Embedder):
         with self._loading:
             return super()._loaded()
 
+    def _load(self) -> Any:
+        model = super()._load()
+        tokenize = model.preprocess
+
+        def one_at_a_time(*args: Any, **options: Any) -> Any:
+            with self._tokenizing:
+                return tokenize(*args, **options)
+
+        model.preprocess = one_at_a_time
+        return model
+
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of several queries, ``(len(texts), dim)`` float32, unit length."""
         mine = _Query(texts)
         self._queries.append(mine)
-        with self._turns.turn():
+        with self._asking.turn():
             # Whoever had a turn before may have taken this query along.
             while not mine.is_done:
                 self._encode_waiting()
@@ -124,16 +151,20 @@ class SharedEmbedder(Embedder):
             fit = _BATCH_CHARS // max(1, len(texts[by_length[start]]))
             rows = by_length[start : start + min(_BATCH, max(1, fit))]
             start += len(rows)
-            with self._turns.turn():
-                out[rows] = super().encode_documents([texts[row] for row in rows])
+            with self._ingesting.turn():
+                batch = [texts[row] for row in rows]
+                out[rows] = self._background.submit(super().encode_documents, batch).result()
             if progress is not None:
                 progress(len(rows))
         return out
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text in the model's own tokenizer, without truncation or prompt."""
-        with self._turns.turn():
-            return super().count_tokens(texts)
+        counts: list[int] = []
+        for start in range(0, len(texts), _BATCH):
+            with self._tokenizing:
+                counts += super().count_tokens(texts[start : start + _BATCH])
+        return counts
 
 
 class EmbedderPool:

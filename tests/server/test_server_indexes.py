@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,8 @@ def test_a_model_is_loaded_once_however_many_threads_ask_for_its_size(
     others = threading.Event()
 
     class Model:
+        preprocess = None
+
         def get_embedding_dimension(self) -> int:
             return 7
 
@@ -137,6 +141,93 @@ def test_a_model_is_loaded_once_however_many_threads_ask_for_its_size(
     for thread in threads:
         thread.join(60)
     assert len(loads) == 1
+
+
+def test_queries_that_wait_share_a_pass_and_each_gets_its_own(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [f"Who paints door {number}?" for number in range(12)]
+    alone = [Embedder(minilm_path).encode_query(question) for question in questions]
+    passes: list[list[str]] = []
+    original, entered, gate = Embedder.encode_queries, threading.Event(), threading.Event()
+
+    def noted(embedder: Embedder, texts: list[str]) -> Any:
+        passes.append(list(texts))
+        entered.set()
+        assert gate.wait(60)
+        if "cannot be read" in texts:
+            raise ValueError("this text")
+        return original(embedder, texts)
+
+    monkeypatch.setattr(Embedder, "encode_queries", noted)
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
+    with ThreadPoolExecutor(len(questions) + 1) as pool:
+        found = [pool.submit(shared.encode_query, questions[0])]
+        assert entered.wait(60)
+        found += [pool.submit(shared.encode_query, question) for question in questions[1:]]
+        bad = pool.submit(shared.encode_query, "cannot be read")
+        while len(shared._queries) < len(questions):
+            time.sleep(0.01)
+        gate.set()
+        for mine, one in zip(found, alone, strict=True):
+            assert abs(mine.result(60) - one).max() < 1e-5
+        with pytest.raises(ValueError, match="this text"):
+            bad.result(60)
+    assert passes[0] == questions[:1]
+    assert sorted(passes[1]) == sorted([*questions[1:], "cannot be read"])
+    # One of them failed, and then each was tried alone.
+    assert sorted(map(len, passes[2:])) == [1] * len(questions)
+
+
+def test_a_query_does_not_wait_for_passages_and_passages_give_way(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate, nice = threading.Event(), threading.Event(), []
+    original = Embedder.encode_documents
+
+    def held(embedder: Embedder, batch: list[str], **options: Any) -> Any:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        entered.set()
+        assert gate.wait(60)
+        return original(embedder, batch, **options)
+
+    monkeypatch.setattr(Embedder, "encode_documents", held)
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    with ThreadPoolExecutor(1) as pool:
+        passages = pool.submit(shared.encode_documents, ["The keeper paints the purple door."])
+        assert entered.wait(60)
+        assert shared.encode_query("Who paints?").shape == (384,)
+        assert not passages.done()
+        gate.set()
+        assert passages.result(60).shape == (1, 384)
+    assert nice == [min(19, mine + 10)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+
+
+def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(minilm_path: Path) -> None:
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
+    inner = shared._loaded()[0]
+    original, inside, most = inner.preprocess, [0], [0]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        try:
+            return original(*args, **options)
+        finally:
+            inside[0] -= 1
+
+    inner.preprocess = counted
+    text = "The keeper paints the purple door. " * 20
+    with ThreadPoolExecutor(4) as pool:
+        rows = [pool.submit(shared.encode_documents, [text] * 9) for _ in range(2)]
+        rows += [pool.submit(shared.encode_queries, ["Who?"]) for _ in range(2)]
+        assert shared.count_tokens([text] * 20) == [142] * 20
+        for row in rows:
+            row.result(60)
+    assert most == [1]
 
 
 def test_an_ingest_has_short_turns_of_the_embedder(

@@ -61,7 +61,8 @@ def run_hostile_files(
     try:
         _end_of(_upload(jobs, "good", index["good"], "heron.txt", b"The heron eats silver eels."))
         _end_of(_upload(jobs, "bad", index["bad"], "start.txt", b"A harmless start."))
-        idle = _search_times(index["good"], threading.Event(), at_most=100)
+        # The first ones load and warm up.
+        idle = _search_times(index["good"], threading.Event(), at_most=500)[20:]
         before = _resident_bytes()
         grown = longest = waited = 0.0
         ends: dict[str, dict[str, int]] = {}
