@@ -39,13 +39,16 @@ class TextMarks:
         self.everything = everything
 
     @classmethod
-    def of(cls, texts: Iterable[tuple[str, Iterable[str]]]) -> Self:
+    def of(cls, texts: Iterable[tuple[str, Iterable[str]]], *, step: int = 1) -> Self:
         """Marks of texts that are gone, without the runs that live texts hold too.
 
         Parameters
         ----------
         texts
             Each text that is gone with the live ones that may share some of it.
+        step
+            Every so many runs of a text are marked, and its last one. A piece of it is then found that has
+            ``31 + step`` characters; all of its runs are looked for.
         """
         found: dict[int, list[Hashes]] = {}
         for text, live in texts:
@@ -54,6 +57,8 @@ class TextMarks:
                 continue
             length = min(_WINDOW, int(points.size))
             runs = _hashes(points, length)
+            if step > 1:
+                runs = np.append(runs[::step], runs[-1:])
             for other in live:
                 runs = runs[~np.isin(runs, _hashes(_points(other), length))]
             found.setdefault(length, []).append(runs)

@@ -35,8 +35,12 @@ NOTICE_S = 180.0
 """How long a notice is kept in force, seconds: requests that found the text before it was deleted may
 still bring it back to an engine's store for so long."""
 
-_MOST_CHUNKS = 4096
-"""More chunks than this in one change are not told apart from others: the stores are emptied."""
+_MOST_COMPARED = 4096
+"""More chunks than this in one change are not compared with live ones: what both have is erased too."""
+_STEP = 16
+"""Then only every so many runs are marked: a piece of a chunk is found from 47 characters on, not from 32."""
+_MOST_CHUNKS = 65_536
+"""More chunks than this are not told apart from others: the stores are emptied. An upload has 50,000 at most."""
 
 Decode = Callable[["npt.NDArray[Any]"], str]
 
@@ -91,15 +95,24 @@ def default_stores(*given: Path | None) -> tuple[Path, ...]:
 
 
 def marks_of(removal: Removal) -> TextMarks:
-    """Marks of the chunks that are gone, without text that live ones hold too."""
+    """Marks of the chunks that are gone: of few, without text that live ones hold too."""
     from chunk_cache import TextMarks
 
-    gone = list(islice(removal.chunks(), _MOST_CHUNKS + 1))
-    if len(gone) > _MOST_CHUNKS:
-        return TextMarks({}, everything=True)
-    return TextMarks.of(
-        (chunk.text, [live.text for live in removal.live_like(chunk.text)]) for chunk in gone
-    )
+    few = list(islice(removal.chunks(), _MOST_COMPARED + 1))
+    if len(few) <= _MOST_COMPARED:
+        return TextMarks.of(
+            (chunk.text, [live.text for live in removal.live_like(chunk.text)]) for chunk in few
+        )
+    num_chunks = 0
+
+    def texts() -> Iterator[tuple[str, tuple[str, ...]]]:
+        nonlocal num_chunks
+        for chunk in islice(removal.chunks(), _MOST_CHUNKS + 1):
+            num_chunks += 1
+            yield chunk.text, ()
+
+    marks = TextMarks.of(texts(), step=_STEP)
+    return marks if num_chunks <= _MOST_CHUNKS else TextMarks({}, everything=True)
 
 
 def post(marks: TextMarks, folders: Sequence[Path]) -> None:

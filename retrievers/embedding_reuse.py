@@ -74,7 +74,9 @@ class ReusingEmbedder:
             keys = order[start : start + SHARD_CHUNKS]
             batch = [texts[key] for key in keys]
             began = time.perf_counter()
-            vectors = _checked(self._embedder.encode_documents(batch), self._embedder)
+            # Whoever watches may stop it here too: a shard is a long time on a slow machine.
+            rows = self._embedder.encode_documents(batch, progress=lambda _: self._tally.tell())
+            vectors = _checked(rows, self._embedder)
             self._tally.embed_s += time.perf_counter() - began
             self._journal.append(keys, vectors)
             self._tally.embedded += len(keys)

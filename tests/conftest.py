@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -31,8 +30,8 @@ pytest_plugins = ("sharing",)
 def _home_of_this_process() -> None:
     """Give each process that runs the suite a home of its own, with the user's converted models.
 
-    A conversion takes half a minute. Engines read in the home what was deleted, and let go of its KV: those of another process, and the user's own,
-    would lose what they hold.
+    A conversion takes half a minute. Engines read in the home what was deleted, and let go of its
+    KV: those of another process, and the user's own, would lose what they hold.
     """
     from rag_pipeline.config import home_dir
 
@@ -47,15 +46,6 @@ def _home_of_this_process() -> None:
 _home_of_this_process()
 _HOME = os.environ["RAG_PIPELINE_HOME"]
 """A test that sets another home has all of it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_notices_of_earlier_files() -> None:
-    """What a server deleted in one file is not to go from the engine that the next file starts.
-
-    A notice stays in force for minutes, and an engine without a tokenizer takes every text for one that is meant.
-    """
-    shutil.rmtree(Path(_HOME) / "erased", ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -270,7 +270,7 @@ def serve(
     max_questions: Annotated[
         int,
         typer.Option(
-            min=1, help="Questions that wait or are answered; raise it with --max-queued-requests."
+            min=1, help="Questions under way; one more gets 503. Raise --max-queued-requests too."
         ),
     ] = 128,
     max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once.")] = 1024,

@@ -117,7 +117,7 @@ class ServeSettings(_Section):
     max_questions: int = Field(
         default=128,
         ge=1,
-        description="Questions that wait or are answered; raise it with --max-queued-requests.",
+        description="Questions that wait or are answered; one more is answered 503. Raise --max-queued-requests too.",
     )
     max_connections: int = Field(default=1024, ge=1, description="Connections open at once.")
     max_body_mb: int = Field(

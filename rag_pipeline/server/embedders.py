@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import queue
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag_pipeline.server.turns import Turns
 from retrievers import Embedder
@@ -20,23 +22,52 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _BATCH_CHARS = 4096
-"""Passages, and characters of them, that are embedded before another ingest gets its turn.
+"""Texts of one forward pass, and characters when each is padded to the longest.
 
-A thousand tokens or so: enough rows to keep two cores busy. A single passage may be longer; a model reads a few
-hundred tokens of it.
+A thousand tokens or so: enough rows to keep two cores busy, and a long query does not make those
+of others as wide. A single text may be longer. Eight short queries take twice the time of one.
 """
 _INGEST_NICE = 10
 """Added to the nice value of the threads that embed passages, as for the processes that parse."""
 
-_MOST_QUERIES = 32
-"""Queries in one forward pass: the weights are read once for all of them, and eight take twice the time of one."""
+T = TypeVar("T")
 
 
-def _give_way() -> None:
-    """Put this thread, and those that it starts, behind the others where threads have a priority of their own."""
-    if sys.platform == "linux":
-        mine = os.getpriority(os.PRIO_PROCESS, 0)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
+class _Behind:
+    """A thread that gives way to the others, where threads have a priority of their own.
+
+    It is no executor's: one of those takes no more work once the interpreter ends, and an ingest
+    that is told to stop needs its last vectors to come to the place where it stops.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_started = False
+        self._lock = threading.Lock()
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a function there and wait for it."""
+        with self._lock:
+            if not self._is_started:
+                self._is_started = True
+                threading.Thread(target=self._work, name="rag-embed", daemon=True).start()
+        done: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._jobs.put(job)
+        return done.result()
+
+    def _work(self) -> None:
+        if sys.platform == "linux":
+            mine = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
+        while True:
+            self._jobs.get()()
 
 
 class _Query:
@@ -58,17 +89,16 @@ class _Query:
 class SharedEmbedder(Embedder):
     """An embedder that several threads use.
 
-    Queries that wait at the same time go through the model together: a vector then differs from that of the query
-    alone by rounding, as in any padded batch. Passages go through it beside them, in a thread that gives way.
+    Queries that wait at the same time go through the model together: a vector then differs from
+    that of the query alone by rounding, as in any padded batch. Passages go through it beside
+    them, in a thread that gives way.
     """
 
     def __init__(self, model: str | Path, *, name: str) -> None:
         super().__init__(model, name=name)
         self._asking = Turns()
         self._ingesting = Turns()
-        self._background = ThreadPoolExecutor(
-            1, thread_name_prefix="rag-embed", initializer=_give_way
-        )
+        self._behind = _Behind()
         self._loading = threading.RLock()
         # A tokenizer keeps the settings of its last call: two calls at once spoil each other.
         self._tokenizing = threading.RLock()
@@ -112,10 +142,13 @@ class SharedEmbedder(Embedder):
     def _encode_waiting(self) -> None:
         """Encode what waits, in one pass; only who has the turn may."""
         taken = [self._queries.popleft()]
-        size = len(taken[0].texts)
-        while self._queries and size + len(self._queries[0].texts) <= _MOST_QUERIES:
+        count, longest = len(taken[0].texts), _longest(taken[0].texts)
+        while self._queries:
+            texts = self._queries[0].texts
+            count, longest = count + len(texts), max(longest, _longest(texts))
+            if count > _BATCH or count * longest > _BATCH_CHARS:
+                break
             taken.append(self._queries.popleft())
-            size += len(taken[-1].texts)
         try:
             self._encode(taken)
         except Exception as error:
@@ -153,7 +186,8 @@ class SharedEmbedder(Embedder):
             start += len(rows)
             with self._ingesting.turn():
                 batch = [texts[row] for row in rows]
-                out[rows] = self._background.submit(super().encode_documents, batch).result()
+                encode = super().encode_documents
+                out[rows] = self._behind.run(functools.partial(encode, batch))
             if progress is not None:
                 progress(len(rows))
         return out
@@ -165,6 +199,10 @@ class SharedEmbedder(Embedder):
             with self._tokenizing:
                 counts += super().count_tokens(texts[start : start + _BATCH])
         return counts
+
+
+def _longest(texts: Sequence[str]) -> int:
+    return max(map(len, texts), default=0)
 
 
 class EmbedderPool:

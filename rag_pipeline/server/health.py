@@ -85,7 +85,6 @@ class Health:
         fusion: dict[str, Any] = {}
         problems = [last.problem] if last.problem else []
         if not problems and (silent := self._engine.silent_s()) > STATE_TIMEOUT_S:
-            # It was asked just now: an idle scheduler would have answered.
             problems.append(
                 f"the scheduler has said nothing for {silent:.0f} s; it hangs or is busy"
             )

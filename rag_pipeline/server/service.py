@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RETRIEVAL_THREADS = 8
-"""Searches mostly wait for the one embedder, which takes along all that wait."""
+"""Searches mostly wait for the one embedder; so many of them may share a pass of it."""
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +168,8 @@ def test_queries_that_wait_share_a_pass_and_each_gets_its_own(
         assert entered.wait(60)
         found += [pool.submit(shared.encode_query, question) for question in questions[1:]]
         bad = pool.submit(shared.encode_query, "cannot be read")
-        while len(shared._queries) < len(questions):
+        deadline = time.monotonic() + 60
+        while len(shared._queries) < len(questions) and time.monotonic() < deadline:
             time.sleep(0.01)
         gate.set()
         for mine, one in zip(found, alone, strict=True):
@@ -205,29 +208,82 @@ def test_a_query_does_not_wait_for_passages_and_passages_give_way(
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
-def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(minilm_path: Path) -> None:
+def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
-    inner = shared._loaded()[0]
-    original, inside, most = inner.preprocess, [0], [0]
+    kind = type(shared._loaded().tokenizer)
+    original, inside, most, calls = kind.__call__, [0], [0], [0]
 
     def counted(*args: Any, **options: Any) -> Any:
         inside[0] += 1
+        calls[0] += 1
         most[0] = max(most[0], inside[0])
-        time.sleep(0.02)
+        time.sleep(0.05)
         try:
             return original(*args, **options)
         finally:
             inside[0] -= 1
 
-    inner.preprocess = counted
+    monkeypatch.setattr(kind, "__call__", counted)
     text = "The keeper paints the purple door. " * 20
     with ThreadPoolExecutor(4) as pool:
         rows = [pool.submit(shared.encode_documents, [text] * 9) for _ in range(2)]
         rows += [pool.submit(shared.encode_queries, ["Who?"]) for _ in range(2)]
-        assert shared.count_tokens([text] * 20) == [142] * 20
+        counts = [pool.submit(shared.count_tokens, [text] * 40) for _ in range(2)]
+        assert [count.result(60) for count in counts] == [[142] * 40] * 2
         for row in rows:
             row.result(60)
+    assert calls[0] >= 12
     assert most == [1]
+
+
+def test_a_long_query_does_not_make_the_others_as_wide(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[str]] = []
+    original = Embedder.encode_queries
+
+    def noted(embedder: Embedder, texts: list[str]) -> Any:
+        passes.append(list(texts))
+        return original(embedder, texts)
+
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
+    monkeypatch.setattr(Embedder, "encode_queries", noted)
+    short, long = [f"Who paints door {number}?" for number in range(5)], "word " * 1000
+    with ThreadPoolExecutor(6) as pool, shared._asking.turn():
+        found = []
+        for text in [*short[:2], long, *short[2:]]:
+            found.append(pool.submit(shared.encode_query, text))
+            deadline = time.monotonic() + 60
+            while len(shared._queries) < len(found) and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert all(one.result(60).shape == (384,) for one in found)
+    assert passes == [short[:2], [long], short[2:]]
+
+
+def test_an_ingest_is_stopped_between_its_turns_also_when_the_interpreter_ends(
+    minilm_path: Path, tmp_path: Path
+) -> None:
+    # An executor's threads take no more work by then, and the upload would have failed.
+    program = f"""
+import threading, time
+from rag_pipeline.server.embedders import SharedEmbedder
+shared = SharedEmbedder({str(minilm_path)!r}, name="x")
+begun = threading.Event()
+def told(number):
+    begun.set()
+    time.sleep(0.3)  # the interpreter is ending meanwhile
+def ingest():
+    shared.encode_documents(["word " * 900] * 3, progress=told)
+    print("came to its end", flush=True)
+threading.Thread(target=ingest).start()
+begun.wait(120)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "came to its end\n"), done.stderr
 
 
 def test_an_ingest_has_short_turns_of_the_embedder(

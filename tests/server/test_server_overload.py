@@ -7,6 +7,7 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from rag_pipeline.server.tenants import Tenants
 from rag_pipeline.server.work_pool import WorkPool
 from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http_stop import GracefulStop
+from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 from retrievers import CorruptIndexError, IndexBusyError, RetrievalError, StorageError
 
 # -- the queue ----------------------------------------------------------------------------------
@@ -170,6 +172,37 @@ def test_a_scheduler_that_has_been_silent_for_long_is_told(
     )
     report = asyncio.run(health.report(tenants.operator))
     assert any("said nothing for 3600 s" in problem for problem in report["problems"]) == told
+
+
+def test_only_a_question_that_is_left_open_makes_a_scheduler_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Manager:
+        last_receive_tstamp = time.time() - 3600
+
+        async def get_internal_state(self) -> list[dict[str, Any]]:
+            await answers.wait()
+            return []
+
+    async def run() -> None:
+        engine = ServedEngine(incremental=False)
+        assert engine.silent_s() == 0  # idle for an hour, and nobody asked
+        asking = asyncio.ensure_future(engine.state())
+        await asyncio.sleep(0.2)
+        assert 0.2 <= engine.silent_s() < 60
+        manager.last_receive_tstamp = time.time()  # it is busy, and says a token
+        assert engine.silent_s() < 0.2
+        manager.last_receive_tstamp = 0
+        asking.cancel()  # its caller gave up: it is as silent as before
+        await asyncio.sleep(0)
+        assert engine.silent_s() >= 0.2
+        answers.set()
+        await engine.state()
+        assert engine.silent_s() == 0
+
+    manager, answers = Manager(), asyncio.Event()
+    monkeypatch.setattr(ServedEngine, "_manager", manager)
+    asyncio.run(run())
 
 
 # -- stopping -----------------------------------------------------------------------------------

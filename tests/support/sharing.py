@@ -8,6 +8,8 @@ another has, and none keeps what nobody asks for any more.
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,9 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is not None and nextitem.stash[_GROUP] != item.stash[_GROUP]:
         # What pytest itself does at the end of a session; the next item sets up anew what it needs.
         item.session._setupstate.teardown_exact(None)
+        # What its servers deleted is not to go from the engine that the next group starts: a notice
+        # stays in force for minutes, and an engine without a tokenizer takes every text for meant.
+        shutil.rmtree(Path(os.environ["RAG_PIPELINE_HOME"]) / "erased", ignore_errors=True)
     return done
 
 

@@ -61,7 +61,12 @@ def serve(fd: int) -> dict[str, Any] | None:
             answer: int | None
             if "words" in order:
                 ready, say_ready = os.pipe()
+                # Numbers come round again: an old program's end is not this one's.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
                 answer = os.fork()
+                if answer:
+                    ended.pop(answer, None)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
                 if answer == 0:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.setsid()

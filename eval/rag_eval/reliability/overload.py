@@ -38,8 +38,8 @@ def run(plan: Plan) -> Outcome:
     flags = [word for name, value in _QUEUES.items() for word in (name, str(value))]
     with started_server(plan.model, plan.folder, flags) as target:
         headers = {"Authorization": f"Bearer {target.operator_key}"}
-        # What the questions need is in the chunk cache then, as it is under the overload.
-        asyncio.run(_load(target, 1, 5.0, plan.seed))
+        # What each tenant's questions need is in the chunk cache then, as it is under the overload.
+        asyncio.run(_load(target, len(target.tenants), 10.0, plan.seed))
         quiet = asyncio.run(_load(target, _CAPACITY, max(15.0, seconds / 10), plan.seed))
         with probing(target.url, "/v1/rag/health", headers) as probe:
             crowd = asyncio.run(_load(target, 10 * _CAPACITY, float(seconds), plan.seed))

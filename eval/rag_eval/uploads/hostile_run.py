@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,8 @@ def run_hostile_files(
         ends: dict[str, dict[str, int]] = {}
         faults: list[str] = []
         stop = threading.Event()
-        busy: list[float] = []
-        searcher = threading.Thread(
-            target=lambda: busy.extend(_search_times(index["good"], stop, at_most=1 << 30))
-        )
-        searcher.start()
+        searcher = ThreadPoolExecutor(1)
+        searching = searcher.submit(_search_times, index["good"], stop, at_most=1 << 30)
         for number, (kind, name, content) in enumerate(
             hostile_files(count, seed=seed, scale=scale)
         ):
@@ -94,8 +92,9 @@ def run_hostile_files(
             if "fault of this server" in str(job.error):
                 faults.append(f"{name}: {job.error}")
         stop.set()
-        searcher.join()
+        busy = searching.result()
     finally:
+        stop.set()
         jobs.close()
     return {
         "tried": {"files": count, "seed": seed, "scale": scale},
@@ -133,7 +132,7 @@ def _search_times(index: ServedIndex, stop: threading.Event, *, at_most: int) ->
 
 
 def _p99(times: list[float]) -> float:
-    return sorted(times)[min(len(times) - 1, int(0.99 * len(times)))] if times else 0.0
+    return sorted(times)[min(len(times) - 1, int(0.99 * len(times)))]
 
 
 def _resident_bytes() -> int:

@@ -121,9 +121,30 @@ def test_marks_find_what_is_gone_and_nothing_that_lives(
     assert not any(marks.are_in(text) for text in kept)
 
 
+@pytest.mark.parametrize("start", range(21))
+def test_with_few_of_the_runs_marked_a_longer_piece_is_found_wherever_it_begins(start: int) -> None:
+    marks = TextMarks.of([(SECRET, [])], step=16)
+    piece = "".join(SECRET.split())[start : start + 47]
+    assert len(piece) == 47
+    assert marks.are_in(f"x{piece}y")
+    assert not marks.are_in(OTHER)
+    assert len(marks.to_bytes()) < len(TextMarks.of([(SECRET, [])]).to_bytes())
+
+
+def test_of_many_chunks_what_others_have_not_stays(
+    store: StoreFolder, index: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "_MOST_COMPARED", 1)
+    delete_documents(index, ["a"], erase=make_eraser(store.path))
+    left = texts(store, smollm2_path)
+    assert f"[b]\n{OTHER}\n\n" in left
+    assert not any(SECRET in text for text in left)
+
+
 def test_too_much_to_tell_apart_empties_the_store(
     store: StoreFolder, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(erasure, "_MOST_COMPARED", 0)
     monkeypatch.setattr(erasure, "_MOST_CHUNKS", 0)
     delete_documents(index, ["a"], erase=make_eraser(store.path))
     assert not list(store.keys())

@@ -196,7 +196,9 @@ def test_an_index_with_terms_of_other_rules_is_searched_right_and_mended_by_an_i
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, hash_embedder, splitter) -> None:
-    hash_embedder.encode_documents = lambda texts: np.full((len(texts), 16), np.nan, np.float32)
+    hash_embedder.encode_documents = lambda texts, **_: np.full(
+        (len(texts), 16), np.nan, np.float32
+    )
     with pytest.raises(RetrievalError, match="not finite"):
         ingest(corpus(1), tmp_path, splitter=splitter, embedder=hash_embedder)
 
