@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,11 +47,17 @@ class _Behind:
         self._lock = threading.Lock()
 
     def run(self, function: Callable[[], T]) -> T:
-        """Run a function there and wait for it."""
+        """Run a function there and wait for it.
+
+        Raises
+        ------
+        RuntimeError
+            Where the system has no thread for it; the next call tries again.
+        """
         with self._lock:
             if not self._is_started:
-                self._is_started = True
                 threading.Thread(target=self._work, name="rag-embed", daemon=True).start()
+                self._is_started = True
         done: Future[T] = Future()
 
         def job() -> None:
@@ -64,8 +71,9 @@ class _Behind:
 
     def _work(self) -> None:
         if sys.platform == "linux":
-            mine = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
+            with suppress(OSError):  # a container that forbids it: work comes before order
+                mine = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
         while True:
             self._jobs.get()()
 
@@ -184,7 +192,8 @@ class SharedEmbedder(Embedder):
             fit = _BATCH_CHARS // max(1, len(texts[by_length[start]]))
             rows = by_length[start : start + min(_BATCH, max(1, fit))]
             start += len(rows)
-            with self._ingesting.turn():
+            # Whoever watches may stop it while it waits.
+            with self._ingesting.turn(None if progress is None else functools.partial(progress, 0)):
                 batch = [texts[row] for row in rows]
                 encode = super().encode_documents
                 out[rows] = self._behind.run(functools.partial(encode, batch))

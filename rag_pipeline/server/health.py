@@ -7,6 +7,7 @@ threads: neither holds an answer up. A tenant sees its own indexes and no figure
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.served_engine import STATE_TIMEOUT_S, activation_in
+from rag_pipeline.sglang_plugin.served_engine import activation_in
 
 if TYPE_CHECKING:
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenant, Tenants
     from rag_pipeline.sglang_plugin.served_engine import ServedEngine
+
+logger = logging.getLogger(__name__)
 
 FRESH_S = 0.5
 """A report of the scheduler this old is asked for anew."""
@@ -84,10 +87,6 @@ class Health:
         activation: dict[str, Any] = {"active": False}
         fusion: dict[str, Any] = {}
         problems = [last.problem] if last.problem else []
-        if not problems and (silent := self._engine.silent_s()) > STATE_TIMEOUT_S:
-            problems.append(
-                f"the scheduler has said nothing for {silent:.0f} s; it hangs or is busy"
-            )
         if last.info is not None:
             activation = activation_in(last.info).to_json()
             fusion = last.info["internal_states"][0].get("rag_fusion") or {}
@@ -170,4 +169,7 @@ class Health:
             info, problem = await self._engine.state(), ""
         except EngineError as error:
             info, problem = None, str(error)
+        except Exception as error:
+            logger.exception("The scheduler could not be asked for its report")
+            info, problem = None, f"the scheduler could not be asked ({type(error).__name__})"
         self._last = _Report(info=info, problem=problem, at=time.monotonic())

@@ -217,7 +217,8 @@ def _launch(
 
 def _give_way(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a process's entry function behind the HTTP process; threads that it starts inherit it."""
-    os.nice(ENGINE_NICE)
+    with contextlib.suppress(OSError):  # a container that forbids it
+        os.nice(ENGINE_NICE)
     return function(*args, **kwargs)
 
 

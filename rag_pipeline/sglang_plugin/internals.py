@@ -180,7 +180,7 @@ LAUNCHING = (
     _row(
         "managers.tokenizer_manager.TokenizerManager",
         "requests of the RAG routes, and their end",
-        has="abort_request event_loop generate_request get_internal_state last_receive_tstamp max_req_input_len",
+        has="abort_request event_loop generate_request get_internal_state max_req_input_len",
     ),
     _row("server_args.ServerArgs", "settings of an engine"),
     _row("server_args.prepare_server_args", "SGLang's own parser"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -38,7 +37,6 @@ class ServedEngine:
 
     def __init__(self, *, incremental: bool) -> None:
         self._incremental = incremental
-        self._open_since: float | None = None
         self.last_state: dict[str, Any] | None = None
         """What :meth:`state` returned last; None before the first report."""
 
@@ -57,16 +55,6 @@ class ServedEngine:
     def context_length(self) -> int:
         """Most tokens of prompt and answer together that the engine admits."""
         return int(self._manager.max_req_input_len)
-
-    def silent_s(self) -> float:
-        """Seconds that the scheduler has left a question of :meth:`state` open without saying anything else.
-
-        0 where nothing is open: an idle scheduler says nothing unasked.
-        """
-        if self._open_since is None:
-            return 0.0
-        heard = float(self._manager.last_receive_tstamp)
-        return max(0.0, time.time() - max(heard, self._open_since))
 
     async def generate(
         self,
@@ -131,8 +119,6 @@ class ServedEngine:
         EngineError
             When they do not answer in time.
         """
-        if self._open_since is None:
-            self._open_since = time.time()
         from sglang.version import __version__
 
         try:
@@ -142,7 +128,6 @@ class ServedEngine:
             raise EngineError(
                 f"the scheduler did not report within {STATE_TIMEOUT_S:.0f} s; it is busy or has died"
             ) from None
-        self._open_since = None
         self.last_state = {"internal_states": states, "version": __version__}
         return self.last_state
 

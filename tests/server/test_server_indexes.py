@@ -211,6 +211,8 @@ def test_a_query_does_not_wait_for_passages_and_passages_give_way(
 def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(
     minilm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    text, plain = "The keeper paints the purple door. " * 20, Embedder(minilm_path)
+    passage, query = plain.encode_documents([text]), plain.encode_queries(["Who?"])
     shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
     kind = type(shared._loaded().tokenizer)
     original, inside, most, calls = kind.__call__, [0], [0], [0]
@@ -226,15 +228,16 @@ def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(
             inside[0] -= 1
 
     monkeypatch.setattr(kind, "__call__", counted)
-    text = "The keeper paints the purple door. " * 20
-    with ThreadPoolExecutor(4) as pool:
-        rows = [pool.submit(shared.encode_documents, [text] * 9) for _ in range(2)]
-        rows += [pool.submit(shared.encode_queries, ["Who?"]) for _ in range(2)]
+    with ThreadPoolExecutor(6) as pool:
+        passages = [pool.submit(shared.encode_documents, [text] * 9) for _ in range(2)]
+        queries = [pool.submit(shared.encode_queries, ["Who?"]) for _ in range(2)]
         counts = [pool.submit(shared.count_tokens, [text] * 40) for _ in range(2)]
         assert [count.result(60) for count in counts] == [[142] * 40] * 2
-        for row in rows:
-            row.result(60)
-    assert calls[0] >= 12
+        for one in passages:
+            assert abs(one.result(60) - passage).max() < 1e-5
+        for one in queries:
+            assert abs(one.result(60) - query).max() < 1e-5
+    assert calls[0] >= 8
     assert most == [1]
 
 

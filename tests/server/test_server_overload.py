@@ -7,14 +7,13 @@ import contextlib
 import errno
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from rag_pipeline.errors import ModelError
+from rag_pipeline.errors import EngineError, ModelError
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError, refusal_of
@@ -25,7 +24,6 @@ from rag_pipeline.server.tenants import Tenants
 from rag_pipeline.server.work_pool import WorkPool
 from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http_stop import GracefulStop
-from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 from retrievers import CorruptIndexError, IndexBusyError, RetrievalError, StorageError
 
 # -- the queue ----------------------------------------------------------------------------------
@@ -140,29 +138,31 @@ def test_sentences_end_where_they_did() -> None:
 
 
 class Halted:
-    """An engine whose scheduler spoke last some seconds ago, and now says nothing."""
+    """An engine that reported once, and whose scheduler cannot be asked any more."""
 
     incremental, context_length = False, 100
     last_state = {"version": "0", "internal_states": [{}]}  # noqa: RUF012
 
-    def __init__(self, silent_s: float) -> None:
-        self._silent_s = silent_s
-
-    def silent_s(self) -> float:
-        return self._silent_s
+    def __init__(self, error: Exception) -> None:
+        self._error = error
 
     async def state(self) -> dict[str, Any]:
-        await asyncio.Event().wait()
-        raise AssertionError
+        raise self._error
 
 
-@pytest.mark.parametrize(("silent_s", "told"), [(1.0, False), (3600.0, True)])
-def test_a_scheduler_that_has_been_silent_for_long_is_told(
-    tmp_path: Path, silent_s: float, told: bool
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (EngineError("the scheduler did not report within 20 s"), "did not report within 20 s"),
+        (OSError("the pipe /srv/x is broken"), "could not be asked (OSError)"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_asked_is_told(
+    tmp_path: Path, error: Exception, told: str
 ) -> None:
     tenants = Tenants({})
     health = Health(
-        engine=cast("Any", Halted(silent_s)),
+        engine=cast("Any", Halted(error)),
         settings=ServerSettings(model=tmp_path, embedder="none"),
         tenants=tenants,
         indexes=IndexTable(tenants.all(), EmbedderPool("none")),
@@ -170,38 +170,13 @@ def test_a_scheduler_that_has_been_silent_for_long_is_told(
         prompt_date="fixed",
         model_gate=None,
     )
-    report = asyncio.run(health.report(tenants.operator))
-    assert any("said nothing for 3600 s" in problem for problem in report["problems"]) == told
-
-
-def test_only_a_question_that_is_left_open_makes_a_scheduler_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Manager:
-        last_receive_tstamp = time.time() - 3600
-
-        async def get_internal_state(self) -> list[dict[str, Any]]:
-            await answers.wait()
-            return []
 
     async def run() -> None:
-        engine = ServedEngine(incremental=False)
-        assert engine.silent_s() == 0  # idle for an hour, and nobody asked
-        asking = asyncio.ensure_future(engine.state())
-        await asyncio.sleep(0.2)
-        assert 0.2 <= engine.silent_s() < 60
-        manager.last_receive_tstamp = time.time()  # it is busy, and says a token
-        assert engine.silent_s() < 0.2
-        manager.last_receive_tstamp = 0
-        asking.cancel()  # its caller gave up: it is as silent as before
-        await asyncio.sleep(0)
-        assert engine.silent_s() >= 0.2
-        answers.set()
-        await engine.state()
-        assert engine.silent_s() == 0
+        for _ in range(2):
+            report = await health.report(tenants.operator)
+            assert report["status"] == "degraded"
+            assert any(told in problem for problem in report["problems"]), report["problems"]
 
-    manager, answers = Manager(), asyncio.Event()
-    monkeypatch.setattr(ServedEngine, "_manager", manager)
     asyncio.run(run())
 
 

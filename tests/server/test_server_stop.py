@@ -85,7 +85,7 @@ def test_health_is_known_before_anybody_asked_for_it(lone_server: Any) -> None:
 def test_an_engine_on_the_same_cores_gives_way_to_the_http_process(lone_server: Any) -> None:
     server = psutil.Process(lone_server[1])
     scheduler = max(server.children(recursive=True), key=lambda child: child.memory_info().rss)
-    behind = server.nice() + (0 if accelerator_present() else 5)
+    behind = min(19, server.nice() + (0 if accelerator_present() else 5))
     assert scheduler.nice() == behind
     # Its threads compute, and Linux has a priority for each.
     for thread in scheduler.threads():

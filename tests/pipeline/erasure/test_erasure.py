@@ -137,8 +137,9 @@ def test_of_many_chunks_what_others_have_not_stays(
     monkeypatch.setattr(erasure, "_MOST_COMPARED", 1)
     delete_documents(index, ["a"], erase=make_eraser(store.path))
     left = texts(store, smollm2_path)
-    assert f"[b]\n{OTHER}\n\n" in left
-    assert not any(SECRET in text for text in left)
+    # What another document shares is not compared, and goes too. A piece below 47 characters stays.
+    (piece,) = left - {f"[b]\n{OTHER}\n\n"}
+    assert len("".join(piece.split())) < 47
 
 
 def test_too_much_to_tell_apart_empties_the_store(
