@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,20 +79,12 @@ class _Behind:
             self._jobs.get()()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Query:
-    """Texts that wait for a pass, and what came of it."""
+    """Texts that wait for a pass, and what comes of it."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
-        self.is_done = False
-        self.error: Exception | None = None
-        self.vectors: NDArray[np.float32] | None = None
-
-    def end(
-        self, vectors: NDArray[np.float32] | None = None, error: Exception | None = None
-    ) -> None:
-        """Note what came of it."""
-        self.vectors, self.error, self.is_done = vectors, error, True
+    texts: Sequence[str]
+    vectors: Future[NDArray[np.float32]] = field(default_factory=Future)
 
 
 class SharedEmbedder(Embedder):
@@ -140,12 +133,9 @@ class SharedEmbedder(Embedder):
         self._queries.append(mine)
         with self._asking.turn():
             # Whoever had a turn before may have taken this query along.
-            while not mine.is_done:
+            while not mine.vectors.done():
                 self._encode_waiting()
-        if mine.error is not None:
-            raise mine.error
-        assert mine.vectors is not None
-        return mine.vectors
+        return mine.vectors.result()
 
     def _encode_waiting(self) -> None:
         """Encode what waits, in one pass; only who has the turn may."""
@@ -161,21 +151,21 @@ class SharedEmbedder(Embedder):
             self._encode(taken)
         except Exception as error:
             if len(taken) == 1:
-                taken[0].end(error=error)
+                taken[0].vectors.set_exception(error)
                 return
             # One of them has what the model cannot read; the others are not to suffer from it.
             for query in taken:
                 try:
                     self._encode([query])
                 except Exception as own:
-                    query.end(error=own)
+                    query.vectors.set_exception(own)
 
     def _encode(self, queries: Sequence[_Query]) -> None:
         vectors = super().encode_queries([text for query in queries for text in query.texts])
         start = 0
         for query in queries:
             end = start + len(query.texts)
-            query.end(vectors[start:end])
+            query.vectors.set_result(vectors[start:end])
             start = end
 
     def encode_documents(

@@ -34,7 +34,8 @@ ENGINE_NICE = 5
 """Added to the nice value of an engine that computes on the server's own cores.
 
 Its passes use every core all the time. What the HTTP process does takes milliseconds, and at the same priority
-it waits for as long as it runs: a refusal took 0.4 s and more at ten times the capacity.
+it waits for as long as it runs. At ten times the capacity, on two cores, the 99th percentile of refusals was
+0.06 to 1.4 s, and 0.04 s with this.
 """
 
 _CONFIG = "uvicorn.config.Config.__init__"

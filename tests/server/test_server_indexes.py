@@ -265,9 +265,7 @@ def test_a_long_query_does_not_make_the_others_as_wide(
     assert passes == [short[:2], [long], short[2:]]
 
 
-def test_an_ingest_is_stopped_between_its_turns_also_when_the_interpreter_ends(
-    minilm_path: Path, tmp_path: Path
-) -> None:
+def test_passages_still_come_while_the_interpreter_ends(minilm_path: Path) -> None:
     # An executor's threads take no more work by then, and the upload would have failed.
     program = f"""
 import threading, time
