@@ -25,6 +25,7 @@ _NOTE_USE_S = 30.0
 class _Waiting:
     record: ChunkKV
     context: KVContext
+    tenant: str
 
 
 class BackgroundWriter:
@@ -40,7 +41,8 @@ class BackgroundWriter:
     failed
         Called with what a disk refused, from the thread.
     is_erased
-        Whether a record must not reach the disk; asked before it is written, and after.
+        Whether a record of a tenant (:func:`~.tenant_mark`) must not reach the disk; asked before it is written,
+        and after.
     used
         Keys of records that were used since a moment of :func:`time.monotonic`.
     queue_bytes
@@ -53,7 +55,7 @@ class BackgroundWriter:
         *,
         count: Callable[[str], None],
         failed: Callable[[OSError], None],
-        is_erased: Callable[[ChunkKV], bool] = lambda record: False,
+        is_erased: Callable[[ChunkKV, str], bool] = lambda record, tenant: False,
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
@@ -73,12 +75,12 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, name="chunk-kv-writer", daemon=True)
         self._thread.start()
 
-    def put(self, record: ChunkKV, context: KVContext) -> bool:
-        """Queue a record; ``False`` where it is dropped. Never waits for the disk."""
+    def put(self, record: ChunkKV, context: KVContext, tenant: str) -> bool:
+        """Queue a record of a tenant; ``False`` where it is dropped. Never waits for the disk."""
         with self._changed:
             room = self._bytes + record.num_bytes <= self._queue_bytes and not self._stopping
             if room:
-                self._queue.append(_Waiting(record, context))
+                self._queue.append(_Waiting(record, context, tenant))
                 self._bytes += record.num_bytes
                 self._changed.notify_all()
         if not room:
@@ -102,7 +104,7 @@ class BackgroundWriter:
         """Forget what waits and must not reach the disk any more, however long the disk takes."""
         with self._changed:
             waiting = [*self._queue, *filter(None, [self._current])]
-        gone = {id(one) for one in waiting if self._is_erased(one.record)}
+        gone = {id(one) for one in waiting if self._is_erased(one.record, one.tenant)}
         with self._changed:
             kept = [one for one in self._queue if id(one) not in gone]
             self._bytes -= sum(one.record.num_bytes for one in self._queue if id(one) in gone)
@@ -148,13 +150,16 @@ class BackgroundWriter:
                 self.folder.used(self._used(since))
 
     def _write(self, waiting: _Waiting) -> None:
-        record = waiting.record
+        record, tenant = waiting.record, waiting.tenant
         kind = "erased"
         try:
-            if not self._is_erased(record):
-                kind = "written" if self.folder.put(record, context=waiting.context) else "no_room"
+            if not self._is_erased(record, tenant):
+                put = self.folder.put(record, context=waiting.context, tenant=tenant)
+                kind = "written" if put else "no_room"
                 # The text may have been erased meanwhile, by somebody who did not see this file yet.
-                if kind == "written" and (self._current_is_erased or self._is_erased(record)):
+                if kind == "written" and (
+                    self._current_is_erased or self._is_erased(record, tenant)
+                ):
                     self.folder.remove(record.key)
                     kind = "erased"
         except OSError as error:

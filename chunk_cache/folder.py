@@ -99,6 +99,8 @@ class StoreFolder:
         self._model = model
         self.budget = FolderBudget(self.path, byte_budget, self.evict)
         self.corrupt_files = 0
+        self._told: set[str] = set()
+        """Namespaces whose context this process has seen to."""
         if create:
             make_folder(self.path)
         check_manifest(self.path)
@@ -110,7 +112,9 @@ class StoreFolder:
         record = self._read(key)
         return record if record is not None and record.tokens_equal(token_ids) else None
 
-    def put(self, record: ChunkKV, *, context: KVContext | None = None) -> bool:
+    def put(
+        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
+    ) -> bool:
         """Write a record (any device; read back on the CPU), replacing an older file of its key.
 
         Parameters
@@ -119,6 +123,8 @@ class StoreFolder:
             What to write.
         context
             Of the record's namespace; told in the folder, and needed for :meth:`namespaces`.
+        tenant
+            :func:`~.tenant_mark` of whom the record belongs to; by default that of the context's salt.
 
         Returns
         -------
@@ -133,8 +139,8 @@ class StoreFolder:
         data = encode_record(record)
         if self.budget.make_room(len(data)) is None:
             return False
-        if context is not None and not context_path(self.path, context.namespace).exists():
-            write_context(self.path, context, self._model)
+        if context is not None:
+            self._tell(context, tenant)
         write_private(chunk_path(self.path, record.key), data)
         return True
 
@@ -335,7 +341,7 @@ class StoreFolder:
                 else:
                     # Asked first: `put` would make room by evicting what was loaded before.
                     fits = record.num_bytes <= store.free_bytes
-                    tenant = self._tenant_of(key.namespace)
+                    tenant = self.tenant_of(key.namespace)
                     put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
                     counts["loaded" if put else "no_room"] += 1
             if progress is not None:
@@ -362,9 +368,19 @@ class StoreFolder:
             return None
         return found if isinstance(found, dict) else None
 
-    def _tenant_of(self, namespace: str) -> str:
+    def tenant_of(self, namespace: str) -> str:
+        """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular."""
         tenant = (self.describe(namespace) or {}).get("tenant", "")
         return tenant if isinstance(tenant, str) else ""
+
+    def _tell(self, context: KVContext, tenant: str | None) -> None:
+        """Write a namespace's context where it is not there, or says another tenant."""
+        if context.namespace in self._told:
+            return
+        told = context_path(self.path, context.namespace).exists()
+        if not told or tenant not in (None, self.tenant_of(context.namespace)):
+            write_context(self.path, context, self._model, tenant=tenant)
+        self._told.add(context.namespace)
 
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         try:

@@ -104,12 +104,16 @@ def tenant_mark(salt: str) -> str:
     return hashlib.blake2b(salt.encode(), digest_size=16, person=b"ragkv-tenant").hexdigest()
 
 
-def write_context(folder: Path, context: KVContext, model: str = "") -> None:
+def write_context(
+    folder: Path, context: KVContext, model: str = "", *, tenant: str | None = None
+) -> None:
     """Tell what a context's namespace stands for; of its tenant's salt only a digest.
 
-    `model` is the folder of the model, whose tokenizer made the token ids.
+    `model` is the folder of the model, whose tokenizer made the token ids. `tenant` is the :func:`tenant_mark` of
+    whoever the records belong to, where that is more than the context's own salt.
     """
-    fields = context.to_json() | {"tenant": tenant_mark(context.tenant), "model": model}
+    mark = tenant_mark(context.tenant) if tenant is None else tenant
+    fields = context.to_json() | {"tenant": mark, "model": model}
     data = json.dumps(fields, indent=1, sort_keys=True).encode()
     write_private(context_path(folder, context.namespace), data)
 

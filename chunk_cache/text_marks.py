@@ -68,13 +68,24 @@ class TextMarks:
         """Whether any text can be found by them."""
         return self.everything or bool(self._runs)
 
-    def are_in(self, text: str) -> bool:
-        """Whether a text holds a run of what is gone."""
+    def are_in(self, text: str, *, short_anywhere: bool = True) -> bool:
+        """Whether a text holds a run of what is gone.
+
+        Parameters
+        ----------
+        text
+            Where to look.
+        short_anywhere
+            Whether a text below 32 characters counts wherever it stands. Otherwise it counts only where it is
+            the last lines, as in a chunk that is laid out below its title: one letter is in every text.
+        """
         if self.everything:
             return True
         points = _points(text)
         for length, gone in self._runs.items():
             runs = _hashes(points, length)
+            if length < _WINDOW and not short_anywhere:
+                runs = runs[-1:] if length in _tail_lengths(text) else runs[:0]
             places = np.searchsorted(gone, runs)
             if (gone[np.minimum(places, gone.size - 1)] == runs).any():
                 return True
@@ -105,6 +116,18 @@ class TextMarks:
         except Exception as error:
             raise ValueError(f"not marks of erased texts: {error}") from None
         return cls(runs, everything=_EVERYTHING in names)
+
+
+def _tail_lengths(text: str) -> set[int]:
+    """Lengths of the last line, the last two, and so on, without white space, below that of a run."""
+    lengths: set[int] = set()
+    length = 0
+    for line in reversed(text.splitlines()):
+        length += sum(map(len, line.split()))
+        if length >= _WINDOW:
+            break
+        lengths.add(length)
+    return lengths
 
 
 def _points(text: str) -> npt.NDArray[np.int32]:

@@ -60,6 +60,12 @@ class WritableStore:
             self._expire_builds()
             return self._builds.state(key)
 
+    def tenant_of(self, key: ChunkKey) -> str:
+        """Whose share of the budget a READY record takes; empty for nobody in particular."""
+        with self._lock:
+            entry = self._ledger.entries.get(key)
+            return "" if entry is None else entry.tenant
+
     # -- writing ------------------------------------------------------------------------------
 
     def begin_build(

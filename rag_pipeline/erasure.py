@@ -46,6 +46,38 @@ Decode = Callable[["npt.NDArray[Any]"], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reach:
+    """Whose chunk KV a deletion goes through: everybody's, unless a server's tenant deletes.
+
+    A tenant has not seen the index of another, so what it deletes is never looked for there: it could empty the
+    other's chunk KV by deleting a text that holds one letter. It is looked for in its own and in that of nobody in
+    particular, which whoever runs the server fills from any index; there a short text counts only as a chunk of its
+    own.
+
+    Parameters
+    ----------
+    tenant
+        :func:`chunk_cache.tenant_mark` of who deletes; empty for whoever runs the server.
+    spared
+        Marks of those whose chunk KV cannot hold the text.
+    """
+
+    tenant: str = ""
+    spared: frozenset[str] = frozenset()
+
+    def covers(self, marks: TextMarks, text: str | None, tenant: str) -> bool:
+        """Whether a text of a tenant has to go; None is a text that cannot be read."""
+        if tenant in self.spared:
+            return False
+        if text is None:
+            return True
+        return marks.are_in(text, short_anywhere=self.tenant in ("", tenant))
+
+
+EVERYBODY = Reach()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Notice:
     """What was erased, and where already."""
 
@@ -53,6 +85,11 @@ class Notice:
     marks: TextMarks
     folders: tuple[str, ...]
     """Chunk stores that whoever deleted goes through."""
+    reach: Reach
+
+    def is_about(self, text: str | None, tenant: str) -> bool:
+        """Whether a text of a tenant (:func:`chunk_cache.tenant_mark`), None for one that cannot be read, has to go."""
+        return self.reach.covers(self.marks, text, tenant)
 
 
 def board() -> Path:
@@ -60,26 +97,28 @@ def board() -> Path:
     return home_dir() / "erased"
 
 
-def make_eraser(*stores: Path) -> Erase:
+def make_eraser(*stores: Path, reach: Reach = EVERYBODY) -> Erase:
     """Erase what leaves an index from chunk KV; to be passed to ``ingest`` and ``delete_documents``.
 
     Parameters
     ----------
     stores
         Folders of chunk KV; one that is no store, or not there, is passed over.
+    reach
+        Whose chunk KV.
     """
 
     def erase(removal: Removal) -> None:
         marks = marks_of(removal)
         if not marks:
             return
-        post(marks, stores)
+        post(marks, stores, reach)
         passage = removal.old.parent / PASSAGE_NAME
         if passage.exists() and marks.are_in(passage.read_text("utf-8", "replace")):
             # A new sample is drawn at the next start of an engine.
             passage.unlink(missing_ok=True)
         for store in stores:
-            erase_folder(store, marks)
+            erase_folder(store, marks, reach=reach)
 
     return erase
 
@@ -115,7 +154,7 @@ def marks_of(removal: Removal) -> TextMarks:
     return marks if num_chunks <= _MOST_CHUNKS else TextMarks({}, everything=True)
 
 
-def post(marks: TextMarks, folders: Sequence[Path]) -> None:
+def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) -> None:
     """Tell the engines that are running.
 
     Raises
@@ -127,8 +166,12 @@ def post(marks: TextMarks, folders: Sequence[Path]) -> None:
 
     _remove_old()
     name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
-    meta = json.dumps([str(path.absolute()) for path in folders]).encode()
-    write_private(board() / f"{name}.json", meta)
+    meta = {
+        "folders": [str(path.absolute()) for path in folders],
+        "tenant": reach.tenant,
+        "spared": sorted(reach.spared),
+    }
+    write_private(board() / f"{name}.json", json.dumps(meta).encode())
     # Read by its presence, so it comes last.
     write_private(board() / f"{name}.marks", marks.to_bytes())
 
@@ -144,15 +187,19 @@ def notices(seen: set[str]) -> Iterator[Notice]:
             seen.add(path.stem)
             try:
                 marks = TextMarks.from_bytes(path.read_bytes())
-                folders = tuple(json.loads(path.with_suffix(".json").read_bytes()))
-            except (OSError, ValueError) as error:
+                meta = json.loads(path.with_suffix(".json").read_bytes())
+                folders = tuple(map(str, meta["folders"]))
+                reach = Reach(tenant=str(meta["tenant"]), spared=frozenset(meta["spared"]))
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 # What it says is not known, so everything may be meant.
                 logger.warning("Notice %s of erased text cannot be read: %s", path, error)
-                marks, folders = TextMarks({}, everything=True), ()
-            yield Notice(name=path.stem, marks=marks, folders=folders)
+                marks, folders, reach = TextMarks({}, everything=True), (), EVERYBODY
+            yield Notice(name=path.stem, marks=marks, folders=folders, reach=reach)
 
 
-def erase_folder(path: Path, marks: TextMarks, decode: Decode | None = None) -> int:
+def erase_folder(
+    path: Path, marks: TextMarks, decode: Decode | None = None, *, reach: Reach = EVERYBODY
+) -> int:
     """Delete the records of a chunk store that hold text that is gone; returns how many.
 
     Parameters
@@ -163,6 +210,8 @@ def erase_folder(path: Path, marks: TextMarks, decode: Decode | None = None) -> 
         What is gone.
     decode
         Token ids to text, for namespaces that name no model.
+    reach
+        Whose records.
 
     Raises
     ------
@@ -175,15 +224,19 @@ def erase_folder(path: Path, marks: TextMarks, decode: Decode | None = None) -> 
         store = StoreFolder(path)
     except ChunkCacheError:
         return 0
-    decoders: dict[str, Decode | None] = {}
+    namespaces: dict[str, tuple[str, Decode | None]] = {}
     gone = 0
     for key in store.keys():  # noqa: SIM118 - not a mapping
-        if key.namespace not in decoders:
-            decoders[key.namespace] = _decoder(store, key.namespace) or decode
-        read = decoders[key.namespace]
+        space = key.namespace
+        if space not in namespaces:
+            namespaces[space] = store.tenant_of(space), _decoder(store, space) or decode
+        tenant, read = namespaces[space]
+        if tenant in reach.spared:
+            continue
         ids = store.token_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
-        if read is None or ids is None or marks.are_in(read(ids)):
+        text = None if read is None or ids is None else read(ids)
+        if reach.covers(marks, text, tenant):
             gone += store.remove(key)
     if gone:
         store.sync()

@@ -27,6 +27,9 @@ DEFAULT_CONTEXT_HEADER = "Text:\n\n"
 DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
 DEFAULT_QUESTION_TEMPLATE = "Question: {question}\nAnswer in one sentence."
 
+_MOST_CHARACTERS = 32
+"""Characters of a question per token of the context; of text in any language a token has fewer than ten."""
+
 ECHO_CHARACTERS = 80
 """Length of a question by which its repetition is told."""
 
@@ -164,6 +167,12 @@ class PromptBuilder:
         if not question:
             raise RagPipelineError("the question is empty; give at least one word")
         limit = min(self.context_length, context_length or self.context_length)
+        if len(question) > _MOST_CHARACTERS * limit:
+            # Before it is tokenised: that would take longer than to answer a question that fits.
+            raise RagPipelineError(
+                f"the question does not fit: {len(question)} characters, of at most {_MOST_CHARACTERS} "
+                f"per token of the context of {limit}; shorten it"
+            )
         note = self.tokenizer.date_note()
         question_text = note + self._question_template.format(question=question)
         question_ids = self.tokenizer.encode_runs([(question_text, False), *self._tail])

@@ -24,7 +24,7 @@ def use_store(
 
     What was `given` wins over ``store_dir`` of ``RAG_PIPELINE_FUSION``, which wins over the
     folder below ``RAG_PIPELINE_HOME``. With an `index`, chunks are computed behind a sample of it,
-    unless the settings name another passage. Of `tenants` (salts of requests) records are read at
+    unless the settings name another passage. Of `tenants` (their salts, up to a `/`) records are read at
     start, besides those of nobody in particular; ``None`` reads all.
     """
     from chunk_cache import tenant_mark

@@ -107,7 +107,7 @@ def run_serve(options: ServeOptions) -> None:
         # No tenant's chunks are computed behind the text of another.
         shared = None if len(tenants) else _opened(next(iter(indexes.values())))
         with shared or nullcontext():
-            salts = _salts(tenants) if len(tenants) else None
+            salts = [t.salt for t in tenants.all() if t.salt] if len(tenants) else None
             use_store(options.store or kv_store_dir(), shared, tenants=salts)
     _choose_automatic(tenants, options.automatic)
     words = ["--host", options.host, "--port", str(options.port), *options.words]
@@ -125,18 +125,6 @@ def run_serve(options: ServeOptions) -> None:
         on_ready=_say_ready,
         model_gate=lambda attention: gate_facts(settings.model, attention, name=options.model),
     )
-
-
-def _salts(tenants: Tenants) -> list[str]:
-    """What stands in chunk KV for each tenant; SGLang's routes carry a salt in either of two fields."""
-    from rag_pipeline.sglang_plugin import Tenant
-
-    return [
-        Tenant(extra_key=extra, cache_salt=salt).salt
-        for tenant in tenants.all()
-        for extra, salt in ((None, tenant.salt), (tenant.salt, None), (tenant.salt, tenant.salt))
-        if tenant.salt
-    ]
 
 
 def _choose_automatic(tenants: Tenants, given: bool | None) -> None:

@@ -6,9 +6,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_pipeline.erasure import default_stores, make_eraser
+from chunk_cache import tenant_mark
+from rag_pipeline.erasure import Reach, default_stores, make_eraser
 from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
 from rag_pipeline.server.embedders import EmbedderPool
@@ -75,10 +77,10 @@ def serve(
     embedders = EmbedderPool(settings.embedder)
     indexes = IndexTable(tenants.all(), embedders)
     served = [index for tenant in tenants.all() for index in indexes.of(tenant).values()]
-    erase_kv = make_eraser(*default_stores())
+    erasers = _erasers(tenants)
 
     def erase(removal: Removal) -> None:
-        erase_kv(removal)
+        erasers.get(removal.old.parent, erasers[None])(removal)
         builder.forget_texts()
         for index in served:
             if index.folder == removal.old.parent:
@@ -143,6 +145,18 @@ def serve(
         )
     finally:
         jobs.close()
+
+
+def _erasers(tenants: Tenants) -> dict[Path | None, Erase]:
+    """What erases from chunk KV what an index no longer holds, by the index's folder; None for any other."""
+    stores = default_stores()
+    marks = {tenant.name: tenant_mark(tenant.salt) for tenant in tenants.all()}
+    erasers: dict[Path | None, Erase] = {None: make_eraser(*stores)}
+    for tenant in tenants.all():
+        others = frozenset(marks.values()) - {marks[tenant.name], ""}
+        eraser = make_eraser(*stores, reach=Reach(tenant=marks[tenant.name], spared=others))
+        erasers.update(dict.fromkeys(tenant.indexes.values(), eraser))
+    return erasers
 
 
 def _finish_removals(index: ServedIndex, erase: Erase) -> None:

@@ -76,9 +76,9 @@ class RagService:
         """
         return await self._work.run(tenant.name, function, *args)
 
-    async def for_question(self, function: Callable[..., T], *args: Any) -> T:
+    async def for_question(self, tenant: Tenant, function: Callable[..., T], *args: Any) -> T:
         """Run the blocking work of a question, which holds one of the server's places for questions."""
-        return await self._work.run_held(function, *args)
+        return await self._work.run_held(tenant.name, function, *args)
 
     def check_room(self, tenant: str) -> None:
         """Say at the door what :meth:`in_thread` would say behind it.

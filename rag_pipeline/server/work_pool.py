@@ -1,15 +1,18 @@
 """Blocking work beside the event loop: few threads, a queue with an end, and no tenant with all of it.
 
 A queue without an end answers everybody, too late to be of use, and lets nobody know. One more than the
-queue holds is told at once to come back.
+queue holds is told at once to come back. The tenants take turns: who has many jobs waiting waits for them
+itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from rag_pipeline.server.budget import Count
@@ -34,6 +37,9 @@ class WorkPool:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rag-work")
         self._jobs = Count("searches and listings", limit, share=share)
         self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = (
+            OrderedDict()
+        )
 
     async def run(self, tenant: str, function: Callable[..., T], *args: Any) -> T:
         """Run a job of a tenant; one whose client has gone while it waited is dropped.
@@ -45,13 +51,13 @@ class WorkPool:
         """
         with self._lock:
             self._jobs.add(tenant, 1)
-        job = self._threads.submit(function, *args)
+        job = self._submit(tenant, partial(function, *args))
         job.add_done_callback(lambda done: self._ended(tenant))
         return await asyncio.wrap_future(job)
 
-    async def run_held(self, function: Callable[..., T], *args: Any) -> T:
+    async def run_held(self, tenant: str, function: Callable[..., T], *args: Any) -> T:
         """Run a job whose caller holds a place of another limit: it waits in the same queue and is not refused."""
-        return await asyncio.wrap_future(self._threads.submit(function, *args))
+        return await asyncio.wrap_future(self._submit(tenant, partial(function, *args)))
 
     def check_room(self, tenant: str) -> None:
         """Refuse a job of a tenant as :meth:`run` would.
@@ -62,6 +68,27 @@ class WorkPool:
             429 where the tenant has its share under way, 503 where there is no room at all.
         """
         self._jobs.check(tenant, 1)
+
+    def _submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
+        job: Future[T] = Future()
+        with self._lock:
+            self._waiting.setdefault(tenant, deque()).append((job, work))
+        # A thread is asked for per job, not for this job.
+        self._threads.submit(self._work_one)
+        return job
+
+    def _work_one(self) -> None:
+        with self._lock:
+            tenant, jobs = self._waiting.popitem(last=False)
+            job, work = jobs.popleft()
+            if jobs:
+                self._waiting[tenant] = jobs
+        if not job.set_running_or_notify_cancel():
+            return
+        try:
+            job.set_result(work())
+        except BaseException as error:
+            job.set_exception(error)
 
     def _ended(self, tenant: str) -> None:
         with self._lock:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE as FUSION_VARIABLE
     from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
     from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
-    from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
     from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
     from rag_pipeline.sglang_plugin.startup import create_engine
 
@@ -27,7 +26,6 @@ __all__ = [
     "FusionConfig",
     "FusionRequest",
     "HookTarget",
-    "Tenant",
     "activate_platform",
     "activation_of",
     "add_targets",
@@ -46,7 +44,6 @@ _HOME = {
     "FusionConfig": "fusion.config",
     "FusionRequest": "fusion.request_spans",
     "HookTarget": "hook_table",
-    "Tenant": "fusion.request_state",
     "add_targets": "hook_table",
     "verify_targets": "hook_table",
     "create_engine": "startup",

@@ -11,6 +11,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,10 +167,10 @@ class HungFolder(StoreFolder):
         self.answers = threading.Event()
         self.asked = threading.Event()
 
-    def put(self, record: ChunkKV, *, context: KVContext | None = None) -> bool:
+    def put(self, record: ChunkKV, **options: Any) -> bool:
         self.asked.set()
         self.answers.wait(60)
-        return super().put(record, context=context)
+        return super().put(record, **options)
 
 
 @pytest.fixture
@@ -189,11 +190,11 @@ def test_a_hung_disk_holds_nobody_up_and_costs_what_does_not_fit_the_queue(
     records = [make_record(range(n, n + 20)) for n in range(0, 1000, 100)]
     counts: list[str] = []
     writer = writer_of(hung, counts, queue_bytes=3 * records[0].num_bytes)
-    taken = [writer.put(record, context) for record in records]
+    taken = [writer.put(record, context, "") for record in records]
     assert taken == [True] * 3 + [False] * 7
     assert counts == ["dropped"] * 7
     assert not writer.close(timeout_s=0.05)
-    assert not writer.put(records[0], context)
+    assert not writer.put(records[0], context, "")
     hung.answers.set()
     assert writer.close(timeout_s=60)
     assert set(hung.keys()) == {record.key for record in records[:3]}
@@ -206,9 +207,9 @@ def test_what_is_erased_while_it_waits_or_is_written_does_not_reach_the_disk(
     records = [make_record(range(n, n + 20)) for n in range(0, 300, 100)]
     erased: set[ChunkKey] = set()
     counts: list[str] = []
-    writer = writer_of(hung, counts, is_erased=lambda record: record.key in erased)
+    writer = writer_of(hung, counts, is_erased=lambda record, tenant: record.key in erased)
     for record in records:
-        writer.put(record, context)
+        writer.put(record, context, "")
     assert hung.asked.wait(60)
     erased |= {records[0].key, records[1].key}
     hung.answers.set()
@@ -219,7 +220,7 @@ def test_what_is_erased_while_it_waits_or_is_written_does_not_reach_the_disk(
     hung.answers.clear()
     for record in records[:2]:
         erased.discard(record.key)
-        writer.put(record, context)
+        writer.put(record, context, "")
     assert hung.asked.wait(60)
     writer.clear()
     hung.answers.set()

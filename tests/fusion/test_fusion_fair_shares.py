@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue, MissingChunk
 from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
+from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 
 CALLS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size=60)
 
 
 def chunk(tenant, key):
-    return MissingChunk(prefix=SimpleNamespace(tenant=tenant), ids=None, key=(tenant, key))
+    prefix = SimpleNamespace(tenant=Tenant(None, tenant))
+    return MissingChunk(prefix=prefix, ids=None, key=(tenant, key))
 
 
 @given(CALLS, st.integers(1, 8))
@@ -66,3 +68,18 @@ def test_waiting_builds_are_bounded_and_taken_in_turn(calls, capacity):
     assert sorted(turns) == list(
         range(len(turns))
     )  # everybody's first comes before anybody's second
+
+
+def test_who_splits_its_salt_has_one_share_all_the_same():
+    queue = BuildQueue()
+    for number in range(8):
+        queue.add(chunk(f"loop/{number}", number), 8)
+    queue.add(chunk("quiet/1", 0), 8)
+    queue.add(chunk("quiet/2", 1), 8)
+    assert [queue.take().key[0] for _ in range(4)] == ["loop/0", "quiet/1", "loop/1", "quiet/2"]
+    acme = Tenant(None, "acme")
+    for same in (Tenant("acme", None), Tenant("acme/y", None), Tenant("any", "acme/x")):
+        assert same.share == acme.share
+        assert same.salt != acme.salt  # its chunks are its own
+    assert Tenant("acme", "globex").share != acme.share
+    assert Tenant(None, None).share == Tenant("", "").share == ""

@@ -235,13 +235,17 @@ def test_a_template_that_writes_the_date_shares_its_prefix_over_midnight(
 
 
 def test_question_that_does_not_fit_alone_is_refused_with_numbers(
-    byte_level: ModelTokenizer,
+    byte_level: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = PromptBuilder(byte_level, context_length=200)
     with pytest.raises(RagPipelineError, match=r"\d+ tokens with \d+ of the system prompt and 64 "):
         builder.build("why " * 300, HITS, max_new_tokens=64)
     with pytest.raises(RagPipelineError, match="the question is empty"):
         builder.build(" \n", HITS, max_new_tokens=64)
+    # A very long one is not tokenised first.
+    monkeypatch.setattr(byte_level, "encode_runs", None)
+    with pytest.raises(RagPipelineError, match="8001 characters, of at most 32 per token of the"):
+        builder.build("why " * 2000 + "x", HITS, max_new_tokens=64)
 
 
 @pytest.mark.parametrize(

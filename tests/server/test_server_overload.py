@@ -38,7 +38,7 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room() -> No
 
         waiting = [ask(tenant) for tenant in ("a", "a", "b", "c")]
         # Who holds a place of another limit waits here too, and neither takes a place nor needs one.
-        waiting.insert(0, asyncio.ensure_future(pool.run_held(gate.wait, 60)))
+        waiting.insert(0, asyncio.ensure_future(pool.run_held("a", gate.wait, 60)))
         await asyncio.sleep(0)
         for tenant, status in (("a", 429), ("b", 503), ("d", 503)):
             with pytest.raises(ApiError) as refusal:
@@ -51,6 +51,30 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_there_is_room() -> No
         gate.set()
         assert await asyncio.gather(*waiting) == [True] * 5
         assert await pool.run("a", int) == 0
+
+    asyncio.run(run())
+
+
+def test_who_has_many_jobs_waiting_waits_for_them_itself() -> None:
+    """Questions and searches of one key stand in one row, those of another beside it."""
+
+    async def run() -> None:
+        pool, gate, order = WorkPool(1, limit=64, share=32), threading.Event(), list[str]()
+        jobs = [pool.run("loop", gate.wait, 60)]
+        jobs += [pool.run_held("loop", order.append, f"question {n}") for n in range(20)]
+        jobs += [pool.run("loop", order.append, f"search {n}") for n in range(20)]
+        jobs += [pool.run("quiet", order.append, f"quiet {n}") for n in range(2)]
+        waiting = [asyncio.ensure_future(job) for job in jobs]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert order[:4] == ["quiet 0", "question 1", "quiet 1", "question 2"]
+        assert order[4:] == [
+            *(f"question {n}" for n in range(3, 20)),
+            *(f"search {n}" for n in range(20)),
+        ]
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -94,6 +95,49 @@ def test_tenants_share_no_kv_whatever_salt_they_send(rag_server: Any) -> None:
     acme = tenants.of(rag_server.keys["acme"])
     assert acme is not None
     assert cached("globex", acme.salt) == 0
+
+
+def test_who_deletes_a_letter_leaves_the_chunks_of_others_in_place(rag_server: Any) -> None:
+    """Every text holds the letter; a notice of its deletion is in force for minutes."""
+    question = {
+        "messages": [{"role": "user", "content": "Who guards the vault, and what does pass do?"}],
+        "max_tokens": 2,
+        "rag": {"k": 2, "policy": "query"},
+    }
+    documents = "/v1/rag/documents"
+
+    def reused(tenant: str) -> int:
+        assert rag_server.post("/flush_cache", {}).status_code == 200
+        answer = rag_server.post("/v1/rag/chat/completions", question, tenant)
+        assert answer.status_code == 200, answer.text
+        details = answer.json()["usage"]["prompt_tokens_details"]
+        return int(details["reused_tokens"])
+
+    def warm(tenant: str) -> None:
+        deadline = time.monotonic() + 60
+        while not reused(tenant):
+            rag_server.wait_idle()
+            assert time.monotonic() < deadline, f"no chunk of {tenant} is reused"
+
+    with rag_server.client("globex") as globex:
+        answer = globex.post(
+            documents, params={"index": "plant"}, files=[("file", ("letter.txt", b"e"))]
+        )
+        assert answer.status_code == 202, answer.text
+        job, deadline = answer.json()["id"], time.monotonic() + 60
+        while (state := globex.get(f"/v1/rag/jobs/{job}").json()["state"]) != "done":
+            assert state != "failed"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        warm("acme")
+        warm("globex")
+        answer = globex.delete(f"{documents}/uploads/letter.txt", params={"index": "plant"})
+        assert answer.status_code == 200, answer.text
+    deadline = time.monotonic() + 60
+    while reused("globex"):
+        assert time.monotonic() < deadline, "what globex deleted stays in its own chunk KV"
+        time.sleep(0.5)
+    assert reused("acme")
 
 
 def test_a_damaged_index_stops_its_tenant_only(rag_server: Any) -> None:

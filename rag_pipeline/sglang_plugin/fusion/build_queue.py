@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from chunk_cache import ChunkKey
 
 if TYPE_CHECKING:
-    from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
     from rag_pipeline.sglang_plugin.fusion.runtime import KnownPrefix, TokenArray
 
 
@@ -32,7 +31,7 @@ class BuildQueue:
     """
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[Tenant, deque[MissingChunk]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[MissingChunk]] = OrderedDict()
 
     def __len__(self) -> int:
         """Count the chunks that wait."""
@@ -49,7 +48,7 @@ class BuildQueue:
 
     def add(self, chunk: MissingChunk, capacity: int) -> int:
         """Add a chunk that is not in it; return how many were dropped for want of room, this one or another."""
-        mine = self._waiting.get(chunk.prefix.tenant, ())
+        mine = self._waiting.get(chunk.prefix.tenant.share, ())
         dropped = 0
         if len(self) >= capacity:
             most = max(self._waiting.values(), key=len, default=deque())
@@ -57,7 +56,7 @@ class BuildQueue:
                 return 1
             most.pop()
             dropped = 1
-        self._waiting.setdefault(chunk.prefix.tenant, deque()).append(chunk)
+        self._waiting.setdefault(chunk.prefix.tenant.share, deque()).append(chunk)
         return dropped
 
     def take(self) -> MissingChunk:

@@ -47,7 +47,7 @@ def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> 
 
     def offer() -> list[tuple[int, int, int]]:
         for segment, match in runtime.conversations.find(
-            namespace_of(state, tenant), state.prompt, tenant=tenant.salt
+            namespace_of(state, tenant), state.prompt, tenant=tenant.share
         ):
             found = runtime.store.acquire_matches(state.prompt, [match])
             if not found:
@@ -132,7 +132,7 @@ def keep_turn(
         nonlocal key
         if not runtime.may_store(state.epoch, state.radix_len):
             return "not_stored"
-        if not runtime.conversations.has_room(namespace, tenant=tenant.salt):
+        if not runtime.conversations.has_room(namespace, tenant=tenant.share):
             return "not_stored"
         context = facts.context(
             prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
@@ -161,7 +161,7 @@ def keep_turn(
         runtime.metrics.count("turns", "not_stored")
         return False
     assert key is not None
-    runtime.conversations.add(namespace, ids, start, state.turn, key, tenant=tenant.salt)
+    runtime.conversations.add(namespace, ids, start, state.turn, key, tenant=tenant.share)
     runtime.metrics.count("turns", "stored")
     return True
 

@@ -66,9 +66,9 @@ def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
     """Have a record written that was just stored; a disk that cannot keep up costs the copy, not the request."""
     if runtime.writer is None:
         return
-    context = runtime.context_of(record.key.namespace)
-    if context is not None:
-        runtime.writer.put(record, context)
+    prefix = runtime.prefix_of(record.key.namespace)
+    if prefix is not None:
+        runtime.writer.put(record, prefix.context, prefix.tenant.share)
 
 
 def pending(runtime: FusionRuntime) -> int:

@@ -58,11 +58,11 @@ class ErasedText:
         """Look for notices from now on, in a thread."""
         threading.Thread(target=self._run, name="chunk-kv-erasure", daemon=True).start()
 
-    def is_in(self, record: ChunkKV) -> bool:
-        """Whether a record holds text that is erased."""
+    def is_in(self, record: ChunkKV, tenant: str) -> bool:
+        """Whether a record of a tenant (:func:`chunk_cache.tenant_mark`) holds text that is erased."""
         if record.key in self._condemned:
             return True
-        return self._is_erased(record.token_ids)
+        return self._is_erased(record.token_ids, tenant)
 
     def look(self) -> int:
         """Take in new notices, and erase; returns how many records went from memory.
@@ -87,7 +87,7 @@ class ErasedText:
             self._files.discard(key)
         while self._unfinished:
             self._from_folder(self._unfinished[0])
-            self._runtime.forget_passage(self._unfinished[0].marks)
+            self._runtime.forget_passage(self._unfinished[0])
             del self._unfinished[0]
         return gone
 
@@ -99,7 +99,7 @@ class ErasedText:
         for chunk in self._waiting():
             if chunk.key in self._checked:
                 continue
-            if chunk.key in condemned or self._is_erased(chunk.ids):
+            if chunk.key in condemned or self._is_erased(chunk.ids, chunk.prefix.tenant.share):
                 condemned[chunk.key] = now + NOTICE_S
             else:
                 self._checked.add(chunk.key)
@@ -120,7 +120,7 @@ class ErasedText:
             if key in self._checked:
                 continue
             with store.borrow(key) as record:
-                if record is not None and self.is_in(record):
+                if record is not None and self.is_in(record, store.tenant_of(key)):
                     gone.append(key)
                 else:
                     # Not those that are erased: the same chunk may be computed once more.
@@ -134,14 +134,14 @@ class ErasedText:
         """Erase from this engine's folder, where whoever deleted did not know it."""
         path = self._runtime.config.store_dir
         if path and str(Path(path).absolute()) not in notice.folders:
-            erase_folder(Path(path), notice.marks)
+            erase_folder(Path(path), notice.marks, reach=notice.reach)
 
-    def _is_erased(self, token_ids: npt.NDArray[Any]) -> bool:
-        notices_now = self._in_force
+    def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
+        notices_now = [n for _, n in self._in_force if tenant not in n.reach.spared]
         if not notices_now:
             return False
         text = self._text(token_ids)
-        return any(text is None or notice.marks.are_in(text) for _, notice in notices_now)
+        return any(notice.is_about(text, tenant) for notice in notices_now)
 
     def _text(self, token_ids: npt.NDArray[Any]) -> str | None:
         if self._decode is None:

@@ -33,8 +33,11 @@ class Tenant(NamedTuple):
 
     @property
     def share(self) -> str:
-        """Whose share of the chunk store its chunks take, the same before and after they were on a disk."""
-        return tenant_mark(self.salt)
+        """Whose share of the chunk store its chunks take, the same before and after they were on a disk.
+
+        A tenant of a server may split its salt by a ``/`` as often as it likes, and has one share.
+        """
+        return tenant_mark((self.cache_salt or self.extra_key or "").partition("/")[0])
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import BackgroundWriter, KVContext, MemoryStore, TextMarks, hash_token_ids
+from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
@@ -21,6 +21,7 @@ from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 from rag_pipeline.sglang_plugin.fusion.turns import Conversations
 
 if TYPE_CHECKING:
+    from rag_pipeline.erasure import Notice
     from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class FusionRuntime:
         """Tokens that a prompt may hold in this engine."""
         self.mixes_decoding = False
         """Whether batches of prompts hold rows of running requests too (--enable-mixed-chunk)."""
-        self._prefixes: FairTable[str, KnownPrefix] = FairTable()
+        self._prefixes: FairTable[tuple[str, str], KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0
 
@@ -184,7 +185,7 @@ class FusionRuntime:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
         ids = prompt[:prefix_len]
         digest = hash_token_ids(ids)
-        known = self._prefixes.get(tenant.salt, digest)
+        known = self._prefixes.get(tenant.share, (tenant.salt, digest))
         if known is None:
             assert self.facts is not None
             known = KnownPrefix(
@@ -192,7 +193,7 @@ class FusionRuntime:
                 context=self.facts.context(prefix_digest=digest, tenant=tenant.salt),
                 tenant=tenant,
             )
-            self._prefixes.put(tenant.salt, digest, known, _MAX_PREFIXES)
+            self._prefixes.put(tenant.share, (tenant.salt, digest), known, _MAX_PREFIXES)
         return known
 
     def behind_passage(self, known: KnownPrefix) -> KnownPrefix | None:
@@ -202,19 +203,19 @@ class FusionRuntime:
         ids = np.concatenate([known.ids, self.passage])
         return self.prefix(ids, int(ids.size), known.tenant)
 
-    def context_of(self, namespace: str) -> KVContext | None:
-        """Context of a known prefix by its namespace."""
+    def prefix_of(self, namespace: str) -> KnownPrefix | None:
+        """Known prefix that a namespace stands for."""
         for known in self._prefixes.values():
             if known.context.namespace == namespace:
-                return known.context
+                return known
         return None
 
-    def forget_passage(self, marks: TextMarks) -> None:
+    def forget_passage(self, notice: Notice) -> None:
         """Compute no more chunks behind a passage that holds erased text; the built-in prose takes its place.
 
         Called from another thread. Ranks would change at different moments, so several keep theirs.
         """
-        if self.group.size == 1 and self.passage_text and marks.are_in(self.passage_text):
+        if self.group.size == 1 and self.passage_text and notice.is_about(self.passage_text, ""):
             self.passage, self.passage_text = self.plain_passage, ""
             # Replaced, not emptied: the scheduler may be reading it.
             self._prefixes = FairTable()
@@ -228,8 +229,8 @@ class FusionRuntime:
         least = self.config.min_reused_tokens
         found = [
             known
-            for known in self._prefixes.of(tenant.salt)
-            if known.ids.size >= least and known.begins(prompt)
+            for known in self._prefixes.of(tenant.share)
+            if known.tenant.salt == tenant.salt and known.ids.size >= least and known.begins(prompt)
         ]
         return sorted(found, key=lambda known: -known.ids.size)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 
-from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks
+from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
-from rag_pipeline.erasure import erase_folder, make_eraser, post
+from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
 from rag_pipeline.passage_sample import PASSAGE_NAME
 from retrievers import (
     HFTokenizer,
@@ -88,6 +88,36 @@ def test_records_that_nobody_here_can_read_go_with_any_deletion(
     assert len(list(store.keys())) == 2
 
 
+def test_what_a_tenant_deletes_stays_in_the_folder_of_those_who_cannot_have_seen_it(
+    home: Path, index: Path, store: StoreFolder, record: Callable[..., ChunkKV]
+) -> None:
+    marks = {name: tenant_mark(name) for name in ("acme", "globex")}
+    held = {}
+    for name, mark in marks.items():
+        context = KVContext(**{**CONTEXT.to_json(), "tenant": f"{name}/own"})  # type: ignore[arg-type]
+        held[name] = record(SECRET, context)
+        store.put(held[name], context=context, tenant=mark)
+    reach = Reach(tenant=marks["acme"], spared=frozenset({marks["globex"]}))
+    delete_documents(index, ["a"], erase=make_eraser(store.path, reach=reach))
+    left = set(store.keys())
+    assert held["globex"].key in left
+    assert held["acme"].key not in left
+    assert len(left) == 3  # of nobody in particular, what others share
+    (notice,) = erasure.notices(set())
+    assert notice.reach == reach
+    # A folder of an older version names the tenant otherwise: it is not known whose it is, and goes.
+    old = KVContext(**{**CONTEXT.to_json(), "tenant": "globex/old"})  # type: ignore[arg-type]
+    gone = record(SECRET, old)
+    StoreFolder(store.path).put(gone, context=old)
+    erase_folder(store.path, notice.marks, reach=reach)
+    assert set(store.keys()) == left
+    # It is told anew as soon as such a record is written again.
+    again = StoreFolder(store.path)
+    again.put(gone, context=old, tenant=marks["globex"])
+    erase_folder(store.path, notice.marks, reach=reach)
+    assert set(store.keys()) == {*left, gone.key}
+
+
 def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
     home: Path, record: Callable[..., ChunkKV], smollm2_path: Path
 ) -> None:
@@ -100,6 +130,24 @@ def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
     next(erasure.board().glob("*.marks")).write_bytes(b"damaged")
     (notice,) = erasure.notices(set())
     assert notice.marks.everything
+    assert notice.reach == erasure.EVERYBODY
+
+
+@pytest.mark.parametrize(
+    ("gone", "found", "kept"),
+    [
+        ("e", ["[title]\ne\n\n", "e"], ["[title]\nThe end", "line\n", "e\nmore", ""]),
+        (".", ["[t]\n.\n"], ["[t]\nA sentence."]),
+        ("PIN 4711", ["[a]\nPIN\n 4711\n", "PIN4711"], ["the PIN 4711", "[a]\nPIN 4711 x"]),
+        (SECRET, [f"x {SECRET[4:54]} y"], [OTHER]),  # a longer one counts anywhere, as ever
+    ],
+)
+def test_a_short_text_of_another_counts_only_where_it_is_the_last_lines(
+    gone: str, found: list[str], kept: list[str]
+) -> None:
+    marks = TextMarks.of([(gone, [])])
+    assert all(marks.are_in(text, short_anywhere=False) for text in found)
+    assert not any(marks.are_in(text, short_anywhere=False) for text in kept)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from erasing import CONTEXT, OTHER, SECRET, SHARED
 
-from chunk_cache import BackgroundWriter, ChunkKV, StoreFolder
+from chunk_cache import BackgroundWriter, ChunkKV, KVContext, StoreFolder, TextMarks
 from rag_pipeline import erasure
 from rag_pipeline.erasure import make_eraser
 from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
@@ -58,7 +58,7 @@ def test_an_engine_that_runs_forgets_it_too(
     lease.release()
     late = record(f"[late] {SECRET}")
     runtime.store.put(late)
-    assert watch.is_in(late)
+    assert watch.is_in(late, "")
     assert watch.look() == 1
     assert watch.look() == 0
     # And when the notice is no longer in force, the same text may come again.
@@ -66,7 +66,7 @@ def test_an_engine_that_runs_forgets_it_too(
     monkeypatch.setattr(time, "monotonic", lambda: moment)
     runtime.store.put(late)
     assert watch.look() == 0
-    assert not watch.is_in(late)
+    assert not watch.is_in(late, "")
 
 
 @pytest.fixture
@@ -106,13 +106,48 @@ def test_what_waits_to_be_built_is_erased_however_late_it_is_built(
     for one in (late, other):
         assert runtime.missing.take().key == one.key
         runtime.store.put(one)
-    assert watched.is_in(late)
+    assert watched.is_in(late, "")
     assert watched.look() == 1
     assert runtime.store.keys() == [other.key]
     # Long after it was built the text may come again.
     monkeypatch.setattr(time, "monotonic", lambda: now + 300 + erasure.NOTICE_S + 1)
     watched.look()
-    assert not watched.is_in(late)
+    assert not watched.is_in(late, "")
+
+
+def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_from_anothers(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV]
+) -> None:
+    """`watched` has a notice in force of its own, of the secret; here a tenant deletes another text, and a letter."""
+    store = watched._runtime.store
+    acme, sub, globex = (Tenant(None, salt) for salt in ("tenant-a", "tenant-a/x", "tenant-g"))
+    assert acme.share == sub.share != globex.share
+    owners = {"": Tenant(None, None), "acme": acme, "sub": sub, "globex": globex}
+    held = {
+        (text, name): record(
+            f"[{number}]\n{text}", KVContext(**{**CONTEXT.to_json(), "tenant": owner.salt})
+        )  # type: ignore[arg-type]
+        for number, text in enumerate((OTHER, SHARED, "e"))
+        for name, owner in owners.items()
+    }
+    for (_, name), one in held.items():
+        assert store.put(one, tenant=owners[name].share)
+    reach = erasure.Reach(tenant=acme.share, spared=frozenset({globex.share}))
+
+    def left() -> set[tuple[str, str]]:
+        alive = set(store.keys())
+        return {name for name, one in held.items() if one.key in alive}
+
+    erasure.post(TextMarks.of([(OTHER, [])]), (), reach)
+    assert watched.look() == 3
+    assert left() == set(held) - {(OTHER, name) for name in ("", "acme", "sub")}
+    for name in ("acme", "globex"):
+        late = held[OTHER, name]
+        assert watched.is_in(late, owners[name].share) == (name == "acme")
+    # One letter is in every text: it goes where it is the whole chunk, and from whoever deleted it.
+    erasure.post(TextMarks.of([("e", [])]), (), reach)
+    watched.look()
+    assert left() == {(SHARED, ""), *((text, "globex") for text in (OTHER, SHARED, "e"))}
 
 
 def test_what_waits_for_a_disk_that_hangs_never_reaches_it(
@@ -137,7 +172,7 @@ def test_what_waits_for_a_disk_that_hangs_never_reaches_it(
     )
     watched._runtime.writer = writer
     for text in (f"[1] {SECRET}", f"[2] {SECRET}", OTHER):
-        assert writer.put(record(text), CONTEXT)
+        assert writer.put(record(text), CONTEXT, "")
     assert hangs.wait(60)
     watched.look()
     now = time.monotonic()
