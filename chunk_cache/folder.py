@@ -100,7 +100,7 @@ class StoreFolder:
         self.budget = FolderBudget(self.path, byte_budget, self.evict)
         self.corrupt_files = 0
         self._told: set[str] = set()
-        """Namespaces whose context this process has seen to."""
+        """Namespaces whose context says their tenant, as this process has seen."""
         if create:
             make_folder(self.path)
         check_manifest(self.path)
@@ -369,18 +369,21 @@ class StoreFolder:
         return found if isinstance(found, dict) else None
 
     def tenant_of(self, namespace: str) -> str:
-        """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular."""
+        """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular.
+
+        Their share of the budget goes by it, and whether a deletion reaches them.
+        """
         tenant = (self.describe(namespace) or {}).get("tenant", "")
         return tenant if isinstance(tenant, str) else ""
 
     def _tell(self, context: KVContext, tenant: str | None) -> None:
         """Write a namespace's context where it is not there, or says another tenant."""
-        if context.namespace in self._told:
-            return
-        told = context_path(self.path, context.namespace).exists()
-        if not told or tenant not in (None, self.tenant_of(context.namespace)):
+        name = context.namespace
+        if not context_path(self.path, name).exists() or (
+            name not in self._told and tenant not in (None, self.tenant_of(name))
+        ):
             write_context(self.path, context, self._model, tenant=tenant)
-        self._told.add(context.namespace)
+        self._told.add(name)
 
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         try:

@@ -68,24 +68,26 @@ class TextMarks:
         """Whether any text can be found by them."""
         return self.everything or bool(self._runs)
 
-    def are_in(self, text: str, *, short_anywhere: bool = True) -> bool:
+    def are_in(self, text: str, *, strict: bool = False) -> bool:
         """Whether a text holds a run of what is gone.
 
         Parameters
         ----------
         text
             Where to look.
-        short_anywhere
-            Whether a text below 32 characters counts wherever it stands. Otherwise it counts only where it is
-            the last lines, as in a chunk that is laid out below its title: one letter is in every text.
+        strict
+            Nothing counts as gone only because everything does. And what was shorter than 32 characters is not
+            looked for inside the text, since one letter is in every text: it has to be all of it, or all below its
+            first line, as in a chunk that is laid out below its title.
         """
-        if self.everything:
+        if self.everything and not strict:
             return True
         points = _points(text)
         for length, gone in self._runs.items():
             runs = _hashes(points, length)
-            if length < _WINDOW and not short_anywhere:
-                runs = runs[-1:] if length in _tail_lengths(text) else runs[:0]
+            if length < _WINDOW and strict:
+                below_title = _points(text.partition("\n")[2])
+                runs = runs[-1:] if length in (points.size, below_title.size) else runs[:0]
             places = np.searchsorted(gone, runs)
             if (gone[np.minimum(places, gone.size - 1)] == runs).any():
                 return True
@@ -116,18 +118,6 @@ class TextMarks:
         except Exception as error:
             raise ValueError(f"not marks of erased texts: {error}") from None
         return cls(runs, everything=_EVERYTHING in names)
-
-
-def _tail_lengths(text: str) -> set[int]:
-    """Lengths of the last line, the last two, and so on, without white space, below that of a run."""
-    lengths: set[int] = set()
-    length = 0
-    for line in reversed(text.splitlines()):
-        length += sum(map(len, line.split()))
-        if length >= _WINDOW:
-            break
-        lengths.add(length)
-    return lengths
 
 
 def _points(text: str) -> npt.NDArray[np.int32]:

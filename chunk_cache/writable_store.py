@@ -61,7 +61,7 @@ class WritableStore:
             return self._builds.state(key)
 
     def tenant_of(self, key: ChunkKey) -> str:
-        """Whose share of the budget a READY record takes; empty for nobody in particular."""
+        """To whom a READY record belongs, as its builder said; empty for nobody in particular."""
         with self._lock:
             entry = self._ledger.entries.get(key)
             return "" if entry is None else entry.tenant

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -26,7 +27,7 @@ from rag_pipeline.passage_sample import PASSAGE_NAME
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from chunk_cache import StoreFolder, TextMarks
+    from chunk_cache import TextMarks
     from retrievers import Erase, Removal
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ _MOST_COMPARED = 4096
 _STEP = 16
 """Then only every so many runs are marked: a piece of a chunk is found from 47 characters on, not from 32."""
 _MOST_CHUNKS = 65_536
-"""More chunks than this are not told apart from others: the stores are emptied. An upload has 50,000 at most."""
+"""More chunks than this are not told apart from others: all chunk KV goes that may hold them. Where only what is
+surely meant may go, fewer runs are marked, so that the marks stay below some 50 MiB."""
 
 Decode = Callable[["npt.NDArray[Any]"], str]
 
@@ -49,29 +51,31 @@ Decode = Callable[["npt.NDArray[Any]"], str]
 class Reach:
     """Whose chunk KV a deletion goes through: everybody's, unless a server's tenant deletes.
 
-    A tenant has not seen the index of another, so what it deletes is never looked for there: it could empty the
-    other's chunk KV by deleting a text that holds one letter. It is looked for in its own and in that of nobody in
-    particular, which whoever runs the server fills from any index; there a short text counts only as a chunk of its
-    own.
+    A tenant does not see the index of another, so what it deletes is never looked for there: it could empty the
+    other's chunk KV by deleting a text that holds one letter. It is looked for in its own, in that of nobody in
+    particular, which whoever runs the server fills from any index, and where nobody knows whose it is. Of what is
+    nobody's only that goes which is surely meant.
 
     Parameters
     ----------
     tenant
         :func:`chunk_cache.tenant_mark` of who deletes; empty for whoever runs the server.
     spared
-        Marks of those whose chunk KV cannot hold the text.
+        Marks of the server's other tenants.
     """
 
     tenant: str = ""
     spared: frozenset[str] = frozenset()
 
+    def spares(self, tenant: str) -> bool:
+        """Whether nothing of a tenant goes."""
+        return tenant in self.spared
+
     def covers(self, marks: TextMarks, text: str | None, tenant: str) -> bool:
         """Whether a text of a tenant has to go; None is a text that cannot be read."""
-        if tenant in self.spared:
+        if self.spares(tenant):
             return False
-        if text is None:
-            return True
-        return marks.are_in(text, short_anywhere=self.tenant in ("", tenant))
+        return text is None or marks.are_in(text, strict=bool(self.tenant) and not tenant)
 
 
 EVERYBODY = Reach()
@@ -146,12 +150,13 @@ def marks_of(removal: Removal) -> TextMarks:
 
     def texts() -> Iterator[tuple[str, tuple[str, ...]]]:
         nonlocal num_chunks
-        for chunk in islice(removal.chunks(), _MOST_CHUNKS + 1):
+        for chunk in removal.chunks():
             num_chunks += 1
             yield chunk.text, ()
 
-    marks = TextMarks.of(texts(), step=_STEP)
-    return marks if num_chunks <= _MOST_CHUNKS else TextMarks({}, everything=True)
+    marks = TextMarks.of(texts(), step=_STEP * max(1, math.ceil(removal.num_rows / _MOST_CHUNKS)))
+    marks.everything = num_chunks > _MOST_CHUNKS
+    return marks
 
 
 def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) -> None:
@@ -224,15 +229,21 @@ def erase_folder(
         store = StoreFolder(path)
     except ChunkCacheError:
         return 0
-    namespaces: dict[str, tuple[str, Decode | None]] = {}
+    tenants: dict[str, str] = {}
+    models: dict[str, str] = {}
+    decoders: dict[str, Decode | None] = {"": decode}
     gone = 0
     for key in store.keys():  # noqa: SIM118 - not a mapping
         space = key.namespace
-        if space not in namespaces:
-            namespaces[space] = store.tenant_of(space), _decoder(store, space) or decode
-        tenant, read = namespaces[space]
-        if tenant in reach.spared:
+        if space not in tenants:
+            tenants[space] = store.tenant_of(space)
+            models[space] = str((store.describe(space) or {}).get("model") or "")
+        tenant, model = tenants[space], models[space]
+        if reach.spares(tenant):
             continue
+        if model not in decoders:
+            decoders[model] = decoder_of(Path(model)) or decode
+        read = decoders[model]
         ids = store.token_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
         text = None if read is None or ids is None else read(ids)
@@ -241,11 +252,6 @@ def erase_folder(
     if gone:
         store.sync()
     return gone
-
-
-def _decoder(store: StoreFolder, namespace: str) -> Decode | None:
-    model = (store.describe(namespace) or {}).get("model")
-    return decoder_of(Path(model)) if model else None
 
 
 def decoder_of(model: Path) -> Decode | None:

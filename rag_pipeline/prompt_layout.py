@@ -28,7 +28,7 @@ DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
 DEFAULT_QUESTION_TEMPLATE = "Question: {question}\nAnswer in one sentence."
 
 _MOST_CHARACTERS = 32
-"""Characters of a question per token of the context; of text in any language a token has fewer than ten."""
+"""Characters of a question per token of the context; in text of any language a token has fewer than ten."""
 
 ECHO_CHARACTERS = 80
 """Length of a question by which its repetition is told."""

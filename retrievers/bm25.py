@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrievers.chunk_store import runs
 from retrievers.dense import top_k
 from retrievers.durable import create_file, make_folders, write_array, write_text
 from retrievers.errors import CorruptIndexError, RetrievalError
@@ -90,12 +91,11 @@ class Bm25Builder:
         """Add rows of the previous generation, whose vocabulary this builder started from."""
         for start in range(0, len(rows), _BLOCK_ROWS):
             block = rows[start : start + _BLOCK_ROWS]
-            parts = [previous.forward(int(row)) for row in block]
-            counts = np.array([len(part) for part in parts], dtype=np.int64)
-            for part in parts:
-                self._file.write(part.tobytes())
-            self._ends.append(self._num_pairs + np.cumsum(counts))
-            self._num_pairs += int(counts.sum())
+            for first, last in runs(block):
+                pairs, ends = previous.forward(first, last)
+                self._file.write(pairs.tobytes())
+                self._ends.append(self._num_pairs + ends)
+                self._num_pairs += len(pairs)
             self._lengths.append(previous.lengths[block].astype(np.int32))
 
     def finish(self) -> None:
@@ -215,10 +215,10 @@ class Bm25Index:
         vocabulary: dict[str, int] = self._bm25.vocab_dict
         return vocabulary
 
-    def forward(self, row: int) -> NDArray[np.int32]:
-        """``(distinct terms, 2)`` int32: term and count of one row."""
-        part: NDArray[np.int32] = self._pairs[int(self._rows[row]) : int(self._rows[row + 1])]
-        return part
+    def forward(self, first: int, last: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Terms and counts, ``(pairs, 2)`` int32, of rows ``first:last``, and where those of each row end."""
+        offsets = self._rows[first : last + 1].astype(np.int64)
+        return self._pairs[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
 
     def search(
         self, query: str, k: int, *, mask: NDArray[np.bool_] | None = None

@@ -37,6 +37,15 @@ def encode_chunk(chunk: Chunk) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
+def runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """First row and the one behind the last of every stretch of rows that follow one another."""
+    if len(rows):
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        firsts = rows[np.concatenate([[0], breaks])]
+        lasts = rows[np.concatenate([breaks - 1, [len(rows) - 1]])] + 1
+        yield from zip(firsts.tolist(), lasts.tolist(), strict=True)
+
+
 def id_hash(chunk_id: str) -> int:
     """Eight bytes of SHA-256, the key of the table from id to row."""
     return int.from_bytes(hashlib.sha256(chunk_id.encode("utf-8", "surrogatepass")).digest()[:8])
@@ -59,6 +68,14 @@ class ChunkWriter:
             self._position += len(line)
             ends.append(self._position)
         self._offsets.append(np.array(ends, dtype="<u8"))
+
+    def copy(self, source: ChunkStore, rows: NDArray[np.int64]) -> None:
+        """Add records of another store; rows that follow one another are copied as one piece."""
+        for first, last in runs(rows):
+            piece, ends = source.piece(first, last)
+            self._file.write(piece)
+            self._offsets.append((self._position + ends).astype("<u8"))
+            self._position += len(piece)
 
     def close(self) -> None:
         """Write the offsets and close."""
@@ -106,6 +123,13 @@ class ChunkStore:
         if self._map is None or not 0 <= row < self._num_rows:
             raise IndexError(f"row {row} of {self._num_rows}")
         return self._map[int(self._offsets[row]) : int(self._offsets[row + 1])]
+
+    def piece(self, first: int, last: int) -> tuple[bytes, NDArray[np.int64]]:
+        """Read the encoded records of rows ``first:last``, and where each ends in what was read."""
+        if self._map is None or not 0 <= first < last <= self._num_rows:
+            raise IndexError(f"rows {first} to {last} of {self._num_rows}")
+        offsets = self._offsets[first : last + 1].astype(np.int64)
+        return self._map[int(offsets[0]) : int(offsets[-1])], offsets[1:] - offsets[0]
 
     def chunk(self, row: int) -> Chunk:
         """Read the chunk of a row."""

@@ -28,6 +28,9 @@ _VALUES_NAME = "columns.json"
 _CODES_NAME = "columns.i32"
 _PAIRS_NAME = "columns.pairs.i32"
 _SPILL_NAME = "columns.spill"
+_RULES = 1
+"""Version of what :func:`chunk_fields` makes of a chunk: columns of another are not copied, but made anew."""
+_BLOCK = 1 << 16
 
 
 def chunk_fields(chunk: Chunk) -> dict[str, Scalar]:
@@ -72,17 +75,39 @@ class ColumnWriter:
         triples = array("i")
         for row, fields in enumerate(rows, self._num_rows):
             for name, value in fields.items():
-                column = self._columns.setdefault(name, len(self._columns))
-                if column == len(self._num_values):
-                    self._num_values.append(0)
-                code = self._codes.setdefault(
-                    (column, type(value), value), self._num_values[column]
-                )
-                self._num_values[column] += code == self._num_values[column]
+                column, code = self._code(name, value)
                 triples.extend((column, row, code))
         self._spill.write(triples.tobytes())
         self._block_sizes.append(len(triples) // 3)
         self._num_rows += len(rows)
+
+    def copy(self, columns: Columns, rows: NDArray[np.int64]) -> None:
+        """Add the fields of rows of another generation, in its order; a value is looked at once, however many have it."""
+        new_rows = np.full(columns.num_rows, -1, dtype=np.int32)
+        new_rows[rows] = np.arange(self._num_rows, self._num_rows + len(rows), dtype=np.int32)
+        used = np.zeros(columns.num_values, dtype=np.bool_)
+        for row, number in columns.present():
+            used[number[new_rows[row] >= 0]] = True
+        codes = np.empty((columns.num_values, 2), dtype=np.int32)
+        for place, (name, value) in enumerate(columns.all_values()):
+            if used[place]:
+                codes[place] = self._code(name, value)
+        for row, number in columns.present():
+            stays = new_rows[row] >= 0
+            column, code = codes[number[stays]].T
+            triples = np.stack([column, new_rows[row[stays]], code], axis=1)
+            self._spill.write(triples.tobytes())
+            self._block_sizes.append(len(triples))
+        self._num_rows += len(rows)
+
+    def _code(self, name: str, value: Scalar) -> tuple[int, int]:
+        """Number of a column, and of a value in it; both are made where they are new."""
+        column = self._columns.setdefault(name, len(self._columns))
+        if column == len(self._num_values):
+            self._num_values.append(0)
+        code = self._codes.setdefault((column, type(value), value), self._num_values[column])
+        self._num_values[column] += code == self._num_values[column]
+        return column, code
 
     def write(self) -> None:
         """Write the files of the columns."""
@@ -116,6 +141,7 @@ class ColumnWriter:
             values[column].append(value)
         body = {
             "num_rows": self._num_rows,
+            "rules": _RULES,
             "values": {name: values[self._columns[name]] for name in names},
         }
         if len(pairs):
@@ -147,6 +173,13 @@ class Columns:
         Generation folder.
     num_rows
         Rows the manifest promises.
+
+    Attributes
+    ----------
+    is_current
+        Whether the fields were made of the chunks by the rules of :func:`chunk_fields` as they are now.
+    num_values
+        Distinct values of all columns together.
     """
 
     def __init__(self, folder: Path, num_rows: int) -> None:
@@ -156,11 +189,13 @@ class Columns:
             self._values: dict[str, list[Scalar]] = body["values"]
             stored_rows = int(body["num_rows"])
             sparse_rows = np.array(body.get("sparse_rows") or [0] * len(self._values), np.int64)
+            self.is_current = body.get("rules") == _RULES
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as exc:
             raise CorruptIndexError(f"{path} cannot be read: {exc}") from exc
         if stored_rows != num_rows or sparse_rows.shape != (len(self._values),):
             raise CorruptIndexError(f"{path} does not hold {num_rows} rows; ingest again")
         self._names = sorted(self._values)
+        self.num_values = sum(map(len, self._values.values()))
         self._num_rows = num_rows
         self._sparse_rows = sparse_rows
         dense = sparse_rows == 0
@@ -193,3 +228,24 @@ class Columns:
         pairs = self._pairs[place : place + count]
         codes[pairs[:, 0]] = pairs[:, 1]
         return self._values[name], codes
+
+    def all_values(self) -> Iterator[tuple[str, Scalar]]:
+        """Every value with its field, numbered through all columns by their order here."""
+        for name in self._names:
+            for value in self._values[name]:
+                yield name, value
+
+    def present(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Rows and the numbers of their values as :meth:`all_values` counts them, in pieces, those of a field in order."""
+        counts = np.array([len(self._values[name]) for name in self._names], dtype=np.int64)
+        firsts = np.cumsum(counts) - counts
+        for number in np.flatnonzero(self._sparse_rows == 0).tolist():
+            codes = self._codes[int(self._places[number])]
+            for start in range(0, self._num_rows, _BLOCK):
+                part = codes[start : start + _BLOCK]
+                row = np.flatnonzero(part >= 0)
+                yield (start + row).astype(np.int32), firsts[number] + part[row]
+        of_pair = np.repeat(firsts, self._sparse_rows)
+        for start in range(0, len(self._pairs), _BLOCK):
+            pairs = self._pairs[start : start + _BLOCK]
+            yield pairs[:, 0], of_pair[start : start + _BLOCK] + pairs[:, 1]

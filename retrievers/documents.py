@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from retrievers.durable import create_file
@@ -24,10 +24,17 @@ class DocumentRecord:
     num_chunks: int
 
 
+_FIELDS = tuple(field.name for field in fields(DocumentRecord))
+
+
 def write_documents(folder: Path, documents: Iterable[DocumentRecord]) -> None:
     """Write the table into the folder of a new generation."""
     with create_file(folder / _NAME) as file:
-        file.writelines(json.dumps(asdict(record)).encode("ascii") + b"\n" for record in documents)
+        # Field by field: `asdict` copies each value and takes twice as long as the rest.
+        file.writelines(
+            json.dumps({name: getattr(record, name) for name in _FIELDS}).encode("ascii") + b"\n"
+            for record in documents
+        )
 
 
 def document_records(folder: str | Path) -> Iterator[DocumentRecord]:

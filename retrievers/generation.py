@@ -46,6 +46,8 @@ class Generation(RowFiles):
     ----------
     is_current
         Whether the files on disk are as this version writes them.
+    id_hashes
+        ``(num_rows,)`` uint64, :func:`~retrievers.chunk_store.id_hash` of every chunk id.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -54,13 +56,13 @@ class Generation(RowFiles):
         self.manifest = manifest
         self.columns = Columns(folder, rows)
         self.labels = open_array(folder / LABELS_NAME, "<i8", (rows,))
-        self._id_hashes = open_array(folder / IDS_NAME, "<u8", (rows,))
+        self.id_hashes = open_array(folder / IDS_NAME, "<u8", (rows,))
         self._id_order: NDArray[np.int64] | None = None
         self._key_order: NDArray[np.int64] | None = None
         self._documents = DocumentTable(folder)
         self.bm25 = Bm25Index(folder / BM25_NAME, rows)
-        self.is_current = self.bm25.is_current
-        if not self.is_current:
+        self.is_current = self.bm25.is_current and self.columns.is_current
+        if not self.bm25.is_current:
             self.bm25 = self._analysed_anew()
 
     def _analysed_anew(self) -> Bm25Index:
@@ -110,10 +112,10 @@ class Generation(RowFiles):
             For an id the index does not hold.
         """
         if self._id_order is None:
-            self._id_order = np.argsort(self._id_hashes, kind="stable")
+            self._id_order = np.argsort(self.id_hashes, kind="stable")
         wanted = np.uint64(id_hash(chunk_id))
         first, last = (
-            int(np.searchsorted(self._id_hashes, wanted, side=side, sorter=self._id_order))
+            int(np.searchsorted(self.id_hashes, wanted, side=side, sorter=self._id_order))
             for side in ("left", "right")
         )
         for row in self._id_order[first:last]:

@@ -121,25 +121,28 @@ def _write_rows(
     columns = ColumnWriter(folder)
     bm25 = Bm25Builder(folder / BM25_NAME, current.bm25 if current is not None else None)
     hashes = [np.empty(0, dtype=np.uint64)]
-    sources: list[tuple[RowFiles, NDArray[np.int64]]] = [(staged, np.arange(staged.num_rows))]
     try:
         if current is not None:
-            sources.insert(0, (current, kept))
+            # Whatever can be is copied as it is: Python that looks at every row of a large index holds up
+            # the searches of its process.
             bm25.copy(current.bm25, kept)
-        for source, chosen in sources:
-            for block in _blocks(chosen):
-                chunks = list(source.chunks.chunks(block))
-                rows.append(
-                    (source.chunks.line(int(row)) for row in block),
-                    source.vectors[block],
-                    source.keys[block].tobytes(),
-                )
-                columns.append([chunk_fields(chunk) for chunk in chunks])
-                if source is staged:
-                    bm25.append([indexed_text(chunk, include_title) for chunk in chunks])
-                hashes.append(np.array([id_hash(chunk.id) for chunk in chunks], dtype=np.uint64))
+            hashes.append(current.id_hashes[kept])
+            if current.columns.is_current:
+                columns.copy(current.columns, kept)
+            for block in _blocks(kept):
+                rows.copy(current, block)
+                if not current.columns.is_current:
+                    columns.append([chunk_fields(chunk) for chunk in current.chunks.chunks(block)])
                 if progress is not None:
                     progress(rows.num_rows, total)
+        for block in _blocks(np.arange(staged.num_rows)):
+            rows.copy(staged, block)
+            chunks = list(staged.chunks.chunks(block))
+            columns.append([chunk_fields(chunk) for chunk in chunks])
+            bm25.append([indexed_text(chunk, include_title) for chunk in chunks])
+            hashes.append(np.array([id_hash(chunk.id) for chunk in chunks], dtype=np.uint64))
+            if progress is not None:
+                progress(rows.num_rows, total)
         rows.finish()
         columns.write()
         bm25.finish()

@@ -44,13 +44,22 @@ class Removal:
     rows: NDArray[np.int64] | None
     live: Generation
 
+    @property
+    def num_rows(self) -> int:
+        """Chunks that may be gone."""
+        return self._num_old_rows() if self.rows is None else len(self.rows)
+
+    def _num_old_rows(self) -> int:
+        try:
+            return (self.old / KEYS_NAME).stat().st_size // KEY_BYTES
+        except OSError:
+            return 0  # half removed: it was erased before its files began to go
+
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk that is gone; one whose title and text a live document has too is not."""
-        keys_path = self.old / KEYS_NAME
-        try:
-            num_rows = keys_path.stat().st_size // KEY_BYTES
-        except OSError:
-            return  # half removed: it was erased before its files began to go
+        keys_path, num_rows = self.old / KEYS_NAME, self._num_old_rows()
+        if not num_rows:
+            return
         try:
             store = ChunkStore(self.old, num_rows)
         except CorruptIndexError:

@@ -66,6 +66,13 @@ class RowWriter:
         self._vectors = create_file(folder / VECTORS_NAME)
         self._keys = create_file(folder / KEYS_NAME)
 
+    def copy(self, source: RowFiles, rows: NDArray[np.int64]) -> None:
+        """Add rows of other files; a few thousand at once, so that little of them is in memory."""
+        self._chunks.copy(source.chunks, rows)
+        self._vectors.write(np.ascontiguousarray(source.vectors[rows], dtype="<f4").tobytes())
+        self._keys.write(source.keys[rows].tobytes())
+        self.num_rows += len(rows)
+
     def append(self, lines: Iterable[bytes], vectors: NDArray[np.float32], keys: bytes) -> None:
         """Add rows.
 

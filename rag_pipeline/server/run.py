@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -148,14 +149,15 @@ def serve(
 
 
 def _erasers(tenants: Tenants) -> dict[Path | None, Erase]:
-    """What erases from chunk KV what an index no longer holds, by the index's folder; None for any other."""
+    """What erases from chunk KV what a tenant's index no longer holds, by the index's folder; None for the operator's."""
     stores = default_stores()
-    marks = {tenant.name: tenant_mark(tenant.salt) for tenant in tenants.all()}
+    marks = {tenant_mark(tenant.salt) for tenant in tenants.all()} - {""}
     erasers: dict[Path | None, Erase] = {None: make_eraser(*stores)}
     for tenant in tenants.all():
-        others = frozenset(marks.values()) - {marks[tenant.name], ""}
-        eraser = make_eraser(*stores, reach=Reach(tenant=marks[tenant.name], spared=others))
-        erasers.update(dict.fromkeys(tenant.indexes.values(), eraser))
+        if tenant.salt:
+            mark = tenant_mark(tenant.salt)
+            reach = Reach(tenant=mark, spared=frozenset(marks - {mark}))
+            erasers |= dict.fromkeys(tenant.indexes.values(), make_eraser(*stores, reach=reach))
     return erasers
 
 
@@ -182,3 +184,5 @@ def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
 
 def _warm(embedders: EmbedderPool) -> None:
     embedders.get().encode_query("warm up")
+    # It takes a second of the interpreter, and an index that is still empty has not imported it yet.
+    importlib.import_module("bm25s")

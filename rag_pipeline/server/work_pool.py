@@ -51,7 +51,11 @@ class WorkPool:
         """
         with self._lock:
             self._jobs.add(tenant, 1)
-        job = self._submit(tenant, partial(function, *args))
+        try:
+            job = self._submit(tenant, partial(function, *args))
+        except BaseException:
+            self._ended(tenant)
+            raise
         job.add_done_callback(lambda done: self._ended(tenant))
         return await asyncio.wrap_future(job)
 
@@ -73,18 +77,25 @@ class WorkPool:
         job: Future[T] = Future()
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append((job, work))
-        # A thread is asked for per job, not for this job.
-        self._threads.submit(self._work_one)
+        try:
+            # A thread is asked for per job, not for this job.
+            self._threads.submit(self._work_one)
+        except BaseException:
+            job.cancel()
+            raise
         return job
 
     def _work_one(self) -> None:
-        with self._lock:
-            tenant, jobs = self._waiting.popitem(last=False)
-            job, work = jobs.popleft()
-            if jobs:
-                self._waiting[tenant] = jobs
-        if not job.set_running_or_notify_cancel():
-            return
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return  # whoever came for a cancelled job did another's
+                tenant, jobs = self._waiting.popitem(last=False)
+                job, work = jobs.popleft()
+                if jobs:
+                    self._waiting[tenant] = jobs
+            if job.set_running_or_notify_cancel():
+                break
         try:
             job.set_result(work())
         except BaseException as error:

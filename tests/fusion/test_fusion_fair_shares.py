@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue, MissingChunk
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversation import namespace_of
 from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
 CALLS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size=60)
 
@@ -83,3 +87,22 @@ def test_who_splits_its_salt_has_one_share_all_the_same():
         assert same.salt != acme.salt  # its chunks are its own
     assert Tenant("acme", "globex").share != acme.share
     assert Tenant(None, None).share == Tenant("", "").share == ""
+    assert Tenant(None, "/x").share  # not nobody's
+
+
+def test_who_splits_its_salt_shares_a_row_of_the_tables_but_no_prefix_and_no_conversation():
+    facts = SimpleNamespace(context=lambda prefix_digest, tenant: f"{prefix_digest} {tenant}")
+    runtime = FusionRuntime(FusionConfig(), facts)
+    prompt = np.arange(40)
+    tenants = [Tenant(None, "acme"), Tenant(None, "acme/x"), Tenant("acme", None)]
+    known = [runtime.prefix(prompt, 32, tenant) for tenant in tenants]
+    assert len({prefix.context for prefix in known}) == 3
+    for tenant, prefix in zip(tenants, known, strict=True):
+        assert runtime.prefix(prompt, 32, tenant) is prefix
+        assert runtime.prefixes_of(prompt, tenant) == [prefix]
+    assert runtime.prefixes_of(prompt, Tenant(None, "acme/y")) == []
+    state = SimpleNamespace(
+        request=SimpleNamespace(conversation="c", passage=True),
+        policy=SimpleNamespace(identity="p"),
+    )
+    assert len({namespace_of(state, tenant) for tenant in tenants}) == 3

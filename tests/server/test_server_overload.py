@@ -8,6 +8,7 @@ import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,6 +78,24 @@ def test_who_has_many_jobs_waiting_waits_for_them_itself() -> None:
         ]
 
     asyncio.run(run())
+
+
+def test_a_job_for_which_there_is_no_thread_keeps_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        pool = WorkPool(1, limit=1, share=1)
+        with monkeypatch.context() as full:
+            full.setattr(ThreadPoolExecutor, "submit", _no_thread)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await pool.run("a", int)
+        assert await pool.run("a", int) == 0
+
+    asyncio.run(run())
+
+
+def _no_thread(*args: object) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_job_that_fails_leaves_its_place() -> None:

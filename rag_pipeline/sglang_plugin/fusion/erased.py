@@ -137,7 +137,7 @@ class ErasedText:
             erase_folder(Path(path), notice.marks, reach=notice.reach)
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
-        notices_now = [n for _, n in self._in_force if tenant not in n.reach.spared]
+        notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]
         if not notices_now:
             return False
         text = self._text(token_ids)

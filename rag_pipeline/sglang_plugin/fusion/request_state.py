@@ -33,11 +33,13 @@ class Tenant(NamedTuple):
 
     @property
     def share(self) -> str:
-        """Whose share of the chunk store its chunks take, the same before and after they were on a disk.
+        """To whom its chunks belong: whose share of the stores and queues they take, and whose deletions reach them.
 
-        A tenant of a server may split its salt by a ``/`` as often as it likes, and has one share.
+        The same before and after they were on a disk. A tenant of a server may split its salt by a ``/`` as often
+        as it likes, and is one.
         """
-        return tenant_mark((self.cache_salt or self.extra_key or "").partition("/")[0])
+        salt = self.cache_salt or self.extra_key or ""
+        return tenant_mark(salt.partition("/")[0] or salt)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -138,8 +138,11 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
         alive = set(store.keys())
         return {name for name, one in held.items() if one.key in alive}
 
+    runtime = watched._runtime
+    runtime.passage_text, runtime.passage = OTHER, np.arange(3)
     erasure.post(TextMarks.of([(OTHER, [])]), (), reach)
     assert watched.look() == 3
+    assert runtime.passage.size == 3  # the operator's own; behind it are the chunks of all
     assert left() == set(held) - {(OTHER, name) for name in ("", "acme", "sub")}
     for name in ("acme", "globex"):
         late = held[OTHER, name]

@@ -128,8 +128,9 @@ def test_no_shared_term_gives_nothing(index: Bm25Index) -> None:
         index.search("x", 0)
 
 
-def test_copied_rows_equal_a_fresh_build(index: Bm25Index, tmp_path: Path) -> None:
-    keep = np.arange(0, len(TEXTS), 2)
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_copied_rows_equal_a_fresh_build(index: Bm25Index, tmp_path: Path, step: int) -> None:
+    keep = np.flatnonzero(np.arange(len(TEXTS)) % 7 < step)
     added = ["a wholly new paragraph about zebrafish", "import import import"]
     builder = Bm25Builder(tmp_path / "a", index)
     builder.copy(index, keep)

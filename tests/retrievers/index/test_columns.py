@@ -62,6 +62,42 @@ def test_frequent_and_rare_fields_read_as_they_were_written(tmp_path: Path) -> N
         assert got == expected
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_copied_rows_read_as_written_anew_and_bring_no_value_of_a_row_that_is_gone(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrievers.columns._BLOCK", 50)
+    draw = random.Random(seed)
+    pool: list[Scalar] = [1, 1.0, 1.5, True, False, 0, "1", "x", ""]
+
+    def row(number: int) -> dict[str, Scalar]:
+        shares = {"often": 0.7, "rare": 0.1, "once": 0.01}
+        fields = {name: draw.choice(pool) for name, p in shares.items() if draw.random() < p}
+        return {"document_id": f"doc {number // 2}", f"own {number}": number} | fields
+
+    rows: Rows = [row(number) for number in range(300)]
+    kept = np.array(sorted(draw.sample(range(300), (0, 1, 150, 299, 300)[seed])), dtype=np.int64)
+    old = columns_of(rows, tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    writer = ColumnWriter(tmp_path / "new")
+    writer.copy(old, kept)
+    added: Rows = [row(number) for number in range(300, 320)]
+    writer.append(added)
+    writer.write()
+    expected: Rows = [*(rows[number] for number in kept.tolist()), *added]
+    copied = Columns(tmp_path / "new", len(expected))
+    anew = columns_of(expected, tmp_path / "anew")
+    assert copied.is_current
+    assert copied.names() == anew.names() == {name for fields in expected for name in fields}
+    for name in anew.names():
+        read = []
+        for columns in (copied, anew):
+            values, codes = columns.column(name)
+            assert set(range(len(values))) == set(codes[codes >= 0].tolist())
+            read.append([(type(values[c]), values[c]) if c >= 0 else None for c in codes])
+        assert read[0] == read[1]
+
+
 def test_fields_that_all_carry_are_written_as_by_earlier_versions(tmp_path: Path) -> None:
     """And those open: a code for every row and field, -1 for none, however few carry it."""
     rows: Rows = [{"a": "x", "b": row} for row in range(3)]
@@ -75,6 +111,7 @@ def test_fields_that_all_carry_are_written_as_by_earlier_versions(tmp_path: Path
     (old / "columns.json").write_text(json.dumps(body))
     np.array([[0, 0, 0], [-1, -1, 0], [1, 0, -1]], dtype="<i4").tofile(old / "columns.i32")
     columns = Columns(old, 3)
+    assert not columns.is_current  # the next ingest makes them anew
     assert Filter({"b": 7}).mask(columns).tolist() == [False, False, True]
     assert Filter({"c": 1}).mask(columns).tolist() == [True, False, False]
     assert Filter({"a": "x"}).mask(columns).all()

@@ -17,6 +17,7 @@ from retrievers import (
     RetrievalError,
     ingest,
 )
+from retrievers.chunk_store import ChunkStore
 from retrievers.journal import EmbeddingJournal, text_key
 
 
@@ -193,6 +194,46 @@ def test_an_index_with_terms_of_other_rules_is_searched_right_and_mended_by_an_i
     assert not again.changed
     with Index.open(tmp_path) as index:
         assert len(index.search_terms("prufbericht", k=3)) == 1
+
+
+def test_columns_of_other_rules_are_made_anew_by_an_ingest(
+    tmp_path: Path, hash_embedder, splitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [replace(corpus(1)[0], metadata={"kind": "report"})]
+    with monkeypatch.context() as older:
+        older.setattr("retrievers.columns._RULES", 0)
+        fields = "retrievers.generation_writer.chunk_fields"
+        older.setattr(fields, lambda chunk: {"document_id": chunk.document_id, "title": "old"})
+        ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
+    for expected in (True, False):
+        report = ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
+        assert report.changed == expected
+    with Index.open(tmp_path) as index:
+        assert index.search_terms("first", k=3, where={"kind": "report"})
+
+
+def test_one_more_document_looks_at_no_chunk_that_is_there(
+    tmp_path: Path, hash_embedder, splitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python that goes through a large index holds up the searches of its process for seconds."""
+    ingest(corpus(40), tmp_path, splitter=splitter, embedder=hash_embedder)
+    looked: list[int] = []
+    chunk = ChunkStore.chunk
+
+    def look(store: ChunkStore, row: int):
+        looked.append(row)
+        return chunk(store, row)
+
+    monkeypatch.setattr(ChunkStore, "chunk", look)
+    more = replace(corpus(1)[0], id="more", text="one line")
+    ingest([more], tmp_path, splitter=splitter, embedder=hash_embedder)
+    assert looked == [0]  # its own, among the new ones
+    monkeypatch.undo()
+    with Index.open(tmp_path, embedder=hash_embedder) as index:
+        assert len(list(index.documents())) == 41
+        ids = [chunk.id for chunk in index.chunks()]
+        assert len(set(ids)) == len(ids)
+        assert [index.chunk(name).id for name in ids] == ids
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, hash_embedder, splitter) -> None:

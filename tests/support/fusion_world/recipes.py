@@ -17,7 +17,12 @@ LONG_DOCUMENTS = tuple(
 )
 """For an engine, which looks for runs of 64 tokens."""
 POLICIES = ("reuse", "full", "epic:0.3", "query:0.5", "query:1.0", "cacheblend:0.5")
-TENANTS = (Tenant(None, None), Tenant("other", None), Tenant(None, "salt"))
+TENANTS = (
+    Tenant(None, None),
+    Tenant("other", None),
+    Tenant(None, "salt"),
+    Tenant(None, "salt/own"),
+)
 QUESTIONS = ((45, 46), (46, 47, 45, 3, 5, 9), DOCUMENTS[0][2:12])
 EDITS = ("as it is", "as it is", "first tokens", "first tokens", "middle", "head cut", "tail cut")
 MODES = ("fuse", "fuse", "fuse", "fuse", "build", "off", "automatic")
