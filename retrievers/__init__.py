@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retrievers.bm25 import Bm25Builder, Bm25Index
     from retrievers.dense import DenseIndex
     from retrievers.distinct import DistinctRetriever
-    from retrievers.documents import DocumentRecord, document_records
+    from retrievers.documents import DocumentRecord, chunk_count, document_records
     from retrievers.embedding import Embedder, TextEmbedder
     from retrievers.errors import (
         CorruptIndexError,
@@ -83,6 +83,7 @@ _EXPORTS = {
     "TokenSplitter": "retrievers.splitter",
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",
+    "chunk_count": "retrievers.documents",
     "delete_documents": "retrievers.ingestion",
     "document_hash": "retrievers.index_settings",
     "document_records": "retrievers.documents",
@@ -135,6 +136,8 @@ __all__ = [
     "TokenSplitter",
     "Tokenizer",
     "choose_factory",
+    "chunk_count",
+    "chunk_count",
     "delete_documents",
     "document_hash",
     "document_records",

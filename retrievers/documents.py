@@ -57,6 +57,18 @@ def document_records(folder: str | Path) -> Iterator[DocumentRecord]:
         table.close()
 
 
+def chunk_count(folder: str | Path) -> int:
+    """Chunks of an index, without opening it; 0 where the folder holds none.
+
+    Raises
+    ------
+    RetrievalError
+        For a manifest that cannot be read.
+    """
+    place = Path(folder)
+    return Manifest.read(place).num_chunks if (place / MANIFEST_NAME).exists() else 0
+
+
 class DocumentTable:
     """Documents of one generation, in the order of ingestion.
 

@@ -25,6 +25,7 @@ from retrievers import (
     PreparedDocument,
     RetrievalError,
     TokenSplitter,
+    chunk_count,
     document_records,
     ingest,
 )
@@ -125,7 +126,10 @@ class IngestRun:
         )
         limits = self._settings.parse_limits()
         work = self._work / f"{job.id}.work"
-        quota = IndexQuota(self._settings.max_index_chunks, document_records(index.folder), files)
+        most = self._settings.max_index_chunks
+        # Where an upload of the largest size has room, nobody needs to know what the index has of its files.
+        may_fill = chunk_count(index.folder) + limits.chunks > most
+        quota = IndexQuota(most, document_records(index.folder) if may_fill else (), files)
         chunks = 0
         crowded: dict[str, int] = {}
 
