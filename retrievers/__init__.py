@@ -137,7 +137,6 @@ __all__ = [
     "Tokenizer",
     "choose_factory",
     "chunk_count",
-    "chunk_count",
     "delete_documents",
     "document_hash",
     "document_records",
