@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 import queue
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rag_pipeline.server.priority import give_way
 from rag_pipeline.server.turns import Turns
 from retrievers import Embedder
 
@@ -30,8 +28,6 @@ _BATCH_CHARS = 4096
 A thousand tokens or so: enough rows to keep two cores busy, and a long query does not make those
 of others as wide. A single text may be longer. Eight short queries take twice the time of one.
 """
-_INGEST_NICE = 10
-"""Added to the nice value of the threads that embed passages, as for the processes that parse."""
 
 T = TypeVar("T")
 
@@ -72,10 +68,7 @@ class _Behind:
         return done.result()
 
     def _work(self) -> None:
-        if sys.platform == "linux":
-            with suppress(OSError):  # a container that forbids it: work comes before order
-                mine = os.getpriority(os.PRIO_PROCESS, 0)
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + _INGEST_NICE)
+        give_way()
         while True:
             self._jobs.get()()
 

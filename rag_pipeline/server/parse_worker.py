@@ -150,7 +150,6 @@ def set_limits(limits: ParseLimits) -> None:
         (resource.RLIMIT_CORE, 0, 0),
     ):
         resource.setrlimit(what, (soft, hard))
-    os.nice(10)  # answers come first: an engine on these cores has 5
 
 
 def _end_with_parent(parent: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from rag_pipeline.server.errors import ApiError
 from rag_pipeline.server.file_names import file_of
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.tenants import Tenant
+from retrievers import Embedder, ingest
 
 
 def test_a_file_is_replaced_and_deleted_with_every_record_it_brought(
@@ -109,6 +112,40 @@ def test_a_document_is_deleted_behind_its_upload(make_uploads: Callable[..., Upl
     uploads.submit({"later.txt": "Some text."})
     assert uploads.delete("uploads/later.txt") == 1
     assert uploads.ids() == set()
+
+
+def test_what_works_on_an_upload_gives_way_to_questions(
+    make_uploads: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, int]] = []
+
+    def note(what: str, number: int) -> None:
+        found.append((what, os.getpriority(os.PRIO_PROCESS, number)))
+
+    start, encode = subprocess.Popen.__init__, Embedder.encode_documents
+
+    def started(process: Any, *args: Any, **options: Any) -> None:
+        start(process, *args, **options)
+        note("parse", process.pid)
+
+    def embedded(*args: Any, **options: Any) -> Any:
+        note("embed", threading.get_native_id())
+        return encode(*args, **options)
+
+    def indexed(*args: Any, **options: Any) -> Any:
+        note("write", threading.get_native_id())
+        return ingest(*args, **options)
+
+    uploads = make_uploads()
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    with monkeypatch.context() as watched:
+        watched.setattr(subprocess.Popen, "__init__", started)
+        watched.setattr(Embedder, "encode_documents", embedded)
+        watched.setattr("rag_pipeline.server.ingest_run.ingest", indexed)
+        assert uploads.upload({"a.txt": "One line."}).state == "done"
+    behind = min(19, mine + 10)
+    assert set(found) == {("parse", behind), ("embed", behind), ("write", behind)}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
 
 
 def test_deletions_that_wait_are_counted_even_when_their_clients_went(
