@@ -208,6 +208,38 @@ def test_a_query_does_not_wait_for_passages_and_passages_give_way(
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
+def test_an_ingest_that_waits_for_its_turn_can_be_stopped(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    original = Embedder.encode_documents
+
+    def held(embedder: Embedder, batch: list[str], **options: Any) -> Any:
+        entered.set()
+        assert gate.wait(60)
+        return original(embedder, batch, **options)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(texts: int) -> None:
+        assert texts == 0  # none of its own were embedded
+        raise Stopped
+
+    monkeypatch.setattr(Embedder, "encode_documents", held)
+    shared = SharedEmbedder(minilm_path, name="all-minilm-l6-v2")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(shared.encode_documents, ["The keeper paints the purple door."])
+        assert entered.wait(60)
+        with pytest.raises(Stopped):
+            shared.encode_documents(["Another text."], progress=stop)
+        assert not first.done()
+        gate.set()
+        assert first.result(60).shape == (1, 384)
+        # It left no turn behind that nobody takes.
+        assert shared.encode_documents(["A third text."]).shape == (1, 384)
+
+
 def test_the_tokenizer_of_a_shared_model_has_one_caller_at_a_time(
     minilm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
