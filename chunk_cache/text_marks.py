@@ -39,7 +39,9 @@ class TextMarks:
         self.everything = everything
 
     @classmethod
-    def of(cls, texts: Iterable[tuple[str, Iterable[str]]], *, step: int = 1) -> Self:
+    def of(
+        cls, texts: Iterable[tuple[str, Iterable[str]]], *, step: int = 1, most: int | None = None
+    ) -> Self:
         """Marks of texts that are gone, without the runs that live texts hold too.
 
         Parameters
@@ -49,9 +51,13 @@ class TextMarks:
         step
             Every so many runs of a text are marked, and its last one. A piece of it is then found that has
             ``31 + step`` characters; all of its runs are looked for.
+        most
+            Texts beyond which all text counts as gone.
         """
         found: dict[int, list[Hashes]] = {}
+        number = 0
         for text, live in texts:
+            number += 1
             points = _points(text)
             if not points.size:
                 continue
@@ -62,7 +68,10 @@ class TextMarks:
             for other in live:
                 runs = runs[~np.isin(runs, _hashes(_points(other), length))]
             found.setdefault(length, []).append(runs)
-        return cls({length: np.unique(np.concatenate(parts)) for length, parts in found.items()})
+        return cls(
+            {length: np.unique(np.concatenate(parts)) for length, parts in found.items()},
+            everything=most is not None and number > most,
+        )
 
     def __bool__(self) -> bool:
         """Whether any text can be found by them."""

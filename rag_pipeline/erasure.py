@@ -42,7 +42,7 @@ _STEP = 16
 """Then only every so many runs are marked: a piece of a chunk is found from 47 characters on, not from 32."""
 _MOST_CHUNKS = 65_536
 """More chunks than this are not told apart from others: all chunk KV goes that may hold them. Where only what is
-surely meant may go, fewer runs are marked, so that the marks stay below some 50 MiB."""
+surely meant may go, fewer runs are marked, so that the marks of chunks of 1,500 characters stay below 50 MiB."""
 
 Decode = Callable[["npt.NDArray[Any]"], str]
 
@@ -146,17 +146,9 @@ def marks_of(removal: Removal) -> TextMarks:
         return TextMarks.of(
             (chunk.text, [live.text for live in removal.live_like(chunk.text)]) for chunk in few
         )
-    num_chunks = 0
-
-    def texts() -> Iterator[tuple[str, tuple[str, ...]]]:
-        nonlocal num_chunks
-        for chunk in removal.chunks():
-            num_chunks += 1
-            yield chunk.text, ()
-
-    marks = TextMarks.of(texts(), step=_STEP * max(1, math.ceil(removal.num_rows / _MOST_CHUNKS)))
-    marks.everything = num_chunks > _MOST_CHUNKS
-    return marks
+    texts = ((chunk.text, ()) for chunk in removal.chunks())
+    step = _STEP * max(1, math.ceil(removal.num_rows / _MOST_CHUNKS))
+    return TextMarks.of(texts, step=step, most=_MOST_CHUNKS)
 
 
 def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) -> None:

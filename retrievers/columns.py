@@ -236,15 +236,15 @@ class Columns:
                 yield name, value
 
     def present(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Rows and the numbers of their values as :meth:`all_values` counts them, in pieces, those of a field in order."""
+        """Rows and the numbers of their values as :meth:`all_values` counts them; in pieces, the rows of a field in order."""
         counts = np.array([len(self._values[name]) for name in self._names], dtype=np.int64)
         firsts = np.cumsum(counts) - counts
-        for number in np.flatnonzero(self._sparse_rows == 0).tolist():
-            codes = self._codes[int(self._places[number])]
-            for start in range(0, self._num_rows, _BLOCK):
-                part = codes[start : start + _BLOCK]
-                row = np.flatnonzero(part >= 0)
-                yield (start + row).astype(np.int32), firsts[number] + part[row]
+        first_of_dense = firsts[self._sparse_rows == 0]
+        step = max(1, _BLOCK // max(1, len(first_of_dense)))
+        for start in range(0, self._num_rows if len(first_of_dense) else 0, step):
+            codes = self._codes[:, start : start + step]
+            field, row = np.nonzero(codes >= 0)
+            yield (start + row).astype(np.int32), first_of_dense[field] + codes[field, row]
         of_pair = np.repeat(firsts, self._sparse_rows)
         for start in range(0, len(self._pairs), _BLOCK):
             pairs = self._pairs[start : start + _BLOCK]

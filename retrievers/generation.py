@@ -45,7 +45,7 @@ class Generation(RowFiles):
     Attributes
     ----------
     is_current
-        Whether the files on disk are as this version writes them.
+        Whether the files on disk are as this version writes them; if not, they are made anew by the next ingest.
     id_hashes
         ``(num_rows,)`` uint64, :func:`~retrievers.chunk_store.id_hash` of every chunk id.
     """

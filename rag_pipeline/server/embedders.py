@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import queue
 import threading
 from collections import deque
@@ -119,10 +120,6 @@ class SharedEmbedder(Embedder):
                 return tokenize(*args, **options)
 
         model.preprocess = one_at_a_time
-        # A million objects of libraries and models stay for good. A collection that goes through them all, in the
-        # middle of an upload's many small ones, holds up everybody for 0.4 s.
-        gc.collect()
-        gc.freeze()
         return model
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -219,3 +216,14 @@ class EmbedderPool:
             if wanted not in self._made:
                 self._made[wanted] = SharedEmbedder(resolve_embedder(wanted).path, name=wanted)
             return self._made[wanted]
+
+    def warm(self) -> None:
+        """Load the default embedder and what searches import, so that no question waits for it."""
+        # Several texts: the tokenizer's threads then have the priority of this thread, not that of an upload.
+        self.get().encode_queries(["warm", "up"])
+        # It takes a second of the interpreter, and an index that is still empty has not imported it yet.
+        importlib.import_module("bm25s")
+        # A million objects of libraries and models stay for good. A collection that goes through them all, set off
+        # by an upload's many small ones, holds up everybody for 0.4 s.
+        gc.collect()
+        gc.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -115,6 +114,8 @@ def serve(
         )
         app.include_router(make_router(service))
         app.include_router(make_page_router())
+        # The embedder's weights load while the engine starts.
+        threading.Thread(target=embedders.warm, name="warm-embedder", daemon=True).start()
         jobs.resume(
             {
                 (tenant.name, name): index
@@ -122,8 +123,6 @@ def serve(
                 for name, index in indexes.of(tenant).items()
             }
         )
-        # The embedder's weights load while the engine starts.
-        threading.Thread(target=_warm, args=(embedders,), name="warm-embedder", daemon=True).start()
         rules = GuardRules(
             host=facts.host,
             tenants=tenants,
@@ -180,9 +179,3 @@ def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
             except ApiError as refusal:
                 if not len(tenants):
                     raise RetrievalError(index.fault or str(refusal)) from refusal
-
-
-def _warm(embedders: EmbedderPool) -> None:
-    embedders.get().encode_query("warm up")
-    # It takes a second of the interpreter, and an index that is still empty has not imported it yet.
-    importlib.import_module("bm25s")

@@ -12,12 +12,19 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from rag_pipeline.server.budget import Count
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    future: Future[Any]
+    work: Callable[[], Any]
 
 
 class WorkPool:
@@ -37,9 +44,10 @@ class WorkPool:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rag-work")
         self._jobs = Count("searches and listings", limit, share=share)
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = (
-            OrderedDict()
-        )
+        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._num_waiting = 0
+        self._tickets = 0
+        """Threads that were asked for and have not taken a job yet; one a job that waits, or more."""
 
     async def run(self, tenant: str, function: Callable[..., T], *args: Any) -> T:
         """Run a job of a tenant; one whose client has gone while it waited is dropped.
@@ -74,32 +82,53 @@ class WorkPool:
         self._jobs.check(tenant, 1)
 
     def _submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
-        job: Future[T] = Future()
+        future: Future[T] = Future()
+        job = _Job(future, work)
         with self._lock:
-            self._waiting.setdefault(tenant, deque()).append((job, work))
+            self._waiting.setdefault(tenant, deque()).append(job)
+            self._num_waiting += 1
+            # That of a job which was cancelled is left for the next.
+            needs_ticket = self._tickets < self._num_waiting
+            self._tickets += needs_ticket
+        future.add_done_callback(lambda done: self._forget(tenant, job))
         try:
-            # A thread is asked for per job, not for this job.
-            self._threads.submit(self._work_one)
+            if needs_ticket:
+                self._threads.submit(self._work_one)
         except BaseException:
-            job.cancel()
+            with self._lock:
+                self._tickets -= 1
+            future.cancel()
             raise
-        return job
+        return future
 
     def _work_one(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return  # whoever came for a cancelled job did another's
-                tenant, jobs = self._waiting.popitem(last=False)
-                job, work = jobs.popleft()
-                if jobs:
-                    self._waiting[tenant] = jobs
-            if job.set_running_or_notify_cancel():
-                break
+        with self._lock:
+            self._tickets -= 1
+            if not self._waiting:
+                return
+            tenant, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[tenant] = jobs
+            self._num_waiting -= 1
+        if not job.future.set_running_or_notify_cancel():
+            return  # it was cancelled this very moment
         try:
-            job.set_result(work())
+            job.future.set_result(job.work())
         except BaseException as error:
-            job.set_exception(error)
+            job.future.set_exception(error)
+
+    def _forget(self, tenant: str, job: _Job) -> None:
+        """Take a job out that was cancelled while it waited."""
+        if not job.future.cancelled():
+            return
+        with self._lock:
+            jobs = self._waiting.get(tenant, deque())
+            if job in jobs:
+                jobs.remove(job)
+                self._num_waiting -= 1
+                if not jobs:
+                    del self._waiting[tenant]
 
     def _ended(self, tenant: str) -> None:
         with self._lock:

@@ -60,22 +60,47 @@ def test_who_has_many_jobs_waiting_waits_for_them_itself() -> None:
     """Questions and searches of one key stand in one row, those of another beside it."""
 
     async def run() -> None:
-        pool, gate, order = WorkPool(1, limit=64, share=32), threading.Event(), list[str]()
-        jobs = [pool.run("loop", gate.wait, 60)]
-        jobs += [pool.run_held("loop", order.append, f"question {n}") for n in range(20)]
+        pool, order = WorkPool(1, limit=64, share=32), list[str]()
+        begun, gate = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            gate.wait(60)
+
+        waiting = [asyncio.ensure_future(pool.run("loop", hold))]
+        await asyncio.to_thread(begun.wait, 60)
+        jobs = [pool.run_held("loop", order.append, f"question {n}") for n in range(20)]
         jobs += [pool.run("loop", order.append, f"search {n}") for n in range(20)]
         jobs += [pool.run("quiet", order.append, f"quiet {n}") for n in range(2)]
-        waiting = [asyncio.ensure_future(job) for job in jobs]
+        waiting += [asyncio.ensure_future(job) for job in jobs]
         await asyncio.sleep(0)
         waiting[1].cancel()
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(*waiting, return_exceptions=True)
-        assert order[:4] == ["quiet 0", "question 1", "quiet 1", "question 2"]
-        assert order[4:] == [
-            *(f"question {n}" for n in range(3, 20)),
-            *(f"search {n}" for n in range(20)),
-        ]
+        assert order[:4] == ["question 1", "quiet 0", "question 2", "quiet 1"]
+        questions = [f"question {n}" for n in range(3, 20)]
+        assert order[4:] == questions + [f"search {n}" for n in range(20)]
+
+    asyncio.run(run())
+
+
+def test_jobs_whose_clients_went_wait_nowhere() -> None:
+    async def run() -> None:
+        pool, gate = WorkPool(1, limit=4, share=2), threading.Event()
+        first = asyncio.ensure_future(pool.run("a", gate.wait, 60))
+        await asyncio.sleep(0)
+        for number in range(500):
+            job = asyncio.ensure_future(pool.run("ab"[number % 2], int))
+            await asyncio.sleep(0)
+            job.cancel()
+            await asyncio.gather(job, return_exceptions=True)
+        assert (pool._waiting, pool._num_waiting) == ({}, 0)
+        assert pool._threads._work_queue.qsize() <= 4
+        last = asyncio.ensure_future(pool.run("b", int))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await asyncio.gather(first, last) == [True, 0]
 
     asyncio.run(run())
 

@@ -57,6 +57,7 @@ def run_hostile_files(
         parse_seconds=max(1, job_seconds // 4),
     )
     embedders = EmbedderPool(embedder)
+    embedders.warm()  # as a server's does
     index = {name: ServedIndex("main", folder / name, embedders) for name in ("bad", "good")}
     jobs = IngestJobs(settings, spool=folder / "spool")
     try:

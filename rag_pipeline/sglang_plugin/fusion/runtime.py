@@ -213,11 +213,12 @@ class FusionRuntime:
     def forget_passage(self, notice: Notice) -> None:
         """Compute no more chunks behind a passage that holds erased text; the built-in prose takes its place.
 
-        Called from another thread. Ranks would change at different moments, so several keep theirs. Beside tenants
-        the passage is no sample of an index but the operator's own: a tenant's deletion leaves it, or all others'
-        chunks behind it were lost.
+        Called from another thread. Ranks would change at different moments, so several keep theirs. Where tenants are
+        served the passage is no sample of an index but the operator's own: a tenant's deletion leaves it, or all
+        others' chunks behind it were lost.
         """
-        if notice.reach.tenant or self.group.size > 1 or not self.passage_text:
+        serves_tenants = self.config.store_tenants != "*"
+        if (notice.reach.tenant and serves_tenants) or self.group.size > 1 or not self.passage_text:
             return
         if notice.is_about(self.passage_text, ""):
             self.passage, self.passage_text = self.plain_passage, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import threading
 import time
@@ -140,9 +141,13 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
 
     runtime = watched._runtime
     runtime.passage_text, runtime.passage = OTHER, np.arange(3)
+    runtime.config = dataclasses.replace(runtime.config, store_tenants=acme.share)
     erasure.post(TextMarks.of([(OTHER, [])]), (), reach)
     assert watched.look() == 3
     assert runtime.passage.size == 3  # the operator's own; behind it are the chunks of all
+    runtime.config = dataclasses.replace(runtime.config, store_tenants="*")
+    runtime.forget_passage(list(erasure.notices(set()))[-1])
+    assert runtime.passage.size == 0  # of an engine without tenants it may be a sample of the index
     assert left() == set(held) - {(OTHER, name) for name in ("", "acme", "sub")}
     for name in ("acme", "globex"):
         late = held[OTHER, name]
