@@ -100,7 +100,7 @@ class StoreFolder:
         self.budget = FolderBudget(self.path, byte_budget, self.evict)
         self.corrupt_files = 0
         self._told: set[str] = set()
-        """Namespaces whose context says their tenant, as this process has seen."""
+        """Namespaces whose context says their tenant and model, as this process has seen."""
         if create:
             make_folder(self.path)
         check_manifest(self.path)
@@ -377,11 +377,13 @@ class StoreFolder:
         return tenant if isinstance(tenant, str) else ""
 
     def _tell(self, context: KVContext, tenant: str | None) -> None:
-        """Write a namespace's context where it is not there, or says another tenant."""
+        """Write a namespace's context where it is not there, or says another tenant or model."""
         name = context.namespace
-        if not context_path(self.path, name).exists() or (
-            name not in self._told and tenant not in (None, self.tenant_of(name))
-        ):
+        if name in self._told and context_path(self.path, name).exists():
+            return
+        told = self.describe(name) or {}
+        mark = told.get("tenant") if tenant is None else tenant
+        if (told.get("tenant"), told.get("model")) != (mark, self._model) or not told:
             write_context(self.path, context, self._model, tenant=tenant)
         self._told.add(name)
 

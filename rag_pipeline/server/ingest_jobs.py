@@ -19,7 +19,6 @@ from rag_pipeline.server.indexes import ServedIndex
 from rag_pipeline.server.ingest_job import Job
 from rag_pipeline.server.ingest_run import Cancelled, IngestRun, Stopped
 from rag_pipeline.server.parsing import ParseError
-from rag_pipeline.server.priority import give_way
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.spool import Spool
 from retrievers import Erase, delete_documents
@@ -241,7 +240,6 @@ class IngestJobs:
             thread.start()
 
     def _drain(self, tenant: str) -> None:
-        give_way()
         while True:
             with self._lock:
                 queue = self._queues[tenant]

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from rag_pipeline.server.priority import give_way
+
 if TYPE_CHECKING:
     from retrievers import Document, LoadReport, TokenSplitter
 
@@ -115,6 +117,8 @@ class _Refusal(Exception):
 
 def main(words: list[str]) -> int:
     """Read one file; see the module."""
+    # Who stops a service tells all its processes: the server decides, and its next start does the work again.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     task = ParseTask.from_json(words[0])
     _end_with_parent(int(words[1]))
     set_limits(task.limits)
@@ -150,6 +154,7 @@ def set_limits(limits: ParseLimits) -> None:
         (resource.RLIMIT_CORE, 0, 0),
     ):
         resource.setrlimit(what, (soft, hard))
+    give_way()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,6 +1,8 @@
-"""Who gives way on the server's own cores: uploads to questions.
+"""Who gives way on the server's own cores: what parses and embeds uploads, to questions.
 
 An engine that computes on them gives way too, by less (:data:`rag_pipeline.sglang_plugin.http_server.ENGINE_NICE`).
+The thread that writes an index does not: it holds the interpreter most of the time, and whoever waits for that would
+wait as long as the engine's passes keep the thread from its core.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import threading
 from contextlib import suppress
 
 UPLOAD_NICE = 10
-"""Added to the process's nice value for threads that work on uploads; processes that they start inherit it."""
+"""Added to the process's nice value."""
 
 
 def give_way() -> None:

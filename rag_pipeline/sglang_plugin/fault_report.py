@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ class _LastLine(logging.Handler):
 
 
 def run_and_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a child's entry function; note why it ended if it did not end well."""
+    """Run a child's entry function; note why it ended if it did not end well.
+
+    It does not end by SIGTERM: who stops a service tells all its processes, and the parent drains first.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.getLogger(_LOGGER).addHandler(_LastLine(level=logging.ERROR))
     try:
         return function(*args, **kwargs)

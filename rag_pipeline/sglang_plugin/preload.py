@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 
 
 def _import_engine_modules() -> None:
@@ -15,6 +16,11 @@ def _import_engine_modules() -> None:
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry  # noqa: F401
 
+
+# A supervisor that stops a service tells all of its processes at once. The server that started this one drains
+# first and ends its children then; without it they end by themselves. Children inherit it.
+with contextlib.suppress(ValueError):  # not the main thread: nobody's fork server
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 with contextlib.suppress(Exception):
     _import_engine_modules()

@@ -114,9 +114,11 @@ def test_a_document_is_deleted_behind_its_upload(make_uploads: Callable[..., Upl
     assert uploads.ids() == set()
 
 
-def test_what_works_on_an_upload_gives_way_to_questions(
+def test_what_parses_and_embeds_an_upload_gives_way_to_questions(
     make_uploads: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    behind = min(19, mine + 10)
     found: list[tuple[str, int]] = []
 
     def note(what: str, number: int) -> None:
@@ -126,7 +128,9 @@ def test_what_works_on_an_upload_gives_way_to_questions(
 
     def started(process: Any, *args: Any, **options: Any) -> None:
         start(process, *args, **options)
-        note("parse", process.pid)
+        while process.poll() is None and ("parse", behind) not in found:
+            note("parse", process.pid)
+            time.sleep(0.01)
 
     def embedded(*args: Any, **options: Any) -> Any:
         note("embed", threading.get_native_id())
@@ -137,14 +141,15 @@ def test_what_works_on_an_upload_gives_way_to_questions(
         return ingest(*args, **options)
 
     uploads = make_uploads()
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
     with monkeypatch.context() as watched:
         watched.setattr(subprocess.Popen, "__init__", started)
         watched.setattr(Embedder, "encode_documents", embedded)
         watched.setattr("rag_pipeline.server.ingest_run.ingest", indexed)
         assert uploads.upload({"a.txt": "One line."}).state == "done"
-    behind = min(19, mine + 10)
-    assert set(found) == {("parse", behind), ("embed", behind), ("write", behind)}
+    # It holds the interpreter, and others would wait with it.
+    assert ("write", mine) in found
+    assert {one for one in found if one[0] == "embed"} == {("embed", behind)}
+    assert ("parse", behind) in found
     assert os.getpriority(os.PRIO_PROCESS, 0) == mine
 
 

@@ -223,7 +223,8 @@ def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: 
     ):
         pieces = answer.iter_lines()
         assert next(pieces).startswith("data: ")
-        os.kill(pid, signal.SIGTERM)
+        for process in family:  # as a supervisor does, whichever comes first
+            process.send_signal(signal.SIGTERM)
         refused = late.get("/v1/rag/health")
         while refused.status_code == 200:
             refused = late.get("/v1/rag/health")

@@ -14,6 +14,7 @@ import pytest
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 from rag_pipeline import ServerBackend
+from rag_pipeline.sglang_plugin.fusion.erased import LOOK_S
 from rag_pipeline.types import GenerationRequest, SamplingOptions
 
 pytestmark = pytest.mark.engine
@@ -120,23 +121,32 @@ def test_who_deletes_a_letter_leaves_the_chunks_of_others_in_place(rag_server: A
             assert time.monotonic() < deadline, f"no chunk of {tenant} is reused"
 
     with rag_server.client("globex") as globex:
-        answer = globex.post(
-            documents, params={"index": "plant"}, files=[("file", ("letter.txt", b"e"))]
-        )
-        assert answer.status_code == 202, answer.text
-        job, deadline = answer.json()["id"], time.monotonic() + 60
-        while (state := globex.get(f"/v1/rag/jobs/{job}").json()["state"]) != "done":
-            assert state != "failed"
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+
+        def upload(name: str, text: bytes) -> None:
+            given = {"params": {"index": "plant"}, "files": [("file", (name, text))]}
+            answer = globex.post(documents, **given)
+            assert answer.status_code == 202, answer.text
+            job, deadline = answer.json()["id"], time.monotonic() + 60
+            while (state := globex.get(f"/v1/rag/jobs/{job}").json()["state"]) != "done":
+                assert state != "failed"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        def delete(name: str) -> None:
+            answer = globex.delete(f"{documents}/uploads/{name}", params={"index": "plant"})
+            assert answer.status_code == 200, answer.text
+            time.sleep(3 * LOOK_S)
+
+        upload("eels.txt", b"A heron eats silver eels by the quiet pond beyond the old water mill.")
+        warm("globex")
+        delete("eels.txt")
+        warm("globex")
+        assert reused("globex"), "what was not deleted went too"
+        upload("letter.txt", b"e")
         warm("acme")
         warm("globex")
-        answer = globex.delete(f"{documents}/uploads/letter.txt", params={"index": "plant"})
-        assert answer.status_code == 200, answer.text
-    deadline = time.monotonic() + 60
-    while reused("globex"):
-        assert time.monotonic() < deadline, "what globex deleted stays in its own chunk KV"
-        time.sleep(0.5)
+        delete("letter.txt")
+    assert not reused("globex"), "what globex deleted stays in its own chunk KV"
     assert reused("acme")
 
 

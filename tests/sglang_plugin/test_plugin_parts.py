@@ -98,6 +98,8 @@ def test_platform_declines_where_sglang_has_its_own(monkeypatch):
 def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
     monkeypatch, asked, computes, wanted
 ):
+    import sglang.srt.server_args  # noqa: F401  # first: it imports the platforms, and they this module
+
     from rag_pipeline.sglang_plugin import platform
 
     monkeypatch.setattr(platform, "computes_bf16", lambda: computes)

@@ -132,6 +132,7 @@ def _fork_server_ahead() -> None:
     pid = os.fork()
     if pid == 0:
         os.close(alive_write)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the preloaded module does there
         forkserver.main(listener.fileno(), alive_read, [])
         os._exit(0)
     listener.close()

@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import httpx
@@ -85,9 +86,10 @@ def _erase_one(
     client: httpx.Client, number: int, folders: list[Path], model: str, outcome: Outcome
 ) -> None:
     """Upload, ask, look that it is there, delete, wait until it is nowhere, and look again."""
-    mark = f"quillwort{number}"
+    # No 32 characters of it are in the text of another number: that would be erased for minutes.
+    mark = f"{ascii_lowercase[number % 26]}quillwort"
     text = " ".join(
-        f"The {mark} of bay {n} counted {n * 37 + number} brass lanterns before the storm of 18{n:02}."
+        f"The {mark} of bay {n} counted {n * 37 + number} {mark} lanterns before {mark} met the storm of 18{n:02}."
         for n in range(10, 22)
     )
     name = f"log-{number}.txt"
@@ -142,7 +144,7 @@ def _done(client: httpx.Client, job: str) -> bool:
 def _ask(client: httpx.Client) -> None:
     """Ask for the document, without a word that tells it from others."""
     body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "How many brass lanterns before the storm?"}],
+        "messages": [{"role": "user", "content": "How many lanterns before the storm?"}],
         "max_tokens": 4,
         "rag": {"k": 2, "policy": "query"},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from chunk_cache import hash_token_ids
@@ -30,7 +31,22 @@ def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any)
     set_runtime(runtime)
     if runtime.is_on and runtime.config.self_check:
         prove(runtime, scheduler)
-    disk.open_folder(runtime, str(scheduler.server_args.tokenizer_path))
+    disk.open_folder(runtime, tokenizer_folder(scheduler.server_args))
+
+
+def tokenizer_folder(server_args: Any) -> str:
+    """Folder of an engine's tokenizer, where there is one; a name of the hub is looked up in its cache."""
+    # SGLang leaves the path empty where it is that of the model.
+    given = str(server_args.tokenizer_path or server_args.model_path)
+    if Path(given).exists():
+        return str(Path(given).absolute())
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(given, "tokenizer.json")
+    except ValueError:  # no name of the hub either
+        file = None
+    return str(Path(file).parent) if isinstance(file, str) else given
 
 
 def agree_on_start(runtime: FusionRuntime) -> None:

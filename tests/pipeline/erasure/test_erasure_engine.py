@@ -24,6 +24,7 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.startup import tokenizer_folder
 from retrievers import (
     delete_documents,
 )
@@ -221,3 +222,29 @@ def test_an_erasure_that_a_disk_refuses_is_done_again(
     watched.look()
     assert list(folder.keys()) == []
     assert runtime.passage.size == 0
+
+
+@pytest.mark.parametrize("given", ["model", "tokenizer", "hub"])
+def test_an_engine_knows_the_folder_of_its_tokenizer_whatever_it_was_told(
+    given: str, smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nobody could read a record, and any deletion would empty the engine's store."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_bytes((smollm2_path / "tokenizer.json").read_bytes())
+    refs = cache / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(cache), raising=False)
+    monkeypatch.chdir(smollm2_path.parent)
+    told = {
+        "model": SimpleNamespace(tokenizer_path=None, model_path=smollm2_path.name),
+        "tokenizer": SimpleNamespace(tokenizer_path=str(smollm2_path), model_path="/none"),
+        "hub": SimpleNamespace(tokenizer_path=None, model_path="some/model"),
+    }[given]
+    folder = tokenizer_folder(told)
+    assert Path(folder).is_absolute()
+    assert erasure.decoder_of(Path(folder)) is not None
+    assert tokenizer_folder(SimpleNamespace(tokenizer_path=None, model_path="no such")) == "no such"
