@@ -181,7 +181,7 @@ class PromptBuilder:
             raise RagPipelineError(
                 f"the question does not fit: {len(question_ids)} tokens with "
                 f"{len(self._system_ids)} of the system prompt and {max_new_tokens} for the answer "
-                f"exceed the context of {limit}; shorten it or lower max_new_tokens"
+                f"exceed the context of {limit}; shorten it or let the answer have fewer tokens"
             )
         kept, dropped = self._fit(hits, room)
         pieces = [self._system_ids, *(self.chunk_ids(hit.chunk) for hit in kept), question_ids]

@@ -104,6 +104,8 @@ class ChatRun:
     def summary(self) -> dict[str, Any]:
         """The ``rag`` object of a finished answer, without its citations."""
         now = time.perf_counter()
+        # An answer that comes as one piece shows no first token.
+        first = round((self.first or now) - self.retrieved, 6) if self.body.stream else None
         report = fusion_report(self.meta) or {}
         sources = [hit.chunk.text for hit in self.layout.chunks]
         usage = usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
@@ -126,7 +128,7 @@ class ChatRun:
             ],
             "timing": {
                 "retrieve_s": round(self.retrieved - self.started, 6),
-                "ttft_s": round((self.first or now) - self.retrieved, 6),
+                "ttft_s": first,
                 "total_s": round(now - self.started, 6),
             },
         }

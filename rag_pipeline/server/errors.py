@@ -143,6 +143,10 @@ def _invalid(error: RequestValidationError) -> tuple[int, str, str | None]:
     more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
     if first.get("type") == "missing":
         return 400, f"{where} is missing{more}", where
+    if first.get("type") == "too_long" and (first.get("ctx") or {}).get("max_length") == 0:
+        return 400, f"{where} is {shown}: it cannot be honoured here; leave it out{more}", where
+    if first.get("type") == "string_pattern_mismatch" and not str(first.get("input")).strip():
+        return 400, f"{where} is blank; give at least one word{more}", where
     if first.get("type") == "extra_forbidden":
         return 400, f"{where} is not known here; leave it out{more}", where
     return 400, f"{where} is {shown}: {message}{more}", where

@@ -36,7 +36,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     (ASK, chat(max_tokens=100_000), "does not fit"),
     (ASK, chat("word " * 6000), "does not fit"),
     (ASK, chat("word " * 60_000), "does not fit: 299999 characters"),
-    (ASK, chat(tools=[{"type": "function"}]), "tools is [{'type': 'function'}]"),
+    (ASK, chat(tools=[{"type": "function"}]), "tools is [{'type': 'function'}]: it cannot be"),
     (ASK, chat(nonsense=1), "nonsense is not known here"),
     (ASK, chat(n=3), "n is 3"),
     (ASK, chat(stream_options={"include_usage": True}), "set stream to true"),
@@ -44,6 +44,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     (ASK, "text", "one JSON object"),
     (FIND, {}, "query is missing"),
     (FIND, {"query": ""}, "query is ''"),
+    (FIND, {"query": " \n"}, "query is blank; give at least one word"),
     (FIND, {"query": "x", "k": 10**30}, "k is"),
     (FIND, {"query": "x", "where": []}, "where is []"),
 ]
