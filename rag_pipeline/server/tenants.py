@@ -79,7 +79,7 @@ class Tenants:
         self._operator_key = None if operator_key is None else digest_of(operator_key)
         if self._by_key and self._operator_key is None:
             raise RagPipelineError(
-                "--tenants without --api-key would leave the operator's side open; give --api-key too"
+                "--tenants without an operator's key would leave the operator's side open; give --api-key-file too"
             )
         if self._operator_key in self._by_key:
             name = self._by_key[self._operator_key].name

@@ -216,4 +216,4 @@ def test_serve_refuses_in_one_line_before_anything_starts(
 def test_tenants_need_an_operators_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"acme": {"api_key": KEY, "index": "x"}}))
     assert main(["serve", "--index", "/x", "--tenants", str(tmp_path / "t.json")]) == 1
-    assert "give --api-key too" in capsys.readouterr().err
+    assert "give --api-key-file too" in capsys.readouterr().err
