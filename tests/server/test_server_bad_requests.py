@@ -35,7 +35,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     (ASK, chat(max_tokens=0), "max_tokens is 0"),
     (ASK, chat(max_tokens=100_000), "does not fit"),
     (ASK, chat("word " * 6000), "does not fit"),
-    (ASK, chat("word " * 30_000), "does not fit: 149999 characters"),
+    (ASK, chat("word " * 30_000), "characters, of at most 32 per token"),
     (ASK, chat(tools=[{"type": "function"}]), "tools is [{'type': 'function'}]: it cannot be"),
     (ASK, chat(nonsense=1), "nonsense is not known here"),
     (ASK, chat(n=3), "n is 3"),
