@@ -194,9 +194,7 @@ def notices(seen: set[str]) -> Iterator[Notice]:
             yield Notice(name=path.stem, marks=marks, folders=folders, reach=reach)
 
 
-def erase_folder(
-    path: Path, marks: TextMarks, decode: Decode | None = None, *, reach: Reach = EVERYBODY
-) -> int:
+def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> int:
     """Delete the records of a chunk store that hold text that is gone; returns how many.
 
     Parameters
@@ -205,8 +203,6 @@ def erase_folder(
         The folder; nothing is done where there is no store.
     marks
         What is gone.
-    decode
-        Token ids to text, for namespaces that name no model.
     reach
         Whose records.
 
@@ -221,21 +217,20 @@ def erase_folder(
         store = StoreFolder(path)
     except ChunkCacheError:
         return 0
-    tenants: dict[str, str] = {}
-    models: dict[str, str] = {}
-    decoders: dict[str, Decode | None] = {"": decode}
+    namespaces: dict[str, tuple[str, str]] = {}
+    decoders: dict[str, Decode | None] = {"": None}
     gone = 0
     for key in store.keys():  # noqa: SIM118 - not a mapping
         space = key.namespace
-        if space not in tenants:
-            tenants[space] = store.tenant_of(space)
-            models[space] = str((store.describe(space) or {}).get("model") or "")
-        tenant, model = tenants[space], models[space]
+        if space not in namespaces:
+            model = (store.describe(space) or {}).get("model")
+            namespaces[space] = store.tenant_of(space), str(model or "")
+        tenant, folder = namespaces[space]
         if reach.spares(tenant):
             continue
-        if model not in decoders:
-            decoders[model] = decoder_of(Path(model)) or decode
-        read = decoders[model]
+        if folder not in decoders:
+            decoders[folder] = decoder_of(Path(folder))
+        read = decoders[folder]
         ids = store.token_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
         text = None if read is None or ids is None else read(ids)

@@ -28,7 +28,7 @@ DEFAULT_CHUNK_TEMPLATE = "{title}\n{text}\n\n"
 DEFAULT_QUESTION_TEMPLATE = "Question: {question}\nAnswer in one sentence."
 
 _MOST_CHARACTERS = 32
-"""Characters of a question per token of the context; in text of any language a token has fewer than ten."""
+"""Characters of a question per token of the context, several times what ordinary text has."""
 
 ECHO_CHARACTERS = 80
 """Length of a question by which its repetition is told."""
@@ -168,7 +168,7 @@ class PromptBuilder:
             raise RagPipelineError("the question is empty; give at least one word")
         limit = min(self.context_length, context_length or self.context_length)
         if len(question) > _MOST_CHARACTERS * limit:
-            # Before it is tokenised: that would take longer than to answer a question that fits.
+            # Before it is tokenised, which takes the longer the longer it is.
             raise RagPipelineError(
                 f"the question does not fit: {len(question)} characters, of at most {_MOST_CHARACTERS} "
                 f"per token of the context of {limit}; shorten it"
