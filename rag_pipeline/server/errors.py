@@ -78,6 +78,17 @@ def error_response(
     return JSONResponse(error_body(status, message, param), status_code=status, headers=headers)
 
 
+def answer_unknown_route(request: Request, error: Exception) -> Response:
+    """Answer what no route took, stock routes included: a path that is not there, a method that it does not have."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:_SHOWN]!a}"
+    lines = {404: f"no route {what} here", 405: f"no {what} here; the route takes other methods"}
+    line = lines.get(error.status_code, str(error.detail))
+    response = error_response(error.status_code, line)
+    response.headers.update(error.headers or {})
+    return response
+
+
 def refusal_of(error: BaseException) -> tuple[int, str, str | None] | None:
     """Status, line and parameter to answer with; None for a fault that nobody foresaw.
 

@@ -9,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from starlette.exceptions import HTTPException
+
 from chunk_cache import tenant_mark
 from rag_pipeline.erasure import Reach, default_stores, make_eraser
 from rag_pipeline.prompt_layout import PromptBuilder
 from rag_pipeline.server.conversation import QUESTION_TEMPLATE
 from rag_pipeline.server.embedders import EmbedderPool
-from rag_pipeline.server.errors import ApiError
+from rag_pipeline.server.errors import ApiError, answer_unknown_route
 from rag_pipeline.server.guard import SEARCH, Guard, GuardRules
 from rag_pipeline.server.health import Health
 from rag_pipeline.server.indexes import IndexTable, ServedIndex
@@ -114,6 +116,8 @@ def serve(
         )
         app.include_router(make_router(service))
         app.include_router(make_page_router())
+        # What SGLang's routes raise is FastAPI's own exception, for which SGLang has a handler.
+        app.add_exception_handler(HTTPException, answer_unknown_route)
         # The embedder's weights load while the engine starts.
         threading.Thread(target=embedders.warm, name="warm-embedder", daemon=True).start()
         jobs.resume(
@@ -175,7 +179,11 @@ def _open_indexes(tenants: Tenants, indexes: IndexTable) -> None:
     for tenant in tenants.all():
         for index in indexes.of(tenant).values():
             try:
-                index.current()
+                if index.current() is None:
+                    # To be uploaded into, or mistyped.
+                    logger.warning(
+                        "Index %r is new and empty: %s holds none yet", index.name, index.folder
+                    )
             except ApiError as refusal:
                 if not len(tenants):
                     raise RetrievalError(index.fault or str(refusal)) from refusal

@@ -99,3 +99,22 @@ def test_unknown_index_and_empty_index(rag_server: Any) -> None:
     assert empty.status_code == 409
     assert "upload documents" in empty.json()["error"]["message"]
     assert rag_server.is_one_line(empty)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "line"),
+    [
+        ("GET", "/v1/rag/serch", 404, "no route GET '/v1/rag/serch' here"),
+        ("GET", "/nowhere", 404, "no route GET '/nowhere' here"),
+        ("PUT", "/generate", 405, "no PUT '/generate' here; the route takes other methods"),
+        ("DELETE", FIND, 405, f"no DELETE '{FIND}' here; the route takes other methods"),
+    ],
+)
+def test_a_path_or_a_method_that_is_not_there(
+    rag_server: Any, method: str, path: str, status: int, line: str
+) -> None:
+    with rag_server.client() as client:
+        answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == line
+    assert ("allow" in answer.headers) == (status == 405)
