@@ -1,0 +1,427 @@
+"""What the system answers to forty prompts, to the bit: recorded before a rebuilding and compared after it.
+
+    python tests/support/behaviour.py record OUT.json
+    python tests/support/behaviour.py compare BEFORE.json AFTER.json
+
+All policies, one at a time and in mixed batches, both backends, HTTP, LangChain, conversations, two ranks. Requests
+are written as they go over the wire, and objects come from the public packages, so that the same file runs in both
+checkouts. Floats depend on the machine: record both on one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+MODEL = "smollm2-135m"
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"mode": "off"},
+    {"policy": "full"},
+    {"policy": "reuse"},
+    {"policy": "reuse", "passage": False},
+    {"policy": "cacheblend:0.15"},
+    {"policy": "cacheblend:0.3", "passage": False},
+    {"policy": "epic:0.1"},
+    {"policy": "query:0.15"},
+    {"policy": "query:0.05"},
+    {"policy": "query", "options": {"mean_shift": 0.0}},
+    {"policy": "query:0.3", "options": {"draft_share": 0.0}},
+    {"policy": "adaptive"},
+)
+QUESTIONS = ("What is it for?", "How is an exception handled?", "Which clause comes last?")
+TOPICS = ("with", "lambda", "while", "import", "for", "try", "assert", "del")
+_CHUNK_TOKENS, _SEED = 96, 1
+
+
+class Prompts:
+    """Chunks of CPython's reference behind one system part, in ever new orders."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        import pydoc_data.topics
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
+
+        self.prefix = encode(
+            "You answer questions about the Python language from the texts below.\n"
+        )
+        texts = pydoc_data.topics.topics
+        self.chunks = [encode(texts[name])[:_CHUNK_TOKENS] for name in TOPICS]
+        self._tails = [encode(f"\nQuestion: {question}\nAnswer:") for question in QUESTIONS]
+
+    def make(self, number: int) -> tuple[list[int], list[list[int]]]:
+        """Token ids and spans of one prompt; three to five chunks."""
+        count = 3 + number % 3
+        order = [
+            (number * 3 + step * (1 + 2 * (number % 3))) % len(self.chunks) for step in range(count)
+        ]
+        ids, spans = list(self.prefix), []
+        for index in dict.fromkeys(order):
+            spans.append([len(ids), len(ids) + len(self.chunks[index])])
+            ids += self.chunks[index]
+        return [*ids, *self._tails[number % len(self._tails)]], spans
+
+
+def hints(fields: dict[str, Any], spans: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+    """The envelope of ``/generate`` as it is documented for clients."""
+    payload = {"mode": "fuse", **fields}
+    if spans and payload["mode"] != "off":
+        payload |= {"spans": [list(span) for span in spans], "prefix_len": spans[0][0]}
+    action = {
+        "action_id": "a",
+        "action_type": "rag.fusion",
+        "action_version": "1",
+        "payload": payload,
+    }
+    return {"protocol_version": "1", "message_id": "m", "actions": [action]}
+
+
+def facts(answer: dict[str, Any]) -> dict[str, Any]:
+    """What must stay the same of an answer of ``/generate``."""
+    meta = answer["meta_info"]
+    return {
+        "text": answer.get("text"),
+        "ids": list(answer.get("output_ids") or []),
+        "logprobs": [row[0] for row in meta.get("output_token_logprobs") or []],
+        "top": [[entry[:2] for entry in row] for row in meta.get("output_top_logprobs") or []],
+        "cached": meta["cached_tokens"],
+        "report": meta.get("rag_fusion"),
+    }
+
+
+def builds(prompts: Prompts) -> list[dict[str, Any]]:
+    """Requests that compute every chunk in both variants, so that nothing is missing later."""
+    start = len(prompts.prefix)
+    return [
+        {
+            "input_ids": [*prompts.prefix, *chunk],
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "kv_hints": hints({"mode": "build", "passage": passage}, [[start, start + len(chunk)]]),
+        }
+        for chunk in prompts.chunks
+        for passage in (None, True)
+    ]
+
+
+def request(ids: list[int], envelope: dict[str, Any], tokens: int = 6) -> dict[str, Any]:
+    """Fields of a greedy request with log-probabilities."""
+    return {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 3,
+        "kv_hints": envelope,
+    }
+
+
+def engine_part(folder: Path) -> dict[str, Any]:
+    """In-process engine: 24 prompts through 12 policies, 2 conversations of 2 turns, a mixed batch of 8."""
+    from transformers import AutoTokenizer
+
+    from rag_pipeline.sglang_plugin import create_engine
+
+    prompts = Prompts(AutoTokenizer.from_pretrained(str(folder)))
+    engine = create_engine(
+        str(folder),
+        random_seed=_SEED,
+        log_level="error",
+        max_total_tokens=16384,
+        max_running_requests=8,
+    )
+    found: dict[str, Any] = {"policies": [], "turns": [], "batch": []}
+    try:
+        for one in builds(prompts):
+            engine.generate(**one)
+
+        def alone(ids: list[int], envelope: dict[str, Any]) -> dict[str, Any]:
+            assert engine.flush_cache().success
+            return facts(engine.generate(**request(ids, envelope)))
+
+        for number in range(24):
+            ids, spans = prompts.make(number)
+            found["policies"].append(alone(ids, hints(POLICIES[number % len(POLICIES)], spans)))
+        for number in (24, 25):
+            ids, spans = prompts.make(number)
+            talk = {"policy": "query:0.15", "conversation": f"talk-{number}"}
+            first = alone(ids, hints(talk, spans))
+            second = alone([*ids, *first["ids"], *ids[-12:]], hints(talk, spans))
+            found["turns"] += [first, second]
+        assert engine.flush_cache().success
+        many = [prompts.make(number) for number in range(26, 34)]
+        fields = request([], {})
+        fields["input_ids"] = [ids for ids, _ in many]
+        fields["kv_hints"] = [
+            hints(POLICIES[number % len(POLICIES)], spans) for number, (_, spans) in enumerate(many)
+        ]
+        found["batch"] = [facts(answer) for answer in engine.generate(**fields)]
+    finally:
+        engine.shutdown()
+    return found
+
+
+def without_times(value: Any) -> Any:
+    """The same without what differs between two runs: times, names of requests."""
+    if isinstance(value, dict):
+        gone = (
+            "timing",
+            "id",
+            "created",
+            "e2e_latency",
+            "request_received_ts",
+            "response_sent_to_client_ts",
+        )
+        return {key: without_times(item) for key, item in value.items() if key not in gone}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def served_part(model: Path, scratch: Path) -> dict[str, Any]:
+    """A server with an index: ``/generate``, chat with documents, OpenAI's routes, the backend by URL, LangChain."""
+    from rag_eval.benchmarks.load_server import started_server
+    from rag_pipeline import RagPipeline, SamplingOptions, ServerBackend
+    from retrievers import Index
+
+    found: dict[str, Any] = {}
+    with started_server(str(model), scratch / "server") as target:
+        headers = {"Authorization": f"Bearer {target.operator_key}"}
+        key = next(iter(target.tenants.values()))
+        with httpx.Client(base_url=target.url, timeout=300, trust_env=False) as client:
+
+            def post(path: str, body: Any, key: str = target.operator_key) -> Any:
+                answer = client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+                assert answer.status_code == 200, answer.text
+                if "text/event-stream" not in answer.headers["content-type"]:
+                    return without_times(answer.json())
+                lines = [
+                    line[6:] for line in answer.text.splitlines() if line.startswith("data: {")
+                ]
+                return [without_times(json.loads(line)) for line in lines]
+
+            def settle() -> None:
+                """Until the chunks that were missing are computed, and the tree is empty."""
+                deadline = time.monotonic() + 120
+                while True:
+                    states = client.get("/server_info", headers=headers).json()["internal_states"]
+                    waiting = sum(
+                        int((s.get("rag_fusion") or {}).get("pending", 0)) for s in states
+                    )
+                    if (
+                        not waiting
+                        and client.post("/flush_cache", headers=headers).status_code == 200
+                    ):
+                        return
+                    assert time.monotonic() < deadline, "the server does not come to rest"
+                    time.sleep(0.2)
+
+            def twice(ask: Callable[[], Any]) -> Any:
+                """Ask until all chunks are there, then once more from an empty tree."""
+                ask()
+                settle()
+                return ask()
+
+            chat = {"messages": [{"role": "user", "content": "What does the with statement do?"}]}
+            for name, rag in (
+                ("query", {"k": 3}),
+                ("cacheblend", {"k": 3, "policy": "cacheblend", "ratio": 0.2}),
+                ("prefix", {"k": 3, "policy": "prefix"}),
+            ):
+                for stream in (False, True):
+                    body = {**chat, "max_tokens": 12, "rag": rag, "stream": stream}
+                    found[f"chat {name} {stream}"] = twice(
+                        lambda body=body: post("/v1/rag/chat/completions", body, key)
+                    )
+                    settle()
+            found["search"] = post("/v1/rag/search", {"query": "lambda", "k": 3}, key)
+            found |= _clients(model, target, key, scratch, twice, settle)
+            found["pipeline"] = []
+            backend = ServerBackend(target.url, api_key=key)
+            index = Index.open(scratch / "server" / "north")
+            with RagPipeline(index, backend, model, top_k=3) as pipeline:
+                for policy in ("query", "reuse"):
+
+                    def ask(policy: str = policy) -> Any:
+                        return pipeline.ask(
+                            "What is a lambda?",
+                            policy=policy,
+                            sampling=SamplingOptions(max_new_tokens=12),
+                        ).to_json()
+
+                    found["pipeline"].append(without_times(twice(ask)))
+                    settle()
+    return found
+
+
+def _clients(
+    model: Path,
+    target: Any,
+    key: str,
+    scratch: Path,
+    twice: Callable[[Callable[[], Any]], Any],
+    settle: Callable[[], None],
+) -> dict[str, Any]:
+    """LangChain's chat model and runnable, and a frontend program, on the running server."""
+    import pydoc_data.topics
+
+    import sglang as sgl
+    from langchain_core.documents import Document
+    from langchain_core.messages import HumanMessage
+
+    from rag_pipeline import frontend
+    from rag_pipeline.langchain import ChatSGLangRag, RagRetriever, RagRunnable
+
+    found: dict[str, Any] = {}
+    chat = ChatSGLangRag(
+        base_url=f"{target.url}/v1", api_key=key, tokenizer=str(model), max_tokens=12
+    )
+    documents = [
+        Document(
+            id=name, page_content=pydoc_data.topics.topics[name][:600], metadata={"title": name}
+        )
+        for name in ("for", "try", "assert")
+    ]
+
+    def invoke() -> Any:
+        message = chat.invoke([HumanMessage("What is it for?")], documents=documents)
+        return [message.content, without_times(message.response_metadata["rag"])]
+
+    def stream() -> Any:
+        whole: Any = None
+        for piece in chat.stream([HumanMessage("What is it for?")], documents=documents):
+            whole = piece if whole is None else whole + piece
+        return [whole.content, without_times(whole.response_metadata["rag"])]
+
+    found["langchain invoke"] = twice(invoke)
+    settle()
+    found["langchain stream"] = stream()
+    settle()
+    retriever = RagRetriever.from_index(scratch / "server" / "north", k=3)
+    runnable = RagRunnable(retriever=retriever, llm=chat)
+    found["langchain runnable"] = twice(
+        lambda: without_times(
+            json.loads(json.dumps(runnable.invoke("What is a while loop?"), default=str))
+        )
+    )
+    settle()
+    backend = frontend.RagEndpoint(
+        target.url, key, tokenizer=model, policy="query", build_missing=True
+    )
+
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "Texts:\n"
+        s += frontend.chunks(documents)
+        s += "\nIn one word, it is"
+        s += sgl.gen("word", max_tokens=6, temperature=0)
+
+    def run() -> Any:
+        state = program.run(backend=backend)
+        return [state["word"], without_times(state.get_meta_info("word").get("rag_fusion"))]
+
+    found["program"] = twice(run)
+    settle()
+    return found
+
+
+def ranks_part(scratch: Path) -> Any:
+    """Two tensor-parallel ranks of a tiny random model, by the script of their test."""
+    import socket
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    folder = scratch / "tiny"
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    draw = torch.Generator().manual_seed(3)
+    prefix, *chunks, question = [
+        torch.randint(2, 256, (count,), generator=draw).tolist() for count in (20, 40, 40, 40, 9)
+    ]
+    ids, spans = list(prefix), []
+    for chunk in chunks[::-1]:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += chunk
+    ids += question
+    names = ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.9")
+    policies = [{"mode": "off"}, *({"spans": spans, "policy": name} for name in names)]
+    case = scratch / "case.json"
+    case.write_text(
+        json.dumps({"prefix": prefix, "chunks": chunks, "ids": ids, "policies": policies})
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(__file__).parents[1] / "fusion" / "two_ranks.py"
+    outs = [scratch / f"rank{rank}.json" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(rank), str(port), str(folder), str(case), str(out)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank, out in enumerate(outs)
+    ]
+    assert [rank.wait(timeout=400) for rank in ranks] == [0, 0]
+    return [json.loads(out.read_text())["runs"] for out in outs]
+
+
+def record(out: Path) -> None:
+    """Write everything; takes some minutes."""
+    from rag_pipeline.models import resolve_llm
+
+    model = resolve_llm(MODEL).path
+    with tempfile.TemporaryDirectory(prefix="behaviour-") as name:
+        scratch = Path(name)
+        found = {
+            "engine": engine_part(model),
+            "served": served_part(model, scratch),
+            "ranks": ranks_part(scratch),
+        }
+    out.write_text(json.dumps(found, indent=1, sort_keys=True))
+
+
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Paths at which two recordings differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(before.keys() | after.keys())
+        return [
+            line
+            for name in names
+            for line in differences(before.get(name), after.get(name), f"{where}/{name}")
+        ]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [line for at, (a, b) in pairs for line in differences(a, b, f"{where}/{at}")]
+    return [] if before == after else [f"{where}: {before!r:.80} -> {after!r:.80}"]
+
+
+def main() -> int:
+    """Run the command."""
+    match sys.argv[1:]:
+        case ["record", out]:
+            record(Path(out))
+            return 0
+        case ["compare", before, after]:
+            found = differences(
+                json.loads(Path(before).read_text()), json.loads(Path(after).read_text())
+            )
+            print("\n".join(found[:40]) or "no difference")
+            return 1 if found else 0
+    print(__doc__)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
