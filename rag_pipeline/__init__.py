@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from rag_pipeline.models import resolve_embedder, resolve_llm
     from rag_pipeline.pipeline import RagPipeline
     from rag_pipeline.prompt_layout import PromptBuilder
+    from rag_pipeline.protocol import SamplingOptions, Usage
     from rag_pipeline.tokenizer import ModelTokenizer
-    from rag_pipeline.types import Answer, PromptLayout, SamplingOptions, Source, Span, Usage
+    from rag_pipeline.types import Answer, PromptLayout, Source, Span
 
 _MODULES = {
     "Answer": "types",

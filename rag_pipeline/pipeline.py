@@ -10,8 +10,9 @@ from typing import Self
 
 from rag_pipeline.generation import Backend
 from rag_pipeline.prompt_layout import PromptBuilder
-from rag_pipeline.question_run import QuestionRun, check_top_k
-from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Span
+from rag_pipeline.protocol import GenerationRequest, SamplingOptions, build_requests
+from rag_pipeline.question_run import AnswerRun, QuestionRun, check_top_k
+from rag_pipeline.types import Answer
 from retrievers.types import Chunk, Retriever
 
 DEFAULT_TOP_K = 4
@@ -119,16 +120,16 @@ class RagPipeline:
         run = QuestionRun.start(
             question, self.top_k if top_k is None else top_k, sampling, policy, ratio
         )
-        request = self._prepare(run, where)
-        pieces = self.backend.generate(request)
+        answer = self._prepare(run, where)
+        pieces = self.backend.generate(answer.request)
         try:
             for piece in pieces:
-                text = run.take(piece)
+                text = answer.take(piece)
                 if text:
                     yield text
         finally:
             pieces.close()
-        yield run.answer()
+        yield answer.answer()
 
     async def aask(
         self,
@@ -166,18 +167,18 @@ class RagPipeline:
         run = QuestionRun.start(
             question, self.top_k if top_k is None else top_k, sampling, policy, ratio
         )
-        request = await asyncio.to_thread(self._prepare, run, where)
-        pieces = self.backend.agenerate(request)
+        answer = await asyncio.to_thread(self._prepare, run, where)
+        pieces = self.backend.agenerate(answer.request)
         try:
             async for piece in pieces:
-                text = run.take(piece)
+                text = answer.take(piece)
                 if text:
                     yield text
         finally:
             await pieces.aclose()
-        yield run.answer()
+        yield answer.answer()
 
-    def _prepare(self, run: QuestionRun, where: Mapping[str, object] | None) -> GenerationRequest:
+    def _prepare(self, run: QuestionRun, where: Mapping[str, object] | None) -> AnswerRun:
         """Retrieve and lay out: all that comes before the backend."""
         hits = self.retriever.search(run.question, k=run.top_k, where=where)
         return run.lay_out(self.builder, hits, context_length=self.backend.context_length)
@@ -206,14 +207,11 @@ class RagPipeline:
         done = 0
         for chunk in chunks:
             ids = self.builder.chunk_ids(chunk)
-            # Two variants: for the chunk's own place, and for every other.
-            for passage in (False, True):
+            for fusion in build_requests(len(prefix), len(ids)):
                 request = GenerationRequest(
                     input_ids=(*prefix, *ids),
-                    spans=(Span(start=len(prefix), end=len(prefix) + len(ids), chunk_id=chunk.id),),
+                    fusion=fusion,
                     sampling=SamplingOptions(max_new_tokens=1),
-                    build=True,
-                    passage=passage,
                 )
                 for _ in self.backend.generate(request):
                     pass

@@ -1,34 +1,101 @@
-"""One question on its way through the pipeline: checked, laid out, answered, timed."""
+"""One question on its way through the pipeline: checked, retrieved for, laid out, answered, timed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.generation import extra_fields, usage_from_meta
-from rag_pipeline.generation.base import finish_reason
 from rag_pipeline.prompt_layout import PromptBuilder
-from rag_pipeline.types import (
-    Answer,
+from rag_pipeline.protocol import (
     GenerationPiece,
     GenerationRequest,
-    PromptLayout,
     SamplingOptions,
-    Source,
-    Timing,
+    Usage,
+    check_policy,
+    finish_reason,
+    fusion_request,
+    usage_from_meta,
 )
+from rag_pipeline.types import Answer, PromptLayout, Source, Timing
 from retrievers.types import SearchHit
 
 
 @dataclass(kw_only=True, slots=True)
-class QuestionRun:
-    """One question on its way; sync and async callers differ only in how they wait.
+class AnswerRun:
+    """A prompt whose answer comes in piece by piece; sync and async callers differ only in how they wait.
 
-    Made by :meth:`start`, then :meth:`lay_out`, :meth:`take` for every piece, :meth:`answer`.
-    Times are seconds of ``time.perf_counter``.
+    :meth:`take` every piece, then read the rest. Times are seconds of ``time.perf_counter``.
+
+    Parameters
+    ----------
+    layout
+        The prompt.
+    request
+        What the backend is sent.
+    policy, ratio
+        As asked.
+    started, retrieved
+        When the question came, and when its chunks were found.
     """
+
+    layout: PromptLayout
+    request: GenerationRequest
+    policy: str
+    ratio: float | None
+    started: float
+    retrieved: float
+    first: float | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    def take(self, piece: GenerationPiece) -> str:
+        """Note one piece and return the text to hand on; leading white space is dropped."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        self.meta = piece.meta_info
+        text = piece.text if self.text else piece.text.lstrip()
+        self.text += text
+        return text
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
+
+    @property
+    def finish(self) -> str | None:
+        """Why the answer ended, as the engine says."""
+        return finish_reason(self.meta)[0]
+
+    def timing(self) -> Timing:
+        """Seconds so far."""
+        now = time.perf_counter()
+        return Timing(
+            retrieve_s=self.retrieved - self.started,
+            ttft_s=(self.first or now) - self.retrieved,
+            total_s=now - self.started,
+        )
+
+    def answer(self) -> Answer:
+        """Sum up when the last piece has come."""
+        return Answer(
+            answer=self.text.strip(),
+            sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),
+            usage=self.usage,
+            timing=self.timing(),
+            policy=self.policy,
+            ratio=self.ratio,
+            dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
+            finish_reason=self.finish,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class QuestionRun:
+    """A checked question; made by :meth:`start`, and by :meth:`lay_out` turned into a prompt."""
 
     question: str
     top_k: int
@@ -36,11 +103,6 @@ class QuestionRun:
     policy: str
     ratio: float | None
     started: float
-    retrieved: float = 0.0
-    first: float | None = None
-    layout: PromptLayout | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
 
     @classmethod
     def start(
@@ -56,12 +118,11 @@ class QuestionRun:
         if not isinstance(question, str) or not question.strip():
             raise RagPipelineError("the question is empty; give at least one word")
         check_top_k(top_k)
-        sampling = sampling or SamplingOptions()
-        extra_fields(GenerationRequest(input_ids=(), sampling=sampling, policy=policy, ratio=ratio))
+        check_policy(policy, ratio)
         return cls(
             question=question.strip(),
             top_k=top_k,
-            sampling=sampling,
+            sampling=sampling or SamplingOptions(),
             policy=policy,
             ratio=ratio,
             started=started,
@@ -69,54 +130,29 @@ class QuestionRun:
 
     def lay_out(
         self, builder: PromptBuilder, hits: list[SearchHit], *, context_length: int
-    ) -> GenerationRequest:
-        """Turn the hits into a request; retrieval ends here."""
-        self.retrieved = time.perf_counter()
-        self.sampling = self.sampling.filled(
+    ) -> AnswerRun:
+        """Turn the hits into a prompt; retrieval ends here."""
+        retrieved = time.perf_counter()
+        sampling = self.sampling.filled(
             repetition_penalty=builder.repetition_penalty, stop=builder.echo(self.question)
         )
-        self.layout = builder.build(
+        layout = builder.build(
             self.question,
             hits,
-            max_new_tokens=self.sampling.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             context_length=context_length,
         )
-        return GenerationRequest(
-            input_ids=self.layout.input_ids,
-            spans=self.layout.chunk_spans,
-            sampling=self.sampling,
-            policy=self.policy,
-            ratio=self.ratio,
-        )
-
-    def take(self, piece: GenerationPiece) -> str:
-        """Note one piece and return the text to hand on; leading white space is dropped."""
-        if self.first is None:
-            self.first = time.perf_counter()
-        # An incremental stream reports the fusion in its first message only, and empty afterwards.
-        self.meta.update({key: value for key, value in piece.meta_info.items() if value != []})
-        text = piece.text if self.text else piece.text.lstrip()
-        self.text += text
-        return text
-
-    def answer(self) -> Answer:
-        """Sum up when the last piece has come."""
-        assert self.layout is not None
-        now = time.perf_counter()
-        meta = self.meta
-        return Answer(
-            answer=self.text.strip(),
-            sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),
-            usage=usage_from_meta(meta, prompt_tokens=len(self.layout.input_ids)),
-            timing=Timing(
-                retrieve_s=self.retrieved - self.started,
-                ttft_s=(self.first or now) - self.retrieved,
-                total_s=now - self.started,
+        return AnswerRun(
+            layout=layout,
+            request=GenerationRequest(
+                input_ids=layout.input_ids,
+                fusion=fusion_request(layout.chunk_spans, self.policy, self.ratio),
+                sampling=sampling,
             ),
             policy=self.policy,
             ratio=self.ratio,
-            dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
-            finish_reason=finish_reason(meta)[0],
+            started=self.started,
+            retrieved=retrieved,
         )
 
 

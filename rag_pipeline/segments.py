@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rag_pipeline.encoded_texts import EncodedTexts
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.generation import PREFIX_POLICY, extra_fields
 from rag_pipeline.tokenizer import ModelTokenizer
-from rag_pipeline.types import GenerationRequest, Span
-
-if TYPE_CHECKING:
-    from rag_pipeline.sglang_plugin import FusionRequest
+from rag_pipeline.types import Span
 
 Kind = Literal["text", "template", "chunk"]
 
@@ -174,47 +170,6 @@ def shared_prefix_len(encoder: SegmentEncoder, ids: Sequence[int], head: Sequenc
             break
         same += 1
     return same
-
-
-def fusion_request(
-    spans: Sequence[Span],
-    prefix_len: int,
-    policy: str,
-    ratio: float | None,
-    *,
-    conversation: str = "",
-) -> FusionRequest:
-    """What a request with these chunks asks of the fusion.
-
-    Parameters
-    ----------
-    spans
-        Chunks of the prompt.
-    prefix_len
-        Tokens that chunk KV is computed behind.
-    policy, ratio
-        As for :meth:`rag_pipeline.RagPipeline.ask`.
-    conversation
-        Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
-
-    Raises
-    ------
-    RagPipelineError
-        An unknown policy, or a ratio that it does not take.
-    """
-    from rag_pipeline.sglang_plugin import FusionRequest
-
-    # The one place that knows the policies and their ratios.
-    extra_fields(GenerationRequest(input_ids=(), policy=policy, ratio=ratio))
-    if policy == PREFIX_POLICY:
-        return FusionRequest(mode="off")
-    return FusionRequest(
-        spans=tuple((span.start, span.end) for span in spans),
-        prefix_len=prefix_len,
-        policy=policy,
-        ratio=ratio,
-        conversation=conversation,
-    )
 
 
 def rendered_parts(

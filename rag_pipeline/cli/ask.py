@@ -59,7 +59,7 @@ def run_ask(options: AskOptions, *, json_output: bool) -> None:
 def _keep_chunks(pipeline: RagPipeline, options: AskOptions) -> None:
     """Let an engine of our own compute the KV of this prompt's chunks before it is closed."""
     from rag_pipeline import EngineBackend
-    from rag_pipeline.generation import PREFIX_POLICY
+    from rag_pipeline.protocol import PREFIX_POLICY
 
     if options.policy == PREFIX_POLICY or not isinstance(pipeline.backend, EngineBackend):
         return
@@ -94,8 +94,7 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
 def open_pipeline(options: AskOptions) -> RagPipeline:
     """Open index, embedder and engine; index and embedder load while the engine starts."""
     from rag_pipeline import PromptBuilder, RagPipeline
-    from rag_pipeline.generation import extra_fields
-    from rag_pipeline.types import GenerationRequest
+    from rag_pipeline.protocol import check_policy
     from retrievers import DistinctRetriever
 
     if options.search not in SEARCHES:
@@ -103,7 +102,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
             f"--search is {options.search!r}; it must be one of {', '.join(SEARCHES)}"
         )
     # A policy that does not exist is refused before anything is opened.
-    extra_fields(GenerationRequest(input_ids=(), policy=options.policy, ratio=options.ratio))
+    check_policy(options.policy, options.ratio)
     index = open_index(options.index, embedder=options.embedder, search=options.search)
     retriever = DistinctRetriever(index.retriever(options.search))
     folder = resolve_llm_shown(options.model).path
@@ -123,7 +122,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
 def _open_backend(options: AskOptions, folder: Path, index: Index) -> Backend:
     from rag_pipeline import EngineBackend, ServerBackend
     from rag_pipeline.cli.cache import use_store
-    from rag_pipeline.generation import PREFIX_POLICY
+    from rag_pipeline.protocol import PREFIX_POLICY
 
     if options.server is not None:
         server = ServerBackend(options.server)

@@ -86,7 +86,7 @@ def compare_policies(pipeline: RagPipeline, question: str) -> list[dict[str, Any
         exact one first.
     """
     from rag_pipeline import RagPipeline, SamplingOptions
-    from rag_pipeline.generation import PREFIX_POLICY
+    from rag_pipeline.protocol import PREFIX_POLICY
 
     hits = pipeline.retriever.search(question, k=COMPARED_CHUNKS)
     chunks = [hit.chunk for hit in hits]

@@ -66,7 +66,7 @@ def run_serve(options: ServeOptions) -> None:
     """Serve; everything that can be refused is refused before the engine starts."""
     from rag_pipeline.cli.cache import use_store
     from rag_pipeline.cli.doctor import gate_facts
-    from rag_pipeline.generation import PREFIX_POLICY, extra_fields
+    from rag_pipeline.protocol import PREFIX_POLICY, check_policy
     from rag_pipeline.server import (
         ServerSettings,
         Tenants,
@@ -74,11 +74,10 @@ def run_serve(options: ServeOptions) -> None:
         refuse_exposure,
         serve,
     )
-    from rag_pipeline.types import GenerationRequest
 
     keys = _keys(options)
     _refuse_words(options)
-    extra_fields(GenerationRequest(input_ids=(), policy=options.policy))
+    check_policy(options.policy)
     indexes = parse_indexes(options.index)
     tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
     refuse_exposure(options.host, tenants, open_to_network=options.unprotected)

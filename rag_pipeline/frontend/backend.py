@@ -11,9 +11,14 @@ from sglang.lang.global_config import global_config
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import segments_of
-from rag_pipeline.generation import PREFIX_POLICY
-from rag_pipeline.generation.base import delta, finish_reason
-from rag_pipeline.segments import Segment, SegmentEncoder, fusion_request
+from rag_pipeline.protocol import (
+    PREFIX_POLICY,
+    StreamReader,
+    build_requests,
+    check_policy,
+    fusion_request,
+)
+from rag_pipeline.segments import Segment, SegmentEncoder
 from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import Span
 
@@ -61,7 +66,7 @@ class ChunkPrograms(ABC):
         build_missing: bool = False,
         keep_turns: bool = False,
     ) -> None:
-        fusion_request((), 0, policy, ratio)
+        check_policy(policy, ratio)
         self.encoder = SegmentEncoder(tokenizer)
         self.policy = policy
         self.ratio = ratio
@@ -98,23 +103,17 @@ class ChunkPrograms(ABC):
         answer = self.send(self._request(s, sampling_params))
         if isinstance(answer, list):  # n > 1
             return [one["text"] for one in answer], answer[0]["meta_info"]
-        _check_finish(answer["meta_info"])
-        return answer["text"], answer["meta_info"]
+        piece = StreamReader(incremental=True).read(answer)
+        return piece.text, piece.meta_info
 
     def generate_stream(
         self, s: Any, sampling_params: Any
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Continue the program's text piece by piece."""
-        seen = 0
-        meta: dict[str, Any] = {}
+        reader = StreamReader(incremental=self.incremental)
         for message in self.send_stream({**self._request(s, sampling_params), "stream": True}):
-            kind = _check_finish(message["meta_info"])
-            text, seen = delta(
-                message["text"], seen, incremental=self.incremental, final=kind is not None
-            )
-            # The report on the fusion comes in one message, and empty in later ones.
-            meta = meta | {k: v for k, v in message["meta_info"].items() if v != []}
-            yield text, meta
+            piece = reader.read(message)
+            yield piece.text, piece.meta_info
 
     def select(
         self, s: Any, choices: Sequence[str], temperature: float, choices_method: Any
@@ -168,11 +167,8 @@ class ChunkPrograms(ABC):
         ids, spans = self.encode(s.text_)
         if self.build_missing:
             self._build(ids, spans)
-        prefix_len = spans[0].start if spans else 0
         conversation = s.sid if self.keep_turns else ""
-        fusion = fusion_request(
-            spans, prefix_len, self.policy, self.ratio, conversation=conversation
-        )
+        fusion = fusion_request(spans, self.policy, self.ratio, conversation=conversation)
         fields = {
             name: value
             for name in _LOGPROB_FIELDS
@@ -192,8 +188,6 @@ class ChunkPrograms(ABC):
         }
 
     def _build(self, ids: Sequence[int], spans: Sequence[Span]) -> None:
-        from rag_pipeline.sglang_plugin import FusionRequest
-
         if not self.build_missing or not spans:
             return
         prefix = tuple(ids[: spans[0].start])
@@ -203,11 +197,7 @@ class ChunkPrograms(ABC):
             with self._build_lock:
                 if (prefix, chunk) in self._built:
                     continue
-                place = (len(prefix), len(prefix) + len(chunk))
-                for passage in (None, True):
-                    fusion = FusionRequest(
-                        mode="build", spans=(place,), prefix_len=len(prefix), passage=passage
-                    )
+                for fusion in build_requests(len(prefix), len(chunk)):
                     self.send(
                         {
                             "input_ids": [*prefix, *chunk],
@@ -237,10 +227,3 @@ class ChunkPrograms(ABC):
 def _mean(entries: Sequence[Any]) -> float:
     values = [entry[0] for entry in entries if entry[0] is not None]
     return sum(values) / len(values) if values else float("-inf")
-
-
-def _check_finish(meta: Mapping[str, Any]) -> str | None:
-    kind, message = finish_reason(meta)
-    if kind == "abort":
-        raise RagPipelineError(f"the engine aborted the request: {message or 'no reason'}")
-    return kind

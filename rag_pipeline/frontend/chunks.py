@@ -9,9 +9,8 @@ from sglang.lang.ir import SglArgument, SglConstantText
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import MarkedText
-from rag_pipeline.generation import usage_from_meta
 from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE
-from rag_pipeline.types import Usage
+from rag_pipeline.protocol import Usage, usage_from_meta
 
 
 def chunks(documents: Iterable[Any], *, template: str = DEFAULT_CHUNK_TEMPLATE) -> Any:

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rag_pipeline.generation.base import (
-    FUSION_KEY,
-    PREFIX_POLICY,
-    Backend,
-    extra_fields,
-    fusion_report,
-    usage_from_meta,
-)
+from rag_pipeline.generation.base import Backend
 
 if TYPE_CHECKING:
     from rag_pipeline.generation.engine import EngineBackend
     from rag_pipeline.generation.server import ServerBackend
 
-__all__ = [
-    "FUSION_KEY",
-    "PREFIX_POLICY",
-    "Backend",
-    "EngineBackend",
-    "ServerBackend",
-    "extra_fields",
-    "fusion_report",
-    "usage_from_meta",
-]
+__all__ = ["Backend", "EngineBackend", "ServerBackend"]
 
 _MODULES = {"EngineBackend": "engine", "ServerBackend": "server"}
 

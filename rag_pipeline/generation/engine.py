@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.generation.base import FUSION_KEY, delta, extra_fields, finish_reason
 from rag_pipeline.generation.loop_runner import LoopRunner
-from rag_pipeline.types import GenerationPiece, GenerationRequest
+from rag_pipeline.protocol import FUSION_KEY, GenerationPiece, GenerationRequest, StreamReader
 
 _END = object()
 
@@ -208,17 +207,12 @@ class EngineBackend:
                 sampling_params=request.sampling.to_params(),
                 stream=True,
                 rid=rid,
-                **extra_fields(request),
+                kv_hints=request.fusion.to_kv_hints(),
             )
-            seen = 0
-            async for out in stream:
-                meta = out["meta_info"]
-                kind, message = finish_reason(meta)
-                if kind == "abort":
-                    raise EngineError(f"the engine aborted the request: {message or 'no reason'}")
-                done = kind is not None
-                text, seen = delta(out["text"], seen, incremental=self._incremental, final=done)
-                put(GenerationPiece(text=text, meta_info=meta))
+            reader = StreamReader(incremental=self._incremental)
+            async for message in stream:
+                put(reader.read(message))
+                done = reader.finish is not None
         except EngineError:
             raise
         except ValueError as error:  # SGLang's word for a request it does not admit

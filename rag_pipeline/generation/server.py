@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.generation.base import delta, extra_fields, finish_reason
-from rag_pipeline.types import GenerationPiece, GenerationRequest
+from rag_pipeline.protocol import GenerationPiece, GenerationRequest, StreamReader
 
 _CONNECT_S = 10.0
 _INFO_S = 30.0
@@ -106,7 +105,7 @@ class ServerBackend:
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
         """Yield pieces as they come; closing the generator aborts the request."""
         body, rid = self._body(request)
-        reader = _Reader(self.url, incremental=self._incremental)
+        reader = _SseReader(self.url, incremental=self._incremental)
         try:
             with self._client.stream("POST", f"{self.url}/generate", json=body) as response:
                 if response.status_code != 200:
@@ -125,7 +124,7 @@ class ServerBackend:
     async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
         """Yield as :meth:`generate` does, without blocking the event loop."""
         body, rid = self._body(request)
-        reader = _Reader(self.url, incremental=self._incremental)
+        reader = _SseReader(self.url, incremental=self._incremental)
         # One client a request: an async client belongs to the loop that first used it, and a
         # pipeline may be used from several.
         async with httpx.AsyncClient(
@@ -157,7 +156,7 @@ class ServerBackend:
             "sampling_params": request.sampling.to_params(),
             "stream": True,
             "rid": rid,
-            **extra_fields(request),
+            "kv_hints": request.fusion.to_kv_hints(),
         }
         return body, rid
 
@@ -217,14 +216,13 @@ class ServerBackend:
         return info
 
 
-class _Reader:
+class _SseReader:
     """Turns server-sent lines into pieces."""
 
     def __init__(self, url: str, *, incremental: bool) -> None:
         self.done = False
         self._url = url
-        self._incremental = incremental
-        self._seen = 0
+        self._reader = StreamReader(incremental=incremental, sender="server")
 
     def read(self, line: str) -> GenerationPiece | None:
         """Piece of one line; None for blank lines and the end mark."""
@@ -241,16 +239,10 @@ class _Reader:
         if "error" in out:
             self.done = True
             raise EngineError(f"the server refused the request: {_message(out['error'])}")
-        meta = out["meta_info"]
-        kind, message = finish_reason(meta)
-        if kind == "abort":
-            self.done = True
-            raise EngineError(f"the server aborted the request: {message or 'no reason'}")
-        self.done = self.done or kind is not None
-        text, self._seen = delta(
-            out["text"], self._seen, incremental=self._incremental, final=kind is not None
-        )
-        return GenerationPiece(text=text, meta_info=meta)
+        try:
+            return self._reader.read(out)
+        finally:
+            self.done = self.done or self._reader.finish is not None
 
     def check_end(self) -> None:
         """Refuse a stream that broke off."""

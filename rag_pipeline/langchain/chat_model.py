@@ -28,15 +28,16 @@ from rag_pipeline.langchain.layout import (
 )
 from rag_pipeline.langchain.wire import (
     RAG_KEY,
+    ChunkReader,
     ServerFacts,
-    StreamReader,
     generate_body,
     token_report,
     usage_metadata,
 )
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
-from rag_pipeline.segments import SegmentEncoder, fusion_request
+from rag_pipeline.protocol import fusion_request
+from rag_pipeline.segments import SegmentEncoder
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
@@ -233,7 +234,11 @@ class ChatSGLangRag(ChatOpenAI):
             room = kwargs["max_tokens"] = DEFAULT_ANSWER_TOKENS
         layout = self._layouts().build(messages, documents or (), max_new_tokens=room)
         fusion = fusion_request(
-            layout.spans, layout.prefix_len, self.policy, self.ratio, conversation=conversation
+            layout.spans,
+            self.policy,
+            self.ratio,
+            prefix_len=layout.prefix_len,
+            conversation=conversation,
         )
         custom = {**(body.get("custom_params") or {}), **fusion.to_custom_params()}
         said = {**_NEUTRAL, "repetition_penalty": self._penalty, **body}
@@ -259,8 +264,8 @@ class ChatSGLangRag(ChatOpenAI):
         kwargs = {key: value for key, value in kwargs.items() if key != "stream_usage"}
         return generate_body(self._get_request_payload(messages, stop=stop, **kwargs))
 
-    def _reader(self, layout: ChatLayout) -> StreamReader:
-        return StreamReader(
+    def _reader(self, layout: ChatLayout) -> ChunkReader:
+        return ChunkReader(
             model_name=self.model_name,
             incremental=self._server().incremental,
             facts={"documents": list(layout.documents), "dropped": list(layout.dropped)},

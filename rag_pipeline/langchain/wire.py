@@ -11,9 +11,9 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
-from rag_pipeline.errors import EngineError, ModelError
-from rag_pipeline.generation import ServerBackend, fusion_report, usage_from_meta
-from rag_pipeline.generation.base import delta, finish_reason
+from rag_pipeline.errors import ModelError
+from rag_pipeline.generation import ServerBackend
+from rag_pipeline.protocol import StreamReader, fusion_report, usage_from_meta
 from rag_pipeline.tokenizer import ModelTokenizer
 
 RAG_KEY = "rag"
@@ -168,7 +168,7 @@ def usage_metadata(meta: Mapping[str, Any]) -> UsageMetadata:
     )
 
 
-class StreamReader:
+class ChunkReader:
     """Turns the messages of ``/generate`` into LangChain's chunks.
 
     Parameters
@@ -183,10 +183,8 @@ class StreamReader:
 
     def __init__(self, *, model_name: str, incremental: bool, facts: Mapping[str, Any]) -> None:
         self._model_name = model_name
-        self._incremental = incremental
+        self._reader = StreamReader(incremental=incremental, sender="server")
         self._facts = facts
-        self._seen = 0
-        self._meta: dict[str, Any] = {}
 
     def read(self, event: Any) -> Iterator[ChatGenerationChunk]:
         """Chunks of one message; the last message gives a second one with the report.
@@ -196,25 +194,18 @@ class StreamReader:
         EngineError
             The server aborted the request.
         """
-        # An incremental stream reports the fusion in its first message only, and empty afterwards.
-        self._meta |= {key: value for key, value in event["meta_info"].items() if value != []}
-        kind, reason = finish_reason(event["meta_info"])
-        if kind == "abort":
-            raise EngineError(f"the server aborted the request: {reason or 'no reason'}")
-        text, self._seen = delta(
-            event["text"], self._seen, incremental=self._incremental, final=kind is not None
-        )
-        yield ChatGenerationChunk(message=AIMessageChunk(content=text))
-        if kind is not None:
+        piece = self._reader.read(event)
+        yield ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
+        if self._reader.finish is not None:
             metadata = {
-                "finish_reason": kind,
+                "finish_reason": self._reader.finish,
                 "model_name": self._model_name,
                 "model_provider": "openai",
-                RAG_KEY: {**token_report(self._meta), **self._facts},
+                RAG_KEY: {**token_report(piece.meta_info), **self._facts},
             }
             last = AIMessageChunk(
                 content="",
                 response_metadata=metadata,
-                usage_metadata=usage_metadata(self._meta),
+                usage_metadata=usage_metadata(piece.meta_info),
             )
             yield ChatGenerationChunk(message=last)

@@ -9,13 +9,18 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rag_pipeline.generation import extra_fields, fusion_report, usage_from_meta
-from rag_pipeline.generation.base import finish_reason
+from rag_pipeline.protocol import (
+    GenerationRequest,
+    SamplingOptions,
+    check_policy,
+    fusion_report,
+    fusion_request,
+)
+from rag_pipeline.question_run import AnswerRun
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import error_body, refusal_of
 from rag_pipeline.server.segments import segments_of
-from rag_pipeline.types import GenerationRequest, PromptLayout, SamplingOptions
 from retrievers.distinct import FETCHED, distinct
 
 if TYPE_CHECKING:
@@ -44,36 +49,19 @@ def citation(number: int, hit: SearchHit, *, with_text: bool) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True, slots=True)
-class ChatRun:
-    """One request on its way."""
+class ChatRun(AnswerRun):
+    """One chat request on its way."""
 
     body: ChatRequest
     index_name: str
-    layout: PromptLayout
-    request: GenerationRequest
     params: dict[str, Any]
-    started: float
-    retrieved: float
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
-    first: float | None = None
-    text: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    def take(self, text: str, meta: Any) -> str:
-        """Note one piece and return what to hand on; leading white space is dropped."""
-        if self.first is None:
-            self.first = time.perf_counter()
-        # An incremental stream reports the fusion in its first message only, and empty afterwards.
-        self.meta.update({key: value for key, value in meta.items() if value != []})
-        piece = text if self.text else text.lstrip()
-        self.text += piece
-        return piece
 
     @property
-    def finish(self) -> str:
+    def openai_finish(self) -> str:
         """OpenAI's word for the end."""
-        return "length" if finish_reason(self.meta)[0] == "length" else "stop"
+        return "length" if self.finish == "length" else "stop"
 
     def citations(self) -> list[dict[str, Any]]:
         """Chunks in prompt order, numbered from 1, with the tokens that they fill."""
@@ -85,9 +73,9 @@ class ChatRun:
             )
         ]
 
-    def usage(self) -> dict[str, Any]:
+    def openai_usage(self) -> dict[str, Any]:
         """OpenAI's usage; the four kinds of prompt tokens stand in its details and add up."""
-        usage = usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
+        usage = self.usage
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
@@ -103,18 +91,16 @@ class ChatRun:
 
     def summary(self) -> dict[str, Any]:
         """The ``rag`` object of a finished answer, without its citations."""
-        now = time.perf_counter()
-        # An answer that comes as one piece shows no first token.
-        first = round((self.first or now) - self.retrieved, 6) if self.body.stream else None
+        timing = self.timing()
         report = fusion_report(self.meta) or {}
         sources = [hit.chunk.text for hit in self.layout.chunks]
-        usage = usage_from_meta(self.meta, prompt_tokens=len(self.layout.input_ids))
+        usage = self.usage
         behind = usage.prompt_tokens - usage.exact_prefix_tokens
         fraction = float(report.get("computed_fraction", 1.0))
         return {
             "index": self.index_name,
-            "policy": report.get("policy") or self.request.policy,
-            "ratio": report.get("ratio") if report.get("policy") else self.request.ratio,
+            "policy": report.get("policy") or self.policy,
+            "ratio": report.get("ratio") if report.get("policy") else self.ratio,
             "fused": bool(usage.reused_tokens or usage.recomputed_tokens),
             "fallback": report.get("fallback", ""),
             # Of the work behind the exact prefix, as the engine counts it; and of the whole prompt.
@@ -127,9 +113,10 @@ class ChatRun:
                 for number, hit in enumerate(self.layout.dropped, start=1)
             ],
             "timing": {
-                "retrieve_s": round(self.retrieved - self.started, 6),
-                "ttft_s": first,
-                "total_s": round(now - self.started, 6),
+                "retrieve_s": round(timing.retrieve_s, 6),
+                # An answer that comes as one piece shows no first token.
+                "ttft_s": round(timing.ttft_s, 6) if self.body.stream else None,
+                "total_s": round(timing.total_s, 6),
             },
         }
 
@@ -153,7 +140,7 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         stop=stop,
     )
     # A policy that does not exist is refused before anything is searched.
-    extra_fields(GenerationRequest(input_ids=(), policy=policy, ratio=options.ratio))
+    check_policy(policy, options.ratio)
     index = service.indexes.get(tenant, options.index)
     talk = read_conversation(body.messages)
     wanted = options.k or service.settings.top_k
@@ -184,11 +171,11 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         layout=layout,
         request=GenerationRequest(
             input_ids=layout.input_ids,
-            spans=layout.chunk_spans,
+            fusion=fusion_request(layout.chunk_spans, policy, options.ratio),
             sampling=sampling,
-            policy=policy,
-            ratio=options.ratio,
         ),
+        policy=policy,
+        ratio=options.ratio,
         params=params,
         started=started,
         retrieved=retrieved,
@@ -200,7 +187,7 @@ async def complete(service: RagService, run: ChatRun, http_request: Request) -> 
     async for piece in service.engine.generate(
         run.request, params=run.params, http_request=http_request, stream=False
     ):
-        run.take(piece.text, piece.meta_info)
+        run.take(piece)
     message = {"role": "assistant", "content": run.text.rstrip()}
     run.text = run.text.rstrip()
     return {
@@ -209,9 +196,9 @@ async def complete(service: RagService, run: ChatRun, http_request: Request) -> 
         "created": run.created,
         "model": service.model_name,
         "choices": [
-            {"index": 0, "message": message, "finish_reason": run.finish, "logprobs": None}
+            {"index": 0, "message": message, "finish_reason": run.openai_finish, "logprobs": None}
         ],
-        "usage": run.usage(),
+        "usage": run.openai_usage(),
         "rag": {"citations": run.citations(), **await service.after(run.summary)},
     }
 
@@ -230,16 +217,18 @@ async def stream(
     try:
         begun = False
         async for piece in pieces:
-            text = run.take(piece.text, piece.meta_info)
+            text = run.take(piece)
             if not begun:
                 begun = True
                 opening = {"role": "assistant", "content": ""}
                 yield _event(service, run, opening, rag={"citations": run.citations()})
             if text:
                 yield _event(service, run, {"content": text})
-        yield _event(service, run, {}, finish=run.finish, rag=await service.after(run.summary))
+        yield _event(
+            service, run, {}, finish=run.openai_finish, rag=await service.after(run.summary)
+        )
         if run.body.stream_options is not None and run.body.stream_options.include_usage:
-            yield _event(service, run, None, usage=run.usage())
+            yield _event(service, run, None, usage=run.openai_usage())
     except Exception as error:
         refusal = refusal_of(error)
         if run.first is None or refusal is None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.served_engine import activation_in
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Health:
         problems = [last.problem] if last.problem else []
         if last.info is not None:
             activation = activation_in(last.info).to_json()
-            fusion = last.info["internal_states"][0].get("rag_fusion") or {}
+            fusion = last.info["internal_states"][0].get(FUSION_KEY) or {}
             if not activation["active"]:
                 problems.append("the plugin is not active in the scheduler")
             if not fusion.get("on"):

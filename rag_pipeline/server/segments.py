@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rag_pipeline.types import PromptLayout, Usage
+from rag_pipeline.protocol import Usage
+from rag_pipeline.types import PromptLayout
 
 KINDS = ("exact_prefix", "reused", "recomputed", "fresh")
 """By the numbers that the engine's report uses."""

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.activation import Activation, activation_of
     from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE as FUSION_VARIABLE
     from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-    from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
     from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
     from rag_pipeline.sglang_plugin.startup import create_engine
 
@@ -24,7 +23,6 @@ __all__ = [
     "OFF_SWITCH",
     "Activation",
     "FusionConfig",
-    "FusionRequest",
     "HookTarget",
     "activate_platform",
     "activation_of",
@@ -42,7 +40,6 @@ _HOME = {
     "Activation": "activation",
     "activation_of": "activation",
     "FusionConfig": "fusion.config",
-    "FusionRequest": "fusion.request_spans",
     "HookTarget": "hook_table",
     "add_targets": "hook_table",
     "verify_targets": "hook_table",

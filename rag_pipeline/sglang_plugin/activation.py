@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.hook_table import (
     HookTarget,
     PluginRefused,
@@ -20,12 +21,10 @@ from rag_pipeline.sglang_plugin.hook_table import (
     unapplied_targets,
 )
 
-__all__ = ["STATE_KEY", "Activation", "activation_of", "register"]
+__all__ = ["ACTIVATION_KEY", "Activation", "activation_of", "register"]
 
-STATE_KEY = "rag_pipeline"
+ACTIVATION_KEY = "rag_pipeline"
 """Where the block stands in each of SGLang's ``internal_states``."""
-FUSION_KEY = "rag_fusion"
-"""Where fusion's own block stands beside it."""
 
 _STATE = (
     "sglang.srt.managers.scheduler_components.internal_state."
@@ -118,7 +117,7 @@ def scheduler_block(scheduler: Any) -> dict[str, Any]:
 
 
 def _add_block(result: Any, controller: Any, *args: Any, **kwargs: Any) -> Any:
-    result.internal_state[STATE_KEY] = scheduler_block(controller.scheduler)
+    result.internal_state[ACTIVATION_KEY] = scheduler_block(controller.scheduler)
     return result
 
 
@@ -183,7 +182,7 @@ def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:
         raise EngineError(
             f"{engine!r} does not answer like SGLang: no internal_states in its info."
         )
-    blocks = [state.get(STATE_KEY) for state in states]
+    blocks = [state.get(ACTIVATION_KEY) for state in states]
     name = str(states[0].get("attention_backend") or "")
     if any(block is None for block in blocks):
         return Activation(

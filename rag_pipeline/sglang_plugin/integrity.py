@@ -10,11 +10,11 @@ from typing import Any
 
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
-__all__ = ["INTEGRITY", "STATE_KEY", "register"]
+__all__ = ["INTEGRITY", "INTEGRITY_KEY", "register"]
 
 INTEGRITY = "RAG_PIPELINE_INTEGRITY"
 """Environment variable: ``on`` or ``off`` (default)."""
-STATE_KEY = "rag_integrity"
+INTEGRITY_KEY = "rag_integrity"
 """Where the account stands in each of SGLang's ``internal_states``."""
 
 _STATE = (
@@ -51,7 +51,7 @@ def account(scheduler: Any) -> dict[str, Any]:
 
 
 def _add(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
-    result.internal_state[STATE_KEY] = account(controller.scheduler)
+    result.internal_state[INTEGRITY_KEY] = account(controller.scheduler)
 
 
 def register() -> None:

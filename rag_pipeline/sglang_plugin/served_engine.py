@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.generation.base import delta, extra_fields, finish_reason
+from rag_pipeline.protocol import AbortedError, GenerationPiece, GenerationRequest, StreamReader
 from rag_pipeline.sglang_plugin.activation import Activation, activation_of
-from rag_pipeline.types import GenerationPiece, GenerationRequest
 
 __all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
 
@@ -85,30 +84,27 @@ class ServedEngine:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         manager, rid = self._manager, uuid.uuid4().hex
-        done, seen = False, 0
+        reader = StreamReader(incremental=self._incremental)
         try:
             obj = GenerateReqInput(
                 input_ids=list(request.input_ids),
                 sampling_params=params,
                 stream=stream,
                 rid=rid,
-                **extra_fields(request),
+                kv_hints=request.fusion.to_kv_hints(),
             )
-            async for out in manager.generate_request(obj, http_request):
-                meta = out["meta_info"]
-                kind, message = finish_reason(meta)
-                done = kind is not None
-                if kind == "abort":
-                    raise _aborted(meta, message)
-                text, seen = delta(out["text"], seen, incremental=self._incremental, final=done)
-                yield GenerationPiece(text=text, meta_info=meta)
+            async for message in manager.generate_request(obj, http_request):
+                yield reader.read(message)
+        except AbortedError as error:
+            line = _one_line(error.reason or "the engine aborted the request; send it again")
+            raise RefusedRequestError(line, error.status or 503) from None
         except EngineError:
             raise
         except ValueError as error:  # SGLang's word for a request that it does not admit
             status = int(getattr(error, "status_code", 400))
             raise RefusedRequestError(_one_line(error), status) from error
         finally:
-            if not done:
+            if reader.finish is None:
                 manager.abort_request(rid)
 
     async def state(self) -> dict[str, Any]:
@@ -145,14 +141,6 @@ class _Info:
 def activation_in(info: dict[str, Any]) -> Activation:
     """Read the facts of the plugin from :meth:`ServedEngine.state`."""
     return activation_of(_Info(info))
-
-
-def _aborted(meta: Any, message: str | None) -> RefusedRequestError:
-    reason = meta.get("finish_reason")
-    status = reason.get("status_code") if isinstance(reason, dict) else None
-    return RefusedRequestError(
-        _one_line(message or "the engine aborted the request; send it again"), int(status or 503)
-    )
 
 
 def _one_line(error: object) -> str:

@@ -46,7 +46,8 @@ def main() -> None:
         engine = create_engine(folder, **SETTINGS)
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from rag_pipeline.sglang_plugin import FusionRequest, activation_of
+    from rag_pipeline.protocol import FusionRequest
+    from rag_pipeline.sglang_plugin import activation_of
 
     def ask(ids, fusion, new, start):
         hints = None

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.consent import (
     may_match_unasked,
     refuse_asked,
     refuse_engine,
 )
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 
 VOCAB, PREFIX, CHUNK = 256, 20, 80
 SILENT = {"return_logprob": False, "top": 0}

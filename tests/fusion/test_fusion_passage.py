@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rag_pipeline.protocol import RequestError
+from rag_pipeline.protocol.fields import parse_fields
 from rag_pipeline.sglang_plugin.fusion.passage import MAX_CONTEXT_SHARE, passage_ids
-from rag_pipeline.sglang_plugin.fusion.request_spans import RequestError, parse_fields
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
 
 VOCAB, PREFIX, PASSAGE, CHUNK = 256, 20, 50, 80

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion import background, batching, conversation
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request_state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.tp import RankGroup

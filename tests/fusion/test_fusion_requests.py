@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 
 from chunk_cache.policies import create_policy
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol import FusionRequest, RequestError
+from rag_pipeline.protocol.fields import parse_custom_params, parse_fields, parse_request
+from rag_pipeline.protocol.fusion_request import ACTION_TYPE
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request_spans import (
-    ACTION_TYPE,
-    FusionRequest,
-    RequestError,
-    parse_custom_params,
-    parse_fields,
-    parse_request,
-)
 from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, UsageReport
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.usage import fill_report

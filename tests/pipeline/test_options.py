@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.generation import extra_fields, usage_from_meta
-from rag_pipeline.generation.base import delta
 from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.protocol import (
+    AbortedError,
+    FusionRequest,
+    GenerationRequest,
+    SamplingOptions,
+    StreamReader,
+    build_requests,
+    fusion_report,
+    fusion_request,
+    usage_from_meta,
+)
 from rag_pipeline.question_run import QuestionRun
 from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.schemas import Message
-from rag_pipeline.types import Answer, GenerationRequest, SamplingOptions, Source, Span, Timing
+from rag_pipeline.types import Answer, Source, Span, Timing
 
 
 @pytest.mark.parametrize(
@@ -34,33 +44,33 @@ def test_bad_sampling_options(options: dict[str, float], says: str) -> None:
     assert says in str(error.value)
 
 
+def payload_of(fusion: FusionRequest) -> dict[str, Any]:
+    (action,) = fusion.to_kv_hints()["actions"]
+    payload: dict[str, Any] = action["payload"]
+    return payload
+
+
 def test_policy_seam_refuses_what_it_does_not_know() -> None:
-    for request in (
-        GenerationRequest(input_ids=(1,)),
-        GenerationRequest(input_ids=(1, 2, 3), spans=(Span(start=1, end=2),)),
-    ):
-        (action,) = extra_fields(request)["kv_hints"]["actions"]
-        assert action["payload"]["mode"] == "off"
+    assert payload_of(GenerationRequest(input_ids=(1,)).fusion)["mode"] == "off"
+    assert payload_of(fusion_request((Span(start=1, end=2),), "prefix"))["mode"] == "off"
     with pytest.raises(RagPipelineError, match=r"policy 'magic' is unknown; allowed are prefix"):
-        extra_fields(GenerationRequest(input_ids=(1,), policy="magic"))
+        fusion_request((), "magic")
     with pytest.raises(RagPipelineError, match="takes no ratio"):
-        extra_fields(GenerationRequest(input_ids=(1,), ratio=0.5))
+        fusion_request((), "prefix", 0.5)
 
 
 def test_policy_and_spans_travel_in_kv_hints() -> None:
     spans = (Span(start=4, end=9), Span(start=9, end=12))
-    request = GenerationRequest(input_ids=tuple(range(20)), spans=spans, policy="query", ratio=0.2)
-    (action,) = extra_fields(request)["kv_hints"]["actions"]
-    assert action["payload"] == {
+    assert payload_of(fusion_request(spans, "query", 0.2)) == {
         "mode": "fuse",
         "prefix_len": 4,
         "spans": [[4, 9], [9, 12]],
         "policy": "query",
         "ratio": 0.2,
     }
-    build = GenerationRequest(input_ids=tuple(range(9)), spans=spans[:1], build=True)
-    (action,) = extra_fields(build)["kv_hints"]["actions"]
-    assert action["payload"] == {"mode": "build", "prefix_len": 4, "spans": [[4, 9]]}
+    own, elsewhere = build_requests(4, 5)
+    assert payload_of(own) == {"mode": "build", "prefix_len": 4, "spans": [[4, 9]]}
+    assert payload_of(elsewhere) == {**payload_of(own), "passage": True}
 
 
 def test_usage_adds_up_with_and_without_the_fusion_report() -> None:
@@ -72,14 +82,37 @@ def test_usage_adds_up_with_and_without_the_fusion_report() -> None:
     assert (fused.recomputed_tokens, fused.fresh_tokens) == (10, 20)
 
 
-def test_delta_joins_to_the_whole_text_and_holds_back_half_characters() -> None:
-    so_far = ["a", "a\ufffd", "aé", "aé", "aé\ufffd"]
-    seen, pieces = 0, []
-    for index, text in enumerate(so_far):
-        piece, seen = delta(text, seen, incremental=False, final=index == len(so_far) - 1)
-        pieces.append(piece)
+def message(text: str, **meta: Any) -> dict[str, Any]:
+    return {"text": text, "meta_info": {"finish_reason": None, **meta}}
+
+
+def test_a_stream_joins_to_the_whole_text_and_holds_back_half_characters() -> None:
+    reader = StreamReader(incremental=False)
+    so_far = ["a", "a\ufffd", "aé", "aé"]
+    pieces = [reader.read(message(text)).text for text in so_far]
+    pieces.append(reader.read(message("aé\ufffd", finish_reason={"type": "stop"})).text)
     assert pieces == ["a", "", "é", "", "\ufffd"]
-    assert delta("xy", 5, incremental=True, final=False) == ("xy", 7)
+    assert reader.finish == "stop"
+    incremental = StreamReader(incremental=True)
+    assert [incremental.read(message(text)).text for text in ("xy", "xy")] == ["xy", "xy"]
+
+
+def test_what_one_message_reports_later_pieces_hold_too() -> None:
+    reader = StreamReader(incremental=True)
+    report = {"exact_prefix_tokens": 20, "reused_tokens": 50, "recomputed_tokens": 10}
+    first = reader.read(message("x", rag_fusion=report, cached_tokens=80))
+    last = reader.read(message("y", rag_fusion=[], completion_tokens=2))
+    assert fusion_report(first.meta_info) == fusion_report(last.meta_info) == report
+    assert usage_from_meta(last.meta_info, prompt_tokens=100).completion_tokens == 2
+
+
+def test_an_abort_says_who_gave_up_and_why() -> None:
+    ended = {"type": "abort", "message": "out of memory", "status_code": 503}
+    with pytest.raises(AbortedError, match="the server aborted the request: out of memory") as told:
+        StreamReader(incremental=True, sender="server").read(message("", finish_reason=ended))
+    assert (told.value.reason, told.value.status) == ("out of memory", 503)
+    with pytest.raises(AbortedError, match="the engine aborted the request: no reason"):
+        StreamReader(incremental=True).read(message("", finish_reason={"type": "abort"}))
 
 
 def test_answer_json_has_exactly_the_keys_of_the_contract() -> None:
@@ -128,7 +161,7 @@ def test_an_answer_is_decoded_with_the_penalty_that_the_models_publisher_names(
     builder = PromptBuilder(tmp_path)
     for given, used in ((None, penalty), (1.0, 1.0), (1.3, 1.3)):
         run = QuestionRun.start("q", 1, SamplingOptions(repetition_penalty=given), "prefix", None)
-        request = run.lay_out(builder, [], context_length=2048)
+        request = run.lay_out(builder, [], context_length=2048).request
         assert request.sampling.to_params()["repetition_penalty"] == used
 
 
@@ -136,7 +169,7 @@ def test_an_answer_ends_where_it_asks_its_own_question_again(smollm2_path: Path)
     """A small model goes on with the prompt's question; an answer may hold other questions."""
     builder = PromptBuilder(smollm2_path)
     run = QuestionRun.start("When? " * 40, 1, SamplingOptions(stop=("END",)), "prefix", None)
-    stop = run.lay_out(builder, [], context_length=2048).sampling.to_params()["stop"]
+    stop = run.lay_out(builder, [], context_length=2048).request.sampling.to_params()["stop"]
     assert stop[0] == "END"
     assert stop[1].startswith("\nQuestion: When? When?")
     assert len(stop[1]) == 81

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rag_pipeline import Answer, EngineBackend, EngineError, RagPipeline, RagPipelineError
-from rag_pipeline.types import GenerationRequest, SamplingOptions
+from rag_pipeline.protocol import GenerationRequest, SamplingOptions
 from retrievers.types import Chunk, SearchHit
 
 pytestmark = pytest.mark.engine

@@ -19,7 +19,7 @@ import pytest
 
 from rag_pipeline import EngineError, ServerBackend
 from rag_pipeline.prompt_layout import PromptBuilder
-from rag_pipeline.types import GenerationRequest, SamplingOptions
+from rag_pipeline.protocol import GenerationRequest, SamplingOptions
 
 
 def free_port() -> int:

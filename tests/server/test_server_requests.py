@@ -8,12 +8,13 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from rag_pipeline.protocol import Usage
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import refusal_of
 from rag_pipeline.server.schemas import ChatRequest, DocumentsRequest, Message, SearchRequest
 from rag_pipeline.server.segments import segments_of
-from rag_pipeline.types import PromptLayout, Span, Usage
+from rag_pipeline.types import PromptLayout, Span
 
 
 def test_a_conversation_stands_behind_the_chunks() -> None:

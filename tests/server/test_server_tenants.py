@@ -14,8 +14,8 @@ import pytest
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 from rag_pipeline import ServerBackend
+from rag_pipeline.protocol import GenerationRequest, SamplingOptions
 from rag_pipeline.sglang_plugin.fusion.erased import LOOK_S
-from rag_pipeline.types import GenerationRequest, SamplingOptions
 
 pytestmark = pytest.mark.engine
 

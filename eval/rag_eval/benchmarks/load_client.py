@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_eval.errors import EvalError
 from rag_eval.runner.modes import Mode
-from rag_eval.runner.session import mode_hints
+from rag_eval.runner.session import mode_request
 
 if TYPE_CHECKING:
     from rag_eval.runner.prompts import EvalPrompt
@@ -168,7 +168,7 @@ def _rows(prompts: Sequence[EvalPrompt], mode: Mode, output_tokens: int) -> list
             prompt=prompt.input_ids,
             prompt_len=len(prompt.input_ids),
             output_len=output_tokens,
-            extra_request_body={"kv_hints": mode_hints(prompt, mode)},
+            extra_request_body={"kv_hints": mode_request(prompt, mode).to_kv_hints()},
         )
         for prompt in prompts
     ]

@@ -43,7 +43,7 @@ from rag_eval.benchmarks.router_process import (
     running_router,
 )
 from rag_eval.errors import EvalError
-from rag_eval.runner.session import fusion_hints
+from rag_pipeline.protocol import FusionRequest, build_requests
 
 PREFIX_TOKENS = 24
 QUESTION_TOKENS = 12
@@ -208,21 +208,19 @@ def warm(requests: Sequence[TopicRequest], urls: Sequence[str]) -> None:
     chunks = {request.input_ids[start:end] for request in requests for start, end in request.spans}
     for url in urls:
         for chunk in sorted(chunks):
-            span = [len(prefix), len(prefix) + len(chunk)]
-            built = {"mode": "build", "spans": [span], "prefix_len": len(prefix)}
-            for fields in (built, built | {"passage": True}):
-                _generate(url, [*prefix, *chunk], fusion_hints(fields))
+            for fusion in build_requests(len(prefix), len(chunk)):
+                _generate(url, [*prefix, *chunk], fusion)
 
 
 def _generate(
-    address: str, input_ids: Sequence[int], hints: dict[str, Any], **headers: str
+    address: str, input_ids: Sequence[int], fusion: FusionRequest, **headers: str
 ) -> None:
     answer = httpx.post(
         f"{address}/generate",
         json={
             "input_ids": list(input_ids),
             "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True},
-            "kv_hints": hints,
+            "kv_hints": fusion.to_kv_hints(),
         },
         headers=headers,
         timeout=120,
@@ -239,15 +237,10 @@ def send(
     seen = [value["requests"] for value in before]
     topics: list[set[str]] = [set() for _ in urls]
     for request in requests:
-        hints = fusion_hints(
-            {
-                "mode": "fuse",
-                "spans": [list(span) for span in request.spans],
-                "prefix_len": request.spans[0][0],
-                "policy": config.policy,
-            }
+        fusion = FusionRequest(
+            spans=request.spans, prefix_len=request.spans[0][0], policy=config.policy
         )
-        _generate(address, request.input_ids, hints, **{ROUTING_KEY: request.topic})
+        _generate(address, request.input_ids, fusion, **{ROUTING_KEY: request.topic})
         now = _settled(urls, sum(seen) + 1)
         for index, count in enumerate(now):
             if count > seen[index]:

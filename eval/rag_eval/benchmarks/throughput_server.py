@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_eval.benchmarks.workload import Workload, build_requests, single_request
+from rag_eval.benchmarks.workload import Workload, build_bodies, single_request
 from rag_eval.errors import EvalError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ServerUnderTest:
         """Compute every chunk of the corpus once."""
         cpu_before = self._cpu_seconds() if self._cpu_seconds else 0.0
         started = time.perf_counter()
-        bodies = build_requests(self._workload.corpus)
+        bodies = build_bodies(self._workload.corpus)
         for body in bodies:
             self._generate(body)
         cpu_s = round(self._cpu_seconds() - cpu_before, 2) if self._cpu_seconds else None
@@ -121,7 +121,7 @@ class ServerUnderTest:
 
     def probe(self, mode: Mode) -> dict[str, Any]:
         """Serve a few prompts alone: what a mode does, and how long it takes without a queue."""
-        from rag_pipeline.generation import fusion_report
+        from rag_pipeline.protocol import fusion_report
 
         prompts = self._workload.prompts[:PROBES]
         reports = []

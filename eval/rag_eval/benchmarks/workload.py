@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rag_eval.datasets import Example, PromptChunk
 from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
+from rag_pipeline.protocol import FusionRequest, build_requests
 
 if TYPE_CHECKING:
     from rag_eval.runner.prompts import EvalPrompt, PromptMaker
@@ -106,30 +107,25 @@ def _draw(config: WorkloadConfig, rng: random.Random) -> list[int]:
     return drawn
 
 
-def build_requests(corpus: EvalPrompt) -> list[dict[str, Any]]:
+def build_bodies(corpus: EvalPrompt) -> list[dict[str, Any]]:
     """Bodies for ``/generate`` that compute and keep the KV of every chunk, both variants."""
-    from rag_eval.runner.session import fusion_hints
-
-    start = len(corpus.prefix_ids)
-    bodies = []
-    for chunk in corpus.chunks:
-        span = [start, start + len(chunk.ids)]
-        built = {"mode": "build", "spans": [span], "prefix_len": start}
-        for fields in (built, built | {"passage": True}):
-            bodies.append(_body([*corpus.prefix_ids, *chunk.ids], 1, fusion_hints(fields)))
-    return bodies
+    return [
+        _body([*corpus.prefix_ids, *chunk.ids], 1, fusion)
+        for chunk in corpus.chunks
+        for fusion in build_requests(len(corpus.prefix_ids), len(chunk.ids))
+    ]
 
 
 def single_request(prompt: EvalPrompt, mode: Any, output_tokens: int) -> dict[str, Any]:
     """Body for ``/generate`` that serves one prompt in a mode."""
-    from rag_eval.runner.session import mode_hints
+    from rag_eval.runner.session import mode_request
 
-    return _body(prompt.input_ids, output_tokens, mode_hints(prompt, mode))
+    return _body(prompt.input_ids, output_tokens, mode_request(prompt, mode))
 
 
-def _body(input_ids: Sequence[int], new_tokens: int, hints: dict[str, Any]) -> dict[str, Any]:
+def _body(input_ids: Sequence[int], new_tokens: int, fusion: FusionRequest) -> dict[str, Any]:
     return {
         "input_ids": list(input_ids),
         "sampling_params": {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        "kv_hints": hints,
+        "kv_hints": fusion.to_kv_hints(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from rag_eval.runner.cpu import EngineCpu
 from rag_eval.runner.forcing import forcing_params, processor_string, read_logits
 from rag_eval.runner.modes import Mode
 from rag_eval.runner.prompts import EvalPrompt
-from rag_pipeline.generation import FUSION_KEY, fusion_report
+from rag_pipeline.protocol import (
+    LEFT_ALONE,
+    FusionRequest,
+    StreamReader,
+    build_requests,
+    fusion_report,
+)
 
 _FLUSH_TRIES = 50
 _FLUSH_WAIT_S = 0.1
@@ -103,27 +109,23 @@ class EngineSession:
             time.sleep(_FLUSH_WAIT_S)
         raise RuntimeError("the engine did not flush its cache: requests are still running in it")
 
-    def prefill(self, input_ids: Sequence[int], *, hints: dict[str, Any] | None = None) -> Any:
+    def prefill(self, input_ids: Sequence[int], fusion: FusionRequest = LEFT_ALONE) -> Any:
         """Serve a prompt for its KV alone."""
         return self._engine.generate(
             input_ids=list(input_ids),
             sampling_params={"temperature": 0.0, "max_new_tokens": 1},
-            kv_hints=hints if hints is not None else fusion_hints({"mode": "off"}),
+            kv_hints=fusion.to_kv_hints(),
         )
 
     def build_chunks(self, prompt: EvalPrompt, *, store: bool) -> None:
         """Compute every chunk behind the shared prefix, and keep its KV when `store` is set."""
         start = len(prompt.prefix_ids)
         for chunk in prompt.chunks:
-            hints = None
+            own = LEFT_ALONE
             if store:
-                span = [start, start + len(chunk.ids)]
-                built = {"mode": "build", "spans": [span], "prefix_len": start}
-                self.prefill(
-                    [*prompt.prefix_ids, *chunk.ids], hints=fusion_hints(built | {"passage": True})
-                )
-                hints = fusion_hints(built)
-            self.prefill([*prompt.prefix_ids, *chunk.ids], hints=hints)
+                own, elsewhere = build_requests(start, len(chunk.ids))
+                self.prefill([*prompt.prefix_ids, *chunk.ids], elsewhere)
+            self.prefill([*prompt.prefix_ids, *chunk.ids], own)
 
     def serve(self, prompt: EvalPrompt, mode: Mode, *, max_new_tokens: int) -> Served:
         """Answer greedily and time the first token.
@@ -136,24 +138,23 @@ class EngineSession:
         stream = self._engine.generate(
             input_ids=prompt.input_ids,
             sampling_params={"temperature": 0.0, "max_new_tokens": max_new_tokens},
-            kv_hints=mode_hints(prompt, mode),
+            kv_hints=mode_request(prompt, mode).to_kv_hints(),
             stream=True,
         )
         cpu_before = self._cpu.seconds()
         started = time.perf_counter()
+        reader = StreamReader(incremental=False)
         last: dict[str, Any] = {}
-        report: Mapping[str, Any] = {}
         ttft_s = ttft_cpu_s = -1.0
         for piece in stream:
             last = piece
-            # The report is sent once, with the first piece that follows the prefill.
-            report = fusion_report(piece["meta_info"]) or report
+            reader.read(piece)
             if ttft_s < 0:
                 ttft_s = time.perf_counter() - started
                 ttft_cpu_s = self._cpu.seconds() - cpu_before
         # SGLang may merge streamed pieces that nobody has read yet, and the report goes with them.
-        lost = mode.fused and not report
-        usage = {} if lost else self._usage({**last["meta_info"], FUSION_KEY: report}, mode)
+        lost = mode.fused and not fusion_report(reader.meta)
+        usage = {} if lost else self._usage(reader.meta, mode)
         return Served(
             output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
         )
@@ -189,7 +190,7 @@ class EngineSession:
                 "custom_params": forcing_params(gold, file),
             },
             custom_logit_processor=self._processor,
-            kv_hints=None if without_hints else mode_hints(prompt, mode),
+            kv_hints=None if without_hints else mode_request(prompt, mode).to_kv_hints(),
         )
         if list(answer["output_ids"]) != gold:
             raise RuntimeError(
@@ -240,31 +241,15 @@ class EngineSession:
         return usage
 
 
-def mode_hints(prompt: EvalPrompt, mode: Mode) -> dict[str, Any]:
-    """``kv_hints`` of a request in a mode; modes without fusion switch matching off."""
+def mode_request(prompt: EvalPrompt, mode: Mode) -> FusionRequest:
+    """What a request in a mode asks of fusion; modes without fusion switch matching off."""
     if not mode.fused:
-        return fusion_hints({"mode": "off"})
-    payload: dict[str, Any] = {
-        "mode": "fuse",
-        "spans": [list(span) for span in prompt.spans],
-        "prefix_len": len(prompt.prefix_ids),
-        "policy": mode.policy,
-    }
-    if mode.ratio is not None:
-        payload["ratio"] = mode.ratio
-    if not mode.passage:
-        payload["passage"] = False
-    if mode.options:
-        payload["options"] = dict(mode.options)
-    return fusion_hints(payload)
-
-
-def fusion_hints(payload: dict[str, Any]) -> dict[str, Any]:
-    """Build the ``kv_hints`` envelope that the plugin reads."""
-    action = {
-        "action_id": "rag-eval-0",
-        "action_type": "rag.fusion",
-        "action_version": "1",
-        "payload": payload,
-    }
-    return {"protocol_version": "1", "message_id": "rag-eval", "actions": [action]}
+        return LEFT_ALONE
+    return FusionRequest(
+        spans=prompt.spans,
+        prefix_len=len(prompt.prefix_ids),
+        policy=mode.policy,
+        ratio=mode.ratio,
+        options=tuple(sorted(mode.options.items())),
+        passage=None if mode.passage else False,
+    )

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
+from rag_pipeline.protocol import FusionRequest, RequestError
+from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion import plan as planning
 from rag_pipeline.sglang_plugin.fusion.chunk_search import (
     build_behind_passage,
@@ -18,11 +20,6 @@ from rag_pipeline.sglang_plugin.fusion.chunk_search import (
 from rag_pipeline.sglang_plugin.fusion.consent import may_match_unasked, refuse_asked
 from rag_pipeline.sglang_plugin.fusion.conversation import lease_turns
 from rag_pipeline.sglang_plugin.fusion.internal_requests import is_internal
-from rag_pipeline.sglang_plugin.fusion.request_spans import (
-    FusionRequest,
-    RequestError,
-    parse_request,
-)
 from rag_pipeline.sglang_plugin.fusion.request_state import (
     ATTRIBUTE,
     Capture,

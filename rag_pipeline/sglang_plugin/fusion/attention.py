@@ -23,7 +23,7 @@ from rag_kernels import (
     position_causal_attention,
 )
 
-STATE_KEY = "rag_fusion"
+PASS_KEY = "rag_fused_pass"
 
 
 class StopPassError(Exception):
@@ -200,7 +200,7 @@ class FusedPass:
 def find_pass(forward_batch: Any) -> FusedPass | None:
     """Return the fused pass that a batch belongs to, or None."""
     states = getattr(forward_batch, "model_specific_states", None)
-    found = states.get(STATE_KEY) if states else None
+    found = states.get(PASS_KEY) if states else None
     return found if isinstance(found, FusedPass) else None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from chunk_cache import ChunkKey, ChunkState
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion import internal_requests
 from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.runtime import (
     FusionRuntime,
     KnownPrefix,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rag_kernels import MeanShiftPlan, PositionCausalPlan, plan_position_causal
-from rag_pipeline.sglang_plugin.fusion.attention import STATE_KEY, FusedPass, Loader, Observer
+from rag_pipeline.sglang_plugin.fusion.attention import PASS_KEY, FusedPass, Loader, Observer
 from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.write_guard import WriteGuard
@@ -166,7 +166,7 @@ def make_view(
     """
     device = batch.input_ids.device
     slots = torch.cat([r.row_slots for r in rows]) if fused is None else fused.row_slots
-    own = {} if fused is None else {STATE_KEY: fused}
+    own = {} if fused is None else {PASS_KEY: fused}
     counts = [r.count for r in rows]
     positions = torch.cat([r.positions for r in rows]).to(device, batch.positions.dtype)
     lens = torch.tensor(counts, dtype=torch.int32)

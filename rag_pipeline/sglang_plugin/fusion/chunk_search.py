@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chunk_cache import ChunkKey, Match
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix, TokenArray
 

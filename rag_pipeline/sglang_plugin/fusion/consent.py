@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 
 _NUMBERS = (
     "return_logprob",

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
+from rag_pipeline.protocol import FusionRequest
 
 INTERNAL_RID = "rag-internal-"
 """Request ids that begin so belong to this process; clients' ids are refused this beginning."""

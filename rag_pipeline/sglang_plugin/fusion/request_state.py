@@ -10,12 +10,10 @@ import numpy.typing as npt
 
 from chunk_cache import Build, Lease, Match, as_prompt_ids, tenant_mark
 from chunk_cache.policies import Policy
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
+from rag_pipeline.protocol import FusionRequest
 
 ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
-META_KEY = "rag_fusion"
-"""Key of the report in a response's ``meta_info``."""
 
 
 class Tenant(NamedTuple):

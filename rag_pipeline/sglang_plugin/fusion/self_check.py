@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from rag_kernels import RotarySpec, rerotate_keys
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion import internal_requests
-from rag_pipeline.sglang_plugin.fusion.request_spans import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.self_check_kv import (

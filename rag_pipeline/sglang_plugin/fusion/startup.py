@@ -10,6 +10,7 @@ from typing import Any
 
 from chunk_cache import hash_token_ids
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion import disk, internal_requests
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.consent import refuse_engine
@@ -103,7 +104,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
         builds = len(runtime.missing) + internal_requests.running(controller.scheduler)
         waiting = builds if runtime.is_on else 0
         waiting += disk.pending(runtime)
-        result.internal_state["rag_fusion"] = runtime.status() | {"pending": waiting}
+        result.internal_state[FUSION_KEY] = runtime.status() | {"pending": waiting}
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:

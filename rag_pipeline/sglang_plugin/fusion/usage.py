@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rag_pipeline.sglang_plugin.fusion.request_state import META_KEY, RequestState
+from rag_pipeline.protocol import FUSION_KEY
+from rag_pipeline.sglang_plugin.fusion.request_state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
 
@@ -78,12 +79,12 @@ def attach_report(req: Any, state: RequestState) -> None:
     """Put the report where SGLang's output path picks it up."""
     if req.customized_info is None:
         req.customized_info = {}
-    req.customized_info[META_KEY] = [state.report.to_json()]
+    req.customized_info[FUSION_KEY] = [state.report.to_json()]
 
 
 def around_request_level_key(original: Callable[..., bool], streamer: Any, key: str) -> bool:
     """Wrap ``SchedulerOutputStreamer.is_request_level_customized_info_key``: ours is sent once."""
-    return key == META_KEY or original(streamer, key)
+    return key == FUSION_KEY or original(streamer, key)
 
 
 def around_update_meta_info(
@@ -96,26 +97,26 @@ def around_update_meta_info(
     finish_reason: Any,
 ) -> None:
     """Wrap ``TokenizerManager.update_request_meta_info``: a dict, or nothing, instead of a list."""
-    values = customized_info.get(META_KEY)
+    values = customized_info.get(FUSION_KEY)
     rest = customized_info
     if values is not None:
-        rest = {key: value for key, value in customized_info.items() if key != META_KEY}
+        rest = {key: value for key, value in customized_info.items() if key != FUSION_KEY}
         if values[index]:
             # With streaming only one message brings it, and SGLang may skip that one; it then fills in
             # what is kept here, as a list of one.
-            state.customized_info_accumulated[META_KEY] = [values[index][0]]
-            state.customized_info_reported_keys.add(META_KEY)
+            state.customized_info_accumulated[FUSION_KEY] = [values[index][0]]
+            state.customized_info_reported_keys.add(FUSION_KEY)
     original(manager, meta_info, state, rest, index, finish_reason)
-    report = state.customized_info_accumulated.get(META_KEY)
+    report = state.customized_info_accumulated.get(FUSION_KEY)
     if report:
-        meta_info[META_KEY] = report[0]
+        meta_info[FUSION_KEY] = report[0]
 
 
 def after_coalesce(
     result: dict[str, Any], manager: Any, out_list: list[dict[str, Any]], *args: Any, **kwargs: Any
 ) -> None:
     """Run after ``TokenizerManager._coalesce_streaming_chunks``, which joins customised values as lists."""
-    reports = [m[META_KEY] for out in out_list if META_KEY in (m := out.get("meta_info", {}))]
+    reports = [m[FUSION_KEY] for out in out_list if FUSION_KEY in (m := out.get("meta_info", {}))]
     if reports:
         first = reports[0]
-        result["meta_info"][META_KEY] = first[0] if isinstance(first, list) else first
+        result["meta_info"][FUSION_KEY] = first[0] if isinstance(first, list) else first

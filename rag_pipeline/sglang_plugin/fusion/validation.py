@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rag_pipeline.protocol import PARAM_PREFIX, RequestError
+from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.internal_requests import INTERNAL_RID
-from rag_pipeline.sglang_plugin.fusion.request_spans import (
-    PARAM_PREFIX,
-    RequestError,
-    parse_request,
-)
 
 
 def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:

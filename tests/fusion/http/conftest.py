@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder
-from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig, FusionRequest
+from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
 BYTES = 256
 CHAT = (

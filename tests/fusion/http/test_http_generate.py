@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 
 from rag_pipeline import EngineError, ServerBackend
-from rag_pipeline.generation import fusion_report, usage_from_meta
-from rag_pipeline.sglang_plugin import FusionRequest, activation_of
-from rag_pipeline.types import GenerationRequest, SamplingOptions, Span
+from rag_pipeline.protocol import (
+    FusionRequest,
+    GenerationRequest,
+    SamplingOptions,
+    fusion_report,
+    fusion_request,
+    usage_from_meta,
+)
+from rag_pipeline.sglang_plugin import activation_of
+from rag_pipeline.types import Span
 
 pytestmark = pytest.mark.engine
 
@@ -110,17 +117,15 @@ def test_the_server_backend_streams_text_and_usage(client: Any, model: Path, lay
     request = GenerationRequest(
         input_ids=tuple(ids),
         sampling=SamplingOptions(max_new_tokens=6),
-        spans=tuple(Span(start=start, end=end) for start, end in spans),
-        policy="epic",
-        ratio=0.25,
+        fusion=fusion_request([Span(start=a, end=b) for a, b in spans], "epic", 0.25),
     )
     pieces = list(backend.generate(request))
     usage = usage_from_meta(pieces[-1].meta_info, prompt_tokens=len(ids))
     assert usage.reused_tokens > 0
     assert usage.recomputed_tokens > 0
     assert usage.fresh_tokens >= len(ids) - spans[-1][1]
-    beyond = (Span(start=4, end=99),)
-    bad = GenerationRequest(input_ids=tuple(ids[:9]), spans=beyond, policy="reuse")
+    beyond = fusion_request((Span(start=4, end=99),), "reuse")
+    bad = GenerationRequest(input_ids=tuple(ids[:9]), fusion=beyond)
     with pytest.raises(
         EngineError, match=r"fusion span \(4, 99\) in a prompt of 9 tokens"
     ) as caught:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rag_pipeline.sglang_plugin import FusionRequest
+from rag_pipeline.protocol import FusionRequest
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fusion_world import model
+from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.attention import find_pass
-from rag_pipeline.sglang_plugin.fusion.request_state import META_KEY, state_of
+from rag_pipeline.sglang_plugin.fusion.request_state import state_of
 
 TOLERANCE = 2e-3
 """Between fp32 and fp64; keys and values are of size 1."""
@@ -133,7 +134,7 @@ class Plan:
         if ids:
             assert _same(found, model.truth(server.epoch, ids)), "what is called exact is not"
         self._check_stored()
-        info = (req.customized_info or {}).get(META_KEY)
+        info = (req.customized_info or {}).get(FUSION_KEY)
         if info and req.extend_end == len(req.full_untruncated_fill_ids):
             self._check_usage(info[0])
 

@@ -1,149 +1,31 @@
-"""What a request asks of fusion: spans, policy, and how both are written on the wire.
-
-Two carriers hold the same fields. ``kv_hints`` on ``/generate`` (one action of type ``rag.fusion``) may nest::
-
-    {"mode": "fuse", "spans": [[120, 520], [520, 900]], "prefix_len": 120,
-     "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}, "conversation": "c-17"}
-
-``custom_params`` (OpenAI endpoints, ``sgl.Engine`` sampling parameters) allows flat lists only, so every
-field is prefixed and the spans are written start, end, start, end::
-
-    {"rag_mode": "fuse", "rag_spans": [120, 520, 520, 900], "rag_prefix_len": 120, "rag_policy": "query:0.15"}
-"""
+"""Reading the fusion fields of a request, from either carrier; whatever is malformed is refused in one line."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from chunk_cache import ChunkCacheError, check_spans
-from rag_pipeline.errors import RagPipelineError
-
-if TYPE_CHECKING:
-    from chunk_cache.policies import Policy
-
-ACTION_TYPE = "rag.fusion"
-ACTION_VERSION = "1"
-PARAM_PREFIX = "rag_"
-MAX_CONVERSATION = 200
-"""Characters of a conversation's name."""
-MAX_SPANS = 4096
-_MAX_WHOLE = 2**53  # what JSON numbers hold exactly
-"""More than any prompt holds; bounds the work that one request can cause."""
-
-Mode = Literal["fuse", "build", "off"]
-_MODES = ("fuse", "build", "off")
-_FIELDS = (
-    "mode",
-    "spans",
-    "prefix_len",
-    "policy",
-    "ratio",
-    "options",
-    "conversation",
-    "passage",
+from rag_pipeline.protocol.fusion_request import (
+    ACTION_TYPE,
+    ACTION_VERSION,
+    PARAM_PREFIX,
+    FusionRequest,
+    RequestError,
 )
 
+MAX_CONVERSATION = 200
+"""Characters of a conversation's name."""
 
-class RequestError(RagPipelineError):
-    """A malformed fusion field of a request; the client gets it as HTTP 400."""
+MAX_SPANS = 4096
+"""More than any prompt holds; bounds the work that one request can cause."""
 
+_MAX_WHOLE = 2**53
+"""What JSON numbers hold exactly."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FusionRequest:
-    """Checked wish of one request.
-
-    Attributes
-    ----------
-    mode : str
-        ``fuse``: reuse what is stored. ``build``: prefill as usual and store the spans' KV. ``off``:
-        leave this request alone, no automatic matching either.
-    spans : tuple of (int, int)
-        Half-open token positions of chunks, rising, disjoint, not empty; none means: look for stored chunks in
-        the whole prompt.
-    prefix_len : int
-        Tokens of the shared prefix that chunk KV is computed behind; by default all before the first span.
-    policy : str
-        Policy name, ``NAME:RATIO`` allowed; empty for the engine's default.
-    ratio : float or None
-        Share of the reused tokens' computation.
-    options : tuple of (str, object)
-        Further fields of the policy's configuration.
-    conversation : str
-        Name of the conversation that the prompt is a turn of: what earlier turns of that name, tenant and
-        policy left is loaded, and this turn is kept for the next. Empty for neither.
-    passage : bool or None
-        With ``build``: true computes the chunk behind the engine's neutral passage, for use away from its own
-        place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
-    """
-
-    mode: Mode = "fuse"
-    spans: tuple[tuple[int, int], ...] = ()
-    prefix_len: int = 0
-    policy: str = ""
-    ratio: float | None = None
-    options: tuple[tuple[str, Any], ...] = ()
-    conversation: str = ""
-    passage: bool | None = None
-
-    def make_policy(self, default: str) -> Policy:
-        """Build the policy; ``default`` is used where the request names none.
-
-        Raises
-        ------
-        RequestError
-            An unknown policy or option, or a value that is not allowed.
-        """
-        return _make_policy(self.policy or default, self.ratio, self.options)
-
-    def to_custom_params(self) -> dict[str, Any]:
-        """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""
-        flat: dict[str, Any] = {"rag_mode": self.mode, "rag_prefix_len": self.prefix_len}
-        if self.spans:
-            flat["rag_spans"] = [edge for span in self.spans for edge in span]
-        if self.policy:
-            flat["rag_policy"] = self.policy
-        if self.ratio is not None:
-            flat["rag_ratio"] = self.ratio
-        if self.options:
-            flat["rag_options"] = dict(self.options)
-        if self.conversation:
-            flat["rag_conversation"] = self.conversation
-        if self.passage is not None:
-            flat["rag_passage"] = self.passage
-        return flat
-
-    def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
-        """Write the ``kv_hints`` envelope of ``/generate``."""
-        payload = {
-            key.removeprefix(PARAM_PREFIX): value for key, value in self.to_custom_params().items()
-        }
-        if self.spans:
-            payload["spans"] = [list(span) for span in self.spans]
-        action = {
-            "action_id": f"{message_id}-0",
-            "action_type": ACTION_TYPE,
-            "action_version": ACTION_VERSION,
-            "payload": payload,
-        }
-        return {"protocol_version": "1", "message_id": message_id, "actions": [action]}
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
-    # Brings torch in, which a client that only writes requests has no use for.
-    from chunk_cache.policies import create_policy
-
-    return create_policy(name, ratio, **dict(options))
-
-
-def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
-    try:
-        return _cached_policy(name, ratio, options)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RequestError(str(error)) from None
+_MODES = ("fuse", "build", "off")
+_FIELDS = tuple(field.name for field in dataclasses.fields(FusionRequest))
 
 
 def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:

@@ -1,0 +1,46 @@
+"""What travels between a client and the engine: fusion's fields of a request, its report, the stream of an answer.
+
+Used on both sides; nothing here touches SGLang.
+"""
+
+from __future__ import annotations
+
+from rag_pipeline.protocol.fusion_request import (
+    LEFT_ALONE,
+    PARAM_PREFIX,
+    PREFIX_POLICY,
+    FusionRequest,
+    RequestError,
+    build_requests,
+    check_policy,
+    fusion_request,
+)
+from rag_pipeline.protocol.messages import (
+    GenerationPiece,
+    GenerationRequest,
+    SamplingOptions,
+    Usage,
+)
+from rag_pipeline.protocol.report import FUSION_KEY, finish_reason, fusion_report, usage_from_meta
+from rag_pipeline.protocol.stream import AbortedError, StreamReader
+
+__all__ = [
+    "FUSION_KEY",
+    "LEFT_ALONE",
+    "PARAM_PREFIX",
+    "PREFIX_POLICY",
+    "AbortedError",
+    "FusionRequest",
+    "GenerationPiece",
+    "GenerationRequest",
+    "RequestError",
+    "SamplingOptions",
+    "StreamReader",
+    "Usage",
+    "build_requests",
+    "check_policy",
+    "finish_reason",
+    "fusion_report",
+    "fusion_request",
+    "usage_from_meta",
+]

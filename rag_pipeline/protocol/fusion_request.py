@@ -1,0 +1,230 @@
+"""What a request asks of fusion, and how a client writes it on the wire.
+
+Two carriers hold the same fields. ``kv_hints`` on ``/generate`` (one action of type ``rag.fusion``) may nest::
+
+    {"mode": "fuse", "spans": [[120, 520], [520, 900]], "prefix_len": 120,
+     "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}, "conversation": "c-17"}
+
+``custom_params`` (OpenAI endpoints, ``sgl.Engine`` sampling parameters) allows flat lists only, so every
+field is prefixed and the spans are written start, end, start, end::
+
+    {"rag_mode": "fuse", "rag_spans": [120, 520, 520, 900], "rag_prefix_len": 120, "rag_policy": "query:0.15"}
+
+:mod:`rag_pipeline.protocol.fields` reads both. This module imports nothing heavy: a client needs no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rag_pipeline.errors import RagPipelineError
+
+if TYPE_CHECKING:
+    from chunk_cache.policies import Policy
+
+PREFIX_POLICY = "prefix"
+"""Ordinary prefill behind the radix tree: fusion leaves the request alone."""
+
+ACTION_TYPE = "rag.fusion"
+ACTION_VERSION = "1"
+PARAM_PREFIX = "rag_"
+
+Mode = Literal["fuse", "build", "off"]
+
+
+class TokenRange(Protocol):
+    """Anything with a start and an end, such as a :class:`rag_pipeline.types.Span`."""
+
+    @property
+    def start(self) -> int:
+        """First token position."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """One past the last."""
+        ...
+
+
+class RequestError(RagPipelineError):
+    """A malformed fusion field of a request; the client gets it as HTTP 400."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FusionRequest:
+    """Checked wish of one request.
+
+    Attributes
+    ----------
+    mode : str
+        ``fuse``: reuse what is stored. ``build``: prefill as usual and store the spans' KV. ``off``:
+        leave this request alone, no automatic matching either.
+    spans : tuple of (int, int)
+        Half-open token positions of chunks, rising, disjoint, not empty; none means: look for stored chunks in
+        the whole prompt.
+    prefix_len : int
+        Tokens of the shared prefix that chunk KV is computed behind; by default all before the first span.
+    policy : str
+        Policy name, ``NAME:RATIO`` allowed; empty for the engine's default.
+    ratio : float or None
+        Share of the reused tokens' computation.
+    options : tuple of (str, object)
+        Further fields of the policy's configuration.
+    conversation : str
+        Name of the conversation that the prompt is a turn of: what earlier turns of that name, tenant and
+        policy left is loaded, and this turn is kept for the next. Empty for neither.
+    passage : bool or None
+        With ``build``: true computes the chunk behind the engine's neutral passage, for use away from its own
+        place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
+    """
+
+    mode: Mode = "fuse"
+    spans: tuple[tuple[int, int], ...] = ()
+    prefix_len: int = 0
+    policy: str = ""
+    ratio: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    conversation: str = ""
+    passage: bool | None = None
+
+    def make_policy(self, default: str) -> Policy:
+        """Build the policy; ``default`` is used where the request names none.
+
+        Raises
+        ------
+        RequestError
+            An unknown policy or option, or a value that is not allowed.
+        """
+        return _make_policy(self.policy or default, self.ratio, self.options)
+
+    def to_custom_params(self) -> dict[str, Any]:
+        """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""
+        flat: dict[str, Any] = {"rag_mode": self.mode, "rag_prefix_len": self.prefix_len}
+        if self.spans:
+            flat["rag_spans"] = [edge for span in self.spans for edge in span]
+        if self.policy:
+            flat["rag_policy"] = self.policy
+        if self.ratio is not None:
+            flat["rag_ratio"] = self.ratio
+        if self.options:
+            flat["rag_options"] = dict(self.options)
+        if self.conversation:
+            flat["rag_conversation"] = self.conversation
+        if self.passage is not None:
+            flat["rag_passage"] = self.passage
+        return flat
+
+    def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
+        """Write the ``kv_hints`` envelope of ``/generate``."""
+        payload = {
+            key.removeprefix(PARAM_PREFIX): value for key, value in self.to_custom_params().items()
+        }
+        if self.spans:
+            payload["spans"] = [list(span) for span in self.spans]
+        action = {
+            "action_id": f"{message_id}-0",
+            "action_type": ACTION_TYPE,
+            "action_version": ACTION_VERSION,
+            "payload": payload,
+        }
+        return {"protocol_version": "1", "message_id": message_id, "actions": [action]}
+
+
+LEFT_ALONE = FusionRequest(mode="off")
+"""Asks for nothing: the request is served as stock SGLang serves it."""
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
+    # Brings torch in, which a client that only writes requests has no use for.
+    from chunk_cache.policies import create_policy
+
+    return create_policy(name, ratio, **dict(options))
+
+
+def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any], ...]) -> Policy:
+    try:
+        return _cached_policy(name, ratio, options)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestError(str(error)) from None
+
+
+def check_policy(policy: str, ratio: float | None = None) -> None:
+    """Refuse a policy that does not exist, or a ratio that it does not take, before any work is done.
+
+    Raises
+    ------
+    RagPipelineError
+        One line that names the allowed policies, ``prefix`` among them.
+    """
+    if policy == PREFIX_POLICY:
+        if ratio is not None:
+            raise RagPipelineError(
+                f"policy {PREFIX_POLICY!r} takes no ratio, {ratio} was given; leave it out"
+            )
+        return
+    from chunk_cache.policies import policy_names
+
+    if policy.partition(":")[0] not in policy_names():
+        allowed = ", ".join((PREFIX_POLICY, *policy_names()))
+        raise RagPipelineError(f"policy {policy!r} is unknown; allowed are {allowed}")
+    _make_policy(policy, ratio, ())
+
+
+def fusion_request(
+    spans: Iterable[TokenRange],
+    policy: str,
+    ratio: float | None = None,
+    *,
+    prefix_len: int | None = None,
+    conversation: str = "",
+) -> FusionRequest:
+    """What a prompt with these chunks asks of fusion.
+
+    Parameters
+    ----------
+    spans
+        Chunks of the prompt, in prompt order.
+    policy, ratio
+        Selection policy and its share of recomputed tokens; ``prefix`` asks to be left alone.
+    prefix_len
+        Tokens that chunk KV is computed behind; by default all before the first chunk.
+    conversation
+        Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
+
+    Raises
+    ------
+    RagPipelineError
+        An unknown policy, or a ratio that it does not take.
+    """
+    check_policy(policy, ratio)
+    if policy == PREFIX_POLICY:
+        return LEFT_ALONE
+    places = tuple((span.start, span.end) for span in spans)
+    if prefix_len is None:
+        prefix_len = places[0][0] if places else 0
+    return FusionRequest(
+        spans=places,
+        prefix_len=prefix_len,
+        policy=policy,
+        ratio=ratio,
+        conversation=conversation,
+    )
+
+
+def build_requests(prefix_len: int, chunk_len: int) -> tuple[FusionRequest, FusionRequest]:
+    """What to ask with the prompt ``prefix + chunk`` so that the chunk's KV is stored in both variants.
+
+    The first is for the chunk's own place right behind the prefix, the second for every other place.
+
+    Parameters
+    ----------
+    prefix_len, chunk_len
+        Tokens of the shared prefix and of the chunk.
+    """
+    place = (prefix_len, prefix_len + chunk_len)
+    own = FusionRequest(mode="build", spans=(place,), prefix_len=prefix_len)
+    return own, dataclasses.replace(own, passage=True)
