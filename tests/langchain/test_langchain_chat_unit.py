@@ -144,11 +144,11 @@ def test_messages_that_cannot_be_laid_out(
 
 
 def test_policies_are_checked_before_anything_is_sent() -> None:
-    assert fusion_request((), 0, "prefix", None).mode == "off"
+    assert fusion_request((), "prefix", None).mode == "off"
     with pytest.raises(RagPipelineError, match="policy 'nope' is unknown; allowed are prefix"):
-        fusion_request((), 0, "nope", None)
+        fusion_request((), "nope", None)
     with pytest.raises(RagPipelineError, match="takes no ratio"):
-        fusion_request((), 0, "prefix", 0.5)
+        fusion_request((), "prefix", 0.5)
 
 
 def test_what_only_the_chat_endpoint_does_stays_there() -> None:
