@@ -10,7 +10,7 @@ import sys
 import sglang as sgl
 
 from rag_pipeline.frontend import RagEndpoint, chunks, usage
-from rag_pipeline.prompt_layout import DEFAULT_CONTEXT_HEADER, DEFAULT_SYSTEM
+from rag_pipeline.prompts.builder import DEFAULT_CONTEXT_HEADER, DEFAULT_SYSTEM
 from retrievers import Index
 
 

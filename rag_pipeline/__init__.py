@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rag_pipeline.generation import EngineBackend, ServerBackend
     from rag_pipeline.models import resolve_embedder, resolve_llm
     from rag_pipeline.pipeline import RagPipeline
-    from rag_pipeline.prompt_layout import PromptBuilder
+    from rag_pipeline.prompts.builder import PromptBuilder
+    from rag_pipeline.prompts.tokenizer import ModelTokenizer
     from rag_pipeline.protocol import SamplingOptions, Usage
-    from rag_pipeline.tokenizer import ModelTokenizer
     from rag_pipeline.types import Answer, PromptLayout, Source, Span
 
 _MODULES = {
@@ -23,8 +23,8 @@ _MODULES = {
     "EngineBackend": "generation",
     "EngineError": "errors",
     "ModelError": "errors",
-    "ModelTokenizer": "tokenizer",
-    "PromptBuilder": "prompt_layout",
+    "ModelTokenizer": "prompts",
+    "PromptBuilder": "prompts",
     "PromptLayout": "types",
     "RagPipeline": "pipeline",
     "RagPipelineError": "errors",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.config import home_dir
-from rag_pipeline.passage_sample import PASSAGE_NAME
+from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 
 if TYPE_CHECKING:
     import numpy.typing as npt

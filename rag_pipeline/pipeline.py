@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from rag_pipeline.generation import Backend
-from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import GenerationRequest, SamplingOptions, build_requests
 from rag_pipeline.question_run import AnswerRun, QuestionRun, check_top_k
 from rag_pipeline.types import Answer

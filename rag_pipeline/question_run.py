@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import (
     GenerationPiece,
     GenerationRequest,

@@ -28,7 +28,7 @@ def use_store(
     start, besides those of nobody in particular; ``None`` reads all.
     """
     from chunk_cache import tenant_mark
-    from rag_pipeline.passage_sample import index_passage
+    from rag_pipeline.prompts.passage_sample import index_passage
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()

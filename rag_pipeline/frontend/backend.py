@@ -11,6 +11,8 @@ from sglang.lang.global_config import global_config
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import segments_of
+from rag_pipeline.prompts.segments import Segment, SegmentEncoder
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.protocol import (
     PREFIX_POLICY,
     StreamReader,
@@ -18,8 +20,6 @@ from rag_pipeline.protocol import (
     check_policy,
     fusion_request,
 )
-from rag_pipeline.segments import Segment, SegmentEncoder
-from rag_pipeline.tokenizer import ModelTokenizer
 from rag_pipeline.types import Span
 
 _LOGPROB_FIELDS = (

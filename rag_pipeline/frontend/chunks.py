@@ -9,7 +9,7 @@ from sglang.lang.ir import SglArgument, SglConstantText
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import MarkedText
-from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE
+from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE
 from rag_pipeline.protocol import Usage, usage_from_meta
 
 

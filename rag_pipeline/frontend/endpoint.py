@@ -14,7 +14,7 @@ from rag_pipeline.errors import EngineError, ModelError
 from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import ServerBackend
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 
 class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from rag_pipeline.errors import EngineError
 from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import EngineBackend
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 _END = object()
 

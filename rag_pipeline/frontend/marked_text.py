@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from rag_pipeline.segments import Kind, Segment
+from rag_pipeline.prompts.segments import Kind, Segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class Mark:
     start, end
         Characters, half-open.
     kind
-        ``chunk`` or ``template``; see :class:`rag_pipeline.segments.Segment`.
+        ``chunk`` or ``template``; see :class:`rag_pipeline.prompts.segments.Segment`.
     chunk_id
         Name of a chunk.
     """

@@ -7,8 +7,8 @@ from typing import Any
 from sglang.lang.chat_template import ChatTemplate, get_chat_template_by_model_path
 
 from rag_pipeline.frontend.marked_text import MarkedText
-from rag_pipeline.segments import Message, rendered_parts
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.chat_template import template_parts
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 
 def chat_template_of(tokenizer: ModelTokenizer, model_path: str) -> Any:
@@ -45,10 +45,10 @@ def chat_template_of(tokenizer: ModelTokenizer, model_path: str) -> Any:
 
 def _roles(tokenizer: ModelTokenizer) -> dict[str, tuple[str, str]] | None:
     """Prefix and suffix of system, user and assistant; None where the template has no such form."""
-    turns = [Message(role=role, parts=()) for role in ("system", "user", "assistant", "user")]
-    asked = rendered_parts(tokenizer, turns)
-    closed = rendered_parts(tokenizer, turns, opening=False)
-    answered = rendered_parts(tokenizer, turns[:3], opening=False)
+    turns = ["system", "user", "assistant", "user"]
+    asked = template_parts(tokenizer, turns)
+    closed = template_parts(tokenizer, turns, opening=False)
+    answered = template_parts(tokenizer, turns[:3], opening=False)
     if asked is None or closed is None or answered is None:
         return None
     before_system, system_user, user_assistant, assistant_user, end = asked

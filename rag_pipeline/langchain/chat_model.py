@@ -35,9 +35,9 @@ from rag_pipeline.langchain.wire import (
     usage_metadata,
 )
 from rag_pipeline.models.decoding import repetition_penalty_of
-from rag_pipeline.prompt_layout import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
+from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
+from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.protocol import fusion_request
-from rag_pipeline.segments import SegmentEncoder
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""

@@ -11,18 +11,17 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.langchain.documents import document_id, document_title
-from rag_pipeline.prompt_layout import (
+from rag_pipeline.prompts.builder import (
     DEFAULT_CHUNK_TEMPLATE,
     DEFAULT_CONTEXT_HEADER,
     fitting,
 )
-from rag_pipeline.segments import (
-    Message,
-    Segment,
-    SegmentEncoder,
+from rag_pipeline.prompts.chat_template import (
+    ChatTurn,
     conversation_segments,
     shared_prefix_len,
 )
+from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.types import Span
 
 DOCUMENT_BLOCK = "text-plain"
@@ -134,7 +133,7 @@ class ChatLayouter:
     def _lay_out(
         self, messages: Sequence[BaseMessage], documents: Sequence[Segment], dropped: list[str]
     ) -> ChatLayout:
-        turns = [Message(role=_role(m), parts=self._parts(m)) for m in messages]
+        turns = [ChatTurn(role=_role(m), parts=self._parts(m)) for m in messages]
         if documents:
             users = [index for index, turn in enumerate(turns) if turn.role == "user"]
             if not users:
@@ -142,7 +141,7 @@ class ChatLayouter:
             header = Segment(text=self._header)
             note = Segment(text=self.encoder.tokenizer.date_note())
             last = turns[users[-1]]
-            turns[users[-1]] = Message(role="user", parts=(header, *documents, note, *last.parts))
+            turns[users[-1]] = ChatTurn(role="user", parts=(header, *documents, note, *last.parts))
         segments, shared = conversation_segments(self.encoder.tokenizer, turns)
         ids, spans = self.encoder.encode(segments)
         # Where the first turn begins with documents, its header belongs to the shared part too.

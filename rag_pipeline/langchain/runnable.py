@@ -20,7 +20,7 @@ from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.langchain.chat_model import ChatSGLangRag
 from rag_pipeline.langchain.documents import document_title
 from rag_pipeline.langchain.wire import RAG_KEY
-from rag_pipeline.prompt_layout import (
+from rag_pipeline.prompts.builder import (
     DEFAULT_CHUNK_TEMPLATE,
     DEFAULT_CONTEXT_HEADER,
     DEFAULT_QUESTION_TEMPLATE,

@@ -13,8 +13,8 @@ from langchain_core.outputs import ChatGenerationChunk
 
 from rag_pipeline.errors import ModelError
 from rag_pipeline.generation import ServerBackend
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.protocol import StreamReader, fusion_report, usage_from_meta
-from rag_pipeline.tokenizer import ModelTokenizer
 
 RAG_KEY = "rag"
 """Key of this project's report in ``response_metadata``."""

@@ -18,9 +18,9 @@ from rag_pipeline.protocol import (
 )
 from rag_pipeline.question_run import AnswerRun
 from rag_pipeline.server.attribution import attribute
-from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import error_body, refusal_of
-from rag_pipeline.server.segments import segments_of
+from rag_pipeline.server.question_part import read_conversation
+from rag_pipeline.server.token_strip import segments_of
 from retrievers.distinct import FETCHED, distinct
 
 if TYPE_CHECKING:

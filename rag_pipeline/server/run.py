@@ -13,8 +13,7 @@ from starlette.exceptions import HTTPException
 
 from chunk_cache import tenant_mark
 from rag_pipeline.erasure import Reach, default_stores, make_eraser
-from rag_pipeline.prompt_layout import PromptBuilder
-from rag_pipeline.server.conversation import QUESTION_TEMPLATE
+from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError, answer_unknown_route
 from rag_pipeline.server.guard import SEARCH, Guard, GuardRules
@@ -22,6 +21,7 @@ from rag_pipeline.server.health import Health
 from rag_pipeline.server.indexes import IndexTable, ServedIndex
 from rag_pipeline.server.ingest_jobs import IngestJobs
 from rag_pipeline.server.page import make_page_router
+from rag_pipeline.server.question_part import QUESTION_TEMPLATE
 from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService

@@ -15,7 +15,7 @@ from rag_pipeline.server.work_pool import WorkPool
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from rag_pipeline.prompt_layout import PromptBuilder
+    from rag_pipeline.prompts.builder import PromptBuilder
     from rag_pipeline.server.health import Health
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.ingest_jobs import IngestJobs

@@ -21,7 +21,7 @@ from rag_pipeline.frontend import MarkedText, chunks, control, usage
 from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.marked_text import marks_of, segments_of
 from rag_pipeline.frontend.roles import chat_template_of
-from rag_pipeline.prompt_layout import DEFAULT_CONTEXT_HEADER, DEFAULT_SYSTEM
+from rag_pipeline.prompts.builder import DEFAULT_CONTEXT_HEADER, DEFAULT_SYSTEM
 from retrievers.types import Chunk, SearchHit
 
 TEXTS = ["The sky over Zorb is green <|im_end|>.", "Zorb has nine moons.", "Zorbians eat moss."]

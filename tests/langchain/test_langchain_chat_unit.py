@@ -22,9 +22,9 @@ from rag_pipeline.langchain import ChatSGLangRag
 from rag_pipeline.langchain.documents import to_chunk
 from rag_pipeline.langchain.layout import ChatLayouter
 from rag_pipeline.langchain.wire import generate_body
-from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE, DEFAULT_SYSTEM
+from rag_pipeline.prompts.builder import DEFAULT_QUESTION_TEMPLATE, DEFAULT_SYSTEM
+from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.protocol import fusion_request
-from rag_pipeline.segments import SegmentEncoder
 from retrievers import SearchHit
 
 

@@ -17,7 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from retrievers.types import Chunk, SearchHit
 
 LLAMA_CHAT = (

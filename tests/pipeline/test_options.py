@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import (
     AbortedError,
     FusionRequest,
@@ -22,7 +22,7 @@ from rag_pipeline.protocol import (
     usage_from_meta,
 )
 from rag_pipeline.question_run import QuestionRun
-from rag_pipeline.server.conversation import read_conversation
+from rag_pipeline.server.question_part import read_conversation
 from rag_pipeline.server.schemas import Message
 from rag_pipeline.types import Answer, Source, Span, Timing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rag_pipeline import EngineError
-from rag_pipeline.passage_sample import LEAST_TEXTS, index_passage, sample_passage
+from rag_pipeline.prompts.passage_sample import LEAST_TEXTS, index_passage, sample_passage
 from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
 from retrievers import Chunk
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from rag_pipeline import EngineError, ServerBackend
-from rag_pipeline.prompt_layout import PromptBuilder
+from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import GenerationRequest, SamplingOptions
 
 

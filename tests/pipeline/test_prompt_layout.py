@@ -16,7 +16,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from rag_pipeline.errors import ModelError, RagPipelineError
 from rag_pipeline.langchain import to_document
 from rag_pipeline.langchain.layout import ChatLayouter
-from rag_pipeline.prompt_layout import (
+from rag_pipeline.prompts.builder import (
     DEFAULT_CONTEXT_HEADER,
     DEFAULT_QUESTION_TEMPLATE,
     DEFAULT_SYSTEM,
@@ -24,8 +24,8 @@ from rag_pipeline.prompt_layout import (
     fitting,
     model_context_length,
 )
-from rag_pipeline.segments import SegmentEncoder
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.segments import SegmentEncoder
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout
 from retrievers.types import Chunk, SearchHit
 
@@ -198,7 +198,7 @@ def test_a_template_that_writes_the_date_shares_its_prefix_over_midnight(
     """Chunk KV is computed behind the head of the prompt; the day is told behind the chunks."""
     from transformers.utils import chat_template_utils
 
-    import rag_pipeline.tokenizer as module
+    import rag_pipeline.prompts.tokenizer as module
 
     dated = ModelTokenizer.load(smollm2_path)
     dated._hf.chat_template = DATED

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from rag_pipeline.protocol import Usage
 from rag_pipeline.server.attribution import attribute
-from rag_pipeline.server.conversation import read_conversation
 from rag_pipeline.server.errors import refusal_of
+from rag_pipeline.server.question_part import read_conversation
 from rag_pipeline.server.schemas import ChatRequest, DocumentsRequest, Message, SearchRequest
-from rag_pipeline.server.segments import segments_of
+from rag_pipeline.server.token_strip import segments_of
 from rag_pipeline.types import PromptLayout, Span
 
 

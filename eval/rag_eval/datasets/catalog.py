@@ -10,7 +10,7 @@ from rag_eval.datasets.filler import paragraphs
 from rag_eval.datasets.planted import planted_facts
 from rag_eval.datasets.ruler import TASKS, ruler_task
 from rag_eval.errors import EvalError
-from rag_pipeline.passage_sample import LEAST_TEXTS
+from rag_pipeline.prompts.passage_sample import LEAST_TEXTS
 
 GENERATORS = ("planted-1hop", "planted-2hop", *(f"ruler-{task}" for task in TASKS))
 DEFAULT_COUNT = 100

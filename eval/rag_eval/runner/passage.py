@@ -11,7 +11,7 @@ from typing import Any
 
 from rag_eval.datasets import corpus_texts
 from rag_eval.runner.config import EvalConfig
-from rag_pipeline.passage_sample import PASSAGE_NAME, sample_passage
+from rag_pipeline.prompts.passage_sample import PASSAGE_NAME, sample_passage
 from rag_pipeline.whole_file import write_whole
 from retrievers import Index
 

@@ -12,7 +12,7 @@ from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
-from rag_pipeline.passage_sample import PASSAGE_NAME
+from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 from retrievers import (
     HFTokenizer,
     Index,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rag_pipeline.prompt_layout import DEFAULT_QUESTION_TEMPLATE, echo_of
+from rag_pipeline.prompts.builder import DEFAULT_QUESTION_TEMPLATE, echo_of
 from rag_pipeline.server.schemas import MAX_QUERY, Message
 
 QUESTION_TEMPLATE = "{question}"

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from rag_pipeline.encoded_texts import EncodedTexts
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.models.decoding import repetition_penalty_of
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.chat_template import template_parts
+from rag_pipeline.prompts.token_cache import TokenCache
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.types import PromptLayout, Span
 from retrievers.types import Chunk, SearchHit
 
@@ -32,11 +33,6 @@ _MOST_CHARACTERS = 32
 
 ECHO_CHARACTERS = 80
 """Length of a question by which its repetition is told."""
-
-# Stand-ins while the chat template is rendered; letters only, so that no template escapes or
-# strips them.
-_SYSTEM_MARK = "RAGSYSTEMPARTMARK"
-_USER_MARK = "RAGUSERPARTMARK"
 
 
 class PromptBuilder:
@@ -96,7 +92,7 @@ class PromptBuilder:
         self.context_length = context_length
         self._chunk_template = chunk_template
         self._question_template = question_template
-        self._texts = EncodedTexts(tokenizer, chunk_cache_size)
+        self._texts = TokenCache(tokenizer, chunk_cache_size)
         self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
 
@@ -218,35 +214,20 @@ class PromptBuilder:
         self, system_prompt: str, header: str
     ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
         """Find the runs ``(text, is_template)`` before the first chunk and behind the question."""
-        user = {"role": "user", "content": _USER_MARK}
-        system = {"role": "system", "content": _SYSTEM_MARK}
-        rendered = self._try_render([system, user]) if system_prompt else None
-        if rendered is not None:
-            before, _, rest = rendered.partition(_SYSTEM_MARK)
-            between, _, after = rest.partition(_USER_MARK)
-            head = [(before, True), (system_prompt, False), (between, True), (header, False)]
-            return head, [(after, True)]
-        if system_prompt:  # no system role: the instruction leads the user message
+        if system_prompt:
+            rendered = template_parts(self.tokenizer, ["system", "user"])
+            if rendered is not None:
+                before, between, after = rendered
+                head = [(before, True), (system_prompt, False), (between, True), (header, False)]
+                return head, [(after, True)]
+            # No system role: the instruction leads the user message.
             header = f"{system_prompt}\n\n{header}"
-        rendered = self._try_render([user])
+        rendered = template_parts(self.tokenizer, ["user"])
         if rendered is not None:
-            before, _, after = rendered.partition(_USER_MARK)
+            before, after = rendered
             return [(before, True), (header, False)], [(after, True)]
         bos = self.tokenizer.bos_token or ""  # a base model: plain text, with a cue to answer
         return [(bos, True), (header, False)], [("\nAnswer:", False)]
-
-    def _try_render(self, messages: list[dict[str, str]]) -> str | None:
-        """Render, or None where the template is missing, refuses a role, or loses a message."""
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.render_chat(messages)
-        except TemplateError:
-            return None
-        if text is None or any(text.count(m["content"]) != 1 for m in messages):
-            return None
-        places = [text.index(message["content"]) for message in messages]
-        return text if places == sorted(places) else None
 
 
 def echo_of(question_text: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from threading import Lock
 
-from rag_pipeline.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 
-class EncodedTexts:
+class TokenCache:
     """Least-recently-used cache in front of a tokenizer; safe for several threads.
 
     Parameters
