@@ -5,19 +5,29 @@ Knows torch, Triton and FlashInfer; knows nothing of SGLang, of chunks' identity
 
 from __future__ import annotations
 
-from rag_kernels.attention import position_causal_attention
+from rag_kernels.attention import (
+    ATTENTION_KERNELS,
+    AttentionKernel,
+    PositionCausalPlan,
+    RowBlock,
+    plan_position_causal,
+    position_causal_attention,
+)
 from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mean_shift import MeanShiftPlan, mean_shift_inplace, plan_mean_shift
 from rag_kernels.paged import gather_kv, load_chunk_inplace, scatter_kv_inplace
-from rag_kernels.plan import PositionCausalPlan, RowBlock, plan_position_causal
+from rag_kernels.registry import Registry
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
 from rag_kernels.rotary_config import rotary_spec_from_config
 
 __all__ = [
+    "ATTENTION_KERNELS",
+    "AttentionKernel",
     "MeanShiftPlan",
     "PositionCausalPlan",
+    "Registry",
     "RotarySpec",
     "RotaryUnsupportedError",
     "RotationTable",

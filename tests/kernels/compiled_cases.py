@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rag_kernels.attention_triton import position_causal_kernel
+from rag_kernels.attention.triton import position_causal_kernel
 from rag_kernels.load_triton import load_chunk_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)

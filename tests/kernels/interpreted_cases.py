@@ -60,7 +60,7 @@ def attention_cases() -> dict[str, float]:
             num_q_heads=q_heads,
             num_kv_heads=kv_heads,
             head_dim=dim,
-            path="triton",
+            kernel="triton",
             block_rows=block_rows,
         )
         got = position_causal_attention(q, k, v, plan, 0.3, window, cap)

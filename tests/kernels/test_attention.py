@@ -43,17 +43,17 @@ def batch(seed, kv_heads, dim, dtype, lengths, row_counts):
     return slots, positions, k, v
 
 
-@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 128), (8, 1, 64), (14, 2, 24)]
 )
-def test_scattered_unsorted_rows_of_a_mixed_batch(path, dtype, q_heads, kv_heads, dim):
+def test_scattered_unsorted_rows_of_a_mixed_batch(kernel, dtype, q_heads, kv_heads, dim):
     lengths, counts = [170, 1, 60, 7, 90], [97, 1, 0, 7, 31]
     slots, positions, k, v = batch(1, kv_heads, dim, dtype, lengths, counts)
     q = torch.randn(sum(counts), q_heads, dim).to(dtype)
     plan = plan_position_causal(
-        positions, slots, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, path=path
+        positions, slots, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, kernel=kernel
     )
     got = position_causal_attention(q, k, v, plan, dim**-0.5)
     rows = q.split(counts)
@@ -67,17 +67,17 @@ def test_scattered_unsorted_rows_of_a_mixed_batch(path, dtype, q_heads, kv_heads
     torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("window", "cap"), [(1, None), (20, None), (1000, None), (None, 3.0), (33, 3.0)]
 )
-def test_sliding_window_and_logit_cap(path, window, cap):
+def test_sliding_window_and_logit_cap(kernel, window, cap):
     lengths, counts = [150, 90, 64], [60, 90, 1]
     slots, positions, k, v = batch(2, 2, 32, torch.float32, lengths, counts)
     positions[1] = torch.arange(90)
     q = torch.randn(sum(counts), 4, 32)
     plan = plan_position_causal(
-        positions, slots, num_q_heads=4, num_kv_heads=2, head_dim=32, path=path, block_rows=16
+        positions, slots, num_q_heads=4, num_kv_heads=2, head_dim=32, kernel=kernel, block_rows=16
     )
     got = position_causal_attention(q, k, v, plan, 0.4, sliding_window=window, logit_cap=cap)
     rows = q.split(counts)
@@ -96,7 +96,7 @@ def test_all_rows_are_ordinary_causal_attention():
     plan = plan_position_causal(
         [torch.arange(257)], slots, num_q_heads=9, num_kv_heads=3, head_dim=64
     )
-    assert plan.path == "cpu"
+    assert plan.kernel == "cpu"
     got = position_causal_attention(q, k, v, plan, 0.125)
     want = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -119,8 +119,8 @@ def test_suffix_rows_are_bottom_right_causal_attention():
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("path", ["cpu", "reference"])
-def test_later_keys_never_leak(path):
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_later_keys_never_leak(kernel):
     """Keys and values behind the largest position are poisoned; a bottom-right aligned mask would read them."""
     slots, _, k, v = batch(5, 1, 32, torch.float32, [100], [0])
     positions = torch.tensor([3, 40, 77])
@@ -128,7 +128,7 @@ def test_later_keys_never_leak(path):
     v[slots[0][78:]] = float("nan")
     q = torch.randn(3, 1, 32)
     plan = plan_position_causal(
-        [positions], [slots[0][:78]], num_q_heads=1, num_kv_heads=1, head_dim=32, path=path
+        [positions], [slots[0][:78]], num_q_heads=1, num_kv_heads=1, head_dim=32, kernel=kernel
     )
     before = position_causal_attention(q, k, v, plan, 0.2)
     assert torch.isfinite(before).all()
@@ -188,9 +188,9 @@ def test_blocks_cover_every_row_once_and_end_at_their_last_position():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "gpu"}, "choose one of"),
-        ({"path": "flashinfer"}, "needs a CUDA device"),
-        ({"path": "triton"}, "TRITON_INTERPRET=1"),
+        ({"kernel": "gpu"}, "choose one of"),
+        ({"kernel": "flashinfer"}, "needs a CUDA device"),
+        ({"kernel": "triton"}, "TRITON_INTERPRET=1"),
         ({"num_q_heads": 3}, "must be a multiple"),
         ({"q_positions": [torch.tensor([10])]}, "positions 10..10 for 10 keys"),
         ({"q_positions": [torch.tensor([-1])]}, "positions -1..-1"),
@@ -226,14 +226,14 @@ def test_tensors_that_do_not_fit_the_plan_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.parametrize("path", ["flashinfer", "triton"])
+@pytest.mark.parametrize("kernel", ["flashinfer", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_paths_agree_with_the_reference(path, dtype):
+def test_gpu_kernels_agree_with_the_reference(kernel, dtype):
     lengths, counts = [901, 64, 300], [200, 64, 1]
     slots, positions, k, v = batch(8, 2, 128, dtype, lengths, counts)
     q = torch.randn(sum(counts), 8, 128).to(dtype)
     plan = plan_position_causal(
-        positions, slots, num_q_heads=8, num_kv_heads=2, head_dim=128, device="cuda", path=path
+        positions, slots, num_q_heads=8, num_kv_heads=2, head_dim=128, device="cuda", kernel=kernel
     )
     got = position_causal_attention(q.cuda(), k.cuda(), v.cuda(), plan, 128**-0.5).cpu()
     rows = q.split(counts)

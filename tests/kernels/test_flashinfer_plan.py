@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rag_kernels import plan_position_causal, position_causal_attention
-from rag_kernels.attention_flashinfer import paged_layout, supports, variant_arguments
+from rag_kernels.attention.flashinfer import FlashInferKernel, paged_layout, variant_arguments
 
 
 def replay(q_sorted, k_pool, v_pool, layout, scale):
@@ -39,8 +39,8 @@ def test_pseudo_requests_compute_the_same_as_the_reference(block_rows):
         torch.empty(0, dtype=torch.int64),
     ]
     heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, "block_rows": block_rows}
-    # The CPU cannot take the FlashInfer path, but a plan's blocks depend on block_rows only.
-    plan = plan_position_causal(positions, slots, path="reference", **heads)
+    # The CPU cannot run the FlashInfer kernel, but a plan's blocks depend on block_rows only.
+    plan = plan_position_causal(positions, slots, kernel="reference", **heads)
     layout = paged_layout(plan)
     k, v = torch.randn(2, 500, 2, 16)
     q = torch.randn(plan.num_rows, 4, 16)
@@ -64,7 +64,7 @@ def test_keys_behind_a_block_are_not_planned():
         num_q_heads=1,
         num_kv_heads=1,
         head_dim=64,
-        path="reference",
+        kernel="reference",
         block_rows=128,
     )
     assert paged_layout(plan).kv_indptr.tolist() == [0, 509, 509 + 1021]
@@ -76,9 +76,17 @@ def test_shapes_that_the_fa2_kernels_lack_go_to_triton():
             [torch.tensor([0])], [torch.arange(1)], num_q_heads=1, num_kv_heads=1, head_dim=dim
         )
 
-    assert supports(plan(64), torch.bfloat16)
-    assert not supports(plan(80), torch.bfloat16)
-    assert not supports(plan(64), torch.float32)
+    def refusal(dim, dtype=torch.bfloat16, pool=torch.bfloat16, window=None, cap=None):
+        return FlashInferKernel().refuse(
+            plan(dim), dtype, pool, sliding_window=window, logit_cap=cap
+        )
+
+    assert refusal(64) is None
+    assert refusal(80) == "heads of 80"
+    assert "float32" in refusal(64, torch.float32)
+    assert "float32" in refusal(64, pool=torch.float32)
+    assert "window" in refusal(64, window=8)
+    assert "cap" in refusal(64, cap=3.0)
 
 
 def test_variant_names_differ_wherever_the_compiled_code_does():

@@ -11,6 +11,7 @@ Shape suffixes: R rows, N heads, H head dimension.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rag_kernels.plan import PositionCausalPlan
+from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.plan import PositionCausalPlan
 
 _KEYS_PER_STEP = 64
 _FEWEST_ROWS = 16  # smallest tile of tl.dot
@@ -151,7 +153,36 @@ def block_tensors(plan: PositionCausalPlan) -> dict[str, Tensor]:
     return made
 
 
-def attend_triton(
+class TritonKernel(AttentionKernel):
+    """The portable GPU kernel, with sliding window and logit cap."""
+
+    name = "triton"
+
+    def refuse_device(self, device: torch.device) -> str | None:
+        """Refuse the CPU, unless Triton interprets."""
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on the CPU only with TRITON_INTERPRET=1"
+        return None
+
+    def is_default_on(self, device: torch.device) -> bool:
+        """Be chosen on CUDA only: nothing else was compiled for."""
+        return str(device.type) == "cuda"
+
+    def attend(
+        self,
+        q_RNH: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        plan: PositionCausalPlan,
+        scale: float,
+        sliding_window: int | None,
+        logit_cap: float | None,
+    ) -> Tensor:
+        """Compute the call."""
+        return _attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+
+
+def _attend(
     q_RNH: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
@@ -160,7 +191,6 @@ def attend_triton(
     sliding_window: int | None,
     logit_cap: float | None,
 ) -> Tensor:
-    """See :func:`rag_kernels.position_causal_attention`."""
     tables = block_tensors(plan)
     q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
     if q.stride(-1) != 1:

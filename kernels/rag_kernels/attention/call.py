@@ -1,10 +1,11 @@
-"""Attention of non-contiguous rows, causal by absolute position: one function, one path per device."""
+"""Attention of non-contiguous rows, causal by absolute position: one function, a kernel per device."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rag_kernels.plan import PositionCausalPlan
+from rag_kernels.attention.choice import kernel_of_call
+from rag_kernels.attention.plan import PositionCausalPlan
 
 
 def position_causal_attention(
@@ -42,7 +43,7 @@ def position_causal_attention(
 
     Notes
     -----
-    The CPU path is measured; the FlashInfer and Triton paths have not been run on a GPU here: their numbers
+    The CPU kernel is measured; the FlashInfer and Triton kernels have not been run on a GPU here: their numbers
     are unmeasured.
     """
     if tuple(q_RNH.shape) != (plan.num_rows, plan.num_q_heads, plan.head_dim):
@@ -61,20 +62,7 @@ def position_causal_attention(
         )
     if plan.num_rows == 0:
         return q_RNH.new_empty(q_RNH.shape)
-    plain = sliding_window is None and not logit_cap
-    if plan.path == "cpu":
-        from rag_kernels.attention_cpu import attend_cpu
-
-        return attend_cpu(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
-    if plan.path == "flashinfer" and plain:
-        from rag_kernels.attention_flashinfer import attend_flashinfer, supports
-
-        if supports(plan, q_RNH.dtype) and k_pool.dtype == q_RNH.dtype:
-            return attend_flashinfer(q_RNH, k_pool, v_pool, plan, scale)
-    if plan.path in ("triton", "flashinfer"):
-        from rag_kernels.attention_triton import attend_triton
-
-        return attend_triton(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
-    from rag_kernels.attention_reference import attend_reference
-
-    return attend_reference(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+    kernel = kernel_of_call(
+        plan, q_RNH.dtype, k_pool.dtype, sliding_window=sliding_window, logit_cap=logit_cap
+    )
+    return kernel.attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)

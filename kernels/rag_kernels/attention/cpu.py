@@ -17,19 +17,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rag_kernels.plan import PositionCausalPlan, RowBlock
+from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
 
 
-def attend_cpu(
+class CpuKernel(AttentionKernel):
+    """Blocks of sorted rows as matrix products; see the module."""
+
+    name = "cpu"
+    block_rows = 48
+    """Measured best (``rag_eval.benchmarks.kernels``)."""
+
+    def refuse_device(self, device: torch.device) -> str | None:
+        """Refuse everything but the CPU."""
+        return None if device.type == "cpu" else f"cannot run on {device}"
+
+    def attend(
+        self,
+        q_RNH: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        plan: PositionCausalPlan,
+        scale: float,
+        sliding_window: int | None,
+        logit_cap: float | None,
+    ) -> Tensor:
+        """Compute the call."""
+        return _attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+
+
+def _attend(
     q_RNH: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
     plan: PositionCausalPlan,
     scale: float,
-    sliding_window: int | None = None,
-    logit_cap: float | None = None,
+    sliding_window: int | None,
+    logit_cap: float | None,
 ) -> Tensor:
-    """See :func:`rag_kernels.position_causal_attention`."""
     kv_heads, dim = plan.num_kv_heads, plan.head_dim
     group = plan.num_q_heads // kv_heads
     q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_kernels.plan import PositionCausalPlan
+from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.plan import PositionCausalPlan
 
 _WORKSPACE_BYTES = 128 << 20  # the least that FlashInfer's split-KV asks for
 _HEAD_DIMS = (64, 128, 256)
@@ -42,11 +43,6 @@ struct PositionCausal : AttentionVariantBase {
   })
 };
 """
-
-
-def flashinfer_available() -> bool:
-    """Whether the package is installed; it is not imported here."""
-    return importlib.util.find_spec("flashinfer") is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,11 +105,6 @@ def variant_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
     ]
 
 
-def supports(plan: PositionCausalPlan, dtype: torch.dtype) -> bool:
-    """Whether the fa2 kernels cover the shape; the Triton kernel takes the rest."""
-    return dtype in (torch.float16, torch.bfloat16) and plan.head_dim in _HEAD_DIMS
-
-
 class _Holder:
     """One wrapper per element type, head size and device; it remembers whose plan it holds."""
 
@@ -155,17 +146,55 @@ class _Holder:
 _HOLDERS: dict[tuple[torch.dtype, int, torch.device], _Holder] = {}
 
 
-def attend_flashinfer(
-    q_RNH: Tensor, k_pool: Tensor, v_pool: Tensor, plan: PositionCausalPlan, scale: float
-) -> Tensor:
-    """See :func:`rag_kernels.position_causal_attention`."""
-    key = (q_RNH.dtype, plan.head_dim, q_RNH.device)
-    holder = _HOLDERS.get(key)
-    if holder is None:
-        holder = _HOLDERS[key] = _Holder(*key)
-    holder.plan(plan, scale, q_RNH.dtype)
-    q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
-    # Page size 1: a slot is a page.
-    pools = (k_pool.unsqueeze(1), v_pool.unsqueeze(1))
-    out: Tensor = holder.wrapper.run(q.contiguous(), pools, holder.q_pos)
-    return out if plan.inverse is None else out.index_select(0, plan.inverse)
+class FlashInferKernel(AttentionKernel):
+    """FlashInfer's fa2 kernels with a mask of their own; no sliding window, no logit cap."""
+
+    name = "flashinfer"
+
+    def refuse_device(self, device: torch.device) -> str | None:
+        """Refuse everything but CUDA."""
+        return None if device.type == "cuda" else f"needs a CUDA device, not {device}"
+
+    def is_default_on(self, device: torch.device) -> bool:
+        """Be chosen where the package is installed; it is not imported here."""
+        return device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
+
+    def refuse(
+        self,
+        plan: PositionCausalPlan,
+        dtype: torch.dtype,
+        pool_dtype: torch.dtype,
+        *,
+        sliding_window: int | None,
+        logit_cap: float | None,
+    ) -> str | None:
+        """Refuse what the fa2 kernels do not cover."""
+        if sliding_window is not None or logit_cap:
+            return "no sliding window and no logit cap"
+        if dtype not in (torch.float16, torch.bfloat16) or pool_dtype != dtype:
+            return f"queries of {dtype} over a pool of {pool_dtype}"
+        if plan.head_dim not in _HEAD_DIMS:
+            return f"heads of {plan.head_dim}"
+        return None
+
+    def attend(
+        self,
+        q_RNH: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        plan: PositionCausalPlan,
+        scale: float,
+        sliding_window: int | None,
+        logit_cap: float | None,
+    ) -> Tensor:
+        """Compute the call."""
+        key = (q_RNH.dtype, plan.head_dim, q_RNH.device)
+        holder = _HOLDERS.get(key)
+        if holder is None:
+            holder = _HOLDERS[key] = _Holder(*key)
+        holder.plan(plan, scale, q_RNH.dtype)
+        q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
+        # Page size 1: a slot is a page.
+        pools = (k_pool.unsqueeze(1), v_pool.unsqueeze(1))
+        out: Tensor = holder.wrapper.run(q.contiguous(), pools, holder.q_pos)
+        return out if plan.inverse is None else out.index_select(0, plan.inverse)

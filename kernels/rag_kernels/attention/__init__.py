@@ -1,0 +1,18 @@
+"""Attention of rows that lie anywhere in a prompt, causal by absolute position: a plan, and kernels by device."""
+
+from __future__ import annotations
+
+from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.call import position_causal_attention
+from rag_kernels.attention.choice import ATTENTION_KERNELS
+from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
+from rag_kernels.attention.planning import plan_position_causal
+
+__all__ = [
+    "ATTENTION_KERNELS",
+    "AttentionKernel",
+    "PositionCausalPlan",
+    "RowBlock",
+    "plan_position_causal",
+    "position_causal_attention",
+]
