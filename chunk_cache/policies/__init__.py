@@ -12,11 +12,12 @@ from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.full import FullConfig, FullPolicy
 from chunk_cache.policies.layout import ReuseLayout, qkv_share
 from chunk_cache.policies.query import QueryConfig, QueryPolicy
-from chunk_cache.policies.registry import DEFAULT_POLICY, create_policy, policy_names
+from chunk_cache.policies.registry import DEFAULT_POLICY, POLICIES, create_policy, policy_names
 from chunk_cache.policies.reuse import ReuseConfig, ReusePolicy
 
 __all__ = [
     "DEFAULT_POLICY",
+    "POLICIES",
     "AdaptiveConfig",
     "AdaptivePolicy",
     "CacheBlendConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class AdaptivePolicy(Policy):
     """
 
     name: ClassVar[str] = "adaptive"
+    config_type: ClassVar[type[Any]] = AdaptiveConfig
     signal: ClassVar[Signal] = "deviation"
     config: AdaptiveConfig
 

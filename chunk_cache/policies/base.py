@@ -44,9 +44,15 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    config_type: ClassVar[type[Any]]
+    """Frozen dataclass of the options; the policy is made with one, and clients set its fields by name."""
     signal: ClassVar[Signal]
     config: Any
-    """Frozen options of the policy."""
+    """Options of this policy."""
+
+    @abstractmethod
+    def __init__(self, config: Any) -> None:
+        """Make the policy with its options, which were checked by their type."""
 
     @property
     def identity(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -65,6 +65,7 @@ class CacheBlendPolicy(Policy):
     """
 
     name: ClassVar[str] = "cacheblend"
+    config_type: ClassVar[type[Any]] = CacheBlendConfig
     signal: ClassVar[Signal] = "deviation"
     config: CacheBlendConfig
 

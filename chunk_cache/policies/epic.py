@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class EpicPolicy(Policy):
     """
 
     name: ClassVar[str] = "epic"
+    config_type: ClassVar[type[Any]] = EpicConfig
     signal: ClassVar[Signal] = "none"
     config: EpicConfig
 

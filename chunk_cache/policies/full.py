@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class FullPolicy(Policy):
     """Every reused token is computed; the reference of every comparison."""
 
     name: ClassVar[str] = "full"
+    config_type: ClassVar[type[Any]] = FullConfig
     signal: ClassVar[Signal] = "none"
     config: FullConfig
 

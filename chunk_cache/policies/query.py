@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class QueryPolicy(Policy):
     """
 
     name: ClassVar[str] = "query"
+    config_type: ClassVar[type[Any]] = QueryConfig
     signal: ClassVar[Signal] = "attention"
     config: QueryConfig
 

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Union
 
-from chunk_cache.policies.adaptive import AdaptiveConfig, AdaptivePolicy
 from chunk_cache.policies.base import Policy
-from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
-from chunk_cache.policies.epic import EpicConfig, EpicPolicy
-from chunk_cache.policies.full import FullConfig, FullPolicy
-from chunk_cache.policies.query import QueryConfig, QueryPolicy
-from chunk_cache.policies.reuse import ReuseConfig, ReusePolicy
+from rag_kernels import Registry
 
-_POLICIES: Mapping[str, tuple[type[Any], type[Any]]] = types.MappingProxyType(
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy",
+    "rag_pipeline.policies",
     {
-        "full": (FullPolicy, FullConfig),
-        "reuse": (ReusePolicy, ReuseConfig),
-        "cacheblend": (CacheBlendPolicy, CacheBlendConfig),
-        "epic": (EpicPolicy, EpicConfig),
-        "query": (QueryPolicy, QueryConfig),
-        "adaptive": (AdaptivePolicy, AdaptiveConfig),
-    }
+        "full": "chunk_cache.policies.full:FullPolicy",
+        "reuse": "chunk_cache.policies.reuse:ReusePolicy",
+        "cacheblend": "chunk_cache.policies.cacheblend:CacheBlendPolicy",
+        "epic": "chunk_cache.policies.epic:EpicPolicy",
+        "query": "chunk_cache.policies.query:QueryPolicy",
+        "adaptive": "chunk_cache.policies.adaptive:AdaptivePolicy",
+    },
 )
+"""Policies by name. A client names one in its request; each process that reads it must know it."""
+
 DEFAULT_POLICY = "query"
 """The most faithful at equal work on the models measured."""
 
 
 def policy_names() -> tuple[str, ...]:
     """Names that :func:`create_policy` knows."""
-    return tuple(_POLICIES)
+    return POLICIES.names()
 
 
 def create_policy(name: str, ratio: float | None = None, **options: Any) -> Policy:
@@ -54,10 +52,9 @@ def create_policy(name: str, ratio: float | None = None, **options: Any) -> Poli
         An unknown name or option, a wrong type or value; one line that says what is allowed.
     """
     if not isinstance(name, str):
-        raise ValueError(f"policy is {name!r}; give a name: {', '.join(_POLICIES)}.")
+        raise ValueError(f"policy is {name!r}; give a name: {', '.join(policy_names())}.")
     base, colon, tail = name.partition(":")
-    if base not in _POLICIES:
-        raise ValueError(f"policy {base!r} is not known; choose one of {', '.join(_POLICIES)}.")
+    policy_type = POLICIES.get(base)
     if colon:
         if ratio is not None:
             raise ValueError(
@@ -69,7 +66,7 @@ def create_policy(name: str, ratio: float | None = None, **options: Any) -> Poli
             raise ValueError(
                 f"policy {name!r}: {tail!r} is not a ratio; write {base}:0.15."
             ) from None
-    policy_type, config_type = _POLICIES[base]
+    config_type = policy_type.config_type
     hints = typing.get_type_hints(config_type)
     known = {f.name: hints[f.name] for f in fields(config_type)}
     given = dict(options)
@@ -82,8 +79,7 @@ def create_policy(name: str, ratio: float | None = None, **options: Any) -> Poli
             allowed = ", ".join(known) or "none"
             raise ValueError(f"policy {base!r} has no option {key!r}; allowed: {allowed}.")
         given[key] = _typed(base, key, value, known[key])
-    policy: Policy = policy_type(config_type(**given))
-    return policy
+    return policy_type(config_type(**given))
 
 
 def _typed(policy: str, key: str, value: Any, hint: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class ReusePolicy(Policy):
     """No reused token is computed; the lower bound of work and of fidelity."""
 
     name: ClassVar[str] = "reuse"
+    config_type: ClassVar[type[Any]] = ReuseConfig
     signal: ClassVar[Signal] = "none"
     config: ReuseConfig
 

@@ -6,6 +6,7 @@ The explanations feed the template of ``config init`` and the table in ``docs/co
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -31,12 +32,18 @@ def _policy(text: str, names: tuple[str, ...]) -> str:
     return text
 
 
+def _fusion_policies() -> tuple[str, ...]:
+    """Those of other distributions too; a policy that a program registers is known to that program only."""
+    offered = (one.name for one in entry_points(group="rag_pipeline.policies"))
+    return tuple(dict.fromkeys((*FUSION_POLICIES, *offered)))
+
+
 def _ask_policy(text: str) -> str:
-    return _policy(text, (PREFIX_POLICY, *FUSION_POLICIES))
+    return _policy(text, (PREFIX_POLICY, *_fusion_policies()))
 
 
 def _fusion_policy(text: str) -> str:
-    return _policy(text, FUSION_POLICIES)
+    return _policy(text, _fusion_policies())
 
 
 class _Section(BaseModel):
@@ -156,6 +163,10 @@ class FusionSettings(_Section):
     checksums: bool = Field(default=False, description="Take a checksum of every record in memory.")
     self_check: bool = Field(
         default=True, description="Prove the path on the loaded model at start."
+    )
+    attention_kernel: str = Field(
+        default="auto",
+        description="Attention kernel of fused passes; auto takes the best for the device.",
     )
     passage_tokens: int = Field(
         default=768,

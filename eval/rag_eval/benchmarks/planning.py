@@ -276,7 +276,7 @@ class _Bench:
             plan_mean_shift(
                 layout.spans, positions, self._slots, self._facts.rotary, strength=strength
             )
-        _, slots = plan_rows([rows], self._facts)
+        _, slots = plan_rows([rows], self._facts, "auto")
         return int(slots.numel())
 
 

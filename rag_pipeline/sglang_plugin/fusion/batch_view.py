@@ -61,7 +61,9 @@ class RequestRows:
         return slots
 
 
-def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionCausalPlan, Tensor]:
+def plan_rows(
+    rows: Sequence[RequestRows], facts: ModelFacts, kernel: str
+) -> tuple[PositionCausalPlan, Tensor]:
     """Attention plan of a pass, and the slots of its rows in order."""
     plan = plan_position_causal(
         [r.positions for r in rows],
@@ -69,6 +71,7 @@ def plan_rows(rows: Sequence[RequestRows], facts: ModelFacts) -> tuple[PositionC
         num_q_heads=facts.num_q_heads,
         num_kv_heads=facts.num_kv_heads,
         head_dim=facts.head_dim,
+        kernel=kernel,
     )
     return plan, torch.cat([r.row_slots for r in rows])
 
@@ -90,7 +93,7 @@ def make_pass(
         It would write what the guard protects.
     """
     assert runtime.facts is not None
-    plan, slots = plan_rows(rows, runtime.facts)
+    plan, slots = plan_rows(rows, runtime.facts, runtime.config.attention_kernel)
     guard.check([slots, *loader.slots, *(shift.other_slots for shift in shifts)])
     return FusedPass(
         row_slots=slots,

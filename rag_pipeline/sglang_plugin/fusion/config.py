@@ -10,6 +10,7 @@ from typing import Any
 
 from chunk_cache import DISK_BYTES
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
+from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
 
 CONFIG_VARIABLE = "RAG_PIPELINE_FUSION"
@@ -45,6 +46,8 @@ class FusionConfig:
         Take a checksum of every record.
     self_check : bool
         Prove the path on the loaded model at start, before the first request is fused.
+    attention_kernel : str
+        Attention kernel of fused passes (:data:`rag_kernels.ATTENTION_KERNELS`); ``auto`` for the best on the device.
     passage_tokens : int
         Length of the neutral passage that chunks are computed behind (:mod:`.passage`); 0 for none.
     passage_file : str
@@ -68,6 +71,7 @@ class FusionConfig:
     min_reused_tokens: int = 16
     checksums: bool = False
     self_check: bool = True
+    attention_kernel: str = "auto"
     passage_tokens: int = 768
     passage_file: str = ""
     store_dir: str = ""
@@ -97,6 +101,11 @@ class FusionConfig:
         if self.store_dir_bytes < 0:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: store_dir_bytes is {self.store_dir_bytes}; give 0 (nothing is written) or more."
+            )
+        if self.attention_kernel not in ("auto", *ATTENTION_KERNELS.names()):
+            allowed = ", ".join(("auto", *ATTENTION_KERNELS.names()))
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: attention_kernel is {self.attention_kernel!r}; choose one of {allowed}."
             )
         try:
             create_policy(self.policy)
