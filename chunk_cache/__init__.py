@@ -10,12 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chunk_cache.background_writer import BackgroundWriter
     from chunk_cache.errors import ChunkCacheError, IntegrityError
-    from chunk_cache.folder import LoadReport, StoreFolder
-    from chunk_cache.folder_budget import DISK_BYTES
-    from chunk_cache.folder_layout import tenant_mark
-    from chunk_cache.handles import Build, ChunkState, Lease
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
         ChunkKey,
@@ -25,51 +20,60 @@ if TYPE_CHECKING:
         canonical_json,
         hash_token_ids,
     )
-    from chunk_cache.listing import EntryInfo, Resolution
     from chunk_cache.matching import ChunkMatcher, MatchResult
-    from chunk_cache.memory_store import MemoryStore
-    from chunk_cache.private_files import make_private, sync_folder, write_private
     from chunk_cache.records import ChunkKV, KVLayout, LayerKV
     from chunk_cache.spans import Match, check_spans, merge_matches
-    from chunk_cache.stats import StoreStats
+    from chunk_cache.store.builds import Build, ChunkState
+    from chunk_cache.store.lease import Lease
+    from chunk_cache.store.listing import EntryInfo, Resolution
+    from chunk_cache.store.memory import MemoryStore
+    from chunk_cache.store.stats import StoreStats
     from chunk_cache.text_marks import TextMarks
-    from chunk_cache.tier import Tier
+    from chunk_cache.tiers.base import Tier
+    from chunk_cache.tiers.disk.background_writer import BackgroundWriter
+    from chunk_cache.tiers.disk.budget import DISK_BYTES
+    from chunk_cache.tiers.disk.folder import StoreFolder
+    from chunk_cache.tiers.disk.layout import tenant_mark
+    from chunk_cache.tiers.disk.private_files import make_private, sync_folder, write_private
+    from chunk_cache.tiers.disk.transfer import StoreLoadReport, export_store, load_store
 
 _HOME = {
-    "DISK_BYTES": "folder_budget",
+    "DISK_BYTES": "tiers.disk.budget",
     "STORE_FORMAT_VERSION": "keys",
-    "BackgroundWriter": "background_writer",
-    "Build": "handles",
+    "BackgroundWriter": "tiers.disk.background_writer",
+    "Build": "store.builds",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
     "ChunkKey": "keys",
     "ChunkMatcher": "matching",
-    "ChunkState": "handles",
-    "EntryInfo": "listing",
+    "ChunkState": "store.builds",
+    "EntryInfo": "store.listing",
     "IntegrityError": "errors",
     "KVContext": "keys",
     "KVLayout": "records",
     "LayerKV": "records",
-    "Lease": "handles",
-    "LoadReport": "folder",
+    "Lease": "store.lease",
     "Match": "spans",
     "MatchResult": "matching",
-    "MemoryStore": "memory_store",
-    "Resolution": "listing",
-    "StoreFolder": "folder",
-    "StoreStats": "stats",
+    "MemoryStore": "store.memory",
+    "Resolution": "store.listing",
+    "StoreFolder": "tiers.disk.folder",
+    "StoreLoadReport": "tiers.disk.transfer",
+    "StoreStats": "store.stats",
     "TextMarks": "text_marks",
-    "Tier": "tier",
+    "Tier": "tiers.base",
     "as_prompt_ids": "keys",
     "as_token_ids": "keys",
     "canonical_json": "keys",
     "check_spans": "spans",
+    "export_store": "tiers.disk.transfer",
     "hash_token_ids": "keys",
+    "load_store": "tiers.disk.transfer",
+    "make_private": "tiers.disk.private_files",
     "merge_matches": "spans",
-    "make_private": "private_files",
-    "sync_folder": "private_files",
-    "tenant_mark": "folder_layout",
-    "write_private": "private_files",
+    "sync_folder": "tiers.disk.private_files",
+    "tenant_mark": "tiers.disk.layout",
+    "write_private": "tiers.disk.private_files",
 }
 
 __all__ = [
@@ -88,12 +92,12 @@ __all__ = [
     "KVLayout",
     "LayerKV",
     "Lease",
-    "LoadReport",
     "Match",
     "MatchResult",
     "MemoryStore",
     "Resolution",
     "StoreFolder",
+    "StoreLoadReport",
     "StoreStats",
     "TextMarks",
     "Tier",
@@ -101,7 +105,9 @@ __all__ = [
     "as_token_ids",
     "canonical_json",
     "check_spans",
+    "export_store",
     "hash_token_ids",
+    "load_store",
     "make_private",
     "merge_matches",
     "sync_folder",

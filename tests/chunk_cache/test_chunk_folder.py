@@ -20,6 +20,8 @@ from chunk_cache import (
     MemoryStore,
     StoreFolder,
     Tier,
+    export_store,
+    load_store,
     tenant_mark,
 )
 
@@ -62,9 +64,9 @@ def test_a_store_goes_out_and_comes_back(
         store.put(record)
     folder = StoreFolder(tmp_path / "kv", create=True)
     seen: list[int] = []
-    assert folder.export(store, contexts=[context, other], progress=seen.append) == 6
+    assert export_store(folder, store, contexts=[context, other], progress=seen.append) == 6
     assert seen == [1, 2, 3, 4, 5, 6]
-    assert folder.export(store) == 0
+    assert export_store(folder, store) == 0
     described = folder.describe(context.namespace)
     assert described is not None
     assert described["model_fingerprint"] == "tiny-1"
@@ -72,7 +74,7 @@ def test_a_store_goes_out_and_comes_back(
     assert b"secret salt" not in everything
 
     mine = make_store()
-    report = folder.load_into(mine, namespaces={context.namespace}, pin=True)
+    report = load_store(folder, mine, namespaces={context.namespace}, pin=True)
     assert report.to_json() == {
         "loaded": 5,
         "already_there": 0,
@@ -83,7 +85,7 @@ def test_a_store_goes_out_and_comes_back(
     assert set(mine.keys()) == {record.key for record in records[:5]}
     assert mine.stats().pinned_bytes_now == sum(record.num_bytes for record in records[:5])
     assert [m.key for m in mine.match(range(300, 370), context)] == [records[3].key]
-    assert folder.load_into(mine).to_json() == {
+    assert load_store(folder, mine).to_json() == {
         "loaded": 1,
         "already_there": 5,
         "no_room": 0,
@@ -102,7 +104,7 @@ def test_an_import_evicts_nothing(tmp_path: Path, make_store: MakeStore, make_re
         folder.put(record)
     store = make_store(3 * records[0].num_bytes)
     store.put(records[0])
-    report = folder.load_into(store)
+    report = load_store(folder, store)
     assert (report.loaded + 1, report.no_room) == (len(store.keys()), 4 - report.loaded)
     assert report.no_room > 0
     assert records[0].key in store.keys()  # noqa: SIM118 - a list, not a mapping
@@ -154,7 +156,7 @@ def test_a_damaged_file_is_counted_at_import(
     content[-1] ^= 1
     file.write_bytes(content)
     store = make_store()
-    assert folder.load_into(store).to_json() == {
+    assert load_store(folder, store).to_json() == {
         "loaded": 1,
         "already_there": 0,
         "no_room": 0,

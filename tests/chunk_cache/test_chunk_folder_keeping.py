@@ -15,8 +15,16 @@ from typing import Any
 
 import pytest
 
-from chunk_cache import BackgroundWriter, ChunkKey, ChunkKV, KVContext, MemoryStore, StoreFolder
-from chunk_cache.private_files import write_private
+from chunk_cache import (
+    BackgroundWriter,
+    ChunkKey,
+    ChunkKV,
+    KVContext,
+    MemoryStore,
+    StoreFolder,
+    load_store,
+)
+from chunk_cache.tiers.disk.private_files import write_private
 from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
 Make = Callable[..., ChunkKV]
@@ -134,7 +142,7 @@ def test_only_what_can_be_used_is_read_and_the_latest_first(
     fields = context.to_json()
     del fields["prefix_digest"]
     store = MemoryStore(3 * mine[0].num_bytes)
-    report = folder.load_into(store, namespaces=folder.namespaces(fields))
+    report = load_store(folder, store, namespaces=folder.namespaces(fields))
     assert (report.loaded, report.no_room, report.foreign) == (3, 3, 3)
     latest = sorted(range(6), key=lambda number: -((number * 5) % 6))[:3]
     assert set(store.keys()) == {mine[number].key for number in latest}
@@ -244,7 +252,7 @@ def test_use_in_memory_is_noted_on_the_files(
     assert lease is not None
     folder.used(store.used_since(5.0))
     small = MemoryStore(2 * records[0].num_bytes - 1)
-    assert folder.load_into(small).loaded == 1
+    assert load_store(folder, small).loaded == 1
     assert small.keys() == [records[1].key]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, MemoryStore, StoreFolder
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, MemoryStore, StoreFolder, load_store
 from rag_pipeline.cli import main
 
 Make = Callable[..., ChunkKV]
@@ -80,7 +80,7 @@ def test_pinned_records_come_first_into_memory_and_stay_there(
     folder.pin(last)
     size = records[0].num_bytes
     store = make_store(size + max(size, folder.size_of(last)))
-    report = folder.load_into(store)
+    report = load_store(folder, store)
     assert (report.loaded, report.no_room) == (2, 3)
     assert store.stats().pinned_bytes_now == size
     for n in range(1000, 1500, 100):
@@ -96,7 +96,7 @@ def test_an_import_evicts_nothing_when_only_the_book_keeping_does_not_fit(
     size, on_disk = records[0].num_bytes, folder.size_of(records[0].key)
     assert size > on_disk
     store = make_store(size + on_disk)
-    assert folder.load_into(store).loaded == 1
+    assert load_store(folder, store).loaded == 1
     assert store.stats().evicted == 0
 
 
@@ -106,7 +106,7 @@ def test_what_is_in_memory_already_is_pinned_by_an_import(
     store = make_store()
     store.put(records[3])
     folder.pin(records[3].key)
-    assert folder.load_into(store).already_there == 1
+    assert load_store(folder, store).already_there == 1
     assert not store.evict(records[3].key)
 
 

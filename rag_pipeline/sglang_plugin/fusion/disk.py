@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from chunk_cache import BackgroundWriter, ChunkCacheError, ChunkKV, StoreFolder
+from chunk_cache import BackgroundWriter, ChunkCacheError, ChunkKV, StoreFolder, load_store
 from rag_pipeline.sglang_plugin.fusion import erased
 from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
 
@@ -45,7 +45,7 @@ def _read(runtime: FusionRuntime, path: str, model: str) -> None:
             path, create=True, byte_budget=runtime.config.store_dir_bytes, model=model
         )
         folder.clean()
-        report = folder.load_into(runtime.store, namespaces=_usable(runtime, folder))
+        report = load_store(folder, runtime.store, namespaces=_usable(runtime, folder))
     except (ChunkCacheError, OSError) as error:
         logger.error("Chunk-KV folder %s is not used: %s", path, error)
         runtime.metrics.count("disk", "unusable")

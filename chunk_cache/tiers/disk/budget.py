@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from chunk_cache.folder_layout import chunk_path, chunks_in
 from chunk_cache.keys import ChunkKey
-from chunk_cache.private_files import temporary_files
+from chunk_cache.tiers.disk.layout import chunk_path, chunks_in
+from chunk_cache.tiers.disk.private_files import temporary_files
 
 DISK_BYTES = 16 << 30
 """Budget of a folder where nobody says another, bytes."""

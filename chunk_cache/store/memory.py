@@ -1,6 +1,6 @@
 """The in-memory tier: chunk records under a byte budget, looked up by key and found in prompts.
 
-How records come in, stay and go is the lower half, :mod:`chunk_cache.writable_store`.
+How records come in, stay and go is the lower half, :mod:`chunk_cache.store.writable`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache.handles import ChunkState, Lease
 from chunk_cache.keys import ChunkKey, KVContext, as_prompt_ids
-from chunk_cache.ledger import Entry
-from chunk_cache.listing import EntryInfo, Resolution, list_entries
 from chunk_cache.records import ChunkKV
 from chunk_cache.spans import Match, check_spans, merge_matches
-from chunk_cache.stats import StoreStats
-from chunk_cache.writable_store import WritableStore
+from chunk_cache.store.builds import ChunkState
+from chunk_cache.store.lease import Lease
+from chunk_cache.store.ledger import Entry
+from chunk_cache.store.listing import EntryInfo, Resolution, list_entries
+from chunk_cache.store.stats import StoreStats
+from chunk_cache.store.writable import WritableStore
 
 
 class MemoryStore(WritableStore):

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy.typing as npt
 
-from chunk_cache.builds import BuildTable
 from chunk_cache.errors import ChunkCacheError
-from chunk_cache.handles import Build, ChunkState
 from chunk_cache.keys import ChunkKey, as_token_ids
-from chunk_cache.ledger import Ledger
 from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
-from chunk_cache.stats import StoreStats
+from chunk_cache.store.builds import Build, BuildTable, ChunkState
+from chunk_cache.store.ledger import Ledger
+from chunk_cache.store.stats import StoreStats
 
 
 class WritableStore:

@@ -1,24 +1,25 @@
 """A store on disk: one safetensors file per chunk, read back only if every byte is what was written.
 
-What lies where in the folder is told in :mod:`chunk_cache.folder_layout`, what a chunk file holds in
-:mod:`chunk_cache.chunk_file`. A file that is damaged in any way is a miss: counted, never an error and
+What lies where in the folder is told in :mod:`chunk_cache.tiers.disk.layout`, what a chunk file holds in
+:mod:`chunk_cache.tiers.disk.chunk_file`. A file that is damaged in any way is a miss: counted, never an error and
 never wrong KV.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chunk_cache.chunk_file import decode_record, encode_record, read_token_ids
 from chunk_cache.errors import ChunkCacheError
-from chunk_cache.folder_budget import DISK_BYTES, FolderBudget, stored_files, temporary_bytes
-from chunk_cache.folder_layout import (
+from chunk_cache.keys import ChunkKey, KVContext, TokenIds
+from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.disk.budget import DISK_BYTES, FolderBudget, temporary_bytes
+from chunk_cache.tiers.disk.chunk_file import decode_record, encode_record, read_token_ids
+from chunk_cache.tiers.disk.layout import (
     check_manifest,
     chunk_path,
     chunks_in,
@@ -27,34 +28,13 @@ from chunk_cache.folder_layout import (
     pin_path,
     write_context,
 )
-from chunk_cache.handles import ChunkState
-from chunk_cache.keys import ChunkKey, KVContext, TokenIds
-from chunk_cache.memory_store import MemoryStore
-from chunk_cache.private_files import (
+from chunk_cache.tiers.disk.private_files import (
     sweep,
     sync_folder,
     temporary_files,
     tighten,
     write_private,
 )
-from chunk_cache.records import ChunkKV
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LoadReport:
-    """What became of every file of an import."""
-
-    loaded: int = 0
-    already_there: int = 0
-    no_room: int = 0
-    """The budget has no room without evicting: an import never pushes out what is in memory."""
-    corrupt: int = 0
-    foreign: int = 0
-    """Of another model, rank or tenant than asked for."""
-
-    def to_json(self) -> dict[str, int]:
-        """Return all fields as a dict."""
-        return dataclasses.asdict(self)
 
 
 class StoreFolder:
@@ -96,7 +76,8 @@ class StoreFolder:
         if byte_budget < 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
         self.path = Path(path)
-        self._model = model
+        self.model = model
+        """Folder of the model whose records are written here."""
         self.budget = FolderBudget(self.path, byte_budget, self.evict)
         self.corrupt_files = 0
         self._told: set[str] = set()
@@ -109,7 +90,7 @@ class StoreFolder:
 
     def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
         """Read a record, or ``None`` when it is absent, damaged, or of other token ids."""
-        record = self._read(key)
+        record = self.read(key)
         return record if record is not None and record.tokens_equal(token_ids) else None
 
     def put(
@@ -255,105 +236,14 @@ class StoreFolder:
             and all(found.get(name) == value for name, value in fields.items())
         )
 
-    # -- whole stores -------------------------------------------------------------------------
-
-    def export(
-        self,
-        store: MemoryStore,
-        *,
-        keys: Iterable[ChunkKey] | None = None,
-        contexts: Iterable[KVContext] = (),
-        progress: Callable[[int], None] | None = None,
-    ) -> int:
-        """Write records of a memory store; files that are there already are kept as they are.
-
-        Parameters
-        ----------
-        store
-            Where from.
-        keys
-            Which; by default all that are READY.
-        contexts
-            Contexts to describe beside their chunks, for people and listings.
-        progress
-            Called with the number of chunks done so far.
-
-        Returns
-        -------
-        int
-            Number of files written.
-        """
-        for context in contexts:
-            write_context(self.path, context, self._model)
-        written = 0
-        for done, key in enumerate(store.keys() if keys is None else keys, start=1):
-            if not chunk_path(self.path, key).exists():
-                with store.borrow(key) as record:
-                    if record is not None:
-                        written += self.put(record)
-            if progress is not None:
-                progress(done)
-        return written
-
-    def load_into(
-        self,
-        store: MemoryStore,
-        *,
-        namespaces: Container[str] | None = None,
-        pin: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> LoadReport:
-        """Read records into a memory store until its budget is full; nothing is evicted for it.
-
-        Pinned records come first, and are pinned in memory too; then the most recently used.
-
-        Parameters
-        ----------
-        store
-            Where to.
-        namespaces
-            Only chunks of these :attr:`KVContext.namespace`; by default all.
-        pin
-            Pin everything that is loaded.
-        progress
-            Called with the number of files done so far.
-        """
-        counts = dict.fromkeys((field.name for field in dataclasses.fields(LoadReport)), 0)
-        wanted: list[tuple[bool, ChunkKey]] = []
-        for file in reversed(stored_files(self.path)):
-            if namespaces is None or file.key.namespace in namespaces:
-                wanted.append((not self.is_pinned(file.key), file.key))
-            else:
-                counts["foreign"] += 1
-        wanted.sort(key=lambda row: row[0])
-        for done, (loose, key) in enumerate(wanted, start=1):
-            if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
-                counts["already_there"] += 1
-                if not loose:
-                    store.pin(key)
-            elif self.size_of(key) > store.free_bytes:
-                counts["no_room"] += 1
-            else:
-                record = self._read(key)
-                if record is None:
-                    counts["corrupt"] += 1
-                    store.count_corrupt()
-                else:
-                    # Asked first: `put` would make room by evicting what was loaded before.
-                    fits = record.num_bytes <= store.free_bytes
-                    tenant = self.tenant_of(key.namespace)
-                    put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
-                    counts["loaded" if put else "no_room"] += 1
-            if progress is not None:
-                progress(done)
-        return LoadReport(**counts)
+    # -- inspecting ---------------------------------------------------------------------------
 
     def verify(self, *, remove: bool = False) -> list[ChunkKey]:
         """Read every file and return the keys of damaged ones, deleting them if ``remove``.
 
         What crashes left goes with them.
         """
-        bad = [key for key in self.keys() if self._read(key) is None]
+        bad = [key for key in self.keys() if self.read(key) is None]
         if remove:
             self.sweep()
             for key in bad:
@@ -383,11 +273,12 @@ class StoreFolder:
             return
         told = self.describe(name) or {}
         mark = told.get("tenant") if tenant is None else tenant
-        if (told.get("tenant"), told.get("model")) != (mark, self._model) or not told:
-            write_context(self.path, context, self._model, tenant=tenant)
+        if (told.get("tenant"), told.get("model")) != (mark, self.model) or not told:
+            write_context(self.path, context, self.model, tenant=tenant)
         self._told.add(name)
 
-    def _read(self, key: ChunkKey) -> ChunkKV | None:
+    def read(self, key: ChunkKey) -> ChunkKV | None:
+        """Read a record whatever its tokens are; ``None`` where the file is damaged or gone."""
         try:
             # Read whole, not mapped: a file cut short under a map would kill the process.
             data = chunk_path(self.path, key).read_bytes()

@@ -19,10 +19,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from chunk_cache.chunk_file import STORE_FORMAT
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext
-from chunk_cache.private_files import write_private
+from chunk_cache.tiers.disk.chunk_file import STORE_FORMAT
+from chunk_cache.tiers.disk.private_files import write_private
 
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from chunk_cache.builds import BuildTable
-from chunk_cache.handles import ChunkState
 from chunk_cache.keys import ChunkKey
-from chunk_cache.ledger import Ledger
 from chunk_cache.spans import Match
+from chunk_cache.store.builds import BuildTable, ChunkState
+from chunk_cache.store.ledger import Ledger
 
 
 class Resolution(NamedTuple):

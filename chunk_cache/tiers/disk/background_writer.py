@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from chunk_cache.folder import StoreFolder
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.disk.folder import StoreFolder
 
 QUEUE_BYTES = 256 << 20
 """Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""

@@ -1,0 +1,127 @@
+"""Whole stores: from memory into a folder, and from a folder into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable
+
+from chunk_cache.keys import ChunkKey, KVContext
+from chunk_cache.store.builds import ChunkState
+from chunk_cache.store.memory import MemoryStore
+from chunk_cache.tiers.disk.budget import stored_files
+from chunk_cache.tiers.disk.folder import StoreFolder
+from chunk_cache.tiers.disk.layout import write_context
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StoreLoadReport:
+    """What became of every file of a load."""
+
+    loaded: int = 0
+    already_there: int = 0
+    no_room: int = 0
+    """The budget has no room without evicting: an import never pushes out what is in memory."""
+    corrupt: int = 0
+    foreign: int = 0
+    """Of another model, rank or tenant than asked for."""
+
+    def to_json(self) -> dict[str, int]:
+        """Return all fields as a dict."""
+        return dataclasses.asdict(self)
+
+
+def export_store(
+    folder: StoreFolder,
+    store: MemoryStore,
+    *,
+    keys: Iterable[ChunkKey] | None = None,
+    contexts: Iterable[KVContext] = (),
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write records of a memory store; files that are there already are kept as they are.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    store
+        Where from.
+    keys
+        Which; by default all that are READY.
+    contexts
+        Contexts to describe beside their chunks, for people and listings.
+    progress
+        Called with the number of chunks done so far.
+
+    Returns
+    -------
+    int
+        Number of files written.
+    """
+    for context in contexts:
+        write_context(folder.path, context, folder.model)
+    written = 0
+    for done, key in enumerate(store.keys() if keys is None else keys, start=1):
+        if not folder.size_of(key):
+            with store.borrow(key) as record:
+                if record is not None:
+                    written += folder.put(record)
+        if progress is not None:
+            progress(done)
+    return written
+
+
+def load_store(
+    folder: StoreFolder,
+    store: MemoryStore,
+    *,
+    namespaces: Container[str] | None = None,
+    pin: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> StoreLoadReport:
+    """Read records into a memory store until its budget is full; nothing is evicted for it.
+
+    Pinned records come first, and are pinned in memory too; then the most recently used.
+
+    Parameters
+    ----------
+    folder
+        Where from.
+    store
+        Where to.
+    namespaces
+        Only chunks of these :attr:`KVContext.namespace`; by default all.
+    pin
+        Pin everything that is loaded.
+    progress
+        Called with the number of files done so far.
+    """
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(StoreLoadReport)), 0)
+    wanted: list[tuple[bool, ChunkKey]] = []
+    for file in reversed(stored_files(folder.path)):
+        if namespaces is None or file.key.namespace in namespaces:
+            wanted.append((not folder.is_pinned(file.key), file.key))
+        else:
+            counts["foreign"] += 1
+    wanted.sort(key=lambda row: row[0])
+    for done, (loose, key) in enumerate(wanted, start=1):
+        if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
+            counts["already_there"] += 1
+            if not loose:
+                store.pin(key)
+        elif folder.size_of(key) > store.free_bytes:
+            counts["no_room"] += 1
+        else:
+            record = folder.read(key)
+            if record is None:
+                counts["corrupt"] += 1
+                store.count_corrupt()
+            else:
+                # Asked first: `put` would make room by evicting what was loaded before.
+                fits = record.num_bytes <= store.free_bytes
+                tenant = folder.tenant_of(key.namespace)
+                put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
+                counts["loaded" if put else "no_room"] += 1
+        if progress is not None:
+            progress(done)
+    return StoreLoadReport(**counts)
