@@ -26,6 +26,7 @@ from rag_pipeline.server.budget import Budget, Held
 from rag_pipeline.server.errors import ApiError, error_response
 from rag_pipeline.server.headers import Headers, host_of, is_preflight, key_of, no_key
 from rag_pipeline.server.request_log import Exchange
+from rag_pipeline.server.stock_faults import TOLD
 from rag_pipeline.server.tenants import Tenant, Tenants
 from rag_pipeline.sglang_plugin.http_access import admitted
 
@@ -69,6 +70,8 @@ class GuardRules:
     rooms
         What refuses a key's request at the door, by path template: a queue behind it that is full. A full server
         is asked most, and the way to a route and back takes several times as long.
+    closed
+        What a route needs that this server was started without, by path template: SGLang's scheduler dies of it.
     """
 
     host: str
@@ -81,6 +84,7 @@ class GuardRules:
     max_held_bytes: int = 512 << 20
     max_questions: int = 128
     rooms: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         refuse_exposure(self.host, self.tenants, open_to_network=self.open_to_network)
@@ -138,6 +142,8 @@ class Guard:
         exchange = Exchange(scope, template, receive, send, limit=self._limit(template))
         try:
             tenant = self._admit(scope, template, access)
+            if template in self._rules.closed:
+                raise ApiError(400, f"{template} needs {self._rules.closed[template]} at the start")
             if tenant is not None:
                 exchange.tenant = tenant.name
                 if template != _ALWAYS:
@@ -161,6 +167,10 @@ class Guard:
             # The body was too large, and nobody behind here made an answer of it.
             if not exchange.begun:
                 await _answer(refusal, exchange)
+        except Exception:
+            # Answered and logged, it is raised once more: for uvicorn, which would log all of it again.
+            if not scope["state"].get(TOLD):
+                raise
         finally:
             self.in_flight -= 1
             if exchange.held is not None:

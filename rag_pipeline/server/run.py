@@ -25,6 +25,7 @@ from rag_pipeline.server.question_part import QUESTION_TEMPLATE
 from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
+from rag_pipeline.server.stock_faults import answer_stock_fault
 from rag_pipeline.sglang_plugin.http_server import (
     HttpLimits,
     ServerFacts,
@@ -118,6 +119,7 @@ def serve(
         app.include_router(make_page_router())
         # What SGLang's routes raise is FastAPI's own exception, for which SGLang has a handler.
         app.add_exception_handler(HTTPException, answer_unknown_route)
+        app.add_exception_handler(Exception, answer_stock_fault)
         # The embedder's weights load while the engine starts.
         threading.Thread(target=embedders.warm, name="warm-embedder", daemon=True).start()
         jobs.resume(
@@ -138,6 +140,7 @@ def serve(
             max_held_bytes=settings.max_held_bytes,
             max_questions=settings.max_questions,
             rooms={SEARCH: service.check_room},
+            closed=facts.closed,
         )
         return Guard(app, rules)
 

@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["FAULT_FILE", "run_and_report", "write_fault"]
 
 FAULT_FILE = "RAG_PIPELINE_FAULT_FILE"
-_LOGGER = "sglang.srt.managers.scheduler"
+_LOGGERS = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
 
 
 def write_fault(text: str) -> None:
@@ -29,11 +29,14 @@ def write_fault(text: str) -> None:
 
 
 class _LastLine(logging.Handler):
-    """Takes the exception out of SGLang's "Scheduler hit an exception" record."""
+    """Takes the exception out of SGLang's "Scheduler hit an exception" record, and the detokenizer's."""
+
+    seen = False
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if text.startswith("Scheduler hit an exception"):
+        if text.startswith(("Scheduler hit an exception", "DetokenizerManager hit an exception")):
+            self.seen = True
             lines = [line for line in text.splitlines() if line.strip()]
             write_fault(lines[-1])
 
@@ -42,11 +45,26 @@ def run_and_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     """Run a child's entry function; note why it ended if it did not end well.
 
     It does not end by SIGTERM: who stops a service tells all its processes, and the parent drains first.
+
+    SGLang logs an exception, signals its parent, and ends as if all were well. Behind a fork server that parent is
+    not the process that waits for answers, and one that was started in the background may ignore the signal: the
+    exit code tells instead, which SGLang's watchdog of child processes looks at.
+
+    Raises
+    ------
+    SystemExit
+        With code 1, behind such an exception.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.getLogger(_LOGGER).addHandler(_LastLine(level=logging.ERROR))
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    last_line = _LastLine(level=logging.ERROR)
+    for name in _LOGGERS:
+        logging.getLogger(name).addHandler(last_line)
     try:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if last_line.seen:
+            raise SystemExit(1)
+        return result
     except SystemExit as stop:
         if isinstance(stop.code, str):
             write_fault(stop.code)

@@ -14,13 +14,22 @@ from typing import Any
 
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
-__all__ = ["admitted", "namespaced", "register"]
+__all__ = ["admitted", "closed_routes", "namespaced", "register"]
 
 _DECIDE = "sglang.srt.utils.auth.decide_request_auth"
 _GENERATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
 _INFO = "sglang.srt.sampling.watermarking.core.redact_watermark_secrets"
 
 _SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+
+_NEEDS = {
+    "enable_memory_saver": "/release_memory_occupation /resume_memory_occupation",
+    "expert_distribution_recorder_mode": (
+        "/start_expert_distribution_record /stop_expert_distribution_record "
+        "/dump_expert_distribution_record"
+    ),
+}
+"""Routes whose requests SGLang's scheduler does not survive, by the argument that it must have been started with."""
 
 admitted: ContextVar[str | None] = ContextVar("rag_admitted", default=None)
 """Cache namespace of the caller of the request being answered, empty for the operator; None where the guard
@@ -32,6 +41,16 @@ def namespaced(salt: str, given: Any) -> Any:
     if isinstance(given, list):
         return [namespaced(salt, item) for item in given]
     return f"{salt}/{given}" if given else salt
+
+
+def closed_routes(server_args: Any) -> dict[str, str]:
+    """Return the flag that a route needs, by path, for the routes that a server of these arguments must not open."""
+    return {
+        path: f"--{name.replace('_', '-')}"
+        for name, paths in _NEEDS.items()
+        if not getattr(server_args, name)
+        for path in paths.split()
+    }
 
 
 def _decide(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,17 @@ def limited_protocol(limits: HttpLimits) -> type[asyncio.Protocol]:
                 self._timer.cancel()
             self._timer = None if seconds is None else self.loop.call_later(seconds, self._too_slow)
 
+        def send_400_response(self, msg: str) -> None:
+            """Refuse what is no HTTP; it may come in the body of a request that is being answered."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self._end(400, "this is no valid HTTP/1.1 request")
+            else:
+                self.transport.close()
+            if self.cycle is not None and not self.cycle.response_complete:
+                # Whoever answers the request is told that its client went; uvicorn would let two answers collide.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+
         def _too_slow(self) -> None:
             self._timer = None
             if not self._in_body:

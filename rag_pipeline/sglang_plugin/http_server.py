@@ -11,14 +11,14 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import EngineError, RagPipelineError
-from rag_pipeline.sglang_plugin import launch_hooks, startup
+from rag_pipeline.sglang_plugin import http_access, launch_hooks, startup
 from rag_pipeline.sglang_plugin.detect import accelerator_present
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
 from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
@@ -49,6 +49,8 @@ class ServerFacts:
     host: str
     port: int
     model_name: str
+    closed: Mapping[str, str] = field(default_factory=dict)
+    """Routes that need a flag which was not given, by path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +194,7 @@ def _launch(
         host=str(server_args.host),
         port=int(server_args.port),
         model_name=str(server_args.served_model_name or Path(server_args.model_path).name),
+        closed=http_access.closed_routes(server_args),
     )
     _register(http_server.app, attach(http_server.app, engine, facts), limits)
 
@@ -226,8 +229,6 @@ def _give_way(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
     """Hook what SGLang does with the app, its keys and SIGTERM; a hook that is not there is no server."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    from rag_pipeline.sglang_plugin import http_access
 
     rows = http_access.register()
     rows += [

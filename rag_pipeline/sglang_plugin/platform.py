@@ -84,6 +84,14 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """Return False: there is no device to pin memory for."""
         return False
 
+    def get_torch_profiler_activity_str(self) -> str:
+        """Return what ``/start_profile`` calls this device."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """Return what torch's profiler records here."""
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_dispatch_key_name(self) -> str:
         """Return ``native``: plain torch forwards of SGLang's fused operations."""
         return "native"

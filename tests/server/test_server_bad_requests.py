@@ -106,7 +106,7 @@ def test_unknown_index_and_empty_index(rag_server: Any) -> None:
     [
         ("GET", "/v1/rag/serch", 404, "no route GET '/v1/rag/serch' here"),
         ("GET", "/nowhere", 404, "no route GET '/nowhere' here"),
-        ("PUT", "/generate", 405, "no PUT '/generate' here; the route takes other methods"),
+        ("PATCH", "/generate", 405, "no PATCH '/generate' here; the route takes other methods"),
         ("DELETE", FIND, 405, f"no DELETE '{FIND}' here; the route takes other methods"),
     ],
 )

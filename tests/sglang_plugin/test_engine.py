@@ -151,3 +151,34 @@ def test_a_scheduler_that_fails_says_why_and_the_caller_lives(warm_start, tmp_pa
     line = refused(warm_start, tmp_path, broken, "{}")
     assert "SGLang did not start with" in line
     assert "safetensors" in line.lower() or "header" in line.lower()
+
+
+# SGLang's scheduler logs an exception and ends as if all were well; its answers would be waited for for ever.
+FAILING = """
+import asyncio, sys
+def main():
+    from rag_pipeline.sglang_plugin import create_engine
+    engine = create_engine(sys.argv[1], max_total_tokens=4096, log_level="error")
+    # Without the recorder's mode the scheduler raises.
+    record = engine.tokenizer_manager.start_expert_distribution_record()
+    print("sent", flush=True)
+    try:
+        engine.loop.run_until_complete(asyncio.wait_for(record, 60))
+    finally:
+        print("alive", flush=True)
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_an_exception_in_the_scheduler_ends_whoever_waits_for_it(
+    smollm2_path: Path, tmp_path: Path, warm_start: WarmStart
+) -> None:
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    done = warm_start.run(
+        [sys.executable, str(program), str(smollm2_path)], environment=dict(os.environ), timeout=300
+    )
+    assert "sent" in done.stdout
+    assert "alive" not in done.stdout
+    assert done.returncode != 0

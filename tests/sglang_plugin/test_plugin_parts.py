@@ -236,7 +236,10 @@ def test_why_a_scheduler_died_reaches_the_fault_file(tmp_path, monkeypatch):
             "Scheduler hit an exception: Traceback\n  File x\nValueError: no such dtype\n"
         )
 
-    fault_report.run_and_report(scheduler_that_logs)
+    # SGLang's own scheduler ends as if all were well: nobody would look at it.
+    with pytest.raises(SystemExit) as end:
+        fault_report.run_and_report(scheduler_that_logs)
+    assert end.value.code == 1
     with pytest.raises(SystemExit):
         fault_report.run_and_report(sys.exit, "hook gone")
     assert path.read_text().splitlines() == ["ValueError: no such dtype", "hook gone"]

@@ -13,7 +13,7 @@ import httpx
 
 from rag_eval.benchmarks.load_run import LoadTarget
 from rag_eval.benchmarks.load_server import started_server
-from rag_eval.reliability.figure import Outcome, Plan
+from rag_eval.reliability.figure import MAX_FAULTS, Outcome, Plan
 from rag_eval.reliability.probes import probing
 
 STALL_S = 0.1
@@ -37,6 +37,10 @@ def run(plan: Plan) -> Outcome:
             probing(target.url, "/v1/rag/models", headers) as probe,
         ):
             for _ in range(count):
+                if outcome.failed >= MAX_FAULTS:
+                    # A server that died answers nothing more, and each request waits for it.
+                    outcome.note = f"given up after {outcome.tried} of {count:,} requests"
+                    break
                 outcome.tried += 1
                 if rng.random() < 0.2:
                     _send_raw(target, rng, outcome)
@@ -46,9 +50,13 @@ def run(plan: Plan) -> Outcome:
             outcome.fault(f"beside the load: {fault}")
         outcome.measure("stall_p99_s", probe.share(0.99), STALL_S)
         outcome.measure("stall_max_s", probe.share(1.0))
-        answer = httpx.get(
-            f"{target.url}/v1/rag/health", headers=headers, timeout=60, trust_env=False
-        )
+        try:
+            answer = httpx.get(
+                f"{target.url}/v1/rag/health", headers=headers, timeout=60, trust_env=False
+            )
+        except httpx.HTTPError as error:
+            outcome.fault(f"in the end the server does not answer: {error!r}")
+            return outcome
         if answer.status_code != 200 or answer.json()["status"] != "ok":
             outcome.fault(f"in the end the server is not well: {answer.text[:200]}")
     return outcome

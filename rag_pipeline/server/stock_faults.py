@@ -1,0 +1,70 @@
+"""Exceptions that SGLang's own routes do not catch: a client's mistake is 4xx, a fault of the server 5xx, in one line.
+
+SGLang's routes are written for requests of the right shape: a body that is no object, or a profile that is
+stopped before it was started, ends in an exception and a bare 500.
+"""
+
+from __future__ import annotations
+
+import logging
+from json import JSONDecodeError
+from types import TracebackType
+
+from fastapi.routing import run_endpoint_function
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rag_pipeline.server.access import Access, find_route
+from rag_pipeline.server.errors import error_response, without_paths
+
+logger = logging.getLogger(__name__)
+
+TOLD = "rag_fault_told"
+"""Mark in a request's state: its exception was answered and logged, and needs no more of either."""
+
+_UNREADABLE = (JSONDecodeError, UnicodeError, RecursionError)
+_UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def answer_stock_fault(request: Request, error: Exception) -> Response:
+    """Answer an exception that nothing of the application has caught.
+
+    It is the client's mistake if it came up while the request was read, before the route's own function ran; if
+    the body cannot be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that
+    a request of the wrong shape or at the wrong time brings up.
+
+    Parameters
+    ----------
+    request
+        What was asked.
+    error
+        What came up.
+    """
+    request.scope.setdefault("state", {})[TOLD] = True
+    route, access = find_route(request.scope)
+    what = f"{request.method} {route or request.url.path}"
+    if _is_mistake(error, access):
+        line = without_paths(" ".join(str(error).split()))[:200]
+        logger.warning("%s was refused: %s: %s", what, type(error).__name__, line)
+        return error_response(
+            400, f"{what} cannot take this request ({line or type(error).__name__})"
+        )
+    logger.error("A fault in %s", what, exc_info=error)
+    return error_response(500, "a fault of this server; its log has the details")
+
+
+def _is_mistake(error: Exception, access: Access) -> bool:
+    if isinstance(error, _UNREADABLE) or not _reached_endpoint(error.__traceback__):
+        return True
+    if access is Access.ADMIN and isinstance(error, RuntimeError):
+        return True
+    return access in (Access.ADMIN, Access.OPERATOR) and isinstance(error, _UNFIT)
+
+
+def _reached_endpoint(traceback: TracebackType | None) -> bool:
+    """Whether the function of the route had been called."""
+    while traceback is not None:
+        if traceback.tb_frame.f_code is run_endpoint_function.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False
