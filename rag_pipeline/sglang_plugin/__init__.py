@@ -101,13 +101,21 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import activation, fusion, integrity, launch_hooks, noise
+        from rag_pipeline.sglang_plugin import (
+            activation,
+            empty_prompts,
+            fusion,
+            integrity,
+            launch_hooks,
+            noise,
+        )
 
         noise.hide_bars()
         activation.register()
         launch_hooks.register()
         fusion.register()
         integrity.register()
+        empty_prompts.register()
         verify_targets()
 
 

@@ -17,8 +17,8 @@ from rag_eval.reliability.figure import MAX_FAULTS, Outcome, Plan
 from rag_eval.reliability.probes import probing
 
 STALL_S = 0.1
-_UNTRIED = ("/shutdown", "/release_memory", "/pause", "/abort")
-"""Routes that stop or pause the server when they are asked rightly: that is no mistake."""
+_UNTRIED = ("/shutdown", "/pause", "/abort", "/start_profile")
+"""Routes that stop, pause or burden the server when they are asked rightly: that is no mistake."""
 
 
 def run(plan: Plan) -> Outcome:
