@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from json import JSONDecodeError
-from types import TracebackType
+from types import CodeType, TracebackType
 
 from fastapi.routing import run_endpoint_function
 from starlette.requests import Request
@@ -23,14 +23,23 @@ TOLD = "rag_fault_told"
 """Mark in a request's state: its exception was answered and logged, and needs no more of either."""
 
 _UNREADABLE = (JSONDecodeError, UnicodeError, RecursionError)
+_CHECKS = frozenset(
+    {
+        "normalize_batch_and_arguments",
+        "_create_tokenized_object",
+        "_init_req_state",
+        "_validate_one_request",
+    }
+)
+"""Functions of SGLang that read a request's arguments."""
 _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def answer_stock_fault(request: Request, error: Exception) -> Response:
     """Answer an exception that nothing of the application has caught.
 
-    It is the client's mistake if it came up while the request was read, before the route's own function ran; if
-    the body cannot be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that
+    It is the client's mistake if it came up while the request was read, before the route's own function ran or in
+    SGLang's own checks of it; if the body cannot be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that
     a request of the wrong shape or at the wrong time brings up.
 
     Parameters
@@ -54,17 +63,20 @@ def answer_stock_fault(request: Request, error: Exception) -> Response:
 
 
 def _is_mistake(error: Exception, access: Access) -> bool:
-    if isinstance(error, _UNREADABLE) or not _reached_endpoint(error.__traceback__):
+    codes = _codes(error.__traceback__)
+    if isinstance(error, _UNREADABLE) or run_endpoint_function.__code__ not in codes:
+        return True
+    if any(code.co_name in _CHECKS for code in codes):
         return True
     if access is Access.ADMIN and isinstance(error, RuntimeError):
         return True
     return access in (Access.ADMIN, Access.OPERATOR) and isinstance(error, _UNFIT)
 
 
-def _reached_endpoint(traceback: TracebackType | None) -> bool:
-    """Whether the function of the route had been called."""
+def _codes(traceback: TracebackType | None) -> list[CodeType]:
+    """Functions that an exception came through."""
+    codes = []
     while traceback is not None:
-        if traceback.tb_frame.f_code is run_endpoint_function.__code__:
-            return True
+        codes.append(traceback.tb_frame.f_code)
         traceback = traceback.tb_next
-    return False
+    return codes

@@ -103,11 +103,11 @@ def register() -> None:
     with fail_hard():
         from rag_pipeline.sglang_plugin import (
             activation,
-            empty_prompts,
             fusion,
             integrity,
             launch_hooks,
             noise,
+            request_check,
         )
 
         noise.hide_bars()
@@ -115,7 +115,7 @@ def register() -> None:
         launch_hooks.register()
         fusion.register()
         integrity.register()
-        empty_prompts.register()
+        request_check.register()
         verify_targets()
 
 

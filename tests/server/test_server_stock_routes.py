@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 CHAT = "/v1/chat/completions"
+ASKED = [{"role": "user", "content": "x"}]
 DEEP = b"[" * 20_000 + b"]" * 20_000
 
 
@@ -35,6 +36,9 @@ def is_well(server: Any) -> bool:
         (CHAT, DEEP),
         (CHAT, b'{"response_format": 1e308}'),
         ("/generate", b"[]"),
+        ("/generate", b'{"text": "x", "sampling_params": {"stop_regex": "("}}'),
+        ("/generate", b'{"text": "x", "rid": ["a", "b"]}'),
+        ("/generate", b'{"input_embeds": []}'),
         ("/encode", b'{"input_ids": []}'),
         ("/invocations", b'"x"'),
         ("/parse_function_call", b'{"text": "x"}'),
@@ -74,11 +78,23 @@ def test_a_body_that_is_called_something_else(rag_server: Any) -> None:
         ("/v1/responses", {"model": "m", "input": []}),
         ("/api/generate", {"model": "m", "prompt": "", "stream": False}),
         ("/vertex_generate", {"instances": [{"text": ""}]}),
+        ("/generate", {"input_ids": [10**6]}),
+        ("/generate", {"input_ids": [3, -1]}),
+        ("/generate", {"input_ids": [[1], [2**40]]}),
+        ("/v1/completions", {"model": "m", "prompt": [49152]}),
+        (CHAT, {"model": "m", "messages": ASKED, "input_ids": [10**6]}),
+        ("/generate", {"text": "x", "sampling_params": {"top_k": 2**40}}),
+        ("/generate", {"text": "x", "return_logprob": True, "top_logprobs_num": 10**6}),
+        ("/generate", {"text": "x", "return_logprob": True, "top_logprobs_num": -1}),
+        ("/generate", {"text": "x", "return_logprob": True, "logprob_start_len": -5}),
+        ("/generate", {"text": "x", "positional_embed_overrides": [1]}),
+        ("/v1/completions", {"model": "m", "prompt": "x", "logprobs": 10**6}),
+        (CHAT, {"model": "m", "messages": ASKED, "logprobs": True, "top_logprobs": 10**6}),
         ("/v1/score", {"model": "m", "query": "", "items": [""], "label_token_ids": [1]}),
     ],
 )
-def test_a_prompt_without_a_token_hurts_nobody(rag_server: Any, path: str, body: Any) -> None:
-    """Behind it the scheduler was dead: a tenant's key was enough."""
+def test_what_the_scheduler_would_die_of_is_refused(rag_server: Any, path: str, body: Any) -> None:
+    """Behind it nobody was answered any more; a tenant's key was enough for most."""
     answer = rag_server.post(path, body)
     # A stream has begun when its prompt is read: its one event holds the error.
     refused = answer.status_code == 400 or '"error"' in answer.text or "is empty" in answer.text
