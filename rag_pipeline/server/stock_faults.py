@@ -10,7 +10,7 @@ import logging
 from json import JSONDecodeError
 from types import CodeType, TracebackType
 
-from fastapi.routing import run_endpoint_function
+from fastapi.dependencies.utils import solve_dependencies
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -38,9 +38,9 @@ _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeErro
 def answer_stock_fault(request: Request, error: Exception) -> Response:
     """Answer an exception that nothing of the application has caught.
 
-    It is the client's mistake if it came up while the request was read, before the route's own function ran or in
-    SGLang's own checks of it; if the body cannot be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that
-    a request of the wrong shape or at the wrong time brings up.
+    It is the client's mistake if it came up while FastAPI or SGLang read the request's arguments; if the body
+    could not be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that a
+    request of the wrong shape or at the wrong time brings up: then the log has it in full.
 
     Parameters
     ----------
@@ -52,23 +52,27 @@ def answer_stock_fault(request: Request, error: Exception) -> Response:
     request.scope.setdefault("state", {})[TOLD] = True
     route, access = find_route(request.scope)
     what = f"{request.method} {route or request.url.path}"
-    if _is_mistake(error, access):
-        line = without_paths(" ".join(str(error).split()))[:200]
-        logger.warning("%s was refused: %s: %s", what, type(error).__name__, line)
-        return error_response(
-            400, f"{what} cannot take this request ({line or type(error).__name__})"
-        )
-    logger.error("A fault in %s", what, exc_info=error)
-    return error_response(500, "a fault of this server; its log has the details")
+    is_mistake = _is_mistake(error)
+    if not is_mistake and not _is_unfit(error, access):
+        logger.error("A fault in %s", what, exc_info=error)
+        return error_response(500, "a fault of this server; its log has the details")
+    line = without_paths(" ".join(str(error).split()))[:200] or type(error).__name__
+    logger.warning("%s was refused: %s", what, line, exc_info=None if is_mistake else error)
+    return error_response(400, f"{what} cannot take this request ({line})")
 
 
-def _is_mistake(error: Exception, access: Access) -> bool:
+def _is_mistake(error: Exception) -> bool:
     codes = _codes(error.__traceback__)
-    if isinstance(error, _UNREADABLE) or run_endpoint_function.__code__ not in codes:
+    names = {code.co_name for code in codes}
+    if solve_dependencies.__code__ in codes or names & _CHECKS:
         return True
-    if any(code.co_name in _CHECKS for code in codes):
-        return True
-    if access is Access.ADMIN and isinstance(error, RuntimeError):
+    # `Request.json`, SGLang's own included.
+    return isinstance(error, _UNREADABLE) and "json" in names
+
+
+def _is_unfit(error: Exception, access: Access) -> bool:
+    # Of RuntimeError itself: torch's kinds of it, such as being out of memory, are the server's.
+    if access is Access.ADMIN and type(error) is RuntimeError:
         return True
     return access in (Access.ADMIN, Access.OPERATOR) and isinstance(error, _UNFIT)
 
