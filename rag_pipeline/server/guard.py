@@ -168,7 +168,7 @@ class Guard:
             if not exchange.begun:
                 await _answer(refusal, exchange)
         except Exception:
-            # Answered and logged, it is raised once more: for uvicorn, which would log all of it again.
+            # Starlette raises it again behind the answer; uvicorn would log it a second time.
             if not scope["state"].get(TOLD):
                 raise
         finally:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from json import JSONDecodeError
-from types import TracebackType
+from types import CodeType, TracebackType
 
-from fastapi.routing import run_endpoint_function
+from fastapi.dependencies.utils import solve_dependencies
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,15 +23,24 @@ TOLD = "rag_fault_told"
 """Mark in a request's state: its exception was answered and logged, and needs no more of either."""
 
 _UNREADABLE = (JSONDecodeError, UnicodeError, RecursionError)
+_CHECKS = frozenset(
+    {
+        "normalize_batch_and_arguments",
+        "_create_tokenized_object",
+        "_init_req_state",
+        "_validate_one_request",
+    }
+)
+"""Functions of SGLang that read a request's arguments."""
 _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def answer_stock_fault(request: Request, error: Exception) -> Response:
     """Answer an exception that nothing of the application has caught.
 
-    It is the client's mistake if it came up while the request was read, before the route's own function ran; if
-    the body cannot be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that
-    a request of the wrong shape or at the wrong time brings up.
+    It is the client's mistake if it came up while FastAPI or SGLang read the request's arguments; if the body
+    could not be decoded; and on a control route (:class:`.Access` OPERATOR, ADMIN) if it is of a kind that a
+    request of the wrong shape or at the wrong time brings up: then the log has it in full.
 
     Parameters
     ----------
@@ -43,28 +52,35 @@ def answer_stock_fault(request: Request, error: Exception) -> Response:
     request.scope.setdefault("state", {})[TOLD] = True
     route, access = find_route(request.scope)
     what = f"{request.method} {route or request.url.path}"
-    if _is_mistake(error, access):
-        line = without_paths(" ".join(str(error).split()))[:200]
-        logger.warning("%s was refused: %s: %s", what, type(error).__name__, line)
-        return error_response(
-            400, f"{what} cannot take this request ({line or type(error).__name__})"
-        )
-    logger.error("A fault in %s", what, exc_info=error)
-    return error_response(500, "a fault of this server; its log has the details")
+    is_mistake = _is_mistake(error)
+    if not is_mistake and not _is_unfit(error, access):
+        logger.error("A fault in %s", what, exc_info=error)
+        return error_response(500, "a fault of this server; its log has the details")
+    line = without_paths(" ".join(str(error).split()))[:200] or type(error).__name__
+    logger.warning("%s was refused: %s", what, line, exc_info=None if is_mistake else error)
+    return error_response(400, f"{what} cannot take this request ({line})")
 
 
-def _is_mistake(error: Exception, access: Access) -> bool:
-    if isinstance(error, _UNREADABLE) or not _reached_endpoint(error.__traceback__):
+def _is_mistake(error: Exception) -> bool:
+    codes = _codes(error.__traceback__)
+    names = {code.co_name for code in codes}
+    if solve_dependencies.__code__ in codes or names & _CHECKS:
         return True
-    if access is Access.ADMIN and isinstance(error, RuntimeError):
+    # `Request.json`, SGLang's own included.
+    return isinstance(error, _UNREADABLE) and "json" in names
+
+
+def _is_unfit(error: Exception, access: Access) -> bool:
+    # Of RuntimeError itself: torch's kinds of it, such as being out of memory, are the server's.
+    if access is Access.ADMIN and type(error) is RuntimeError:
         return True
     return access in (Access.ADMIN, Access.OPERATOR) and isinstance(error, _UNFIT)
 
 
-def _reached_endpoint(traceback: TracebackType | None) -> bool:
-    """Whether the function of the route had been called."""
+def _codes(traceback: TracebackType | None) -> list[CodeType]:
+    """Functions that an exception came through."""
+    codes = []
     while traceback is not None:
-        if traceback.tb_frame.f_code is run_endpoint_function.__code__:
-            return True
+        codes.append(traceback.tb_frame.f_code)
         traceback = traceback.tb_next
-    return False
+    return codes

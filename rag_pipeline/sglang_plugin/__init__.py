@@ -98,13 +98,21 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import activation, fusion, integrity, launch_hooks, noise
+        from rag_pipeline.sglang_plugin import (
+            activation,
+            fusion,
+            integrity,
+            launch_hooks,
+            noise,
+            request_check,
+        )
 
         noise.hide_bars()
         activation.register()
         launch_hooks.register()
         fusion.register()
         integrity.register()
+        request_check.register()
         verify_targets()
 
 

@@ -65,6 +65,19 @@ def _set_namespace(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     salt = admitted.get()
     if salt and hasattr(obj, "cache_salt"):
         obj.cache_salt = namespaced(salt, obj.cache_salt)
+        _refuse_operators_fields(obj)
+
+
+def _refuse_operators_fields(obj: Any) -> None:
+    """A session is open to who knows its name, and a pattern is searched for in everybody's scheduler."""
+    if getattr(obj, "session_params", None):
+        raise ValueError(
+            "session_params are the operator's; a tenant's key does not continue a session"
+        )
+    given = getattr(obj, "sampling_params", None) or {}
+    for params in given if isinstance(given, list) else [given]:
+        if isinstance(params, dict) and params.get("stop_regex"):
+            raise ValueError("stop_regex is the operator's; use stop, which takes strings")
 
 
 def _hide_secrets(info: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,8 +17,78 @@ from rag_eval.reliability.figure import MAX_FAULTS, Outcome, Plan
 from rag_eval.reliability.probes import probing
 
 STALL_S = 0.1
-_UNTRIED = ("/shutdown", "/release_memory", "/pause", "/abort")
-"""Routes that stop or pause the server when they are asked rightly: that is no mistake."""
+_UNTRIED = ("/shutdown", "/pause", "/abort", "/start_profile")
+"""Routes that stop, pause or burden the server when they are asked rightly: that is no mistake."""
+
+
+_FIELDS = (
+    "model",
+    "messages",
+    "prompt",
+    "text",
+    "query",
+    "k",
+    "rag",
+    "input_ids",
+    "max_tokens",
+    "sampling_params",
+    "n",
+    "stop",
+    "stream",
+    "temperature",
+    "logprobs",
+    "top_logprobs",
+    "return_logprob",
+    "top_logprobs_num",
+    "logprob_start_len",
+    "token_ids_logprob",
+    "input_embeds",
+    "rid",
+    "response_format",
+    "tools",
+    "logit_bias",
+    "seed",
+    "extra_key",
+    "cache_salt",
+    "custom_params",
+    "kv_hints",
+    "session_params",
+    "priority",
+    "positional_embed_overrides",
+    "image_data",
+    "input",
+    "documents",
+    "items",
+    "instances",
+    "lora_path",
+)
+_INNER = (
+    "role",
+    "content",
+    "type",
+    "k",
+    "max_new_tokens",
+    "top_k",
+    "top_p",
+    "min_p",
+    "stop_token_ids",
+    "stop_regex",
+    "regex",
+    "json_schema",
+    "n",
+    "seed",
+    "logit_bias",
+    "temperature",
+    "rag_spans",
+    "rag_mode",
+    "id",
+    "actions",
+)
+_PROMPTS: tuple[dict[str, Any], ...] = (
+    {"text": "One", "sampling_params": {"max_new_tokens": 1}},
+    {"model": "m", "prompt": "One", "max_tokens": 1},
+    {"model": "m", "messages": [{"role": "user", "content": "One"}], "max_tokens": 1},
+)
 
 
 def run(plan: Plan) -> Outcome:
@@ -111,9 +181,11 @@ def _body(rng: random.Random) -> bytes:
         return b"[" * depth + b"]" * depth
     if kind == 2:
         return rng.choice((b"null", b"NaN", b'"\\ud800"', b"{", b"[1e999]", b'{"a":1,"a":2}'))
-    fields = ("model", "messages", "prompt", "text", "query", "k", "rag", "input_ids", "max_tokens")
-    chosen = rng.sample(fields, rng.randint(1, 4))
-    return json.dumps({name: _value(rng, 0) for name in chosen}).encode()
+    chosen = {name: _value(rng, 0) for name in rng.sample(_FIELDS, rng.randint(1, 4))}
+    if rng.random() < 0.5:
+        # What is wrong with the rest is seen behind a prompt that is right.
+        chosen |= rng.choice(_PROMPTS)
+    return json.dumps(chosen).encode()
 
 
 def _value(rng: random.Random, depth: int) -> Any:
@@ -133,9 +205,7 @@ def _value(rng: random.Random, depth: int) -> Any:
     if kind == 0 and depth < 3:
         return [_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
     if kind == 1 and depth < 3:
-        return {
-            rng.choice(("role", "content", "type", "k")): _value(rng, depth + 1) for _ in range(2)
-        }
+        return {rng.choice(_INNER): _value(rng, depth + 1) for _ in range(2)}
     return rng.choice(plain)
 
 
