@@ -244,7 +244,7 @@ def served_part(model: Path, scratch: Path) -> dict[str, Any]:
             found |= _clients(model, target, key, scratch, twice, settle)
             found["pipeline"] = []
             backend = ServerBackend(target.url, api_key=key)
-            index = Index.open(scratch / "server" / "north")
+            index = Index.open(scratch / "server" / "north").retriever("bm25")
             with RagPipeline(index, backend, model, top_k=3) as pipeline:
                 for policy in ("query", "reuse"):
 
