@@ -28,11 +28,11 @@ _MODULES = {
     "PromptLayout": "types",
     "RagPipeline": "pipeline",
     "RagPipelineError": "errors",
-    "SamplingOptions": "types",
+    "SamplingOptions": "protocol",
     "ServerBackend": "generation",
     "Source": "types",
     "Span": "types",
-    "Usage": "types",
+    "Usage": "protocol",
     "resolve_embedder": "models",
     "resolve_llm": "models",
 }

@@ -17,7 +17,7 @@ from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from rag_pipeline.server import Tenants
-    from rag_pipeline.sglang_plugin.http_server import ServerFacts, ServerKeys
+    from rag_pipeline.sglang_plugin.http.server import ServerFacts, ServerKeys
     from retrievers import Index
 
 _KEY_FILE_VARIABLES = (
@@ -163,7 +163,7 @@ def _say_ready(facts: ServerFacts) -> None:
 def _keys(options: ServeOptions) -> ServerKeys:
     """Keys by flag, file or environment; one on the command line is taken out of the process list."""
     from rag_pipeline.server import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, MIN_KEY, read_key
-    from rag_pipeline.sglang_plugin.http_server import ServerKeys
+    from rag_pipeline.sglang_plugin.http.server import ServerKeys
 
     for variable in _KEY_FILE_VARIABLES:
         # Elsewhere an empty variable is one that is not set; here it would mean that no key is wanted.

@@ -1,7 +1,7 @@
 """A passage in the manner of a corpus: pieces of texts that lie far apart in it.
 
 Chunk KV for use away from its own place is computed behind a passage
-(:mod:`rag_pipeline.sglang_plugin.fusion.passage`). Text like the corpus serves better than any other:
+(:mod:`rag_pipeline.sglang_plugin.fusion.runtime.passage`). Text like the corpus serves better than any other:
 in a prompt a chunk stands behind other chunks of the same corpus.
 """
 

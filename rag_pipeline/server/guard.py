@@ -28,7 +28,7 @@ from rag_pipeline.server.headers import Headers, host_of, is_preflight, key_of, 
 from rag_pipeline.server.request_log import Exchange
 from rag_pipeline.server.stock_faults import TOLD
 from rag_pipeline.server.tenants import Tenant, Tenants
-from rag_pipeline.sglang_plugin.http_access import admitted
+from rag_pipeline.sglang_plugin.http.access import admitted
 
 JSON_LIMIT_BYTES = 1 << 20
 """Largest body of one of this project's routes that does not say otherwise."""

@@ -1,6 +1,6 @@
 """Who gives way on the server's own cores: what parses and embeds uploads, to questions.
 
-An engine that computes on them gives way too, by less (:data:`rag_pipeline.sglang_plugin.http_server.ENGINE_NICE`).
+An engine that computes on them gives way too, by less (:data:`rag_pipeline.sglang_plugin.http.server.ENGINE_NICE`).
 The thread that writes an index does not: it holds the interpreter most of the time, and whoever waits for that would
 wait as long as the engine's passes keep the thread from its core.
 """

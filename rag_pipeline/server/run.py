@@ -26,7 +26,7 @@ from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.stock_faults import answer_stock_fault
-from rag_pipeline.sglang_plugin.http_server import (
+from rag_pipeline.sglang_plugin.http.server import (
     HttpLimits,
     ServerFacts,
     ServerKeys,

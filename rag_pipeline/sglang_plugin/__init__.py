@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE as FUSION_VARIABLE
     from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
     from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
-    from rag_pipeline.sglang_plugin.startup import create_engine
+    from rag_pipeline.sglang_plugin.launch.startup import create_engine
 
 __all__ = [
     "FUSION_VARIABLE",
@@ -73,7 +73,7 @@ def activate_platform() -> str | None:
     """
     if plugin_is_off():
         return None
-    from rag_pipeline.sglang_plugin.detect import accelerator_present
+    from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
 
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or accelerator_present():
         return None
@@ -81,7 +81,7 @@ def activate_platform() -> str | None:
 
     # SGLang asks for its platform before it imports the modules that warn.
     noise.install()
-    return "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
+    return "rag_pipeline.sglang_plugin.cpu.platform:RagCpuPlatform"
 
 
 def register() -> None:
@@ -98,14 +98,8 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import (
-            activation,
-            fusion,
-            integrity,
-            launch_hooks,
-            noise,
-            request_check,
-        )
+        from rag_pipeline.sglang_plugin import activation, fusion, integrity, noise, request_check
+        from rag_pipeline.sglang_plugin.launch import launch_hooks
 
         noise.hide_bars()
         activation.register()

@@ -33,7 +33,7 @@ def account(scheduler: Any) -> dict[str, Any]:
         runs), ``requests`` that run or wait, and ``store``: ``ok`` or the first contradiction.
     """
     from chunk_cache import IntegrityError
-    from rag_pipeline.sglang_plugin.fusion.runtime import get_runtime
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
     allocator = scheduler.token_to_kv_pool_allocator
     idle, store, runtime = scheduler.is_fully_idle(), "ok", get_runtime()

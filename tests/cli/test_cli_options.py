@@ -62,7 +62,7 @@ def test_verbose_stands_before_or_behind_and_lets_the_engine_speak(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rag_pipeline.config import VERBOSE_VARIABLE
-    from rag_pipeline.sglang_plugin.startup import log_level
+    from rag_pipeline.sglang_plugin.launch.startup import log_level
 
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv(VERBOSE_VARIABLE, "")

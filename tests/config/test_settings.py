@@ -331,9 +331,9 @@ def test_measurements_take_nothing_from_a_file_but_the_home(
 def test_the_schema_agrees_with_the_plugin() -> None:
     from chunk_cache.policies import policy_names
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, OFF_SWITCH
-    from rag_pipeline.sglang_plugin.cpu_attention import DECODE
-    from rag_pipeline.sglang_plugin.fork_server import FAST_START
+    from rag_pipeline.sglang_plugin.cpu.attention_backend import DECODE
     from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+    from rag_pipeline.sglang_plugin.launch.fork_server import FAST_START
 
     assert policy_names() == FUSION_POLICIES
     schema = {

@@ -119,7 +119,7 @@ class LocalEngine:
 
     @property
     def runtime(self) -> Any:
-        from rag_pipeline.sglang_plugin.fusion.runtime import get_runtime
+        from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
         return get_runtime()
 
@@ -239,7 +239,7 @@ class LocalEngine:
         )
         from sglang.srt.runtime_context import reset_context
 
-        from rag_pipeline.sglang_plugin.fusion.runtime import set_runtime
+        from rag_pipeline.sglang_plugin.fusion.runtime.runtime import set_runtime
 
         set_runtime(None)
         destroy_model_parallel()

@@ -129,7 +129,7 @@ def test_a_batch_with_a_request_that_cannot_stand_beside_fused_ones_is_ordinary(
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["admission", "last moment"])
 def test_hidden_states_are_those_of_the_request_that_asked(engine, monkeypatch, guarded):
-    from rag_pipeline.sglang_plugin.fusion import batching
+    from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 
     local = engine("llama")
     ready(local)
@@ -149,7 +149,7 @@ def test_hidden_states_are_those_of_the_request_that_asked(engine, monkeypatch, 
 
 
 def test_no_field_of_a_fused_batch_still_has_the_rows_of_the_whole_batch(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import fused_forward
+    from rag_pipeline.sglang_plugin.fusion.forward import fused_forward
 
     local = engine("llama")
     ready(local)
@@ -194,7 +194,7 @@ def test_a_newcomer_that_cannot_stand_beside_fused_pieces_waits_for_the_last_one
 
 
 def test_pieces_that_lost_their_batch_to_a_newcomer_are_rewritten(engine, monkeypatch, row_counts):
-    from rag_pipeline.sglang_plugin.fusion import batching
+    from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 
     local = engine("llama")
     plain = ready(local)
@@ -233,7 +233,7 @@ def test_a_newcomer_is_judged_by_the_rows_that_the_batch_then_has(engine, row_co
 def test_a_batch_that_fusion_gave_up_keeps_the_chunk_limit(
     engine, monkeypatch, row_counts, policy, step, settings
 ):
-    from rag_pipeline.sglang_plugin.fusion import attention
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 
     local = engine("llama", **settings)
     plain = ready(local)

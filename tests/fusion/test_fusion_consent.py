@@ -10,7 +10,7 @@ import torch
 
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.consent import (
+from rag_pipeline.sglang_plugin.fusion.request.consent import (
     may_match_unasked,
     refuse_asked,
     refuse_engine,

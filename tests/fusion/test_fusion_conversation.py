@@ -207,7 +207,8 @@ def test_new_chunks_behind_an_earlier_turn_are_fused_as_ever(engine):
 def test_what_was_aborted_or_failed_is_not_kept(engine, monkeypatch):
     from sglang.srt.managers.io_struct import AbortReq
 
-    from rag_pipeline.sglang_plugin.fusion import attention, conversation
+    from rag_pipeline.sglang_plugin.fusion.conversations import turns as conversation
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 
     local = stored(engine("llama"))
     counts = local.runtime.metrics.counts

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.fusion import draft
+from rag_pipeline.sglang_plugin.fusion.forward import draft
 
 VOCAB, PREFIX = 256, 20
 

@@ -282,7 +282,7 @@ def test_exact_and_fused_requests_interleaved_leave_the_exact_ones_untouched(eng
 
 
 def test_requests_without_spans_are_those_of_stock_sglang(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import runtime as runtime_module
+    from rag_pipeline.sglang_plugin.fusion.runtime import runtime as runtime_module
 
     local = engine("llama")
     prompts = [tokens(30 + 7 * i, 40 + i) for i in range(4)]

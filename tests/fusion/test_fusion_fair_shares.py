@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_pipeline.sglang_plugin.fusion.build_queue import BuildQueue, MissingChunk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversation import namespace_of
-from rag_pipeline.sglang_plugin.fusion.fair_table import FairTable
-from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import namespace_of
+from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue, MissingChunk
+from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 CALLS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size=60)
 

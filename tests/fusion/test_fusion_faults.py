@@ -66,7 +66,8 @@ def prefill(local, *reqs):
 @pytest.fixture
 def break_at(monkeypatch):
     """Make a step of the fused path fail at a layer; returns the list of layers where it did."""
-    from rag_pipeline.sglang_plugin.fusion import attention, probes
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+    from rag_pipeline.sglang_plugin.fusion.forward import probes
 
     def install(step, layer):
         failed = []
@@ -170,7 +171,7 @@ def test_a_failed_pass_in_a_mixed_batch_leaves_every_request_right(engine, break
 def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
     engine, monkeypatch, policy, settings
 ):
-    from rag_pipeline.sglang_plugin.fusion import attention
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 
     local = stored(engine("llama", **settings))
     ids, spans = lay_out(CHUNKS[::-1], tokens(70, 3))
@@ -229,7 +230,7 @@ def test_many_faults_in_a_row_turn_fusion_off_and_one_success_forgets_them(
 
 
 def test_a_chunk_that_cannot_be_captured_is_answered_all_the_same(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import forward
+    from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 
     local = stored(engine("llama"))
     ids, spans = lay_out([tokens(CHUNK, 50)], tokens(9, 3))

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rag_pipeline.sglang_plugin.fusion import background
-from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
+from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
 
 DISTURBANCES = (
     "tree evicted",

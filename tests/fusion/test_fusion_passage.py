@@ -8,8 +8,8 @@ import torch
 
 from rag_pipeline.protocol import RequestError
 from rag_pipeline.protocol.fields import parse_fields
-from rag_pipeline.sglang_plugin.fusion.passage import MAX_CONTEXT_SHARE, passage_ids
-from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+from rag_pipeline.sglang_plugin.fusion.runtime.passage import MAX_CONTEXT_SHARE, passage_ids
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 
 VOCAB, PREFIX, PASSAGE, CHUNK = 256, 20, 50, 80
 

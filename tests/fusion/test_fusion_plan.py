@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, Match
 from chunk_cache.policies import create_policy
-from rag_pipeline.sglang_plugin.fusion.plan import (
+from rag_pipeline.sglang_plugin.fusion.forward.plan import (
     Piece,
     early_rows,
     exact_end,
@@ -24,7 +24,7 @@ from rag_pipeline.sglang_plugin.fusion.plan import (
     stands_in_place,
     union_rows,
 )
-from rag_pipeline.sglang_plugin.fusion.write_guard import ProtectedWriteError, WriteGuard
+from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError, WriteGuard
 
 KEY = ChunkKey.of("0" * 32, [1])
 

@@ -10,7 +10,7 @@ import torch
 from fp64_oracle import Oracle
 from fusion_world.recipes import LONG_DOCUMENTS, draw_request, draw_tenant
 
-from rag_pipeline.sglang_plugin.fusion.runtime import get_runtime, set_runtime
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime, set_runtime
 
 REQUESTS, TOLERANCE = 300, 2e-3
 

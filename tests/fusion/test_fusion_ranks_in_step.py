@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion import background, batching, conversation
+from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
+from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
-from rag_pipeline.sglang_plugin.fusion.request_state import ATTRIBUTE, RequestState, state_of
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
-from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+from rag_pipeline.sglang_plugin.fusion.conversations import turns as conversation
+from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 PREFIX, PASSAGE, QUESTION = [1, 2, 3, 4], [7, 8, 9], [200, 201, 202, 203, 204, 205]
 # The first two end alike: a run of either is the same tokens, but not the same KV.

@@ -121,7 +121,7 @@ def test_a_refused_request_is_resolved_anew_and_the_tree_keeps_its_bits(engine, 
 def test_a_plan_that_would_write_into_the_tree_is_refused_at_the_last_moment(
     engine, monkeypatch, policy
 ):
-    from rag_pipeline.sglang_plugin.fusion import batching
+    from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 
     local = engine("llama")
     shared = PREFIX + 2 * CHUNK + 13

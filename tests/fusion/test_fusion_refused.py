@@ -9,11 +9,13 @@ import pytest
 from fusion_world.server import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from rag_pipeline.sglang_plugin.fusion import admission, forward, support
-from rag_pipeline.sglang_plugin.fusion import runtime as runtime_module
+from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request_state import Tenant, state_of
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
+from rag_pipeline.sglang_plugin.fusion.request.state import Tenant, state_of
+from rag_pipeline.sglang_plugin.fusion.runtime import runtime as runtime_module
+from rag_pipeline.sglang_plugin.fusion.runtime import support
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 ASKED = [
     {"spans": [10, 50]},

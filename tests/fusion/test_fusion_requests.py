@@ -17,10 +17,10 @@ from rag_pipeline.protocol import FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_custom_params, parse_fields, parse_request
 from rag_pipeline.protocol.fusion_request import ACTION_TYPE
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, UsageReport
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
-from rag_pipeline.sglang_plugin.fusion.usage import fill_report
-from rag_pipeline.sglang_plugin.fusion.validation import after_tokenize
+from rag_pipeline.sglang_plugin.fusion.request.report import fill_report
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, UsageReport
+from rag_pipeline.sglang_plugin.fusion.request.validation import after_tokenize
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
 def envelope(payload, version="1", kind=ACTION_TYPE, times=1):
@@ -157,12 +157,12 @@ def test_configuration_is_read_from_the_environment_and_checked():
 
 
 def test_every_message_of_a_stream_shows_the_report_as_one_dict():
-    from rag_pipeline.sglang_plugin.fusion.usage import around_update_meta_info
+    from rag_pipeline.sglang_plugin.fusion.request.report import around_update_meta_info
 
     def sglang(manager, meta_info, state, customized_info, index, finish_reason):
         meta_info.update({key: values[index] for key, values in customized_info.items()})
 
-    from rag_pipeline.sglang_plugin.fusion.usage import after_coalesce
+    from rag_pipeline.sglang_plugin.fusion.request.report import after_coalesce
 
     fused, other = (
         SimpleNamespace(customized_info_accumulated={}, customized_info_reported_keys=set())

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.fusion import attention, draft, fused_forward, probing
-from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
+from rag_pipeline.sglang_plugin.fusion.forward import draft, fused_forward, probing
+from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.startup import prove
 
 NAMES = {"rotation", "own_place", "ratio_1", "moved", "probed"}

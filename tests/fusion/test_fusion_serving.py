@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from chunk_cache import ChunkKey, ChunkState
-from rag_pipeline.sglang_plugin.fusion import background
-from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
-from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
+from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 
 VOCAB, PREFIX, CHUNK = 256, 20, 80
 
@@ -147,7 +147,7 @@ def test_a_fault_while_matching_costs_speed_and_nothing_else(engine, monkeypatch
 
 
 def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import fused_forward
+    from rag_pipeline.sglang_plugin.fusion.forward import fused_forward
 
     local = engine("llama")
     local.build(PREFIX_IDS, CHUNKS[0])
@@ -199,7 +199,7 @@ def test_server_info_shows_state_and_counters(engine):
 def test_metrics_reach_prometheus_once(engine, monkeypatch):
     from prometheus_client import REGISTRY
 
-    from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
+    from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
 
     metrics = FusionMetrics(export=True, labels={"model_name": "m"})
     metrics.count("tokens", "reused", 5)
@@ -224,7 +224,7 @@ def test_metrics_reach_prometheus_once(engine, monkeypatch):
     ],
 )
 def test_settings_that_are_refused_name_their_reason(settings, word):
-    from rag_pipeline.sglang_plugin.fusion.support import refuse_settings
+    from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_settings
 
     assert word in refuse_settings(SimpleNamespace(**settings))
     assert refuse_settings(SimpleNamespace()) is None
@@ -240,7 +240,10 @@ def test_settings_that_are_refused_name_their_reason(settings, word):
     ],
 )
 def test_models_that_are_refused_are_served_without_fusion(engine, tiny_model, change, word):
-    from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
+    from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import (
+        UnsupportedModelError,
+        read_model,
+    )
 
     local = engine("llama")
     runner = local.scheduler.tp_worker.model_runner

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore
-from rag_pipeline.sglang_plugin.fusion.turns import Conversations
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
 
 
 def put(store, ids, parent):
@@ -86,7 +86,7 @@ def test_the_longest_chain_is_found_and_each_run_of_it_fits(tree, prompt, lost, 
 
 
 def test_the_least_recently_used_conversation_is_forgotten_with_its_records(monkeypatch):
-    from rag_pipeline.sglang_plugin.fusion import turns
+    from rag_pipeline.sglang_plugin.fusion.conversations import turn_table as turns
 
     monkeypatch.setattr(turns, "_MAX_CONVERSATIONS", 2)
     monkeypatch.setattr(turns, "_MAX_SEGMENTS", 1)

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.fusion.model_identity import describe_settings, fingerprint_weights
+from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
+    describe_settings,
+    fingerprint_weights,
+)
 
 VOCAB, PREFIX, CHUNK = 256, 20, 40
 
@@ -186,7 +189,7 @@ def test_the_engine_counts_and_what_no_kv_depends_on_does_not():
 
 
 def test_the_identity_of_an_engine_holds_what_it_really_runs(local):
-    from rag_pipeline.sglang_plugin.fusion.context import read_model
+    from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import read_model
 
     runner = local.scheduler.tp_worker.model_runner
 

@@ -18,7 +18,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
-    from rag_pipeline.sglang_plugin.fusion import attention
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 
     case = json.loads(Path(case_file).read_text())
     engine = local.LocalEngine(folder, tp_size=2, nccl_port=int(port), world_rank=int(rank))

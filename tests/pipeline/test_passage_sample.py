@@ -8,7 +8,7 @@ import pytest
 
 from rag_pipeline import EngineError
 from rag_pipeline.prompts.passage_sample import LEAST_TEXTS, index_passage, sample_passage
-from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
+from rag_pipeline.sglang_plugin.fusion.runtime.passage import passage_ids, read_passage
 from retrievers import Chunk
 
 

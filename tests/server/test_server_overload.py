@@ -21,8 +21,8 @@ from rag_pipeline.server.health import Health
 from rag_pipeline.server.indexes import IndexTable
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.tenants import Tenants
-from rag_pipeline.sglang_plugin.http_protocol import HttpLimits, limited_protocol
-from rag_pipeline.sglang_plugin.http_stop import GracefulStop
+from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
+from rag_pipeline.sglang_plugin.http.stop import GracefulStop
 from retrievers import CorruptIndexError, IndexBusyError, RetrievalError, StorageError
 
 # -- whose fault it is --------------------------------------------------------------------------

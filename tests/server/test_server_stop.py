@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
-from rag_pipeline.sglang_plugin.detect import accelerator_present
+from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
 
 pytestmark = pytest.mark.engine
 

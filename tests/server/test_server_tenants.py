@@ -15,7 +15,7 @@ import pytest
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 from rag_pipeline import ServerBackend
 from rag_pipeline.protocol import GenerationRequest, SamplingOptions
-from rag_pipeline.sglang_plugin.fusion.erased import LOOK_S
+from rag_pipeline.sglang_plugin.fusion.builds.erased import LOOK_S
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.cpu_sdpa import (
+from rag_kernels.attention.torch_sdpa import (
     causal_mask,
     decode_attention,
     extend_attention,

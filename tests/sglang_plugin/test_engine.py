@@ -92,7 +92,7 @@ def test_the_scheduler_proves_what_runs(engine):
     facts = activation_of(engine)
     assert facts.active
     assert facts.unapplied == ()
-    assert facts.platform == "rag_pipeline.sglang_plugin.platform.RagCpuPlatform"
+    assert facts.platform == "rag_pipeline.sglang_plugin.cpu.platform.RagCpuPlatform"
     assert facts.attention_backend == "rag_cpu"
     assert facts.attention_class.endswith("RagCpuAttentionBackend")
     assert facts.sglang_version == sglang.__version__

@@ -14,13 +14,15 @@ import pytest
 
 import rag_pipeline.sglang_plugin as plugin
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin import detect, fault_report, fork_server, noise, startup
+from rag_pipeline.sglang_plugin import fault_report, noise
+from rag_pipeline.sglang_plugin.cpu import detect
 from rag_pipeline.sglang_plugin.hook_table import (
     HookTarget,
     PluginRefused,
     fail_hard,
     verify_targets,
 )
+from rag_pipeline.sglang_plugin.launch import fork_server, startup
 
 
 def test_the_door_imports_neither_torch_nor_sglang():
@@ -81,7 +83,7 @@ def test_platform_declines_where_sglang_has_its_own(monkeypatch):
     monkeypatch.setattr(detect, "accelerator_present", lambda: True)
     assert plugin.activate_platform() is None
     monkeypatch.setattr(detect, "accelerator_present", lambda: False)
-    assert plugin.activate_platform() == "rag_pipeline.sglang_plugin.platform:RagCpuPlatform"
+    assert plugin.activate_platform() == "rag_pipeline.sglang_plugin.cpu.platform:RagCpuPlatform"
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert plugin.activate_platform() is None
 
@@ -100,7 +102,7 @@ def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
 ):
     import sglang.srt.server_args  # noqa: F401  # first: it imports the platforms, and they this module
 
-    from rag_pipeline.sglang_plugin import platform
+    from rag_pipeline.sglang_plugin.cpu import platform
 
     monkeypatch.setattr(platform, "computes_bf16", lambda: computes)
     arguments = SimpleNamespace(
@@ -159,7 +161,7 @@ def test_core_groups(monkeypatch, cores, ranks, want):
 
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [1, 99, 100, 19, 98, 1], [2400, 8, 2300, 9]])
 def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
-    from rag_pipeline.sglang_plugin.cpu_attention import decode_buckets
+    from rag_pipeline.sglang_plugin.cpu.attention_backend import decode_buckets
 
     groups = decode_buckets(lengths)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
@@ -173,14 +175,14 @@ def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
 
 
 def test_without_padding_only_equal_lengths_share_a_call():
-    from rag_pipeline.sglang_plugin.cpu_attention import decode_buckets
+    from rag_pipeline.sglang_plugin.cpu.attention_backend import decode_buckets
 
     groups = decode_buckets([7, 9, 7, 8, 9], padding=1.0)
     assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3]]
 
 
 def test_a_misspelt_decode_mode_is_refused(monkeypatch):
-    from rag_pipeline.sglang_plugin import cpu_attention
+    from rag_pipeline.sglang_plugin.cpu import attention_backend as cpu_attention
 
     monkeypatch.setenv(cpu_attention.DECODE, "quick")
     with pytest.raises(EngineError, match="'quick'; allowed are 'exact' and 'fast'"):

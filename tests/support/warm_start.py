@@ -25,7 +25,7 @@ from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
-# As rag_pipeline.sglang_plugin.startup sets them before it imports SGLang.
+# As rag_pipeline.sglang_plugin.launch.startup sets them before it imports SGLang.
 os.environ.setdefault("SGLANG_IS_FLASHINFER_AVAILABLE", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -39,7 +39,7 @@ def import_everything() -> None:
 
     import rag_pipeline.cli
     import rag_pipeline.server
-    import rag_pipeline.sglang_plugin.preload  # noqa: F401
+    import rag_pipeline.sglang_plugin.launch.preload  # noqa: F401
 
 
 def serve(fd: int) -> dict[str, Any] | None:
@@ -121,7 +121,7 @@ def _text(fd: int, *, line_buffering: bool) -> io.TextIOWrapper:
 
 
 def _fork_server_ahead() -> None:
-    """Fork the server that :mod:`rag_pipeline.sglang_plugin.fork_server` would start, imports and all."""
+    """Fork the server that :mod:`rag_pipeline.sglang_plugin.launch.fork_server` would start, imports and all."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     resource_tracker.ensure_running()
     address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ def _backend(name: str, pool: _Pool, req_to_token: torch.Tensor) -> Any:
     """A backend without an engine around it: its constructor would ask for a whole model."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    from rag_pipeline.sglang_plugin.cpu_attention import RagCpuAttentionBackend
+    from rag_pipeline.sglang_plugin.cpu.attention_backend import RagCpuAttentionBackend
 
     kind: Any = TorchNativeAttnBackend if name == "torch_native" else RagCpuAttentionBackend
     backend: Any = object.__new__(kind)

@@ -100,7 +100,7 @@ def _free_port() -> int:
 
 
 def _command(folder: Path, port: int, engine_args: Mapping[str, Any]) -> list[str]:
-    from rag_pipeline.sglang_plugin.startup import cpu_defaults
+    from rag_pipeline.sglang_plugin.launch.startup import cpu_defaults
 
     arguments: dict[str, Any] = {
         **cpu_defaults({}),

@@ -41,14 +41,14 @@ from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion import plan as planning
-from rag_pipeline.sglang_plugin.fusion.admission import lease_matches
-from rag_pipeline.sglang_plugin.fusion.batch_view import RequestRows, plan_rows
+from rag_pipeline.sglang_plugin.fusion.admission.admit import lease_matches
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
-from rag_pipeline.sglang_plugin.fusion.fused_item import plan_item
-from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, Tenant
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, KnownPrefix
+from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
+from rag_pipeline.sglang_plugin.fusion.forward.batch_view import RequestRows, plan_rows
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix
 
 _VOCABULARY = (
     49_152  # of SmolLM2, as are layers and heads below; what matters is that windows differ

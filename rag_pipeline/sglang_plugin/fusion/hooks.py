@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion import (
-    admission,
-    attention,
-    background,
-    batching,
-    forward,
-    internal_requests,
-    radix,
-    startup,
-    usage,
-    validation,
-    weight_updates,
-)
+from rag_pipeline.sglang_plugin.fusion import startup
+from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
+from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
+from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
+from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
+from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
+from rag_pipeline.sglang_plugin.fusion.request import report as usage
+from rag_pipeline.sglang_plugin.fusion.request import validation
+from rag_pipeline.sglang_plugin.fusion.runtime import weight_updates
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 from rag_pipeline.sglang_plugin.internals import INTERNALS
 

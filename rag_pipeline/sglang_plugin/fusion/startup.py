@@ -11,16 +11,21 @@ from typing import Any
 from chunk_cache import hash_token_ids
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
-from rag_pipeline.sglang_plugin.fusion import disk, internal_requests
+from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.consent import refuse_engine
-from rag_pipeline.sglang_plugin.fusion.context import UnsupportedModelError, read_model
-from rag_pipeline.sglang_plugin.fusion.metrics import FusionMetrics
-from rag_pipeline.sglang_plugin.fusion.passage import passage_ids, read_passage
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime, get_runtime, set_runtime
-from rag_pipeline.sglang_plugin.fusion.self_check import SelfCheckError, run_self_check
-from rag_pipeline.sglang_plugin.fusion.support import refuse_settings, refuse_tree
-from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
+from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
+from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import UnsupportedModelError, read_model
+from rag_pipeline.sglang_plugin.fusion.runtime.passage import passage_ids, read_passage
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
+    FusionRuntime,
+    get_runtime,
+    set_runtime,
+)
+from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_settings, refuse_tree
+from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
 
 logger = logging.getLogger(__name__)
 

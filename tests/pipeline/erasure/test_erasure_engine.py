@@ -19,11 +19,11 @@ from erasing import CONTEXT, OTHER, SECRET, SHARED
 from chunk_cache import BackgroundWriter, ChunkKV, KVContext, StoreFolder, TextMarks
 from rag_pipeline import erasure
 from rag_pipeline.erasure import make_eraser
-from rag_pipeline.sglang_plugin.fusion.build_queue import MissingChunk
+from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.erased import ErasedText
-from rag_pipeline.sglang_plugin.fusion.request_state import Tenant
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.startup import tokenizer_folder
 from retrievers import (
     delete_documents,

@@ -10,8 +10,8 @@ import torch
 
 from fusion_world import model
 from rag_pipeline.protocol import FUSION_KEY
-from rag_pipeline.sglang_plugin.fusion.attention import find_pass
-from rag_pipeline.sglang_plugin.fusion.request_state import state_of
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
+from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 
 TOLERANCE = 2e-3
 """Between fp32 and fp64; keys and values are of size 1."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rag_kernels import RotarySpec
-from rag_pipeline.sglang_plugin.fusion.attention import find_pass
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
 
 VOCAB, LAYERS, WIDTH, DIM, Q_HEADS, KV_HEADS = 48, 3, 16, 8, 2, 1
 SPEC = RotarySpec.from_inv_freq(100.0 ** (-torch.arange(0, DIM, 2).double() / DIM))

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from fusion_world.server import Server
-from rag_pipeline.sglang_plugin.fusion import background, internal_requests, runtime
-from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
+from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
+from rag_pipeline.sglang_plugin.fusion.runtime import runtime
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 
 
 class DivergedError(AssertionError):

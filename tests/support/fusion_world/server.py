@@ -13,14 +13,17 @@ from chunk_cache import MemoryStore
 from chunk_cache.matching import ChunkMatcher
 from fusion_world import checks, model
 from fusion_world.tree import Tree
-from rag_pipeline.sglang_plugin.fusion import admission, batching, forward, radix
-from rag_pipeline.sglang_plugin.fusion.attention import find_pass
+from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
+from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
+from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.context import ModelFacts
-from rag_pipeline.sglang_plugin.fusion.request_state import RequestState, Tenant, state_of
-from rag_pipeline.sglang_plugin.fusion.runtime import FusionRuntime
-from rag_pipeline.sglang_plugin.fusion.tp import RankGroup
-from rag_pipeline.sglang_plugin.fusion.turns import Conversations
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
+from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, Tenant, state_of
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 MAX_REQUESTS, MAX_LENGTH, SLOTS = 8, 320, 2400
 PASSAGE = tuple(5 + (7 * i) % 31 for i in range(9))

@@ -1,0 +1,1 @@
+"""Engines without a GPU: the platform, its attention backend, its cores."""

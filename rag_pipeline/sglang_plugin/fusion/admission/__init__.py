@@ -1,0 +1,1 @@
+"""What a request may load, store and publish, decided when the scheduler considers it."""

@@ -1,0 +1,271 @@
+"""When a request is considered for a batch: find its chunks, lease them, say what may be stored and published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
+from rag_pipeline.protocol import FusionRequest, RequestError
+from rag_pipeline.protocol.fields import parse_request
+from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import (
+    build_behind_passage,
+    find_in_spans,
+    scan_prompt,
+)
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import lease_turns
+from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
+from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
+from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
+from rag_pipeline.sglang_plugin.fusion.request.state import (
+    ATTRIBUTE,
+    Capture,
+    LeasedSpan,
+    RequestState,
+    Tenant,
+    UsageReport,
+    state_of,
+)
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
+    FusionRuntime,
+    KnownPrefix,
+    TokenArray,
+    get_runtime,
+)
+from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_request
+
+
+def tenant_of(req: Any) -> Tenant:
+    """Namespace of a request's chunks."""
+    return Tenant(req.extra_key, req.cache_salt)
+
+
+def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``Req.__init__``: hang fusion's state on the requests that may use it."""
+    runtime = get_runtime()
+    if runtime is None:
+        return
+    try:
+        prompt_len = len(req.origin_input_ids)
+        request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
+        explicit = request is not None and request.mode != "off"
+        if request is None:
+            # With several ranks the store of one must not decide: a look-up is a vote.
+            stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
+            if not (runtime.is_on and stored and may_match_unasked(runtime.config, req)):
+                return
+            request = FusionRequest()
+        if request.mode == "build" and request.passage:
+            request = build_behind_passage(runtime, req, request)
+        policy = request.make_policy(runtime.config.policy)
+        state = RequestState(
+            request,
+            policy,
+            req.origin_input_ids,
+            explicit=explicit,
+            internal=is_internal(req),
+        )
+        setattr(req, ATTRIBUTE, state)
+    except RequestError as error:
+        # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
+        runtime.metrics.count("fallbacks", "malformed")
+        runtime.say_once("malformed", "Fusion fields of a request are ignored: %s", error)
+
+
+def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
+    """Resolve one request: what is loaded, what is stored, what may be published.
+
+    Everything follows from the radix match of this scheduling attempt. SGLang matches a request anew at every
+    attempt, and the tree may have grown since: nothing of an earlier attempt is kept.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    req : Req
+        Its radix match is known: ``req.prefix_len``.
+    state : RequestState
+        Changed in place; ``resolved`` afterwards.
+    """
+    state.drop()
+    state.radix_len = int(req.prefix_len)
+    state.epoch = runtime.epoch
+    state.row_layers = 0.0
+    state.recomputed = []
+    state.looked_up = (0, 0)
+    state.report = UsageReport(prompt_tokens=int(state.prompt.size))
+    if state.request.mode == "off":
+        state.give_up("off")
+        return
+    reason = "" if runtime.is_on or state.internal else "fusion_off"
+    reason = reason or refuse_asked(state.request, req) or refuse_request(req) or ""
+    if not reason and not np.array_equal(state.prompt, req.origin_input_ids):
+        # SGLang cut or replaced it after it had come: an abort, or a prompt that is too long.
+        reason = "prompt_changed"
+    if reason:
+        if state.request.spans:
+            runtime.say_once(
+                reason,
+                "A request with chunk spans is prefilled as usual: %s",
+                runtime.off_reason or reason,
+            )
+        state.give_up(reason)
+        return
+    began = time.perf_counter()
+    tenant = tenant_of(req)
+    if state.request.mode == "build":
+        prefix = runtime.prefix(state.prompt, state.request.prefix_len, tenant)
+        for start, end in state.request.spans:
+            _begin_capture(runtime, state, prefix, start, end)
+    else:
+        _find_chunks(runtime, state, tenant)
+    state.resolved = True
+    if state.spans:
+        state.exact_limit = state.spans[0].start
+    runtime.metrics.observe("match_seconds", time.perf_counter() - began)
+
+
+def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
+    """Lease what every tensor-parallel rank has; behind the vote nothing is done that can fail on one rank."""
+    request = state.request
+    turns = lease_turns(runtime, state, tenant) if request.conversation else []
+    prefix: KnownPrefix | None = None
+
+    def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
+        nonlocal prefix
+        prefix, missing = _look_up(runtime, state, tenant)
+        return [_run_of(span, prefix) for span in state.spans if not span.is_turn], missing
+
+    offers = runtime.group.gather(offer)
+    agreed = set.intersection(*(set(runs) for runs, _ in offers))
+    missing = sorted({span for _, spans in offers for span in spans})
+    leased = []
+    for span in state.spans[len(turns) :]:
+        if _run_of(span, prefix) in agreed:
+            leased.append(span)
+        else:
+            span.lease.release()
+    state.spans = [*turns, *leased]
+    state.looked_up = (len(leased), len(missing))
+    if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
+        state.drop()
+        if request.spans and not missing:
+            state.report.fallback = state.report.fallback or "in_exact_prefix"
+        elif request.spans:
+            state.report.fallback = state.report.fallback or "miss"
+    if prefix is not None and missing:
+        _remember_missing(runtime, state, prefix, missing)
+
+
+def _look_up(
+    runtime: FusionRuntime, state: RequestState, tenant: Tenant
+) -> tuple[KnownPrefix | None, list[tuple[int, int]]]:
+    """Lease this rank's chunks onto the state; return the prefix and the spans that are worth building."""
+    request, prompt = state.request, state.prompt
+    passage = request.passage is not False
+    if request.spans:
+        prefix: KnownPrefix | None = runtime.prefix(prompt, request.prefix_len, tenant)
+        assert prefix is not None
+        found = find_in_spans(runtime, prompt, prefix, request.spans, passage=passage)
+    else:
+        prefix, found = scan_prompt(runtime, prompt, tenant, passage=passage)
+    matches = found.matches
+    if prefix is not None:
+        # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
+        low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
+        matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
+    state.spans += lease_matches(runtime, prompt, prefix, matches, found.behind_passage)
+    behind = max(state.radix_len, state.turns_end)
+    return prefix, [(start, end) for start, end in found.missing if end > behind]
+
+
+def lease_matches(
+    runtime: FusionRuntime,
+    prompt: TokenArray,
+    prefix: KnownPrefix | None,
+    matches: Sequence[Match],
+    behind_passage: Collection[ChunkKey] = (),
+) -> list[LeasedSpan]:
+    """Lease what is still there of runs of chunks that were computed behind a prefix of the prompt."""
+    return [
+        LeasedSpan(
+            match=match,
+            lease=lease,
+            is_behind_passage=match.key in behind_passage,
+            is_exact=prefix is not None and _is_exact(prompt, match, lease, prefix),
+        )
+        for match, lease in runtime.store.acquire_matches(prompt, matches)
+    ]
+
+
+def _is_exact(prompt: TokenArray, match: Match, lease: Lease, prefix: KnownPrefix) -> bool:
+    if match.key.namespace != prefix.context.namespace:
+        return False  # computed behind the passage
+    record = lease.record
+    return planning.stands_in_place(
+        prompt,
+        match,
+        prefix_len=int(prefix.ids.size),
+        chunk_ids=record.token_ids,
+        base_position=record.base_position,
+    )
+
+
+def _run_of(span: LeasedSpan, prefix: KnownPrefix | None) -> tuple[Any, ...]:
+    """What the ranks must have in common: the run, and everything in the chunk's key but the rank's own shard.
+
+    Heads of two chunks, or of two variants of one, must never mix, and all must be moved by the same distance.
+    """
+    record = span.lease.record
+    return (
+        span.start,
+        span.end,
+        span.match.chunk_offset,
+        record.base_position,
+        span.is_behind_passage,
+        0 if prefix is None else int(prefix.ids.size),
+        hash_token_ids(record.token_ids),
+    )
+
+
+def _remember_missing(
+    runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, missing: list[tuple[int, int]]
+) -> None:
+    """Store a chunk right behind the exact prefix from this very prefill; queue the others."""
+    from rag_pipeline.sglang_plugin.fusion.builds.idle import enqueue
+
+    wanted = state.request.passage is not False
+    behind = (runtime.behind_passage(prefix) if wanted else None) or prefix
+    for start, end in missing:
+        if start == prefix.ids.size and (not state.spans or end <= state.spans[0].start):
+            _begin_capture(runtime, state, prefix, start, end)
+        else:
+            own_place = start == prefix.ids.size
+            enqueue(runtime, prefix if own_place else behind, state.prompt[start:end])
+
+
+def _begin_capture(
+    runtime: FusionRuntime, state: RequestState, prefix: KnownPrefix, start: int, end: int
+) -> None:
+    if not runtime.may_store(state.epoch, state.radix_len):
+        return
+    ids = state.prompt[start:end]
+    try:
+        key = ChunkKey.of(prefix.context, ids)
+        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.share)
+    except Exception as error:
+        # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
+        runtime.say_fault("capture", error)
+        return
+    if isinstance(build, Build):
+        state.captures.append(Capture(start=start, end=end, base_position=start, build=build))
+
+
+def after_release(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Run after ``release_kv_cache``: finished, aborted or retracted, the request holds nothing."""
+    state = state_of(req)
+    if state is not None:
+        state.drop()

@@ -1,0 +1,158 @@
+"""Text that was deleted goes from this engine's chunk KV: the memory store, what waits for the disk, the folder.
+
+Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for them every few seconds
+and goes through the records by their text. A notice stays in force for a few minutes: a request that found the text
+before it was deleted may compute its chunk only then.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from chunk_cache import ChunkKey, ChunkKV
+from rag_pipeline.erasure import NOTICE_S, Decode, Notice, decoder_of, erase_folder, notices
+
+if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+"""How often notices are looked for, seconds."""
+
+
+class ErasedText:
+    """What was erased lately, for one engine.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    model : str
+        Folder of the tokenizer.
+    """
+
+    def __init__(self, runtime: FusionRuntime, model: str) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._decode: Decode | None = None
+        self._seen: set[str] = set()
+        self._in_force: list[tuple[float, Notice]] = []
+        self._unfinished: list[Notice] = []
+        """What the folder and the passage were not gone through for."""
+        self._checked: set[ChunkKey] = set()
+        """Chunks without erased text, as far as the notices until now say."""
+        self._files: set[ChunkKey] = set()
+        """What is gone from memory, and perhaps not yet from the disk."""
+        self._condemned: dict[ChunkKey, float] = {}
+        """Chunks of erased text that were waiting to be built, and until when one may come of it."""
+
+    def watch(self) -> None:
+        """Look for notices from now on, in a thread."""
+        threading.Thread(target=self._run, name="chunk-kv-erasure", daemon=True).start()
+
+    def is_in(self, record: ChunkKV, tenant: str) -> bool:
+        """Whether a record of a tenant (:func:`chunk_cache.tenant_mark`) holds text that is erased."""
+        if record.key in self._condemned:
+            return True
+        return self._is_erased(record.token_ids, tenant)
+
+    def look(self) -> int:
+        """Take in new notices, and erase; returns how many records went from memory.
+
+        What fails is done again by the next look.
+        """
+        now = time.monotonic()
+        new = list(notices(self._seen))
+        self._unfinished += new
+        held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
+        self._in_force = held + [(now + NOTICE_S, notice) for notice in new]
+        writer = self._runtime.writer
+        if new:
+            self._checked.clear()
+            if writer is not None:
+                writer.erase()
+        self._condemn(now)
+        gone = self._from_memory() if self._in_force or self._condemned else 0
+        while self._files and writer is not None:
+            key = next(iter(self._files))
+            writer.folder.remove(key)
+            self._files.discard(key)
+        while self._unfinished:
+            self._from_folder(self._unfinished[0])
+            self._runtime.forget_passage(self._unfinished[0])
+            del self._unfinished[0]
+        return gone
+
+    def _condemn(self, now: float) -> None:
+        """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""
+        if not (self._in_force or self._condemned):
+            return
+        condemned = {key: until for key, until in self._condemned.items() if until > now}
+        for chunk in self._waiting():
+            if chunk.key in self._checked:
+                continue
+            if chunk.key in condemned or self._is_erased(chunk.ids, chunk.prefix.tenant.share):
+                condemned[chunk.key] = now + NOTICE_S
+            else:
+                self._checked.add(chunk.key)
+        self._condemned = condemned
+
+    def _waiting(self) -> list[MissingChunk]:
+        while True:
+            try:
+                return list(self._runtime.missing)
+            except RuntimeError:  # the scheduler changed it meanwhile
+                continue
+
+    def _from_memory(self) -> int:
+        """Erase what is in the store, except what was looked at since the last notice."""
+        store = self._runtime.store
+        gone = []
+        for key in store.keys():  # noqa: SIM118 - a list, not a mapping
+            if key in self._checked:
+                continue
+            with store.borrow(key) as record:
+                if record is not None and self.is_in(record, store.tenant_of(key)):
+                    gone.append(key)
+                else:
+                    # Not those that are erased: the same chunk may be computed once more.
+                    self._checked.add(key)
+        self._files.update(gone)
+        store.erase(gone)
+        self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
+        return len(gone)
+
+    def _from_folder(self, notice: Notice) -> None:
+        """Erase from this engine's folder, where whoever deleted did not know it."""
+        path = self._runtime.config.store_dir
+        if path and str(Path(path).absolute()) not in notice.folders:
+            erase_folder(Path(path), notice.marks, reach=notice.reach)
+
+    def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
+        notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]
+        if not notices_now:
+            return False
+        text = self._text(token_ids)
+        return any(notice.is_about(text, tenant) for notice in notices_now)
+
+    def _text(self, token_ids: npt.NDArray[Any]) -> str | None:
+        if self._decode is None:
+            self._decode = decoder_of(Path(self._model))
+        return self._decode(token_ids) if self._decode is not None else None
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.look()
+            except Exception as error:
+                # The thread goes on: the next look does it again, and nothing else erases.
+                self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)
+            time.sleep(LOOK_S)

@@ -1,0 +1,155 @@
+"""One fused forward: the probing passes, the rows that the policies choose, and the batch of the final pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rag_kernels import MeanShiftPlan, plan_mean_shift
+from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
+    RequestRows,
+    make_pass,
+    make_view,
+    ordinary_rows,
+)
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem, PlanEntry, plan_item
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Loader, LoadItem
+from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
+from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+
+class FusedForward:
+    """One forward of a batch that holds at least one request with loaded chunks.
+
+    Parameters
+    ----------
+    runtime : FusionRuntime
+        Of this process.
+    runner : ModelRunner
+        SGLang's.
+    batch : ForwardBatch
+        In an extend mode; other requests in it are ordinary.
+    entries : sequence of PlanEntry
+        Requests that fusion has business with.
+    """
+
+    def __init__(
+        self, runtime: FusionRuntime, runner: Any, batch: Any, entries: Sequence[PlanEntry]
+    ) -> None:
+        assert runtime.facts is not None
+        self._runtime = runtime
+        self._facts = runtime.facts
+        self._runner = runner
+        self._batch = batch
+        self._req_to_token = runner.req_to_token_pool.req_to_token
+        self._items = {e.index: self._item(e) for e in entries if e.state.spans}
+        self._loader = Loader(self._loads(), (), self._facts.rotary)
+        self._guard = WriteGuard(
+            int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()
+        )
+
+    def prepare(self) -> tuple[Any, FusedPass]:
+        """Run the probing passes; return the batch of the final pass and the pass itself."""
+        waiting = [item for item in self._items.values() if item.chosen is None]
+        if waiting:
+            began = time.perf_counter()
+            Prober(self._runtime, self._runner, self._batch, self._loader, self._guard).choose(
+                waiting
+            )
+            self._runtime.metrics.observe("probe_seconds", time.perf_counter() - began)
+        began = time.perf_counter()
+        rows, shifts, first = [], [], 0
+        for index in range(int(self._batch.batch_size)):
+            item = self._items.get(index)
+            part = self._ordinary_rows(index) if item is None else self._final_rows(item)
+            if item is not None:
+                shifts += self._shift(item, part, first)
+            rows.append(part)
+            first += part.count
+        fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
+        view = make_view(self._batch, rows, fused, whole_batch=True)
+        self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
+        return view, fused
+
+    # -- what there is ------------------------------------------------------------------------
+
+    def _kv_slots(self, index: int) -> Tensor:
+        end = int(
+            self._batch.extend_prefix_lens_cpu[index] + self._batch.extend_seq_lens_cpu[index]
+        )
+        slots: Tensor = self._req_to_token[self._batch.req_pool_indices[index], :end]
+        return slots.to(torch.int64)
+
+    def _item(self, entry: PlanEntry) -> FusedItem:
+        state = entry.state
+        prompt = torch.tensor(entry.req.full_untruncated_fill_ids, dtype=torch.int64)
+        layout, fresh = plan_item(
+            state,
+            entry.piece,
+            num_layers=self._facts.num_layers,
+            prompt_len=int(prompt.numel()),
+            qkv_share=self._facts.qkv_share,
+        )
+        return FusedItem(entry, layout, self._kv_slots(entry.index), prompt, fresh)
+
+    def _loads(self) -> list[LoadItem]:
+        loads = []
+        for item in self._items.values():
+            piece = item.entry.piece
+            for span in item.entry.state.spans:
+                lo, hi = max(span.start, piece.start), min(span.end, piece.end)
+                if lo < hi:
+                    loads.append(
+                        LoadItem(
+                            record=span.lease.record,
+                            chunk_offset=span.match.chunk_offset + lo - span.start,
+                            slots=item.kv_slots[lo:hi],
+                            delta=span.delta,
+                        )
+                    )
+        return loads
+
+    def _protected(self) -> list[Tensor]:
+        """Slots of every request in front of what this forward may write of it."""
+        return [
+            self._items[index].kv_slots[: self._items[index].entry.protected_len]
+            if index in self._items
+            else self._kv_slots(index)[: int(self._batch.extend_prefix_lens_cpu[index])]
+            for index in range(int(self._batch.batch_size))
+        ]
+
+    # -- the final pass -----------------------------------------------------------------------
+
+    def _ordinary_rows(self, index: int) -> RequestRows:
+        """All rows of a request that fusion does not touch, as SGLang laid them out."""
+        start = int(self._batch.extend_prefix_lens_cpu[index])
+        end = start + int(self._batch.extend_seq_lens_cpu[index])
+        return ordinary_rows(self._req_to_token, self._batch, index, start, end)
+
+    def _final_rows(self, item: FusedItem) -> RequestRows:
+        assert item.chosen is not None
+        positions = item.with_fresh(item.chosen)
+        state = item.entry.state
+        state.row_layers += self._facts.num_layers * int(positions.numel())
+        state.report.recomputed_tokens += int(item.chosen.numel())
+        state.recomputed += item.chosen.tolist()
+        return item.rows(positions, keeps_last=item.keeps_last)
+
+    def _shift(self, item: FusedItem, rows: RequestRows, first: int) -> list[MeanShiftPlan]:
+        strength = item.entry.state.policy.shift_strength(item.layout)
+        if strength <= 0.0 or item.chosen is None or not item.chosen.numel():
+            return []
+        plan = plan_mean_shift(
+            item.layout.spans,
+            rows.positions,
+            item.kv_slots,
+            self._facts.rotary,
+            strength=strength,
+            first_row=first,
+        )
+        return [plan] if plan.num_shifted else []

@@ -1,0 +1,166 @@
+"""Around ``ModelRunner.forward``: the fused pass, ordinary prefill where it fails, and what is stored after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
+from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
+from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
+from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchPlan, PlanEntry
+from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
+from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
+from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
+from rag_pipeline.sglang_plugin.fusion.request.report import attach_report, fill_report
+from rag_pipeline.sglang_plugin.fusion.request.state import state_of
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
+from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_batch
+
+PLAN_KEY = "rag_fusion_plan"
+
+
+class BatchRefusedError(Exception):
+    """A request of the batch cannot stand beside fused ones; the message is the label of the reason."""
+
+
+def after_init_new(
+    batch: Any, cls: Any, schedule_batch: Any, model_runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Run after ``ForwardBatch.init_new``: the last place where a batch's requests are visible.
+
+    Only references are kept here; the work is done around the forward, on its stream.
+    """
+    mode = batch.forward_mode
+    if not mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
+        return
+    if mode.is_split_prefill():  # a call computes some of the layers: nothing is whole behind it
+        return
+    entries: list[PlanEntry] = []
+    for index, req in enumerate(schedule_batch.reqs):
+        state = state_of(req)
+        if state is None or not state.is_pending:
+            continue
+        start = int(batch.extend_prefix_lens_cpu[index])
+        end = start + int(batch.extend_seq_lens_cpu[index])
+        piece = Piece(start=start, end=end, is_last=end == len(req.full_untruncated_fill_ids))
+        entries.append(PlanEntry(index=index, req=req, state=state, piece=piece))
+    if entries:
+        plan = BatchPlan(entries=tuple(entries), refused=refuse_batch(schedule_batch.reqs))
+        batch.model_specific_states = {**(batch.model_specific_states or {}), PLAN_KEY: plan}
+
+
+def around_model_forward(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Wrap ``ModelRunner.forward``: other batches pass through untouched."""
+    states = forward_batch.model_specific_states
+    if states is None or PLAN_KEY not in states:
+        return original(runner, forward_batch, *args, **kwargs)
+    plan: BatchPlan = states[PLAN_KEY]
+    runtime = get_runtime()
+    assert runtime is not None
+    if plan.fused:
+        began = time.perf_counter()
+        output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)
+        runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
+    else:
+        output = original(runner, forward_batch, *args, **kwargs)
+    for entry in plan.entries:
+        _conclude(runtime, runner, forward_batch, entry)
+    return output
+
+
+def _fused(
+    runtime: FusionRuntime,
+    original: Callable[..., Any],
+    runner: Any,
+    batch: Any,
+    plan: BatchPlan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the fused forward; whatever goes wrong in it, the same batch is prefilled as usual instead."""
+    limit = max(entry.state.row_limit for entry in plan.fused)
+    stage = "plan"
+    try:
+        if plan.refused:
+            raise BatchRefusedError(plan.refused)
+        with runtime.group.in_step():
+            view, fused = FusedForward(runtime, runner, batch, plan.entries).prepare()
+        stage = "pass"
+        with runtime.group.in_step():
+            bind_adapters(runner, view)
+            output = original(runner, view, *args, **kwargs)
+            if fused.fault is not None:
+                raise fused.fault
+    except Exception as error:
+        _give_up(runtime, plan.fused, stage, error)
+    else:
+        runtime.pass_succeeded()
+        return output
+    # Outside the handler, so that a fault of SGLang itself is raised as itself.
+    passes = ordinary_views(runner, batch, plan, limit)
+    for part in passes[:-1]:
+        bind_adapters(runner, part)
+        original(runner, part, *args, **kwargs)
+    bind_adapters(runner, passes[-1])
+    return original(runner, passes[-1], *args, **kwargs)
+
+
+def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: Exception) -> None:
+    if isinstance(error, BatchRefusedError):
+        reason = str(error)
+    else:
+        runtime.pass_failed(stage, error)
+        reason = "internal_error" if stage == "plan" else "fused_pass_error"
+        if isinstance(error, ProtectedWriteError):
+            reason = "protected_write"
+    runtime.metrics.count("fallbacks", reason, len(fused))
+    for entry in fused:
+        # What may be published as exact stays as it is: after a fault nothing is claimed.
+        entry.state.forget_spans(reason)
+
+
+def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+    """Store finished chunks, count, and let go of the leases when the prompt is complete."""
+    state, piece = entry.state, entry.piece
+    if state.captures:
+        try:
+            _store_captures(runtime, runner, batch, entry)
+        except Exception as error:
+            # The answer is there already: a chunk that cannot be stored is one more miss.
+            runtime.say_fault("capture", error)
+            runtime.metrics.count("spans", "not_stored", len(state.captures))
+            state.drop_captures()
+    if not state.spans:
+        num_layers = runtime.facts.num_layers if runtime.facts else 0
+        state.row_layers += num_layers * (piece.end - piece.start)
+    if piece.is_last:
+        fill_report(runtime, state)
+        attach_report(entry.req, state)
+        state.finish()
+
+
+def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+    assert runtime.facts is not None
+    state, piece = entry.state, entry.piece
+    row = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[entry.index], : piece.end]
+    slots = row.to(torch.int64)
+    for capture in list(state.captures):
+        if capture.end > piece.end:
+            continue
+        record = capture_chunk(runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture)
+        stored = capture.build.commit(record)
+        state.captures.remove(capture)
+        if stored and not runtime.epoch:  # after an update no other process can find it
+            disk.keep(runtime, record)
+        state.report.built_chunks += stored
+        runtime.metrics.count("spans", "stored" if stored else "not_stored")
+    stats = runtime.store.stats()
+    runtime.metrics.gauge("store_bytes", stats.bytes_now)
+    runtime.metrics.gauge("store_chunks", stats.chunks_now)

@@ -1,0 +1,1 @@
+"""What fusion knows of one request, and what the client is told of it."""

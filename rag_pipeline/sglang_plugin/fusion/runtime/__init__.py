@@ -1,0 +1,1 @@
+"""What a scheduler process holds for fusion: the model, the ranks, the store, the counters."""

@@ -1,0 +1,1 @@
+"""Proof on the loaded model, before the first request is fused."""

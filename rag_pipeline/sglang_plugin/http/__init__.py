@@ -1,0 +1,1 @@
+"""SGLang's HTTP server with this project's access rules, protocol checks and stop."""

@@ -1,0 +1,307 @@
+"""SGLang's own HTTP server, started with this project's routes in its own app.
+
+No second server and no second process: the routes use the tokenizer manager that SGLang's routes use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rag_pipeline.errors import EngineError, RagPipelineError
+from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
+from rag_pipeline.sglang_plugin.http import access as http_access
+from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
+from rag_pipeline.sglang_plugin.http.stop import GracefulStop, handle_sigterm
+from rag_pipeline.sglang_plugin.launch import launch_hooks, startup
+from rag_pipeline.sglang_plugin.served_engine import ServedEngine, activation_in
+
+__all__ = ["HttpLimits", "ServerFacts", "ServerKeys", "run_http_server"]
+
+MAX_QUEUED_REQUESTS = 128
+"""``--max-queued-requests`` where the caller says nothing; SGLang's own queue has no end."""
+
+ENGINE_NICE = 5
+"""Added to the nice value of an engine that computes on the server's own cores.
+
+Its passes use every core all the time. What the HTTP process does takes milliseconds, and at the same priority
+it waits for as long as it runs. At ten times the capacity, on two cores, the 99th percentile of refusals was
+0.06 to 1.4 s, and 0.04 s with this.
+"""
+
+_CONFIG = "uvicorn.config.Config.__init__"
+_SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerFacts:
+    """What the flags came to: where the server listens, and what guards it."""
+
+    host: str
+    port: int
+    model_name: str
+    closed: Mapping[str, str] = field(default_factory=dict)
+    """Routes that need a flag which was not given, by path."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerKeys:
+    """SGLang's two keys; None for one that is not wanted."""
+
+    api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+
+
+def run_http_server(
+    model_path: Path,
+    words: Sequence[str],
+    *,
+    attach: Callable[[Any, ServedEngine, ServerFacts], Any],
+    keys: ServerKeys,
+    limits: HttpLimits,
+    on_ready: Callable[[ServerFacts], None],
+) -> None:
+    """Serve until told to stop.
+
+    Parameters
+    ----------
+    model_path
+        Folder in Hugging Face format.
+    words
+        Further flags, as ``sglang serve`` takes them; they win over the CPU defaults.
+    attach
+        Called with SGLang's FastAPI app before anything starts, to add routes. What it returns is served:
+        the guard around that app, with a :class:`.http_stop.Door`'s attributes.
+    keys
+        Not among the words, which SGLang shows.
+    limits
+        Of connections, and of the time that a header, a body and a stop may take.
+    on_ready
+        Called when the engine has answered its warm-up and the plugin has proved to be active.
+
+    Raises
+    ------
+    EngineError
+        One line: a flag that SGLang does not know, a port in use, an engine that did not start.
+    """
+    startup.check_model_folder(str(model_path))
+    with startup.record_faults() as fault_file:
+        fast = startup.prepare()
+        try:
+            server_args = _parse(model_path, words, keys)
+            _launch(server_args, fast=fast, attach=attach, limits=limits, on_ready=on_ready)
+        except RagPipelineError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise EngineError(startup.fault_reason(fault_file, error, str(model_path))) from error
+        finally:
+            _end_children()
+
+
+def _parse(model_path: Path, words: Sequence[str], keys: ServerKeys) -> Any:
+    import sglang.srt.plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    sglang.srt.plugins.load_plugins()
+    launch_hooks.ensure_applied()
+    given = ["--model-path", str(model_path), *words]
+    with _argparse_in_one_line():
+        server_args = prepare_server_args([*given, *_default_words(words)])
+    for name, value in _missing_defaults(words).items():
+        if value is True:  # as a word, one of these is called deprecated on every start
+            setattr(server_args, name, value)
+    for name, wanted in (("tokenizer_worker_num", 1), ("enable_http2", False), ("nnodes", 1)):
+        if getattr(server_args, name) != wanted:
+            raise EngineError(
+                f"--{name.replace('_', '-')} is {getattr(server_args, name)}; the RAG routes live in "
+                f"SGLang's one HTTP process: leave it at {wanted}"
+            )
+    if server_args.grpc_mode or server_args.smg_grpc_mode or server_args.encoder_only:
+        raise EngineError(
+            "gRPC and encoder-only servers have no HTTP routes; leave out that flag, or use `sglang serve`"
+        )
+    if server_args.grpc_port is not None or os.environ.get("SGLANG_RUST_SERVER", "0") not in (
+        "",
+        "0",
+    ):
+        raise EngineError(
+            "--grpc-port and SGLANG_RUST_SERVER open a way in that no key guards; leave them out, or use "
+            "`sglang serve`"
+        )
+    for name in ("api_key", "admin_api_key"):
+        if getattr(server_args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise EngineError(f"{flag} must be written in full, so that it is seen here")
+        setattr(server_args, name, getattr(keys, name))
+    startup.check_port({"host": server_args.host, "port": server_args.port})
+    return server_args
+
+
+def _default_words(words: Sequence[str]) -> list[str]:
+    """Flags of the CPU defaults that the caller did not give."""
+    flags: list[str] = []
+    for name, value in _missing_defaults(words).items():
+        if value is not True:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
+
+def _missing_defaults(words: Sequence[str]) -> dict[str, Any]:
+    given = {word.split("=", 1)[0] for word in words if word.startswith("--")}
+    defaults = {"max_queued_requests": MAX_QUEUED_REQUESTS} | startup.cpu_defaults({})
+    return {k: v for k, v in defaults.items() if f"--{k.replace('_', '-')}" not in given}
+
+
+@contextmanager
+def _argparse_in_one_line() -> Iterator[None]:
+    """Argparse prints a page of usage before the one line that matters."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise EngineError("`sglang serve --help` lists SGLang's own flags") from None
+        lines = said.getvalue().strip().splitlines() or ["flags that SGLang does not take"]
+        reason = lines[-1].partition("error: ")[2] or lines[-1]
+        raise EngineError(f"{reason}; `sglang serve --help` lists SGLang's flags") from None
+
+
+def _launch(
+    server_args: Any,
+    *,
+    fast: bool,
+    attach: Callable[[Any, ServedEngine, ServerFacts], Any],
+    limits: HttpLimits,
+    on_ready: Callable[[ServerFacts], None],
+) -> None:
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.engine import Engine
+
+    from rag_pipeline.sglang_plugin import plugin_is_off
+
+    engine = ServedEngine(incremental=bool(server_args.incremental_streaming_output))
+    facts = ServerFacts(
+        host=str(server_args.host),
+        port=int(server_args.port),
+        model_name=str(server_args.served_model_name or Path(server_args.model_path).name),
+        closed=http_access.closed_routes(server_args),
+    )
+    _register(http_server.app, attach(http_server.app, engine, facts), limits)
+
+    def ready() -> None:
+        if not plugin_is_off() and startup.plugin_allowed():
+            _verify(engine)
+        on_ready(facts)
+
+    schedule = Engine.run_scheduler_process_func
+    if not (plugin_is_off() or accelerator_present()):
+        schedule = functools.partial(_give_way, schedule)
+    with startup.no_process_kill({}) as extra:
+        for name, value in extra.items():
+            setattr(server_args, name, value)
+        http_server.launch_server(
+            server_args,
+            run_scheduler_process_func=startup.wrap_child(schedule, fast=fast),
+            run_detokenizer_process_func=startup.wrap_child(
+                Engine.run_detokenizer_process_func, fast=fast
+            ),
+            launch_callback=ready,
+        )
+
+
+def _give_way(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a process's entry function behind the HTTP process; threads that it starts inherit it."""
+    with contextlib.suppress(OSError):  # a container that forbids it
+        os.nice(ENGINE_NICE)
+    return function(*args, **kwargs)
+
+
+def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
+    """Hook what SGLang does with the app, its keys and SIGTERM; a hook that is not there is no server."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    rows = http_access.register()
+    rows += [
+        HookTarget(
+            path=_CONFIG,
+            kind="before",
+            why="the guard is around the whole app, and SGLang passes uvicorn no limits",
+            params=("app", "http", "timeout_graceful_shutdown"),
+        ),
+        HookTarget(
+            path=_SIGTERM,
+            kind="around",
+            why="SGLang drains without a limit and goes on accepting",
+        ),
+    ]
+    add_targets(rows)
+    verify_targets(rows)
+
+    def configure(config: Any, served: Any, *args: Any, **options: Any) -> Any:
+        if served is not app:
+            return None
+        options |= {
+            "http": limited_protocol(limits),
+            "timeout_graceful_shutdown": int(limits.stop_s),
+        }
+        return (config, guard, *args), options
+
+    stop = GracefulStop(guard, limit_s=limits.stop_s, last_resort=_end_now)
+    HookRegistry.register(_CONFIG, configure, HookType.BEFORE)
+    HookRegistry.register(_SIGTERM, handle_sigterm(stop), HookType.AROUND)
+    HookRegistry.apply_hooks()
+    missing = [row.path for row in rows if row.path not in HookRegistry._patched]
+    if missing:
+        raise EngineError(f"SGLang did not take the hook on {', '.join(missing)}; its log says why")
+
+
+def _end_now() -> None:
+    """End this process when its shutdown hangs."""
+    try:
+        _end_children()
+    finally:
+        os._exit(1)
+
+
+def _verify(engine: ServedEngine) -> None:
+    """End the server when the plugin is not active in its scheduler; runs in SGLang's warm-up thread."""
+    loop = engine._manager.event_loop
+    try:
+        info = asyncio.run_coroutine_threadsafe(engine.state(), loop).result()
+        facts = activation_in(info)
+        fault = "" if facts.active and not facts.unapplied else "the plugin is not active in it"
+    except EngineError as error:
+        fault = str(error)
+    if fault:
+        sys.stderr.write(
+            f"error: the engine started, but {fault}; reinstall rag-pipeline and sglang together, or "
+            "set RAG_PIPELINE_PLUGIN=off to run stock SGLang\n"
+        )
+        sys.stderr.flush()
+        _end_children()
+        os._exit(1)
+
+
+def _end_children() -> None:
+    """End the engine's processes; the server is going.
+
+    SGLang kills every child, the standard library's resource tracker too, which then complains.
+    """
+    # Not imported for this: the start may have failed before it was.
+    server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    state = server.get_global_state() if server is not None else None
+    watchdog = getattr(state and state.tokenizer_manager, "_subprocess_watchdog", None)
+    if watchdog is not None:
+        watchdog.stop()  # it would call the end of the scheduler a crash
+    startup.stop_children()

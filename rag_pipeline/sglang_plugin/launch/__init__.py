@@ -1,0 +1,1 @@
+"""How engines and servers of this process are started: fork server, preloading, faults of children."""
