@@ -43,7 +43,7 @@ _HOME = {
     "HookTarget": "hook_table",
     "add_targets": "hook_table",
     "verify_targets": "hook_table",
-    "create_engine": "startup",
+    "create_engine": "launch.startup",
 }
 
 
