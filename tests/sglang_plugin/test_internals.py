@@ -137,7 +137,7 @@ def test_an_attribute_that_is_gone_is_refused_and_one_of_init_is_found() -> None
 def test_settings_that_decide_about_fusion_are_settings_of_sglang() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    tree = ast.parse((FOLDER / "fusion" / "support.py").read_text("utf-8"))
+    tree = ast.parse((FOLDER / "fusion" / "runtime" / "support.py").read_text("utf-8"))
     names = {
         node.args[0].value
         for node in ast.walk(tree)
