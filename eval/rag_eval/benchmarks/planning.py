@@ -46,7 +46,7 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import RequestRows, plan_rows
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
-from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, Tenant
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix
 
@@ -54,7 +54,7 @@ _VOCABULARY = (
     49_152  # of SmolLM2, as are layers and heads below; what matters is that windows differ
 )
 _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 30, 9, 3, 64
-_TENANT = Tenant(None, None)
+_TENANT = RadixNamespace(None, None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.request.state import (
     Capture,
     LeasedSpan,
     RequestState,
-    Tenant,
+    RadixNamespace,
     UsageReport,
     state_of,
 )
@@ -38,9 +38,9 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_request
 
 
-def tenant_of(req: Any) -> Tenant:
+def tenant_of(req: Any) -> RadixNamespace:
     """Namespace of a request's chunks."""
-    return Tenant(req.extra_key, req.cache_salt)
+    return RadixNamespace(req.extra_key, req.cache_salt)
 
 
 def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +128,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 
-def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
+def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace) -> None:
     """Lease what every tensor-parallel rank has; behind the vote nothing is done that can fail on one rank."""
     request = state.request
     turns = lease_turns(runtime, state, tenant) if request.conversation else []
@@ -161,7 +161,7 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
 
 
 def _look_up(
-    runtime: FusionRuntime, state: RequestState, tenant: Tenant
+    runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace
 ) -> tuple[KnownPrefix | None, list[tuple[int, int]]]:
     """Lease this rank's chunks onto the state; return the prefix and the spans that are worth building."""
     request, prompt = state.request, state.prompt
@@ -255,7 +255,7 @@ def _begin_capture(
     ids = state.prompt[start:end]
     try:
         key = ChunkKey.of(prefix.context, ids)
-        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.share)
+        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.owner)
     except Exception as error:
         # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
         runtime.say_fault("capture", error)

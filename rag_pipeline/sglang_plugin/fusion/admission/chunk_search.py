@@ -9,7 +9,7 @@ from typing import Any
 
 from chunk_cache import ChunkKey, Match
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix, TokenArray
 
 _MAX_PREFIX_CANDIDATES = 4
@@ -62,7 +62,7 @@ def find_in_spans(
 
 
 def scan_prompt(
-    runtime: FusionRuntime, prompt: TokenArray, tenant: Tenant, *, passage: bool = True
+    runtime: FusionRuntime, prompt: TokenArray, tenant: RadixNamespace, *, passage: bool = True
 ) -> tuple[KnownPrefix | None, Found]:
     """Longest cover over the known prefixes that the prompt begins with; `passage` as for spans."""
     best: KnownPrefix | None = None

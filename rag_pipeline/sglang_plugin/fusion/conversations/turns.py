@@ -27,18 +27,18 @@ from rag_pipeline.sglang_plugin.fusion.request.state import (
     Capture,
     LeasedSpan,
     RequestState,
-    Tenant,
+    RadixNamespace,
 )
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
-def namespace_of(state: RequestState, tenant: Tenant) -> str:
+def namespace_of(state: RequestState, tenant: RadixNamespace) -> str:
     """Everything but tokens and model that a turn's KV depends on."""
     passage = state.request.passage is not False
     return repr((tenant.salt, state.request.conversation, state.policy.identity, passage))
 
 
-def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> list[LeasedSpan]:
+def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace) -> list[LeasedSpan]:
     """Lease what earlier turns left behind the exact prefix of a request's prompt.
 
     Sets ``state.turns_end`` and ``state.turn``. All tensor-parallel ranks must call it together.
@@ -47,7 +47,7 @@ def lease_turns(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> 
 
     def offer() -> list[tuple[int, int, int]]:
         for segment, match in runtime.conversations.find(
-            namespace_of(state, tenant), state.prompt, tenant=tenant.share
+            namespace_of(state, tenant), state.prompt, tenant=tenant.owner
         ):
             found = runtime.store.acquire_matches(state.prompt, [match])
             if not found:
@@ -117,7 +117,7 @@ def keep_turn(
         return False
     facts = runtime.facts
     assert facts is not None
-    tenant = Tenant(req.extra_key, req.cache_salt)
+    tenant = RadixNamespace(req.extra_key, req.cache_salt)
     namespace = namespace_of(state, tenant)
     start = max(state.exact_limit, state.turns_end)
     # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
@@ -132,13 +132,13 @@ def keep_turn(
         nonlocal key
         if not runtime.may_store(state.epoch, state.radix_len):
             return "not_stored"
-        if not runtime.conversations.has_room(namespace, tenant=tenant.share):
+        if not runtime.conversations.has_room(namespace, tenant=tenant.owner):
             return "not_stored"
         context = facts.context(
             prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
         )
         own = ChunkKey.of(context, ids[start:])
-        build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=tenant.share)
+        build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=tenant.owner)
         if not isinstance(build, Build):
             return "known"  # the same turn was asked before
         with build:
@@ -161,7 +161,7 @@ def keep_turn(
         runtime.metrics.count("turns", "not_stored")
         return False
     assert key is not None
-    runtime.conversations.add(namespace, ids, start, state.turn, key, tenant=tenant.share)
+    runtime.conversations.add(namespace, ids, start, state.turn, key, tenant=tenant.owner)
     runtime.metrics.count("turns", "stored")
     return True
 

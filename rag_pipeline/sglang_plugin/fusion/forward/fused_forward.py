@@ -16,7 +16,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     make_view,
     ordinary_rows,
 )
-from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem, PlanEntry, plan_item
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem, BatchEntry, plan_item
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
@@ -34,12 +34,12 @@ class FusedForward:
         SGLang's.
     batch : ForwardBatch
         In an extend mode; other requests in it are ordinary.
-    entries : sequence of PlanEntry
+    entries : sequence of BatchEntry
         Requests that fusion has business with.
     """
 
     def __init__(
-        self, runtime: FusionRuntime, runner: Any, batch: Any, entries: Sequence[PlanEntry]
+        self, runtime: FusionRuntime, runner: Any, batch: Any, entries: Sequence[BatchEntry]
     ) -> None:
         assert runtime.facts is not None
         self._runtime = runtime
@@ -85,7 +85,7 @@ class FusedForward:
         slots: Tensor = self._req_to_token[self._batch.req_pool_indices[index], :end]
         return slots.to(torch.int64)
 
-    def _item(self, entry: PlanEntry) -> FusedItem:
+    def _item(self, entry: BatchEntry) -> FusedItem:
         state = entry.state
         prompt = torch.tensor(entry.req.full_untruncated_fill_ids, dtype=torch.int64)
         layout, fresh = plan_item(

@@ -12,7 +12,7 @@ from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
-from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchPlan, PlanEntry
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchPlan, BatchEntry
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
@@ -40,7 +40,7 @@ def after_init_new(
         return
     if mode.is_split_prefill():  # a call computes some of the layers: nothing is whole behind it
         return
-    entries: list[PlanEntry] = []
+    entries: list[BatchEntry] = []
     for index, req in enumerate(schedule_batch.reqs):
         state = state_of(req)
         if state is None or not state.is_pending:
@@ -48,7 +48,7 @@ def after_init_new(
         start = int(batch.extend_prefix_lens_cpu[index])
         end = start + int(batch.extend_seq_lens_cpu[index])
         piece = Piece(start=start, end=end, is_last=end == len(req.full_untruncated_fill_ids))
-        entries.append(PlanEntry(index=index, req=req, state=state, piece=piece))
+        entries.append(BatchEntry(index=index, req=req, state=state, piece=piece))
     if entries:
         plan = BatchPlan(entries=tuple(entries), refused=refuse_batch(schedule_batch.reqs))
         batch.model_specific_states = {**(batch.model_specific_states or {}), PLAN_KEY: plan}
@@ -112,7 +112,7 @@ def _fused(
     return original(runner, passes[-1], *args, **kwargs)
 
 
-def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: Exception) -> None:
+def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error: Exception) -> None:
     if isinstance(error, BatchRefusedError):
         reason = str(error)
     else:
@@ -126,7 +126,7 @@ def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: 
         entry.state.forget_spans(reason)
 
 
-def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
     """Store finished chunks, count, and let go of the leases when the prompt is complete."""
     state, piece = entry.state, entry.piece
     if state.captures:
@@ -146,7 +146,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry)
         state.finish()
 
 
-def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
     assert runtime.facts is not None
     state, piece = entry.state, entry.piece
     row = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[entry.index], : piece.end]

@@ -16,7 +16,7 @@ ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
 
 
-class Tenant(NamedTuple):
+class RadixNamespace(NamedTuple):
     """What separates requests in the radix tree, and so separates chunks too."""
 
     extra_key: str | None
@@ -30,7 +30,7 @@ class Tenant(NamedTuple):
         return repr((self.extra_key or "", self.cache_salt or ""))
 
     @property
-    def share(self) -> str:
+    def owner(self) -> str:
         """To whom its chunks belong: whose share of the stores and queues they take, and whose deletions reach them.
 
         The same before and after they were on a disk. A tenant of a server may split its salt by a ``/`` as often

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -40,7 +40,7 @@ class KnownPrefix:
 
     ids: TokenArray
     context: KVContext
-    tenant: Tenant
+    tenant: RadixNamespace
 
     def begins(self, prompt: TokenArray) -> bool:
         """Whether a prompt starts with it and goes on."""
@@ -181,11 +181,11 @@ class FusionRuntime:
         """
         return epoch == self.epoch and not self.in_update and not (self.tree_is_old and radix_len)
 
-    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
+    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: RadixNamespace) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
         ids = prompt[:prefix_len]
         digest = hash_token_ids(ids)
-        known = self._prefixes.get(tenant.share, (tenant.salt, digest))
+        known = self._prefixes.get(tenant.owner, (tenant.salt, digest))
         if known is None:
             assert self.facts is not None
             known = KnownPrefix(
@@ -193,7 +193,7 @@ class FusionRuntime:
                 context=self.facts.context(prefix_digest=digest, tenant=tenant.salt),
                 tenant=tenant,
             )
-            self._prefixes.put(tenant.share, (tenant.salt, digest), known, _MAX_PREFIXES)
+            self._prefixes.put(tenant.owner, (tenant.salt, digest), known, _MAX_PREFIXES)
         return known
 
     def behind_passage(self, known: KnownPrefix) -> KnownPrefix | None:
@@ -225,7 +225,7 @@ class FusionRuntime:
             # Replaced, not emptied: the scheduler may be reading it.
             self._prefixes = FairTable()
 
-    def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
+    def prefixes_of(self, prompt: TokenArray, tenant: RadixNamespace) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first.
 
         None that is shorter than a worthwhile reuse: nothing, a start token or the opening of a chat template begins
@@ -234,7 +234,7 @@ class FusionRuntime:
         least = self.config.min_reused_tokens
         found = [
             known
-            for known in self._prefixes.of(tenant.share)
+            for known in self._prefixes.of(tenant.owner)
             if known.tenant.salt == tenant.salt and known.ids.size >= least and known.begins(prompt)
         ]
         return sorted(found, key=lambda known: -known.ids.size)
