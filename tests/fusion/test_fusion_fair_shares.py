@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import namespace_of
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue, MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -82,7 +82,11 @@ def test_who_splits_its_salt_has_one_share_all_the_same():
     queue.add(chunk("quiet/2", 1), 8)
     assert [queue.take().key[0] for _ in range(4)] == ["loop/0", "quiet/1", "loop/1", "quiet/2"]
     acme = RadixNamespace(None, "acme")
-    for same in (RadixNamespace("acme", None), RadixNamespace("acme/y", None), RadixNamespace("any", "acme/x")):
+    for same in (
+        RadixNamespace("acme", None),
+        RadixNamespace("acme/y", None),
+        RadixNamespace("any", "acme/x"),
+    ):
         assert same.owner == acme.owner
         assert same.salt != acme.salt  # its chunks are its own
     assert RadixNamespace("acme", "globex").owner != acme.owner
@@ -94,7 +98,11 @@ def test_who_splits_its_salt_shares_a_row_of_the_tables_but_no_prefix_and_no_con
     facts = SimpleNamespace(context=lambda prefix_digest, tenant: f"{prefix_digest} {tenant}")
     runtime = FusionRuntime(FusionConfig(), facts)
     prompt = np.arange(40)
-    tenants = [RadixNamespace(None, "acme"), RadixNamespace(None, "acme/x"), RadixNamespace("acme", None)]
+    tenants = [
+        RadixNamespace(None, "acme"),
+        RadixNamespace(None, "acme/x"),
+        RadixNamespace("acme", None),
+    ]
     known = [runtime.prefix(prompt, 32, tenant) for tenant in tenants]
     assert len({prefix.context for prefix in known}) == 3
     for tenant, prefix in zip(tenants, known, strict=True):

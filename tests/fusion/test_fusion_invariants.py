@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 DISTURBANCES = (
     "tree evicted",

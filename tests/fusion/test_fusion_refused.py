@@ -12,7 +12,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace, state_of
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import runtime as runtime_module
 from rag_pipeline.sglang_plugin.fusion.runtime import support
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime

@@ -10,7 +10,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 
 VOCAB, PREFIX, CHUNK = 256, 20, 80

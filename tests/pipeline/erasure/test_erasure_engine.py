@@ -21,7 +21,7 @@ from rag_pipeline import erasure
 from rag_pipeline.erasure import make_eraser
 from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.startup import tokenizer_folder
@@ -122,7 +122,9 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
 ) -> None:
     """`watched` has a notice in force of its own, of the secret; here a tenant deletes another text, and a letter."""
     store = watched._runtime.store
-    acme, sub, globex = (RadixNamespace(None, salt) for salt in ("tenant-a", "tenant-a/x", "tenant-g"))
+    acme, sub, globex = (
+        RadixNamespace(None, salt) for salt in ("tenant-a", "tenant-a/x", "tenant-g")
+    )
     assert acme.owner == sub.owner != globex.owner
     owners = {"": RadixNamespace(None, None), "acme": acme, "sub": sub, "globex": globex}
     held = {

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 PREFIXES = ((2, 3, 4, 5, 6, 7), (2, 3, 4, 9, 9, 8, 7, 6, 5), ())
 DOCUMENTS = tuple(

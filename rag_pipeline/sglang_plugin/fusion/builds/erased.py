@@ -127,6 +127,8 @@ class ErasedText:
                     self._checked.add(key)
         self._files.update(gone)
         store.erase(gone)
+        if gone:
+            self._runtime.conversations.forget(gone)
         self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
         return len(gone)
 

@@ -12,7 +12,7 @@ from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
-from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchPlan, BatchEntry
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
@@ -139,7 +139,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
             state.drop_captures()
     if not state.spans:
         num_layers = runtime.facts.num_layers if runtime.facts else 0
-        state.row_layers += num_layers * (piece.end - piece.start)
+        state.charge(piece.end - piece.start, num_layers)
     if piece.is_last:
         fill_report(runtime, state)
         attach_report(entry.req, state)
@@ -151,15 +151,14 @@ def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: Batc
     state, piece = entry.state, entry.piece
     row = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[entry.index], : piece.end]
     slots = row.to(torch.int64)
-    for capture in list(state.captures):
+    for capture in state.captures:
         if capture.end > piece.end:
             continue
         record = capture_chunk(runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture)
         stored = capture.build.commit(record)
-        state.captures.remove(capture)
+        state.end_capture(capture, stored=stored)
         if stored and not runtime.epoch:  # after an update no other process can find it
             disk.keep(runtime, record)
-        state.report.built_chunks += stored
         runtime.metrics.count("spans", "stored" if stored else "not_stored")
     stats = runtime.store.stats()
     runtime.metrics.gauge("store_bytes", stats.bytes_now)

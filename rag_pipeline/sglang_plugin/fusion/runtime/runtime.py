@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
-from rag_pipeline.sglang_plugin.fusion.request.state import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -23,6 +23,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 if TYPE_CHECKING:
     from rag_pipeline.erasure import Notice
     from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
+    from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,11 @@ class FusionRuntime:
         Tensor-parallel ranks.
     metrics : FusionMetrics
         Where numbers go.
+
+    Raises
+    ------
+    ValueError
+        The conversation memory that the settings name cannot be loaded.
     """
 
     def __init__(
@@ -82,7 +88,6 @@ class FusionRuntime:
         self.store = MemoryStore(
             config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
         )
-        self.conversations = Conversations(self.store)
         self.missing = BuildQueue()
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
@@ -105,6 +110,9 @@ class FusionRuntime:
         self._prefixes: FairTable[tuple[str, str], KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0
+        self.conversations: ConversationMemory = CONVERSATION_MEMORIES.get(
+            config.conversation_memory
+        )(self)
 
     @property
     def is_on(self) -> bool:
@@ -164,6 +172,7 @@ class FusionRuntime:
         if self.writer is not None:
             self.writer.clear()
         self.store.reset()
+        self.conversations.forget()
         if self.facts is not None:
             identity = f"{self.facts.fingerprint}+{secrets.token_hex(16)}"
             fields = self.facts.context_fields | {"model_fingerprint": identity}
