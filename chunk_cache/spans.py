@@ -77,18 +77,22 @@ def check_spans(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple
 
 
 def merge_matches(
-    explicit: Sequence[Match], automatic: Sequence[Match], *, min_piece: int = 1
+    fixed: Sequence[Match], more: Sequence[Match], *, min_piece: int = 1
 ) -> list[Match]:
-    """Put automatic matches around explicit ones; an explicit match is never cut.
+    """Fill the gaps of some matches with others; no fixed match is ever cut.
+
+    This is the one rule for short pieces: a piece that was cut shorter than ``min_piece`` is dropped, and a match that
+    nothing cut is kept as it is. How short a whole match may be is up to the matcher that found it. (Until the two
+    gap fillers became this one, this function also dropped whole matches under ``min_piece``.)
 
     Parameters
     ----------
-    explicit
-        Disjoint matches of client-given spans.
-    automatic
-        Disjoint matches found by the matcher.
+    fixed
+        Disjoint matches, in any order.
+    more
+        Disjoint matches for the gaps.
     min_piece
-        A trimmed automatic piece shorter than this many tokens is dropped.
+        Shortest piece of a cut match that is worth keeping, tokens.
 
     Returns
     -------
@@ -98,23 +102,24 @@ def merge_matches(
     Raises
     ------
     ChunkCacheError
-        If the explicit matches overlap each other.
+        If the fixed matches overlap each other.
     """
-    fixed = sorted(explicit, key=lambda match: match.prompt_start)
-    for one, two in itertools.pairwise(fixed):
+    walls = sorted(fixed, key=lambda match: match.prompt_start)
+    for one, two in itertools.pairwise(walls):
         if two.prompt_start < one.prompt_end:
-            raise ChunkCacheError(f"explicit matches {one[:2]} and {two[:2]} overlap")
-    merged = list(fixed)
-    for match in automatic:
-        cursor = match.prompt_start
-        for wall in fixed:
-            if wall.prompt_end <= cursor:
+            raise ChunkCacheError(f"fixed matches {one[:2]} and {two[:2]} overlap")
+    merged = list(walls)
+    for match in more:
+        start = match.prompt_start
+        for wall in walls:
+            if wall.prompt_end <= start:
                 continue
             if wall.prompt_start >= match.prompt_end:
                 break
-            if wall.prompt_start - cursor >= min_piece:
-                merged.append(match.clipped(cursor, wall.prompt_start))
-            cursor = wall.prompt_end
-        if match.prompt_end - cursor >= min_piece:
-            merged.append(match.clipped(cursor, match.prompt_end))
+            if wall.prompt_start - start >= min_piece:
+                merged.append(match.clipped(start, wall.prompt_start))
+            start = wall.prompt_end
+        is_whole = start == match.prompt_start
+        if is_whole or match.prompt_end - start >= min_piece:
+            merged.append(match.clipped(start, match.prompt_end))
     return sorted(merged, key=lambda match: match.prompt_start)

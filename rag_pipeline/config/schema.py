@@ -168,6 +168,10 @@ class FusionSettings(_Section):
         default="auto",
         description="Attention kernel of fused passes; auto takes the best for the device.",
     )
+    conversation_memory: str = Field(
+        default="turns",
+        description="What turns of a conversation leave for the following ones; turns keeps them whole.",
+    )
     passage_tokens: int = Field(
         default=768,
         ge=0,

@@ -263,7 +263,8 @@ def test_explicit_spans_stay_whole_and_the_rest_is_covered_automatically(
             if position < match.prompt_end and position not in taken:
                 piece.append(position)
             else:
-                expected |= set(piece) if len(piece) >= min_piece else set()
+                is_kept = len(piece) in (*range(min_piece, len(prompt) + 1), match.num_tokens)
+                expected |= set(piece) if is_kept else set()
                 piece = []
     assert union(merged) == taken | expected
 

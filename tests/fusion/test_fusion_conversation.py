@@ -237,7 +237,7 @@ def test_an_evicted_turn_is_a_miss_and_so_is_what_stood_behind_it(engine):
     one = say(local, IDS, own)
     turn = [*IDS, *one.output_ids, *SECOND]
     two = say(local, turn, own)
-    store, spaces = local.runtime.store, local.runtime.conversations._spaces
+    store, spaces = local.runtime.store, local.runtime.conversations.table._spaces
     (segments,) = [own for own in spaces.of("") if store.state(own[0].key) is not None]
     assert len(segments) == 2
     assert store.evict(segments[0].key)

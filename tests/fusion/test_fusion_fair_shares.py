@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import namespace_of
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue, MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -19,7 +19,7 @@ CALLS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size
 
 
 def chunk(tenant, key):
-    prefix = SimpleNamespace(tenant=Tenant(None, tenant))
+    prefix = SimpleNamespace(tenant=RadixNamespace(None, tenant))
     return MissingChunk(prefix=prefix, ids=None, key=(tenant, key))
 
 
@@ -81,26 +81,34 @@ def test_who_splits_its_salt_has_one_share_all_the_same():
     queue.add(chunk("quiet/1", 0), 8)
     queue.add(chunk("quiet/2", 1), 8)
     assert [queue.take().key[0] for _ in range(4)] == ["loop/0", "quiet/1", "loop/1", "quiet/2"]
-    acme = Tenant(None, "acme")
-    for same in (Tenant("acme", None), Tenant("acme/y", None), Tenant("any", "acme/x")):
-        assert same.share == acme.share
+    acme = RadixNamespace(None, "acme")
+    for same in (
+        RadixNamespace("acme", None),
+        RadixNamespace("acme/y", None),
+        RadixNamespace("any", "acme/x"),
+    ):
+        assert same.owner == acme.owner
         assert same.salt != acme.salt  # its chunks are its own
-    assert Tenant("acme", "globex").share != acme.share
-    assert Tenant(None, None).share == Tenant("", "").share == ""
-    assert Tenant(None, "/x").share  # not nobody's
+    assert RadixNamespace("acme", "globex").owner != acme.owner
+    assert RadixNamespace(None, None).owner == RadixNamespace("", "").owner == ""
+    assert RadixNamespace(None, "/x").owner  # not nobody's
 
 
 def test_who_splits_its_salt_shares_a_row_of_the_tables_but_no_prefix_and_no_conversation():
     facts = SimpleNamespace(context=lambda prefix_digest, tenant: f"{prefix_digest} {tenant}")
     runtime = FusionRuntime(FusionConfig(), facts)
     prompt = np.arange(40)
-    tenants = [Tenant(None, "acme"), Tenant(None, "acme/x"), Tenant("acme", None)]
+    tenants = [
+        RadixNamespace(None, "acme"),
+        RadixNamespace(None, "acme/x"),
+        RadixNamespace("acme", None),
+    ]
     known = [runtime.prefix(prompt, 32, tenant) for tenant in tenants]
     assert len({prefix.context for prefix in known}) == 3
     for tenant, prefix in zip(tenants, known, strict=True):
         assert runtime.prefix(prompt, 32, tenant) is prefix
         assert runtime.prefixes_of(prompt, tenant) == [prefix]
-    assert runtime.prefixes_of(prompt, Tenant(None, "acme/y")) == []
+    assert runtime.prefixes_of(prompt, RadixNamespace(None, "acme/y")) == []
     state = SimpleNamespace(
         request=SimpleNamespace(conversation="c", passage=True),
         policy=SimpleNamespace(identity="p"),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 DISTURBANCES = (
     "tree evicted",
@@ -62,12 +62,12 @@ class Machine(RuleBasedStateMachine):
         for ids, fusion in builds():
             self._ask(ids, fusion, TENANTS[0])
 
-    def _submit(self, ids: list[int], fusion: Fields, tenant: Tenant) -> None:
+    def _submit(self, ids: list[int], fusion: Fields, tenant: RadixNamespace) -> None:
         self.count += 1
         rid = f"r{self.count}"
         self.ranks.each(lambda server: server.submit(rid, ids, tenant, fusion))
 
-    def _ask(self, ids: list[int], fusion: Fields, tenant: Tenant) -> None:
+    def _ask(self, ids: list[int], fusion: Fields, tenant: RadixNamespace) -> None:
         self._submit(ids, fusion, tenant)
 
         def act(server: Any) -> None:

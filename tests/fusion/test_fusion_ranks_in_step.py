@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from chunk_cache import ChunkKV
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
+from rag_pipeline.sglang_plugin.fusion.admission import radix_tree
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations import turns as conversation
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
@@ -213,7 +213,9 @@ def finish(runtime, req, stamp):
         kv = torch.full((len(ids) + 4, 1, 2), float(stamp))
         pool = SimpleNamespace(get_key_buffer=lambda i: kv, get_value_buffer=lambda i: kv)
         try:
-            conversation.keep_turn(runtime, req, state, pool, torch.arange(len(ids) + 4), len(ids))
+            turn = radix_tree.finished_turn(req, state, pool, torch.arange(len(ids) + 4), len(ids))
+            if turn is not None:
+                runtime.conversations.keep(turn)
         except Exception as error:
             runtime.say_fault("turn", error)
     told = state.report.fallback, state.exact_limit, state.turns_end, state.turn
@@ -345,7 +347,7 @@ def test_a_turn_that_one_rank_lost_is_computed_and_kept_anew_on_both(make_pair):
         pair.ask(ids, fusion)
         pair.idle()
     pair.ask(ids, fusion)
-    turns = pair.ranks[0].conversations
+    turns = pair.ranks[0].conversations.table
     (segments,) = turns._spaces.of("")
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)
     assert pair.ranks[0].store.evict(segments[0].key)
@@ -361,7 +363,7 @@ def test_a_turn_that_one_rank_could_not_keep_is_kept_by_none(make_pair):
         pair.idle()
     ids, fusion = fuse([2, 3], conversation="c")
     pair.ask(ids, fusion, ("raise", 1, "store.begin_build"))
-    assert [len(runtime.conversations) for runtime in pair.ranks] == [0, 0]
+    assert [len(runtime.conversations.table) for runtime in pair.ranks] == [0, 0]
     # Had rank 0 counted it, the ranks would number their turns differently from here on.
     assert pair.ask(ids, fusion)[1][2] == 0
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)

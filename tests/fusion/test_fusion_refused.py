@@ -12,7 +12,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant, state_of
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime import runtime as runtime_module
 from rag_pipeline.sglang_plugin.fusion.runtime import support
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -43,7 +44,7 @@ def test_whoever_asks_for_fusion_is_served_where_it_was_refused(
     """It was once the end of the scheduler: no facts of the model are there."""
     runtime = FusionRuntime(FusionConfig(), None, off_reason="speculative decoding")
     monkeypatch.setattr(runtime_module, "_RUNTIME", runtime)
-    req = Req("r", range(3, 63), Tenant(None, None), fields)
+    req = Req("r", range(3, 63), RadixNamespace(None, None), fields)
     admission.after_req_init(None, req)
     state = state_of(req)
     assert state is not None
@@ -60,7 +61,7 @@ def test_whoever_asks_for_fusion_is_served_where_it_was_refused(
 def test_a_forward_of_some_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = FusionRuntime(FusionConfig(), None, off_reason="none")
     monkeypatch.setattr(runtime_module, "_RUNTIME", runtime)
-    req = Req("r", range(3, 63), Tenant(None, None), ASKED[0])
+    req = Req("r", range(3, 63), RadixNamespace(None, None), ASKED[0])
     admission.after_req_init(None, req)
     batch = batch_of(ForwardMode.SPLIT_PREFILL)
     forward.after_init_new(batch, None, SimpleNamespace(reqs=[req]), None)

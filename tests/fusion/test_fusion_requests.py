@@ -18,7 +18,7 @@ from rag_pipeline.protocol.fields import parse_custom_params, parse_fields, pars
 from rag_pipeline.protocol.fusion_request import ACTION_TYPE
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.report import fill_report
-from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, UsageReport
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.request.validation import after_tokenize
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -187,9 +187,8 @@ def test_every_message_of_a_stream_shows_the_report_as_one_dict():
 def test_the_last_token_is_counted_once_whether_a_policy_chose_it_or_not(chosen, recomputed):
     state = RequestState(FusionRequest(), create_policy("query:0.1"), array("q", range(100)))
     lease = SimpleNamespace(release=lambda: None)
-    state.spans = [SimpleNamespace(start=50, end=100, is_turn=False, lease=lease)]
-    state.report = UsageReport(prompt_tokens=100, recomputed_tokens=len(chosen))
-    state.recomputed = list(chosen)
+    state.lease([SimpleNamespace(start=50, end=100, is_turn=False, lease=lease)])
+    state.note_recomputed(chosen)
     fill_report(FusionRuntime(FusionConfig(), None), state)
     report = state.report
     assert (report.recomputed_tokens, report.reused_tokens) == (recomputed, 50 - recomputed)

@@ -10,7 +10,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 
 VOCAB, PREFIX, CHUNK = 256, 20, 80
@@ -165,7 +165,7 @@ def test_a_fault_while_planning_is_ordinary_prefill_too(engine, monkeypatch):
 
 
 def missing(local):
-    prefix = local.runtime.prefix(np.array(PREFIX_IDS), PREFIX, Tenant(None, None))
+    prefix = local.runtime.prefix(np.array(PREFIX_IDS), PREFIX, RadixNamespace(None, None))
     ids = np.array(CHUNKS[1])
     return MissingChunk(prefix=prefix, ids=ids, key=ChunkKey.of(prefix.context, ids))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
 
 
 def put(store, ids, parent):
@@ -47,7 +47,7 @@ def trees(draw):
 @given(trees(), st.lists(st.integers(0, 1), max_size=16), st.integers(0, 6), st.booleans())
 def test_the_longest_chain_is_found_and_each_run_of_it_fits(tree, prompt, lost, loses):
     store = MemoryStore(1 << 20)
-    conversations = Conversations(store)
+    conversations = TurnTable(store)
     numbers, keys = [], []
     for index, (parent, whole, start) in enumerate(tree):
         key = put(store, whole[start:], (index, parent))
@@ -89,9 +89,9 @@ def test_the_least_recently_used_conversation_is_forgotten_with_its_records(monk
     from rag_pipeline.sglang_plugin.fusion.conversations import turn_table as turns
 
     monkeypatch.setattr(turns, "_MAX_CONVERSATIONS", 2)
-    monkeypatch.setattr(turns, "_MAX_SEGMENTS", 1)
+    monkeypatch.setattr(turns, "_MAX_TURNS", 1)
     store = MemoryStore(1 << 20)
-    conversations = Conversations(store)
+    conversations = TurnTable(store)
     ids = np.arange(8)
     for name in ("a", "b"):
         assert conversations.has_room(name)

@@ -54,7 +54,7 @@ def main() -> None:
     turn = [*case["ids"], *seen["runs"][-1]["ids"], 5]
     note(engine.ask(turn, 4, fusion=talk))
     if rank == "0":
-        ((first, *_),) = engine.runtime.conversations._spaces.of("")
+        ((first, *_),) = engine.runtime.conversations.table._spaces.of("")
         assert store.evict(first.key)
     note(engine.ask(turn, 4, fusion=talk))
     # A fault on one rank only: both prefill as usual, in step.

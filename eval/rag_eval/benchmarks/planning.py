@@ -46,7 +46,8 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import RequestRows, plan_rows
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
-from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix
 
@@ -54,7 +55,7 @@ _VOCABULARY = (
     49_152  # of SmolLM2, as are layers and heads below; what matters is that windows differ
 )
 _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 30, 9, 3, 64
-_TENANT = Tenant(None, None)
+_TENANT = RadixNamespace(None, None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +224,8 @@ class _Bench:
     def _lease(
         self, state: RequestState, prefix: KnownPrefix, matches: list[Match]
     ) -> RequestState:
-        state.radix_len = self._config.system_tokens
-        state.spans = lease_matches(self._runtime, state.prompt, prefix, matches)
+        state.begin_attempt(self._config.system_tokens, self._runtime.epoch)
+        state.lease(lease_matches(self._runtime, state.prompt, prefix, matches))
         return state
 
     def _match_spans(self) -> RequestState:

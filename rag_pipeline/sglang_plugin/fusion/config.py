@@ -12,6 +12,7 @@ from chunk_cache import DISK_BYTES
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
 
 CONFIG_VARIABLE = "RAG_PIPELINE_FUSION"
 """Environment variable: ``off``, ``on`` (the defaults), or a JSON object of :class:`FusionConfig`."""
@@ -48,6 +49,8 @@ class FusionConfig:
         Prove the path on the loaded model at start, before the first request is fused.
     attention_kernel : str
         Attention kernel of fused passes (:data:`rag_kernels.ATTENTION_KERNELS`); ``auto`` for the best on the device.
+    conversation_memory : str
+        What turns leave for the following ones (:data:`~.conversations.CONVERSATION_MEMORIES`).
     passage_tokens : int
         Length of the neutral passage that chunks are computed behind (:mod:`.passage`); 0 for none.
     passage_file : str
@@ -72,6 +75,7 @@ class FusionConfig:
     checksums: bool = False
     self_check: bool = True
     attention_kernel: str = "auto"
+    conversation_memory: str = "turns"
     passage_tokens: int = 768
     passage_file: str = ""
     store_dir: str = ""
@@ -106,6 +110,11 @@ class FusionConfig:
             allowed = ", ".join(("auto", *ATTENTION_KERNELS.names()))
             raise EngineError(
                 f"{CONFIG_VARIABLE}: attention_kernel is {self.attention_kernel!r}; choose one of {allowed}."
+            )
+        if self.conversation_memory not in CONVERSATION_MEMORIES.names():
+            allowed = ", ".join(CONVERSATION_MEMORIES.names())
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: conversation_memory is {self.conversation_memory!r}; choose one of {allowed}."
             )
         try:
             create_policy(self.policy)

@@ -113,7 +113,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:
-    """Make the runtime of a scheduler process; never raises, a fault turns fusion off."""
+    """Make the runtime of a scheduler process; a fault turns fusion off, only settings that name what is not there raise."""
     config = FusionConfig.from_env()
     runner = scheduler.tp_worker.model_runner
     collector = getattr(scheduler, "metrics_collector", None)

@@ -21,7 +21,7 @@ from rag_pipeline import erasure
 from rag_pipeline.erasure import make_eraser
 from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.startup import tokenizer_folder
@@ -97,7 +97,7 @@ def test_what_waits_to_be_built_is_erased_however_late_it_is_built(
 ) -> None:
     runtime = watched._runtime
     late, other = record(SECRET), record(OTHER)
-    prefix: Any = SimpleNamespace(tenant=Tenant(None, None))
+    prefix: Any = SimpleNamespace(tenant=RadixNamespace(None, None))
     for one in (late, other):
         chunk = MissingChunk(prefix=prefix, ids=one.token_ids.astype(np.int64), key=one.key)
         runtime.missing.add(chunk, 8)
@@ -122,9 +122,11 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
 ) -> None:
     """`watched` has a notice in force of its own, of the secret; here a tenant deletes another text, and a letter."""
     store = watched._runtime.store
-    acme, sub, globex = (Tenant(None, salt) for salt in ("tenant-a", "tenant-a/x", "tenant-g"))
-    assert acme.share == sub.share != globex.share
-    owners = {"": Tenant(None, None), "acme": acme, "sub": sub, "globex": globex}
+    acme, sub, globex = (
+        RadixNamespace(None, salt) for salt in ("tenant-a", "tenant-a/x", "tenant-g")
+    )
+    assert acme.owner == sub.owner != globex.owner
+    owners = {"": RadixNamespace(None, None), "acme": acme, "sub": sub, "globex": globex}
     held = {
         (text, name): record(
             f"[{number}]\n{text}", KVContext(**{**CONTEXT.to_json(), "tenant": owner.salt})
@@ -133,8 +135,8 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
         for name, owner in owners.items()
     }
     for (_, name), one in held.items():
-        assert store.put(one, tenant=owners[name].share)
-    reach = erasure.Reach(tenant=acme.share, spared=frozenset({globex.share}))
+        assert store.put(one, tenant=owners[name].owner)
+    reach = erasure.Reach(tenant=acme.owner, spared=frozenset({globex.owner}))
 
     def left() -> set[tuple[str, str]]:
         alive = set(store.keys())
@@ -142,7 +144,7 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
 
     runtime = watched._runtime
     runtime.passage_text, runtime.passage = OTHER, np.arange(3)
-    runtime.config = dataclasses.replace(runtime.config, store_tenants=acme.share)
+    runtime.config = dataclasses.replace(runtime.config, store_tenants=acme.owner)
     erasure.post(TextMarks.of([(OTHER, [])]), (), reach)
     assert watched.look() == 3
     assert runtime.passage.size == 3  # the operator's own; behind it are the chunks of all
@@ -152,7 +154,7 @@ def test_what_a_tenant_deletes_goes_from_its_own_chunks_and_from_nobodys_not_fro
     assert left() == set(held) - {(OTHER, name) for name in ("", "acme", "sub")}
     for name in ("acme", "globex"):
         late = held[OTHER, name]
-        assert watched.is_in(late, owners[name].share) == (name == "acme")
+        assert watched.is_in(late, owners[name].owner) == (name == "acme")
     # One letter is in every text: it goes where it is the whole chunk, and from whoever deleted it.
     erasure.post(TextMarks.of([("e", [])]), (), reach)
     watched.look()

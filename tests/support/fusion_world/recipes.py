@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 PREFIXES = ((2, 3, 4, 5, 6, 7), (2, 3, 4, 9, 9, 8, 7, 6, 5), ())
 DOCUMENTS = tuple(
@@ -18,10 +18,10 @@ LONG_DOCUMENTS = tuple(
 """For an engine, which looks for runs of 64 tokens."""
 POLICIES = ("reuse", "full", "epic:0.3", "query:0.5", "query:1.0", "cacheblend:0.5")
 TENANTS = (
-    Tenant(None, None),
-    Tenant("other", None),
-    Tenant(None, "salt"),
-    Tenant(None, "salt/own"),
+    RadixNamespace(None, None),
+    RadixNamespace("other", None),
+    RadixNamespace(None, "salt"),
+    RadixNamespace(None, "salt/own"),
 )
 QUESTIONS = ((45, 46), (46, 47, 45, 3, 5, 9), DOCUMENTS[0][2:12])
 EDITS = ("as it is", "as it is", "first tokens", "first tokens", "middle", "head cut", "tail cut")
@@ -77,9 +77,9 @@ def draw_request(
     return ids, fusion
 
 
-def draw_tenant(choose: Choose) -> Tenant:
+def draw_tenant(choose: Choose) -> RadixNamespace:
     """One of three, mostly the first."""
-    tenant: Tenant = choose((TENANTS[0], TENANTS[0], TENANTS[0], *TENANTS))
+    tenant: RadixNamespace = choose((TENANTS[0], TENANTS[0], TENANTS[0], *TENANTS))
     return tenant
 
 

@@ -17,10 +17,11 @@ from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
-from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, Tenant, state_of
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -35,7 +36,7 @@ class Req:
     """What fusion reads and writes of SGLang's ``Req``; whatever else it asks for is unset."""
 
     def __init__(
-        self, rid: str, ids: Sequence[int], tenant: Tenant, fusion: dict[str, Any] | None
+        self, rid: str, ids: Sequence[int], tenant: RadixNamespace, fusion: dict[str, Any] | None
     ) -> None:
         self.rid, self.extra_key, self.cache_salt = rid, tenant.extra_key, tenant.cache_salt
         self.origin_input_ids = self.full_untruncated_fill_ids = array("q", ids)
@@ -55,8 +56,8 @@ class Req:
         return None
 
     @property
-    def tenant(self) -> Tenant:
-        return Tenant(self.extra_key, self.cache_salt)
+    def tenant(self) -> RadixNamespace:
+        return RadixNamespace(self.extra_key, self.cache_salt)
 
     @property
     def output_ids_through_stop(self) -> list[int]:
@@ -140,7 +141,7 @@ class Server:
         self.runtime.store = MemoryStore(
             4 << 20, matcher=ChunkMatcher(min_match=LEAST, min_piece=LEAST)
         )
-        self.runtime.conversations = Conversations(self.runtime.store)
+        self.runtime.conversations = TurnMemory(self.runtime)
         self.runtime.max_prompt = MAX_LENGTH - 20
         self.runtime.passage = torch.tensor(PASSAGE).numpy()
         allocator = SimpleNamespace(
@@ -162,7 +163,7 @@ class Server:
     # -- what SGLang does ------------------------------------------------------------------------
 
     def submit(
-        self, rid: str, ids: Sequence[int], tenant: Tenant, fusion: dict[str, Any] | None
+        self, rid: str, ids: Sequence[int], tenant: RadixNamespace, fusion: dict[str, Any] | None
     ) -> None:
         """Queue a request."""
         req = Req(rid, ids, tenant, fusion)
@@ -174,7 +175,10 @@ class Server:
         custom = wanted.sampling_params.custom_params
         fusion = {key.removeprefix("rag_"): value for key, value in custom.items()}
         self.submit(
-            wanted.rid, wanted.input_ids, Tenant(wanted.extra_key, wanted.cache_salt), fusion
+            wanted.rid,
+            wanted.input_ids,
+            RadixNamespace(wanted.extra_key, wanted.cache_salt),
+            fusion,
         )
 
     def is_fully_idle(self) -> bool:

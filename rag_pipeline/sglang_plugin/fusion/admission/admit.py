@@ -11,24 +11,14 @@ import numpy as np
 from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
 from rag_pipeline.protocol import FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_request
-from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import (
-    build_behind_passage,
-    find_in_spans,
-    scan_prompt,
-)
-from rag_pipeline.sglang_plugin.fusion.conversations.turns import lease_turns
+from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import find_in_spans, scan_prompt
+from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
+from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
-from rag_pipeline.sglang_plugin.fusion.request.state import (
-    ATTRIBUTE,
-    Capture,
-    LeasedSpan,
-    RequestState,
-    Tenant,
-    UsageReport,
-    state_of,
-)
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
     FusionRuntime,
     KnownPrefix,
@@ -38,9 +28,9 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_request
 
 
-def tenant_of(req: Any) -> Tenant:
+def tenant_of(req: Any) -> RadixNamespace:
     """Namespace of a request's chunks."""
-    return Tenant(req.extra_key, req.cache_salt)
+    return RadixNamespace(req.extra_key, req.cache_salt)
 
 
 def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,13 +80,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     state : RequestState
         Changed in place; ``resolved`` afterwards.
     """
-    state.drop()
-    state.radix_len = int(req.prefix_len)
-    state.epoch = runtime.epoch
-    state.row_layers = 0.0
-    state.recomputed = []
-    state.looked_up = (0, 0)
-    state.report = UsageReport(prompt_tokens=int(state.prompt.size))
+    state.begin_attempt(int(req.prefix_len), runtime.epoch)
     if state.request.mode == "off":
         state.give_up("off")
         return
@@ -122,16 +106,15 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
             _begin_capture(runtime, state, prefix, start, end)
     else:
         _find_chunks(runtime, state, tenant)
-    state.resolved = True
-    if state.spans:
-        state.exact_limit = state.spans[0].start
+    state.resolve()
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 
-def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) -> None:
+def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace) -> None:
     """Lease what every tensor-parallel rank has; behind the vote nothing is done that can fail on one rank."""
     request = state.request
-    turns = lease_turns(runtime, state, tenant) if request.conversation else []
+    if request.conversation:
+        runtime.conversations.lease(state, tenant)
     prefix: KnownPrefix | None = None
 
     def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
@@ -142,26 +125,20 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: Tenant) ->
     offers = runtime.group.gather(offer)
     agreed = set.intersection(*(set(runs) for runs, _ in offers))
     missing = sorted({span for _, spans in offers for span in spans})
-    leased = []
-    for span in state.spans[len(turns) :]:
-        if _run_of(span, prefix) in agreed:
-            leased.append(span)
-        else:
-            span.lease.release()
-    state.spans = [*turns, *leased]
-    state.looked_up = (len(leased), len(missing))
+    state.retain(s for s in state.spans if s.is_turn or _run_of(s, prefix) in agreed)
+    state.note_looked_up(sum(not span.is_turn for span in state.spans), len(missing))
     if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
-            state.report.fallback = state.report.fallback or "in_exact_prefix"
+            state.note_fallback("in_exact_prefix")
         elif request.spans:
-            state.report.fallback = state.report.fallback or "miss"
+            state.note_fallback("miss")
     if prefix is not None and missing:
         _remember_missing(runtime, state, prefix, missing)
 
 
 def _look_up(
-    runtime: FusionRuntime, state: RequestState, tenant: Tenant
+    runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace
 ) -> tuple[KnownPrefix | None, list[tuple[int, int]]]:
     """Lease this rank's chunks onto the state; return the prefix and the spans that are worth building."""
     request, prompt = state.request, state.prompt
@@ -177,7 +154,7 @@ def _look_up(
         # The prefix itself is never loaded from chunks: it is exact, and what chunks were computed behind.
         low = max(int(prefix.ids.size), state.radix_len, state.turns_end)
         matches = [m.clipped(low, m.prompt_end) for m in matches if m.prompt_end > low]
-    state.spans += lease_matches(runtime, prompt, prefix, matches, found.behind_passage)
+    state.lease(lease_matches(runtime, prompt, prefix, matches, found.behind_passage))
     behind = max(state.radix_len, state.turns_end)
     return prefix, [(start, end) for start, end in found.missing if end > behind]
 
@@ -238,13 +215,14 @@ def _remember_missing(
     from rag_pipeline.sglang_plugin.fusion.builds.idle import enqueue
 
     wanted = state.request.passage is not False
-    behind = (runtime.behind_passage(prefix) if wanted else None) or prefix
+    with_passage = runtime.behind_passage(prefix) if wanted else None
     for start, end in missing:
-        if start == prefix.ids.size and (not state.spans or end <= state.spans[0].start):
+        is_next = start == prefix.ids.size
+        if is_next and (not state.spans or end <= state.spans[0].start):
             _begin_capture(runtime, state, prefix, start, end)
         else:
-            own_place = start == prefix.ids.size
-            enqueue(runtime, prefix if own_place else behind, state.prompt[start:end])
+            behind = variant_at(start, prefix, with_passage)
+            enqueue(runtime, behind, state.prompt[start:end])
 
 
 def _begin_capture(
@@ -255,13 +233,13 @@ def _begin_capture(
     ids = state.prompt[start:end]
     try:
         key = ChunkKey.of(prefix.context, ids)
-        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.share)
+        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.owner)
     except Exception as error:
         # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
         runtime.say_fault("capture", error)
         return
     if isinstance(build, Build):
-        state.captures.append(Capture(start=start, end=end, base_position=start, build=build))
+        state.begin_capture(Capture(start=start, end=end, base_position=start, build=build))
 
 
 def after_release(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:

@@ -126,7 +126,7 @@ def _add_fused(
     assert state is not None
     start, total = int(req.prefix_len), len(req.full_untruncated_fill_ids)
     rows = adder.rem_chunk_tokens
-    state.row_limit = _row_limit(adder, total - start)
+    state.limit_rows(_row_limit(adder, total - start))
     promised = expected_savings(state, start, total)
     if rows is not None and total - start - promised > rows:
         promised = _piece_end(state, start, total, rows) - start - rows

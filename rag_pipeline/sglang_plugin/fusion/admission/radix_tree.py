@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rag_pipeline.sglang_plugin.fusion.conversations.turns import keep_turn
-from rag_pipeline.sglang_plugin.fusion.request.state import state_of
+import numpy as np
+import torch
+
+from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
 
@@ -24,10 +28,59 @@ def around_checkpoint(
         try:
             pools = tree.req_to_token_pool, tree.token_to_kv_pool_allocator.get_kvcache()
             row = pools[0].req_to_token[req.kv.req_pool_idx]
-            keep_turn(runtime, req, state, pools[1], row, up_to)
+            turn = finished_turn(req, state, pools[1], row, up_to)
+            if turn is not None:
+                runtime.conversations.keep(turn)
         except Exception as error:
             runtime.say_fault("turn", error)
             runtime.metrics.count("turns", "not_stored")
     if state is not None and state.exact_limit is not None:
         up_to = min(up_to, max(state.exact_limit, int(req.kv.cache_protected_len)))
     original(tree, req, up_to=up_to, **kwargs)
+
+
+def finished_turn(
+    req: Any, state: RequestState, pool: Any, row: torch.Tensor, kv_len: int
+) -> FinishedTurn | None:
+    """Describe a finished request to the conversation memory.
+
+    Parameters
+    ----------
+    req : Req
+        Finished, its slots not yet given back.
+    state : RequestState
+        Of the request.
+    pool : MHATokenToKVPool
+        The paged pool.
+    row : Tensor
+        Slots of the request by position.
+    kv_len : int
+        Positions whose KV the request owns.
+
+    Returns
+    -------
+    FinishedTurn or None
+        None without a conversation, and after a fault or an abort: nothing may be kept then.
+    """
+    if not state.request.conversation or not state.done:
+        return None
+    if state.report.fallback or _was_aborted(req):
+        return None
+    # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
+    written = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
+    end = min(kv_len, written)
+    return FinishedTurn(
+        state=state,
+        tenant=RadixNamespace(req.extra_key, req.cache_salt),
+        ids=np.array(req.full_untruncated_fill_ids[:end], dtype=np.int64),
+        pool=pool,
+        slots=row[:end].to(torch.int64),
+    )
+
+
+def _was_aborted(req: Any) -> bool:
+    if req.finished_reason is None:
+        return False
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return isinstance(req.finished_reason, FINISH_ABORT)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chunk_cache import ChunkKV
 from rag_kernels import gather_kv
-from rag_pipeline.sglang_plugin.fusion.request.state import Capture
+from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture
 
 
 def capture_chunk(pool: Any, num_layers: int, kv_slots: Tensor, capture: Capture) -> ChunkKV:

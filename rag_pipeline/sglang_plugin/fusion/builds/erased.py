@@ -99,7 +99,7 @@ class ErasedText:
         for chunk in self._waiting():
             if chunk.key in self._checked:
                 continue
-            if chunk.key in condemned or self._is_erased(chunk.ids, chunk.prefix.tenant.share):
+            if chunk.key in condemned or self._is_erased(chunk.ids, chunk.prefix.tenant.owner):
                 condemned[chunk.key] = now + NOTICE_S
             else:
                 self._checked.add(chunk.key)
@@ -127,6 +127,8 @@ class ErasedText:
                     self._checked.add(key)
         self._files.update(gone)
         store.erase(gone)
+        if gone:
+            self._runtime.conversations.forget(gone)
         self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
         return len(gone)
 

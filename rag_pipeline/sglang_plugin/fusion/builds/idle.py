@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chunk_cache import ChunkKey, ChunkState
-from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.protocol import build_requests
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
@@ -81,8 +81,8 @@ def before_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
 def _start(runtime: FusionRuntime, scheduler: Any, chunk: MissingChunk) -> None:
     prefix = chunk.prefix
-    start, end = int(prefix.ids.size), int(prefix.ids.size + chunk.ids.size)
-    request = FusionRequest(mode="build", spans=((start, end),), prefix_len=start)
+    # The passage, where the chunk is computed behind it, is a part of this prefix: that is the plain variant.
+    request, _ = build_requests(int(prefix.ids.size), int(chunk.ids.size))
     req = internal_requests.submit(
         scheduler,
         [*prefix.ids.tolist(), *chunk.ids.tolist()],

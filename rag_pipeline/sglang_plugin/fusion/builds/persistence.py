@@ -68,7 +68,7 @@ def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
         return
     prefix = runtime.prefix_of(record.key.namespace)
     if prefix is not None:
-        runtime.writer.put(record, prefix.context, prefix.tenant.share)
+        runtime.writer.put(record, prefix.context, prefix.tenant.owner)
 
 
 def pending(runtime: FusionRuntime) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     make_view,
     ordinary_rows,
 )
-from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem, PlanEntry, plan_item
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, FusedItem, plan_item
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
@@ -34,12 +35,12 @@ class FusedForward:
         SGLang's.
     batch : ForwardBatch
         In an extend mode; other requests in it are ordinary.
-    entries : sequence of PlanEntry
+    entries : sequence of BatchEntry
         Requests that fusion has business with.
     """
 
     def __init__(
-        self, runtime: FusionRuntime, runner: Any, batch: Any, entries: Sequence[PlanEntry]
+        self, runtime: FusionRuntime, runner: Any, batch: Any, entries: Sequence[BatchEntry]
     ) -> None:
         assert runtime.facts is not None
         self._runtime = runtime
@@ -85,9 +86,10 @@ class FusedForward:
         slots: Tensor = self._req_to_token[self._batch.req_pool_indices[index], :end]
         return slots.to(torch.int64)
 
-    def _item(self, entry: PlanEntry) -> FusedItem:
+    def _item(self, entry: BatchEntry) -> FusedItem:
         state = entry.state
-        prompt = torch.tensor(entry.req.full_untruncated_fill_ids, dtype=torch.int64)
+        ids = np.array(entry.req.full_untruncated_fill_ids, dtype=np.int64)
+        prompt = torch.from_numpy(ids)
         layout, fresh = plan_item(
             state,
             entry.piece,
@@ -135,9 +137,8 @@ class FusedForward:
         assert item.chosen is not None
         positions = item.with_fresh(item.chosen)
         state = item.entry.state
-        state.row_layers += self._facts.num_layers * int(positions.numel())
-        state.report.recomputed_tokens += int(item.chosen.numel())
-        state.recomputed += item.chosen.tolist()
+        state.charge(int(positions.numel()), self._facts.num_layers)
+        state.note_recomputed(item.chosen.tolist())
         return item.rows(positions, keeps_last=item.keeps_last)
 
     def _shift(self, item: FusedItem, rows: RequestRows, first: int) -> list[MeanShiftPlan]:

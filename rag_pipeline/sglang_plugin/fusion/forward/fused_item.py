@@ -16,7 +16,7 @@ from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PlanEntry:
+class BatchEntry:
     """One request of a batch that fusion has business with."""
 
     index: int
@@ -42,17 +42,17 @@ class BatchPlan:
 
     Attributes
     ----------
-    entries : tuple of PlanEntry
+    entries : tuple of BatchEntry
         Its requests that load, store or report.
     refused : str
         Why nothing in it may be fused, see :func:`~.support.refuse_batch`; empty otherwise.
     """
 
-    entries: tuple[PlanEntry, ...]
+    entries: tuple[BatchEntry, ...]
     refused: str
 
     @property
-    def fused(self) -> list[PlanEntry]:
+    def fused(self) -> list[BatchEntry]:
         """Entries with something to load."""
         return [entry for entry in self.entries if entry.state.spans]
 
@@ -85,7 +85,7 @@ class FusedItem:
 
     Attributes
     ----------
-    entry : PlanEntry
+    entry : BatchEntry
         The request and its piece of the prompt.
     layout : ReuseLayout
         What the policy sees of it.
@@ -115,7 +115,7 @@ class FusedItem:
 
     def __init__(
         self,
-        entry: PlanEntry,
+        entry: BatchEntry,
         layout: ReuseLayout,
         kv_slots: Tensor,
         prompt: Tensor,

@@ -12,7 +12,7 @@ from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
-from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchPlan, PlanEntry
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
@@ -40,7 +40,7 @@ def after_init_new(
         return
     if mode.is_split_prefill():  # a call computes some of the layers: nothing is whole behind it
         return
-    entries: list[PlanEntry] = []
+    entries: list[BatchEntry] = []
     for index, req in enumerate(schedule_batch.reqs):
         state = state_of(req)
         if state is None or not state.is_pending:
@@ -48,7 +48,7 @@ def after_init_new(
         start = int(batch.extend_prefix_lens_cpu[index])
         end = start + int(batch.extend_seq_lens_cpu[index])
         piece = Piece(start=start, end=end, is_last=end == len(req.full_untruncated_fill_ids))
-        entries.append(PlanEntry(index=index, req=req, state=state, piece=piece))
+        entries.append(BatchEntry(index=index, req=req, state=state, piece=piece))
     if entries:
         plan = BatchPlan(entries=tuple(entries), refused=refuse_batch(schedule_batch.reqs))
         batch.model_specific_states = {**(batch.model_specific_states or {}), PLAN_KEY: plan}
@@ -112,7 +112,7 @@ def _fused(
     return original(runner, passes[-1], *args, **kwargs)
 
 
-def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: Exception) -> None:
+def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error: Exception) -> None:
     if isinstance(error, BatchRefusedError):
         reason = str(error)
     else:
@@ -126,7 +126,7 @@ def _give_up(runtime: FusionRuntime, fused: list[PlanEntry], stage: str, error: 
         entry.state.forget_spans(reason)
 
 
-def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
     """Store finished chunks, count, and let go of the leases when the prompt is complete."""
     state, piece = entry.state, entry.piece
     if state.captures:
@@ -139,27 +139,26 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry)
             state.drop_captures()
     if not state.spans:
         num_layers = runtime.facts.num_layers if runtime.facts else 0
-        state.row_layers += num_layers * (piece.end - piece.start)
+        state.charge(piece.end - piece.start, num_layers)
     if piece.is_last:
         fill_report(runtime, state)
         attach_report(entry.req, state)
         state.finish()
 
 
-def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry) -> None:
+def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
     assert runtime.facts is not None
     state, piece = entry.state, entry.piece
     row = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[entry.index], : piece.end]
     slots = row.to(torch.int64)
-    for capture in list(state.captures):
+    for capture in state.captures:
         if capture.end > piece.end:
             continue
         record = capture_chunk(runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture)
         stored = capture.build.commit(record)
-        state.captures.remove(capture)
+        state.end_capture(capture, stored=stored)
         if stored and not runtime.epoch:  # after an update no other process can find it
             disk.keep(runtime, record)
-        state.report.built_chunks += stored
         runtime.metrics.count("spans", "stored" if stored else "not_stored")
     stats = runtime.store.stats()
     runtime.metrics.gauge("store_bytes", stats.bytes_now)

@@ -128,7 +128,7 @@ class Prober:
         ids = self._run(rows, observer)
         each = layers.stop - 1 + self._facts.qkv_share if stops else self._facts.num_layers
         for item, part in zip(members, rows, strict=True):
-            item.entry.state.row_layers += each * part.count
+            item.entry.state.charge(part.count, each)
         # Averaged at once: what is looked up by it must be the same on every rank.
         return [self._runtime.group.mean(mass) for mass in observer.mass], ids
 
@@ -165,7 +165,7 @@ class Prober:
             )
             item.candidates = chosen.to("cpu", torch.int64)
             item.kept.append(int(item.candidates.numel()))
-            item.entry.state.row_layers += (layer + self._facts.qkv_share) * part.count
+            item.entry.state.charge(part.count, layer + self._facts.qkv_share)
 
     # -- passes --------------------------------------------------------------------------------
 

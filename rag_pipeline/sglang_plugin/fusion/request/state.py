@@ -1,135 +1,101 @@
-"""What fusion knows of one request while it lives in the scheduler, and what it reports in the end."""
+"""What fusion knows of one request while it lives in the scheduler: every field has one writer, and it is here."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import Build, Lease, Match, as_prompt_ids, tenant_mark
+from chunk_cache import as_prompt_ids
 from chunk_cache.policies import Policy
 from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
+from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
 ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
 
 
-class Tenant(NamedTuple):
-    """What separates requests in the radix tree, and so separates chunks too."""
-
-    extra_key: str | None
-    cache_salt: str | None
-
-    @property
-    def salt(self) -> str:
-        """Part of the identity of chunk KV; empty for requests without either."""
-        if self.extra_key is None and self.cache_salt is None:
-            return ""
-        return repr((self.extra_key or "", self.cache_salt or ""))
-
-    @property
-    def share(self) -> str:
-        """To whom its chunks belong: whose share of the stores and queues they take, and whose deletions reach them.
-
-        The same before and after they were on a disk. A tenant of a server may split its salt by a ``/`` as often
-        as it likes, and is one.
-        """
-        salt = self.cache_salt or self.extra_key or ""
-        return tenant_mark(salt.partition("/")[0] or salt)
-
-
 @dataclasses.dataclass(kw_only=True, slots=True)
-class UsageReport:
-    """Tokens of one prompt by what happened to them; they add up to ``prompt_tokens``.
+class Attempt:
+    """What a scheduling attempt found and spent; each attempt begins with a new one.
 
     Attributes
     ----------
-    exact_prefix_tokens : int
-        Found in the radix tree: exact KV.
-    reused_tokens : int
-        KV loaded and kept, that of earlier turns included.
-    recomputed_tokens : int
-        KV loaded, then computed anew by the policy.
-    fresh_tokens : int
-        Computed, never loaded.
-    computed_fraction : float
-        Row-layers really computed, scoring passes included, over those of prefilling all behind the prefix.
-    policy : str
-        Policy that chose the rows; empty for ordinary prefill.
-    ratio : float
-        Its nominal ratio.
-    conversation_tokens : int
-        Of the reused tokens, those that earlier turns of the conversation left.
-    fallback : str
-        Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
-    runs : list of [int, int]
-        The same token by token: lengths of the prompt's runs in order, ``[kind, tokens]`` with kind 0 exact
-        prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
+    radix_len : int
+        Exact tokens found in the tree when the prompt was admitted.
+    epoch : int
+        Of the weights at that time.
+    looked_up : (int, int)
+        Chunks found and chunks missing.
+    recomputed : list of int
+        Prompt positions that were loaded and then computed anew.
+    row_layers : float
+        Work done so far: rows times layers.
+    report : UsageReport
+        What the client is told. :func:`~.report.fill_report` completes it.
     """
 
-    prompt_tokens: int = 0
-    exact_prefix_tokens: int = 0
-    reused_tokens: int = 0
-    recomputed_tokens: int = 0
-    fresh_tokens: int = 0
-    computed_fraction: float = 1.0
-    policy: str = ""
-    ratio: float = 0.0
-    fallback: str = ""
-    built_chunks: int = 0
-    conversation_tokens: int = 0
-    runs: list[list[int]] = dataclasses.field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON-ready dict."""
-        return dataclasses.asdict(self)
+    report: UsageReport
+    radix_len: int = 0
+    epoch: int = 0
+    looked_up: tuple[int, int] = (0, 0)
+    recomputed: list[int] = dataclasses.field(default_factory=list)
+    row_layers: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Capture:
-    """A chunk whose KV this request computes exactly: prompt positions ``[start, end)``."""
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Resolved:
+    """What was found for a prompt, for as long as its leases are held.
 
-    start: int
-    end: int
-    base_position: int
-    build: Build
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LeasedSpan:
-    """A run of a stored chunk at prompt positions ``[start, end)``, with the lease that holds it.
-
-    ``is_turn`` marks a run that an earlier turn of the conversation left: no policy recomputes it.
-    ``is_behind_passage`` marks KV that saw the neutral passage.
-    ``is_exact`` marks KV that plain prefill of the prompt would compute too, behind exact KV.
+    Attributes
+    ----------
+    resolved, done : bool
+        Matching was done in this scheduling attempt and spans are leased; the whole prompt is computed.
+    captures : list of Capture
+        What will be stored after the forward.
+    exact_limit : int or None
+        Tokens that may be published as exact; None for all.
+    turns_end : int
+        Where the KV of earlier turns ends; 0 without.
+    turn : int
+        What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the turn
+        that ends there.
     """
 
-    match: Match
-    lease: Lease
-    is_turn: bool = False
-    is_behind_passage: bool = False
-    is_exact: bool = False
-
-    @property
-    def start(self) -> int:
-        """First prompt position."""
-        return self.match.prompt_start
-
-    @property
-    def end(self) -> int:
-        """One past the last prompt position."""
-        return self.match.prompt_end
-
-    @property
-    def delta(self) -> int:
-        """New position minus the position that the KV was computed at."""
-        return self.start - (self.lease.record.base_position + self.match.chunk_offset)
+    resolved: bool = False
+    done: bool = False
+    captures: list[Capture] = dataclasses.field(default_factory=list)
+    exact_limit: int | None = None
+    turns_end: int = 0
+    turn: int = 0
 
 
 class RequestState:
-    """Mutable state of one request; lives on ``Req`` as :data:`ATTRIBUTE`.
+    """State of one request; lives on ``Req`` as :data:`ATTRIBUTE`.
+
+    Others read its fields and change them by its methods alone. Lengths and ends are token counts from the start of
+    the prompt; this is how they lie in the second turn of a conversation::
+
+        0        prefix_len      exact_limit    turns_end                                prompt.size
+        |------------|----------------|-------------|-- chunk --|- fresh -|-- chunk --|- question -|
+        [ shared     ][ what the radix ][ KV of earlier ][ spans that are loaded, rows between them ]
+        [ prefix     ][ tree may hold  ][ turns: loaded ][ and behind them computed                 ]
+        |------------ radix_len ------>|                  the first token of the first span: exact_limit
+        |------------ exact_len -------------------->|    exact for the policy: nothing of it is chosen
+
+    ``prefix_len`` is the client's: chunks were computed behind it. ``radix_len`` is what the tree had at admission; it
+    may end before ``prefix_len`` (a cold tree) or far behind it. ``exact_limit`` is the first loaded token: the tree
+    gets nothing from there on. ``turns_end`` is 0 outside of conversations. ``exact_len`` is of the policy's layout
+    (:func:`~.fused_item.plan_item`): ``turns_end``, or the end of the exact spans right behind ``radix_len``.
+
+    SGLang's ``Req.full_untruncated_fill_ids`` is another prompt. Both are equal until the request is retracted. Then
+    SGLang prefills the tokens that were generated before, too: its list is :attr:`prompt` and those. Chunks are
+    looked for in :attr:`prompt` alone (an answer that quotes a chunk is no chunk), rows and pieces are those of
+    SGLang's list, so neither can be made from the other.
 
     Attributes
     ----------
@@ -137,30 +103,8 @@ class RequestState:
         What was asked for.
     policy : Policy
         Chooses the rows.
-    resolved, done : bool
-        Matching was done in this scheduling attempt and spans are leased; the whole prompt is computed.
-    spans : list of LeasedSpan
-        What will be loaded, rising, disjoint.
-    captures : list of Capture
-        What will be stored after the forward.
-    radix_len : int
-        Exact tokens found in the tree when the prompt was admitted.
-    epoch : int
-        Of the weights at that time.
-    looked_up : (int, int)
-        Chunks found and chunks missing in this attempt.
-    exact_limit : int or None
-        Tokens that may be published as exact; None for all.
-    turns_end : int
-        Where the KV of earlier turns ends; 0 without.
-    turn : int
-        Number of the segment that ends there.
-    recomputed : list of int
-        Prompt positions that were loaded and then computed anew.
-    row_layers : float
-        Work done so far: rows times layers.
-    row_limit : int
-        Most rows that SGLang would let the batch of its next piece have.
+    prompt : ndarray
+        int64 ids of ``Req.origin_input_ids``, without anything generated.
     explicit : bool
         The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
@@ -169,25 +113,15 @@ class RequestState:
 
     __slots__ = (
         "__weakref__",
-        "captures",
-        "done",
-        "epoch",
-        "exact_limit",
+        "_attempt",
+        "_found",
+        "_row_limit",
+        "_spans",
         "explicit",
         "internal",
-        "looked_up",
         "policy",
         "prompt",
-        "radix_len",
-        "recomputed",
-        "report",
         "request",
-        "resolved",
-        "row_layers",
-        "row_limit",
-        "spans",
-        "turn",
-        "turns_end",
     )
 
     def __init__(
@@ -199,82 +133,200 @@ class RequestState:
         explicit: bool = False,
         internal: bool = False,
     ) -> None:
+        self._spans: tuple[LeasedSpan, ...] = ()
+        self._found = Resolved()
+        self._row_limit = 0
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
-        self.resolved = False
-        self.done = False
-        self.spans: list[LeasedSpan] = []
-        self.captures: list[Capture] = []
-        self.radix_len = 0
-        self.epoch = 0
-        self.looked_up = (0, 0)
-        self.recomputed: list[int] = []
-        self.exact_limit: int | None = None
-        self.turns_end = 0
-        self.turn = 0
-        self.row_layers = 0.0
-        self.row_limit = 0
         self.explicit = explicit
         self.internal = internal
-        self.report = UsageReport(prompt_tokens=int(self.prompt.size))
+        self._attempt = Attempt(report=UsageReport(prompt_tokens=int(self.prompt.size)))
+
+    # -- what others read ---------------------------------------------------------------------
+
+    @property
+    def spans(self) -> tuple[LeasedSpan, ...]:
+        """What will be loaded, rising, disjoint."""
+        return self._spans
 
     @property
     def loads(self) -> list[tuple[int, int]]:
         """Loaded positions."""
-        return [(span.start, span.end) for span in self.spans]
+        return [(span.start, span.end) for span in self._spans]
 
-    def drop(self) -> None:
-        """Give leases and build rights back; a new scheduling attempt starts over."""
-        for span in self.spans:
-            span.lease.release()
-        self.spans = []
-        self.drop_captures()
-        self.resolved = False
-        self.done = False
-        self.exact_limit = None
-        self.turns_end = self.turn = 0
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """What will be stored after the forward."""
+        return tuple(self._found.captures)
 
-    def drop_captures(self) -> None:
-        """Give build rights back: nothing is stored any more."""
-        for capture in self.captures:
-            capture.build.abort("request ended before its chunk was complete", failed=False)
-        self.captures = []
+    @property
+    def resolved(self) -> bool:
+        """Whether matching was done in this scheduling attempt."""
+        return self._found.resolved
 
-    def forget_spans(self, reason: str) -> None:
-        """Load nothing any more, and say why; what may be published stays as it is."""
-        for span in self.spans:
-            span.lease.release()
-        self.spans = []
-        self.row_layers = 0.0
-        self.report.recomputed_tokens = 0
-        self.recomputed = []
-        self.report.fallback = self.report.fallback or reason
+    @property
+    def done(self) -> bool:
+        """Whether the whole prompt is computed."""
+        return self._found.done
 
-    def finish(self) -> None:
-        """End the leases of a computed prompt; the limit of what may be published stays."""
-        for span in self.spans:
-            span.lease.release()
-        self.spans = []
-        self.drop_captures()
-        self.done = True
+    @property
+    def exact_limit(self) -> int | None:
+        """Tokens that may be published as exact; None for all."""
+        return self._found.exact_limit
 
-    def __del__(self) -> None:
-        # A request that is dropped from a queue is never released by the scheduler: it holds nothing.
-        self.drop()
+    @property
+    def turns_end(self) -> int:
+        """Where the KV of earlier turns ends; 0 without."""
+        return self._found.turns_end
+
+    @property
+    def turn(self) -> int:
+        """Note of the conversation memory's ``lease`` for its ``keep``."""
+        return self._found.turn
+
+    @property
+    def radix_len(self) -> int:
+        """Exact tokens found in the tree when the prompt was admitted."""
+        return self._attempt.radix_len
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the weights at that time."""
+        return self._attempt.epoch
+
+    @property
+    def looked_up(self) -> tuple[int, int]:
+        """Chunks found and chunks missing in this attempt."""
+        return self._attempt.looked_up
+
+    @property
+    def recomputed(self) -> Sequence[int]:
+        """Prompt positions that were loaded and then computed anew."""
+        return self._attempt.recomputed
+
+    @property
+    def row_layers(self) -> float:
+        """Work done so far: rows times layers."""
+        return self._attempt.row_layers
+
+    @property
+    def report(self) -> UsageReport:
+        """What the client is told."""
+        return self._attempt.report
+
+    @property
+    def row_limit(self) -> int:
+        """Most rows that SGLang would let the batch of its next piece have."""
+        return self._row_limit
 
     @property
     def is_pending(self) -> bool:
         """Matched, with something left to load, to store or to tell the client."""
-        return (
-            self.resolved and not self.done and bool(self.spans or self.captures or self.explicit)
-        )
+        holds = bool(self._spans or self._found.captures or self.explicit)
+        return self.resolved and not self.done and holds
+
+    # -- admission ----------------------------------------------------------------------------
+
+    def begin_attempt(self, radix_len: int, epoch: int) -> None:
+        """Let go of all that an earlier attempt held, found or spent."""
+        self.drop()
+        report = UsageReport(prompt_tokens=int(self.prompt.size))
+        self._attempt = Attempt(report=report, radix_len=radix_len, epoch=epoch)
+
+    def lease(self, spans: Iterable[LeasedSpan]) -> None:
+        """Take over leases, each behind those that are held."""
+        self._spans = (*self._spans, *spans)
+
+    def retain(self, spans: Iterable[LeasedSpan]) -> None:
+        """Hold these spans, cut ones among them, and release every other lease."""
+        kept = tuple(spans)
+        leases = {id(span.lease) for span in kept}
+        for span in self._spans:
+            if id(span.lease) not in leases:
+                span.lease.release()
+        self._spans = kept
+
+    def set_turns(self, spans: Iterable[LeasedSpan], *, end: int, turn: int) -> None:
+        """Hold what earlier turns left, ``is_turn`` each, and no other span; see :attr:`turns_end`, :attr:`turn`."""
+        self.retain(spans)
+        self._found.turns_end, self._found.turn = end, turn
+
+    def note_looked_up(self, hits: int, misses: int) -> None:
+        """Note how many chunks were found and how many are missing."""
+        self._attempt.looked_up = (hits, misses)
+
+    def note_fallback(self, reason: str) -> None:
+        """Note why the prompt, or a part of it, is prefilled as usual; the first reason stays."""
+        self.report.fallback = self.report.fallback or reason
+
+    def begin_capture(self, capture: Capture) -> None:
+        """Store a chunk after the forward."""
+        self._found.captures.append(capture)
+
+    def resolve(self) -> None:
+        """End matching: from here on the first loaded token limits what is exact."""
+        self._found.resolved = True
+        if self._spans:
+            self._found.exact_limit = self._spans[0].start
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""
         self.drop()
-        self.resolved = True
-        self.report.fallback = self.report.fallback or reason
+        self._found.resolved = True
+        self.note_fallback(reason)
+
+    def limit_rows(self, rows: int) -> None:
+        """Note :attr:`row_limit`."""
+        self._row_limit = rows
+
+    # -- the forward --------------------------------------------------------------------------
+
+    def charge(self, rows: int, layers: float) -> None:
+        """Count rows that were computed through so many layers; the one place where work is summed."""
+        self._attempt.row_layers += layers * rows
+
+    def note_recomputed(self, positions: Collection[int]) -> None:
+        """Note loaded positions that are computed anew."""
+        self.report.recomputed_tokens += len(positions)
+        self._attempt.recomputed.extend(positions)
+
+    def end_capture(self, capture: Capture, *, stored: bool) -> None:
+        """Note that the build of a capture has ended."""
+        self._found.captures.remove(capture)
+        self.report.built_chunks += stored
+
+    def forget_spans(self, reason: str) -> None:
+        """Load nothing any more, and say why; what may be published stays as it is."""
+        self.retain(())
+        self._attempt.row_layers = 0.0
+        self._attempt.recomputed = []
+        self.report.recomputed_tokens = 0
+        self.note_fallback(reason)
+
+    def finish(self) -> None:
+        """End the leases of a computed prompt; the limit of what may be published stays."""
+        self.retain(())
+        self.drop_captures()
+        self._found.done = True
+
+    # -- letting go ---------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Give leases and build rights back; a new scheduling attempt starts over."""
+        self.retain(())
+        self.drop_captures()
+        self._found = Resolved()
+
+    def drop_captures(self) -> None:
+        """Give build rights back: nothing is stored any more."""
+        for capture in self._found.captures:
+            capture.build.abort("request ended before its chunk was complete", failed=False)
+        self._found.captures = []
+
+    def __del__(self) -> None:
+        # A request that is dropped from a queue is never released by the scheduler: it holds nothing.
+        self.drop()
 
 
 def state_of(req: Any) -> RequestState | None:

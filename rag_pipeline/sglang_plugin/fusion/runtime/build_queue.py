@@ -48,7 +48,7 @@ class BuildQueue:
 
     def add(self, chunk: MissingChunk, capacity: int) -> int:
         """Add a chunk that is not in it; return how many were dropped for want of room, this one or another."""
-        mine = self._waiting.get(chunk.prefix.tenant.share, ())
+        mine = self._waiting.get(chunk.prefix.tenant.owner, ())
         dropped = 0
         if len(self) >= capacity:
             most = max(self._waiting.values(), key=len, default=deque())
@@ -56,7 +56,7 @@ class BuildQueue:
                 return 1
             most.pop()
             dropped = 1
-        self._waiting.setdefault(chunk.prefix.tenant.share, deque()).append(chunk)
+        self._waiting.setdefault(chunk.prefix.tenant.owner, deque()).append(chunk)
         return dropped
 
     def take(self) -> MissingChunk:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import Conversations
-from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
+from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -23,6 +23,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 if TYPE_CHECKING:
     from rag_pipeline.erasure import Notice
     from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
+    from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class KnownPrefix:
 
     ids: TokenArray
     context: KVContext
-    tenant: Tenant
+    tenant: RadixNamespace
 
     def begins(self, prompt: TokenArray) -> bool:
         """Whether a prompt starts with it and goes on."""
@@ -62,6 +63,11 @@ class FusionRuntime:
         Tensor-parallel ranks.
     metrics : FusionMetrics
         Where numbers go.
+
+    Raises
+    ------
+    ValueError
+        The conversation memory that the settings name cannot be loaded.
     """
 
     def __init__(
@@ -82,7 +88,6 @@ class FusionRuntime:
         self.store = MemoryStore(
             config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
         )
-        self.conversations = Conversations(self.store)
         self.missing = BuildQueue()
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
@@ -105,6 +110,9 @@ class FusionRuntime:
         self._prefixes: FairTable[tuple[str, str], KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0
+        self.conversations: ConversationMemory = CONVERSATION_MEMORIES.get(
+            config.conversation_memory
+        )(self)
 
     @property
     def is_on(self) -> bool:
@@ -164,6 +172,7 @@ class FusionRuntime:
         if self.writer is not None:
             self.writer.clear()
         self.store.reset()
+        self.conversations.forget()
         if self.facts is not None:
             identity = f"{self.facts.fingerprint}+{secrets.token_hex(16)}"
             fields = self.facts.context_fields | {"model_fingerprint": identity}
@@ -181,11 +190,11 @@ class FusionRuntime:
         """
         return epoch == self.epoch and not self.in_update and not (self.tree_is_old and radix_len)
 
-    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: Tenant) -> KnownPrefix:
+    def prefix(self, prompt: TokenArray, prefix_len: int, tenant: RadixNamespace) -> KnownPrefix:
         """Register and return the prefix ``prompt[:prefix_len]`` of a tenant."""
         ids = prompt[:prefix_len]
         digest = hash_token_ids(ids)
-        known = self._prefixes.get(tenant.share, (tenant.salt, digest))
+        known = self._prefixes.get(tenant.owner, (tenant.salt, digest))
         if known is None:
             assert self.facts is not None
             known = KnownPrefix(
@@ -193,7 +202,7 @@ class FusionRuntime:
                 context=self.facts.context(prefix_digest=digest, tenant=tenant.salt),
                 tenant=tenant,
             )
-            self._prefixes.put(tenant.share, (tenant.salt, digest), known, _MAX_PREFIXES)
+            self._prefixes.put(tenant.owner, (tenant.salt, digest), known, _MAX_PREFIXES)
         return known
 
     def behind_passage(self, known: KnownPrefix) -> KnownPrefix | None:
@@ -225,7 +234,7 @@ class FusionRuntime:
             # Replaced, not emptied: the scheduler may be reading it.
             self._prefixes = FairTable()
 
-    def prefixes_of(self, prompt: TokenArray, tenant: Tenant) -> list[KnownPrefix]:
+    def prefixes_of(self, prompt: TokenArray, tenant: RadixNamespace) -> list[KnownPrefix]:
         """Known prefixes of the tenant that the prompt begins with, longest first.
 
         None that is shorter than a worthwhile reuse: nothing, a start token or the opening of a chat template begins
@@ -234,7 +243,7 @@ class FusionRuntime:
         least = self.config.min_reused_tokens
         found = [
             known
-            for known in self._prefixes.of(tenant.share)
+            for known in self._prefixes.of(tenant.owner)
             if known.tenant.salt == tenant.salt and known.ids.size >= least and known.begins(prompt)
         ]
         return sorted(found, key=lambda known: -known.ids.size)

@@ -1,0 +1,53 @@
+"""Tokens of a prompt by what happened to them, as the client is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class UsageReport:
+    """Tokens of one prompt by what happened to them; they add up to ``prompt_tokens``.
+
+    Attributes
+    ----------
+    exact_prefix_tokens : int
+        Found in the radix tree: exact KV.
+    reused_tokens : int
+        KV loaded and kept, that of earlier turns included.
+    recomputed_tokens : int
+        KV loaded, then computed anew by the policy.
+    fresh_tokens : int
+        Computed, never loaded.
+    computed_fraction : float
+        Row-layers really computed, scoring passes included, over those of prefilling all behind the prefix.
+    policy : str
+        Policy that chose the rows; empty for ordinary prefill.
+    ratio : float
+        Its nominal ratio.
+    conversation_tokens : int
+        Of the reused tokens, those that earlier turns of the conversation left.
+    fallback : str
+        Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
+    runs : list of [int, int]
+        The same token by token: lengths of the prompt's runs in order, ``[kind, tokens]`` with kind 0 exact
+        prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
+    """
+
+    prompt_tokens: int = 0
+    exact_prefix_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    fresh_tokens: int = 0
+    computed_fraction: float = 1.0
+    policy: str = ""
+    ratio: float = 0.0
+    fallback: str = ""
+    built_chunks: int = 0
+    conversation_tokens: int = 0
+    runs: list[list[int]] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dict."""
+        return dataclasses.asdict(self)
