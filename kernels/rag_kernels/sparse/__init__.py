@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rag_kernels.sparse.base import AttentionMethod
 from rag_kernels.sparse.methods_of_pass import MethodsOfPass
-from rag_kernels.sparse.registry import ATTENTION_METHODS, DENSE, create_attention_method
+from rag_kernels.sparse.registry import ATTENTION_METHODS, create_attention_method
 
 __all__ = [
     "ATTENTION_METHODS",
-    "DENSE",
     "AttentionMethod",
     "MethodsOfPass",
     "create_attention_method",

@@ -9,13 +9,10 @@ from typing import Any
 from rag_kernels.registry import Registry
 from rag_kernels.sparse.base import AttentionMethod
 
-DENSE = "dense"
-"""What requests get that name no method."""
-
 ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
     "attention method",
     "rag_pipeline.attention_methods",
-    {DENSE: "rag_kernels.sparse.dense:DenseAttention"},
+    {"dense": "rag_kernels.sparse.dense:DenseAttention"},
 )
 """Methods by name. A client names one in its request; each process that reads it must know it."""
 

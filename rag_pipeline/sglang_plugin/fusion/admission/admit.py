@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
-from rag_pipeline.protocol import FusionRequest, RequestError
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import (
     build_behind_passage,
@@ -125,6 +125,10 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     state.resolved = True
     if state.spans:
         state.exact_limit = state.spans[0].start
+    state.method = state.request.make_attention()
+    if state.method is not None:
+        # What reads only some of the keys is approximate from its first row on.
+        state.exact_limit = state.radix_len
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 
@@ -240,10 +244,13 @@ def _remember_missing(
     wanted = state.request.passage is not False
     behind = (runtime.behind_passage(prefix) if wanted else None) or prefix
     for start, end in missing:
-        if start == prefix.ids.size and (not state.spans or end <= state.spans[0].start):
+        own_place = start == prefix.ids.size
+        is_exact = state.request.attention == DENSE_ATTENTION and (
+            not state.spans or end <= state.spans[0].start
+        )
+        if own_place and is_exact:
             _begin_capture(runtime, state, prefix, start, end)
         else:
-            own_place = start == prefix.ids.size
             enqueue(runtime, prefix if own_place else behind, state.prompt[start:end])
 
 

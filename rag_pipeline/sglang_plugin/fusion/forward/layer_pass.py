@@ -15,7 +15,9 @@ from torch import Tensor
 
 from chunk_cache import ChunkKV
 from rag_kernels import (
+    AttentionCall,
     MeanShiftPlan,
+    MethodsOfPass,
     PositionCausalPlan,
     RotarySpec,
     load_chunk_inplace,
@@ -126,6 +128,8 @@ class FusedPass:
         ranks wait in the collectives of every layer: a rank that left them would make them hang.
     fault : Exception or None
         The first fault of a pass that holds them; its output is worthless then.
+    methods : MethodsOfPass or None
+        Say which keys the rows read; None for every key up to their own.
     attend : callable, optional
         Replaces the attention function in tests.
     """
@@ -138,6 +142,7 @@ class FusedPass:
     observer: Observer | None = None
     holds_faults: bool = False
     fault: Exception | None = None
+    methods: MethodsOfPass | None = None
     attend: Callable[..., Tensor] = position_causal_attention
 
     def run_layer(
@@ -193,7 +198,13 @@ class FusedPass:
             v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling)
+        given = (q, k_pool, v_pool, self.attention, self.scaling)
+        if self.methods is None:
+            out = self.attend(*given)
+        else:
+            names = ("q_RNH", "k_pool", "v_pool", "plan", "scale")
+            call = AttentionCall(**dict(zip(names, given, strict=True)))
+            out = self.attend(*given, mask=self.methods.mask(index, call))
         return out.reshape(out.shape[0], -1)
 
 

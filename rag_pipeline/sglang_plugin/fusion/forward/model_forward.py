@@ -137,7 +137,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: PlanEntry)
             runtime.say_fault("capture", error)
             runtime.metrics.count("spans", "not_stored", len(state.captures))
             state.drop_captures()
-    if not state.spans:
+    if not state.is_fused:
         num_layers = runtime.facts.num_layers if runtime.facts else 0
         state.row_layers += num_layers * (piece.end - piece.start)
     if piece.is_last:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from chunk_cache import Build, Lease, Match, as_prompt_ids, tenant_mark
 from chunk_cache.policies import Policy
+from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
 
 ATTRIBUTE = "rag_fusion"
@@ -67,6 +68,8 @@ class UsageReport:
     runs : list of [int, int]
         The same token by token: lengths of the prompt's runs in order, ``[kind, tokens]`` with kind 0 exact
         prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
+    attention : str
+        Method that said which keys the computed rows read; not in the report where they read all.
     """
 
     prompt_tokens: int = 0
@@ -81,10 +84,14 @@ class UsageReport:
     built_chunks: int = 0
     conversation_tokens: int = 0
     runs: list[list[int]] = dataclasses.field(default_factory=list)
+    attention: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if not self.attention:
+            del fields["attention"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +148,8 @@ class RequestState:
         Matching was done in this scheduling attempt and spans are leased; the whole prompt is computed.
     spans : list of LeasedSpan
         What will be loaded, rising, disjoint.
+    method : AttentionMethod or None
+        Says which keys the computed rows read; None for all.
     captures : list of Capture
         What will be stored after the forward.
     radix_len : int
@@ -176,6 +185,7 @@ class RequestState:
         "explicit",
         "internal",
         "looked_up",
+        "method",
         "policy",
         "prompt",
         "radix_len",
@@ -205,6 +215,7 @@ class RequestState:
         self.resolved = False
         self.done = False
         self.spans: list[LeasedSpan] = []
+        self.method: AttentionMethod | None = None
         self.captures: list[Capture] = []
         self.radix_len = 0
         self.epoch = 0
@@ -229,6 +240,7 @@ class RequestState:
         for span in self.spans:
             span.lease.release()
         self.spans = []
+        self.method = None
         self.drop_captures()
         self.resolved = False
         self.done = False
@@ -242,10 +254,11 @@ class RequestState:
         self.captures = []
 
     def forget_spans(self, reason: str) -> None:
-        """Load nothing any more, and say why; what may be published stays as it is."""
+        """Load nothing any more, read every key, and say why; what may be published stays as it is."""
         for span in self.spans:
             span.lease.release()
         self.spans = []
+        self.method = None
         self.row_layers = 0.0
         self.report.recomputed_tokens = 0
         self.recomputed = []
@@ -269,6 +282,11 @@ class RequestState:
         return (
             self.resolved and not self.done and bool(self.spans or self.captures or self.explicit)
         )
+
+    @property
+    def is_fused(self) -> bool:
+        """Computed by a pass of fusion's own: KV is loaded, or rows do not read every key."""
+        return bool(self.spans) or self.method is not None
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""
