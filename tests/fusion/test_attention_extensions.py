@@ -6,6 +6,7 @@ written out in fp64, and nothing of it may be found as exact afterwards.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -193,6 +194,48 @@ def test_a_sparse_fused_prompt_is_what_the_definition_says(local, tiny_model):
     got = report(req)
     assert (got["reused_tokens"], got["fresh_tokens"]) == (80, 9)
     assert in_tree(local, PROMPT) == len(PREFIX)
+
+
+@contextlib.contextmanager
+def pieces(local, rows):
+    """Cut prompts into pieces of so many computed rows."""
+    before = local.scheduler.chunked_prefill_size
+    local.scheduler.chunked_prefill_size = rows
+    try:
+        yield
+    finally:
+        local.scheduler.chunked_prefill_size = before
+
+
+@pytest.mark.parametrize("policy", ["reuse", "epic:0.3", "query:0.3", "cacheblend:0.5"])
+def test_a_sparse_fused_prompt_in_pieces_is_that_of_one_piece(local, policy):
+    ids = [*PROMPT, *tokens(40, 7)]
+    fuse = {"spans": SPANS, "policy": policy, "attention": SPARSE}
+    whole = local.ask(ids, 3, fusion=fuse)
+    local.flush()
+    passes = len(Edges.layers)
+    with pieces(local, 48):
+        req = local.ask(ids, 3, fusion=fuse)
+    assert len(Edges.layers) > 2 * passes
+    assert report(req)["attention"] == SPARSE
+    assert report(req)["recomputed_tokens"] == report(whole)["recomputed_tokens"]
+    assert logprobs(req) == pytest.approx(logprobs(whole), abs=1e-4)
+    assert in_tree(local, ids) == 0
+
+
+def test_where_loading_does_not_pay_the_rows_are_sparse_all_the_same(engine):
+    local = engine("llama")
+    ids = [*PREFIX, *tokens(10, 61), *CHUNKS[0], *tokens(150, 60)]
+    alone = local.ask(ids, 2, fusion={"attention": SPARSE})
+    local.build(PREFIX, CHUNKS[0])
+    local.flush()
+    fuse = {"spans": [30, 70], "prefix_len": 20, "policy": "query:0.3", "attention": SPARSE}
+    with pieces(local, 64):
+        req = local.ask(ids, 2, fusion=fuse)
+    assert (report(req)["fallback"], report(req)["attention"]) == ("no_savings", SPARSE)
+    assert report(req)["fresh_tokens"] == len(ids)
+    assert logprobs(req) == pytest.approx(logprobs(alone), abs=1e-4)
+    assert in_tree(local, ids) == 0
 
 
 def test_nothing_behind_sparse_rows_is_published_or_stored(engine):

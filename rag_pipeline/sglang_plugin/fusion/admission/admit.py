@@ -125,10 +125,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     state.resolved = True
     if state.spans:
         state.exact_limit = state.spans[0].start
-    state.method = state.request.make_attention()
-    if state.method is not None:
-        # What reads only some of the keys is approximate from its first row on.
-        state.exact_limit = state.radix_len
+    state.attend_by(state.request.make_attention())
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 

@@ -77,10 +77,12 @@ def around_add_one_req(
     try:
         admit(runtime, req, state)
         reason = refuse_batch(_mates(runtime, adder)) if state.is_fused else ""
-        if not reason and state.spans and _is_dearer(runtime, adder, req, state):
-            reason = "no_savings"
         if reason:
             state.give_up(reason)
+        elif state.spans and _is_dearer(runtime, adder, req, state):
+            method = state.method
+            state.give_up("no_savings")
+            state.attend_by(method)  # loading does not pay; reading fewer keys still does
     except Exception as error:
         # Anything unforeseen here must cost speed, never a request.
         runtime.say_fault("match", error)

@@ -247,6 +247,12 @@ class RequestState:
         self.exact_limit = None
         self.turns_end = self.turn = 0
 
+    def attend_by(self, method: AttentionMethod | None) -> None:
+        """Let a method say which keys the rows read: they are approximate from the first one on."""
+        self.method = method
+        if method is not None:
+            self.exact_limit = self.radix_len
+
     def drop_captures(self) -> None:
         """Give build rights back: nothing is stored any more."""
         for capture in self.captures:
