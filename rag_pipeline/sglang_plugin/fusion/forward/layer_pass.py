@@ -16,6 +16,7 @@ from torch import Tensor
 from chunk_cache import ChunkKV
 from rag_kernels import (
     AttentionCall,
+    BlockMask,
     MeanShiftPlan,
     MethodsOfPass,
     PositionCausalPlan,
@@ -198,14 +199,16 @@ class FusedPass:
             v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        given = (q, k_pool, v_pool, self.attention, self.scaling)
-        if self.methods is None:
-            out = self.attend(*given)
-        else:
-            names = ("q_RNH", "k_pool", "v_pool", "plan", "scale")
-            call = AttentionCall(**dict(zip(names, given, strict=True)))
-            out = self.attend(*given, mask=self.methods.mask(index, call))
+        masked = {} if self.methods is None else {"mask": self._mask(index, q, k_pool, v_pool)}
+        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked)
         return out.reshape(out.shape[0], -1)
+
+    def _mask(self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> BlockMask | None:
+        assert self.methods is not None
+        call = AttentionCall(
+            q_RNH=q, k_pool=k_pool, v_pool=v_pool, plan=self.attention, scale=self.scaling
+        )
+        return self.methods.mask(index, call)
 
 
 def find_pass(forward_batch: Any) -> FusedPass | None:

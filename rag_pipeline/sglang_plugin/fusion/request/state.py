@@ -275,6 +275,7 @@ class RequestState:
         for span in self.spans:
             span.lease.release()
         self.spans = []
+        self.method = None
         self.drop_captures()
         self.done = True
 
