@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from rag_kernels.attention import (
     ATTENTION_KERNELS,
+    AttentionCall,
     AttentionKernel,
+    BlockMask,
     PositionCausalPlan,
+    RequestBlocks,
     RowBlock,
     plan_position_causal,
     position_causal_attention,
@@ -21,17 +24,30 @@ from rag_kernels.paged import gather_kv, load_chunk_inplace, scatter_kv_inplace
 from rag_kernels.registry import Registry
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
 from rag_kernels.rotary_config import rotary_spec_from_config
+from rag_kernels.sparse import (
+    ATTENTION_METHODS,
+    AttentionMethod,
+    MethodsOfPass,
+    create_attention_method,
+)
 
 __all__ = [
     "ATTENTION_KERNELS",
+    "ATTENTION_METHODS",
+    "AttentionCall",
     "AttentionKernel",
+    "AttentionMethod",
+    "BlockMask",
     "MeanShiftPlan",
+    "MethodsOfPass",
     "PositionCausalPlan",
     "Registry",
+    "RequestBlocks",
     "RotarySpec",
     "RotaryUnsupportedError",
     "RotationTable",
     "RowBlock",
+    "create_attention_method",
     "gather_kv",
     "kv_deviation",
     "load_chunk_inplace",

@@ -14,6 +14,7 @@ from rag_pipeline.frontend.marked_text import segments_of
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.protocol import (
+    DENSE_ATTENTION,
     PREFIX_POLICY,
     StreamReader,
     build_requests,
@@ -43,6 +44,8 @@ class ChunkPrograms(ABC):
     policy, ratio
         Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
         prefill.
+    attention
+        Method that says which keys the computed rows of a prompt read; all of them by default.
     build_missing
         Compute a chunk that this backend has not seen behind this prefix before the first request
         that holds it, so that already this request reuses it. Otherwise the engine does so later,
@@ -63,6 +66,7 @@ class ChunkPrograms(ABC):
         *,
         policy: str = "query",
         ratio: float | None = None,
+        attention: str = DENSE_ATTENTION,
         build_missing: bool = False,
         keep_turns: bool = False,
     ) -> None:
@@ -70,6 +74,7 @@ class ChunkPrograms(ABC):
         self.encoder = SegmentEncoder(tokenizer)
         self.policy = policy
         self.ratio = ratio
+        self.attention = attention
         self.build_missing = build_missing and policy != PREFIX_POLICY
         self.keep_turns = keep_turns
         self._bos = tokenizer.bos_token or ""
@@ -168,7 +173,13 @@ class ChunkPrograms(ABC):
         if self.build_missing:
             self._build(ids, spans)
         conversation = s.sid if self.keep_turns else ""
-        fusion = fusion_request(spans, self.policy, self.ratio, conversation=conversation)
+        fusion = fusion_request(
+            spans,
+            self.policy,
+            self.ratio,
+            conversation=conversation,
+            attention=self.attention,
+        )
         fields = {
             name: value
             for name in _LOGPROB_FIELDS

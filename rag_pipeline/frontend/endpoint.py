@@ -15,6 +15,7 @@ from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import ServerBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.protocol import DENSE_ATTENTION
 
 
 class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
@@ -29,7 +30,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
     tokenizer
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
-    policy, ratio, build_missing, keep_turns
+    policy, ratio, attention, build_missing, keep_turns
         See :class:`.ChunkPrograms`.
 
     Raises
@@ -50,6 +51,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         tokenizer: str | Path | None = None,
         policy: str = "query",
         ratio: float | None = None,
+        attention: str = DENSE_ATTENTION,
         build_missing: bool = False,
         keep_turns: bool = False,
     ) -> None:
@@ -67,6 +69,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
             loaded,
             policy=policy,
             ratio=ratio,
+            attention=attention,
             build_missing=build_missing,
             keep_turns=keep_turns,
         )

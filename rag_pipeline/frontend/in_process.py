@@ -14,6 +14,7 @@ from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import EngineBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.protocol import DENSE_ATTENTION
 
 _END = object()
 
@@ -26,7 +27,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
     engine
         ``sgl.Engine``, from :func:`rag_pipeline.sglang_plugin.create_engine`, or an
         :class:`~rag_pipeline.generation.EngineBackend` around one.
-    policy, ratio, build_missing, keep_turns
+    policy, ratio, attention, build_missing, keep_turns
         See :class:`.ChunkPrograms`.
 
     Examples
@@ -40,6 +41,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         *,
         policy: str = "query",
         ratio: float | None = None,
+        attention: str = DENSE_ATTENTION,
         build_missing: bool = False,
         keep_turns: bool = False,
     ) -> None:
@@ -54,6 +56,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
             loaded,
             policy=policy,
             ratio=ratio,
+            attention=attention,
             build_missing=build_missing,
             keep_turns=keep_turns,
         )

@@ -37,7 +37,7 @@ from rag_pipeline.langchain.wire import (
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.prompts.segments import SegmentEncoder
-from rag_pipeline.protocol import fusion_request
+from rag_pipeline.protocol import DENSE_ATTENTION, fusion_request
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
@@ -70,6 +70,8 @@ class ChatSGLangRag(ChatOpenAI):
     policy, ratio
         Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
         prefill.
+    attention
+        Method that says which keys the computed rows of a prompt read; all of them by default.
     tokenizer
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
@@ -99,6 +101,7 @@ class ChatSGLangRag(ChatOpenAI):
     use_responses_api: bool | None = False
     policy: str = "query"
     ratio: float | None = None
+    attention: str = DENSE_ATTENTION
     tokenizer: str | None = None
     chunk_template: str = DEFAULT_CHUNK_TEMPLATE
     context_header: str = DEFAULT_CONTEXT_HEADER
@@ -239,6 +242,7 @@ class ChatSGLangRag(ChatOpenAI):
             self.ratio,
             prefix_len=layout.prefix_len,
             conversation=conversation,
+            attention=self.attention,
         )
         custom = {**(body.get("custom_params") or {}), **fusion.to_custom_params()}
         said = {**_NEUTRAL, "repetition_penalty": self._penalty, **body}

@@ -6,6 +6,7 @@ Used on both sides; nothing here touches SGLang.
 from __future__ import annotations
 
 from rag_pipeline.protocol.fusion_request import (
+    DENSE_ATTENTION,
     LEFT_ALONE,
     PARAM_PREFIX,
     PREFIX_POLICY,
@@ -25,6 +26,7 @@ from rag_pipeline.protocol.report import FUSION_KEY, finish_reason, fusion_repor
 from rag_pipeline.protocol.stream import AbortedError, StreamReader
 
 __all__ = [
+    "DENSE_ATTENTION",
     "FUSION_KEY",
     "LEFT_ALONE",
     "PARAM_PREFIX",

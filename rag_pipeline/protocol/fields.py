@@ -10,6 +10,7 @@ from chunk_cache import ChunkCacheError, check_spans
 from rag_pipeline.protocol.fusion_request import (
     ACTION_TYPE,
     ACTION_VERSION,
+    DENSE_ATTENTION,
     PARAM_PREFIX,
     FusionRequest,
     RequestError,
@@ -78,12 +79,14 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         options=_read_options(fields.get("options")),
         conversation=_read_conversation(fields.get("conversation"), mode),
         passage=passage,
+        attention=_read_attention(fields.get("attention"), mode),
     )
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
         raise RequestError(
             "fusion mode 'build' needs exactly one span, right behind the shared prefix: chunk KV must not "
             "have seen another chunk; send one request a chunk."
         )
+    request.make_attention()
     if request.policy:
         request.make_policy(request.policy)
     elif request.ratio is not None or request.options:
@@ -170,6 +173,18 @@ def _read_conversation(value: Any, mode: str) -> str:
     if mode != "fuse":
         raise RequestError(
             f"fusion conversation in mode {mode!r}; only mode 'fuse' keeps and finds turns, leave one out."
+        )
+    return value
+
+
+def _read_attention(value: Any, mode: str) -> str:
+    if value is None:
+        return DENSE_ATTENTION
+    if not isinstance(value, str):
+        raise RequestError(f"fusion attention is {value!r:.80}; give a name such as 'dense'.")
+    if value != DENSE_ATTENTION and mode != "fuse":
+        raise RequestError(
+            f"fusion attention {value!r:.80} in mode {mode!r}; only mode 'fuse' may be approximate, leave one out."
         )
     return value
 

@@ -24,9 +24,13 @@ from rag_pipeline.errors import RagPipelineError
 
 if TYPE_CHECKING:
     from chunk_cache.policies import Policy
+    from rag_kernels import AttentionMethod
 
 PREFIX_POLICY = "prefix"
 """Ordinary prefill behind the radix tree: fusion leaves the request alone."""
+
+DENSE_ATTENTION = "dense"
+"""Every row of the prompt reads every key up to its own."""
 
 ACTION_TYPE = "rag.fusion"
 ACTION_VERSION = "1"
@@ -79,6 +83,9 @@ class FusionRequest:
     passage : bool or None
         With ``build``: true computes the chunk behind the engine's neutral passage, for use away from its own
         place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
+    attention : str
+        Which keys the computed rows of the prompt read: a method's name, ``NAME:OPTION=VALUE+OPTION=VALUE`` allowed.
+        Anything but ``dense`` is approximate from the first computed row on, whether chunks are loaded or not.
     """
 
     mode: Mode = "fuse"
@@ -89,6 +96,7 @@ class FusionRequest:
     options: tuple[tuple[str, Any], ...] = ()
     conversation: str = ""
     passage: bool | None = None
+    attention: str = DENSE_ATTENTION
 
     def make_policy(self, default: str) -> Policy:
         """Build the policy; ``default`` is used where the request names none.
@@ -99,6 +107,18 @@ class FusionRequest:
             An unknown policy or option, or a value that is not allowed.
         """
         return _make_policy(self.policy or default, self.ratio, self.options)
+
+    def make_attention(self) -> AttentionMethod | None:
+        """Build the attention method; None for dense attention.
+
+        Raises
+        ------
+        RequestError
+            An unknown method or option, or a value that is not allowed.
+        """
+        if self.attention == DENSE_ATTENTION:
+            return None
+        return _make_attention(self.attention)
 
     def to_custom_params(self) -> dict[str, Any]:
         """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""
@@ -115,6 +135,8 @@ class FusionRequest:
             flat["rag_conversation"] = self.conversation
         if self.passage is not None:
             flat["rag_passage"] = self.passage
+        if self.attention != DENSE_ATTENTION:
+            flat["rag_attention"] = self.attention
         return flat
 
     def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
@@ -152,6 +174,20 @@ def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any],
         raise RequestError(str(error)) from None
 
 
+@functools.lru_cache(maxsize=256)
+def _cached_attention(text: str) -> AttentionMethod:
+    from rag_kernels import create_attention_method
+
+    return create_attention_method(text)
+
+
+def _make_attention(text: str) -> AttentionMethod:
+    try:
+        return _cached_attention(text)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestError(str(error)) from None
+
+
 def check_policy(policy: str, ratio: float | None = None) -> None:
     """Refuse a policy that does not exist, or a ratio that it does not take, before any work is done.
 
@@ -181,6 +217,7 @@ def fusion_request(
     *,
     prefix_len: int | None = None,
     conversation: str = "",
+    attention: str = DENSE_ATTENTION,
 ) -> FusionRequest:
     """What a prompt with these chunks asks of fusion.
 
@@ -194,14 +231,21 @@ def fusion_request(
         Tokens that chunk KV is computed behind; by default all before the first chunk.
     conversation
         Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
+    attention
+        Attention method of the computed rows; the engine checks its name.
 
     Raises
     ------
     RagPipelineError
-        An unknown policy, or a ratio that it does not take.
+        An unknown policy, a ratio that it does not take, or a method beside ``prefix``, which is exact.
     """
     check_policy(policy, ratio)
     if policy == PREFIX_POLICY:
+        if attention != DENSE_ATTENTION:
+            raise RagPipelineError(
+                f"policy {PREFIX_POLICY!r} is exact, attention {attention!r} is not; name another policy, "
+                f"or leave the attention {DENSE_ATTENTION!r}"
+            )
         return LEFT_ALONE
     places = tuple((span.start, span.end) for span in spans)
     if prefix_len is None:
@@ -212,6 +256,7 @@ def fusion_request(
         policy=policy,
         ratio=ratio,
         conversation=conversation,
+        attention=attention,
     )
 
 

@@ -208,6 +208,14 @@ def test_select_scores_the_choices_tokens_only(backend: Recorder, method: Any) -
     )
 
 
+def test_an_attention_method_travels_in_every_request(
+    tokenizer: ModelTokenizer, smollm2_path: Path
+) -> None:
+    backend = Recorder(tokenizer, smollm2_path, attention="edges:recent=2")
+    one_question.run(documents=hits(), question="Q", backend=backend).sync()
+    assert payload(backend.generations[-1])["attention"] == "edges:recent=2"
+
+
 def test_policy_prefix_asks_for_no_fusion(tokenizer: ModelTokenizer, smollm2_path: Path) -> None:
     backend = Recorder(tokenizer, smollm2_path, policy="prefix", build_missing=True)
     one_question.run(documents=TEXTS, question="Q", backend=backend).sync()

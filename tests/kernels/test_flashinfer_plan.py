@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rag_kernels import plan_position_causal, position_causal_attention
+from rag_kernels import AttentionCall, BlockMask, plan_position_causal, position_causal_attention
 from rag_kernels.attention.flashinfer import FlashInferKernel, paged_layout, variant_arguments
 
 
@@ -76,10 +76,19 @@ def test_shapes_that_the_fa2_kernels_lack_go_to_triton():
             [torch.tensor([0])], [torch.arange(1)], num_q_heads=1, num_kv_heads=1, head_dim=dim
         )
 
-    def refusal(dim, dtype=torch.bfloat16, pool=torch.bfloat16, window=None, cap=None):
-        return FlashInferKernel().refuse(
-            plan(dim), dtype, pool, sliding_window=window, logit_cap=cap
+    def refusal(dim, dtype=torch.bfloat16, pool=torch.bfloat16, window=None, cap=None, mask=None):
+        k_pool = torch.zeros(1, 1, dim, dtype=pool)
+        call = AttentionCall(
+            q_RNH=torch.zeros(1, 1, dim, dtype=dtype),
+            k_pool=k_pool,
+            v_pool=k_pool,
+            plan=plan(dim),
+            scale=1.0,
+            sliding_window=window,
+            logit_cap=cap,
+            mask=mask,
         )
+        return FlashInferKernel().refuse(call)
 
     assert refusal(64) is None
     assert refusal(80) == "heads of 80"
@@ -87,6 +96,7 @@ def test_shapes_that_the_fa2_kernels_lack_go_to_triton():
     assert "float32" in refusal(64, pool=torch.float32)
     assert "window" in refusal(64, window=8)
     assert "cap" in refusal(64, cap=3.0)
+    assert refusal(64, mask=BlockMask(requests=(None,))) == "reads no block mask"
 
 
 def test_variant_names_differ_wherever_the_compiled_code_does():

@@ -149,6 +149,8 @@ def test_policies_are_checked_before_anything_is_sent() -> None:
         fusion_request((), "nope", None)
     with pytest.raises(RagPipelineError, match="takes no ratio"):
         fusion_request((), "prefix", 0.5)
+    with pytest.raises(RagPipelineError, match="'prefix' is exact, attention 'edges' is not"):
+        fusion_request((), "prefix", attention="edges")
 
 
 def test_what_only_the_chat_endpoint_does_stays_there() -> None:

@@ -29,11 +29,16 @@ class Oracle:
     def norm(self, x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.w[name]
 
-    def run(self, ids, rows, keys, values, *, stop=None, before=None, seen=None):
-        """Rows at rising positions over per-layer keys (rotated) and values, overwritten in place."""
+    def run(self, ids, rows, keys, values, *, stop=None, before=None, seen=None, reads=None):
+        """Rows at rising positions over per-layer keys (rotated) and values, overwritten in place.
+
+        ``reads`` says which keys each row may read, bool ``[rows, keys]``; all before it where not given.
+        """
         h = self.w["model.embed_tokens.weight"][torch.tensor(ids)[rows]]
         length = keys[0].shape[0]
         mask = torch.arange(length)[None] > rows[:, None]
+        if reads is not None:
+            mask = mask | ~reads
         for layer in range(self.layers if stop is None else stop):
             p = f"model.layers.{layer}."
             x = self.norm(h, p + "input_layernorm.weight")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.call import position_causal_attention
 from rag_kernels.attention.choice import ATTENTION_KERNELS
+from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
 from rag_kernels.attention.planning import plan_position_causal
 
 __all__ = [
     "ATTENTION_KERNELS",
+    "AttentionCall",
     "AttentionKernel",
+    "BlockMask",
     "PositionCausalPlan",
+    "RequestBlocks",
     "RowBlock",
     "plan_position_causal",
     "position_causal_attention",

@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AttentionCall:
+    """Everything that one attention call of one layer is given; fields as :func:`rag_kernels.position_causal_attention`.
+
+    Attributes
+    ----------
+    q_RNH : Tensor
+        ``[R, Hq, D]`` rotated queries, in the order of the plan's positions.
+    k_pool, v_pool : Tensor
+        ``[num_slots, Hk, D]``.
+    plan : PositionCausalPlan
+        Rows and slots.
+    scale : float
+        Softmax scale.
+    sliding_window : int, optional
+        Keys that a row sees, its own counted.
+    logit_cap : float, optional
+        Logits become ``cap * tanh(logit / cap)``.
+    mask : BlockMask, optional
+        Blocks of keys that rows may read; None for all.
+    """
+
+    q_RNH: Tensor
+    k_pool: Tensor
+    v_pool: Tensor
+    plan: PositionCausalPlan
+    scale: float
+    sliding_window: int | None = None
+    logit_cap: float | None = None
+    mask: BlockMask | None = None
+
+    @property
+    def sorted_q(self) -> Tensor:
+        """The queries in the order of the plan's blocks."""
+        order = self.plan.order
+        return self.q_RNH if order is None else self.q_RNH.index_select(0, order)
+
+    def unsorted(self, out: Tensor) -> Tensor:
+        """Bring rows that are in the order of the plan's blocks back into that of the queries."""
+        inverse = self.plan.inverse
+        return out if inverse is None else out.index_select(0, inverse)
 
 
 class AttentionKernel(ABC):
     """Computes :func:`rag_kernels.position_causal_attention` on some devices.
 
     A kernel has no state of a request: what it derives from a plan it keeps in the plan's ``memo``. It writes
-    neither queries nor pools. *Which* keys a row reads is the plan's business, never a kernel's.
+    neither queries nor pools. *Which* keys a row reads is for the plan and the mask to say, never for a kernel.
 
     Attributes
     ----------
@@ -23,10 +68,13 @@ class AttentionKernel(ABC):
         As settings and messages call it.
     block_rows : int
         Most rows of a block unless the caller of the plan says otherwise.
+    reads_masks : bool
+        Whether it honours a block mask; a call with one goes to another kernel otherwise.
     """
 
     name: ClassVar[str]
     block_rows: ClassVar[int] = 128
+    reads_masks: ClassVar[bool] = False
 
     @abstractmethod
     def refuse_device(self, device: torch.device) -> str | None:
@@ -36,56 +84,18 @@ class AttentionKernel(ABC):
         """Whether ``auto`` may choose it there; the first kernel of the registry that may is taken."""
         return self.refuse_device(device) is None
 
-    def refuse(
-        self,
-        plan: PositionCausalPlan,
-        dtype: torch.dtype,
-        pool_dtype: torch.dtype,
-        *,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> str | None:
-        """Reason why another kernel must compute this call; None where this one does.
-
-        Parameters
-        ----------
-        plan : PositionCausalPlan
-            Of the call.
-        dtype, pool_dtype : torch.dtype
-            Of the queries, and of keys and values.
-        sliding_window, logit_cap : optional
-            As for :func:`rag_kernels.position_causal_attention`.
-        """
+    def refuse(self, call: AttentionCall) -> str | None:
+        """Reason why another kernel must compute this call; None where this one does."""
+        if call.mask is not None and not self.reads_masks:
+            return "reads no block mask"
         return None
 
     @abstractmethod
-    def attend(
-        self,
-        q_RNH: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        plan: PositionCausalPlan,
-        scale: float,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> Tensor:
-        """Compute a call that was not refused; arguments as for the public function.
-
-        Parameters
-        ----------
-        q_RNH : Tensor
-            ``[R, Hq, D]`` rotated queries, in the order of the plan's positions; left as they are.
-        k_pool, v_pool : Tensor
-            ``[num_slots, Hk, D]``; left as they are.
-        plan : PositionCausalPlan
-            Rows and slots.
-        scale : float
-            Softmax scale.
-        sliding_window, logit_cap : optional
-            As for the public function.
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Compute a call that was not refused; its tensors are left as they are.
 
         Returns
         -------
         Tensor
-            ``[R, Hq, D]`` in the type of the queries.
+            ``[R, Hq, D]`` in the type of the queries, rows in their order.
         """

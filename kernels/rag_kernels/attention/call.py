@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.choice import kernel_of_call
+from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
 
 
@@ -16,6 +18,7 @@ def position_causal_attention(
     scale: float,
     sliding_window: int | None = None,
     logit_cap: float | None = None,
+    mask: BlockMask | None = None,
 ) -> Tensor:
     """Attend with every row to keys ``0 .. position`` of its own request.
 
@@ -35,6 +38,8 @@ def position_causal_attention(
         A row at position ``p`` sees only keys ``p - sliding_window + 1 .. p`` (its own key counted).
     logit_cap : float, optional
         Logits become ``cap * tanh(logit / cap)``.
+    mask : BlockMask, optional
+        Blocks of keys that rows may read, causality on top; None for all.
 
     Returns
     -------
@@ -60,9 +65,18 @@ def position_causal_attention(
         raise ValueError(
             f"sliding_window is {sliding_window}; it must be at least 1, or None for no window."
         )
+    if mask is not None:
+        mask.check(plan)
     if plan.num_rows == 0:
         return q_RNH.new_empty(q_RNH.shape)
-    kernel = kernel_of_call(
-        plan, q_RNH.dtype, k_pool.dtype, sliding_window=sliding_window, logit_cap=logit_cap
+    call = AttentionCall(
+        q_RNH=q_RNH,
+        k_pool=k_pool,
+        v_pool=v_pool,
+        plan=plan,
+        scale=scale,
+        sliding_window=sliding_window,
+        logit_cap=logit_cap,
+        mask=mask,
     )
-    return kernel.attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+    return kernel_of_call(call).attend(call)

@@ -6,8 +6,7 @@ import functools
 
 import torch
 
-from rag_kernels.attention.base import AttentionKernel
-from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.registry import Registry
 
 ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
@@ -52,21 +51,11 @@ def choose_kernel(name: str, device: torch.device) -> AttentionKernel:
     return kernel
 
 
-def kernel_of_call(
-    plan: PositionCausalPlan,
-    dtype: torch.dtype,
-    pool_dtype: torch.dtype,
-    *,
-    sliding_window: int | None,
-    logit_cap: float | None,
-) -> AttentionKernel:
+def kernel_of_call(call: AttentionCall) -> AttentionKernel:
     """Return the plan's kernel, or the next best one where that refuses the call."""
-    first = kernel_named(plan.kernel)
-    others = (k for k in map(kernel_named, _DEFAULTS) if k.is_default_on(plan.device))
+    first = kernel_named(call.plan.kernel)
+    others = (k for k in map(kernel_named, _DEFAULTS) if k.is_default_on(call.plan.device))
     for kernel in (first, *others):
-        refusal = kernel.refuse(
-            plan, dtype, pool_dtype, sliding_window=sliding_window, logit_cap=logit_cap
-        )
-        if refusal is None:
+        if kernel.refuse(call) is None:
             return kernel
     return kernel_named("reference")

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
+from rag_kernels.attention.mask import RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
 
 
@@ -27,44 +28,29 @@ class CpuKernel(AttentionKernel):
     name = "cpu"
     block_rows = 48
     """Measured best (``rag_eval.benchmarks.kernels``)."""
+    reads_masks = True
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Refuse everything but the CPU."""
         return None if device.type == "cpu" else f"cannot run on {device}"
 
-    def attend(
-        self,
-        q_RNH: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        plan: PositionCausalPlan,
-        scale: float,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Compute the call."""
-        return _attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+        return _attend(call)
 
 
-def _attend(
-    q_RNH: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    plan: PositionCausalPlan,
-    scale: float,
-    sliding_window: int | None,
-    logit_cap: float | None,
-) -> Tensor:
+def _attend(call: AttentionCall) -> Tensor:
+    plan, k_pool, v_pool = call.plan, call.k_pool, call.v_pool
     kv_heads, dim = plan.num_kv_heads, plan.head_dim
     group = plan.num_q_heads // kv_heads
-    q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
+    q = call.sorted_q
     rows = plan.num_rows
     # [Hk, rows * group, D]: the query heads of one key head stand together, row by row.
     packed = (
         q.reshape(rows, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, rows * group, dim)
     )
     packed = (
-        packed.float() * scale
+        packed.float() * call.scale
     )  # never in place: with one key head this is a view of the caller's queries
     # bf16 products accumulate in fp32 and are fast; fp16 ones are emulated, so they are done in fp32.
     pv_dtype = torch.bfloat16 if v_pool.dtype == torch.bfloat16 else torch.float32
@@ -77,13 +63,23 @@ def _attend(
             slots = plan.slots[request]
             k_heads = k_pool.index_select(0, slots).transpose(0, 1).float()
             v_heads = v_pool.index_select(0, slots).transpose(0, 1).to(pv_dtype)
-        first, bias = _bias(plan, block, group, sliding_window)
         lo, hi = block.row_lo * group, block.row_hi * group
+        blocks = None if call.mask is None else call.mask.requests[request]
+        sparse = None if blocks is None else _sparse_keys(call, block, blocks)
+        if sparse is not None:
+            for head, (keys, bias) in enumerate(sparse):
+                logits = torch.mm(packed[head, lo:hi], k_heads[head, keys].t())
+                if call.logit_cap:
+                    logits = logits.div_(call.logit_cap).tanh_().mul_(call.logit_cap)
+                weights = torch.softmax(logits.add_(bias), dim=-1).to(pv_dtype)
+                torch.mm(weights, v_heads[head, keys], out=out[head, lo:hi])
+            continue
+        first, bias = _bias(plan, block, group, call.sliding_window)
         masked = slice(block.kv_len - first - bias.shape[1], None)
         for head in range(kv_heads):
             logits = torch.mm(packed[head, lo:hi], k_heads[head, first : block.kv_len].t())
-            if logit_cap:
-                logits = logits.div_(logit_cap).tanh_().mul_(logit_cap)
+            if call.logit_cap:
+                logits = logits.div_(call.logit_cap).tanh_().mul_(call.logit_cap)
             if bias.shape[1]:
                 logits[:, masked].add_(bias)
             weights = torch.softmax(logits, dim=-1).to(pv_dtype)
@@ -91,8 +87,41 @@ def _attend(
     rejoined = (
         out.view(kv_heads, rows, group, dim).transpose(0, 1).reshape(rows, plan.num_q_heads, dim)
     )
-    result = rejoined.to(q_RNH.dtype)
-    return result if plan.inverse is None else result.index_select(0, plan.inverse)
+    return call.unsorted(rejoined.to(call.q_RNH.dtype))
+
+
+def _sparse_keys(
+    call: AttentionCall, block: RowBlock, blocks: RequestBlocks
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys to read and the additive mask over them, one pair per key/value head; None where nothing is left out.
+
+    The keys ``[n]`` are those that some row of the block reads with some head of the group; the mask is
+    ``[rows * group, n]``. Where a block of rows reads every key before its own, the dense path computes it: the same
+    bits as without a mask.
+    """
+    plan = call.plan
+    positions = plan.sorted_positions[block.row_lo : block.row_hi].long()
+    allowed = blocks.rows(positions)
+    own = (positions // blocks.key_block)[:, None]
+    is_behind = torch.arange(allowed.shape[2])[None, :] > own
+    if bool((allowed | is_behind).all()):
+        return None
+    kv_heads = plan.num_kv_heads
+    group = plan.num_q_heads // kv_heads
+    # [heads of the mask, 1 or group, rows, key blocks]: which of them share a key head
+    each = allowed.shape[0] // kv_heads if allowed.shape[0] > 1 else 1
+    parts = allowed.view(-1, each, *allowed.shape[1:])
+    found = []
+    for part in parts:
+        read = part.any(dim=0).any(dim=0)
+        keys = read.repeat_interleave(blocks.key_block)[: block.kv_len].nonzero().flatten()
+        hidden = ~part[:, :, keys // blocks.key_block] | (keys[None, :] > positions[:, None])
+        if call.sliding_window is not None:
+            hidden |= keys[None, :] <= positions[:, None] - call.sliding_window
+        # Row by row, the heads of the group behind each other, as the queries are packed.
+        hidden = hidden.expand(group, -1, -1).transpose(0, 1).reshape(-1, keys.numel())
+        found.append((keys, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))))
+    return found * kv_heads if len(found) == 1 else found
 
 
 def _bias(

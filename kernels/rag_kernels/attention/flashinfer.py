@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.plan import PositionCausalPlan
 
 _WORKSPACE_BYTES = 128 << 20  # the least that FlashInfer's split-KV asks for
@@ -159,42 +159,26 @@ class FlashInferKernel(AttentionKernel):
         """Be chosen where the package is installed; it is not imported here."""
         return device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
 
-    def refuse(
-        self,
-        plan: PositionCausalPlan,
-        dtype: torch.dtype,
-        pool_dtype: torch.dtype,
-        *,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> str | None:
+    def refuse(self, call: AttentionCall) -> str | None:
         """Refuse what the fa2 kernels do not cover."""
-        if sliding_window is not None or logit_cap:
+        dtype, pool_dtype = call.q_RNH.dtype, call.k_pool.dtype
+        if call.sliding_window is not None or call.logit_cap:
             return "no sliding window and no logit cap"
         if dtype not in (torch.float16, torch.bfloat16) or pool_dtype != dtype:
             return f"queries of {dtype} over a pool of {pool_dtype}"
-        if plan.head_dim not in _HEAD_DIMS:
-            return f"heads of {plan.head_dim}"
-        return None
+        if call.plan.head_dim not in _HEAD_DIMS:
+            return f"heads of {call.plan.head_dim}"
+        return super().refuse(call)
 
-    def attend(
-        self,
-        q_RNH: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        plan: PositionCausalPlan,
-        scale: float,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Compute the call."""
-        key = (q_RNH.dtype, plan.head_dim, q_RNH.device)
+        dtype = call.q_RNH.dtype
+        key = (dtype, call.plan.head_dim, call.q_RNH.device)
         holder = _HOLDERS.get(key)
         if holder is None:
             holder = _HOLDERS[key] = _Holder(*key)
-        holder.plan(plan, scale, q_RNH.dtype)
-        q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
+        holder.plan(call.plan, call.scale, dtype)
         # Page size 1: a slot is a page.
-        pools = (k_pool.unsqueeze(1), v_pool.unsqueeze(1))
-        out: Tensor = holder.wrapper.run(q.contiguous(), pools, holder.q_pos)
-        return out if plan.inverse is None else out.index_select(0, plan.inverse)
+        pools = (call.k_pool.unsqueeze(1), call.v_pool.unsqueeze(1))
+        out: Tensor = holder.wrapper.run(call.sorted_q.contiguous(), pools, holder.q_pos)
+        return call.unsorted(out)

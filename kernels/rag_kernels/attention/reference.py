@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
+from rag_kernels.attention.mask import RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.paged import gather_kv
 
@@ -16,22 +17,15 @@ class ReferenceKernel(AttentionKernel):
     """Softmax in fp32 over all keys of the request with the mask written out."""
 
     name = "reference"
+    reads_masks = True
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Run anywhere."""
         return None
 
-    def attend(
-        self,
-        q_RNH: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        plan: PositionCausalPlan,
-        scale: float,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Compute the call."""
+        q_RNH, plan = call.q_RNH, call.plan
         out = torch.empty_like(q_RNH)
         positions = plan.positions.to(q_RNH.device, torch.int64)
         group = plan.num_q_heads // plan.num_kv_heads
@@ -39,21 +33,46 @@ class ReferenceKernel(AttentionKernel):
             lo, hi = plan.row_starts[request], plan.row_starts[request + 1]
             if lo == hi:
                 continue
-            k = gather_kv(k_pool, slots).float().repeat_interleave(group, dim=1).permute(1, 2, 0)
-            v = gather_kv(v_pool, slots).float().repeat_interleave(group, dim=1).transpose(0, 1)
+            k = (
+                gather_kv(call.k_pool, slots)
+                .float()
+                .repeat_interleave(group, dim=1)
+                .permute(1, 2, 0)
+            )
+            v = (
+                gather_kv(call.v_pool, slots)
+                .float()
+                .repeat_interleave(group, dim=1)
+                .transpose(0, 1)
+            )
             key_at = torch.arange(slots.numel(), device=q_RNH.device)
             step = max(1, _BLOCK_ELEMENTS // (plan.num_q_heads * slots.numel()))
             for row in range(lo, hi, step):
                 end = min(row + step, hi)
                 p = positions[row:end, None]
-                logits = torch.bmm(q_RNH[row:end].float().transpose(0, 1) * scale, k)
-                if logit_cap:
-                    logits = logit_cap * torch.tanh(logits / logit_cap)
+                logits = torch.bmm(q_RNH[row:end].float().transpose(0, 1) * call.scale, k)
+                if call.logit_cap:
+                    logits = call.logit_cap * torch.tanh(logits / call.logit_cap)
                 hidden = key_at[None, :] > p
-                if sliding_window is not None:
-                    hidden |= key_at[None, :] <= p - sliding_window
+                if call.sliding_window is not None:
+                    hidden |= key_at[None, :] <= p - call.sliding_window
+                blocks = None if call.mask is None else call.mask.requests[request]
+                if blocks is not None:
+                    hidden = hidden | ~_keys(blocks, positions[row:end], slots.numel(), plan)
                 logits.masked_fill_(hidden, float("-inf"))
                 out[row:end] = (
                     torch.bmm(torch.softmax(logits, dim=-1), v).transpose(0, 1).to(out.dtype)
                 )
         return out
+
+
+def _keys(
+    blocks: RequestBlocks, positions: Tensor, num_keys: int, plan: PositionCausalPlan
+) -> Tensor:
+    """Keys that rows may read by the mask alone; bool ``[Hq or 1, R, num_keys]``."""
+    rows = blocks.rows(positions)
+    if rows.shape[0] not in (1, plan.num_q_heads):
+        rows = rows.repeat_interleave(plan.num_q_heads // plan.num_kv_heads, dim=0)
+    key_block = torch.arange(num_keys, device=rows.device) // blocks.key_block
+    is_covered = key_block < rows.shape[2]  # keys behind the last row need no entry
+    return rows[:, :, key_block.clamp(max=rows.shape[2] - 1)] & is_covered

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.plan import PositionCausalPlan
 
 _KEYS_PER_STEP = 64
@@ -168,31 +168,15 @@ class TritonKernel(AttentionKernel):
         """Be chosen on CUDA only: nothing else was compiled for."""
         return str(device.type) == "cuda"
 
-    def attend(
-        self,
-        q_RNH: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        plan: PositionCausalPlan,
-        scale: float,
-        sliding_window: int | None,
-        logit_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Compute the call."""
-        return _attend(q_RNH, k_pool, v_pool, plan, scale, sliding_window, logit_cap)
+        return _attend(call)
 
 
-def _attend(
-    q_RNH: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    plan: PositionCausalPlan,
-    scale: float,
-    sliding_window: int | None,
-    logit_cap: float | None,
-) -> Tensor:
+def _attend(call: AttentionCall) -> Tensor:
+    plan, k_pool, v_pool = call.plan, call.k_pool, call.v_pool
     tables = block_tensors(plan)
-    q = q_RNH if plan.order is None else q_RNH.index_select(0, plan.order)
+    q = call.sorted_q
     if q.stride(-1) != 1:
         q = q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -211,9 +195,9 @@ def _attend(
         tables["open_len"],
         tables["kv_len"],
         tables["slot_start"],
-        scale,
-        logit_cap or 1.0,
-        sliding_window or 0,
+        call.scale,
+        call.logit_cap or 1.0,
+        call.sliding_window or 0,
         q.stride(0),
         q.stride(1),
         k_pool.stride(0),
@@ -227,8 +211,8 @@ def _attend(
         DIM_PAD=max(16, int(triton.next_power_of_2(plan.head_dim))),
         ROWS=rows,
         KEYS=_KEYS_PER_STEP,
-        HAS_CAP=bool(logit_cap),
-        HAS_WINDOW=sliding_window is not None,
+        HAS_CAP=bool(call.logit_cap),
+        HAS_WINDOW=call.sliding_window is not None,
         **options,
     )
-    return out if plan.inverse is None else out.index_select(0, plan.inverse)
+    return call.unsorted(out)

@@ -21,6 +21,7 @@ def bad_fields() -> list[tuple[dict[str, Any], str]]:
         ({"policy": "best"}, "query"),
         ({"policy": "query", "ratio": 7}, "between 0 and 1"),
         ({"span": [1, 5]}, "spans"),
+        ({"attention": "no-such"}, "choose one of dense"),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
-from rag_pipeline.protocol import FusionRequest, RequestError
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import find_in_spans, scan_prompt
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
@@ -107,6 +107,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     else:
         _find_chunks(runtime, state, tenant)
     state.resolve()
+    state.attend_by(state.request.make_attention())
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 
@@ -218,7 +219,10 @@ def _remember_missing(
     with_passage = runtime.behind_passage(prefix) if wanted else None
     for start, end in missing:
         is_next = start == prefix.ids.size
-        if is_next and (not state.spans or end <= state.spans[0].start):
+        is_exact = state.request.attention == DENSE_ATTENTION and (
+            not state.spans or end <= state.spans[0].start
+        )
+        if is_next and is_exact:
             _begin_capture(runtime, state, prefix, start, end)
         else:
             behind = variant_at(start, prefix, with_passage)

@@ -76,16 +76,18 @@ def around_add_one_req(
         return _add_plain(runtime, original, adder, req, args, kwargs)
     try:
         admit(runtime, req, state)
-        reason = refuse_batch(_mates(runtime, adder)) if state.spans else ""
-        if not reason and state.spans and _is_dearer(runtime, adder, req, state):
-            reason = "no_savings"
+        reason = refuse_batch(_mates(runtime, adder)) if state.is_fused else ""
         if reason:
             state.give_up(reason)
+        elif state.spans and _is_dearer(runtime, adder, req, state):
+            method = state.method
+            state.give_up("no_savings")
+            state.attend_by(method)  # loading does not pay; reading fewer keys still does
     except Exception as error:
         # Anything unforeseen here must cost speed, never a request.
         runtime.say_fault("match", error)
         state.give_up("internal_error")
-    add = _add_fused if state.spans else _add_plain
+    add = _add_fused if state.is_fused else _add_plain
     result = add(runtime, original, adder, req, args, kwargs)
     if _is_admitted(adder, req):
         _count_admitted(runtime, state)
@@ -99,7 +101,7 @@ def around_add_chunked_req(
 ) -> Any:
     """Wrap ``PrefillAdder.add_chunked_req``: the next piece of a prompt that was resolved with its first one."""
     runtime, state = get_runtime(), state_of(req)
-    if runtime is None or state is None or not state.spans:
+    if runtime is None or state is None or not state.is_fused:
         return original(adder, req, *args, **kwargs)
     return _add_fused(runtime, original, adder, req, args, kwargs)
 
@@ -143,6 +145,8 @@ def _piece_end(state: RequestState, start: int, total: int, rows: int) -> int:
     end = planning.reach(
         rows, start, total, lambda to: to - start - expected_savings(state, start, to)
     )
+    if not state.spans:
+        return end
     question = state.spans[-1].end
     if state.policy.signal != "none" and start + rows <= question < end:
         # The question's rows choose, in the last piece: they stay together where that costs nothing.
@@ -185,13 +189,13 @@ def _add_plain(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Add a request that loads nothing; one that cannot stand beside fused ones makes them ordinary.
+    """Add a request that no pass of fusion's own computes; one that cannot stand beside fused ones makes them ordinary.
 
     They then compute all their rows, so the batch has less room, and SGLang judges by that. A prompt whose earlier
     pieces hold fused KV cannot become ordinary any more: the newcomer waits for its last piece.
     """
     reason = refuse_batch([req])
-    fused = [(r, s) for r in adder.can_run_list if (s := state_of(r)) is not None and s.spans]
+    fused = [(r, s) for r in adder.can_run_list if (s := state_of(r)) is not None and s.is_fused]
     if not reason or not fused:
         return original(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult

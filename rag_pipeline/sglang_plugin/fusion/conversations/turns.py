@@ -30,7 +30,9 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 def namespace_of(state: RequestState, tenant: RadixNamespace) -> str:
     """Everything but tokens and model that a turn's KV depends on."""
     passage = state.request.passage is not False
-    return repr((tenant.salt, state.request.conversation, state.policy.identity, passage))
+    own = (tenant.salt, state.request.conversation, state.policy.identity, passage)
+    method = state.request.make_attention()
+    return repr(own if method is None else (*own, method.identity))
 
 
 class TurnMemory(ConversationMemory):

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_kernels import MeanShiftPlan, PositionCausalPlan, plan_position_causal
+from rag_kernels import (
+    AttentionMethod,
+    MeanShiftPlan,
+    MethodsOfPass,
+    PositionCausalPlan,
+    plan_position_causal,
+)
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import (
     PASS_KEY,
     FusedPass,
@@ -44,6 +50,8 @@ class RequestRows:
         int64 ``[kv_len]`` on the device; slot ``j`` holds position ``j``.
     keeps_last : bool
         The last row is there for its output only; its loaded KV stays.
+    method : AttentionMethod or None
+        Says which keys the rows read; None for all up to their own.
     """
 
     index: int
@@ -51,6 +59,7 @@ class RequestRows:
     ids: Tensor
     kv_slots: Tensor
     keeps_last: bool = False
+    method: AttentionMethod | None = None
 
     @property
     def count(self) -> int:
@@ -100,6 +109,7 @@ def make_pass(
     assert runtime.facts is not None
     plan, slots = plan_rows(rows, runtime.facts, runtime.config.attention_kernel)
     guard.check([slots, *loader.slots, *(shift.other_slots for shift in shifts)])
+    methods = [r.method for r in rows]
     return FusedPass(
         row_slots=slots,
         attention=plan,
@@ -108,6 +118,7 @@ def make_pass(
         shifts=shifts,
         observer=observer,
         holds_faults=runtime.group.size > 1,
+        methods=MethodsOfPass(plan, methods) if any(m is not None for m in methods) else None,
     )
 
 

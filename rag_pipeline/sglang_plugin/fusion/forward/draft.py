@@ -115,6 +115,7 @@ def rows_behind(
                 positions=torch.arange(int(slots.numel()) - len(ids), int(slots.numel())),
                 ids=torch.tensor(list(ids), dtype=torch.int64, device=slots.device),
                 kv_slots=slots,
+                method=item.entry.state.method,
             )
         )
     return rows

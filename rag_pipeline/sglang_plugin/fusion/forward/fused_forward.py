@@ -25,7 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
 class FusedForward:
-    """One forward of a batch that holds at least one request with loaded chunks.
+    """One forward of a batch with at least one request that loads chunks or names an attention method.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class FusedForward:
         self._runner = runner
         self._batch = batch
         self._req_to_token = runner.req_to_token_pool.req_to_token
-        self._items = {e.index: self._item(e) for e in entries if e.state.spans}
+        self._items = {e.index: self._item(e) for e in entries if e.state.is_fused}
         self._loader = Loader(self._loads(), (), self._facts.rotary)
         self._guard = WriteGuard(
             int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()

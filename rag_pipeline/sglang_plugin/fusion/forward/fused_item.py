@@ -53,8 +53,8 @@ class BatchPlan:
 
     @property
     def fused(self) -> list[BatchEntry]:
-        """Entries with something to load."""
-        return [entry for entry in self.entries if entry.state.spans]
+        """Entries that load something, or whose rows do not read every key."""
+        return [entry for entry in self.entries if entry.state.is_fused]
 
 
 def plan_item(
@@ -147,6 +147,7 @@ class FusedItem:
             ids=self.prompt[positions].to(self.kv_slots.device),
             kv_slots=self.kv_slots,
             keeps_last=keeps_last,
+            method=self.entry.state.method,
         )
 
     @property

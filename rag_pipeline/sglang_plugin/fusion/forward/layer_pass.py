@@ -15,7 +15,10 @@ from torch import Tensor
 
 from chunk_cache import ChunkKV
 from rag_kernels import (
+    AttentionCall,
+    BlockMask,
     MeanShiftPlan,
+    MethodsOfPass,
     PositionCausalPlan,
     RotarySpec,
     load_chunk_inplace,
@@ -126,6 +129,8 @@ class FusedPass:
         ranks wait in the collectives of every layer: a rank that left them would make them hang.
     fault : Exception or None
         The first fault of a pass that holds them; its output is worthless then.
+    methods : MethodsOfPass or None
+        Say which keys the rows read; None for every key up to their own.
     attend : callable, optional
         Replaces the attention function in tests.
     """
@@ -138,6 +143,7 @@ class FusedPass:
     observer: Observer | None = None
     holds_faults: bool = False
     fault: Exception | None = None
+    methods: MethodsOfPass | None = None
     attend: Callable[..., Tensor] = position_causal_attention
 
     def run_layer(
@@ -193,8 +199,16 @@ class FusedPass:
             v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling)
+        masked = {} if self.methods is None else {"mask": self._mask(index, q, k_pool, v_pool)}
+        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked)
         return out.reshape(out.shape[0], -1)
+
+    def _mask(self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> BlockMask | None:
+        assert self.methods is not None
+        call = AttentionCall(
+            q_RNH=q, k_pool=k_pool, v_pool=v_pool, plan=self.attention, scale=self.scaling
+        )
+        return self.methods.mask(index, call)
 
 
 def find_pass(forward_batch: Any) -> FusedPass | None:

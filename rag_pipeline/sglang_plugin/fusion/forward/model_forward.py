@@ -137,7 +137,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
             runtime.say_fault("capture", error)
             runtime.metrics.count("spans", "not_stored", len(state.captures))
             state.drop_captures()
-    if not state.spans:
+    if not state.is_fused:
         num_layers = runtime.facts.num_layers if runtime.facts else 0
         state.charge(piece.end - piece.start, num_layers)
     if piece.is_last:

@@ -38,6 +38,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
         report.policy = state.policy.name
         report.ratio = state.policy.ratio
         report.runs = prompt_runs(state)
+    if state.method is not None:
+        report.attention = state.request.attention
     behind = report.prompt_tokens - report.exact_prefix_tokens
     whole = behind * (facts.num_layers if facts else 1)
     report.computed_fraction = round(state.row_layers / whole, 6) if whole and loaded else 1.0

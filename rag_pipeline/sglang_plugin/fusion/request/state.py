@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from chunk_cache import as_prompt_ids
 from chunk_cache.policies import Policy
+from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
@@ -64,6 +65,8 @@ class Resolved:
     turn : int
         What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the turn
         that ends there.
+    method : AttentionMethod or None
+        Says which keys the computed rows read; None for all.
     """
 
     resolved: bool = False
@@ -72,6 +75,7 @@ class Resolved:
     exact_limit: int | None = None
     turns_end: int = 0
     turn: int = 0
+    method: AttentionMethod | None = None
 
 
 class RequestState:
@@ -221,6 +225,16 @@ class RequestState:
         return self._row_limit
 
     @property
+    def method(self) -> AttentionMethod | None:
+        """Attention method of the computed rows; None where they read every key."""
+        return self._found.method
+
+    @property
+    def is_fused(self) -> bool:
+        """Computed by a pass of fusion's own: KV is loaded, or rows do not read every key."""
+        return bool(self._spans) or self.method is not None
+
+    @property
     def is_pending(self) -> bool:
         """Matched, with something left to load, to store or to tell the client."""
         holds = bool(self._spans or self._found.captures or self.explicit)
@@ -270,6 +284,12 @@ class RequestState:
         if self._spans:
             self._found.exact_limit = self._spans[0].start
 
+    def attend_by(self, method: AttentionMethod | None) -> None:
+        """Let a method say which keys the rows read: they are approximate from the first one on."""
+        self._found.method = method
+        if method is not None:
+            self._found.exact_limit = self.radix_len
+
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""
         self.drop()
@@ -297,8 +317,9 @@ class RequestState:
         self.report.built_chunks += stored
 
     def forget_spans(self, reason: str) -> None:
-        """Load nothing any more, and say why; what may be published stays as it is."""
+        """Load nothing any more, read every key, and say why; what may be published stays as it is."""
         self.retain(())
+        self._found.method = None
         self._attempt.row_layers = 0.0
         self._attempt.recomputed = []
         self.report.recomputed_tokens = 0
@@ -308,6 +329,7 @@ class RequestState:
         """End the leases of a computed prompt; the limit of what may be published stays."""
         self.retain(())
         self.drop_captures()
+        self._found.method = None
         self._found.done = True
 
     # -- letting go ---------------------------------------------------------------------------

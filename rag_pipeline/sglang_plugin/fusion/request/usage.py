@@ -33,6 +33,8 @@ class UsageReport:
     runs : list of [int, int]
         The same token by token: lengths of the prompt's runs in order, ``[kind, tokens]`` with kind 0 exact
         prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
+    attention : str
+        Method that said which keys the computed rows read; not in the report where they read all.
     """
 
     prompt_tokens: int = 0
@@ -47,7 +49,11 @@ class UsageReport:
     built_chunks: int = 0
     conversation_tokens: int = 0
     runs: list[list[int]] = dataclasses.field(default_factory=list)
+    attention: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if not self.attention:
+            del fields["attention"]
+        return fields

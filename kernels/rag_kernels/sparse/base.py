@@ -1,0 +1,81 @@
+"""The contract of an attention method: which keys the rows of a prompt read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from rag_kernels.attention.base import AttentionCall
+from rag_kernels.attention.mask import BlockMask
+from rag_kernels.attention.plan import PositionCausalPlan
+
+
+class AttentionMethod(ABC):
+    """Says which blocks of keys each block of query rows reads; how that is computed is a kernel's business.
+
+    It acts on the prefill of the requests that name it, fused or not; decoding stays dense. What is computed behind a
+    request's exact prefix is approximate then: its caller publishes and stores none of it as exact.
+
+    A prompt may come in several pieces, in one pass each, and one pass may hold requests of several methods. So a
+    method keeps nothing between passes: one instance serves all requests that name the same options. It writes neither
+    queries nor pools. All ranks of a tensor-parallel group call it, each with its own heads.
+
+    Attributes
+    ----------
+    name : str
+        As requests and messages call it: the name in the paper.
+    config_type : type
+        Frozen dataclass of the options; clients set its fields by name.
+    config : object
+        Options of this instance.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        """Make the method with its options, whose types were checked."""
+        self.config = config
+
+    @property
+    def identity(self) -> str:
+        """Name and every option: methods with the same identity read the same keys."""
+        return f"{self.name} {self.config!r}"
+
+    def prepare(self, plan: PositionCausalPlan, requests: Sequence[int]) -> Any:
+        """Do once per pass what all layers share.
+
+        Parameters
+        ----------
+        plan : PositionCausalPlan
+            Rows and slots of the pass.
+        requests : sequence of int
+            Those of the plan that asked for this method; the others are none of its business.
+
+        Returns
+        -------
+        object
+            State of the pass, handed to :meth:`mask` with every layer. By default the requests themselves.
+        """
+        return requests
+
+    @abstractmethod
+    def mask(self, layer: int, call: AttentionCall, state: Any) -> BlockMask | None:
+        """Blocks that rows read in one layer.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        call : AttentionCall
+            Queries, pools and softmax scale of the layer, keys of the rows already in the pool; without a mask.
+        state : object
+            From :meth:`prepare`.
+
+        Returns
+        -------
+        BlockMask or None
+            With an entry for each of the method's requests, None for those that read every key. None alone where the
+            layer is dense for all of them.
+        """

@@ -1,0 +1,317 @@
+"""An attention method of somebody else's in the real engine: plain prompts, fused ones, pieces and mixed batches.
+
+The method reads the first block of keys and the last few. What it makes of a prompt is compared with a forward pass
+written out in fp64, and nothing of it may be found as exact afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fp64_oracle import Oracle
+
+from rag_kernels import ATTENTION_METHODS, AttentionMethod, BlockMask, RequestBlocks
+from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.protocol.fields import parse_custom_params
+
+VOCAB, BLOCK = 256, 8
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
+PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
+SPANS = [20, 60, 60, 100]
+REPORTED = {"mode": "fuse"}
+SPARSE, ALL = "edges:recent=2", "edges:recent=99"
+
+
+def may_read(rows, length, recent):
+    """The pattern by its definition, bool ``[rows, length]``."""
+    keys = torch.arange(length)[None]
+    return ((rows[:, None] // BLOCK - keys // BLOCK) < recent) | (keys < BLOCK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgesConfig:
+    recent: int = 2
+    faulty: bool = False
+
+
+class Edges(AttentionMethod):
+    """Each row reads the first block and the last ones, its own counted."""
+
+    name = "edges"
+    config_type = EdgesConfig
+    layers: list = []  # noqa: RUF012
+
+    def prepare(self, plan, requests):
+        made = [None] * len(plan.slots)
+        for request in requests:
+            blocks = torch.arange(-(-plan.slots[request].numel() // BLOCK))
+            allowed = (blocks[:, None] - blocks[None] < self.config.recent) | (blocks[None] == 0)
+            made[request] = RequestBlocks(allowed=allowed[None], query_block=BLOCK, key_block=BLOCK)
+        return BlockMask(requests=tuple(made))
+
+    def mask(self, layer, call, state):
+        if self.config.faulty and layer == 3:
+            raise RuntimeError("a fault of the method's own")
+        self.layers.append(layer)
+        return state
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    ATTENTION_METHODS.register("edges", Edges)
+    Edges.layers.clear()
+    yield
+    ATTENTION_METHODS.unregister("edges")
+
+
+def report(req):
+    return req.customized_info["rag_fusion"][0]
+
+
+def logprobs(req):
+    return list(req.logprob.output_token_logprobs_val)
+
+
+def differs(one, other):
+    return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(other), strict=True)) > 1e-3
+
+
+def agrees(req, wanted):
+    """Whether the first token's log-probabilities are those of the oracle."""
+    got = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
+    torch.testing.assert_close(
+        got, wanted[torch.tensor(req.logprob.output_top_logprobs_idx[0])], rtol=0, atol=5e-4
+    )
+    assert int(wanted.argmax()) == req.output_ids[0]
+
+
+def in_tree(local, ids):
+    """Tokens of a prompt that a later request finds as exact."""
+    return report(local.ask(ids, 1, fusion=REPORTED))["exact_prefix_tokens"]
+
+
+# -- plain prompts ------------------------------------------------------------------------------
+
+
+def test_a_plain_prompt_that_reads_everything_is_the_dense_one(engine):
+    local = engine("llama")
+    dense = local.ask(PROMPT, 5, fusion=REPORTED)
+    local.flush()
+    req = local.ask(PROMPT, 5, fusion={"attention": ALL})
+    assert Edges.layers == [0, 1, 2, 3, 4]  # one pass; decoding is dense
+    assert report(req)["attention"] == ALL
+    assert "attention" not in report(dense)
+    assert req.output_ids == dense.output_ids
+    assert logprobs(req) == pytest.approx(logprobs(dense), abs=1e-4)
+
+
+@pytest.mark.parametrize("piece", [-1, 32])
+def test_a_sparse_plain_prompt_is_what_the_definition_says(engine, tiny_model, piece):
+    local = engine("llama", chunked_prefill_size=piece)
+    oracle = Oracle(tiny_model("llama"))
+    rows = torch.arange(len(PROMPT))
+    reads = may_read(rows, len(PROMPT), 2)
+    wanted = oracle.log_probs(
+        oracle.run(PROMPT, rows, oracle.empty(len(PROMPT)), oracle.empty(len(PROMPT)), reads=reads)
+    )
+    req = local.ask(PROMPT, 3, fusion={"attention": SPARSE}, top=20)
+    agrees(req, wanted)
+    assert len(Edges.layers) == 5 * (1 if piece < 0 else 4)
+    assert report(req)["fresh_tokens"] == len(PROMPT)
+    assert report(req)["computed_fraction"] == 1.0
+    assert in_tree(local, PROMPT) == 0
+    local.flush()
+    assert differs(req, local.ask(PROMPT, 3, fusion=REPORTED))
+
+
+def test_only_what_was_exact_before_is_exact_afterwards(engine):
+    local = engine("llama")
+    dense = local.ask(PROMPT, 3)
+    local.flush()
+    local.ask(PROMPT[:64], 1)
+    req = local.ask(PROMPT, 3, fusion={"attention": SPARSE})
+    assert report(req)["exact_prefix_tokens"] == 64
+    assert differs(req, dense)
+    after = local.ask(PROMPT, 3, fusion=REPORTED)
+    assert report(after)["exact_prefix_tokens"] == 64
+    assert logprobs(after) == pytest.approx(logprobs(dense), abs=1e-4)
+    assert in_tree(local, PROMPT) == len(PROMPT) - 1
+
+
+def test_dense_by_name_is_dense_by_default(engine):
+    local = engine("llama")
+    default = local.ask(PROMPT, 3, fusion=REPORTED)
+    local.flush()
+    named = local.ask(PROMPT, 3, fusion={"attention": "dense"})
+    assert (report(named), logprobs(named)) == (report(default), logprobs(default))
+    assert in_tree(local, PROMPT) == len(PROMPT) - 1
+    assert Edges.layers == []
+
+
+# -- fused prompts ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(engine):
+    made = engine("llama")
+    for chunk in CHUNKS:
+        made.build(PREFIX, chunk)
+    made.flush()
+    return made
+
+
+@pytest.mark.parametrize("policy", ["reuse", "query:0.5", "cacheblend:0.5"])
+def test_a_fused_prompt_that_reads_everything_is_the_dense_one_to_the_bit(local, policy):
+    fuse = {"spans": SPANS, "policy": policy}
+    dense = local.ask(PROMPT, 4, fusion=fuse)
+    local.flush()
+    req = local.ask(PROMPT, 4, fusion=fuse | {"attention": ALL})
+    assert (req.output_ids, logprobs(req)) == (dense.output_ids, logprobs(dense))
+    assert report(req) == report(dense) | {"attention": ALL}
+    assert Edges.layers
+
+
+def test_a_sparse_fused_prompt_is_what_the_definition_says(local, tiny_model):
+    oracle = Oracle(tiny_model("llama"))
+    keys, values = oracle.fused_kv(PREFIX, [CHUNKS[1], CHUNKS[0]], PROMPT)
+    asking = torch.arange(len(PROMPT) - len(QUESTION), len(PROMPT))
+    reads = may_read(asking, len(PROMPT), 2)
+    wanted = oracle.log_probs(oracle.run(PROMPT, asking, keys, values, reads=reads))
+    local.ask([*PREFIX, 3], 1, fusion={"mode": "off"})
+    fuse = {"spans": SPANS, "policy": "reuse", "attention": SPARSE}
+    req = local.ask(PROMPT, 1, fusion=fuse, top=20)
+    agrees(req, wanted)
+    got = report(req)
+    assert (got["reused_tokens"], got["fresh_tokens"]) == (80, 9)
+    assert in_tree(local, PROMPT) == len(PREFIX)
+
+
+@contextlib.contextmanager
+def pieces(local, rows):
+    """Cut prompts into pieces of so many computed rows."""
+    before = local.scheduler.chunked_prefill_size
+    local.scheduler.chunked_prefill_size = rows
+    try:
+        yield
+    finally:
+        local.scheduler.chunked_prefill_size = before
+
+
+@pytest.mark.parametrize("policy", ["reuse", "epic:0.3", "query:0.3", "cacheblend:0.5"])
+def test_a_sparse_fused_prompt_in_pieces_is_that_of_one_piece(local, policy):
+    ids = [*PROMPT, *tokens(40, 7)]
+    fuse = {"spans": SPANS, "policy": policy, "attention": SPARSE}
+    whole = local.ask(ids, 3, fusion=fuse)
+    local.flush()
+    passes = len(Edges.layers)
+    with pieces(local, 48):
+        req = local.ask(ids, 3, fusion=fuse)
+    assert len(Edges.layers) > 2 * passes
+    assert report(req)["attention"] == SPARSE
+    assert report(req)["recomputed_tokens"] == report(whole)["recomputed_tokens"]
+    assert logprobs(req) == pytest.approx(logprobs(whole), abs=1e-4)
+    assert in_tree(local, ids) == 0
+
+
+def test_where_loading_does_not_pay_the_rows_are_sparse_all_the_same(engine):
+    local = engine("llama")
+    ids = [*PREFIX, *tokens(10, 61), *CHUNKS[0], *tokens(150, 60)]
+    alone = local.ask(ids, 2, fusion={"attention": SPARSE})
+    local.build(PREFIX, CHUNKS[0])
+    local.flush()
+    fuse = {"spans": [30, 70], "prefix_len": 20, "policy": "query:0.3", "attention": SPARSE}
+    with pieces(local, 64):
+        req = local.ask(ids, 2, fusion=fuse)
+    assert (report(req)["fallback"], report(req)["attention"]) == ("no_savings", SPARSE)
+    assert report(req)["fresh_tokens"] == len(ids)
+    assert logprobs(req) == pytest.approx(logprobs(alone), abs=1e-4)
+    assert in_tree(local, ids) == 0
+
+
+def test_nothing_behind_sparse_rows_is_published_or_stored(engine):
+    local = engine("llama")
+    fuse = {"spans": [20, 60], "policy": "reuse"}
+    ids = [*PREFIX, *CHUNKS[0], *QUESTION]
+    req = local.ask(ids, 1, fusion=fuse | {"attention": SPARSE})
+    assert report(req)["built_chunks"] == 0
+    assert local.runtime.store.stats().chunks_now == 0
+    assert in_tree(local, ids) == 0
+    local.fresh()
+    assert report(local.ask(ids, 1, fusion=fuse))["built_chunks"] == 1
+
+
+def test_a_turn_is_kept_for_turns_of_the_same_method_only(local):
+    fuse = {"spans": SPANS, "policy": "reuse", "conversation": "c"}
+    first = local.ask(PROMPT, 4, fusion=fuse | {"attention": SPARSE})
+    turn = [*PROMPT, *first.output_ids, *tokens(6, 5)]
+    for other in ({}, {"attention": "edges:recent=3"}):
+        assert report(local.ask(turn, 1, fusion=fuse | other))["conversation_tokens"] == 0
+    again = local.ask(turn, 1, fusion=fuse | {"attention": SPARSE})
+    # The tree has the prefix by now: the first of the others is dense in front of what it loads.
+    assert report(again)["conversation_tokens"] == len(PROMPT) + 3 - len(PREFIX)
+
+
+# -- batches and faults -------------------------------------------------------------------------
+
+
+def test_requests_of_one_batch_do_not_feel_each_other(local):
+    other = tokens(70, 30)
+    asks = [
+        (PROMPT, {"attention": SPARSE}),
+        (other, {"mode": "off"}),
+        (PROMPT[1:], {"attention": "edges:recent=4"}),
+        ([*PROMPT, 5], {"spans": SPANS, "policy": "reuse", "attention": SPARSE}),
+        ([*PROMPT, 6], {"spans": SPANS, "policy": "reuse"}),
+    ]
+    alone = []
+    for ids, fusion in asks:
+        local.flush()
+        alone.append(local.ask(ids, 3, fusion=fusion))
+    local.flush()
+    Edges.layers.clear()
+    reqs = [local.submit(ids, 3, fusion=fusion) for ids, fusion in asks]
+    local.run(*reqs)
+    assert Edges.layers == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]  # two methods, one pass
+    for req, one in zip(reqs, alone, strict=True):
+        assert logprobs(req) == pytest.approx(logprobs(one), abs=1e-4)
+    assert in_tree(local, other) == len(other) - 1
+    assert in_tree(local, PROMPT) == len(PREFIX)  # of the last request, which is dense there
+
+
+@pytest.mark.parametrize("piece", [-1, 32])
+def test_a_fault_of_a_method_makes_the_prompt_dense(engine, piece):
+    local = engine("llama", chunked_prefill_size=piece)
+    dense = local.ask(PROMPT, 4)
+    local.flush()
+    req = local.ask(PROMPT, 4, fusion={"attention": "edges:faulty=true"})
+    assert logprobs(req) == pytest.approx(logprobs(dense), abs=1e-4)
+    assert report(req)["fallback"] == "fused_pass_error"
+    assert "attention" not in report(req)
+
+
+def test_where_nothing_may_be_approximated_the_prompt_is_dense(engine):
+    local = engine("llama")
+    dense = local.ask(PROMPT, 2, logprob_start_len=0)
+    local.flush()
+    req = local.ask(PROMPT, 2, logprob_start_len=0, fusion={"attention": SPARSE})
+    assert logprobs(req) == logprobs(dense)
+    assert report(req)["fallback"] == "input_logprobs"
+    assert "attention" not in report(req)
+    assert Edges.layers == []
+
+
+def test_the_field_travels_in_both_carriers():
+    request = FusionRequest(attention=SPARSE)
+    assert parse_custom_params(request.to_custom_params(), 9) == request
+    assert request.to_kv_hints()["actions"][0]["payload"]["attention"] == SPARSE
+    assert "rag_attention" not in FusionRequest().to_custom_params()
