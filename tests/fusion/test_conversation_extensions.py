@@ -1,0 +1,137 @@
+"""A conversation memory from outside the package decides what a second turn loads, in the real engine."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from chunk_cache import Build, ChunkKey, hash_token_ids
+from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
+from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
+
+VOCAB, KEPT = 256, 24
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+
+
+PREFIX, CHUNKS = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)]
+FIRST, SECOND = tokens(9, 2), tokens(18, 3)
+IDS = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *FIRST]
+FIELDS = {"spans": [20, 60, 60, 100], "policy": "reuse", "conversation": "c"}
+
+
+class NewestTokens(ConversationMemory):
+    """Keeps only the last tokens of the newest turn, and nothing of what stands in front."""
+
+    name = "newest-tokens"
+
+    def __init__(self, runtime):
+        super().__init__(runtime)
+        self.last = {}
+
+    def _space(self, state, tenant):
+        return tenant, state.request.conversation, state.policy.identity
+
+    def lease(self, state, tenant):
+        kept = self.last.get(self._space(state, tenant))
+        if kept is None:
+            return
+        head, start, end, key = kept
+        if hash_token_ids(state.prompt[:end]) != head:
+            return
+        context = key.namespace
+        matches = [
+            match
+            for match in self.runtime.store.match(state.prompt, context)
+            if match.key == key and match.prompt_start == start
+        ]
+        found = self.runtime.store.acquire_matches(state.prompt, matches)
+        spans = [LeasedSpan(match=match, lease=lease, is_turn=True) for match, lease in found]
+        if spans:
+            state.set_turns(spans, end=spans[-1].end, turn=7)
+
+    def keep(self, turn):
+        start, end = turn.kv_len - KEPT, turn.kv_len
+        facts = self.runtime.facts
+        tenant = repr(self._space(turn.state, turn.tenant))
+        context = facts.context(prefix_digest=hash_token_ids(turn.ids[:start]), tenant=tenant)
+        key = ChunkKey.of(context, turn.ids[start:end])
+        build = self.runtime.store.begin_build(key, turn.ids[start:end], owner="turn", tenant="")
+        if not isinstance(build, Build):
+            return False
+        with build:
+            capture = Capture(start=start, end=end, base_position=start, build=build)
+            build.commit(capture_chunk(turn.pool, facts.num_layers, turn.slots, capture))
+        head = hash_token_ids(turn.ids)
+        self.last[self._space(turn.state, turn.tenant)] = (head, start, end, key)
+        return True
+
+    def forget(self, keys=None):
+        if keys is None:
+            self.last.clear()
+
+
+@contextlib.contextmanager
+def registered(value):
+    CONVERSATION_MEMORIES.register(value.name, value)
+    try:
+        yield
+    finally:
+        CONVERSATION_MEMORIES.unregister(value.name)
+
+
+def report(req):
+    return req.customized_info["rag_fusion"][0]
+
+
+@pytest.fixture
+def local(engine):
+    made = engine("llama")
+    for chunk in CHUNKS:
+        made.build(PREFIX, chunk)
+    made.flush()
+    made.ask([*PREFIX, 3], 1, fusion={"mode": "off"})
+    return made
+
+
+def test_a_conversation_memory(local, monkeypatch):
+    memory = NewestTokens(local.runtime)
+    monkeypatch.setattr(local.runtime, "conversations", memory)
+    one = local.ask(IDS, 6, fusion=FIELDS)
+    (kept,) = memory.last.values()
+    end = len(IDS) + len(one.output_ids) - 1
+    assert kept[1:3] == (end - KEPT, end)
+    two = local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=FIELDS)
+    # The toy kept so many tokens and no more, and chunks in front of its turns' end are not loaded.
+    assert report(two)["conversation_tokens"] == report(two)["reused_tokens"] == KEPT
+    assert report(two)["exact_prefix_tokens"] == len(PREFIX)
+    # The same two turns of another conversation find nothing of it.
+    other = FIELDS | {"conversation": "d"}
+    assert (
+        report(local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=other))["conversation_tokens"]
+        == 0
+    )
+    local.runtime.new_weights(in_update=False, tree_is_old=False)
+    assert memory.last == {}
+    local.flush()
+    local.runtime.store.check_integrity(expect_idle=True)
+
+
+def test_a_memory_is_chosen_by_its_name_and_an_unknown_one_is_refused():
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+    assert FusionRuntime(FusionConfig(), None).conversations.name == "turns"
+    with registered(NewestTokens):
+        config = FusionConfig(conversation_memory="newest-tokens")
+        assert isinstance(FusionRuntime(config, None).conversations, NewestTokens)
+    with pytest.raises(EngineError, match=r"conversation_memory is 'newest-tokens'; .* turns"):
+        FusionConfig(conversation_memory="newest-tokens")
