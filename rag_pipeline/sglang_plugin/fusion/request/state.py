@@ -88,8 +88,9 @@ class RequestState:
 
     ``prefix_len`` is the client's: chunks were computed behind it. ``radix_len`` is what the tree had at admission; it
     may end before ``prefix_len`` (a cold tree) or behind it. ``exact_limit`` is the first loaded token: what lies
-    between the two is computed and still exact, and the tree gets nothing behind it. ``turns_end`` is 0 outside of conversations. ``exact_len`` is of the policy's layout
-    (:func:`~.fused_item.plan_item`): ``turns_end``, or the end of the exact spans right behind ``radix_len``.
+    between the two is computed and still exact, and the tree gets nothing behind it. ``turns_end`` is 0 outside of
+    conversations. ``exact_len`` is of the policy's layout (:func:`~.fused_item.plan_item`): ``turns_end``, or the end
+    of the exact spans right behind ``radix_len``.
 
     SGLang's ``Req.full_untruncated_fill_ids`` is another prompt. Both are equal until the request is retracted. Then
     SGLang prefills the tokens that were generated before, too: its list is :attr:`prompt` and those. Chunks are
