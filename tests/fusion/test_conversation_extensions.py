@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from chunk_cache import Build, ChunkKey, hash_token_ids
+from chunk_cache import Build, ChunkKey, Match, hash_token_ids
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -48,13 +48,7 @@ class NewestTokens(ConversationMemory):
         head, start, end, key = kept
         if hash_token_ids(state.prompt[:end]) != head:
             return
-        context = key.namespace
-        matches = [
-            match
-            for match in self.runtime.store.match(state.prompt, context)
-            if match.key == key and match.prompt_start == start
-        ]
-        found = self.runtime.store.acquire_matches(state.prompt, matches)
+        found = self.runtime.store.acquire_matches(state.prompt, [Match(start, end, key)])
         spans = [LeasedSpan(match=match, lease=lease, is_turn=True) for match, lease in found]
         if spans:
             state.set_turns(spans, end=spans[-1].end, turn=7)
@@ -116,10 +110,8 @@ def test_a_conversation_memory(local, monkeypatch):
     assert report(two)["exact_prefix_tokens"] == len(PREFIX)
     # The same two turns of another conversation find nothing of it.
     other = FIELDS | {"conversation": "d"}
-    assert (
-        report(local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=other))["conversation_tokens"]
-        == 0
-    )
+    alone = local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=other)
+    assert report(alone)["conversation_tokens"] == 0
     local.runtime.new_weights(in_update=False, tree_is_old=False)
     assert memory.last == {}
     local.flush()

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from chunk_cache import as_prompt_ids
 from rag_pipeline.protocol import FusionRequest
 
 INTERNAL_RID = "rag-internal-"
@@ -64,7 +65,7 @@ def submit(
         TokenizedGenerateReqInput(
             rid=rid,
             input_text="",
-            input_ids=array("q", [int(token) for token in token_ids]),
+            input_ids=array("q", as_prompt_ids(token_ids).tobytes()),
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=[],

@@ -84,17 +84,17 @@ class RequestState:
     Others read its fields and change them by its methods alone. Lengths and ends are token counts from the start of
     the prompt; this is how they lie in the second turn of a conversation::
 
-        0        prefix_len      exact_limit    turns_end                                prompt.size
-        |------------|----------------|-------------|-- chunk --|- fresh -|-- chunk --|- question -|
-        [ shared     ][ what the radix ][ KV of earlier ][ spans that are loaded, rows between them ]
-        [ prefix     ][ tree may hold  ][ turns: loaded ][ and behind them computed                 ]
-        |------------ radix_len ------>|                  the first token of the first span: exact_limit
-        |------------ exact_len -------------------->|    exact for the policy: nothing of it is chosen
+        0             prefix_len     exact_limit        turns_end                         prompt.size
+        |-----------------|---------------|-----------------|-- chunk --|-- fresh --|-- question --|
+        |  shared prefix  |     exact     | turns, loaded   |  loaded   |  computed |   computed   |
+        |-------- radix_len ------->|- - -|
+        |-------- exact_len ------------------------------->|
 
     ``prefix_len`` is the client's: chunks were computed behind it. ``radix_len`` is what the tree had at admission; it
-    may end before ``prefix_len`` (a cold tree) or far behind it. ``exact_limit`` is the first loaded token: the tree
-    gets nothing from there on. ``turns_end`` is 0 outside of conversations. ``exact_len`` is of the policy's layout
-    (:func:`~.fused_item.plan_item`): ``turns_end``, or the end of the exact spans right behind ``radix_len``.
+    may end before ``prefix_len`` (a cold tree) or behind it. ``exact_limit`` is the first loaded token: what lies
+    between the two is computed and still exact, and the tree gets nothing behind it. ``turns_end`` is 0 outside of
+    conversations. ``exact_len`` is of the policy's layout (:func:`~.fused_item.plan_item`): ``turns_end``, or the end
+    of the exact spans right behind ``radix_len``.
 
     SGLang's ``Req.full_untruncated_fill_ids`` is another prompt. Both are equal until the request is retracted. Then
     SGLang prefills the tokens that were generated before, too: its list is :attr:`prompt` and those. Chunks are
