@@ -55,7 +55,7 @@ class Bm25Builder:
     Notes
     -----
     Scores follow Lucene's variant as bm25s has it, ``k1 = 1.5`` and ``b = 0.75``. In memory are
-    the vocabulary and 12 bytes a row.
+    the vocabulary and 12 bytes per row.
     """
 
     def __init__(self, folder: Path, previous: Bm25Index | None = None) -> None:

@@ -52,7 +52,7 @@ def id_hash(chunk_id: str) -> int:
 
 
 class ChunkWriter:
-    """Appends records to a new store; only the offsets (8 bytes a row) stay in memory."""
+    """Appends records to a new store; only the offsets (8 bytes per row) stay in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

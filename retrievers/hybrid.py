@@ -24,7 +24,7 @@ class HybridRetriever:
     depth
         Candidates taken from each retriever; at least the `k` of the search.
     weights
-        One a retriever; all 1 by default.
+        One per retriever; all 1 by default.
     """
 
     def __init__(

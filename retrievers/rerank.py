@@ -14,7 +14,7 @@ class Reranker(Protocol):
     """Scores passages for a query; higher is better."""
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
-        """One score a passage, in the order given."""
+        """One score per passage, in the order given."""
         ...
 
 
@@ -42,7 +42,7 @@ class CrossEncoderReranker:
         self._model: Any = None
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
-        """One score a passage, in the order given."""
+        """One score per passage, in the order given."""
         if not passages:
             return []
         ranked = self._loaded().rank(

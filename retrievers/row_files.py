@@ -83,7 +83,7 @@ class RowWriter:
         vectors
             ``(rows, dim)`` float32.
         keys
-            :data:`KEY_BYTES` bytes a row.
+            :data:`KEY_BYTES` bytes per row.
         """
         self._chunks.append(lines)
         self._vectors.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())

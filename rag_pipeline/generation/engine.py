@@ -19,7 +19,7 @@ from rag_pipeline.protocol import FUSION_KEY, GenerationPiece, GenerationRequest
 _END = object()
 
 SILENCE_S = 2.0
-"""Silence after which the engine's processes are looked after; a long prefill is silent too."""
+"""Silence after which the engine's processes are checked; a long prefill is silent too."""
 
 _POLL_S = 0.2
 

@@ -1,4 +1,4 @@
-"""Token ids of texts that come again and again, as chunks do: tokenised alone, once."""
+"""Token-id cache for recurring texts, such as chunks: each is tokenised alone, once."""
 
 from __future__ import annotations
 

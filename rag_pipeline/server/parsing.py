@@ -95,7 +95,7 @@ def parse_upload(
     split
         How to split.
     check
-        Called every now and then while the worker runs; raises to end it.
+        Called repeatedly while the worker runs; raises to end it.
 
     Raises
     ------

@@ -31,7 +31,7 @@ class Turns:
         Parameters
         ----------
         check
-            Called every now and then while waiting; gives up by raising.
+            Called repeatedly while waiting; gives up by raising.
         """
         self._take(check)
         try:

@@ -88,7 +88,7 @@ def _stream(
 ) -> Iterator[Document]:
     num_before = report.num_documents
     num_found = 0
-    seen: set[bytes] = set()  # 8 bytes a document
+    seen: set[bytes] = set()  # 8 bytes per document
     for source in _sources(sources, selection, report):
         num_found += 1
         if source is None:

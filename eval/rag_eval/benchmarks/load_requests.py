@@ -66,7 +66,7 @@ def make_request(rng: random.Random, number: int) -> Request:
 
 
 def warm_requests() -> list[Request]:
-    """One fused request a question: all chunks that the mix will ask for."""
+    """One fused request per question: all chunks that the mix will ask for."""
     rng = random.Random(0)
     asked = []
     for question in _QUESTIONS:

@@ -1,6 +1,6 @@
 """Two SGLang servers behind a router: where requests about the same chunks go, and what that saves.
 
-Chunk KV lives in one server's memory. A router that sends a chunk's requests now here, now there, has
+Chunk KV lives in one server's memory. A router that spreads a chunk's requests over its servers has
 every server compute it. This benchmark starts two servers with the plugin and each given router with
 each of its policies, sends the same kind of workload, and reports per server which topics came and how
 many tokens of chunks were loaded instead of computed. It counts tokens, not time.

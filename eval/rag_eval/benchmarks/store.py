@@ -48,7 +48,7 @@ def run(
     config
         Sizes.
     progress
-        Called with a line of text now and then.
+        Called with one line of progress at a time.
 
     Returns
     -------

@@ -95,7 +95,7 @@ def run(
     Returns
     -------
     dict
-        ``runs`` (a list, one a mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
+        ``runs`` (a list, one per mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
         request does and takes, ``saturated_at``, ``best_goodput_per_s``, and its ratio to the
         baseline's), ``warm`` (cost of computing the chunks), ``ttft_bound_s``, ``threads``,
         ``versions``, ``interrupted``: true where the run was broken off behind its first load.
@@ -181,7 +181,7 @@ def summary(alone: dict[str, Any], runs: list[Any]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, a line a mode and rate."""
+    """The report as text, one line per mode and rate."""
     lines = [
         f"prompts of {report['mean_prompt_tokens']:.0f} tokens, {report['threads']} threads, goodput "
         f"is TTFT within {report['ttft_bound_s']:.2f} s",

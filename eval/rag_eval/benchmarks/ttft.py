@@ -121,7 +121,7 @@ def run(
     Returns
     -------
     dict
-        ``points`` (a list, one a prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
+        ``points`` (a list, one per prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
         ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
         ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well. A run
         that is interrupted behind its first prompt returns what it has, with ``interrupted`` true.
@@ -242,7 +242,7 @@ def report(config: TtftConfig, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, a line a prompt and mode."""
+    """The report as text, one line per prompt and mode."""
     lines = [
         f"{report['threads']} threads, medians",
         f"{'tokens':>7} {'chunks':>6} {'mode':18} {'TTFT s':>8} {'CPU s':>8} {'wall x':>7} "

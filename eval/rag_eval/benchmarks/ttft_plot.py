@@ -1,4 +1,4 @@
-"""Plot of ``bench ttft``: time to first token over prompt length, a line a mode."""
+"""Plot of ``bench ttft``: time to first token over prompt length, one line per mode."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Exactness:
     floor
         Plain prefill against itself in other batchings.
     checks
-        Distances of one check, one a prompt.
+        Distances of one check, one per prompt.
     unavailable
         Reason by mode, where the engine does not serve it.
     fp32
@@ -97,7 +97,7 @@ def measure_exactness(
     answer_tokens
         Length of the greedy answer that is followed.
     progress
-        Called with a line now and then.
+        Called with one line of progress at a time.
 
     Returns
     -------

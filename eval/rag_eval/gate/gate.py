@@ -129,7 +129,7 @@ def run_gate(
     config
         What to do.
     progress
-        Called with one line now and then.
+        Called with one line of progress at a time.
     session
         A running engine to use (left open); one is started otherwise.
 

@@ -1,4 +1,4 @@
-"""One JSON file a run, for ``eval/results``: the numbers, what made them, and the command."""
+"""One JSON file per run, for ``eval/results``: the numbers, what made them, and the command."""
 
 from __future__ import annotations
 

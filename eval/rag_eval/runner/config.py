@@ -1,4 +1,4 @@
-"""What a run is told."""
+"""Run configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of a run on disk: one line an example, written whole or not at all."""
+"""The record of a run on disk: one line per example, written whole or not at all."""
 
 from __future__ import annotations
 

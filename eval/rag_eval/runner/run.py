@@ -42,7 +42,7 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     config
         Settings.
     progress
-        Called with one line now and then; silent when missing.
+        Called with one line of progress at a time; silent when missing.
 
     Returns
     -------
