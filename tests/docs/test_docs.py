@@ -21,10 +21,11 @@ from rag_pipeline.cli.app import app
 from rag_pipeline.config.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+GENERATED = {"modules"}
 WANTED = {
     "concepts", "configuration", "langchain", "frontend",
-    "server", "evaluation", "operations", "troubleshooting",
+    "server", "evaluation", "operations", "troubleshooting", "decisions", "extending", "modules",
 }  # fmt: skip
 GROUP: Any = typer.main.get_command(app)
 OWN_PARSERS = {
@@ -211,7 +212,7 @@ def test_pages_are_short() -> None:
     """One page each: a reader finds the place to look, and the rest is in the docstrings."""
     for page in PAGES:
         lines = page.read_text("utf-8").splitlines()
-        assert len(lines) <= 150, page.name
+        assert len(lines) <= 150 or page.stem in GENERATED, page.name
 
 
 ALONE = [block for block in PYTHON if not re.search(r"127\.0\.0\.1|my-index", block.body)]

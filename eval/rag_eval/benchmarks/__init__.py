@@ -1,1 +1,1 @@
-"""Benchmarks, each one a module to run: ``python -m rag_eval.benchmarks.NAME --json``."""
+"""Benchmarks, each a module to run: ``python -m rag_eval.benchmarks.NAME --json``."""
