@@ -93,9 +93,9 @@ class ChunkStore:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Generation folder.
-    num_rows
+    num_rows : int
         Rows the manifest promises.
     """
 

@@ -20,7 +20,7 @@ class StorageError(RetrievalError):
 
     Attributes
     ----------
-    errno
+    errno : int or None
         The system's number of the reason; None where it gave none.
     """
 

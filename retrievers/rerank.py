@@ -23,11 +23,11 @@ class CrossEncoderReranker:
 
     Parameters
     ----------
-    model
+    model : str or Path
         Folder or hub id of a model with one output.
-    device
+    device : str, optional
         Anything torch accepts; ``None`` takes the accelerator when there is one.
-    batch_size
+    batch_size : int
         Pairs per forward pass.
     """
 
@@ -77,11 +77,11 @@ class RerankedRetriever:
 
     Parameters
     ----------
-    base
+    base : Retriever
         First stage.
-    reranker
+    reranker : Reranker
         Second stage; its scores replace those of the first.
-    depth
+    depth : int
         Hits handed to the reranker; at least the `k` of the search.
     """
 

@@ -32,7 +32,7 @@ class EngineBackend:
 
     Parameters
     ----------
-    engine
+    engine : object
         A running engine; the caller shuts it down. :meth:`start` makes one that :meth:`close`
         shuts down.
     """
@@ -57,7 +57,7 @@ class EngineBackend:
 
         Parameters
         ----------
-        model_path
+        model_path : Path or str
             Folder in Hugging Face format.
         **server_args
             SGLang's server arguments.
@@ -139,7 +139,7 @@ class EngineBackend:
 
         Parameters
         ----------
-        timeout_s
+        timeout_s : float
             Longest wait, seconds.
 
         Returns

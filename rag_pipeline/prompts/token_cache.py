@@ -13,9 +13,9 @@ class TokenCache:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    size
+    size : int
         Number of texts whose ids are kept; 0 or less keeps none.
     """
 

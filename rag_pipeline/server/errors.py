@@ -44,13 +44,13 @@ class ApiError(Exception):
 
     Parameters
     ----------
-    status
+    status : int
         HTTP status.
-    message
+    message : str
         What was given, what is allowed, what to change.
-    param
+    param : str, optional
         The field at fault, in OpenAI's errors.
-    retry_s
+    retry_s : int, optional
         Seconds after which it may be tried again, where that makes sense.
     """
 

@@ -43,13 +43,13 @@ class ParseLimits:
 
     Parameters
     ----------
-    seconds
+    seconds : int
         CPU time.
-    memory_bytes
+    memory_bytes : int
         Address space.
-    unpacked_bytes
+    unpacked_bytes : int
         Of a compressed file.
-    text_chars, documents, chunks
+    text_chars, documents, chunks : int
         That come out of it.
     """
 
@@ -67,11 +67,11 @@ class SplitTask:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : str
         ``tokenizer.json`` of the served model.
-    chunk_tokens, overlap
+    chunk_tokens, overlap : int
         As :class:`retrievers.TokenSplitter` takes them.
-    settings, tokenizer_fingerprint
+    settings, tokenizer_fingerprint : dict, str
         Of the index's splitter, for :func:`retrievers.document_hash`.
     """
 

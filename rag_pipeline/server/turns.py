@@ -15,7 +15,7 @@ class Turns:
 
     Parameters
     ----------
-    slots
+    slots : int
         Turns at once.
     """
 
@@ -30,7 +30,7 @@ class Turns:
 
         Parameters
         ----------
-        check
+        check : callable, optional
             Called repeatedly while waiting; gives up by raising.
         """
         self._take(check)

@@ -32,11 +32,11 @@ class WorkPool:
 
     Parameters
     ----------
-    threads
+    threads : int
         That work at once.
-    limit
+    limit : int
         Jobs that wait or run, those of :meth:`run_held` apart.
-    share
+    share : int
         Of them, those of one tenant.
     """
 

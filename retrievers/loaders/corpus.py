@@ -46,12 +46,12 @@ def load_corpus(
 
     Parameters
     ----------
-    sources
+    sources : sequence of (str or Path)
         Paths, or ``pydoc-topics``.
-    include, exclude
+    include, exclude : sequence of str
         File patterns on the path below the folder given: ``*.md`` at any depth, ``guide/**``;
         `include` empty takes all. They do not apply to files named in `sources`.
-    report
+    report : LoadReport, optional
         Filled while iterating.
 
     Returns

@@ -69,13 +69,13 @@ def decode(
 
     Parameters
     ----------
-    payload
+    payload : bytes
         The whole file.
-    name
+    name : str
         What messages call it.
-    report
+    report : LoadReport, optional
         Told when an encoding was guessed or bytes could not be read.
-    is_html
+    is_html : bool
         Whether a page may declare its encoding.
 
     Returns

@@ -135,11 +135,11 @@ class PageText:
 
         Parameters
         ----------
-        number
+        number : int or None
             Of the first item, ``None`` for bullets.
-        step
+        step : int
             From one number to the next.
-        style
+        style : str
             ``"1"``, ``"a"``, ``"A"``, ``"i"`` or ``"I"``.
         """
         if self._flow.lists:

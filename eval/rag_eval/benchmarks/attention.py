@@ -131,11 +131,11 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
 
     Parameters
     ----------
-    cases
+    cases : list of Case
         What to run.
-    shape
+    shape : Shape, optional
         Heads; SmolLM2-135M when not given.
-    repeats
+    repeats : int
         Timed calls of each backend in each case, after one that is not timed.
 
     Returns

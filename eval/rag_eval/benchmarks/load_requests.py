@@ -39,13 +39,13 @@ class Request:
 
     Parameters
     ----------
-    kind
+    kind : str
         One of :data:`KINDS`.
-    method, path, body, content, headers
+    method, path, body, content, headers : str, str, object, bytes or None, mapping of str to str
         As sent; `content` wins over `body`.
-    expected
+    expected : tuple of int
         Statuses that are right.
-    drop_after
+    drop_after : int or None
         Events after which the connection is closed; None reads to the end.
     """
 

@@ -58,15 +58,15 @@ class RouterBenchConfig:
 
     Parameters
     ----------
-    topics
+    topics : int
         Pools of chunks, each the size of ``pool``.
-    pool, chunks, chunk_tokens
+    pool, chunks, chunk_tokens : int
         Chunks of a topic, how many of them a request takes, and their length in tokens.
-    requests
+    requests : int
         Requests a topic.
-    policy
+    policy : str
         Fusion policy of every request.
-    seed
+    seed : int
         Chooses chunks and order.
     """
 

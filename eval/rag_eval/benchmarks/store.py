@@ -45,9 +45,9 @@ def run(
 
     Parameters
     ----------
-    config
+    config : StoreBenchConfig
         Sizes.
-    progress
+    progress : callable
         Called with one line of progress at a time.
 
     Returns

@@ -34,23 +34,23 @@ class ThroughputConfig:
 
     Parameters
     ----------
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    modes
+    modes : str
         As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    rates
+    rates : str
         Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
         request after the other, then twice as many each time.
-    workload
+    workload : WorkloadConfig
         The prompts.
-    output_tokens
+    output_tokens : int
         Tokens of every answer.
-    ttft_bound_s
+    ttft_bound_s : float or None
         Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
         server that is otherwise idle.
-    url
+    url : str or None
         A running server to use; one is started otherwise.
-    engine_args
+    engine_args : dict
         Arguments of the server that is started.
     """
 

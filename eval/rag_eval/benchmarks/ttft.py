@@ -33,24 +33,24 @@ class TtftConfig:
 
     Parameters
     ----------
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    chunks
+    chunks : str
         Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
         takes as many as fit.
-    chunk_tokens
+    chunk_tokens : int
         Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
         `chunks` say it.
-    lengths
+    lengths : str
         Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
         `chunks` and `chunk_tokens` make.
-    question_tokens
+    question_tokens : int
         Least length of the question in tokens; it is repeated up to there.
-    modes
+    modes : str
         As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    repeats
+    repeats : int
         Runs a mode; the first round is a warm-up that is not counted.
-    seed
+    seed : int
         Chooses text and order.
     """
 
@@ -111,11 +111,11 @@ def run(
 
     Parameters
     ----------
-    config
+    config : TtftConfig
         What to measure.
-    progress
+    progress : callable
         Called with a line of text as the benchmark goes on.
-    session
+    session : object
         A running engine to use (left open); one is started otherwise.
 
     Returns

@@ -24,9 +24,9 @@ def published(result: EvalResult, run: Path) -> dict[str, Any]:
 
     Parameters
     ----------
-    result
+    result : EvalResult
         Numbers of the run.
-    run
+    run : Path
         Its folder, with ``config.yaml``.
 
     Returns

@@ -39,9 +39,9 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
 
     Parameters
     ----------
-    config
+    config : EvalConfig
         Settings.
-    progress
+    progress : Progress, optional
         Called with one line of progress at a time; silent when missing.
 
     Returns
