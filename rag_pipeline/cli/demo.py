@@ -71,7 +71,7 @@ class _Fixed:
         self._hits = hits
 
     def search(self, query: str, *, k: int, where: Any = None) -> list[SearchHit]:
-        """Return the chunks."""
+        """Return the first `k`; query and filter are not looked at."""
         del query, where
         return self._hits[:k]
 

@@ -122,6 +122,8 @@ class FaissVectorStore(VectorStore):
             One for each; by default, and where one is None, the document's own or a new random one.
         batch_size : int, optional
             Texts embedded at a time; all are written in one step whatever it is.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -157,6 +159,8 @@ class FaissVectorStore(VectorStore):
         ----------
         ids : iterable of str, optional
             Ids of documents; unknown ones are passed over. None removes everything.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -197,6 +201,8 @@ class FaissVectorStore(VectorStore):
         filter : mapping, optional
             Metadata filter in the language of :mod:`retrievers.filters`; dates, UUIDs and the like
             may stand in it.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -249,6 +255,8 @@ class FaissVectorStore(VectorStore):
             Nearest documents to choose from; their texts are embedded for this.
         lambda_mult : float
             1 looks at nearness only, 0 at difference only.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
         """
         vector = self._embedder.encode_query(query).tolist()
         return self.max_marginal_relevance_search_by_vector(

@@ -94,12 +94,12 @@ class ParseTask:
     split: SplitTask
 
     def to_json(self) -> str:
-        """Argument of the process."""
+        """Write the task as the one argument of the process."""
         return json.dumps(asdict(self))
 
     @property
     def name(self) -> str:
-        """Name of the file."""
+        """The file's name without its folder."""
         return Path(self.file).name
 
     @classmethod

@@ -186,7 +186,7 @@ class PageText:
         self.end_block()
 
     def open_row(self) -> None:
-        """Begin a row."""
+        """Begin a row; one that is still open ends here."""
         self.close_row()
         self.end_line()
         self._rows[-1] = _Row()

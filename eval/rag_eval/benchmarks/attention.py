@@ -38,7 +38,7 @@ class Case:
 
 
 def default_cases() -> list[Case]:
-    """Return the cases of the table."""
+    """Prefill, short extends and decoding, at the lengths that the table has rows for."""
     return [
         Case(name="extend 64 behind 2,400", new=64, cached=2400),
         Case(name="extend 512 behind 2,400", new=512, cached=2400),

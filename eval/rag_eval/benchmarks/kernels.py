@@ -96,7 +96,7 @@ class KernelBenchConfig:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """System part, all chunks and question together."""
         return self.system_tokens + self.chunks * self.chunk_tokens + self.question_tokens
 
 
