@@ -104,7 +104,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for page in READY:
         (site / f"{page.module}.py").write_text(page.source, "utf-8")
         for group, names in page.entry_points.items():
-            groups[group] = names
+            groups[group] = {**groups[group], **names} if group in groups else names
         registry, contract = (
             page.facts.get(key, "").split(":") for key in ("registry", "contract")
         )
