@@ -128,5 +128,5 @@ class DeviationObserver:
             raise StopPassError
 
     def scores(self, reduce: Reduce) -> list[Tensor]:
-        """Per request fp32, one per row, the same on every rank."""
+        """Per request fp32, one a row, the same on every rank."""
         return [reduce(deviation) for deviation in self._deviation]
