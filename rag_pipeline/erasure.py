@@ -58,9 +58,9 @@ class Reach:
 
     Parameters
     ----------
-    tenant
+    tenant : str
         :func:`chunk_cache.tenant_mark` of who deletes; empty for whoever runs the server.
-    spared
+    spared : frozenset of str
         Marks of the server's other tenants.
     """
 
@@ -106,9 +106,9 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY) -> Erase:
 
     Parameters
     ----------
-    stores
+    *stores : Path
         Folders of chunk KV; one that is no store, or not there, is passed over.
-    reach
+    reach : Reach
         Whose chunk KV.
     """
 
@@ -199,11 +199,11 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
 
     Parameters
     ----------
-    path
+    path : Path
         The folder; nothing is done where there is no store.
-    marks
+    marks : TextMarks
         What is gone.
-    reach
+    reach : Reach
         Whose records.
 
     Raises

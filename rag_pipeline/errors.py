@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 1."""
+"""User-fixable errors. The command line prints them as one line and exits with 1."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ class RagPipeline:
 
     Parameters
     ----------
-    retriever
+    retriever : Retriever
         Anything with ``search(query, k=..., where=...)``.
-    backend
+    backend : Backend
         :class:`~rag_pipeline.generation.EngineBackend` or
         :class:`~rag_pipeline.generation.ServerBackend`; closed by :meth:`close`.
-    builder
+    builder : PromptBuilder, Path or str
         Lays out the prompts, or the model's folder for a builder with default templates.
-    top_k
+    top_k : int
         Chunks to retrieve when a call does not say.
 
     Examples
@@ -67,15 +67,15 @@ class RagPipeline:
 
         Parameters
         ----------
-        question
+        question : str
             The question.
-        top_k
+        top_k : int, optional
             Chunks to retrieve, at least 1; the pipeline's own number when None.
-        sampling
+        sampling : SamplingOptions, optional
             How to decode; greedy, 128 tokens when None.
-        where
+        where : mapping, optional
             Filter on chunk metadata, handed to the retriever.
-        policy, ratio
+        policy, ratio : str, float or None
             Selection policy of the fusion and its share of recomputed tokens.
 
         Returns
@@ -193,9 +193,9 @@ class RagPipeline:
 
         Parameters
         ----------
-        chunks
+        chunks : iterable of Chunk
             Chunks as the retriever returns them.
-        progress
+        progress : callable, optional
             Called with the number of chunks done after each.
 
         Returns

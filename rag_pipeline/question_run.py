@@ -31,13 +31,13 @@ class AnswerRun:
 
     Parameters
     ----------
-    layout
+    layout : PromptLayout
         The prompt.
-    request
+    request : GenerationRequest
         What the backend is sent.
-    policy, ratio
+    policy, ratio : str, float or None
         As asked.
-    started, retrieved
+    started, retrieved : float
         When the question came, and when its chunks were found.
     """
 

@@ -15,9 +15,9 @@ class Span:
 
     Parameters
     ----------
-    start, end
+    start, end : int
         Token offsets into :attr:`PromptLayout.input_ids`.
-    chunk_id
+    chunk_id : str or None
         The chunk that fills the range; ``None`` for the system part and the question.
     """
 
@@ -37,18 +37,18 @@ class PromptLayout:
 
     Parameters
     ----------
-    input_ids
+    input_ids : tuple of int
         Token ids of the whole prompt.
-    system_span, question_span
+    system_span, question_span : Span
         First and last part. The system part is the same for every question asked with the same
         builder; the question part includes what the chat template puts after it.
-    chunk_spans
+    chunk_spans : tuple of Span
         One span a chunk, in prompt order.
-    text
+    text : str
         The prompt as text, special tokens written out.
-    chunks
+    chunks : tuple of SearchHit
         The retrieved chunks of `chunk_spans`, in the same order.
-    dropped
+    dropped : tuple of SearchHit
         Retrieved chunks that did not fit the context, best first.
     """
 
@@ -99,17 +99,17 @@ class Answer:
 
     Parameters
     ----------
-    answer
+    answer : str
         The generated text, outer white space removed.
-    sources
+    sources : tuple of Source
         Chunks in the prompt, in prompt order.
-    usage, timing
+    usage, timing : Usage, Timing
         Token counts and seconds.
-    policy, ratio
+    policy, ratio : str, float or None
         As asked.
-    dropped_sources
+    dropped_sources : tuple of Source
         Retrieved chunks that did not fit the context.
-    finish_reason
+    finish_reason : str or None
         ``stop``, ``length`` or ``abort`` as the engine reports it.
     """
 

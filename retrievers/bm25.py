@@ -47,15 +47,15 @@ class Bm25Builder:
 
     Parameters
     ----------
-    folder
+    folder : Path
         New folder for the files.
-    previous
+    previous : Bm25Index, optional
         Vocabulary of the generation whose rows will be copied.
 
     Notes
     -----
     Scores follow Lucene's variant as bm25s has it, ``k1 = 1.5`` and ``b = 0.75``. In memory are
-    the vocabulary and 12 bytes a row.
+    the vocabulary and 12 bytes per row.
     """
 
     def __init__(self, folder: Path, previous: Bm25Index | None = None) -> None:
@@ -177,14 +177,14 @@ class Bm25Index:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder written by :class:`Bm25Builder`.
-    num_rows
+    num_rows : int
         Rows the manifest promises.
 
     Attributes
     ----------
-    is_current
+    is_current : bool
         Whether the terms were made by the rules of :mod:`retrievers.terms` as they are now; else
         those of a query do not fit them.
     """
@@ -227,12 +227,12 @@ class Bm25Index:
 
         Parameters
         ----------
-        query
+        query : str
             Text; terms the corpus lacks are ignored, and of very many all but the rarest
             :data:`MAX_QUERY_TERMS`.
-        k
+        k : int
             Results at most.
-        mask
+        mask : ndarray, optional
             ``(num_rows,)`` bool, rows that may be returned.
 
         Returns

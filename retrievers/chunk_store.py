@@ -52,7 +52,7 @@ def id_hash(chunk_id: str) -> int:
 
 
 class ChunkWriter:
-    """Appends records to a new store; only the offsets (8 bytes a row) stay in memory."""
+    """Appends records to a new store; only the offsets (8 bytes per row) stay in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -93,9 +93,9 @@ class ChunkStore:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Generation folder.
-    num_rows
+    num_rows : int
         Rows the manifest promises.
     """
 

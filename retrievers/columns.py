@@ -55,7 +55,7 @@ class ColumnWriter:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder of the generation.
     """
 
@@ -169,16 +169,16 @@ class Columns:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Generation folder.
-    num_rows
+    num_rows : int
         Rows the manifest promises.
 
     Attributes
     ----------
-    is_current
+    is_current : bool
         Whether the fields were made of the chunks by the rules of :func:`chunk_fields` as they are now.
-    num_values
+    num_values : int
         Distinct values of all columns together.
     """
 

@@ -72,9 +72,9 @@ class FieldTable:
 
     Parameters
     ----------
-    values
+    values : sequence of Scalar
         Distinct values of the column.
-    conditions
+    conditions : iterable of Condition
         Every condition that will be asked for.
     """
 

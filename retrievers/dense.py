@@ -36,9 +36,9 @@ class DenseIndex:
 
     Parameters
     ----------
-    index
+    index : object
         FAISS index that takes ids (:func:`create_index`).
-    factory
+    factory : str
         String it was made from.
 
     Notes
@@ -60,11 +60,11 @@ class DenseIndex:
 
         Parameters
         ----------
-        vectors
+        vectors : Vectors
             ``(n, dim)`` float32; may be mapped from disk, it is read in blocks.
-        labels
+        labels : Labels
             ``(n,)`` int64, distinct.
-        factory
+        factory : str
             FAISS factory string.
 
         Raises
@@ -86,15 +86,15 @@ class DenseIndex:
 
         Parameters
         ----------
-        path
+        path : Path
             File written by :meth:`save`.
-        factory
+        factory : str
             String it was made from.
-        mmap
+        mmap : bool
             Map the file instead of reading it; the index can then not be changed.
-        options
+        options : str
             FAISS parameter string.
-        gpu
+        gpu : bool
             Search a copy on the GPU where faiss-gpu sees one.
         """
         faiss = import_faiss()
@@ -170,11 +170,11 @@ class DenseIndex:
 
         Parameters
         ----------
-        queries
+        queries : Vectors
             ``(q, dim)`` float32, unit length.
-        k
+        k : int
             Results a query.
-        allowed
+        allowed : Labels, optional
             Only these labels may be returned; pushed down into FAISS.
 
         Returns
@@ -243,13 +243,13 @@ def exact_search(
 
     Parameters
     ----------
-    vectors
+    vectors : Vectors
         ``(n, dim)`` float32, may be mapped from disk.
-    rows
+    rows : ndarray
         Rows to compare, ascending.
-    query
+    query : Vectors
         ``(dim,)`` float32.
-    k
+    k : int
         Results at most.
 
     Returns

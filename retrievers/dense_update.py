@@ -24,11 +24,11 @@ class DensePlan:
 
     Parameters
     ----------
-    requested
+    requested : str
         Factory as asked for, maybe ``"auto"``.
-    factory
+    factory : str
         FAISS string it became.
-    search_options
+    search_options : str
         FAISS parameter string stored with the index.
     """
 
@@ -51,11 +51,11 @@ def plan_dense(settings: IndexSettings, old: Manifest | None, num_rows: int) -> 
 
     Parameters
     ----------
-    settings
+    settings : IndexSettings
         What is wanted.
-    old
+    old : Manifest or None
         Manifest of the current generation, ``None`` for a new index.
-    num_rows
+    num_rows : int
         Rows the next generation will hold.
     """
     requested = settings.factory or (old.factory_requested if old is not None else AUTO)
@@ -89,15 +89,15 @@ def write_dense(
 
     Parameters
     ----------
-    path
+    path : Path
         File to write.
-    plan
+    plan : DensePlan
         From :func:`plan_dense`.
-    vectors, labels
+    vectors, labels : NDArray
         Of every row of the next generation: first those that stay, then the new ones.
-    current
+    current : Generation or None
         Current generation, ``None`` for a new index.
-    kept
+    kept : ndarray
         Rows of the current generation that stay.
 
     Returns

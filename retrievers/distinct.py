@@ -24,9 +24,9 @@ def distinct(hits: Sequence[SearchHit], k: int) -> list[SearchHit]:
 
     Parameters
     ----------
-    hits
+    hits : sequence of SearchHit
         Best first.
-    k
+    k : int
         Hits at most.
 
     Returns
@@ -60,7 +60,7 @@ class DistinctRetriever:
 
     Parameters
     ----------
-    base
+    base : Retriever
         Ranks; asked for three times as many hits.
     """
 

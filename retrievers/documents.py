@@ -77,7 +77,7 @@ class DocumentTable:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Generation folder.
     """
 

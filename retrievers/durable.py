@@ -88,9 +88,9 @@ def storage_faults(what: str, *, state: str = "nothing was changed") -> Iterator
 
     Parameters
     ----------
-    what
+    what : str
         What cannot be done, as in ``"the index X cannot be written"``.
-    state
+    state : str
         What is true afterwards.
     """
     try:

@@ -77,19 +77,19 @@ class Embedder:
 
     Parameters
     ----------
-    model
+    model : str or Path
         Folder in sentence-transformers or Hugging Face format, or a hub id.
-    name
+    name : str, optional
         Readable name; the last part of `model` by default.
-    device
+    device : str, optional
         Anything torch accepts; ``None`` takes the accelerator when there is one.
-    dtype
+    dtype : str
         ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-    batch_size
+    batch_size : int
         Texts per forward pass.
-    query_prompt, document_prompt
+    query_prompt, document_prompt : str, optional
         Override the prompts that the model brings; ``None`` keeps them.
-    trust_remote_code
+    trust_remote_code : bool
         Passed on; needed by models that ship their own module files.
     """
 
@@ -177,7 +177,7 @@ class Embedder:
 
         Parameters
         ----------
-        text
+        text : str
             The question as asked; the model's query prompt is put before it.
 
         Returns
@@ -202,10 +202,10 @@ class Embedder:
 
         Parameters
         ----------
-        texts
+        texts : sequence of str
             Passages; the model's document prompt is put before each. They are batched by length
             over the whole call, so that little padding is computed.
-        progress
+        progress : callable, optional
             Called with the number of texts done since the last call.
 
         Returns

@@ -23,13 +23,13 @@ class ReusingEmbedder:
 
     Parameters
     ----------
-    embedder
+    embedder : TextEmbedder
         Model for texts that are nowhere known.
-    generation
+    generation : Generation or None
         Current state of the index, ``None`` for a new one.
-    journal
+    journal : EmbeddingJournal
         Takes what is computed, and holds what an interrupted run had computed.
-    tally
+    tally : IngestTally
         Counts where the vectors came from; told after every shard.
     """
 

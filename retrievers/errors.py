@@ -1,4 +1,4 @@
-"""Errors of retrieval that a user can mend, each one line: what was given, what is allowed."""
+"""User-fixable errors of retrieval, one line each: what was given, what is allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StorageError(RetrievalError):
 
     Attributes
     ----------
-    errno
+    errno : int or None
         The system's number of the reason; None where it gave none.
     """
 

@@ -34,9 +34,9 @@ class Capabilities:
 
     Parameters
     ----------
-    removes
+    removes : bool
         Vectors can be deleted in place.
-    trains_on
+    trains_on : int
         Vectors training needs at least; 0 where there is no training.
     """
 
@@ -66,7 +66,7 @@ def choose_factory(num_vectors: int) -> FactoryChoice:
 
     Parameters
     ----------
-    num_vectors
+    num_vectors : int
         Vectors the index will hold.
 
     Returns
@@ -86,9 +86,9 @@ def create_index(dim: int, factory: str) -> Any:
 
     Parameters
     ----------
-    dim
+    dim : int
         Length of the vectors.
-    factory
+    factory : str
         Any FAISS factory string; types that number their vectors themselves (``Flat``,
         ``HNSW32``) are wrapped in ``IDMap2``.
 

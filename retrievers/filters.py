@@ -64,7 +64,7 @@ class Filter:
 
     Parameters
     ----------
-    where
+    where : mapping
         Filter in the language of this module.
 
     Raises
@@ -87,7 +87,7 @@ class Filter:
 
         Parameters
         ----------
-        columns
+        columns : ColumnSource
             Columns of the index.
 
         Returns

@@ -37,16 +37,16 @@ class Generation(RowFiles):
 
     Parameters
     ----------
-    folder
+    folder : Path
         Generation folder.
-    manifest
+    manifest : Manifest
         Its manifest.
 
     Attributes
     ----------
-    is_current
+    is_current : bool
         Whether the files on disk are as this version writes them; if not, they are made anew by the next ingest.
-    id_hashes
+    id_hashes : ndarray
         ``(num_rows,)`` uint64, :func:`~retrievers.chunk_store.id_hash` of every chunk id.
     """
 

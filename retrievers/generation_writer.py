@@ -45,19 +45,19 @@ def write_generation(
 
     Parameters
     ----------
-    folder
+    folder : Path
         Empty folder; what is left in it after an error is of no use.
-    settings, plan
+    settings, plan : IndexSettings, DensePlan
         Settings of the new state, and its FAISS index.
-    current
+    current : Generation or None
         Generation to copy from, ``None`` for a new index.
-    kept
+    kept : ndarray
         Rows of it that stay.
-    staged
+    staged : RowFiles
         New rows.
-    documents
+    documents : collection of DocumentRecord
         Every document of the new state.
-    progress
+    progress : callable, optional
         Called with rows written and rows in total.
 
     Returns

@@ -17,14 +17,14 @@ class HybridRetriever:
 
     Parameters
     ----------
-    retrievers
+    retrievers : sequence of Retriever
         At least one.
-    k0
+    k0 : int
         Damping of the first ranks.
-    depth
+    depth : int
         Candidates taken from each retriever; at least the `k` of the search.
-    weights
-        One a retriever; all 1 by default.
+    weights : sequence of float, optional
+        One per retriever; all 1 by default.
     """
 
     def __init__(

@@ -39,9 +39,9 @@ def leftovers(folder: Path, generation: str | None) -> list[Path]:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Index folder.
-    generation
+    generation : str or None
         The current generation; ``None`` where there is no index yet. Then only a folder with the
         lock of an ingest is looked into: it may be anything that a user named by mistake.
     """

@@ -17,19 +17,19 @@ class IndexSettings:
 
     Parameters
     ----------
-    embedder_name, embedder_fingerprint, dim
+    embedder_name, embedder_fingerprint, dim : str, str, int
         Model of the vectors.
-    splitter
+    splitter : mapping
         Settings of the splitter, JSON values.
-    tokenizer_fingerprint
+    tokenizer_fingerprint : str
         Tokenizer that measures chunks.
-    factory
+    factory : str or None
         FAISS factory string, or ``"auto"`` (:func:`choose_factory`); ``None`` keeps what the
         index has.
-    search_options
+    search_options : str or None
         FAISS parameter string stored with the index; ``None`` keeps what the index has, or takes
         what goes with ``"auto"``.
-    include_title
+    include_title : bool
         Whether the title is embedded and matched with the text.
     """
 

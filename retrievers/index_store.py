@@ -64,18 +64,18 @@ class Index:
 
         Parameters
         ----------
-        folder
+        folder : str or Path
             Index folder.
-        embedder
+        embedder : TextEmbedder, optional
             Model for queries; must be the one the index was built with. Without it only BM25
             and search by vector work.
-        verify
+        verify : bool
             Read every file and compare checksums; else sizes only.
-        mmap
+        mmap : bool
             Map the FAISS file instead of reading it into memory.
-        gpu
+        gpu : bool
             Search on the GPU where faiss-gpu sees one.
-        search_options
+        search_options : str, optional
             FAISS parameter string such as ``"nprobe=64"``; the manifest's by default.
 
         Raises
@@ -145,9 +145,9 @@ class Index:
 
         Parameters
         ----------
-        mode
+        mode : str
             ``"dense"``, ``"bm25"`` or ``"hybrid"`` (both, by reciprocal rank fusion).
-        k0, depth
+        k0, depth : int
             Of :class:`HybridRetriever`; other modes do not use them.
         """
         if mode not in MODES:
@@ -168,11 +168,11 @@ class Index:
 
         Parameters
         ----------
-        vector
+        vector : ndarray
             ``(dim,)`` float32, unit length.
-        k
+        k : int
             Results at most.
-        where
+        where : mapping, optional
             Filter, see :mod:`retrievers.filters`.
 
         Returns

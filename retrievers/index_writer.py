@@ -41,11 +41,11 @@ class IndexWriter:
 
     Parameters
     ----------
-    folder
+    folder : str or Path
         Index folder, created where missing.
-    settings
+    settings : IndexSettings
         Settings of the new state.
-    erase
+    erase : Erase, optional
         Called with the chunks that a change removed, see :mod:`retrievers.removal`.
 
     Raises
@@ -158,9 +158,9 @@ class IndexWriter:
 
         Parameters
         ----------
-        chunks
+        chunks : sequence of Chunk
             With ids that no other chunk of the index has.
-        vectors
+        vectors : ndarray
             ``(len(chunks), dim)`` float32, unit length.
         """
         if vectors.shape != (len(chunks), self.settings.dim):
@@ -190,7 +190,7 @@ class IndexWriter:
 
         Parameters
         ----------
-        progress
+        progress : callable, optional
             Called with rows written and rows in total.
 
         Returns
@@ -263,7 +263,7 @@ class IndexWriter:
 
         Parameters
         ----------
-        dropped
+        dropped : mapping of str to ndarray
             Rows that are gone, by generation; where a process was killed they have to be found.
         """
         current = self.manifest.generation if self.manifest is not None else None

@@ -15,13 +15,13 @@ class IngestProgress:
 
     Parameters
     ----------
-    stage
+    stage : str
         ``"embed"`` while documents are read, split and embedded; ``"write"`` during the commit.
-    documents, chunks
+    documents, chunks : int
         Seen so far; chunks only of new and changed documents.
-    embedded, reused
+    embedded, reused : int
         Chunks whose vectors were computed, and taken from the index or an interrupted run.
-    written, total
+    written, total : int
         Rows written and to write, in stage ``"write"``.
     """
 
@@ -40,24 +40,24 @@ class IngestReport:
 
     Parameters
     ----------
-    documents_added, documents_changed, documents_unchanged, documents_removed
+    documents_added, documents_changed, documents_unchanged, documents_removed : int
         Counts of documents.
-    chunks_total
+    chunks_total : int
         Chunks of the index now.
-    chunks_embedded
+    chunks_embedded : int
         Texts that went through the embedder.
-    chunks_reused
+    chunks_reused : int
         Texts of new or changed documents whose vector the index had, or that occurred twice.
-    chunks_resumed
+    chunks_resumed : int
         Texts whose vector an interrupted run had left.
-    chunks_truncated
+    chunks_truncated : int
         Embedded texts longer than the embedder reads; what lies behind does not count in dense
         search.
-    embed_s, total_s
+    embed_s, total_s : float
         Seconds in the embedder and in all.
-    factory
+    factory : str
         FAISS factory of the index.
-    changed
+    changed : bool
         Whether a new generation was written.
     """
 
@@ -82,11 +82,11 @@ class IngestTally:
 
     Parameters
     ----------
-    progress
+    progress : callable or None
         Who is told, or ``None``.
-    seen
+    seen : set of str
         Ids of the documents met so far.
-    chunks
+    chunks : int
         Chunks of new and changed documents so far.
     """
 

@@ -80,28 +80,28 @@ def ingest(
 
     Parameters
     ----------
-    documents
+    documents : iterable of (Document or PreparedDocument)
         Read once, one at a time.
-    index_dir
+    index_dir : str or Path
         Index folder, created where missing.
-    splitter
+    splitter : Splitter
         Cuts documents into chunks.
-    embedder
+    embedder : TextEmbedder
         Model; must be the one of the index where there is one.
-    factory
+    factory : str, optional
         FAISS factory string, or ``"auto"``; ``None`` keeps what the index has (``"auto"`` for a
         new one).
-    search_options
+    search_options : str, optional
         FAISS parameter string stored with the index, such as ``"nprobe=32"``.
-    include_title
+    include_title : bool
         Embed and match the title together with the text.
-    sync
+    sync : bool
         Also remove documents of the index that are not among `documents`.
-    supersedes
+    supersedes : callable, optional
         Also remove those of them for whose id this is true; asked when all documents were read.
-    erase
+    erase : Erase, optional
         Called with the chunks that left the index, see :mod:`retrievers.removal`.
-    progress
+    progress : callable, optional
         Called after every step.
 
     Returns
@@ -161,11 +161,11 @@ def delete_documents(
 
     Parameters
     ----------
-    index_dir
+    index_dir : str or Path
         Index folder.
-    document_ids
+    document_ids : sequence of str
         Documents to remove; every one must be in the index.
-    erase
+    erase : Erase, optional
         Called with the chunks that left the index, see :mod:`retrievers.removal`.
 
     Returns
@@ -188,9 +188,9 @@ def finish_removals(index_dir: str | Path, *, erase: Erase | None = None) -> Non
 
     Parameters
     ----------
-    index_dir
+    index_dir : str or Path
         Index folder; one in which a first ingest was killed holds no index yet.
-    erase
+    erase : Erase, optional
         Called with the chunks that left the index, see :mod:`retrievers.removal`.
 
     Raises

@@ -42,11 +42,11 @@ class EmbeddingJournal:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder of the journal; journals of other embedders may stand beside it.
-    fingerprint
+    fingerprint : str
         The embedder.
-    dim
+    dim : int
         Length of the vectors.
     """
 

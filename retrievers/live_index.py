@@ -25,9 +25,9 @@ class LiveIndex:
 
     Parameters
     ----------
-    folder
+    folder : str or Path
         Index folder.
-    embedder
+    embedder : TextEmbedder, optional
         Model of the index; None for BM25 alone.
     """
 

@@ -33,29 +33,29 @@ class Manifest:
 
     Parameters
     ----------
-    generation
+    generation : str
         Folder, beside the manifest, with the files.
-    embedder_name, embedder_fingerprint, dim
+    embedder_name, embedder_fingerprint, dim : str, str, int
         The model whose vectors the index holds.
-    metric
+    metric : str
         ``"inner_product"``; all vectors have unit length.
-    factory_requested, factory
+    factory_requested, factory : str
         What the user asked for (maybe ``"auto"``) and the FAISS string it became.
-    search_options
+    search_options : str
         FAISS parameter string applied on opening, such as ``"nprobe=32"``.
-    splitter
+    splitter : mapping
         Settings of the splitter, compared on the next ingest.
-    tokenizer_fingerprint
+    tokenizer_fingerprint : str
         Tokenizer that measured the chunks.
-    include_title
+    include_title : bool
         Whether titles are part of what is embedded and matched.
-    num_documents, num_chunks
+    num_documents, num_chunks : int
         Counts.
-    num_trained
+    num_trained : int
         Vectors the FAISS index was trained on; 0 where it needs no training.
-    next_label
+    next_label : int
         First FAISS id never used, so ids are not given twice.
-    files
+    files : mapping of str to FileRecord
         Relative path to size and checksum.
     """
 
@@ -141,11 +141,11 @@ class Manifest:
 
         Parameters
         ----------
-        folder
+        folder : Path
             The index folder.
-        contents
+        contents : bool
             Also compute every checksum; else sizes only.
-        skip
+        skip : frozenset of str
             Names whose contents are not read.
 
         Raises

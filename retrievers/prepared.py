@@ -14,11 +14,11 @@ class PreparedDocument:
 
     Parameters
     ----------
-    id
+    id : str
         As :attr:`retrievers.Document.id`.
-    content_hash
+    content_hash : str
         :func:`retrievers.document_hash` of the document: an unchanged one is skipped.
-    chunks
+    chunks : iterable of Chunk
         Read once, and only where the document is new or changed.
     """
 

@@ -32,11 +32,11 @@ class Removal:
 
     Parameters
     ----------
-    old
+    old : Path
         Folder of the state before.
-    rows
+    rows : ndarray or None
         Rows of it that may be gone; ``None`` for all.
-    live
+    live : Generation
         The new state.
     """
 

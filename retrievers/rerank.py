@@ -14,7 +14,7 @@ class Reranker(Protocol):
     """Scores passages for a query; higher is better."""
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
-        """One score a passage, in the order given."""
+        """One score per passage, in the order given."""
         ...
 
 
@@ -23,11 +23,11 @@ class CrossEncoderReranker:
 
     Parameters
     ----------
-    model
+    model : str or Path
         Folder or hub id of a model with one output.
-    device
+    device : str, optional
         Anything torch accepts; ``None`` takes the accelerator when there is one.
-    batch_size
+    batch_size : int
         Pairs per forward pass.
     """
 
@@ -42,7 +42,7 @@ class CrossEncoderReranker:
         self._model: Any = None
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
-        """One score a passage, in the order given."""
+        """One score per passage, in the order given."""
         if not passages:
             return []
         ranked = self._loaded().rank(
@@ -77,11 +77,11 @@ class RerankedRetriever:
 
     Parameters
     ----------
-    base
+    base : Retriever
         First stage.
-    reranker
+    reranker : Reranker
         Second stage; its scores replace those of the first.
-    depth
+    depth : int
         Hits handed to the reranker; at least the `k` of the search.
     """
 

@@ -27,20 +27,20 @@ class RowFiles:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder written by :class:`RowWriter`.
-    num_rows
+    num_rows : int
         Rows it should hold.
-    dim
+    dim : int
         Length of the vectors.
 
     Attributes
     ----------
-    chunks
+    chunks : ChunkStore
         Chunk of every row.
-    vectors
+    vectors : ndarray
         ``(num_rows, dim)`` float32.
-    keys
+    keys : ndarray
         ``(num_rows,)`` of :data:`KEY_BYTES` bytes, the text each vector was made of.
     """
 
@@ -78,12 +78,12 @@ class RowWriter:
 
         Parameters
         ----------
-        lines
+        lines : iterable of bytes
             Encoded chunks (:func:`retrievers.chunk_store.encode_chunk`).
-        vectors
+        vectors : ndarray
             ``(rows, dim)`` float32.
-        keys
-            :data:`KEY_BYTES` bytes a row.
+        keys : bytes
+            :data:`KEY_BYTES` bytes per row.
         """
         self._chunks.append(lines)
         self._vectors.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())

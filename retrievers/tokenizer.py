@@ -37,7 +37,7 @@ class HFTokenizer:
 
     Parameters
     ----------
-    folder
+    folder : str or Path
         Folder with ``tokenizer.json``, or the path of such a file. A folder that has only
         ``tokenizer.model`` (SentencePiece) is converted through transformers, imported then.
 

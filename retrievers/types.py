@@ -16,16 +16,16 @@ class Document:
 
     Parameters
     ----------
-    id
+    id : str
         Stable identifier: the same source gives the same id on every run.
-    text
+    text : str
         The whole text as a reader sees it, with mark-up removed.
-    title
+    title : str
         Human-readable title; the file's stem where the format carries none.
-    path
+    path : str or None
         Path of the source relative to the folder that was ingested (or as given); ``None`` when
         the document did not come from a file.
-    metadata
+    metadata : mapping of str to Scalar
         Scalars a filter may select on.
     """
 
@@ -42,15 +42,15 @@ class Chunk:
 
     Parameters
     ----------
-    id
+    id : str
         Content-derived identifier, stable under edits elsewhere in the document.
-    document_id, title, path, metadata
+    document_id, title, path, metadata : str, str, str or None, mapping of str to Scalar
         Taken over from the document.
-    text
+    text : str
         The chunk's text, exactly ``document.text[start:end]``.
-    start, end
+    start, end : int
         Character offsets into the document's text.
-    num_tokens
+    num_tokens : int
         Tokens of ``text`` tokenised alone by the splitter's tokenizer, without special tokens.
     """
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from warm import WarmStart
 
-# One thread a process: several processes with a thread a core each wait for one another at every
+# One thread per process: several processes with one thread per core each wait for one another at every
 # operation on a small machine (a request of a second took minutes), and results then do not depend
 # on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What a store shows of itself: one line an entry, and how a prompt's spans came out."""
+"""What a store shows of itself: one line per entry, and how a prompt's spans came out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of evaluation that a user can mend."""
+"""User-fixable errors of evaluation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Chunk KV into and out of a paged pool.
 
-Shape suffixes: T tokens, N key/value heads, H head dimension. A pool is ``[num_slots, N, H]``, one slot a token.
+Shape suffixes: T tokens, N key/value heads, H head dimension. A pool is ``[num_slots, N, H]``, one slot per token.
 """
 
 from __future__ import annotations

@@ -233,5 +233,5 @@ def _check_keys(k_TNH: Tensor, table: RotationTable, spec: RotarySpec) -> None:
         )
     if table.cos.shape[0] not in (1, k_TNH.shape[0]):
         raise ValueError(
-            f"{table.cos.shape[0]} position differences for {k_TNH.shape[0]} tokens; give one, or one a token."
+            f"{table.cos.shape[0]} position differences for {k_TNH.shape[0]} tokens; give one, or one per token."
         )

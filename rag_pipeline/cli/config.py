@@ -22,9 +22,9 @@ def command_defaults(commands: Mapping[str, Any], given: Mapping[str, Any]) -> d
 
     Parameters
     ----------
-    commands
+    commands : mapping
         Commands of a click group by name; groups inside are followed.
-    given
+    given : mapping
         Given settings by dotted key. An option takes ``COMMAND.option`` of its own command's
         section, else the shared ``option``.
 

@@ -71,7 +71,7 @@ class _Fixed:
         self._hits = hits
 
     def search(self, query: str, *, k: int, where: Any = None) -> list[SearchHit]:
-        """Return the chunks."""
+        """Return the first `k`; query and filter are not looked at."""
         del query, where
         return self._hits[:k]
 
@@ -128,7 +128,7 @@ def engine_threads(pipeline: RagPipeline) -> int | None:
 
 
 def print_comparison(rows: list[dict[str, Any]], threads: int | None) -> None:
-    """Print time to first token and where the prompt's tokens came from, a line a policy."""
+    """Print time to first token and where the prompt's tokens came from, one line per policy."""
     exact = rows[0]
     tokens = exact["usage"]["prompt_tokens"]
     write(

@@ -85,11 +85,11 @@ def gate_facts(folder: Path, attention: str, *, name: str) -> dict[str, Any]:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Model folder; one that is not on this machine has no gate here.
-    attention
+    attention : str
         Attention class of the running engine: a gate of another one is stale.
-    name
+    name : str
         Model as the user would give it to the gate.
 
     Returns

@@ -98,7 +98,7 @@ class ResolvedSettings:
 
         Parameters
         ----------
-        only
+        only : frozenset of str, optional
             Names of the variables to set; all where None.
         """
         chosen = {k: v for k, v in self.environment().items() if only is None or k in only}
@@ -136,9 +136,9 @@ def load_settings(
 
     Parameters
     ----------
-    file
+    file : Path, optional
         A file in place of ``rag-pipeline.toml`` in the working folder; ``Path("off")`` for none.
-    environ
+    environ : mapping of str to str, optional
         Environment to read; this process's where None.
 
     Returns

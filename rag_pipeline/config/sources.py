@@ -74,7 +74,7 @@ def files_to_read(given: Path | None = None) -> list[Path]:
 
     Parameters
     ----------
-    given
+    given : Path, optional
         What ``--config`` names; ``$RAG_PIPELINE_CONFIG`` where None.
 
     Raises

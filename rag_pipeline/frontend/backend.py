@@ -39,18 +39,18 @@ class ChunkPrograms(ABC):
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    policy, ratio
+    policy, ratio : str, float or None
         Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
         prefill.
-    attention
+    attention : str
         Method that says which keys the computed rows of a prompt read; all of them by default.
-    build_missing
+    build_missing : bool
         Compute a chunk that this backend has not seen behind this prefix before the first request
         that holds it, so that already this request reuses it. Otherwise the engine does so later,
         when it is idle. It pays when chunks occur more than once.
-    keep_turns
+    keep_turns : bool
         Keep what a program's ``gen`` computed over fused chunks for the next ``gen`` of the same
         program, which then computes only what came behind it. It takes room in the chunk cache.
 

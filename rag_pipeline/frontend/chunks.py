@@ -21,10 +21,10 @@ def chunks(documents: Iterable[Any], *, template: str = DEFAULT_CHUNK_TEMPLATE) 
 
     Parameters
     ----------
-    documents
+    documents : iterable of object
         Search hits or chunks of this project, LangChain documents, mappings with ``text`` (and
         ``title``, ``id``), or plain texts.
-    template
+    template : str
         How a chunk is written; fields ``{title}`` and ``{text}``. The default is the one of
         ``rag-pipeline ask``.
 
@@ -67,9 +67,9 @@ def usage(state: Any, name: str) -> Usage:
 
     Parameters
     ----------
-    state
+    state : object
         A finished program, or the state inside it.
-    name
+    name : str
         Name that was given to ``sgl.gen``.
 
     Returns

@@ -23,14 +23,14 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
 
     Parameters
     ----------
-    base_url
+    base_url : str
         The server, for example ``http://127.0.0.1:30000``.
-    api_key
+    api_key : str, optional
         For servers started with ``--api-key``.
-    tokenizer
+    tokenizer : str, Path, optional
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
-    policy, ratio, attention, build_missing, keep_turns
+    policy, ratio, attention, build_missing, keep_turns : str, float or None, str, bool, bool
         See :class:`.ChunkPrograms`.
 
     Raises

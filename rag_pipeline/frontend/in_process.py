@@ -24,10 +24,10 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
 
     Parameters
     ----------
-    engine
+    engine : object
         ``sgl.Engine``, from :func:`rag_pipeline.sglang_plugin.create_engine`, or an
         :class:`~rag_pipeline.generation.EngineBackend` around one.
-    policy, ratio, attention, build_missing, keep_turns
+    policy, ratio, attention, build_missing, keep_turns : str, float or None, str, bool, bool
         See :class:`.ChunkPrograms`.
 
     Examples

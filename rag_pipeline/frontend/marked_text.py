@@ -20,11 +20,11 @@ class Mark:
 
     Parameters
     ----------
-    start, end
+    start, end : int
         Characters, half-open.
-    kind
+    kind : Kind
         ``chunk`` or ``template``; see :class:`rag_pipeline.prompts.segments.Segment`.
-    chunk_id
+    chunk_id : str or None
         Name of a chunk.
     """
 
@@ -45,9 +45,9 @@ class MarkedText(str):
 
     Parameters
     ----------
-    text
+    text : str
         The characters.
-    marks
+    marks : tuple of Mark
         Rising and disjoint.
     """
 

@@ -19,9 +19,9 @@ def chat_template_of(tokenizer: ModelTokenizer, model_path: str) -> Any:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    model_path
+    model_path : str
         For SGLang's guess, used where the model has no template, or one that is no fixed prefix
         and suffix a role.
 

@@ -19,7 +19,7 @@ from rag_pipeline.protocol import FUSION_KEY, GenerationPiece, GenerationRequest
 _END = object()
 
 SILENCE_S = 2.0
-"""Silence after which the engine's processes are looked after; a long prefill is silent too."""
+"""Silence after which the engine's processes are checked; a long prefill is silent too."""
 
 _POLL_S = 0.2
 
@@ -32,7 +32,7 @@ class EngineBackend:
 
     Parameters
     ----------
-    engine
+    engine : object
         A running engine; the caller shuts it down. :meth:`start` makes one that :meth:`close`
         shuts down.
     """
@@ -57,7 +57,7 @@ class EngineBackend:
 
         Parameters
         ----------
-        model_path
+        model_path : Path or str
             Folder in Hugging Face format.
         **server_args
             SGLang's server arguments.
@@ -139,7 +139,7 @@ class EngineBackend:
 
         Parameters
         ----------
-        timeout_s
+        timeout_s : float
             Longest wait, seconds.
 
         Returns

@@ -22,7 +22,7 @@ class LoopRunner:
 
     Parameters
     ----------
-    loop
+    loop : AbstractEventLoop
         A loop that nobody runs at the moment.
     """
 

@@ -23,11 +23,11 @@ class ServerBackend:
 
     Parameters
     ----------
-    url
+    url : str
         Base URL, for example ``http://127.0.0.1:30000``.
-    api_key
+    api_key : str, optional
         Sent as bearer token, for servers started with ``--api-key``.
-    read_timeout_s
+    read_timeout_s : float or None
         Longest silence between two pieces, seconds; None waits for ever. The first piece comes
         only after the prefill.
 
@@ -83,7 +83,7 @@ class ServerBackend:
 
         Parameters
         ----------
-        folder
+        folder : Path
             Local folder whose tokenizer makes the prompts.
 
         Raises

@@ -62,22 +62,22 @@ class ChatSGLangRag(ChatOpenAI):
 
     Parameters
     ----------
-    base_url
+    base_url : str or None
         The server, with ``/v1`` at the end; ``http://127.0.0.1:30000/v1`` by default.
-    api_key
+    api_key : SecretStr or None
         For servers started with ``--api-key``. ``OPENAI_API_KEY`` is not read: it is not for this
         server.
-    policy, ratio
+    policy, ratio : str, float or None
         Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
         prefill.
-    attention
+    attention : str
         Method that says which keys the computed rows of a prompt read; all of them by default.
-    tokenizer
+    tokenizer : str or None
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
-    chunk_template, context_header
+    chunk_template, context_header : str
         How a document stands in the prompt; as for :class:`rag_pipeline.PromptBuilder`.
-    temperature, top_p
+    temperature, top_p : float or None
         Greedy by default.
 
     Raises

@@ -35,11 +35,11 @@ class DocumentFolder:
 
     Parameters
     ----------
-    path
+    path : Path
         Index folder, created with the first document.
-    embedder
+    embedder : TextEmbedder
         Model of the index.
-    factory
+    factory : str, optional
         FAISS factory string of a new index, or ``"auto"``.
 
     Raises
@@ -71,9 +71,9 @@ class DocumentFolder:
 
         Parameters
         ----------
-        chunks
+        chunks : list of Chunk
             With distinct ids.
-        batch_size
+        batch_size : int
             Texts embedded at a time.
 
         Raises

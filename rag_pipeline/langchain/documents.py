@@ -23,9 +23,9 @@ def to_chunk(document: Document, *, chunk_id: str | None = None) -> Chunk:
 
     Parameters
     ----------
-    document
+    document : Document
         Any LangChain document; not changed.
-    chunk_id
+    chunk_id : str, optional
         Identifier; by default the document's ``id``, or a digest of its content where it has none.
 
     Returns
@@ -63,11 +63,11 @@ def to_document(chunk: Chunk, *, score: float | None = None, source: bool = Fals
 
     Parameters
     ----------
-    chunk
+    chunk : Chunk
         From any index.
-    score
+    score : float, optional
         Put into the metadata as ``score`` where given.
-    source
+    source : bool
         Whether ``document_id``, ``start`` and ``end`` (characters) go into the metadata too.
 
     Returns

@@ -22,7 +22,7 @@ class RagEmbeddings(Embeddings):
 
     Parameters
     ----------
-    embedder
+    embedder : TextEmbedder
         :class:`retrievers.Embedder` or anything with its methods.
 
     Examples
@@ -39,7 +39,7 @@ class RagEmbeddings(Embeddings):
 
         Parameters
         ----------
-        name
+        name : str
             Packaged name, folder, or hub id.
 
         Raises
@@ -67,9 +67,9 @@ class LangChainEmbedder:
 
     Parameters
     ----------
-    embeddings
+    embeddings : Embeddings
         The model.
-    identity
+    identity : str, optional
         What tells the model from others; an index is opened only with the identity it was built
         with. By default the class, the model's name where it has one, and the dimension.
     """

@@ -40,13 +40,13 @@ class ChatLayout:
 
     Parameters
     ----------
-    input_ids, spans
+    input_ids, spans : tuple of int, tuple of Span
         The prompt and its chunks.
-    prefix_len
+    prefix_len : int
         Tokens of the part that chunk KV is computed behind.
-    documents
+    documents : tuple of str
         Ids of the documents in the prompt, in order.
-    dropped
+    dropped : tuple of str
         Ids of documents that did not fit, in the order given.
     """
 
@@ -62,11 +62,11 @@ class ChatLayouter:
 
     Parameters
     ----------
-    encoder
+    encoder : SegmentEncoder
         Of the model's tokenizer.
-    context_length
+    context_length : int
         Most tokens of prompt and answer together.
-    chunk_template, context_header
+    chunk_template, context_header : str
         As for :class:`rag_pipeline.PromptBuilder`.
     """
 
@@ -94,12 +94,12 @@ class ChatLayouter:
 
         Parameters
         ----------
-        messages
+        messages : sequence of BaseMessage
             The conversation. Documents may also stand in it, as content blocks of type
             ``text-plain``.
-        documents
+        documents : sequence of Document
             Put before the text of the last human message, best first.
-        max_new_tokens
+        max_new_tokens : int
             Room to leave for the answer, tokens.
 
         Returns

@@ -38,9 +38,9 @@ def split_metadata(metadata: Mapping[Any, Any], name: str) -> dict[str, Scalar]:
 
     Parameters
     ----------
-    metadata
+    metadata : mapping
         Of a document.
-    name
+    name : str
         The document's, for the message.
 
     Returns

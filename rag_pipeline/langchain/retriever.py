@@ -27,11 +27,11 @@ class RagRetriever(BaseRetriever):
 
     Parameters
     ----------
-    retriever
+    retriever : object
         Anything with ``search(query, k=..., where=...)``, such as ``Index.retriever("hybrid")``.
-    k
+    k : int
         Documents to return; ``invoke(query, k=...)`` overrides it.
-    where
+    where : dict or None
         Filter on metadata (:mod:`retrievers.filters`); ``invoke(query, where=...)`` overrides it.
 
     Examples
@@ -62,11 +62,11 @@ class RagRetriever(BaseRetriever):
 
         Parameters
         ----------
-        folder
+        folder : str or Path
             Index folder.
-        embedding
+        embedding : Embeddings, TextEmbedder, optional
             Model of the index; None loads the one that the index names (mode ``bm25`` needs none).
-        mode
+        mode : str
             ``"hybrid"``, ``"dense"`` or ``"bm25"``.
         **fields
             `k`, `where`, and what every LangChain retriever takes (``tags``, ``metadata``).

@@ -41,13 +41,13 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
 
     Parameters
     ----------
-    retriever
+    retriever : object
         Any runnable from a text to documents: ours, LangChain's own, or
         ``any_vector_store.as_retriever()``.
-    llm
+    llm : object
         :class:`.ChatSGLangRag`, bound or not, gets the documents as chunks. Any other chat model
         gets them as text.
-    system_prompt, question_template
+    system_prompt, question_template : str
         As for :class:`rag_pipeline.PromptBuilder`; the template's field is ``{question}``.
 
     Examples
@@ -85,11 +85,11 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
 
         Parameters
         ----------
-        input
+        input : Question
             See the class.
-        config
+        config : RunnableConfig, optional
             Callbacks, tags, metadata, run name; handed to retriever and model.
-        k
+        k : int, optional
             Documents to retrieve; the retriever's own number when None.
         **kwargs
             For the model, such as ``max_tokens`` or ``stop``.

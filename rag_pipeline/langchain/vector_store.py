@@ -38,14 +38,14 @@ class FaissVectorStore(VectorStore):
 
     Parameters
     ----------
-    embedding
+    embedding : Embeddings or TextEmbedder
         LangChain ``Embeddings``, or a :class:`retrievers.Embedder`.
-    index_dir
+    index_dir : str, Path, optional
         Index folder, created with the first document. None keeps the documents in a temporary
         folder that goes with this object.
-    embedding_id
+    embedding_id : str, optional
         Identity of a LangChain model; see :class:`.embeddings.LangChainEmbedder`.
-    factory
+    factory : str, optional
         FAISS factory string of a new index, or ``"auto"``.
 
     Raises
@@ -116,12 +116,14 @@ class FaissVectorStore(VectorStore):
 
         Parameters
         ----------
-        documents
+        documents : iterable of Document
             Not changed.
-        ids
+        ids : iterable of (str or None), optional
             One for each; by default, and where one is None, the document's own or a new random one.
-        batch_size
+        batch_size : int, optional
             Texts embedded at a time; all are written in one step whatever it is.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -155,8 +157,10 @@ class FaissVectorStore(VectorStore):
 
         Parameters
         ----------
-        ids
+        ids : iterable of str, optional
             Ids of documents; unknown ones are passed over. None removes everything.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -190,13 +194,15 @@ class FaissVectorStore(VectorStore):
 
         Parameters
         ----------
-        query
+        query : str
             The question.
-        k
+        k : int
             Documents at most.
-        filter
+        filter : mapping, optional
             Metadata filter in the language of :mod:`retrievers.filters`; dates, UUIDs and the like
             may stand in it.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
 
         Returns
         -------
@@ -243,12 +249,14 @@ class FaissVectorStore(VectorStore):
 
         Parameters
         ----------
-        query, k, filter
+        query, k, filter : str, int, mapping or None
             As for :meth:`similarity_search`.
-        fetch_k
+        fetch_k : int
             Nearest documents to choose from; their texts are embedded for this.
-        lambda_mult
+        lambda_mult : float
             1 looks at nearness only, 0 at difference only.
+        **kwargs : object
+            LangChain's signature has them; any that is given is refused.
         """
         vector = self._embedder.encode_query(query).tolist()
         return self.max_marginal_relevance_search_by_vector(

@@ -48,13 +48,13 @@ class ServerFacts:
 
     Parameters
     ----------
-    url
+    url : str
         Without ``/v1``.
-    model_path
+    model_path : str
         As the server names it.
-    context_length
+    context_length : int
         Most tokens of prompt and answer together.
-    incremental
+    incremental : bool
         Whether streamed pieces carry only what is new.
     """
 
@@ -88,9 +88,9 @@ class ServerFacts:
 
         Parameters
         ----------
-        folder
+        folder : str or None
             The model's folder on this machine; None tries the path that the server names.
-        api_key
+        api_key : str, optional
             Of the server, where it wants one.
 
         Raises
@@ -121,7 +121,7 @@ def generate_body(payload: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Parameters
     ----------
-    payload
+    payload : mapping
         As ``ChatOpenAI`` makes it, with ``input_ids`` in ``extra_body``.
 
     Returns
@@ -173,11 +173,11 @@ class ChunkReader:
 
     Parameters
     ----------
-    model_name
+    model_name : str
         For ``response_metadata``.
-    incremental
+    incremental : bool
         Whether the server sends only what is new.
-    facts
+    facts : mapping
         Added to the report on the tokens.
     """
 

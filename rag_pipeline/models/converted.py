@@ -38,11 +38,11 @@ def convert_once(source: Path, name: str, report: Report) -> Path:
 
     Parameters
     ----------
-    source
+    source : Path
         The GGUF file.
-    name
+    name : str
         First part of the folder's name.
-    report
+    report : Report
         Progress: step and share done, 0 to 1.
 
     Returns
@@ -91,7 +91,7 @@ def is_complete(folder: Path) -> bool:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder made by :func:`convert_once`, or anything else.
 
     Returns
@@ -107,7 +107,7 @@ def verify_model(folder: Path) -> None:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder made by :func:`convert_once`.
 
     Raises
@@ -181,11 +181,11 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
 
     Parameters
     ----------
-    source
+    source : Path
         The GGUF file.
-    folder
+    folder : Path
         Existing, empty folder.
-    report
+    report : Report
         Progress.
     """
     import torch

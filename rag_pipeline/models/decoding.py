@@ -14,7 +14,7 @@ def repetition_penalty_of(folder: Path | str) -> float:
 
     Parameters
     ----------
-    folder
+    folder : Path or str
         Folder in Hugging Face format; it may lie on another machine.
 
     Returns

@@ -17,9 +17,9 @@ class GgufSummary:
 
     Parameters
     ----------
-    architecture
+    architecture : str
         ``general.architecture``, for example ``llama``.
-    num_parameters
+    num_parameters : int
         Elements of all tensors together.
     """
 
@@ -32,7 +32,7 @@ def check_magic(path: Path) -> None:
 
     Parameters
     ----------
-    path
+    path : Path
         The file.
 
     Raises
@@ -54,7 +54,7 @@ def read_gguf(path: Path) -> GgufSummary:
 
     Parameters
     ----------
-    path
+    path : Path
         The file.
 
     Returns
@@ -93,7 +93,7 @@ def check_convertible(path: Path, summary: GgufSummary) -> None:
 
     Parameters
     ----------
-    path, summary
+    path, summary : Path, GgufSummary
         The file and what :func:`read_gguf` said about it.
 
     Raises

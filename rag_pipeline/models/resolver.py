@@ -28,11 +28,11 @@ class ResolvedModel:
 
     Parameters
     ----------
-    path
+    path : Path
         Folder in Hugging Face format.
-    name
+    name : str
         As the user gave it.
-    source
+    source : {'packaged', 'folder', 'gguf', 'hub'}
         Where it came from: ``packaged``, ``folder``, ``gguf`` or ``hub``.
     """
 
@@ -46,9 +46,9 @@ def resolve_llm(name: str, *, progress: Progress | None = None) -> ResolvedModel
 
     Parameters
     ----------
-    name
+    name : str
         Packaged name (``smollm2-135m``), folder in Hugging Face format, GGUF file, or hub id.
-    progress
+    progress : Progress, optional
         Called while a GGUF file is converted or a hub model is downloaded.
 
     Returns
@@ -69,9 +69,9 @@ def resolve_embedder(name: str, *, progress: Progress | None = None) -> Resolved
 
     Parameters
     ----------
-    name
+    name : str
         Packaged name (``all-minilm-l6-v2``), folder, or hub id.
-    progress
+    progress : Progress, optional
         Called while a hub model is downloaded.
 
     Returns

@@ -40,20 +40,20 @@ class PromptBuilder:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer, Path or str
         The model's tokenizer, or the model's folder.
-    system_prompt
+    system_prompt : str
         System message; put at the head of the user message when the model's chat template has no
         system role.
-    context_header
+    context_header : str
         Text of the user message before the first chunk.
-    chunk_template
+    chunk_template : str
         How a chunk is written; fields ``{title}`` and ``{text}``.
-    question_template
+    question_template : str
         End of the user message; field ``{question}``.
-    context_length
+    context_length : int, optional
         Most tokens of prompt and answer together; None reads it from the model's folder.
-    chunk_cache_size
+    chunk_cache_size : int
         Number of chunks whose token ids are kept.
 
     Raises
@@ -118,7 +118,7 @@ class PromptBuilder:
 
         Parameters
         ----------
-        chunk
+        chunk : Chunk
             Only its title and text matter.
 
         Returns
@@ -140,13 +140,13 @@ class PromptBuilder:
 
         Parameters
         ----------
-        question
+        question : str
             The user's question; outer white space is removed.
-        hits
+        hits : sequence of SearchHit
             Retrieved chunks in the order they shall stand in.
-        max_new_tokens
+        max_new_tokens : int
             Room to leave for the answer, tokens.
-        context_length
+        context_length : int, optional
             Overrides the builder's limit, for a backend with a smaller one.
 
         Returns
@@ -246,9 +246,9 @@ def fitting(lengths: Sequence[int], room: int) -> list[int]:
 
     Parameters
     ----------
-    lengths
+    lengths : sequence of int
         Tokens of each, best first.
-    room
+    room : int
         Tokens that there is place for.
 
     Returns
@@ -269,7 +269,7 @@ def model_context_length(folder: Path) -> int:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Folder in Hugging Face format.
 
     Returns

@@ -16,9 +16,9 @@ class ChatTurn:
 
     Parameters
     ----------
-    role
+    role : str
         As the model's chat template names it.
-    parts
+    parts : tuple of Segment
         Texts and chunks of the turn; no templates.
     """
 
@@ -33,9 +33,9 @@ def conversation_segments(
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    messages
+    messages : sequence of ChatTurn
         The turns. A system turn is put before the first other turn where the template has no
         system role.
 
@@ -100,11 +100,11 @@ def template_parts(
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    roles
+    roles : sequence of str
         Of the turns, in order.
-    opening
+    opening : bool
         Whether the last piece ends with the opening of an answer.
 
     Returns

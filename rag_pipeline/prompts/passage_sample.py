@@ -36,7 +36,7 @@ def sample_passage(texts: Sequence[str]) -> str:
 
     Parameters
     ----------
-    texts
+    texts : sequence of str
         Chunks or documents, in a fixed order.
 
     Returns
@@ -61,7 +61,7 @@ def index_passage(index: Index) -> Path | None:
 
     Parameters
     ----------
-    index
+    index : Index
         Open.
 
     Returns

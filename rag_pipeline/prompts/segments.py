@@ -25,12 +25,12 @@ class Segment:
 
     Parameters
     ----------
-    text
+    text : str
         As it stands in the prompt.
-    kind
+    kind : Kind
         ``text``: special-token strings are ordinary characters. ``template``: they are control
         tokens. ``chunk``: as ``text``, tokenised alone, and its KV may be reused.
-    chunk_id
+    chunk_id : str or None
         Name of a chunk, for reports.
     """
 
@@ -44,9 +44,9 @@ class SegmentEncoder:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    cache_size
+    cache_size : int
         Number of chunks whose ids are kept.
     """
 
@@ -63,7 +63,7 @@ class SegmentEncoder:
 
         Parameters
         ----------
-        segments
+        segments : iterable of Segment
             In prompt order.
 
         Returns

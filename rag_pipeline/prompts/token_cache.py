@@ -1,4 +1,4 @@
-"""Token ids of texts that come again and again, as chunks do: tokenised alone, once."""
+"""Token-id cache for recurring texts, such as chunks: each is tokenised alone, once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class TokenCache:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : ModelTokenizer
         The model's tokenizer.
-    size
+    size : int
         Number of texts whose ids are kept; 0 or less keeps none.
     """
 

@@ -28,7 +28,7 @@ class ModelTokenizer:
 
     Parameters
     ----------
-    hf_tokenizer
+    hf_tokenizer : object
         A transformers tokenizer backed by the ``tokenizers`` library.
 
     Notes
@@ -66,7 +66,7 @@ class ModelTokenizer:
 
         Parameters
         ----------
-        model_path
+        model_path : Path or str
             Folder in Hugging Face format.
 
         Returns
@@ -116,7 +116,7 @@ class ModelTokenizer:
 
         Parameters
         ----------
-        runs
+        runs : sequence of (str, bool)
             ``(text, is_template)`` parts in order. Special-token strings are control tokens where
             `is_template` is true and ordinary text elsewhere; between control tokens the text of
             all parts is tokenised in one go.
@@ -157,9 +157,9 @@ class ModelTokenizer:
 
         Parameters
         ----------
-        messages
+        messages : sequence of dict of str to str
             ``role`` and ``content`` of each message.
-        opening
+        opening : bool
             Whether the text ends with the opening of an answer.
 
         Returns
@@ -234,7 +234,7 @@ def without_added_prefix(settings: dict[str, Any]) -> dict[str, Any]:
 
     Parameters
     ----------
-    settings
+    settings : dict
         Parsed ``tokenizer.json``; changed in place.
 
     Returns

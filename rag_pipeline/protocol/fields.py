@@ -84,7 +84,7 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
         raise RequestError(
             "fusion mode 'build' needs exactly one span, right behind the shared prefix: chunk KV must not "
-            "have seen another chunk; send one request a chunk."
+            "have seen another chunk; send one request per chunk."
         )
     request.make_attention()
     if request.policy:

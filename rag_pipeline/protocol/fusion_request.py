@@ -223,13 +223,13 @@ def fusion_request(
 
     Parameters
     ----------
-    spans
+    spans : iterable of TokenRange
         Chunks of the prompt, in prompt order.
-    policy, ratio
+    policy, ratio : str, float or None
         Selection policy and its share of recomputed tokens; ``prefix`` asks to be left alone.
-    prefix_len
+    prefix_len : int, optional
         Tokens that chunk KV is computed behind; by default all before the first chunk.
-    conversation
+    conversation : str
         Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
     attention
         Attention method of the computed rows; the engine checks its name.
@@ -267,7 +267,7 @@ def build_requests(prefix_len: int, chunk_len: int) -> tuple[FusionRequest, Fusi
 
     Parameters
     ----------
-    prefix_len, chunk_len
+    prefix_len, chunk_len : int
         Tokens of the shared prefix and of the chunk.
     """
     place = (prefix_len, prefix_len + chunk_len)

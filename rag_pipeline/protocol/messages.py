@@ -16,15 +16,15 @@ class SamplingOptions:
 
     Parameters
     ----------
-    max_new_tokens
+    max_new_tokens : int
         Most tokens of the answer, at least 1.
-    temperature
+    temperature : float
         0 is greedy.
-    top_p
+    top_p : float
         Nucleus mass in (0, 1].
-    stop
+    stop : tuple of str
         Strings that end the answer; not part of it.
-    repetition_penalty
+    repetition_penalty : float or None
         In (0, 2]; 1 is none. None takes what the model's ``generation_config.json`` names.
     """
 
@@ -79,11 +79,11 @@ class GenerationRequest:
 
     Parameters
     ----------
-    input_ids
+    input_ids : tuple of int
         Token ids of the prompt.
-    fusion
+    fusion : FusionRequest
         What it asks of fusion; by default to be left alone.
-    sampling
+    sampling : SamplingOptions
         How to decode.
     """
 
@@ -98,9 +98,9 @@ class GenerationPiece:
 
     Parameters
     ----------
-    text
+    text : str
         Text that is new since the piece before.
-    meta_info
+    meta_info : mapping
         The engine's report on the request so far (token counts, finish reason).
     """
 
@@ -114,17 +114,17 @@ class Usage:
 
     Parameters
     ----------
-    prompt_tokens
+    prompt_tokens : int
         Tokens of the whole prompt.
-    exact_prefix_tokens
+    exact_prefix_tokens : int
         Served by the radix tree (exact).
-    reused_tokens
+    reused_tokens : int
         Served from the chunk cache without recomputation (approximate).
-    recomputed_tokens
+    recomputed_tokens : int
         Found in the chunk cache and recomputed in place.
-    fresh_tokens
+    fresh_tokens : int
         Computed by ordinary prefill.
-    completion_tokens
+    completion_tokens : int
         Tokens of the answer.
     """
 

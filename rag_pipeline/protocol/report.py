@@ -27,9 +27,9 @@ def usage_from_meta(meta_info: Mapping[str, Any], *, prompt_tokens: int) -> Usag
 
     Parameters
     ----------
-    meta_info
+    meta_info : mapping
         ``meta_info`` of the last piece; may be empty when the stream broke.
-    prompt_tokens
+    prompt_tokens : int
         Tokens that were sent.
 
     Returns

@@ -15,11 +15,11 @@ class AbortedError(EngineError):
 
     Parameters
     ----------
-    sender
+    sender : str
         Who says so, as the message names it.
-    reason
+    reason : str or None
         The engine's own words, if any.
-    status
+    status : int or None
         The HTTP status that the engine gives for it, if any.
     """
 
@@ -37,9 +37,9 @@ class StreamReader:
 
     Parameters
     ----------
-    incremental
+    incremental : bool
         Whether a message carries only what is new.
-    sender
+    sender : str
         Who sends them, in messages of errors: ``engine`` or ``server``.
 
     Attributes
@@ -62,7 +62,7 @@ class StreamReader:
 
         Parameters
         ----------
-        message
+        message : mapping
             With ``text`` and ``meta_info``, as ``/generate`` sends it.
 
         Returns

@@ -20,11 +20,11 @@ class HostName(NamedTuple):
 
     Parameters
     ----------
-    name
+    name : str
         In lower case, without brackets and the root's dot; an address in its one canonical form.
-    address
+    address : IPv4Address, IPv6Address or None
         The address, where it is one; an IPv4 address in IPv6 clothes is that IPv4 address.
-    port
+    port : int or None
         None where none is given.
     """
 

@@ -38,9 +38,9 @@ def attribute(answer: str, sources: Sequence[str]) -> list[Attribution]:
 
     Parameters
     ----------
-    answer
+    answer : str
         The generated text.
-    sources
+    sources : sequence of str
         Text of citation 1, 2, ...; a tie goes to the first.
 
     Returns

@@ -18,11 +18,11 @@ class Count:
 
     Parameters
     ----------
-    what
+    what : str
         Their name in a refusal.
-    limit
+    limit : int
         Of all together.
-    share
+    share : int
         Of one tenant; as large as `limit` where there are no others.
     """
 
@@ -79,13 +79,13 @@ class Budget:
 
     Parameters
     ----------
-    max_requests
+    max_requests : int
         Requests under way.
-    max_bytes
+    max_bytes : int
         Of their bodies, until an answer begins.
-    max_questions
+    max_questions : int
         Requests that search and then generate: refused now, they do not wait for a search in vain.
-    shared
+    shared : bool
         Whether there are tenants; each key then has half of each.
     """
 
@@ -114,9 +114,9 @@ class Budget:
 
         Parameters
         ----------
-        tenant
+        tenant : str
             Whose key it has.
-        declared
+        declared : int
             Bytes that its header announces: refused now, they are never received.
 
         Raises

@@ -44,13 +44,13 @@ class ApiError(Exception):
 
     Parameters
     ----------
-    status
+    status : int
         HTTP status.
-    message
+    message : str
         What was given, what is allowed, what to change.
-    param
+    param : str, optional
         The field at fault, in OpenAI's errors.
-    retry_s
+    retry_s : int, optional
         Seconds after which it may be tried again, where that makes sense.
     """
 
@@ -73,7 +73,7 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
 def error_response(
     status: int, message: str, param: str | None = None, *, retry_s: int | None = None
 ) -> JSONResponse:
-    """Response of an error."""
+    """One line in OpenAI's shape (:func:`error_body`); with `retry_s` it says when to try again."""
     headers = None if retry_s is None else {"Retry-After": str(retry_s)}
     return JSONResponse(error_body(status, message, param), status_code=status, headers=headers)
 

@@ -52,25 +52,25 @@ class GuardRules:
 
     Parameters
     ----------
-    host
+    host : str
         Address that the server listens on.
-    tenants
+    tenants : Tenants
         Keys of the operator and of tenants.
-    admin_key
+    admin_key : str or None
         Of SGLang's administrative routes; None where the operator's key opens them.
-    open_to_network
+    open_to_network : bool
         Whether a server without a key answers other machines too.
-    max_body_bytes
+    max_body_bytes : int
         Largest body of a route without a limit of its own.
-    body_limits
+    body_limits : mapping of str to int
         Limits by path template.
-    max_requests, max_held_bytes, max_questions
+    max_requests, max_held_bytes, max_questions : int
         Under way at once: requests, bytes of their bodies, and questions; a key has half of each where there are
         tenants.
-    rooms
+    rooms : mapping of str to callable
         What refuses a key's request at the door, by path template: a queue behind it that is full. A full server
         is asked most, and the way to a route and back takes several times as long.
-    closed
+    closed : mapping of str to str
         What a route needs that this server was started without, by path template: SGLang's scheduler dies of it.
     """
 
@@ -111,9 +111,9 @@ class Guard:
 
     Parameters
     ----------
-    app
+    app : ASGIApp
         The application behind it.
-    rules
+    rules : GuardRules
         What is allowed.
     """
 

@@ -46,17 +46,17 @@ class Health:
 
     Parameters
     ----------
-    engine
+    engine : ServedEngine
         Whose scheduler is asked.
-    settings
+    settings : ServerSettings
         Shown in part.
-    tenants, indexes
+    tenants, indexes : Tenants, IndexTable
         Whose indexes are looked at.
-    model_name
+    model_name : str
         Name of the served model.
-    prompt_date
+    prompt_date : str
         How prompts get their date.
-    model_gate
+    model_gate : callable or None
         Verdict of the model gate for an attention class, where the caller can look it up.
     """
 

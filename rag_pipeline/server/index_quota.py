@@ -14,11 +14,11 @@ class IndexQuota:
 
     Parameters
     ----------
-    limit
+    limit : int
         Chunks in the index.
-    records
+    records : iterable of DocumentRecord
         Documents that it has.
-    names
+    names : collection of str
         Files of the upload.
     """
 

@@ -45,13 +45,13 @@ class ServedIndex:
 
     Parameters
     ----------
-    name
+    name : str
         As requests call it.
-    folder
+    folder : Path
         Index folder.
-    embedders
+    embedders : EmbedderPool
         Where the embedder comes from; the index's own, the pool's default for a new index.
-    clock
+    clock : callable
         Seconds, for how long a fault is believed.
     """
 

@@ -20,7 +20,7 @@ _SAVED = (
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """One upload."""
+    """One upload, from its acceptance to its result."""
 
     tenant: str
     index: str

@@ -43,11 +43,11 @@ class IngestJobs:
 
     Parameters
     ----------
-    settings
+    settings : ServerSettings
         Limits, and the splitter of new indexes.
-    spool
+    spool : Path, optional
         Folder for uploads under way; the project's own by default.
-    erase
+    erase : Erase, optional
         Erases elsewhere what was made of chunks that left an index, see :mod:`retrievers.removal`.
     """
 
@@ -184,7 +184,7 @@ class IngestJobs:
 
         Parameters
         ----------
-        indexes
+        indexes : mapping of (str, str) to ServedIndex
             By names of tenant and index; uploads to others wait for a server that has them.
 
         Returns

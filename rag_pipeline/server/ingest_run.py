@@ -51,11 +51,11 @@ class IngestRun:
 
     Parameters
     ----------
-    settings
+    settings : ServerSettings
         Limits, and the splitter of new indexes.
-    work
+    work : Path
         Folder for what parsers write.
-    erase
+    erase : Erase, optional
         Called with the chunks that left an index, see :mod:`retrievers.removal`.
     """
 

@@ -61,11 +61,11 @@ def read_key(*, flag: str, given: str | None, file: Path | None, variable: str) 
 
     Parameters
     ----------
-    flag
+    flag : str
         Name of the flag, for messages; ``FLAG-file`` names the file.
-    given, file
+    given, file : str or None, Path or None
         What the flags say.
-    variable
+    variable : str
         Environment variable. It is taken out of the environment, which child processes inherit.
 
     Raises

@@ -38,7 +38,7 @@ def _content(name: str) -> tuple[bytes, str]:
 
 
 def make_page_router() -> APIRouter:
-    """Router of the page."""
+    """Serve the page's three files, each with a tag of its content; not part of the schema."""
     router = APIRouter(include_in_schema=False)
 
     def add(path: str, name: str, media_type: str) -> None:

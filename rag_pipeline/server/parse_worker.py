@@ -43,13 +43,13 @@ class ParseLimits:
 
     Parameters
     ----------
-    seconds
+    seconds : int
         CPU time.
-    memory_bytes
+    memory_bytes : int
         Address space.
-    unpacked_bytes
+    unpacked_bytes : int
         Of a compressed file.
-    text_chars, documents, chunks
+    text_chars, documents, chunks : int
         That come out of it.
     """
 
@@ -67,11 +67,11 @@ class SplitTask:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : str
         ``tokenizer.json`` of the served model.
-    chunk_tokens, overlap
+    chunk_tokens, overlap : int
         As :class:`retrievers.TokenSplitter` takes them.
-    settings, tokenizer_fingerprint
+    settings, tokenizer_fingerprint : dict, str
         Of the index's splitter, for :func:`retrievers.document_hash`.
     """
 
@@ -94,12 +94,12 @@ class ParseTask:
     split: SplitTask
 
     def to_json(self) -> str:
-        """Argument of the process."""
+        """Write the task as the one argument of the process."""
         return json.dumps(asdict(self))
 
     @property
     def name(self) -> str:
-        """Name of the file."""
+        """The file's name without its folder."""
         return Path(self.file).name
 
     @classmethod

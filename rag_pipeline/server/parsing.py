@@ -86,16 +86,16 @@ def parse_upload(
 
     Parameters
     ----------
-    file
+    file : Path
         With the name that the documents get; nothing is written into its folder.
-    work
+    work : Path
         Folder for what the worker writes, made here; the caller's to remove.
-    limits
+    limits : ParseLimits
         Limits of the process; it is killed after twice as many seconds of wall time.
-    split
+    split : SplitTask
         How to split.
-    check
-        Called every now and then while the worker runs; raises to end it.
+    check : callable
+        Called repeatedly while the worker runs; raises to end it.
 
     Raises
     ------

@@ -22,11 +22,11 @@ class Conversation:
 
     Parameters
     ----------
-    query
+    query : str
         The beginning of the last user message: what is retrieved by.
-    question
+    question : str
         The question part of the prompt.
-    echo
+    echo : str
         Text at which the answer ends: the question over again.
     """
 

@@ -38,11 +38,11 @@ class Exchange:
 
     Parameters
     ----------
-    scope, receive, send
+    scope, receive, send : Scope, Receive, Send
         Of ASGI.
-    template
+    template : str
         Path template of the route; empty for none.
-    limit
+    limit : int
         Largest body in bytes.
     """
 

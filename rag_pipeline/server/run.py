@@ -56,17 +56,17 @@ def serve(
 
     Parameters
     ----------
-    settings
+    settings : ServerSettings
         Of the RAG routes.
-    tenants
+    tenants : Tenants
         Who may use which index.
-    words
+    words : sequence of str
         SGLang's flags.
-    keys
+    keys : ServerKeys
         Of the operator and of the administrator.
-    on_ready
+    on_ready : callable
         Called when requests can be answered.
-    model_gate
+    model_gate : callable, optional
         Looks up the model gate's verdict for an attention class, for health.
 
     Raises

@@ -226,7 +226,7 @@ class JsonDocument(Strict):
 
 
 class DocumentsRequest(Strict):
-    """Documents to ingest."""
+    """Texts sent as JSON, to be ingested into one index."""
 
     documents: Annotated[list[JsonDocument], Field(min_length=1, max_length=64, fail_fast=True)]
     index: IndexName | None = None
@@ -266,7 +266,7 @@ class DocumentsAnswer(_Answer):
 
 
 class DeletedAnswer(_Answer):
-    """What went."""
+    """Answer of ``DELETE``: what was removed."""
 
     id: str
     object: Literal["rag.document.deleted"] = "rag.document.deleted"

@@ -19,38 +19,38 @@ class ServerSettings:
 
     Parameters
     ----------
-    model
+    model : Path
         Folder of the served model.
-    embedder
+    embedder : str
         Embedder of new indexes, by name, folder or hub id.
-    policy, search, top_k
+    policy, search, top_k : str, str, int
         Used where a request does not say.
-    chunk_tokens, overlap
+    chunk_tokens, overlap : int
         Splitter of new indexes; an existing index keeps its own.
-    max_upload_bytes, max_upload_files
+    max_upload_bytes, max_upload_files : int
         Of one upload.
-    max_queued_jobs
+    max_queued_jobs : int
         Uploads and deletions of one tenant that wait or run.
-    parse_seconds, parse_bytes
+    parse_seconds, parse_bytes : int
         CPU time and address space of the process that reads and splits one file; wall time is twice
         that.
-    max_documents, max_chunks
+    max_documents, max_chunks : int
         Out of one upload.
-    max_index_chunks
+    max_index_chunks : int
         In one index; an upload may replace what it holds of the same files.
-    job_seconds
+    job_seconds : int
         For the whole of one upload, from the moment it is its turn.
-    open_to_network
+    open_to_network : bool
         Answer other machines without a key.
-    max_body_bytes
+    max_body_bytes : int
         Of one request to SGLang's own routes.
-    max_searches
+    max_searches : int
         Searches that wait or run, those of questions apart; a tenant has half of it.
-    max_questions
+    max_questions : int
         Requests that search and generate, waiting or answered; a tenant has half of it.
-    max_connections
+    max_connections : int
         Open at once.
-    stop_seconds
+    stop_seconds : int
         That requests have to end after SIGTERM.
     """
 

@@ -32,7 +32,7 @@ class Spool:
 
     Parameters
     ----------
-    root
+    root : Path
         Folder shared by all servers of a user; made where missing, closed to others.
     """
 

@@ -44,9 +44,9 @@ def answer_stock_fault(request: Request, error: Exception) -> Response:
 
     Parameters
     ----------
-    request
+    request : Request
         What was asked.
-    error
+    error : Exception
         What came up.
     """
     request.scope.setdefault("state", {})[TOLD] = True

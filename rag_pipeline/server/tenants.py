@@ -33,13 +33,13 @@ class Tenant:
 
     Parameters
     ----------
-    name
+    name : str
         Shown in the log and in health.
-    salt
+    salt : str
         Cache namespace; empty for the operator, whose chunk KV the command line shares.
-    indexes
+    indexes : mapping of str to Path
         Folder of each index by the name that requests use; the first one is the default.
-    automatic
+    automatic : bool or None
         Whether stored chunks are looked for in prompts that do not ask for it; None: as the server is set.
     """
 
@@ -54,11 +54,11 @@ class Tenants:
 
     Parameters
     ----------
-    operator_indexes
+    operator_indexes : mapping of str to Path
         Indexes of the operator.
-    by_key
+    by_key : mapping of str to Tenant, optional
         SHA-256 (hex) of a key, and its tenant.
-    operator_key
+    operator_key : str, optional
         The operator's key; None where nobody needs one.
 
     Raises

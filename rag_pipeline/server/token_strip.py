@@ -17,11 +17,11 @@ def segments_of(layout: PromptLayout, usage: Usage, report: Mapping[str, Any]) -
 
     Parameters
     ----------
-    layout
+    layout : PromptLayout
         Where the parts stand.
-    usage
+    usage : Usage
         Counts of each kind.
-    report
+    report : mapping
         The engine's report of the fusion; empty where there is none.
 
     Returns

@@ -15,7 +15,7 @@ class Turns:
 
     Parameters
     ----------
-    slots
+    slots : int
         Turns at once.
     """
 
@@ -30,8 +30,8 @@ class Turns:
 
         Parameters
         ----------
-        check
-            Called every now and then while waiting; gives up by raising.
+        check : callable, optional
+            Called repeatedly while waiting; gives up by raising.
         """
         self._take(check)
         try:

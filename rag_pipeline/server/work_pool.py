@@ -32,11 +32,11 @@ class WorkPool:
 
     Parameters
     ----------
-    threads
+    threads : int
         That work at once.
-    limit
+    limit : int
         Jobs that wait or run, those of :meth:`run_held` apart.
-    share
+    share : int
         Of them, those of one tenant.
     """
 
@@ -47,7 +47,7 @@ class WorkPool:
         self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
         self._num_waiting = 0
         self._tickets = 0
-        """Threads that were asked for and have not taken a job yet; one a job that waits, or more."""
+        """Threads that were asked for and have not taken a job yet; one per waiting job, or more."""
 
     async def run(self, tenant: str, function: Callable[..., T], *args: Any) -> T:
         """Run a job of a tenant; one whose client has gone while it waited is dropped.

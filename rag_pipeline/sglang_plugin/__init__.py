@@ -54,7 +54,7 @@ def plugin_is_off() -> bool:
     ------
     SystemExit
         For any value but ``on`` and ``off``. Not an ``Exception``: SGLang would only log that and
-        serve on in a state nobody asked for.
+        keep serving in a state nobody asked for.
     """
     value = os.environ.get(OFF_SWITCH, "on")
     if value not in ("on", "off"):

@@ -1,7 +1,7 @@
 """The one table of SGLang internals that this project hooks, and the check that they are there.
 
 SGLang catches every ``Exception`` of a plugin and of a hook that cannot be applied, logs it, and
-serves on *without* the plugin (``sglang.srt.plugins.load_plugins``, ``HookRegistry.apply_hooks``).
+keeps serving *without* the plugin (``sglang.srt.plugins.load_plugins``, ``HookRegistry.apply_hooks``).
 A RAG server that silently lost its cache is worse than one that does not start. So the targets are
 resolved before SGLang gets to apply the hooks, and a fault is raised as :class:`PluginRefused`, a
 ``SystemExit``, which SGLang's ``except Exception`` lets through: the process stops with one line.

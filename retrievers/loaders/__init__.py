@@ -1,4 +1,4 @@
-"""Loaders: files, folders and data sets to a stream of documents, one module a format.
+"""Loaders: files, folders and data sets to a stream of documents, one module per format.
 
 A format's parser is imported when the first file of that format is met.
 """

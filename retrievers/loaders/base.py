@@ -29,17 +29,17 @@ class LoadReport:
 
     Parameters
     ----------
-    num_files
+    num_files : int
         Files that gave at least one document.
-    num_documents
+    num_documents : int
         Documents yielded.
-    num_duplicates
+    num_duplicates : int
         Passages left out because the same file had them before.
-    num_skipped
+    num_skipped : int
         Files, directories and lines that gave nothing.
-    skipped
+    skipped : list of SkippedSource
         The first 100 of those, with the reason.
-    notes
+    notes : list of SkippedSource
         The first 100 remarks on what was read all the same: a guessed encoding, bytes lost.
     """
 
@@ -67,11 +67,11 @@ class Source(NamedTuple):
 
     Attributes
     ----------
-    file
+    file : Path
         Where it lies.
-    id
+    id : str
         Stable identifier for its document, or the prefix of its documents' identifiers.
-    path
+    path : str
         What :attr:`Document.path` shows.
     """
 

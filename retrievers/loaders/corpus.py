@@ -46,12 +46,12 @@ def load_corpus(
 
     Parameters
     ----------
-    sources
+    sources : sequence of (str or Path)
         Paths, or ``pydoc-topics``.
-    include, exclude
+    include, exclude : sequence of str
         File patterns on the path below the folder given: ``*.md`` at any depth, ``guide/**``;
         `include` empty takes all. They do not apply to files named in `sources`.
-    report
+    report : LoadReport, optional
         Filled while iterating.
 
     Returns
@@ -88,7 +88,7 @@ def _stream(
 ) -> Iterator[Document]:
     num_before = report.num_documents
     num_found = 0
-    seen: set[bytes] = set()  # 8 bytes a document
+    seen: set[bytes] = set()  # 8 bytes per document
     for source in _sources(sources, selection, report):
         num_found += 1
         if source is None:

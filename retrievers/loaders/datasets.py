@@ -37,7 +37,7 @@ class _Collector:
     def __init__(self, source: Source, report: LoadReport) -> None:
         self.source = source
         self.report = report
-        # The only memory that grows with the file: 16 bytes a passage, and the ids it gives.
+        # The only memory that grows with the file: 16 bytes per passage, and the ids it gives.
         self._seen: set[bytes] = set()
         self._keys: dict[str, bytes] = {}
         self._num_foreign = 0

@@ -23,7 +23,7 @@ _MARKS = (
 )
 _SNIFF_BYTES = 65536
 GUESS_BYTES = 1 << 18
-"""What a guess looks at; the detector reads 3 MB of accented text a second."""
+"""What a guess looks at; the detector reads 3 MB of accented text per second."""
 _TEXT_CONTROLS = {7, 8, 9, 10, 12, 13, 27}
 _MAX_CONTROL_SHARE = 0.02
 _SAVE = "save it as UTF-8"
@@ -69,13 +69,13 @@ def decode(
 
     Parameters
     ----------
-    payload
+    payload : bytes
         The whole file.
-    name
+    name : str
         What messages call it.
-    report
+    report : LoadReport, optional
         Told when an encoding was guessed or bytes could not be read.
-    is_html
+    is_html : bool
         Whether a page may declare its encoding.
 
     Returns

@@ -135,11 +135,11 @@ class PageText:
 
         Parameters
         ----------
-        number
+        number : int or None
             Of the first item, ``None`` for bullets.
-        step
+        step : int
             From one number to the next.
-        style
+        style : str
             ``"1"``, ``"a"``, ``"A"``, ``"i"`` or ``"I"``.
         """
         if self._flow.lists:
@@ -186,7 +186,7 @@ class PageText:
         self.end_block()
 
     def open_row(self) -> None:
-        """Begin a row."""
+        """Begin a row; one that is still open ends here."""
         self.close_row()
         self.end_line()
         self._rows[-1] = _Row()

@@ -22,7 +22,7 @@ def label_folders(folders: Sequence[Path]) -> dict[Path, str]:
 
     Parameters
     ----------
-    folders
+    folders : sequence of Path
         Resolved paths, possibly repeated.
     """
     labels: dict[Path, str] = {}
@@ -46,16 +46,16 @@ def walk(
 
     Parameters
     ----------
-    folder
+    folder : Path
         Where to look.
-    label
+    label : str
         First part of every source's id.
-    selection
+    selection : Selection
         Which files to take.
-    seen
+    seen : set of (int, int)
         Device and inode of what was already visited; extended. It ends loops of symbolic links
         and keeps a file with two names from being read twice.
-    report
+    report : LoadReport
         Takes directories that cannot be listed and broken links.
     """
 

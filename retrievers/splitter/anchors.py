@@ -37,11 +37,11 @@ def find_anchors(
 
     Parameters
     ----------
-    keys
+    keys : sequence of (int, bytes)
         One key an atom, of the border before it (:func:`border_keys`).
-    token_counts
+    token_counts : sequence of int
         Tokens of every atom, in the same order.
-    window
+    window : int
         Reach of the comparison to both sides, in tokens.
 
     Returns

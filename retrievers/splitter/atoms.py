@@ -61,7 +61,7 @@ def find_atoms(text: str) -> list[Atom]:
 
     Parameters
     ----------
-    text
+    text : str
         Any text; paragraphs are parted by blank lines.
 
     Returns

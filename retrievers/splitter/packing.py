@@ -28,11 +28,11 @@ def pack(
 
     Parameters
     ----------
-    token_counts
+    token_counts : sequence of int
         Tokens of every atom. An atom above `limit` becomes a chunk of its own.
-    boundaries
+    boundaries : sequence of Boundary
         What stands before every atom.
-    limit
+    limit : int
         Most tokens of a chunk.
 
     Returns

@@ -54,14 +54,14 @@ class TokenSplitter:
 
     Parameters
     ----------
-    tokenizer
+    tokenizer : Tokenizer
         Tokenizer of the language model that will read the chunks.
-    chunk_tokens
+    chunk_tokens : int
         Most tokens of a chunk, `overlap` included; at least 16.
-    overlap
+    overlap : int
         Most tokens that a chunk repeats from the one before, in whole sentences; at most half of
         `chunk_tokens`. With 0 the chunks cover every non-blank character exactly once.
-    anchor_tokens
+    anchor_tokens : int, optional
         Reach of an anchor, in tokens; ``None`` takes `chunk_tokens` less `overlap`. Smaller keeps
         more chunks after an edit, larger fills chunks better.
 

@@ -22,9 +22,12 @@ from rag_pipeline.config.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL_PAGES = sorted((ROOT / "docs").rglob("*.md"))
+"""With those below ``extending/``, whose examples have a test of their own."""
+GENERATED = {"modules"}
 WANTED = {
     "concepts", "configuration", "langchain", "frontend",
-    "server", "evaluation", "operations", "troubleshooting",
+    "server", "evaluation", "operations", "troubleshooting", "decisions", "extending", "modules",
 }  # fmt: skip
 GROUP: Any = typer.main.get_command(app)
 OWN_PARSERS = {
@@ -192,7 +195,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"))],
+    "page", [*ALL_PAGES, *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"))],
     ids=lambda page: page.name,
 )  # fmt: skip
 def test_links_lead_somewhere(page: Path) -> None:
@@ -209,9 +212,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_pages_are_short() -> None:
     """One page each: a reader finds the place to look, and the rest is in the docstrings."""
-    for page in PAGES:
+    for page in ALL_PAGES:
         lines = page.read_text("utf-8").splitlines()
-        assert len(lines) <= 150, page.name
+        assert len(lines) <= 150 or page.stem in GENERATED, page.name
 
 
 ALONE = [block for block in PYTHON if not re.search(r"127\.0\.0\.1|my-index", block.body)]

@@ -26,7 +26,7 @@ _VOCABULARY: dict[str, int] = {}
 
 
 def encode(text: str) -> list[int]:
-    """One token a word; a blank line is one token of its own."""
+    """One token per word; a blank line is one token of its own."""
     words = text.split() or ["<blank>"]
     return [_VOCABULARY.setdefault(word, len(_VOCABULARY)) for word in words]
 

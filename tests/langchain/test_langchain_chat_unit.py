@@ -94,7 +94,7 @@ def test_a_chunk_has_the_same_ids_and_prefix_in_every_turn(layouter: ChatLayoute
     assert later.prefix_len < later.spans[0].start
     assert first.input_ids[: later.prefix_len] == later.input_ids[: later.prefix_len]
     control = layouter.encoder.tokenizer.special_tokens["<|im_end|>"]
-    assert later.input_ids.count(control) == 4  # one a turn that has ended; typed ones are text
+    assert later.input_ids.count(control) == 4  # one per turn that has ended; typed ones are text
 
 
 def test_the_whole_conversation_can_be_read_back(layouter: ChatLayouter) -> None:

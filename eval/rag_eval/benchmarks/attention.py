@@ -38,7 +38,7 @@ class Case:
 
 
 def default_cases() -> list[Case]:
-    """Return the cases of the table."""
+    """Prefill, short extends and decoding, at the lengths that the table has rows for."""
     return [
         Case(name="extend 64 behind 2,400", new=64, cached=2400),
         Case(name="extend 512 behind 2,400", new=512, cached=2400),
@@ -131,11 +131,11 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
 
     Parameters
     ----------
-    cases
+    cases : list of Case
         What to run.
-    shape
+    shape : Shape, optional
         Heads; SmolLM2-135M when not given.
-    repeats
+    repeats : int
         Timed calls of each backend in each case, after one that is not timed.
 
     Returns

@@ -13,7 +13,7 @@ wall clock and process CPU time, in turn so that a busy machine hits all alike, 
     call and in four position-sorted calls with keys cut off.
 ``load``, ``load unmoved``, ``shift``, ``mass``, ``deviation``, ``plan attention``, ``plan shift``
     Six chunks loaded with and without rotation, mean shift of all rows that stay, attention mass of the
-    question, K and V deviation of all reused rows, and the host work done once a forward pass.
+    question, K and V deviation of all reused rows, and the host work done once per forward pass.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class KernelBenchConfig:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """System part, all chunks and question together."""
         return self.system_tokens + self.chunks * self.chunk_tokens + self.question_tokens
 
 

@@ -27,27 +27,27 @@ class LoadRun:
 
     Parameters
     ----------
-    rate
+    rate : float
         Arrivals per second asked for.
-    offered
+    offered : float
         Arrivals per second as the random intervals came out.
-    n, failed
+    n, failed : int
         Requests sent, and those without an answer.
-    ttft_p50_s, ttft_p99_s, ttft_mean_s
+    ttft_p50_s, ttft_p99_s, ttft_mean_s : float
         Wall time from sending to the first text, seconds.
-    latency_p50_s
+    latency_p50_s : float
         Wall time to the last token, median, seconds.
-    requests_per_s, output_tokens_per_s, input_tokens_per_s
+    requests_per_s, output_tokens_per_s, input_tokens_per_s : float
         Over `wall_s`.
-    goodput_per_s, within_bound
+    goodput_per_s, within_bound : float
         Requests per second, and share of requests, whose first token came within the bound.
-    cached_share
+    cached_share : float
         Share of prompt tokens that the server took from its radix tree.
-    finished_by_last_arrival
+    finished_by_last_arrival : float
         Share of the requests finished when the last one arrived.
-    saturated
+    saturated : bool
         Whether that is below ``SATURATED``.
-    wall_s, cpu_s
+    wall_s, cpu_s : float, float or None
         First arrival to last answer; CPU time of the server's processes over it, ``None`` where the
         server is not ours.
     """
@@ -95,23 +95,23 @@ def run_load(
 
     Parameters
     ----------
-    url
+    url : str
         Base URL of the server.
-    prompts
+    prompts : sequence of EvalPrompt
         In order of arrival.
-    mode
+    mode : Mode
         How they are served.
-    rate
+    rate : float
         Mean arrivals per second.
-    output_tokens
+    output_tokens : int
         Tokens of every answer; the end token is ignored, so that all modes do the same decoding.
-    ttft_bound_s
+    ttft_bound_s : float
         Bound of the goodput, seconds.
-    tokenizer
+    tokenizer : object
         Tokenizer of transformers; SGLang's metrics count tokens with it.
-    seed
+    seed : int
         Same seed, same arrival times.
-    cpu_seconds
+    cpu_seconds : object
         Called before and after; CPU time of the server so far, seconds.
 
     Raises

@@ -39,13 +39,13 @@ class Request:
 
     Parameters
     ----------
-    kind
+    kind : str
         One of :data:`KINDS`.
-    method, path, body, content, headers
+    method, path, body, content, headers : str, str, object, bytes or None, mapping of str to str
         As sent; `content` wins over `body`.
-    expected
+    expected : tuple of int
         Statuses that are right.
-    drop_after
+    drop_after : int or None
         Events after which the connection is closed; None reads to the end.
     """
 
@@ -66,7 +66,7 @@ def make_request(rng: random.Random, number: int) -> Request:
 
 
 def warm_requests() -> list[Request]:
-    """One fused request a question: all chunks that the mix will ask for."""
+    """One fused request per question: all chunks that the mix will ask for."""
     rng = random.Random(0)
     asked = []
     for question in _QUESTIONS:

@@ -34,13 +34,13 @@ class LoadTarget:
 
     Parameters
     ----------
-    url, operator_key
+    url, operator_key : str
         Where it is, and the key that shows its state.
-    tenants
+    tenants : mapping of str to str
         Key of each tenant.
-    marks
+    marks : mapping of str to str
         For each tenant a word that stands in its documents only.
-    pid
+    pid : int
         First process of the server; 0 where that is not known.
     """
 
@@ -57,13 +57,13 @@ class LoadReport:
 
     Parameters
     ----------
-    seconds, concurrency, requests
+    seconds, concurrency, requests : float, int, int
         As run; requests that were still under way at the end are waited for and counted.
-    kinds
+    kinds : dict of str to dict
         Per kind: requests sent, statuses, median and 95th percentile of the wall time.
-    at_rest
+    at_rest : dict
         State of the server when nothing runs any more.
-    faults
+    faults : list of str
         Everything that must not be; empty for a server that is whole. The first 50.
     """
 
@@ -121,15 +121,15 @@ async def run_load(
 
     Parameters
     ----------
-    target
+    target : LoadTarget
         The server, on this machine.
-    seconds
+    seconds : float
         How long new requests are begun.
-    concurrency
+    concurrency : int
         Requests under way at once.
-    seed
+    seed : int
         Of the mix.
-    begun
+    begun : callable
         Called when the server is warm and the load begins.
     """
     watch, numbers = _Watch(target), iter(range(1, 1 << 60))

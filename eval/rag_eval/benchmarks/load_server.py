@@ -41,15 +41,15 @@ def started_server(
 
     Parameters
     ----------
-    model
+    model : str
         Name or folder.
-    folder
+    folder : Path
         For indexes and the log.
-    flags
+    flags : sequence of str
         Further flags of ``rag-pipeline serve``.
-    keys
+    keys : bool
         Whether it has tenants and an operator's key; else it needs none.
-    variables
+    variables : mapping of str to str
         Added to its environment.
 
     Raises

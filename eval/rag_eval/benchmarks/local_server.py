@@ -31,9 +31,9 @@ class LocalServer:
 
     Parameters
     ----------
-    url
+    url : str
         Base URL.
-    pid
+    pid : int
         Its first process.
     """
 
@@ -59,11 +59,11 @@ def local_server(
 
     Parameters
     ----------
-    folder
+    folder : Path
         Model folder.
-    engine_args
+    engine_args : mapping
         Server arguments by name; they win over the project's defaults for the CPU.
-    environment
+    environment : mapping of str to str, optional
         Variables beside this process's own.
 
     Raises

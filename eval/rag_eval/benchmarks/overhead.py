@@ -54,13 +54,13 @@ def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> di
 
     Parameters
     ----------
-    model
+    model : str
         Name, folder or file of the model.
-    repeats
+    repeats : int
         Questions a side.
-    num_chunks
+    num_chunks : int
         Chunks in each prompt.
-    new_tokens
+    new_tokens : int
         Length of each answer, tokens.
 
     Returns

@@ -31,11 +31,11 @@ def clustered_vectors(base: Vectors, count: int, seed: int = _SEED) -> Vectors:
 
     Parameters
     ----------
-    base
+    base : Vectors
         ``(m, dim)`` float32 real embeddings, unit length.
-    count
+    count : int
         Vectors to make.
-    seed
+    seed : int
         Of the generator.
 
     Returns

@@ -28,11 +28,11 @@ class MatrixTarget:
 
     Parameters
     ----------
-    url
+    url : str
         As its own clients write it: ``http://127.0.0.1:30000``.
-    operator_key
+    operator_key : str or None
         None for a server that needs no key.
-    tenant_key
+    tenant_key : str or None
         None for a server without tenants; the column is left out.
     """
 
@@ -135,13 +135,13 @@ async def run_matrix(
 
     Parameters
     ----------
-    client
+    client : AsyncClient
         Its base URL is not used.
-    target
+    target : MatrixTarget
         Where to, and with which keys.
-    routes
+    routes : mapping of str to Access
         Path templates and what opens them.
-    reach
+    reach : callable
         Whether a request that is to be let through may be sent at all.
     """
     report = MatrixReport()

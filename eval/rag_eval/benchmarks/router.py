@@ -1,6 +1,6 @@
 """Two SGLang servers behind a router: where requests about the same chunks go, and what that saves.
 
-Chunk KV lives in one server's memory. A router that sends a chunk's requests now here, now there, has
+Chunk KV lives in one server's memory. A router that spreads a chunk's requests over its servers has
 every server compute it. This benchmark starts two servers with the plugin and each given router with
 each of its policies, sends the same kind of workload, and reports per server which topics came and how
 many tokens of chunks were loaded instead of computed. It counts tokens, not time.
@@ -58,15 +58,15 @@ class RouterBenchConfig:
 
     Parameters
     ----------
-    topics
+    topics : int
         Pools of chunks, each the size of ``pool``.
-    pool, chunks, chunk_tokens
+    pool, chunks, chunk_tokens : int
         Chunks of a topic, how many of them a request takes, and their length in tokens.
-    requests
+    requests : int
         Requests a topic.
-    policy
+    policy : str
         Fusion policy of every request.
-    seed
+    seed : int
         Chooses chunks and order.
     """
 

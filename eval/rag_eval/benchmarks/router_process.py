@@ -36,13 +36,13 @@ class RouterProgram:
 
     Parameters
     ----------
-    name
+    name : str
         ``smg`` or ``sglang-router``, from the program's file name.
-    path
+    path : Path
         The program; it may lie in another virtual environment.
-    version
+    version : str
         As the package that brought it says.
-    policies
+    policies : tuple of str
         What its ``--policy`` takes.
     """
 

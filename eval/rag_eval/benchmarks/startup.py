@@ -79,11 +79,11 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
 
     Parameters
     ----------
-    model
+    model : str
         Folder in Hugging Face format.
-    repeats
+    repeats : int
         Timed starts of each variant; one start that is not timed goes first and fills caches.
-    variants
+    variants : list of str, optional
         Names out of :data:`VARIANTS`; all when not given.
 
     Returns

@@ -45,10 +45,10 @@ def run(
 
     Parameters
     ----------
-    config
+    config : StoreBenchConfig
         Sizes.
-    progress
-        Called with a line of text now and then.
+    progress : callable
+        Called with one line of progress at a time.
 
     Returns
     -------

@@ -34,23 +34,23 @@ class ThroughputConfig:
 
     Parameters
     ----------
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    modes
+    modes : str
         As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    rates
+    rates : str
         Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
         request after the other, then twice as many each time.
-    workload
+    workload : WorkloadConfig
         The prompts.
-    output_tokens
+    output_tokens : int
         Tokens of every answer.
-    ttft_bound_s
+    ttft_bound_s : float or None
         Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
         server that is otherwise idle.
-    url
+    url : str or None
         A running server to use; one is started otherwise.
-    engine_args
+    engine_args : dict
         Arguments of the server that is started.
     """
 
@@ -95,7 +95,7 @@ def run(
     Returns
     -------
     dict
-        ``runs`` (a list, one a mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
+        ``runs`` (a list, one per mode and rate, see :class:`LoadRun`), ``modes`` (by mode: what a lone
         request does and takes, ``saturated_at``, ``best_goodput_per_s``, and its ratio to the
         baseline's), ``warm`` (cost of computing the chunks), ``ttft_bound_s``, ``threads``,
         ``versions``, ``interrupted``: true where the run was broken off behind its first load.
@@ -181,7 +181,7 @@ def summary(alone: dict[str, Any], runs: list[Any]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, a line a mode and rate."""
+    """The report as text, one line per mode and rate."""
     lines = [
         f"prompts of {report['mean_prompt_tokens']:.0f} tokens, {report['threads']} threads, goodput "
         f"is TTFT within {report['ttft_bound_s']:.2f} s",

@@ -33,13 +33,13 @@ def reached_server(
 
     Parameters
     ----------
-    url
+    url : str or None
         Of the running server; ``None`` starts one.
-    folder
+    folder : Path
         Model folder; a running server must serve this model.
-    engine_args
+    engine_args : mapping
         Arguments of the server that is started.
-    progress
+    progress : callable
         Told that one is started.
 
     Yields
@@ -70,19 +70,19 @@ class ServerUnderTest:
 
     Parameters
     ----------
-    url
+    url : str
         Base URL.
-    folder
+    folder : Path
         Folder of its model.
-    workload
+    workload : Workload
         The prompts.
-    output_tokens
+    output_tokens : int
         Tokens of every answer.
-    seed
+    seed : int
         Of the arrivals.
-    cpu_seconds
+    cpu_seconds : callable or None
         CPU time of the server's processes so far; ``None`` where they are not ours.
-    progress
+    progress : callable
         Told what was found, a line each.
     """
 

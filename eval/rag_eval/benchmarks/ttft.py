@@ -33,24 +33,24 @@ class TtftConfig:
 
     Parameters
     ----------
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    chunks
+    chunks : str
         Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
         takes as many as fit.
-    chunk_tokens
+    chunk_tokens : int
         Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
         `chunks` say it.
-    lengths
+    lengths : str
         Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
         `chunks` and `chunk_tokens` make.
-    question_tokens
+    question_tokens : int
         Least length of the question in tokens; it is repeated up to there.
-    modes
+    modes : str
         As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    repeats
+    repeats : int
         Runs a mode; the first round is a warm-up that is not counted.
-    seed
+    seed : int
         Chooses text and order.
     """
 
@@ -111,17 +111,17 @@ def run(
 
     Parameters
     ----------
-    config
+    config : TtftConfig
         What to measure.
-    progress
+    progress : callable
         Called with a line of text as the benchmark goes on.
-    session
+    session : object
         A running engine to use (left open); one is started otherwise.
 
     Returns
     -------
     dict
-        ``points`` (a list, one a prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
+        ``points`` (a list, one per prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
         ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
         ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well. A run
         that is interrupted behind its first prompt returns what it has, with ``interrupted`` true.
@@ -242,7 +242,7 @@ def report(config: TtftConfig, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, a line a prompt and mode."""
+    """The report as text, one line per prompt and mode."""
     lines = [
         f"{report['threads']} threads, medians",
         f"{'tokens':>7} {'chunks':>6} {'mode':18} {'TTFT s':>8} {'CPU s':>8} {'wall x':>7} "

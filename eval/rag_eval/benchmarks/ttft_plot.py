@@ -1,4 +1,4 @@
-"""Plot of ``bench ttft``: time to first token over prompt length, a line a mode."""
+"""Plot of ``bench ttft``: time to first token over prompt length, one line per mode."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def plot_ttft(report: Mapping[str, Any], path: Path) -> None:
 
     Parameters
     ----------
-    report
+    report : mapping
         JSON of :func:`rag_eval.benchmarks.ttft.run`.
-    path
+    path : Path
         File to write; its folder is made. Written under a temporary name first.
     """
     import matplotlib

@@ -34,13 +34,13 @@ def make_prompts(
 
     Parameters
     ----------
-    point
+    point : Point
         Shape of the prompt.
-    maker
+    maker : PromptMaker
         Of the model that is measured.
-    question_tokens
+    question_tokens : int
         Least length of the question in tokens; it is repeated up to there.
-    seed
+    seed : int
         Chooses the text.
 
     Raises

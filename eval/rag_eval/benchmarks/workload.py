@@ -25,16 +25,16 @@ class WorkloadConfig:
 
     Parameters
     ----------
-    requests
+    requests : int
         Prompts of one run.
-    corpus
+    corpus : int
         Distinct chunks in all.
-    chunks, chunk_tokens
+    chunks, chunk_tokens : int
         Chunks of one prompt, and their length in tokens (whole sentences, at most this).
-    zipf
+    zipf : float
         Exponent of Zipf's law by which chunks are drawn: the i-th most popular one has a weight of
         ``1 / i**zipf``. 0 makes all alike.
-    seed
+    seed : int
         Same seed, same prompts in the same order.
     """
 
@@ -63,9 +63,9 @@ class Workload:
 
     Parameters
     ----------
-    corpus
+    corpus : EvalPrompt
         A prompt that holds every chunk once; chunk KV is built from it.
-    prompts
+    prompts : tuple of EvalPrompt
         In order of arrival; the question differs in each, so no prompt is a prefix of another.
     """
 

@@ -20,11 +20,11 @@ class PromptChunk:
 
     Parameters
     ----------
-    ids
+    ids : tuple of int
         Token ids of the chunk tokenised alone, its closing blank line included.
-    titles
+    titles : tuple of str
         Titles of the passages in it.
-    is_gold
+    is_gold : bool
         Whether it holds a passage that the data set marks as needed.
     """
 
@@ -48,13 +48,13 @@ def arrange(
 
     Parameters
     ----------
-    example
+    example : Example
         Example with passages.
-    options
+    options : DatasetOptions
         Number, length and order of chunks.
-    encode
+    encode : Encode
         Tokeniser of the model under test.
-    corpus
+    corpus : sequence of Passage
         Passages that may serve as further distractors; with ``options.zipf``, whole chunks made
         by :func:`shared_chunks`.
 

@@ -40,13 +40,13 @@ def load_dataset(
 
     Parameters
     ----------
-    name_or_path
+    name_or_path : str or Path
         One of ``GENERATORS`` or a file in one of the formats of :func:`read_examples`.
-    encode
+    encode : Encode
         Tokeniser of the model under test; generators measure chunks with it.
-    options
+    options : DatasetOptions, optional
         Chunks, lengths and seed of generated examples.
-    limit
+    limit : int, optional
         First n examples only.
 
     Raises
@@ -71,9 +71,9 @@ def corpus_texts(name_or_path: str | Path, *, behind: int | None = None) -> list
 
     Parameters
     ----------
-    name_or_path
+    name_or_path : str or Path
         As for :func:`load_dataset`.
-    behind
+    behind : int, optional
         Leave out this many examples at the beginning, which a run measures, if texts are left.
 
     Returns

@@ -26,9 +26,9 @@ class Passage:
 
     Parameters
     ----------
-    title, text
+    title, text : str
         As the data set gives them; the title may be empty.
-    is_gold
+    is_gold : bool or None
         Whether the data set marks it as needed for the answer; ``None`` where it says nothing.
     """
 
@@ -48,22 +48,22 @@ class Example:
 
     Parameters
     ----------
-    id
+    id : str
         Unique inside its data set; a run resumes by it.
-    question
+    question : str
         Question text.
-    answers
+    answers : tuple of str
         Accepted answers, best first. The first one is the teacher-forced gold answer.
-    passages
+    passages : tuple of Passage
         The data set's own contexts; empty when it leaves retrieval to the reader.
-    instruction
+    instruction : str
         What stands in the shared prefix before the chunks.
-    lead
+    lead : str
         Start of the assistant's turn, given to the model and not part of the answer.
-    answer_parts
+    answer_parts : tuple of str
         When set, every part must occur in the answer (RULER's "match all"); `answers` then holds
         their joined form.
-    ready_chunks
+    ready_chunks : bool
         The passages already are chunks of the wanted length, so they are not joined or padded.
     """
 
@@ -83,18 +83,18 @@ class DatasetOptions:
 
     Parameters
     ----------
-    chunks
+    chunks : int
         Chunks per prompt.
-    chunk_tokens
+    chunk_tokens : int
         Target length of a chunk in tokens: short passages are joined, long ones cut.
-    distractors
+    distractors : int or None
         Passages without the answer that a prompt may take at most; ``None`` fills every chunk.
-    order
+    order : Order
         ``shuffled`` (by seed), ``gold_first``, ``gold_last``, or ``given``.
-    zipf
+    zipf : float or None
         Exponent of the Zipf law by which distractors are drawn from the corpus shared by all
         examples, so that chunks recur between prompts; ``None`` takes the example's own.
-    seed
+    seed : int
         Same seed, same prompts.
     """
 

@@ -24,7 +24,7 @@ def read_examples(path: Path) -> list[Example]:
 
     Parameters
     ----------
-    path
+    path : Path
         ``.json``, ``.jsonl`` or either with ``.gz``; one of the formats in ``FORMATS``.
 
     Returns

@@ -20,13 +20,13 @@ def planted_facts(count: int, hops: int, options: DatasetOptions, encode: Encode
 
     Parameters
     ----------
-    count
+    count : int
         Number of examples.
-    hops
+    hops : int
         1 (the fact names what is asked) or 2 (a second fact leads to it; needs two chunks).
-    options
+    options : DatasetOptions
         Number and length of chunks and the seed.
-    encode
+    encode : Encode
         Tokeniser that measures chunks.
 
     Returns

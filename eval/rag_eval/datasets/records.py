@@ -1,4 +1,4 @@
-"""Parsers of the public QA formats, one function a format: a record in, examples out.
+"""Parsers of the public QA formats, one function per format: a record in, examples out.
 
 Each parser raises ``KeyError``, ``TypeError`` or ``ValueError`` on a record that is not of its
 format; :mod:`rag_eval.datasets.files` turns that into one line that names the record.

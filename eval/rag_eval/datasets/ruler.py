@@ -33,13 +33,13 @@ def ruler_task(name: str, count: int, options: DatasetOptions, encode: Encode) -
 
     Parameters
     ----------
-    name
+    name : str
         ``multikey``, ``multivalue``, ``variables`` or ``commonwords``.
-    count
+    count : int
         Number of examples.
-    options
+    options : DatasetOptions
         Number and length of chunks and the seed.
-    encode
+    encode : Encode
         Tokeniser that measures chunks.
     """
     if name not in TASKS:

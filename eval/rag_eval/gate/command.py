@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The verdict as text: a line a check, the scores, a line a policy."""
+    """The verdict as text: one line per check, the scores, one line per policy."""
     floor, limits = result["noise_floor"], result["thresholds"]
     lines = [
         f"model gate of {result['model']}, sglang {result['versions']['sglang']}, "

@@ -32,14 +32,14 @@ class Distance:
 
     Parameters
     ----------
-    kl, kl_max
+    kl, kl_max : float
         Mean and largest KL of a token, nats.
-    log_prob
+    log_prob : float
         Largest difference of a log-probability among the likeliest tokens.
-    lead
+    lead : float
         By how much plain prefill preferred its token where the other request prefers another one;
         0 when all greedy tokens are the same.
-    fault
+    fault : str
         Why the comparison proves nothing, for example that the fused path was not taken.
     """
 
@@ -56,13 +56,13 @@ class Exactness:
 
     Parameters
     ----------
-    floor
+    floor : list of Distance
         Plain prefill against itself in other batchings.
-    checks
-        Distances of one check, one a prompt.
-    unavailable
+    checks : dict of (str, str) to list of Distance
+        Distances of one check, one per prompt.
+    unavailable : dict of str to str
         Reason by mode, where the engine does not serve it.
-    fp32
+    fp32 : bool
         Whether the engine computes in fp32, where far less counts as noise.
     """
 
@@ -88,16 +88,16 @@ def measure_exactness(
 
     Parameters
     ----------
-    session
+    session : EngineSession
         Engine under test; its chunk store must not hold text of these prompts yet.
-    prompts
+    prompts : sequence of EvalPrompt
         Prompts with at least two chunks; their gold answers are not used.
-    modes
+    modes : sequence of Mode
         Fused modes.
-    answer_tokens
+    answer_tokens : int
         Length of the greedy answer that is followed.
-    progress
-        Called with a line now and then.
+    progress : callable
+        Called with one line of progress at a time.
 
     Returns
     -------

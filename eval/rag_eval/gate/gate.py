@@ -45,24 +45,24 @@ class GateConfig:
 
     Parameters
     ----------
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    policies
+    policies : str
         Policies to judge, comma between, with ratio and options as for the evaluation
         (``query:0.15,epic:0.1``); empty for the default policy of the engine.
-    examples
+    examples : int
         Prompts of the fidelity run.
-    exact_prompts
+    exact_prompts : int
         Prompts of the exactness checks.
-    options
+    options : DatasetOptions
         Shape of the prompts.
-    max_new_tokens, gold_tokens
+    max_new_tokens, gold_tokens : int
         Length of the greedy answer, and most tokens of the gold answer that are followed.
-    seed
+    seed : int
         Chooses facts and filler.
-    thresholds
+    thresholds : Thresholds
         Limits of the verdict.
-    engine_args
+    engine_args : dict
         Further arguments of ``sglang.Engine``; give those of production.
     """
 
@@ -126,11 +126,11 @@ def run_gate(
 
     Parameters
     ----------
-    config
+    config : GateConfig
         What to do.
-    progress
-        Called with one line now and then.
-    session
+    progress : Progress
+        Called with one line of progress at a time.
+    session : EngineSession, optional
         A running engine to use (left open); one is started otherwise.
 
     Returns

@@ -35,7 +35,7 @@ def model_identity(folder: Path) -> str:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Model in Hugging Face format.
 
     Returns
@@ -80,7 +80,7 @@ def save_gate(result: Mapping[str, Any]) -> Path:
 
     Parameters
     ----------
-    result
+    result : mapping
         What :func:`rag_eval.gate.run_gate` returned.
 
     Returns
@@ -99,9 +99,9 @@ def last_gate(model: Path, attention: str = "") -> dict[str, Any] | None:
 
     Parameters
     ----------
-    model
+    model : Path
         Folder of the model.
-    attention
+    attention : str
         Attention class of the running engine; a verdict of another one is stale. Empty where it is
         not known.
 

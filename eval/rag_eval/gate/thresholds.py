@@ -14,24 +14,24 @@ class Thresholds:
 
     Parameters
     ----------
-    noise_factor
+    noise_factor : float
         Exact paths may be this many times further from plain prefill than plain prefill in another
         batching is from itself, in mean KL over prompts and answer tokens; log-probabilities of
         tied tokens the root of it. Fused rows go through another attention kernel, so their sums run
         in yet another order: measured, they are 3 to 7 times the floor. A wrong mask, position or
         key is off by orders of magnitude.
-    least_kl, least_kl_fp32
+    least_kl, least_kl_fp32 : float
         Exactness is never asked for below this KL, nats. In half precision many batchings give the
         same bits, so a few of them may show a floor of nearly nothing; a model of 135M parameters
         is 0.0003 to 0.003 from itself, and a wrong position or mask costs 0.1 and more. With fp32
         weights the floor is some 1e-12, so a gate of an engine with ``dtype="float32"`` is the sharpest.
-    max_kl_of_reuse
+    max_kl_of_reuse : float
         A policy's KL to full prefill over the KL of reusing chunks without any recomputation. A
         policy that leaves more of the distance than this does not earn its work. Not asked of
         ``reuse`` itself.
-    min_agreement
+    min_agreement : float
         Least share of greedy answers whose first tokens are those of full prefill.
-    max_f1_drop
+    max_f1_drop : float
         Most that token F1 on planted facts may fall below full prefill's.
 
     Raises

@@ -27,15 +27,15 @@ class Check:
 
     Parameters
     ----------
-    name
+    name : str
         Check, a key of ``PROMISES`` or a score of the fidelity run.
-    policy
+    policy : str
         Mode it belongs to; empty for what every policy needs.
-    passed
+    passed : bool
         The verdict.
-    value, limit
+    value, limit : float or None
         The number and its limit; ``None`` where there is nothing to measure.
-    detail
+    detail : str
         Why it failed, or what makes it pass although the number looks odd.
     """
 
@@ -118,13 +118,13 @@ def judge_fidelity(
 
     Parameters
     ----------
-    scores
+    scores : mapping of str to mapping
         ``EvalResult.modes``: by mode, with ``full`` and plain reuse among them.
-    modes
+    modes : sequence of Mode
         Modes to judge.
-    limits
+    limits : Thresholds
         Thresholds.
-    exact_kl
+    exact_kl : float
         KL below which a mode is as good as exact, nats.
     """
     checks: list[Check] = []

@@ -31,13 +31,13 @@ class Fault:
 
     Parameters
     ----------
-    kinds
+    kinds : tuple of str
         Kinds of call that are counted and may fail.
-    nth
+    nth : int
         The first that fails, from 0 on.
-    errno
+    errno : int
         Number of the error, such as ``errno.ENOSPC``.
-    lasting
+    lasting : bool
         All that follow fail too, as on a disk that stays full.
     """
 
@@ -52,18 +52,18 @@ class DiskCalls:
 
     Parameters
     ----------
-    root
+    root : Path
         The folder; calls elsewhere pass unseen.
-    fault
+    fault : Fault, optional
         The call that fails; none by default.
-    before
+    before : callable, optional
         Called before every call is made.
 
     Attributes
     ----------
-    calls
+    calls : list of Call
         What was seen.
-    failed
+    failed : list of Call
         Calls that were made to fail.
     """
 

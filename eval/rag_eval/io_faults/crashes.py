@@ -48,9 +48,9 @@ class CrashRecorder:
 
     Parameters
     ----------
-    root
+    root : Path
         The folder; as it is now it is taken to be safe.
-    seed, mixes
+    seed, mixes : int
         Of every moment, so many images in which each unsafe part is there or not by chance.
     """
 

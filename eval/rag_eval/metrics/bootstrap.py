@@ -14,11 +14,11 @@ class Interval:
 
     Parameters
     ----------
-    mean
+    mean : float
         Mean of ``other - reference`` over examples.
-    low, high
+    low, high : float
         2.5 and 97.5 percentile of the resampled means.
-    n
+    n : int
         Number of pairs.
     """
 

@@ -19,7 +19,7 @@ def log_softmax(logits: npt.ArrayLike) -> Float64:
 
     Parameters
     ----------
-    logits
+    logits : ArrayLike
         ``(rows, vocabulary)``, any float type.
 
     Returns
@@ -38,7 +38,7 @@ def kl_divergence(reference: Float64, other: Float64) -> Float64:
 
     Parameters
     ----------
-    reference, other
+    reference, other : Float64
         Log-probabilities ``(rows, vocabulary)``.
 
     Returns
@@ -60,9 +60,9 @@ def answer_nll(log_probs: Float64, answer_ids: Sequence[int]) -> float:
 
     Parameters
     ----------
-    log_probs
+    log_probs : Float64
         ``(rows, vocabulary)``; row i predicts ``answer_ids[i]``.
-    answer_ids
+    answer_ids : sequence of int
         Token ids of the answer.
     """
     if len(answer_ids) != len(log_probs):

@@ -12,11 +12,11 @@ def retrieval_scores(
 
     Parameters
     ----------
-    gold
+    gold : mapping of str to sequence of str
         Relevant document ids of every question.
-    ranked
+    ranked : mapping of str to sequence of str
         Document ids of every question, best first; a question without an entry scores 0.
-    k
+    k : int
         Cut-off.
 
     Returns

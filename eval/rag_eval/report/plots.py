@@ -31,9 +31,9 @@ def write_plots(
 
     Parameters
     ----------
-    result, records
+    result, records : EvalResult, sequence of mapping
         Summary and records of the run.
-    folder
+    folder : Path
         Where the files go.
 
     Returns

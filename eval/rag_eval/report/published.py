@@ -1,4 +1,4 @@
-"""One JSON file a run, for ``eval/results``: the numbers, what made them, and the command."""
+"""One JSON file per run, for ``eval/results``: the numbers, what made them, and the command."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def published(result: EvalResult, run: Path) -> dict[str, Any]:
 
     Parameters
     ----------
-    result
+    result : EvalResult
         Numbers of the run.
-    run
+    run : Path
         Its folder, with ``config.yaml``.
 
     Returns

@@ -1,4 +1,4 @@
-"""What a run is told."""
+"""Run configuration."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ class EvalConfig:
 
     Parameters
     ----------
-    dataset
+    dataset : str
         File or generator name, see :func:`rag_eval.datasets.load_dataset`.
-    model
+    model : str
         Hub id, folder, GGUF file or packaged name.
-    out
+    out : Path
         Folder for ``config.yaml``, ``predictions.jsonl``, ``metrics.json``, table and plots. A run
         that stopped goes on where it stood.
-    modes
+    modes : str
         ``full,prefix,reuse,cacheblend:0.15,query:0.15+mean_shift=0``; ``full`` is always measured.
-    limit
+    limit : int or None
         First n examples only; may grow from one run to the next.
-    seed
+    seed : int
         Order of chunks, choice of distractors, generators, bootstrap.
-    options
+    options : DatasetOptions
         Shape of the prompts; its seed is replaced by `seed`.
-    max_new_tokens
+    max_new_tokens : int
         Length of the greedy answer.
-    gold_tokens
+    gold_tokens : int
         Most tokens of the gold answer that are teacher-forced.
-    noise_every
+    noise_every : int
         The noise floor is measured on every n-th example; 0 leaves it out.
-    seen_before
+    seen_before : SeenBefore
         What the engine served before each example: every chunk ``alone`` behind the shared
         prefix, or also one prompt with the chunks ``permuted``.
-    retrieve
+    retrieve : Path or None
         Index folder: chunks come from there instead of the data set's contexts.
-    passage
+    passage : {'corpus', 'builtin'}
         Text that chunk KV for use away from its own place is computed behind: a sample of the
         ``corpus`` (of examples that the run does not measure, where the data set has more), or the
         ``builtin`` prose. A passage file in the settings of fusion comes before both.
-    engine_args
+    engine_args : dict
         Further arguments of ``sglang.Engine``; they belong to the identity of a run.
     """
 

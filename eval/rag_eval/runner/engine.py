@@ -23,11 +23,11 @@ def start_session(
 
     Parameters
     ----------
-    maker
+    maker : PromptMaker
         Prompt maker of the model; names the folder and decodes answers.
-    vocabulary
+    vocabulary : int
         Columns of the logits that are real tokens.
-    engine_args
+    engine_args : dict
         Added to ``DEFAULT_ENGINE_ARGS``.
     """
     from rag_pipeline.sglang_plugin import create_engine

@@ -32,9 +32,9 @@ class FollowAnswer:
 
         Parameters
         ----------
-        logits
+        logits : object
             Tensor ``(requests, vocabulary)``, changed in place.
-        custom_param_list
+        custom_param_list : list of dict, optional
             One dict a request, with ``FORCED_IDS`` and ``LOGITS_FILE``.
 
         Returns

@@ -58,19 +58,19 @@ def measure_example(
 
     Parameters
     ----------
-    session
+    session : EngineSession
         Engine under test.
-    prompt
+    prompt : EvalPrompt
         Prompt and gold answer.
-    modes
+    modes : sequence of Mode
         Modes asked for, ``full`` among them.
-    max_new_tokens
+    max_new_tokens : int
         Length of the greedy answer.
-    turn
+    turn : int
         Number of the example; fused modes take turns at going first.
-    with_noise_floor
+    with_noise_floor : bool
         Whether to compute the full prefill a second time in another batching.
-    seen_before
+    seen_before : SeenBefore
         What the radix tree holds when a mode's turn comes. ``alone``: every chunk behind the
         shared prefix, so whichever comes first is an exact prefix hit (the kindest case for
         ``prefix``). ``permuted``: one earlier prompt with the chunks in another order.

@@ -25,16 +25,16 @@ class Mode:
 
     Parameters
     ----------
-    name
+    name : str
         As given, and as it stands in every table: ``full``, ``prefix``, ``query:0.15``, or with
         options of the policy ``query:0.15+mean_shift=0``.
-    policy
+    policy : str
         Selection policy; empty for ``full`` (nothing cached) and ``prefix`` (stock RadixAttention).
-    ratio
+    ratio : float or None
         Recompute budget; ``None`` leaves the policy's default.
-    options
+    options : dict of str to (float, int, bool or str)
         Further fields of the policy's configuration.
-    passage
+    passage : bool
         Whether chunk KV is used that was computed behind the neutral passage; ``reuse+passage=false``
         is reuse of KV computed right behind the shared prefix.
     """

@@ -21,7 +21,7 @@ def run_passage(config: EvalConfig) -> str:
 
     Parameters
     ----------
-    config
+    config : EvalConfig
         Of the run.
 
     Returns

@@ -1,4 +1,4 @@
-"""The record of a run on disk: one line an example, written whole or not at all."""
+"""The record of a run on disk: one line per example, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunFolder:
 
     Parameters
     ----------
-    path
+    path : Path
         Folder; made when missing.
-    identity
+    identity : mapping
         Everything that changes a result. A folder with another identity is refused.
-    notes
+    notes : mapping
         Facts for the reader (versions, threads, command), kept beside but not compared. Those of
         the first call stay; every call, the first among them, is listed under ``calls`` with
         what it changed.

@@ -22,15 +22,15 @@ class EvalPrompt:
 
     Parameters
     ----------
-    example
+    example : Example
         What it was made from.
-    prefix_ids
+    prefix_ids : tuple of int
         Chat header and instruction; the shared prefix that chunk KV is computed behind.
-    chunks
+    chunks : tuple of PromptChunk
         The retrieved part.
-    suffix_ids
+    suffix_ids : tuple of int
         Question, chat tail, and the lead of the answer.
-    gold_ids
+    gold_ids : tuple of int
         Teacher-forced gold answer, at most the run's limit of tokens.
     """
 
@@ -71,9 +71,9 @@ class PromptMaker:
 
     Parameters
     ----------
-    model
+    model : Path
         Folder in Hugging Face format.
-    gold_tokens
+    gold_tokens : int
         Most tokens of the gold answer that are teacher-forced.
     """
 

@@ -18,9 +18,9 @@ class IndexedChunks:
 
     Parameters
     ----------
-    folder
+    folder : Path
         Index folder; its own embedder encodes the questions.
-    encode
+    encode : Encode
         Tokeniser of the model under test.
     """
 

@@ -39,10 +39,10 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
 
     Parameters
     ----------
-    config
+    config : EvalConfig
         Settings.
-    progress
-        Called with one line now and then; silent when missing.
+    progress : Progress, optional
+        Called with one line of progress at a time; silent when missing.
 
     Returns
     -------

@@ -35,13 +35,13 @@ class Served:
 
     Parameters
     ----------
-    output_ids
+    output_ids : tuple of int
         Generated tokens, the end token included where there is one.
-    ttft_s
+    ttft_s : float
         Wall time from sending the request to its first token.
-    ttft_cpu_s
+    ttft_cpu_s : float
         CPU time of the engine's processes over the same interval.
-    usage
+    usage : dict
         Tokens of the prompt by what happened to them, ``computed_fraction``, ``fallback``; empty
         where the stream lost it (:meth:`EngineSession.follow_gold` reports on the same prompt).
     """
@@ -57,11 +57,11 @@ class EngineSession:
 
     Parameters
     ----------
-    engine
+    engine : object
         A running ``sglang.Engine`` with ``enable_custom_logit_processor``.
-    decode
+    decode : callable
         Text of generated tokens, control tokens left out.
-    vocabulary
+    vocabulary : int
         Size of the model's vocabulary; padded columns of the logits behind it are dropped.
     """
 
@@ -166,9 +166,9 @@ class EngineSession:
 
         Parameters
         ----------
-        prompt, mode
+        prompt, mode : EvalPrompt, Mode
             As for :meth:`serve`.
-        without_hints
+        without_hints : bool
             Send no fusion fields at all, as a client that knows nothing of the plugin. Only for
             modes that fuse nothing.
 

@@ -25,11 +25,11 @@ def hostile_files(
 
     Parameters
     ----------
-    count
+    count : int
         How many.
-    seed
+    seed : int
         Of the draws.
-    scale
+    scale : float
         Of their sizes; 1 stays below an upload's default limit.
 
     Yields

@@ -33,15 +33,15 @@ def run_hostile_files(
 
     Parameters
     ----------
-    folder
+    folder : Path
         Empty folder for indexes and spool.
-    model, embedder
+    model, embedder : Path, str
         Folder of the language model (its tokenizer), and the embedder.
-    count, seed, scale
+    count, seed, scale : int, int, float
         As :func:`hostile_files` takes them.
-    job_seconds
+    job_seconds : int
         Limit of one upload, as ``--job-seconds``.
-    neighbour_every
+    neighbour_every : int
         Hostile uploads between two of the neighbour's.
 
     Returns

@@ -31,13 +31,13 @@ def run_killed_jobs(
 
     Parameters
     ----------
-    folder
+    folder : Path
         Empty folder for indexes, spool and temporary files.
-    model, embedder
+    model, embedder : Path, str
         Folder of the language model (its tokenizer), and the embedder.
-    kills
+    kills : int
         How often.
-    seed
+    seed : int
         Of files and moments.
 
     Returns

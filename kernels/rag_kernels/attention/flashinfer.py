@@ -69,7 +69,7 @@ class PagedLayout:
 
 
 def paged_layout(plan: PositionCausalPlan) -> PagedLayout:
-    """Pseudo-requests of a plan: one a block, keys cut at the block's last position."""
+    """Pseudo-requests of a plan: one per block, keys cut at the block's last position."""
     rows, keys = [0], [0]
     pages = []
     for block in plan.blocks:

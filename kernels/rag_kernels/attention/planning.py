@@ -49,7 +49,7 @@ def plan_position_causal(
     """
     if len(q_positions) != len(slots):
         raise ValueError(
-            f"{len(q_positions)} position lists for {len(slots)} slot lists; give one of each a request."
+            f"{len(q_positions)} position lists for {len(slots)} slot lists; give one of each per request."
         )
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(

@@ -160,7 +160,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token for each of ``B`` requests of one length, in one call.
 
-    Bit for bit what one call a request and ``enable_gqa`` give, without a copy of K and V for each
+    Bit for bit what one call per request and ``enable_gqa`` give, without a copy of K and V for each
     query head: KV heads become batch entries, and the query heads of a group read the same memory.
 
     Parameters

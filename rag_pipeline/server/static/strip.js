@@ -1,4 +1,4 @@
-// The prompt as cells, one a token, coloured by what the engine did for it.
+// The prompt as cells, one per token, coloured by what the engine did for it.
 
 export const KINDS = {
   exact_prefix: "exact prefix (radix tree)",

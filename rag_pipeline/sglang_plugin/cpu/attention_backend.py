@@ -170,7 +170,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._swa_buckets: list[_Bucket] = []
         self._fast_decode = decode_is_fast()
 
-    # ---- once a forward pass -------------------------------------------------------------------
+    # ---- once per forward pass -----------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find each request's slots once for all layers."""
@@ -232,7 +232,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 bucket = _Bucket(rows=rows, slots=window_slots, lengths=lengths)
                 self._swa_buckets.append(bucket)
 
-    # ---- once a layer --------------------------------------------------------------------------
+    # ---- once per layer ------------------------------------------------------------------------
 
     def forward_extend(
         self,

@@ -136,7 +136,7 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
         _row(
             _STREAMER + "is_request_level_customized_info_key",
             "around",
-            "the usage report is sent once a request",
+            "the usage report is sent once per request",
             usage.around_request_level_key,
             "key",
         ),

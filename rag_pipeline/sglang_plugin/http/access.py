@@ -95,7 +95,7 @@ def register() -> list[HookTarget]:
         HookTarget(
             path=_DECIDE,
             kind="around",
-            why="one key a tenant, and a page that can ask for the key",
+            why="one key per tenant, and a page that can ask for the key",
             params=("auth_level",),
         ),
         HookTarget(

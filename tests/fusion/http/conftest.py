@@ -32,7 +32,7 @@ QUESTION = "Which of these buildings is the oldest?"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a byte: ids of a text do not depend on what stands around it."""
+    """One token per byte: ids of a text do not depend on what stands around it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Malformed fusion fields are HTTP 400 in one line on every endpoint, and the server serves on."""
+"""Malformed fusion fields are HTTP 400 in one line on every endpoint, and the server keeps serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come again and again in other shapes: documents edited in place, cut, moved, repeated."""
+"""Recurring requests in other shapes: documents edited in place, cut, moved, repeated."""
 
 from __future__ import annotations
 

@@ -131,12 +131,12 @@ class FusionRuntime:
             logger.warning(message, *values)
 
     def say_fault(self, stage: str, error: Exception) -> None:
-        """Log a fault that costs its requests nothing but speed, once a kind, with its traceback."""
+        """Log a fault that costs its requests nothing but speed, once per kind, with its traceback."""
         kind = f"{stage}: {type(error).__name__}"
         if kind not in self._said:
             self._said.add(kind)
             logger.error(
-                "A fault of fusion (%s); its requests are prefilled as usual. Said once a kind of fault.",
+                "A fault of fusion (%s); its requests are prefilled as usual. Said once per kind of fault.",
                 kind,
                 exc_info=error,
             )

@@ -1,6 +1,6 @@
 """Which models and engine settings fusion works with; everything else is refused with one reason.
 
-A refusal is not an error: the engine serves on, by ordinary prefill.
+A refusal is not an error: the engine keeps serving, by ordinary prefill.
 """
 
 from __future__ import annotations
