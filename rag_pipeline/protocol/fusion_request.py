@@ -231,7 +231,7 @@ def fusion_request(
         Tokens that chunk KV is computed behind; by default all before the first chunk.
     conversation : str
         Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
-    attention
+    attention : str
         Attention method of the computed rows; the engine checks its name.
 
     Raises
