@@ -12,10 +12,9 @@ attention is causal by absolute position. How a request travels, module by modul
 ``plan``           rows of a piece (chunked prefill) as plain arithmetic
 ``forward``        around ``ModelRunner.forward``: the fused pass, ordinary prefill if it fails, capture
 ``fused_forward``  loads, row selection, the batch of the fused pass; ``fused_item``: one request of it
-``probing``        the passes that policies choose rows by; ``draft``: a draft answer that scores
+``probing``        the passes that a signal of ``chunk_cache.policies`` asks for; ``scratch``: room for a draft
 ``batch_view``     a ``ForwardBatch`` with fewer rows
 ``attention``      around ``RadixAttention.forward``: load, write, attend
-``probes``         what probing passes look at
 ``capture``        chunk KV out of the paged pool into the store
 ``radix``          the tree: fused KV never becomes exact
 ``conversation``   what a turn leaves for the next of the same conversation; ``turns``: which there are
