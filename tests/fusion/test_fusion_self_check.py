@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from chunk_cache.policies.signals import draft
-from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, probing
+from chunk_cache.policies.signals import AttentionSignal, draft
+from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, scratch
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.startup import prove
@@ -105,7 +105,12 @@ def draft_that_fails(monkeypatch):
 
 
 def no_draft(monkeypatch):
-    monkeypatch.setattr(probing.Prober, "scratch", lambda *args: None)
+    original = AttentionSignal._masses
+
+    def masses(signal, *args):
+        return original(AttentionSignal(signal.layers), *args)
+
+    monkeypatch.setattr(AttentionSignal, "_masses", masses)
 
 
 FAULTS = {
@@ -149,7 +154,7 @@ def test_a_fault_of_the_path_that_serves_is_found(engine, monkeypatch, fault):
 
 def test_a_draft_that_has_no_room_is_no_fault(engine, monkeypatch):
     local = engine("llama")
-    monkeypatch.setattr(draft, "borrow_slots", lambda *args: None)
+    monkeypatch.setattr(scratch, "borrow_slots", lambda *args: None)
     assert set(run_self_check(local.runtime, local.scheduler)) == NAMES
 
 
