@@ -1,17 +1,19 @@
-"""Adaptive ratio: as much recomputation as hides behind loading, and more where the deviation is spread out."""
+"""CacheBlend's loading controller (arXiv 2405.16444): recompute what hides behind loading, or more where KV deviates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
+from chunk_cache.policies.base import check_ratio, top_positions
 from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
 from chunk_cache.policies.layout import ReuseLayout
+from chunk_cache.policies.scored import ScoredPolicy
+from chunk_cache.policies.signals.deviation import DeviationSignal
 
 
 def balance_ratio(prefill_s: float, load_s: float) -> float:
@@ -42,35 +44,22 @@ class AdaptiveConfig:
             raise ValueError(f"max_ratio {self.max_ratio} is below ratio {self.ratio}; raise it.")
 
 
-class AdaptivePolicy(Policy):
+class AdaptivePolicy(ScoredPolicy):
     """CacheBlend's loading controller, then its deviation.
 
     The ratio is ``max(r*, r)`` with ``T_recompute(r) = T_load`` (CacheBlend, arXiv 2405.16444, section 5.1), where
-    ``layout`` carries both times. At the check layer it is raised until the selected tokens hold ``coverage`` of
-    the total deviation. The second step is ours. Tokens are chosen by deviation, once, at layer 1.
+    ``layout`` carries both times. The engine does not supply them yet (they come with the store's tiers), so the
+    planned ratio is ``r*`` in every prompt that it serves. At the check layer the ratio is raised until the selected
+    tokens hold ``coverage`` of the total deviation. That step is ours. Tokens are chosen by deviation, once, at layer 1.
     """
 
-    name: ClassVar[str] = "adaptive"
-    config_type: ClassVar[type[Any]] = AdaptiveConfig
-    signal: ClassVar[Signal] = "deviation"
+    name = "adaptive"
+    config_type = AdaptiveConfig
     config: AdaptiveConfig
 
-    def __init__(self, config: AdaptiveConfig) -> None:
-        self.config = config
-
-    @property
-    def ratio(self) -> float:
-        """The least ratio."""
-        return self.config.ratio
-
-    @property
-    def metric(self) -> Literal["k", "v", "kv"]:
-        """As configured."""
-        return self.config.metric
-
-    def check_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layer 1."""
-        return self._base(self.ratio).check_layers(num_layers)
+    def signal(self, layout: ReuseLayout) -> DeviationSignal:
+        """Deviation at layer 1."""
+        return self._base(self.ratio).signal(layout)
 
     def planned_ratio(self, layout: ReuseLayout) -> float:
         """Return the ratio that holds before any deviation is known."""
@@ -88,22 +77,10 @@ class AdaptivePolicy(Policy):
         """Count what the planned ratio pays for."""
         return self._base(self.planned_ratio(layout)).num_selected(layout)
 
-    def select(
-        self,
-        layout: ReuseLayout,
-        *,
-        scores: Tensor | None = None,
-        candidates: Tensor | None = None,
-        stage: int = 0,
+    def choose(
+        self, layout: ReuseLayout, scores: Tensor, candidates: Tensor, stage: int = 0
     ) -> Tensor:
         """Take the tokens that deviate most, as many as planned or as the coverage needs."""
-        if scores is None and not self.needs_signal(layout):
-            return layout.reused_positions()[: self.num_selected(layout)[-1]]
-        if scores is None:
-            raise ValueError(
-                "adaptive selects by deviation: give scores (rag_kernels.kv_deviation)."
-            )
-        positions = layout.reused_positions() if candidates is None else candidates
         count = self.num_selected(layout)[0]
         ceiling = self._base(self.config.max_ratio).num_selected(layout)[0]
         if self.config.coverage > 0 and scores.numel():
@@ -111,7 +88,7 @@ class AdaptivePolicy(Policy):
             held = falling.cumsum(0)
             needed = int((held < self.config.coverage * held[-1]).sum()) + 1
             count = max(count, min(needed, ceiling))
-        return top_positions(scores, positions, count)
+        return top_positions(scores, candidates, count)
 
     def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
         """As CacheBlend with one check; hand in ``kept``, the plan does not know the deviation."""

@@ -1,15 +1,13 @@
-"""EPIC: recompute the first tokens of every chunk, which act as attention sinks where they stand alone."""
+"""EPIC's LegoLink (arXiv 2410.15332): recompute the first tokens of every chunk, attention sinks where they stand alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from chunk_cache.policies.base import Policy, Signal, check_ratio
+from chunk_cache.policies.base import Policy, check_ratio
 from chunk_cache.policies.layout import ReuseLayout
 
 
@@ -35,18 +33,18 @@ class EpicPolicy(Policy):
     all chunks, and the remainder goes one token each to the first chunks that are long enough.
     """
 
-    name: ClassVar[str] = "epic"
-    config_type: ClassVar[type[Any]] = EpicConfig
-    signal: ClassVar[Signal] = "none"
+    name = "epic"
+    config_type = EpicConfig
     config: EpicConfig
 
-    def __init__(self, config: EpicConfig) -> None:
-        self.config = config
-
-    @property
-    def ratio(self) -> float:
-        """Nominal ratio."""
-        return self.config.ratio
+    def select(self, layout: ReuseLayout) -> Tensor:
+        """First tokens of each span."""
+        first = self._first(layout)
+        parts = [
+            torch.arange(start, start + k)
+            for (start, _), k in zip(layout.spans, first, strict=True)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def _first(self, layout: ReuseLayout) -> list[int]:
         lengths = [end - start for start, end in layout.spans]
@@ -67,27 +65,3 @@ class EpicPolicy(Policy):
                 first[i] += 1
                 left -= 1
         return first
-
-    def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
-        """One stage."""
-        return (sum(self._first(layout)),)
-
-    def select(
-        self,
-        layout: ReuseLayout,
-        *,
-        scores: Tensor | None = None,
-        candidates: Tensor | None = None,
-        stage: int = 0,
-    ) -> Tensor:
-        """First tokens of each span."""
-        first = self._first(layout)
-        parts = [
-            torch.arange(start, start + k)
-            for (start, _), k in zip(layout.spans, first, strict=True)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-    def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
-        """Count selected tokens times layers: choosing costs nothing."""
-        return float((kept[-1] if kept else self.num_selected(layout)[0]) * layout.num_layers)

@@ -1,18 +1,18 @@
-"""Query-aware selection: recompute the tokens that the question, and a draft of the answer, attend to."""
+"""Query-driven selection, as ProphetKV (arXiv 2602.02579): recompute what the question, and a draft answer, attend to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from chunk_cache.policies.base import Policy, Signal, check_ratio, top_positions
+from chunk_cache.policies.base import check_ratio, top_positions
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
+from chunk_cache.policies.scored import ScoredPolicy
+from chunk_cache.policies.signals.attention import AttentionSignal
 
 _LEAST_SHARE_BEHIND_DRAFT = 0.5
 """Share of the budget's tokens that must be left for a draft to be worth its pass."""
@@ -66,7 +66,7 @@ class QueryConfig:
             raise ValueError(f"pool is {self.pool}; it must be at least 1.")
 
 
-class QueryPolicy(Policy):
+class QueryPolicy(ScoredPolicy):
     """Tokens with the largest attention mass from the question, and from a draft of the answer, over the middle layers.
 
     The fresh rows run over the loaded KV through layers ``0 .. 0.8 L``; the mass is the mean over question rows,
@@ -88,29 +88,28 @@ class QueryPolicy(Policy):
     mean shift, because first tokens move more than the rest and would shift it too far.
     """
 
-    name: ClassVar[str] = "query"
-    config_type: ClassVar[type[Any]] = QueryConfig
-    signal: ClassVar[Signal] = "attention"
+    name = "query"
+    config_type = QueryConfig
     config: QueryConfig
 
     def __init__(self, config: QueryConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._fallback = EpicPolicy(EpicConfig(ratio=config.ratio))
 
-    @property
-    def ratio(self) -> float:
-        """Nominal ratio."""
-        return self.config.ratio
+    def signal(self, layout: ReuseLayout) -> AttentionSignal:
+        """Attention of the middle layers, at least one.
 
-    @property
-    def mean_shift(self) -> float:
-        """As configured."""
-        return self.config.mean_shift
-
-    def scoring_layers(self, num_layers: int) -> range:
-        """At least one layer."""
-        stop = max(1, ceil(self.config.stop_layer * num_layers - 1e-9))
-        return range(min(int(self.config.first_layer * num_layers + 1e-9), stop - 1), stop)
+        With a draft where it may choose and at least half of the budget is left behind it.
+        """
+        stop = max(1, ceil(self.config.stop_layer * layout.num_layers - 1e-9))
+        first = int(self.config.first_layer * layout.num_layers + 1e-9)
+        layers = range(min(first, stop - 1), stop)
+        if self.config.draft_share:
+            drafting = AttentionSignal(layers, self.config.draft_tokens)
+            least = _LEAST_SHARE_BEHIND_DRAFT * self.ratio * layout.num_reused
+            if self._left(layout, drafting) >= least:
+                return drafting
+        return AttentionSignal(layers)
 
     def needs_signal(self, layout: ReuseLayout) -> bool:
         """Answer False without a question, at ratio 1, and where scoring would eat the budget."""
@@ -121,30 +120,15 @@ class QueryPolicy(Policy):
 
     def shift_strength(self, layout: ReuseLayout) -> float:
         """As configured for scored tokens, 0 for the first tokens of chunks."""
-        return self.mean_shift if self.needs_signal(layout) else 0.0
-
-    def draft_length(self, layout: ReuseLayout) -> int:
-        """As configured, where it may choose and at least half of the budget is left behind it."""
-        if self.config.draft_share == 0.0:
-            return 0
-        left = self._left(layout, self._overhead(layout, self.config.draft_tokens))
-        least = _LEAST_SHARE_BEHIND_DRAFT * self.ratio * layout.num_reused
-        return self.config.draft_tokens if left >= least else 0
+        return self.config.mean_shift if self.needs_signal(layout) else 0.0
 
     def _count(self, layout: ReuseLayout) -> int:
         """Tokens that the budget leaves behind the scoring passes."""
-        return self._left(layout, self._overhead(layout, self.draft_length(layout)))
+        return self._left(layout, self.signal(layout))
 
-    def _left(self, layout: ReuseLayout, overhead: int) -> int:
-        budget = self.ratio * layout.num_reused * layout.num_layers - overhead
+    def _left(self, layout: ReuseLayout, signal: AttentionSignal) -> int:
+        budget = self.ratio * layout.num_reused * layout.num_layers - signal.cost(layout)
         return max(0, min(layout.num_reused, int(budget / layout.num_layers + 1e-6)))
-
-    def _overhead(self, layout: ReuseLayout, drafted: int) -> int:
-        stop = self.scoring_layers(layout.num_layers).stop
-        if drafted:
-            # To the logits with the question, for the draft's first token; the draft's own pass stops early again.
-            return layout.scoring_rows * layout.num_layers + drafted * stop
-        return layout.scoring_rows * stop
 
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
         """Count what the budget leaves after the scoring pass, or buys without one."""
@@ -152,30 +136,26 @@ class QueryPolicy(Policy):
             return (self._count(layout),)
         return self._fallback.num_selected(layout)
 
-    def select(
-        self,
-        layout: ReuseLayout,
-        *,
-        scores: Tensor | None = None,
-        candidates: Tensor | None = None,
-        stage: int = 0,
-    ) -> Tensor:
-        """Take the tokens with the largest mass, or the first ones of every chunk where nothing is scored."""
-        if not self.needs_signal(layout):
-            return self._fallback.select(layout)
-        if scores is None:
-            raise ValueError(
-                "query selects by attention mass: give scores (rag_kernels.query_attention_mass)."
-            )
-        positions = layout.reused_positions() if candidates is None else candidates
-        return self._by_question(layout, scores, positions, self._count(layout))
+    def select(self, layout: ReuseLayout) -> Tensor:
+        """Take the first tokens of every chunk where nothing is scored."""
+        if self.needs_signal(layout):
+            return super().select(layout)
+        return self._fallback.select(layout)
 
-    def select_with_draft(self, layout: ReuseLayout, *, scores: Tensor, drafted: Tensor) -> Tensor:
-        """Let the question choose first, then the draft among what is left: a wrong draft costs no more than its share."""
+    def choose(
+        self, layout: ReuseLayout, scores: Tensor, candidates: Tensor, stage: int = 0
+    ) -> Tensor:
+        """Take the tokens with the largest mass: the question's, then the draft's among what is left.
+
+        So a wrong draft costs no more than its share.
+        """
         count = self._count(layout)
+        if scores.ndim == 1:
+            return self._by_question(layout, scores, candidates, count)
+        asking, drafted = scores
         of_draft = int(self.config.draft_share * count)
-        positions = layout.reused_positions().to(scores.device)
-        asked = self._by_question(layout, scores, positions, count - of_draft)
+        positions = candidates.to(scores.device)
+        asked = self._by_question(layout, asking, positions, count - of_draft)
         left = torch.isin(positions, asked, invert=True)
         more = top_positions(self._pooled(drafted, layout)[left], positions[left], of_draft)
         return torch.cat([asked, more]).sort().values
@@ -208,11 +188,3 @@ class QueryPolicy(Policy):
                 out[block:stop] = scores[block:stop].mean()
             lo = hi
         return out
-
-    def computed_row_layers(self, layout: ReuseLayout, kept: Sequence[int] | None = None) -> float:
-        """Count selected tokens through all layers, and the scoring pass where there is one."""
-        rows = kept[-1] if kept else self.num_selected(layout)[0]
-        scoring = (
-            self._overhead(layout, self.draft_length(layout)) if self.needs_signal(layout) else 0
-        )
-        return float(rows * layout.num_layers + scoring)

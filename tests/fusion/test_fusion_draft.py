@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.fusion.forward import draft
+from chunk_cache.policies.signals import draft
+from rag_pipeline.sglang_plugin.fusion.forward import scratch
 
 VOCAB, PREFIX = 256, 20
 
@@ -59,13 +58,13 @@ def allocator(local):
 def test_borrowed_slots_stay_free_and_are_nobodys(local):
     pool = allocator(local)
     before = pool.get_all_free_pages().clone()
-    slots = draft.borrow_slots(local.scheduler.tp_worker.model_runner, 3, 5)
+    slots = scratch.borrow_slots(local.scheduler.tp_worker.model_runner, 3, 5)
     assert slots.shape == (3, 5)
     assert slots.unique().numel() == 15
     assert torch.isin(slots // pool.page_size, before).all()
     assert torch.equal(pool.get_all_free_pages(), before)
     everything = int(pool.available_size())
-    assert draft.borrow_slots(local.scheduler.tp_worker.model_runner, 1, everything + 1) is None
+    assert scratch.borrow_slots(local.scheduler.tp_worker.model_runner, 1, everything + 1) is None
 
 
 def test_a_draft_leaves_the_pool_as_it_found_it(local):
@@ -97,7 +96,7 @@ def test_without_room_there_is_no_draft(local, monkeypatch, why):
     local.run(drafted)
     local.flush()
     place = "borrow_slots" if why == "no free slots" else "fits"
-    monkeypatch.setattr(draft, place, lambda *_: None if place == "borrow_slots" else False)
+    monkeypatch.setattr(scratch, place, lambda *_: None if place == "borrow_slots" else False)
     req = ask(local, [3, 1, 0, 2])
     local.run(req)
     counts = local.runtime.metrics.counts
@@ -105,16 +104,6 @@ def test_without_room_there_is_no_draft(local, monkeypatch, why):
     one, other = (r.customized_info["rag_fusion"][0] for r in (drafted, req))
     assert (other["fallback"], other["recomputed_tokens"]) == ("", one["recomputed_tokens"])
     assert other["computed_fraction"] < one["computed_fraction"]
-
-
-class Item:
-    """What :func:`draft.look_up` reads of a request."""
-
-    def __init__(self, prompt, spans):
-        self.prompt = torch.tensor(prompt)
-        self.entry = SimpleNamespace(
-            state=SimpleNamespace(request=SimpleNamespace(spans=spans), loads=[])
-        )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +118,7 @@ class Item:
 )
 def test_a_draft_goes_on_as_the_chunk_does(monkeypatch, first, looked_at, want):
     monkeypatch.setattr(draft, "_NEAR", 2)
-    prompt = [1, 2, 7, 5, 6, 4, 3, 7, 8, 9, 7, 2]
+    prompt = torch.tensor([1, 2, 7, 5, 6, 4, 3, 7, 8, 9, 7, 2])
     mass = torch.zeros(12)
     mass[looked_at] = 1.0
-    assert draft.look_up(first, Item(prompt, ((2, 6), (6, 10))), mass, 3) == want
+    assert draft.look_up(first, prompt, ((2, 6), (6, 10)), mass, 3) == want

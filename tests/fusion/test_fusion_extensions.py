@@ -1,4 +1,4 @@
-"""Things of somebody else's at every seam, run by the real engine: a policy, an attention kernel."""
+"""Things of somebody else's at every seam, run by the real engine: policies, a signal, an attention kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from chunk_cache.policies import POLICIES, Policy
+from chunk_cache.policies import (
+    POLICIES,
+    PassObserver,
+    Policy,
+    ScoredPolicy,
+    Signal,
+    top_positions,
+)
 from rag_kernels import ATTENTION_KERNELS, AttentionKernel
 
 VOCAB = 256
@@ -61,27 +68,13 @@ class EveryNthPolicy(Policy):
 
     name = "every-nth"
     config_type = EveryNthConfig
-    signal = "none"
-
-    def __init__(self, config):
-        self.config = config
 
     @property
     def ratio(self):
         return 1 / self.config.step
 
-    def num_selected(self, layout):
-        return (len(self._positions(layout)),)
-
-    def select(self, layout, *, scores=None, candidates=None, stage=0):
-        return torch.tensor(self._positions(layout), dtype=torch.int64)
-
-    def computed_row_layers(self, layout, kept=None):
-        return float((kept or self.num_selected(layout))[-1] * layout.num_layers)
-
-    def _positions(self, layout):
-        reused = [at for start, end in layout.spans for at in range(start, end)]
-        return reused[:: self.config.step]
+    def select(self, layout):
+        return layout.reused_positions()[:: self.config.step]
 
 
 def test_a_policy(local):
@@ -97,6 +90,103 @@ def test_a_policy(local):
     local.flush()
     # Gone, it is no policy any more: the request is served as usual.
     assert local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "every-nth"}).output_ids
+
+
+@dataclass(frozen=True)
+class ValueNormSignal(Signal):
+    """Norm of the loaded values at one layer, largest first or smallest first."""
+
+    name = "value-norm"
+    layer: int
+    sign: int
+
+    def cost(self, layout, kept):
+        return layout.scoring_rows * (self.layer + layout.qkv_share)
+
+    def choose(self, passes, requests):
+        rows = [request.rows(request.fresh) for request in requests]
+        slots = [request.kv_slots[request.candidates] for request in requests]
+        observer = ValueNormObserver(self.layer, slots)
+        passes.run(rows, observer)
+        return [
+            request.policy.choose(
+                request.layout, self.sign * passes.total(norms).sqrt(), request.candidates
+            )
+            for request, norms in zip(requests, observer.norms, strict=True)
+        ]
+
+
+class ValueNormObserver(PassObserver):
+    """Takes the squared norms, and ends the pass there."""
+
+    def __init__(self, layer, slots):
+        self.layer, self.slots, self.norms = layer, slots, []
+
+    @property
+    def last_layer(self):
+        return self.layer
+
+    def before_write(self, layer_id, k_pool, v_pool, k, v):
+        if layer_id == self.layer:
+            self.norms = [v_pool[slots].float().square().sum((1, 2)) for slots in self.slots]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueNormConfig:
+    ratio: float = 0.3
+    sign: int = 1
+
+
+class ValueNormPolicy(ScoredPolicy):
+    """Recomputes the tokens whose values are largest."""
+
+    name = "value-norm"
+    config_type = ValueNormConfig
+
+    def signal(self, layout):
+        return ValueNormSignal(layout.num_layers - 2, self.config.sign)
+
+    def num_selected(self, layout):
+        return (int(self.ratio * layout.num_reused),)
+
+    def choose(self, layout, scores, candidates, stage=0):
+        return top_positions(scores, candidates, self.num_selected(layout)[stage])
+
+
+def stored_values(local, chunk, layer):
+    """Values of a chunk as the store holds them, ``[tokens, heads, head_dim]``: loading does not change them."""
+    store = local.runtime.store
+    (lease,) = [found for key in store.keys() if (found := store.acquire(key, chunk))]  # noqa: SIM118
+    with lease:
+        return lease.record.layer(layer, 0, len(chunk))[1].clone()
+
+
+def painted(req, kind):
+    """Positions of the prompt that the report paints as 1 (reused) or 2 (recomputed)."""
+    at, found = 0, []
+    for painted_as, length in report(req)["runs"]:
+        found += range(at, at + length) if painted_as == kind else ()
+        at += length
+    return found
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_policy_with_a_signal_of_its_own(local, sign):
+    fuse = {"spans": SPANS, "policy": "value-norm", "options": {"sign": sign}}
+    with registered(POLICIES, ValueNormPolicy):
+        req = local.ask(PROMPT, 2, fusion=fuse)
+    layer = local.runtime.facts.num_layers - 2
+    norms = sign * stored_values(local, CHUNKS[0], layer).double().square().sum((1, 2))
+    # Only the second chunk is moved, and 12 of its 40 tokens are bought.
+    wanted = (norms.argsort(descending=True)[:12].sort().values + 60).tolist()
+    assert report(req)["fallback"] == ""
+    assert painted(req, 2) == wanted
+    # The pass is charged: the fresh rows as far as the signal looked, then all rows that are computed.
+    facts = local.runtime.facts
+    fresh = report(req)["fresh_tokens"]
+    work = fresh * (layer + facts.qkv_share) + (fresh + 12) * facts.num_layers
+    behind = (len(PROMPT) - report(req)["exact_prefix_tokens"]) * facts.num_layers
+    assert report(req)["computed_fraction"] == pytest.approx(work / behind, abs=1e-6)
 
 
 class CountingKernel(AttentionKernel):

@@ -66,8 +66,8 @@ def prefill(local, *reqs):
 @pytest.fixture
 def break_at(monkeypatch):
     """Make a step of the fused path fail at a layer; returns the list of layers where it did."""
+    from chunk_cache.policies.signals import DeviationObserver, MassObserver
     from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
-    from rag_pipeline.sglang_plugin.fusion.forward import probes
 
     def install(step, layer):
         failed = []
@@ -85,8 +85,8 @@ def break_at(monkeypatch):
         place, name = {
             "load": (attention.Loader, "ensure"),
             "layer": (attention.FusedPass, "_run_layer"),
-            "mass": (probes.MassObserver, "after_write"),
-            "deviation": (probes.DeviationObserver, "before_write"),
+            "mass": (MassObserver, "after_write"),
+            "deviation": (DeviationObserver, "before_write"),
         }[step]
         monkeypatch.setattr(place, name, wrapped(getattr(place, name)))
         return failed

@@ -44,7 +44,7 @@ def shifted(oracle, keys, values, rows, spans, strength):
 
 def expect(oracle, policy, prefix, chunks, question):
     """Log-probabilities of the first token and the rows that the policy recomputed."""
-    from chunk_cache.policies import ReuseLayout
+    from chunk_cache.policies import AttentionSignal, DeviationSignal, ReuseLayout, ScoredPolicy
 
     ids = [*prefix, *(t for chunk in chunks for t in chunk), *question]
     spans, at = [], len(prefix)
@@ -63,15 +63,16 @@ def expect(oracle, policy, prefix, chunks, question):
     )
     asking = torch.arange(len(prefix) + sum(map(len, chunks)), len(ids))
     candidates = layout.reused_positions()
-    if policy.signal == "attention":
-        layers, mass = policy.scoring_layers(oracle.layers), torch.zeros(len(ids)).double()
+    signal = policy.signal(layout) if isinstance(policy, ScoredPolicy) else None
+    if isinstance(signal, AttentionSignal):
+        layers, mass = signal.layers, torch.zeros(len(ids)).double()
 
         def seen(layer, weights):
             if layer in layers:
                 mass.add_(weights.mean((0, 1)))
 
         k, v = [t.clone() for t in keys], [t.clone() for t in values]
-        drafted = policy.draft_length(layout)
+        drafted = signal.draft_tokens
         h = oracle.run(ids, asking, k, v, stop=None if drafted else layers.stop, seen=seen)
         if drafted:
             # The likeliest first token, and what stands behind its most attended occurrence in the chunks.
@@ -90,14 +91,13 @@ def expect(oracle, policy, prefix, chunks, question):
 
             behind_prompt = torch.arange(len(ids), len(ids) + len(guess))
             oracle.run([*ids, *guess], behind_prompt, k, v, seen=look)
-            chosen = policy.select_with_draft(
-                layout, scores=mass[candidates].float(), drafted=extra[candidates].float()
-            )
+            scores = torch.stack([mass[candidates].float(), extra[candidates].float()])
         else:
-            chosen = policy.select(layout, scores=mass[candidates].float())
-    elif policy.signal == "deviation":
+            scores = mass[candidates].float()
+        chosen = policy.choose(layout, scores, candidates)
+    elif isinstance(signal, DeviationSignal):
         chosen = candidates
-        for stage, layer in enumerate(policy.check_layers(oracle.layers)):
+        for stage, layer in enumerate(signal.check_layers):
             current = torch.cat([chosen, asking])
             scores = {}
 
@@ -106,14 +106,14 @@ def expect(oracle, policy, prefix, chunks, question):
                     keep = torch.isin(current, chosen)
                     dk = k[keep] - keys[layer][current[keep]]
                     dv = v[keep] - values[layer][current[keep]]
-                    scores[layer] = (dk.square().sum((1, 2)) if "k" in policy.metric else 0) + (
-                        dv.square().sum((1, 2)) if "v" in policy.metric else 0
+                    scores[layer] = (dk.square().sum((1, 2)) if "k" in signal.metric else 0) + (
+                        dv.square().sum((1, 2)) if "v" in signal.metric else 0
                     )
 
             # Layers up to the check are computed for the rows still there; what dropped out stays fresh there.
             oracle.run(ids, current, keys, values, stop=layer + 1, before=before)
             score = scores[layer].float()
-            chosen = policy.select(layout, scores=score, candidates=chosen, stage=stage)
+            chosen = policy.choose(layout, score, chosen, stage)
     else:
         chosen = policy.select(layout)
     rows = torch.cat([chosen, asking])

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from rag_pipeline.sglang_plugin.fusion.forward import draft, fused_forward, probing
+from chunk_cache.policies.signals import AttentionSignal, draft
+from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, scratch
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.startup import prove
@@ -88,13 +89,12 @@ def no_shift(monkeypatch):
 
 def draft_over_the_prompt(monkeypatch):
     """Its KV goes over that of a chunk: even where such a row is computed again, the mean shift has its old KV wrong."""
-    original = draft.rows_behind
+    original = fused_item.FusedItem.rows_behind
 
-    def rows(members, drafts, scratch):
-        own = torch.stack([item.kv_slots[100 : 100 + scratch.shape[1]] for item in members])
-        return original(members, drafts, own)
+    def rows(item, ids, slots):
+        return original(item, ids, item.kv_slots[100 : 100 + slots.numel()])
 
-    monkeypatch.setattr(draft, "rows_behind", rows)
+    monkeypatch.setattr(fused_item.FusedItem, "rows_behind", rows)
 
 
 def draft_that_fails(monkeypatch):
@@ -105,12 +105,12 @@ def draft_that_fails(monkeypatch):
 
 
 def no_draft(monkeypatch):
-    original = probing.Prober._attention_scores
+    original = AttentionSignal._masses
 
-    def scores(self, members, layers, drafted):
-        return original(self, members, layers, 0)
+    def masses(signal, *args):
+        return original(AttentionSignal(signal.layers), *args)
 
-    monkeypatch.setattr(probing.Prober, "_attention_scores", scores)
+    monkeypatch.setattr(AttentionSignal, "_masses", masses)
 
 
 FAULTS = {
@@ -154,7 +154,7 @@ def test_a_fault_of_the_path_that_serves_is_found(engine, monkeypatch, fault):
 
 def test_a_draft_that_has_no_room_is_no_fault(engine, monkeypatch):
     local = engine("llama")
-    monkeypatch.setattr(draft, "borrow_slots", lambda *args: None)
+    monkeypatch.setattr(scratch, "borrow_slots", lambda *args: None)
     assert set(run_self_check(local.runtime, local.scheduler)) == NAMES
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunk_cache.policies import ReuseLayout, create_policy, qkv_share
+from chunk_cache.policies import ReuseLayout, ScoredPolicy, create_policy, qkv_share
 
 LAYERS, SHARE = 30, 0.15625
 
@@ -39,6 +39,10 @@ def tally(layout, kept_by_layer, scoring=0):
     )
 
 
+def scored(policy, layout):
+    return isinstance(policy, ScoredPolicy) and policy.needs_signal(layout)
+
+
 def test_qkv_share_of_smollm2_135m():
     assert qkv_share(576, 9, 3, 64, 1536) == pytest.approx(0.156, abs=5e-4)
 
@@ -57,7 +61,7 @@ def test_cacheblend_at_15_percent_keeps_what_its_two_first_layers_leave():
 def test_gradual_filtering_falls_and_stays_within_the_budget():
     policy = create_policy("cacheblend:0.15")
     a, b, c = policy.num_selected(SIX)
-    assert policy.check_layers(LAYERS) == (1, 2, 3)
+    assert policy.signal(SIX).check_layers == (1, 2, 3)
     assert a > b > c > 0
     assert a == pytest.approx(1.5 * c, abs=1)
     want = tally(SIX, [(2400, 2400), (2400, a), (a, b), (b, c)] + [(c, c)] * 26)
@@ -78,8 +82,8 @@ def test_checks_that_start_again_are_charged_as_such():
 def test_uncharged_cacheblend_keeps_the_nominal_share_and_says_what_it_costs():
     policy = create_policy("cacheblend", ratio=0.15, released=True, charge_overhead=False)
     assert policy.num_selected(SIX) == (360,)
-    assert policy.metric == "v"
-    assert policy.check_layers(LAYERS) == (1,)
+    assert policy.signal(SIX).metric == "v"
+    assert policy.signal(SIX).check_layers == (1,)
     assert policy.charged_ratio(SIX) > 0.18
 
 
@@ -91,7 +95,7 @@ def test_uncharged_gradual_filtering_averages_to_the_ratio_over_its_checks():
 def test_a_budget_below_the_check_itself_checks_nothing():
     policy = create_policy("cacheblend:0.03")
     assert policy.num_selected(SIX)[-1] == 0
-    assert not policy.needs_signal(SIX)
+    assert not scored(policy, SIX)
     assert policy.computed_row_layers(SIX) == 0
     assert policy.select(SIX).numel() == 0
 
@@ -99,7 +103,7 @@ def test_a_budget_below_the_check_itself_checks_nothing():
 def test_query_pays_for_its_scoring_pass():
     policy = create_policy("query", draft_tokens=0)
     (kept,) = policy.num_selected(SIX)
-    assert policy.scoring_layers(30) == range(15, 24)
+    assert policy.signal(SIX).layers == range(15, 24)
     assert kept == (360 * 30 - 20 * 24) // 30
     assert policy.computed_row_layers(SIX) == kept * 30 + 20 * 24
     assert policy.computed_fraction(SIX) == pytest.approx(
@@ -118,7 +122,7 @@ def test_query_pays_for_fresh_text_between_chunks_too():
 
 def test_query_pays_for_its_draft_and_for_the_way_to_the_logits():
     policy = create_policy("query", draft_tokens=5)
-    assert policy.draft_length(SIX) == 5
+    assert policy.signal(SIX).draft_tokens == 5
     assert policy.num_selected(SIX) == (360 - 20 - 4,)
     assert policy.computed_row_layers(SIX) == (360 - 20 - 4) * 30 + 20 * 30 + 5 * 24
 
@@ -126,9 +130,9 @@ def test_query_pays_for_its_draft_and_for_the_way_to_the_logits():
 def test_query_drafts_nothing_where_half_of_the_budget_would_go():
     # 0.15 * 480 = 72 rows; 32 and 4 of them leave half, one more does not.
     policy = create_policy("query", draft_tokens=5)
-    assert policy.draft_length(layout_of([480], question=32)) == 5
+    assert policy.signal(layout_of([480], question=32)).draft_tokens == 5
     shorter = layout_of([480], question=33)
-    assert policy.draft_length(shorter) == 0
+    assert policy.signal(shorter).draft_tokens == 0
     plain = create_policy("query", draft_tokens=0)
     assert policy.num_selected(shorter) == plain.num_selected(shorter)
     assert policy.computed_row_layers(shorter) == plain.computed_row_layers(shorter)
@@ -155,7 +159,7 @@ def test_query_on_short_prompts_never_becomes_silent_reuse(ratio, lengths, quest
     bought = int(ratio * layout.num_reused + 1e-6)
     assert kept > 0 or bought == 0
     assert kept >= bought // 5
-    if not policy.needs_signal(layout):
+    if not scored(policy, layout):
         assert kept == bought  # the scoring pass was not paid, so all of it goes to tokens
         assert torch.equal(policy.select(layout), create_policy("epic", ratio).select(layout))
         assert policy.shift_strength(layout) == 0.0
@@ -164,9 +168,9 @@ def test_query_on_short_prompts_never_becomes_silent_reuse(ratio, lengths, quest
 def test_query_scores_where_a_fifth_of_the_budget_is_left():
     policy = create_policy("query")
     # 24 layers for 30 rows out of 0.15 * 30 * n: paid in full by 160 tokens, four fifths of 200.
-    assert not policy.needs_signal(layout_of([199], question=30))
+    assert not scored(policy, layout_of([199], question=30))
     assert policy.num_selected(layout_of([199], question=30)) == (29,)
-    assert policy.needs_signal(layout_of([200], question=30))
+    assert scored(policy, layout_of([200], question=30))
     assert policy.num_selected(layout_of([200], question=30)) == (6,)
     assert policy.shift_strength(layout_of([200], question=30)) == 0.4
 
@@ -176,7 +180,7 @@ def test_ratio_one_probes_nothing_and_computes_everything(name):
     options = {"max_ratio": 1.0} if name == "adaptive" else {}
     policy = create_policy(name, 1.0, **options)
     layout = layout_of([50, 60], layers=5, probes_restart=True)
-    assert not policy.needs_signal(layout)
+    assert not scored(policy, layout)
     assert torch.equal(policy.select(layout), layout.reused_positions())
     assert policy.charged_ratio(layout) == 1.0
 
@@ -193,7 +197,7 @@ def test_checks_are_charged_for_the_fresh_rows_that_they_run():
     ("layers", "want"), [(1, range(0, 1)), (2, range(1, 2)), (4, range(2, 4)), (24, range(12, 20))]
 )
 def test_scoring_layers_of_other_depths(layers, want):
-    assert create_policy("query").scoring_layers(layers) == want
+    assert create_policy("query").signal(layout_of([100], layers=layers)).layers == want
 
 
 def test_full_and_reuse_are_the_ends():
@@ -241,17 +245,13 @@ def test_what_is_selected_is_what_was_counted(name, ratio, lengths, question, se
     g = torch.Generator().manual_seed(seed)
     candidates = layout.reused_positions()
     counts = policy.num_selected(layout)
-    if not policy.needs_signal(layout):
+    if not scored(policy, layout):
         chosen = policy.select(layout)
         assert chosen.numel() == counts[-1]
     else:
         for stage, count in enumerate(counts):
-            chosen = policy.select(
-                layout,
-                stage=stage,
-                candidates=candidates,
-                scores=torch.rand(candidates.numel(), generator=g),
-            )
+            scores = torch.rand(candidates.numel(), generator=g)
+            chosen = policy.choose(layout, scores, candidates, stage)
             assert chosen.numel() == count
             assert set(chosen.tolist()) <= set(candidates.tolist())
             candidates = chosen

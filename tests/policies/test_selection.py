@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from chunk_cache.policies import (
     ReuseLayout,
+    ScoredPolicy,
     balance_ratio,
     create_policy,
     policy_names,
@@ -27,6 +28,10 @@ def layout(*spans, prompt_len=None, layers=10, **extra):
         spans=spans,
         **extra,
     )
+
+
+def choose(policy, where, scores):
+    return policy.choose(where, scores, where.reused_positions())
 
 
 def test_equal_scores_go_to_the_earlier_position():
@@ -94,7 +99,7 @@ def test_query_takes_the_tokens_with_the_largest_mass_and_no_other():
     mass = torch.zeros(100)
     wanted = [3, 10, 11, 50, 51, 52, 70, 71, 72, 73, 80, 81, 90, 91, 98, 99]
     mass[wanted] = torch.linspace(1, 2, 16)
-    assert policy.select(spans, scores=mass).tolist() == [w + 4 for w in wanted]
+    assert choose(policy, spans, mass).tolist() == [w + 4 for w in wanted]
 
 
 def test_query_spends_a_share_on_the_first_tokens_of_every_chunk():
@@ -103,10 +108,10 @@ def test_query_spends_a_share_on_the_first_tokens_of_every_chunk():
     assert policy.num_selected(spans) == (16,)
     mass = torch.arange(100.0)  # the largest mass lies at the end of the second chunk
     firsts = [*range(4, 8), *range(54, 58)]
-    assert policy.select(spans, scores=mass).tolist() == [*firsts, *range(96, 104)]
+    assert choose(policy, spans, mass).tolist() == [*firsts, *range(96, 104)]
     # Never more than the chunk has, and the rest goes by mass.
     short = layout((4, 6), (6, 104))
-    got = policy.select(short, scores=mass).tolist()
+    got = choose(policy, short, mass).tolist()
     assert got[:6] == [4, 5, 6, 7, 8, 9]
     assert len(got) == 16
 
@@ -119,13 +124,13 @@ def test_a_draft_chooses_its_share_of_what_the_question_left():
     drafted[[0, 7, 8, 98, 99]] = torch.tensor([5.0, 2, 1, 9, 9])
     of_draft = int(0.25 * count)
     want = {99 - i for i in range(count - of_draft)} | {0, 7, 8}
-    got = {p - 4 for p in policy.select_with_draft(spans, scores=asked, drafted=drafted).tolist()}
+    got = {p - 4 for p in choose(policy, spans, torch.stack([asked, drafted])).tolist()}
     assert len(got) == count
     assert want <= got
     # Without a share of its own the draft changes nothing.
     none = create_policy("query", ratio=0.3, first_share=0, draft_tokens=2, draft_share=0.0)
-    alone = none.select(spans, scores=asked).tolist()
-    assert none.select_with_draft(spans, scores=asked, drafted=drafted).tolist() == alone
+    alone = choose(none, spans, asked).tolist()
+    assert choose(none, spans, torch.stack([asked, drafted])).tolist() == alone
 
 
 def test_query_pools_within_chunks_only():
@@ -134,7 +139,7 @@ def test_query_pools_within_chunks_only():
     assert policy.num_selected(spans) == (5,)
     mass = torch.tensor([0, 0, 0, 0, 0, 1, 4, 0, 0, 0, 0, 0.0])
     # Chunk 1: blocks of 4 and 2 (means 0, .5); chunk 2: means 1 and 0. Nothing crosses the border at 10.
-    assert policy.select(spans, scores=mass).tolist() == [8, 10, 11, 12, 13]
+    assert choose(policy, spans, mass).tolist() == [8, 10, 11, 12, 13]
 
 
 def test_query_without_a_question_is_epic():
@@ -161,7 +166,7 @@ def test_cacheblend_filters_the_candidates_of_the_stage_before():
     for stage, count in enumerate((first, second, third)):
         scores = torch.rand(candidates.numel(), generator=g)
         order = scores.argsort(descending=True)[:count]
-        got = policy.select(spans, scores=scores, candidates=candidates, stage=stage)
+        got = policy.choose(spans, scores, candidates, stage)
         assert got.tolist() == candidates[order].sort().values.tolist()
         candidates = got
 
@@ -190,12 +195,12 @@ def test_adaptive_recomputes_more_where_the_deviation_is_spread_out():
     (planned,) = policy.num_selected(spans)
     peaked = torch.zeros(200)
     peaked[:3] = 100.0
-    assert policy.select(spans, scores=peaked).numel() == planned
+    assert choose(policy, spans, peaked).numel() == planned
     flat = torch.ones(200)
-    assert policy.select(spans, scores=flat).numel() == 100
+    assert choose(policy, spans, flat).numel() == 100
     (ceiling,) = create_policy("adaptive", ratio=0.6, max_ratio=0.6).num_selected(spans)
     wide = create_policy("adaptive", ratio=0.15, max_ratio=0.6, coverage=0.99)
-    assert wide.select(spans, scores=flat).numel() == ceiling
+    assert choose(wide, spans, flat).numel() == ceiling
     kept = (100,)
     assert policy.computed_row_layers(spans, kept) > policy.computed_row_layers(spans)
 
@@ -204,21 +209,26 @@ def test_interface_of_every_policy():
     for name in policy_names():
         policy = create_policy(name)
         assert policy.name == name
-        assert policy.rows_known_before_layer_0 == (policy.signal == "none")
-        checks = policy.check_layers(30)
-        assert (policy.signal == "deviation") == bool(checks)
-        assert (policy.signal == "attention") == (len(policy.scoring_layers(30)) > 0)
         empty = ReuseLayout(num_layers=30, prompt_len=9)
+        assert isinstance(policy, ScoredPolicy) == (name in ("cacheblend", "query", "adaptive"))
+        if isinstance(policy, ScoredPolicy):
+            signal = policy.signal(empty)
+            assert (signal.name == "deviation") == (name != "query")
+            assert len(signal.layers if name == "query" else signal.check_layers) > 0
+            # Requests with equal signals are probed together.
+            assert {signal: 1}[create_policy(name).signal(empty)] == 1
         assert policy.select(empty).numel() == 0
         assert policy.charged_ratio(empty) == 0
         assert policy.computed_fraction(empty) == 1.0
-    assert create_policy("query").mean_shift == 0.4
-    assert create_policy("query", mean_shift=0).mean_shift == 0.0
+    spans = layout((4, 404))
+    assert create_policy("query").shift_strength(spans) == 0.4
+    assert create_policy("query", mean_shift=0).shift_strength(spans) == 0.0
 
 
 def test_a_model_of_one_layer_is_checked_at_layer_0():
-    assert create_policy("cacheblend").check_layers(1) == (0,)
-    assert create_policy("cacheblend").check_layers(3) == (1, 2)
+    policy = create_policy("cacheblend")
+    assert policy.signal(layout((4, 104), layers=1)).check_layers == (0,)
+    assert policy.signal(layout((4, 104), layers=3)).check_layers == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids
-from chunk_cache.policies import DEFAULT_POLICY, Policy, create_policy
+from chunk_cache.policies import DEFAULT_POLICY, Policy, ScoredPolicy, create_policy
 from rag_eval.arguments import OneLineParser
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.errors import EvalError
@@ -260,14 +260,10 @@ class _Bench:
         )
         chosen = planning.early_rows(policy, layout, piece)
         if chosen is None:
+            assert isinstance(policy, ScoredPolicy)
             chosen = layout.reused_positions()
-            stages = len(policy.check_layers(layout.num_layers)) or 1
-            for stage in range(stages):
-                scores = self._scores[chosen]
-                if policy.signal == "attention":
-                    chosen = policy.select(layout, scores=scores)
-                else:
-                    chosen = policy.select(layout, scores=scores, candidates=chosen, stage=stage)
+            for stage in range(len(policy.num_selected(layout))):
+                chosen = policy.choose(layout, self._scores[chosen], chosen, stage)
         positions = planning.union_rows(fresh, chosen)
         rows = RequestRows(
             index=0, positions=positions, ids=prompt[positions], kv_slots=self._slots

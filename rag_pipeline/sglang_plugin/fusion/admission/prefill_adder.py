@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from chunk_cache.policies import ScoredPolicy
 from rag_pipeline.sglang_plugin.fusion.admission.admit import admit
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
@@ -46,7 +47,7 @@ def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState
     rows = adder.rem_chunk_tokens
     once = total - start - expected_savings(state, start, total)
     policy = state.policy
-    if rows is None or once <= rows or policy.signal == "none" or policy.ratio >= 1.0:
+    if rows is None or once <= rows or not isinstance(policy, ScoredPolicy) or policy.ratio >= 1.0:
         return False
     assert runtime.facts is not None
     whole = planning.Piece(start=start, end=total, is_last=True)
@@ -148,7 +149,7 @@ def _piece_end(state: RequestState, start: int, total: int, rows: int) -> int:
     if not state.spans:
         return end
     question = state.spans[-1].end
-    if state.policy.signal != "none" and start + rows <= question < end:
+    if isinstance(state.policy, ScoredPolicy) and start + rows <= question < end:
         # The question's rows choose, in the last piece: they stay together where that costs nothing.
         return question
     return end

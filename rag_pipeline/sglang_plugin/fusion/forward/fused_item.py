@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chunk_cache.policies import ReuseLayout
+from chunk_cache.policies import ReuseLayout, ScoredPolicy
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import RequestRows
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
@@ -81,7 +82,7 @@ def plan_item(
 
 
 class FusedItem:
-    """Working state of one fused request during a forward.
+    """Working state of one fused request during a forward; a :class:`~chunk_cache.policies.ProbedRequest`.
 
     Attributes
     ----------
@@ -92,13 +93,11 @@ class FusedItem:
     kv_slots : Tensor
         int64 ``[piece.end]`` on the device; slot ``j`` holds position ``j``.
     prompt, fresh, candidates : Tensor
-        int64 on the host: token ids; positions that are computed in any case; reused positions still to choose from.
+        int64 on the host: token ids; positions that are computed in any case; reused positions of the layout.
     chosen : Tensor or None
         Reused positions to compute; None until a probing pass has been run.
     outdated : Tensor
         int64, host: what earlier pieces computed over reused KV that this forward may replace.
-    kept : list of int
-        Candidates left after each deviation check.
     """
 
     __slots__ = (
@@ -106,7 +105,6 @@ class FusedItem:
         "chosen",
         "entry",
         "fresh",
-        "kept",
         "kv_slots",
         "layout",
         "outdated",
@@ -133,7 +131,18 @@ class FusedItem:
         self.outdated = planning.outdated_positions(
             entry.state.loads, int(changing[0]) if changing.numel() else piece.start, piece
         )
-        self.kept: list[int] = []
+
+    @property
+    def policy(self) -> ScoredPolicy:
+        """The policy of a request that waits for its signal."""
+        policy = self.entry.state.policy
+        assert isinstance(policy, ScoredPolicy)
+        return policy
+
+    @property
+    def chunk_spans(self) -> Sequence[tuple[int, int]]:
+        """Where the prompt's chunks stand: as the client said, or what is loaded."""
+        return self.entry.state.request.spans or self.entry.state.loads
 
     def with_fresh(self, reused: Tensor) -> Tensor:
         """Positions to compute for these reused ones to be as in a prompt of one piece; int64, rising."""
@@ -147,6 +156,17 @@ class FusedItem:
             ids=self.prompt[positions].to(self.kv_slots.device),
             kv_slots=self.kv_slots,
             keeps_last=keeps_last,
+            method=self.entry.state.method,
+        )
+
+    def rows_behind(self, ids: Sequence[int], slots: Tensor) -> RequestRows:
+        """Rows of tokens behind the prompt, as many of the slots as there are tokens; for a request's last piece."""
+        kv_slots = torch.cat([self.kv_slots, slots[: len(ids)].to(self.kv_slots.device)])
+        return RequestRows(
+            index=self.entry.index,
+            positions=torch.arange(int(kv_slots.numel()) - len(ids), int(kv_slots.numel())),
+            ids=torch.tensor(list(ids), dtype=torch.int64, device=kv_slots.device),
+            kv_slots=kv_slots,
             method=self.entry.state.method,
         )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache import Match
-from chunk_cache.policies import Policy, ReuseLayout
+from chunk_cache.policies import Policy, ReuseLayout, ScoredPolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,14 +155,12 @@ def early_rows(policy: Policy, layout: ReuseLayout, piece: Piece) -> Tensor | No
 
     In a piece that is not the last one a policy with a signal computes none.
     """
-    if policy.signal == "none" or not policy.needs_signal(layout):
+    if not isinstance(policy, ScoredPolicy):
         chosen = policy.select(layout)
-        if policy.signal != "none" and piece.is_last:
-            return chosen
-        if policy.signal != "none":
-            return chosen.new_empty(0)
         return chosen[(chosen >= piece.start) & (chosen < piece.end)]
-    return None if piece.is_last else torch.empty(0, dtype=torch.int64)
+    if not piece.is_last:
+        return torch.empty(0, dtype=torch.int64)
+    return None if policy.needs_signal(layout) else policy.select(layout)
 
 
 def union_rows(fresh: Tensor, chosen: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunk_cache.policies import AttentionSignal, ScoredPolicy
 from rag_kernels import RotarySpec
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
@@ -70,9 +71,10 @@ def look_at(req: Any, runner: Any, facts: ModelFacts) -> LoadPlan:
             prompt_len=length,
             qkv_share=facts.qkv_share,
         )
-        if state.policy.signal == "attention":
-            strength = state.policy.shift_strength(layout)
-            drafted = state.policy.draft_length(layout)
+        strength = state.policy.shift_strength(layout)
+        if isinstance(state.policy, ScoredPolicy):
+            signal = state.policy.signal(layout)
+            drafted = signal.draft_tokens if isinstance(signal, AttentionSignal) else 0
         for span in state.spans:
             first = span.match.chunk_offset
             pairs = [
