@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from chunk_cache.layouts import base as layouts
 from rag_pipeline.sglang_plugin.fusion.forward import draft, fused_forward, probing
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
@@ -16,14 +17,14 @@ NAMES = {"rotation", "own_place", "ratio_1", "moved", "probed"}
 
 
 def wrong_sign(monkeypatch):
-    original = attention.load_chunk_inplace
+    original = layouts.load_chunk_inplace
 
     def load(k_pool, v_pool, slots, k, v, table, spec):
         return original(
             k_pool, v_pool, slots, k, v, dataclasses.replace(table, sin=-table.sin), spec
         )
 
-    monkeypatch.setattr(attention, "load_chunk_inplace", load)
+    monkeypatch.setattr(layouts, "load_chunk_inplace", load)
 
 
 def wrong_delta(monkeypatch):

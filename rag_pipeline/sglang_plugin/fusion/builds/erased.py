@@ -83,7 +83,7 @@ class ErasedText:
         gone = self._from_memory() if self._in_force or self._condemned else 0
         while self._files and writer is not None:
             key = next(iter(self._files))
-            writer.folder.remove(key)
+            writer.tier.remove(key)
             self._files.discard(key)
         while self._unfinished:
             self._from_folder(self._unfinished[0])

@@ -144,7 +144,7 @@ def keep_turn(
         with build:
             capture = Capture(start=start, end=end, base_position=start, build=build)
             slots = row[:end].to(torch.int64)
-            if build.commit(capture_chunk(pool, facts.num_layers, slots, capture)):
+            if build.commit(capture_chunk(facts.layout, pool, facts.num_layers, slots, capture)):
                 key = own
         return "stored" if key is not None else "not_stored"
 
