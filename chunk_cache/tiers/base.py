@@ -118,6 +118,11 @@ class Tier(abc.ABC):
         """
         return self.get(key, token_ids)
 
+    def token_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids of a record, ``None`` where it is damaged or gone; by default it is read whole for them."""
+        record = self.read(key)
+        return None if record is None else record.token_ids
+
     def keys_by_use(self) -> list[ChunkKey]:
         """All keys, the longest unused first; by default in the order of :meth:`keys`."""
         return list(self.keys())
