@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         canonical_json,
         hash_token_ids,
     )
+    from chunk_cache.layouts.base import KV_LAYOUTS, KVLayout, LayerKV, layout_named, layout_of_pool
     from chunk_cache.matching import ChunkMatcher, MatchResult
-    from chunk_cache.records import ChunkKV, KVLayout, LayerKV
+    from chunk_cache.records import ChunkKV
     from chunk_cache.spans import Match, check_spans, merge_matches
     from chunk_cache.store.builds import Build, ChunkState
     from chunk_cache.store.lease import Lease
@@ -29,18 +30,19 @@ if TYPE_CHECKING:
     from chunk_cache.store.memory import MemoryStore
     from chunk_cache.store.stats import StoreStats
     from chunk_cache.text_marks import TextMarks
-    from chunk_cache.tiers.base import Tier
-    from chunk_cache.tiers.disk.background_writer import BackgroundWriter
+    from chunk_cache.tiers.background_writer import BackgroundWriter
+    from chunk_cache.tiers.base import TIERS, LayerReader, Tier
     from chunk_cache.tiers.disk.budget import DISK_BYTES
     from chunk_cache.tiers.disk.folder import StoreFolder
     from chunk_cache.tiers.disk.layout import tenant_mark
     from chunk_cache.tiers.disk.private_files import make_private, sync_folder, write_private
-    from chunk_cache.tiers.disk.transfer import StoreLoadReport, export_store, load_store
+    from chunk_cache.tiers.transfer import StoreLoadReport, export_store, load_store
 
 _HOME = {
     "DISK_BYTES": "tiers.disk.budget",
+    "KV_LAYOUTS": "layouts.base",
     "STORE_FORMAT_VERSION": "keys",
-    "BackgroundWriter": "tiers.disk.background_writer",
+    "BackgroundWriter": "tiers.background_writer",
     "Build": "store.builds",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
@@ -50,25 +52,29 @@ _HOME = {
     "EntryInfo": "store.listing",
     "IntegrityError": "errors",
     "KVContext": "keys",
-    "KVLayout": "records",
-    "LayerKV": "records",
+    "KVLayout": "layouts.base",
+    "LayerKV": "layouts.base",
+    "LayerReader": "tiers.base",
     "Lease": "store.lease",
     "Match": "spans",
     "MatchResult": "matching",
     "MemoryStore": "store.memory",
     "Resolution": "store.listing",
     "StoreFolder": "tiers.disk.folder",
-    "StoreLoadReport": "tiers.disk.transfer",
+    "StoreLoadReport": "tiers.transfer",
     "StoreStats": "store.stats",
+    "TIERS": "tiers.base",
     "TextMarks": "text_marks",
     "Tier": "tiers.base",
     "as_prompt_ids": "keys",
     "as_token_ids": "keys",
     "canonical_json": "keys",
     "check_spans": "spans",
-    "export_store": "tiers.disk.transfer",
+    "export_store": "tiers.transfer",
     "hash_token_ids": "keys",
-    "load_store": "tiers.disk.transfer",
+    "layout_named": "layouts.base",
+    "layout_of_pool": "layouts.base",
+    "load_store": "tiers.transfer",
     "make_private": "tiers.disk.private_files",
     "merge_matches": "spans",
     "sync_folder": "tiers.disk.private_files",
@@ -78,7 +84,9 @@ _HOME = {
 
 __all__ = [
     "DISK_BYTES",
+    "KV_LAYOUTS",
     "STORE_FORMAT_VERSION",
+    "TIERS",
     "BackgroundWriter",
     "Build",
     "ChunkCacheError",
@@ -91,6 +99,7 @@ __all__ = [
     "KVContext",
     "KVLayout",
     "LayerKV",
+    "LayerReader",
     "Lease",
     "Match",
     "MatchResult",
@@ -107,6 +116,8 @@ __all__ = [
     "check_spans",
     "export_store",
     "hash_token_ids",
+    "layout_named",
+    "layout_of_pool",
     "load_store",
     "make_private",
     "merge_matches",

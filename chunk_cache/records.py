@@ -6,36 +6,14 @@ Shape letters: L layers, T tokens, H KV heads of this rank, D head size, R laten
 from __future__ import annotations
 
 import dataclasses
-import enum
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
-
-
-class KVLayout(enum.Enum):
-    """What the two tensors of a record hold."""
-
-    HEADS = "heads"
-    """Multi-head and grouped-query attention: K ``[L, T, H, D]`` rotated, V ``[L, T, H, D_v]``."""
-    LATENT = "latent"
-    """Multi-head latent attention: latents ``[L, T, 1, R]`` and rotated keys ``[L, T, 1, D_rope]``.
-    The name and shapes are reserved so that stores stay readable; such records are refused for now.
-    """
-
-
-class LayerKV(NamedTuple):
-    """One layer's part of a record; views, read-only by contract."""
-
-    k: torch.Tensor
-    """``[T, H, D]``, contiguous, rotated to positions ``base_position + arange(T)``."""
-    v: torch.Tensor
-    """``[T, H, D_v]``, contiguous."""
-
+from chunk_cache.layouts.base import LayerKV, layout_named
 
 _RECORD_OVERHEAD_BYTES = 1024
 """Charged per record for keys, fingerprints and Python objects, so tiny chunks are not free."""
@@ -61,9 +39,9 @@ class ChunkKV:
     base_position
         Absolute position of the chunk's first token when the KV was computed (prefix length).
     k, v
-        ``[L, T, H, D]`` and ``[L, T, H, D_v]``, same dtype and device, contiguous.
+        ``[L, T, H, D]`` and ``[L, T, H, D_v]``, as the layout checks them.
     layout
-        Only :attr:`KVLayout.HEADS` is implemented.
+        Name in :data:`chunk_cache.layouts.base.KV_LAYOUTS`: what the two tensors hold.
 
     Raises
     ------
@@ -76,36 +54,19 @@ class ChunkKV:
     base_position: int
     k: torch.Tensor = dataclasses.field(repr=False)
     v: torch.Tensor = dataclasses.field(repr=False)
-    layout: KVLayout = KVLayout.HEADS
+    layout: str = "heads"
     checksum: str | None = None
     """Set by :meth:`sealed`; ``None`` means nobody asked for one."""
 
     def __post_init__(self) -> None:
-        if self.layout is not KVLayout.HEADS:
-            raise ChunkCacheError(
-                f"KV layout {self.layout.value!r} is not implemented: only 'heads' (MHA/GQA) is"
-            )
+        layout = layout_named(self.layout)
         ids = as_token_ids(self.token_ids)
         object.__setattr__(self, "token_ids", ids)
         if ChunkKey.of(self.key.namespace, ids) != self.key:
             raise ChunkCacheError(f"key {self.key} does not belong to these {ids.size} token ids")
         if self.base_position < 0:
             raise ChunkCacheError(f"base_position={self.base_position}: allowed is >= 0")
-        for name, tensor in (("k", self.k), ("v", self.v)):
-            if tensor.ndim != 4 or tensor.shape[1] != ids.size or not tensor.is_contiguous():
-                raise ChunkCacheError(
-                    f"{name} of shape {list(tensor.shape)} for {ids.size} tokens: "
-                    "give a contiguous [layers, tokens, kv_heads, head_dim]"
-                )
-            if not tensor.is_floating_point():
-                raise ChunkCacheError(f"{name} of dtype {tensor.dtype}: quantised KV is refused")
-        if self.k.shape[:3] != self.v.shape[:3] or self.k.dtype != self.v.dtype:
-            raise ChunkCacheError(
-                f"k {list(self.k.shape)} {self.k.dtype} and v {list(self.v.shape)} {self.v.dtype} "
-                "differ in more than the head size"
-            )
-        if self.k.device != self.v.device:
-            raise ChunkCacheError(f"k on {self.k.device} and v on {self.v.device}: use one device")
+        layout.check(self)
         object.__setattr__(self, "k", self.k.detach())
         object.__setattr__(self, "v", self.v.detach())
 
@@ -122,7 +83,7 @@ class ChunkKV:
     @property
     def num_bytes(self) -> int:
         """What the record is charged against a byte budget: tensors, ids and a fixed overhead."""
-        tensors = self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+        tensors = layout_named(self.layout).num_bytes(self)
         return int(tensors + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
@@ -137,7 +98,7 @@ class ChunkKV:
         """BLAKE2b-128 over shapes, dtypes, base position, ids and tensor bytes (about 1 GB/s)."""
         digest = hashlib.blake2b(digest_size=16, person=b"ragkv-record")
         header = (
-            f"{self.layout.value}|{self.k.dtype}|{list(self.k.shape)}|{list(self.v.shape)}|"
+            f"{self.layout}|{self.k.dtype}|{list(self.k.shape)}|{list(self.v.shape)}|"
             f"{self.base_position}|{self.key.digest}|"
         )
         digest.update(header.encode())

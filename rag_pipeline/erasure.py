@@ -27,7 +27,7 @@ from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from chunk_cache import TextMarks
+    from chunk_cache import TextMarks, Tier
     from retrievers import Erase, Removal
 
 logger = logging.getLogger(__name__)
@@ -217,6 +217,11 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
         store = StoreFolder(path)
     except ChunkCacheError:
         return 0
+    return erase_tier(store, marks, reach=reach)
+
+
+def erase_tier(store: Tier, marks: TextMarks, *, reach: Reach = EVERYBODY) -> int:
+    """Delete the records of any tier that hold text that is gone, as :func:`erase_folder` does; returns how many."""
     namespaces: dict[str, tuple[str, str]] = {}
     decoders: dict[str, Decode | None] = {"": None}
     gone = 0

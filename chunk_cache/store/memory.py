@@ -222,11 +222,6 @@ class MemoryStore(WritableStore):
         with self._lock:
             return [key for key, e in self._ledger.entries.items() if e.used_at >= moment]
 
-    def find_keys(self, prefix: str) -> list[ChunkKey]:
-        """READY keys whose digest starts with ``prefix`` (what a person types)."""
-        with self._lock:
-            return [key for key in self._ledger.entries if key.digest.startswith(prefix)]
-
     def ls(self) -> list[EntryInfo]:
         """List READY, BUILDING and FAILED keys, most recently used first."""
         with self._lock:
@@ -257,7 +252,7 @@ class MemoryStore(WritableStore):
             self._stats.corrupt += 1
 
     def verify(self) -> list[ChunkKey]:
-        """Recompute all checksums and drop records that changed.
+        """Recompute all checksums and drop records that changed; nothing calls it on its own yet.
 
         Returns
         -------

@@ -1,35 +1,175 @@
-"""The seam for tiers below memory: what one has to offer. :class:`StoreFolder` is the first."""
+"""The contract of tiers below memory, and the tiers by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, Self
 
-from chunk_cache.keys import ChunkKey, TokenIds
+from chunk_cache.keys import ChunkKey, KVContext, TokenIds
+from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
+from rag_kernels import Registry
 
 
-@runtime_checkable
-class Tier(Protocol):
-    """A place below the memory tier that can hold records by key.
+class LayerReader(Protocol):
+    """A record that is read layer by layer; a :class:`ChunkKV`, which is in memory, is one.
 
-    Contract: ``get`` returns a record whose token ids equal ``token_ids``, or ``None``; damage is a
-    miss, never an exception and never wrong bytes. ``put`` makes the record visible whole or not at
-    all. Both may be called from several threads.
+    A forward reads each layer once, in order, right before the layer runs: it waits for that layer only. Whatever
+    :meth:`layer` raises, and damage raises, ends the fused pass; the request is then prefilled as usual. So a reader
+    that fails costs time and nothing else; one that hangs holds the engine up, and must therefore time out.
     """
 
-    def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
-        """Read a record, or ``None`` when it is absent, damaged, or of other token ids."""
+    @property
+    def layout(self) -> str:
+        """Name of the record's :class:`KVLayout`."""
         ...
 
-    def put(self, record: ChunkKV) -> bool:
-        """Write a record; ``False`` if the tier declined it (full, too big)."""
+    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
+        """Tokens ``[start, end)`` of one layer, on any device; blocks until they are there."""
         ...
 
+
+class Tier(abc.ABC):
+    """A place below the memory tier that holds records by key.
+
+    **Safety.** A tier never gives wrong bytes: what is damaged, of other token ids, or unreadable is a miss, not an
+    exception. :meth:`put` makes a record visible whole or not at all. Every method may be called from several threads
+    and beside other processes that use the same place; no lock is held between two calls, so what :meth:`contains`
+    saw may be gone in :meth:`open`.
+
+    **Who waits.** Reading happens while an engine starts, writing in a thread of its own
+    (:class:`~chunk_cache.BackgroundWriter`): both may take long. Writing, removing and :meth:`connect` raise
+    :class:`OSError` or :class:`~chunk_cache.ChunkCacheError` where the place refuses; callers count it and go on.
+
+    **Erasing.** After :meth:`remove` and :meth:`sync` a record never comes back, not even after a power cut.
+
+    An implementation needs the abstract methods, and :meth:`describe` if engines shall read from it at their start.
+    """
+
+    @classmethod
+    @abc.abstractmethod
+    def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
+        """Open a place for an engine, making it if it is not there, and clear up what crashes left.
+
+        Parameters
+        ----------
+        location
+            The operator's ``fusion.store_dir``: a folder, an address.
+        byte_budget
+            Most bytes of all records that lie there.
+        model
+            Folder of the model whose records are written.
+
+        Raises
+        ------
+        ChunkCacheError, OSError
+            If it cannot be used; the engine then works without.
+        """
+
+    @abc.abstractmethod
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether a record is there; nothing of it is read, so it may still turn out damaged."""
+
+    @abc.abstractmethod
+    def read(self, key: ChunkKey) -> ChunkKV | None:
+        """Read a whole record whatever its tokens are; ``None`` where it is damaged or gone."""
+
+    @abc.abstractmethod
+    def put(
+        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
+    ) -> bool:
+        """Write a record (any device), replacing an older one of its key.
+
+        Parameters
+        ----------
+        record
+            What to write; only read.
+        context
+            Of the record's namespace, to be kept for :meth:`describe`.
+        tenant
+            :func:`~.tenant_mark` of whom the record belongs to; by default that of the context's salt.
+
+        Returns
+        -------
+        bool
+            ``False`` where the tier declined it (full, too big).
+        """
+
+    @abc.abstractmethod
     def remove(self, key: ChunkKey) -> bool:
-        """Drop a record; ``False`` if it was not there."""
-        ...
+        """Drop a record whatever holds it; ``False`` if it was not there."""
 
+    @abc.abstractmethod
     def keys(self) -> Iterator[ChunkKey]:
         """Iterate over the keys held when the call was made."""
-        ...
+
+    # -- with defaults ------------------------------------------------------------------------
+
+    def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
+        """Read a whole record, or ``None`` when it is absent, damaged, or of other token ids."""
+        record = self.read(key)
+        return record if record is not None and record.tokens_equal(token_ids) else None
+
+    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
+        """Begin to read a record; ``None`` as of :meth:`get`.
+
+        By default it is read whole. A tier that can read single layers returns at once, having compared the token ids.
+        """
+        return self.get(key, token_ids)
+
+    def token_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids of a record, ``None`` where it is damaged or gone; by default it is read whole for them."""
+        record = self.read(key)
+        return None if record is None else record.token_ids
+
+    def keys_by_use(self) -> list[ChunkKey]:
+        """All keys, the longest unused first; by default in the order of :meth:`keys`."""
+        return list(self.keys())
+
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes that a record takes there; 0 if it is absent, or as long as nobody knows."""
+        return 0
+
+    def is_pinned(self, key: ChunkKey) -> bool:
+        """Whether a record is kept whatever the budget says; loaded first, and pinned in memory too."""
+        return False
+
+    def used(self, keys: Iterable[ChunkKey]) -> None:
+        """Note that records were used just now, for :meth:`keys_by_use`; never raises."""
+        return
+
+    def note_context(self, context: KVContext) -> None:
+        """Keep what a namespace stands for, for :meth:`describe`."""
+        return
+
+    def describe(self, namespace: str) -> dict[str, Any] | None:
+        """Fields of the :class:`KVContext` of a namespace and its ``tenant`` mark, or ``None`` if nobody told."""
+        return None
+
+    def namespaces(self, fields: Mapping[str, Any]) -> frozenset[str]:
+        """Namespaces that are described with these fields; an engine reads no others at its start."""
+        return frozenset(
+            name
+            for name in {key.namespace for key in self.keys()}
+            if (found := self.describe(name)) is not None
+            and all(found.get(field) == value for field, value in fields.items())
+        )
+
+    def tenant_of(self, namespace: str) -> str:
+        """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular.
+
+        Their share of the budget goes by it, and whether a deletion reaches them.
+        """
+        tenant = (self.describe(namespace) or {}).get("tenant", "")
+        return tenant if isinstance(tenant, str) else ""
+
+    def sync(self) -> None:
+        """Make removals survive a power cut; nothing to do where they do so by themselves."""
+        return
+
+
+TIERS: Registry[type[Tier]] = Registry(
+    "tier", "rag_pipeline.tiers", {"disk": "chunk_cache.tiers.disk.folder:StoreFolder"}
+)
+"""Tiers by name, as the setting ``fusion.tier`` names them."""

@@ -185,6 +185,10 @@ class FusionSettings(_Section):
         default="",
         description="Folder of chunk KV for engines started without a store of their own.",
     )
+    tier: str = Field(
+        default="disk",
+        description="What that folder is opened as; other tiers come with their packages.",
+    )
     store_dir_bytes: int = Field(
         default=16 << 30,
         ge=0,

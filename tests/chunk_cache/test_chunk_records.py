@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVLayout
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV
 
 Make = Callable[..., ChunkKV]
 
@@ -59,7 +59,7 @@ def test_a_key_of_other_ids_or_another_namespace_is_refused(make_record: Make):
 
 def test_latents_are_refused_until_they_are_implemented(make_record: Make):
     with pytest.raises(ChunkCacheError, match="'latent' is not implemented"):
-        dataclasses.replace(make_record(range(4)), layout=KVLayout.LATENT)
+        dataclasses.replace(make_record(range(4)), layout="latent")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

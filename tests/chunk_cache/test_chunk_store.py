@@ -111,7 +111,6 @@ def test_listing_tells_states_and_use(make_store: MakeStore, make_record: Make, 
     assert [line["pinned"] for line in lines] == [False, True, False]
     assert [line["idle_s"] for line in lines] == [0.0, 5.0, 0.0]
     assert lines[2]["detail"] == "req-7"
-    assert store.find_keys(records[0].key.digest[:12]) == [records[0].key]
     build.abort(failed=False)  # type: ignore[union-attr]
 
 

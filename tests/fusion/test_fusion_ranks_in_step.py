@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunk_cache import ChunkKV
+from chunk_cache import ChunkKV, layout_named
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree
@@ -95,6 +95,7 @@ def make_runtime(meeting, rank):
         head_dim=2,
         scaling=1.0,
         rotary=None,
+        layout=layout_named("heads"),
         fingerprint=f"shard {rank}",
         context_fields={
             "model_fingerprint": f"shard {rank}",

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from chunk_cache.layouts import base as layouts
 from chunk_cache.policies.signals import AttentionSignal, draft
 from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, scratch
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
@@ -17,14 +18,14 @@ NAMES = {"rotation", "own_place", "ratio_1", "moved", "probed"}
 
 
 def wrong_sign(monkeypatch):
-    original = attention.load_chunk_inplace
+    original = layouts.load_chunk_inplace
 
     def load(k_pool, v_pool, slots, k, v, table, spec):
         return original(
             k_pool, v_pool, slots, k, v, dataclasses.replace(table, sin=-table.sin), spec
         )
 
-    monkeypatch.setattr(attention, "load_chunk_inplace", load)
+    monkeypatch.setattr(layouts, "load_chunk_inplace", load)
 
 
 def wrong_delta(monkeypatch):

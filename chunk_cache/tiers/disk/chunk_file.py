@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
-from chunk_cache.records import ChunkKV, KVLayout
+from chunk_cache.records import ChunkKV
 
 STORE_FORMAT = "rag-chunk-store"
 """Name of the format, in every chunk file and in the folder's manifest."""
@@ -32,7 +32,7 @@ def encode_record(record: ChunkKV) -> bytes:
     sealed = record if record.checksum is not None else record.sealed()
     header = {
         "format": STORE_FORMAT,
-        "layout": record.layout.value,
+        "layout": record.layout,
         "base_position": str(record.base_position),
         "checksum": str(sealed.checksum),
     }
@@ -76,7 +76,7 @@ def decode_record(key: ChunkKey, data: bytes) -> ChunkKV | None:
             base_position=int(header["base_position"]),
             k=tensors["k"],
             v=tensors["v"],
-            layout=KVLayout(header["layout"]),
+            layout=str(header["layout"]),
             checksum=header["checksum"],
         )
         return record if record.verify() else None

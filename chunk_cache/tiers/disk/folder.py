@@ -12,12 +12,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
-from chunk_cache.tiers.disk.budget import DISK_BYTES, FolderBudget, temporary_bytes
+from chunk_cache.tiers.base import Tier
+from chunk_cache.tiers.disk.budget import (
+    DISK_BYTES,
+    FolderBudget,
+    stored_files,
+    temporary_bytes,
+)
 from chunk_cache.tiers.disk.chunk_file import decode_record, encode_record, read_token_ids
 from chunk_cache.tiers.disk.layout import (
     check_manifest,
@@ -37,8 +43,8 @@ from chunk_cache.tiers.disk.private_files import (
 )
 
 
-class StoreFolder:
-    """Chunk records in a folder; implements :class:`chunk_cache.Tier`.
+class StoreFolder(Tier):
+    """Chunk records in a folder: the tier ``disk``.
 
     Several processes may read and write one folder: each file is replaced atomically and checks
     itself, so the worst race is a miss.
@@ -88,29 +94,21 @@ class StoreFolder:
 
     # -- Tier ---------------------------------------------------------------------------------
 
-    def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
-        """Read a record, or ``None`` when it is absent, damaged, or of other token ids."""
-        record = self.read(key)
-        return record if record is not None and record.tokens_equal(token_ids) else None
+    @classmethod
+    def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
+        """Open or make a folder; what crashes left goes, and other users lose their rights to it."""
+        folder = cls(location, create=True, byte_budget=byte_budget, model=model)
+        folder.clean()
+        return folder
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether there is a file with anything in it."""
+        return self.size_of(key) > 0
 
     def put(
         self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
     ) -> bool:
-        """Write a record (any device; read back on the CPU), replacing an older file of its key.
-
-        Parameters
-        ----------
-        record
-            What to write.
-        context
-            Of the record's namespace; told in the folder, and needed for :meth:`namespaces`.
-        tenant
-            :func:`~.tenant_mark` of whom the record belongs to; by default that of the context's salt.
-
-        Returns
-        -------
-        bool
-            ``False`` where the budget has no room that is not pinned.
+        """Write a record's file, which is read back on the CPU; ``False`` where nothing unpinned can make room.
 
         Raises
         ------
@@ -137,6 +135,14 @@ class StoreFolder:
     def keys(self) -> Iterator[ChunkKey]:
         """Keys of all files, by namespace and name; nothing is opened."""
         return chunks_in(self.path)
+
+    def keys_by_use(self) -> list[ChunkKey]:
+        """Keys of all files, the longest unused first."""
+        return [file.key for file in stored_files(self.path)]
+
+    def note_context(self, context: KVContext) -> None:
+        """Write ``context.json`` of a namespace."""
+        write_context(self.path, context, self.model)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a record's file; 0 if there is none."""
@@ -257,14 +263,6 @@ class StoreFolder:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
-
-    def tenant_of(self, namespace: str) -> str:
-        """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular.
-
-        Their share of the budget goes by it, and whether a deletion reaches them.
-        """
-        tenant = (self.describe(namespace) or {}).get("tenant", "")
-        return tenant if isinstance(tenant, str) else ""
 
     def _tell(self, context: KVContext, tenant: str | None) -> None:
         """Write a namespace's context where it is not there, or says another tenant or model."""

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids
+from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids, layout_named
 from chunk_cache.policies import DEFAULT_POLICY, Policy, ScoredPolicy, create_policy
 from rag_eval.arguments import OneLineParser
 from rag_eval.benchmarks.call_timer import CallTimer
@@ -152,6 +152,7 @@ class _Bench:
             head_dim=_HEAD_DIM,
             scaling=_HEAD_DIM**-0.5,
             rotary=RotarySpec.from_inv_freq(inv_freq),
+            layout=layout_named("heads"),
             fingerprint="benchmark",
             context_fields={
                 "model_fingerprint": "benchmark",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from chunk_cache import DISK_BYTES
+from chunk_cache import DISK_BYTES, TIERS
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
@@ -57,6 +57,8 @@ class FusionConfig:
         UTF-8 file with the text of that passage, best in the manner of the documents; empty for the built-in prose.
     store_dir : str
         Folder that chunk KV is read from at start and written to when it is made; empty for none.
+    tier : str
+        What ``store_dir`` is opened as (:data:`chunk_cache.TIERS`).
     store_dir_bytes : int
         Byte budget of that folder, of all its models, ranks and tenants together.
     store_tenants : str
@@ -79,6 +81,7 @@ class FusionConfig:
     passage_tokens: int = 768
     passage_file: str = ""
     store_dir: str = ""
+    tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
     store_tenants: str = "*"
 
@@ -115,6 +118,10 @@ class FusionConfig:
             allowed = ", ".join(CONVERSATION_MEMORIES.names())
             raise EngineError(
                 f"{CONFIG_VARIABLE}: conversation_memory is {self.conversation_memory!r}; choose one of {allowed}."
+            )
+        if self.tier not in TIERS.names():
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: tier is {self.tier!r}; choose one of {', '.join(TIERS.names())}."
             )
         try:
             create_policy(self.policy)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chunk_cache import MemoryStore
+from chunk_cache import MemoryStore, layout_named
 from chunk_cache.matching import ChunkMatcher
 from fusion_world import checks, model
 from fusion_world.tree import Tree
@@ -124,6 +124,7 @@ class Server:
             head_dim=model.DIM,
             scaling=model.DIM**-0.5,
             rotary=model.SPEC,
+            layout=layout_named("heads"),
             fingerprint="epoch-0",
             context_fields={
                 "model_fingerprint": "epoch-0",

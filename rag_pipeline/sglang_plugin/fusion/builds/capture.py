@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from chunk_cache import ChunkKV
-from rag_kernels import gather_kv
+from chunk_cache import ChunkKV, KVLayout
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture
 
 
-def capture_chunk(pool: Any, num_layers: int, kv_slots: Tensor, capture: Capture) -> ChunkKV:
+def capture_chunk(
+    layout: KVLayout, pool: Any, num_layers: int, kv_slots: Tensor, capture: Capture
+) -> ChunkKV:
     """Copy one chunk.
 
     Parameters
     ----------
-    pool : MHATokenToKVPool
+    layout : KVLayout
+        Of the pool.
+    pool : object
         The paged pool after the forward that completed the chunk.
     num_layers : int
         Layers to copy.
@@ -32,18 +34,12 @@ def capture_chunk(pool: Any, num_layers: int, kv_slots: Tensor, capture: Capture
         Keys as they lie in the pool, rotated for their position, so that a load rounds once.
     """
     slots = kv_slots[capture.start : capture.end]
-    sample = pool.get_key_buffer(0)
-    shape = (num_layers, int(slots.numel()), sample.shape[1], sample.shape[2])
-    # Held in host memory: device memory belongs to the pool.
-    k = torch.empty(shape, dtype=sample.dtype)
-    v = torch.empty(shape, dtype=sample.dtype)
-    for layer in range(num_layers):
-        k[layer].copy_(gather_kv(pool.get_key_buffer(layer), slots))
-        v[layer].copy_(gather_kv(pool.get_value_buffer(layer), slots))
+    k, v = layout.gather(pool, num_layers, slots)
     return ChunkKV(
         key=capture.build.key,
         token_ids=capture.build.token_ids,
         base_position=capture.base_position,
         k=k,
         v=v,
+        layout=layout.name,
     )

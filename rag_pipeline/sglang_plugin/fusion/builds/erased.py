@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from chunk_cache import ChunkKey, ChunkKV
-from rag_pipeline.erasure import NOTICE_S, Decode, Notice, decoder_of, erase_folder, notices
+from rag_pipeline.erasure import (
+    NOTICE_S,
+    Decode,
+    Notice,
+    decoder_of,
+    erase_folder,
+    erase_tier,
+    notices,
+)
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
@@ -83,7 +91,7 @@ class ErasedText:
         gone = self._from_memory() if self._in_force or self._condemned else 0
         while self._files and writer is not None:
             key = next(iter(self._files))
-            writer.folder.remove(key)
+            writer.tier.remove(key)
             self._files.discard(key)
         while self._unfinished:
             self._from_folder(self._unfinished[0])
@@ -134,8 +142,12 @@ class ErasedText:
 
     def _from_folder(self, notice: Notice) -> None:
         """Erase from this engine's folder, where whoever deleted did not know it."""
-        path = self._runtime.config.store_dir
-        if path and str(Path(path).absolute()) not in notice.folders:
+        path, writer = self._runtime.config.store_dir, self._runtime.writer
+        if path and self._runtime.config.tier != "disk":
+            # No other process knows this place.
+            if writer is not None:
+                erase_tier(writer.tier, notice.marks, reach=notice.reach)
+        elif path and str(Path(path).absolute()) not in notice.folders:
             erase_folder(Path(path), notice.marks, reach=notice.reach)
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:

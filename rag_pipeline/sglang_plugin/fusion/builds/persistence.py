@@ -1,6 +1,6 @@
-"""Chunk KV that outlives the engine: read from a folder at start, written there when it is made.
+"""Chunk KV that outlives the engine: read from a tier at start, written there when it is made.
 
-The folder is a cache of a cache: whatever goes wrong with it is logged once, counted, and serving goes on.
+The tier (``fusion.tier``; by default a folder on the disk) is a cache of a cache: whatever goes wrong with it is logged once, counted, and serving goes on.
 Reading fills the memory store up to its budget, the most recently used records first, and evicts nothing. Only
 records that this model, on this rank, can use are read. Writing is a thread's work (:class:`chunk_cache.BackgroundWriter`):
 the scheduler never waits for the disk.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from chunk_cache import BackgroundWriter, ChunkCacheError, ChunkKV, StoreFolder, load_store
+from chunk_cache import TIERS, BackgroundWriter, ChunkKV, Tier, load_store
 from rag_pipeline.sglang_plugin.fusion.builds import erased
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -41,17 +41,16 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
 def _read(runtime: FusionRuntime, path: str, model: str) -> None:
     assert runtime.erased is not None
     try:
-        folder = StoreFolder(
-            path, create=True, byte_budget=runtime.config.store_dir_bytes, model=model
+        tier = TIERS.get(runtime.config.tier).connect(
+            path, byte_budget=runtime.config.store_dir_bytes, model=model
         )
-        folder.clean()
-        report = load_store(folder, runtime.store, namespaces=_usable(runtime, folder))
-    except (ChunkCacheError, OSError) as error:
+        report = load_store(tier, runtime.store, namespaces=_usable(runtime, tier))
+    except (ValueError, OSError) as error:  # ValueError: a tier whose package cannot be loaded
         logger.error("Chunk-KV folder %s is not used: %s", path, error)
         runtime.metrics.count("disk", "unusable")
         return
     runtime.writer = BackgroundWriter(
-        folder,
+        tier,
         count=lambda kind: runtime.metrics.count("disk", kind),
         failed=lambda error: runtime.say_once("disk", "Chunk KV is not written to disk: %s", error),
         is_erased=runtime.erased.is_in,
@@ -76,11 +75,11 @@ def pending(runtime: FusionRuntime) -> int:
     return runtime.writer.pending if runtime.writer is not None else 0
 
 
-def _usable(runtime: FusionRuntime, folder: StoreFolder) -> frozenset[str]:
+def _usable(runtime: FusionRuntime, tier: Tier) -> frozenset[str]:
     """Namespaces of this model, its number formats and this rank, and of the tenants that are served."""
     assert runtime.facts is not None
     fields: dict[str, Any] = runtime.facts.context_fields
     if runtime.config.store_tenants == "*":
-        return folder.namespaces(fields)
+        return tier.namespaces(fields)
     tenants = ["", *filter(None, runtime.config.store_tenants.split(","))]
-    return frozenset().union(*(folder.namespaces(fields | {"tenant": name}) for name in tenants))
+    return frozenset().union(*(tier.namespaces(fields | {"tenant": name}) for name in tenants))

@@ -112,7 +112,9 @@ class TurnMemory(ConversationMemory):
                 return "known"  # the same turn was asked before
             with build:
                 capture = Capture(start=start, end=end, base_position=start, build=build)
-                record = capture_chunk(turn.pool, facts.num_layers, turn.slots[:end], capture)
+                record = capture_chunk(
+                    facts.layout, turn.pool, facts.num_layers, turn.slots[:end], capture
+                )
                 if build.commit(record):
                     key = own
             return "stored" if key is not None else "not_stored"

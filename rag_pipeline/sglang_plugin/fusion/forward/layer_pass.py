@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from chunk_cache import ChunkKV
+from chunk_cache import LayerReader, layout_named
 from rag_kernels import (
     AttentionCall,
     BlockMask,
@@ -21,7 +21,6 @@ from rag_kernels import (
     MethodsOfPass,
     PositionCausalPlan,
     RotarySpec,
-    load_chunk_inplace,
     mean_shift_inplace,
     position_causal_attention,
 )
@@ -40,18 +39,10 @@ class LoadItem:
     ``delta`` is the new position minus the one that the record was computed at.
     """
 
-    record: ChunkKV
+    record: LayerReader
     chunk_offset: int
     slots: Tensor
     delta: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CopyItem:
-    """KV of other slots of the pool, at the same positions: bit for bit."""
-
-    sources: Tensor
-    slots: Tensor
 
 
 class Loader:
@@ -61,11 +52,8 @@ class Loader:
     earlier pass on top of it.
     """
 
-    def __init__(
-        self, loads: Sequence[LoadItem], copies: Sequence[CopyItem], spec: RotarySpec
-    ) -> None:
+    def __init__(self, loads: Sequence[LoadItem], spec: RotarySpec) -> None:
         self._loads = list(loads)
-        self._copies = list(copies)
         self._spec = spec
         self._done: set[int] = set()
 
@@ -75,18 +63,16 @@ class Loader:
         return [item.slots for item in self._loads]
 
     def ensure(self, layer_id: int, k_pool: Tensor, v_pool: Tensor) -> None:
-        """Load a layer unless that was done."""
+        """Load a layer unless that was done; waits for the readers of that layer."""
         if layer_id in self._done:
             return
         self._done.add(layer_id)
-        for copy in self._copies:
-            k_pool.index_copy_(0, copy.slots, k_pool.index_select(0, copy.sources))
-            v_pool.index_copy_(0, copy.slots, v_pool.index_select(0, copy.sources))
         for item in self._loads:
             end = item.chunk_offset + item.slots.numel()
-            k_src, v_src = item.record.layer(layer_id, item.chunk_offset, end)
+            source = item.record.layer(layer_id, item.chunk_offset, end)
             table = self._spec.table(item.delta, k_pool.device)
-            load_chunk_inplace(k_pool, v_pool, item.slots, k_src, v_src, table, self._spec)
+            layout = layout_named(item.record.layout)
+            layout.load_inplace(k_pool, v_pool, item.slots, source, table, self._spec)
 
 
 class Observer(Protocol):

@@ -154,7 +154,9 @@ def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: Batc
     for capture in state.captures:
         if capture.end > piece.end:
             continue
-        record = capture_chunk(runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture)
+        record = capture_chunk(
+            runtime.facts.layout, runner.token_to_kv_pool, runtime.facts.num_layers, slots, capture
+        )
         stored = capture.build.commit(record)
         state.end_capture(capture, stored=stored)
         if stored and not runtime.epoch:  # after an update no other process can find it

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chunk_cache import KVContext, canonical_json
+from chunk_cache import KVContext, KVLayout, canonical_json, layout_of_pool
 from chunk_cache.policies import qkv_share
 from rag_kernels import RotarySpec, RotaryUnsupportedError, rotary_spec_from_config
 from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
@@ -36,6 +36,8 @@ class ModelFacts:
         ``RadixAttention`` modules, by layer.
     rotary : RotarySpec
         Rotation of the keys, checked against the table that the model itself uses.
+    layout : KVLayout
+        What the pool holds per token, and so do records made here.
     fingerprint : str
         Hash of the weights of this rank as they were loaded first.
     context_fields : dict
@@ -50,6 +52,7 @@ class ModelFacts:
     head_dim: int
     scaling: float
     rotary: RotarySpec
+    layout: KVLayout
     fingerprint: str
     context_fields: dict[str, Any]
     qkv_share: float
@@ -101,6 +104,7 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
         head_dim=int(first.qk_head_dim),
         scaling=float(first.scaling),
         rotary=rotary,
+        layout=layout_of_pool(pool),
         fingerprint=fingerprint,
         context_fields={
             "model_fingerprint": fingerprint,

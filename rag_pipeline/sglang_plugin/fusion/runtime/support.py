@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from chunk_cache import ChunkCacheError, layout_of_pool
+
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -98,9 +100,10 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     names = getattr(hf_config, "architectures", None) or ["?"]
     if names[0] not in SUPPORTED_ARCHITECTURES:
         return f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-    kind = type(pool).__name__
-    if kind != "MHATokenToKVPool":
-        return f"KV pool {kind}: only plain multi-head pools are supported (no MLA, SWA, hybrid)"
+    try:
+        layout_of_pool(pool)
+    except ChunkCacheError as error:
+        return str(error)
     if pool.dtype not in _KV_DTYPES or pool.store_dtype != pool.dtype:
         return f"KV dtype {pool.dtype}: quantised KV is refused"
     if not layers:

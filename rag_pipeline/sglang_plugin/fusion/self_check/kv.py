@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunk_cache import layout_named, layout_of_pool
 from chunk_cache.policies import AttentionSignal, ScoredPolicy
 from rag_kernels import RotarySpec
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
@@ -77,8 +78,10 @@ def look_at(req: Any, runner: Any, facts: ModelFacts) -> LoadPlan:
             drafted = signal.draft_tokens if isinstance(signal, AttentionSignal) else 0
         for span in state.spans:
             first = span.match.chunk_offset
+            record = span.lease.record
+            kv_layout, end = layout_named(record.layout), first + span.end - span.start
             pairs = [
-                span.lease.record.layer(layer, first, first + span.end - span.start)
+                kv_layout.unpack(record.layer(layer, first, end))
                 for layer in range(facts.num_layers)
             ]
             stored = [(keys.cpu().clone(), values.cpu().clone()) for keys, values in pairs]
@@ -95,8 +98,9 @@ def look_at(req: Any, runner: Any, facts: ModelFacts) -> LoadPlan:
 def take_from_pool(runner: Any, slots: Tensor, num_layers: int) -> LayerPairs:
     """Copy the KV of free slots to the host and wipe it: the next prompt may get them, and must find nothing right."""
     pool, pairs = runner.token_to_kv_pool, []
+    layout = layout_of_pool(pool)
     for layer in range(num_layers):
-        buffers = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
+        buffers = layout.pool_layer(pool, layer)
         pairs.append((buffers[0][slots].cpu(), buffers[1][slots].cpu()))
         for buffer in buffers:
             buffer[slots] = 0

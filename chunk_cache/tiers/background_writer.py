@@ -1,4 +1,4 @@
-"""Chunk records on their way to the disk: written by a thread of their own, dropped when it cannot keep up.
+"""Chunk records on their way to a lower tier: written by a thread of their own, dropped when it cannot keep up.
 
 A disk may be slow and a network folder may hang; whoever made a record never waits for either.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
-from chunk_cache.tiers.disk.folder import StoreFolder
+from chunk_cache.tiers.base import Tier
 
 QUEUE_BYTES = 256 << 20
 """Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""
@@ -29,11 +29,11 @@ class _Waiting:
 
 
 class BackgroundWriter:
-    """A bounded queue before a :class:`StoreFolder`, and the thread that empties it.
+    """A bounded queue before a :class:`Tier`, and the thread that empties it.
 
     Parameters
     ----------
-    folder
+    tier
         Where to; only the thread writes to it.
     count
         Called with ``written``, ``dropped`` (the queue was full), ``no_room`` (the budget is),
@@ -51,7 +51,7 @@ class BackgroundWriter:
 
     def __init__(
         self,
-        folder: StoreFolder,
+        tier: Tier,
         *,
         count: Callable[[str], None],
         failed: Callable[[OSError], None],
@@ -59,7 +59,7 @@ class BackgroundWriter:
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
-        self.folder = folder
+        self.tier = tier
         self._count = count
         self._failed = failed
         self._is_erased = is_erased
@@ -147,20 +147,20 @@ class BackgroundWriter:
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
                 since, self._noted = self._noted, time.monotonic()
-                self.folder.used(self._used(since))
+                self.tier.used(self._used(since))
 
     def _write(self, waiting: _Waiting) -> None:
         record, tenant = waiting.record, waiting.tenant
         kind = "erased"
         try:
             if not self._is_erased(record, tenant):
-                put = self.folder.put(record, context=waiting.context, tenant=tenant)
+                put = self.tier.put(record, context=waiting.context, tenant=tenant)
                 kind = "written" if put else "no_room"
                 # The text may have been erased meanwhile, by somebody who did not see this file yet.
                 if kind == "written" and (
                     self._current_is_erased or self._is_erased(record, tenant)
                 ):
-                    self.folder.remove(record.key)
+                    self.tier.remove(record.key)
                     kind = "erased"
         except OSError as error:
             kind = "write_failed"

@@ -1,4 +1,4 @@
-"""Whole stores: from memory into a folder, and from a folder into memory."""
+"""Whole stores: from memory into a lower tier, and from a tier into memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Container, Iterable
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.store.builds import ChunkState
 from chunk_cache.store.memory import MemoryStore
-from chunk_cache.tiers.disk.budget import stored_files
-from chunk_cache.tiers.disk.folder import StoreFolder
-from chunk_cache.tiers.disk.layout import write_context
+from chunk_cache.tiers.base import Tier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +29,18 @@ class StoreLoadReport:
 
 
 def export_store(
-    folder: StoreFolder,
+    tier: Tier,
     store: MemoryStore,
     *,
     keys: Iterable[ChunkKey] | None = None,
     contexts: Iterable[KVContext] = (),
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write records of a memory store; files that are there already are kept as they are.
+    """Write records of a memory store; records that are there already are kept as they are.
 
     Parameters
     ----------
-    folder
+    tier
         Where to.
     store
         Where from.
@@ -56,23 +54,23 @@ def export_store(
     Returns
     -------
     int
-        Number of files written.
+        Number of records written.
     """
     for context in contexts:
-        write_context(folder.path, context, folder.model)
+        tier.note_context(context)
     written = 0
     for done, key in enumerate(store.keys() if keys is None else keys, start=1):
-        if not folder.size_of(key):
+        if not tier.contains(key):
             with store.borrow(key) as record:
                 if record is not None:
-                    written += folder.put(record)
+                    written += tier.put(record)
         if progress is not None:
             progress(done)
     return written
 
 
 def load_store(
-    folder: StoreFolder,
+    tier: Tier,
     store: MemoryStore,
     *,
     namespaces: Container[str] | None = None,
@@ -85,7 +83,7 @@ def load_store(
 
     Parameters
     ----------
-    folder
+    tier
         Where from.
     store
         Where to.
@@ -98,9 +96,9 @@ def load_store(
     """
     counts = dict.fromkeys((field.name for field in dataclasses.fields(StoreLoadReport)), 0)
     wanted: list[tuple[bool, ChunkKey]] = []
-    for file in reversed(stored_files(folder.path)):
-        if namespaces is None or file.key.namespace in namespaces:
-            wanted.append((not folder.is_pinned(file.key), file.key))
+    for key in reversed(tier.keys_by_use()):
+        if namespaces is None or key.namespace in namespaces:
+            wanted.append((not tier.is_pinned(key), key))
         else:
             counts["foreign"] += 1
     wanted.sort(key=lambda row: row[0])
@@ -109,17 +107,17 @@ def load_store(
             counts["already_there"] += 1
             if not loose:
                 store.pin(key)
-        elif folder.size_of(key) > store.free_bytes:
+        elif tier.size_of(key) > store.free_bytes:
             counts["no_room"] += 1
         else:
-            record = folder.read(key)
+            record = tier.read(key)
             if record is None:
                 counts["corrupt"] += 1
                 store.count_corrupt()
             else:
                 # Asked first: `put` would make room by evicting what was loaded before.
                 fits = record.num_bytes <= store.free_bytes
-                tenant = folder.tenant_of(key.namespace)
+                tenant = tier.tenant_of(key.namespace)
                 put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
                 counts["loaded" if put else "no_room"] += 1
         if progress is not None:
