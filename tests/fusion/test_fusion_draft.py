@@ -6,15 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fusion_helpers import logprobs, tokens
 
 from rag_pipeline.sglang_plugin.fusion.forward import draft
 
 VOCAB, PREFIX = 256, 20
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
 
 PREFIX_IDS, QUESTION = tokens(PREFIX, 1), tokens(6, 2)
@@ -46,10 +42,6 @@ def ask(local, order, **options):
 
 def runs(req):
     return req.customized_info["rag_fusion"][0]["runs"]
-
-
-def values(req):
-    return req.logprob.output_token_logprobs_val
 
 
 def allocator(local):
@@ -88,7 +80,7 @@ def test_drafts_of_one_batch_are_those_of_each_request_alone(local):
     assert local.runtime.metrics.counts["drafts.scored"] == 4
     for one, other in zip(alone, together, strict=True):
         assert runs(one) == runs(other)
-        torch.testing.assert_close(values(one), values(other), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs(one), logprobs(other), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("why", ["no free slots", "end of the context"])

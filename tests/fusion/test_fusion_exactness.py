@@ -6,16 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from fusion_helpers import largest_difference, logprobs, report, tokens
 
 VOCAB = 256
 PREFIX = 20
 CHUNK = 40
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
 
 def lay_out(prefix, chunks, question):
@@ -24,19 +20,6 @@ def lay_out(prefix, chunks, question):
         spans += [len(ids), len(ids) + len(chunk)]
         ids += chunk
     return ids + question, spans
-
-
-def logprobs(req):
-    return req.logprob.output_token_logprobs_val
-
-
-def largest_difference(one, two):
-    assert list(one.output_ids) == list(two.output_ids)
-    return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(two), strict=True))
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def slot_kv(local, req, layer):

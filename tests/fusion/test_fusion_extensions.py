@@ -8,16 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from fusion_helpers import report, tokens
 
 from chunk_cache.policies import POLICIES, Policy
 from rag_kernels import ATTENTION_KERNELS, AttentionKernel
 
 VOCAB = 256
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
@@ -41,10 +37,6 @@ def local(engine):
         made.build(PREFIX, chunk)
     made.flush()
     return made
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def logprobs(req):
