@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from fusion_helpers import report, tokens
+from fusion_helpers import logprobs, report, tokens
 from safetensors.torch import save_file
 
-VOCAB, RANK, HIDDEN, LAYERS = 256, 4, 64, 5
+RANK, HIDDEN, LAYERS = 4, 64, 5
 OUTPUTS = {"q_proj": 64, "v_proj": 32}
 
 
@@ -68,10 +68,6 @@ def without_pinning(make):
         return make(*args, **kwargs)
 
     return made
-
-
-def logprobs(req):
-    return list(req.logprob.output_token_logprobs_val)
 
 
 def test_an_adapter_beside_a_fused_request(local, adapter):

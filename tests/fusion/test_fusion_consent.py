@@ -6,7 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from fusion_helpers import PREFIX_IDS, tokens
+from fusion_helpers import PREFIX, PREFIX_IDS, tokens
 
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -16,7 +16,7 @@ from rag_pipeline.sglang_plugin.fusion.request.consent import (
     refuse_engine,
 )
 
-VOCAB, PREFIX, CHUNK = 256, 20, 80
+CHUNK = 80
 SILENT = {"return_logprob": False, "top": 0}
 
 

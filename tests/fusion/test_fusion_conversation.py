@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from fusion_helpers import PREFIX_IDS, agree, lay_out, report, tokens
+from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
 
-VOCAB, PREFIX, CHUNK, ANSWER = 256, 20, 40, 6
+ANSWER = 6
 
 
-CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
 FIRST, SECOND, THIRD = tokens(9, 3), tokens(18, 4), tokens(17, 5)
 
 

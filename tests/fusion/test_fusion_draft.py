@@ -6,23 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fusion_helpers import logprobs, tokens
+from fusion_helpers import PREFIX_IDS, lay_out, logprobs, tokens
 
 from rag_pipeline.sglang_plugin.fusion.forward import draft
 
-VOCAB, PREFIX = 256, 20
-
-
-PREFIX_IDS, QUESTION = tokens(PREFIX, 1), tokens(6, 2)
+QUESTION = tokens(6, 2)
 CHUNKS = [tokens(40 + i, 10 + i) for i in range(4)]
 
 
-def lay_out(order):
-    ids, spans = list(PREFIX_IDS), []
-    for index in order:
-        spans += [len(ids), len(ids) + len(CHUNKS[index])]
-        ids += CHUNKS[index]
-    return [*ids, *QUESTION], spans
+def in_order(order):
+    return lay_out([CHUNKS[index] for index in order], QUESTION)
 
 
 @pytest.fixture(params=[1, 16])
@@ -35,7 +28,7 @@ def local(engine, request):
 
 
 def ask(local, order, **options):
-    ids, spans = lay_out(order)
+    ids, spans = in_order(order)
     fusion = {"spans": spans, "policy": "query:0.9"}
     return local.submit(ids, 5, fusion=fusion | ({"options": options} if options else {}))
 

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fusion_helpers import report, tokens
+from fusion_helpers import logprobs, report, tokens
 
 from chunk_cache.policies import POLICIES, Policy
 from rag_kernels import ATTENTION_KERNELS, AttentionKernel
-
-VOCAB = 256
-
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
@@ -37,10 +34,6 @@ def local(engine):
         made.build(PREFIX, chunk)
     made.flush()
     return made
-
-
-def logprobs(req):
-    return list(req.logprob.output_token_logprobs_val)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fp64_oracle import Oracle
-from fusion_helpers import tokens
+from fusion_helpers import PREFIX, tokens
 
 from chunk_cache.policies import create_policy
-
-VOCAB, PREFIX = 256, 20
 
 
 def shifted(oracle, keys, values, rows, spans, strength):

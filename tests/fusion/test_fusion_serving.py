@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fusion_helpers import PREFIX_IDS, lay_out, report, tokens
+from fusion_helpers import PREFIX, PREFIX_IDS, lay_out, report, tokens
 
 from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.request.state import Tenant
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 
-VOCAB, PREFIX, CHUNK = 256, 20, 80
+CHUNK = 80
 
 
 CHUNKS = [tokens(CHUNK, 10 + i) for i in range(3)]

@@ -44,8 +44,7 @@ def report(req: Any) -> dict[str, Any]:
 
 def logprobs(req: Any) -> list[float]:
     """Log-probabilities of the tokens that were generated."""
-    found: list[float] = req.logprob.output_token_logprobs_val
-    return found
+    return list(req.logprob.output_token_logprobs_val)
 
 
 def largest_difference(one: Any, two: Any) -> float:
