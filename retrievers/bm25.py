@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.chunk_store import runs
+from retrievers.chunk_texts import runs
 from retrievers.dense import top_k
 from retrievers.durable import create_file, make_folders, write_array, write_text
 from retrievers.errors import CorruptIndexError, RetrievalError

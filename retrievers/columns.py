@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import create_file, write_array, write_text
+from retrievers.durable import close_unfinished, create_file, write_array, write_text
 from retrievers.errors import CorruptIndexError
 from retrievers.row_files import open_array
 from retrievers.types import Chunk, Scalar
@@ -151,8 +151,7 @@ class ColumnWriter:
 
     def abort(self) -> None:
         """Close without finishing."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
-            self._spill.close()
+        close_unfinished(self._spill)
 
     def _blocks(
         self, places: NDArray[np.int64]

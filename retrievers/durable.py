@@ -36,6 +36,29 @@ def create_file(path: Path) -> BinaryIO:
     return file
 
 
+def replace_file(path: Path, temporary: Path, content: bytes) -> None:
+    """Put bytes in a file's place in one step, synced; a failure leaves the old file and nothing beside it.
+
+    The name itself survives a power cut only once the folder is synced too: that is the caller's.
+    """
+    try:
+        with create_file(temporary) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def close_unfinished(file: BinaryIO) -> None:
+    """Close a file that nobody wants any more; what is buffered may fail to be written."""
+    with contextlib.suppress(OSError):
+        file.close()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text to a new file."""
     with create_file(path) as file:

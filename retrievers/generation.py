@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.bm25 import Bm25Builder, Bm25Index
-from retrievers.chunk_store import id_hash
+from retrievers.chunk_texts import id_hash
 from retrievers.columns import Columns
 from retrievers.documents import DocumentRecord, DocumentTable
 from retrievers.errors import CorruptIndexError, RetrievalError
@@ -47,7 +47,7 @@ class Generation(RowFiles):
     is_current : bool
         Whether the files on disk are as this version writes them; if not, they are made anew by the next ingest.
     id_hashes : ndarray
-        ``(num_rows,)`` uint64, :func:`~retrievers.chunk_store.id_hash` of every chunk id.
+        ``(num_rows,)`` uint64, :func:`~retrievers.chunk_texts.id_hash` of every chunk id.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:

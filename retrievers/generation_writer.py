@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrievers.bm25 import Bm25Builder
-from retrievers.chunk_store import ChunkStore, id_hash
+from retrievers.chunk_texts import ChunkTexts, id_hash
 from retrievers.columns import ColumnWriter, chunk_fields
 from retrievers.dense_update import DensePlan, write_dense
 from retrievers.documents import DocumentRecord, write_documents
@@ -154,7 +154,7 @@ def _write_rows(
     return np.concatenate(hashes)
 
 
-def _write_ids(folder: Path, hashes: NDArray[np.uint64], chunks: ChunkStore) -> None:
+def _write_ids(folder: Path, hashes: NDArray[np.uint64], chunks: ChunkTexts) -> None:
     """Write the table from id to row; this is where an id that occurs twice shows."""
     write_array(folder / IDS_NAME, hashes.astype("<u8"))
     distinct, counts = np.unique(hashes, return_counts=True)

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.chunk_store import encode_chunk
+from retrievers.chunk_texts import encode_chunk
 from retrievers.dense_update import DensePlan, plan_dense
 from retrievers.documents import DocumentRecord
 from retrievers.durable import make_folders, remove_tree, storage_faults, sync_folder

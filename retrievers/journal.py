@@ -10,14 +10,13 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import create_file, make_folders, storage_faults
+from retrievers.durable import make_folders, replace_file, storage_faults
 from retrievers.row_files import KEY_BYTES
 
 JOURNAL_NAME = "journal"
@@ -82,18 +81,8 @@ class EmbeddingJournal:
         digest = hashlib.sha256(content).hexdigest()[:32]
         number = len(self._shards)
         path = self._folder / f"{number:06d}-{digest}.npy"
-        temporary = self._folder / PART_NAME
         with _writing(self._folder):
-            try:
-                with create_file(temporary) as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise
+            replace_file(path, self._folder / PART_NAME, content)
         self._register(path, records["key"])
 
     def vectors(self, keys: Sequence[bytes]) -> NDArray[np.float32]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from retrievers.durable import create_file, storage_faults, sync_folder, sync_tree
+from retrievers.durable import replace_file, storage_faults, sync_folder, sync_tree
 from retrievers.errors import CorruptIndexError, RetrievalError
 
 FORMAT_VERSION = 1
@@ -81,20 +79,10 @@ class Manifest:
         """Replace the manifest of `folder` in one step; the commit point of every change."""
         body = asdict(self)
         body["checksum"] = _checksum(body)
-        path = folder / MANIFEST_NAME
-        temporary = folder / NEW_MANIFEST_NAME
         # Every name that the manifest gives must be on the disk before the manifest is.
         sync_folder(folder)
-        try:
-            with create_file(temporary) as file:
-                file.write(json.dumps(body, indent=1, sort_keys=True).encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        content = json.dumps(body, indent=1, sort_keys=True).encode("utf-8")
+        replace_file(folder / MANIFEST_NAME, folder / NEW_MANIFEST_NAME, content)
         with storage_faults(
             f"the new state of {folder} is not safe from a power cut yet", state="it is in use"
         ):

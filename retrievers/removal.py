@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.chunk_store import ChunkStore
+from retrievers.chunk_texts import ChunkTexts
 from retrievers.errors import CorruptIndexError
 from retrievers.generation import Generation
 from retrievers.row_files import KEY_BYTES, KEYS_NAME, open_array
@@ -61,7 +61,7 @@ class Removal:
         if not num_rows:
             return
         try:
-            store = ChunkStore(self.old, num_rows)
+            store = ChunkTexts(self.old, num_rows)
         except CorruptIndexError:
             return
         with closing(store):

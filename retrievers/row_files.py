@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.chunk_store import ChunkStore, ChunkWriter
+from retrievers.chunk_texts import ChunkTexts, ChunkTextWriter
 from retrievers.durable import create_file
 from retrievers.errors import CorruptIndexError
 
@@ -47,7 +47,7 @@ class RowFiles:
     def __init__(self, folder: Path, num_rows: int, dim: int) -> None:
         self.folder = folder
         self.num_rows = num_rows
-        self.chunks = ChunkStore(folder, num_rows)
+        self.chunks = ChunkTexts(folder, num_rows)
         self.vectors = open_array(folder / VECTORS_NAME, "<f4", (num_rows, dim))
         self.keys = open_array(folder / KEYS_NAME, f"V{KEY_BYTES}", (num_rows,))
 
@@ -62,7 +62,7 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_rows = 0
-        self._chunks = ChunkWriter(folder)
+        self._chunks = ChunkTextWriter(folder)
         self._vectors = create_file(folder / VECTORS_NAME)
         self._keys = create_file(folder / KEYS_NAME)
 
@@ -79,7 +79,7 @@ class RowWriter:
         Parameters
         ----------
         lines : iterable of bytes
-            Encoded chunks (:func:`retrievers.chunk_store.encode_chunk`).
+            Encoded chunks (:func:`retrievers.chunk_texts.encode_chunk`).
         vectors : ndarray
             ``(rows, dim)`` float32.
         keys : bytes

@@ -69,6 +69,66 @@ def test_imports_point_one_way(package: str) -> None:
     assert wrong == []
 
 
+_FUSION = "sglang_plugin/fusion"
+KNOWN_CIRCLES: dict[str, list[set[str]]] = {
+    "rag_pipeline": [
+        {".", "config", "generation", "models", "prompts", "protocol"},
+        {_FUSION}
+        | {
+            f"{_FUSION}/{name}"
+            for name in (
+                "admission",
+                "builds",
+                "conversations",
+                "forward",
+                "request",
+                "runtime",
+                "self_check",
+            )
+        },
+    ],
+    "chunk_cache": [{".", "matching"}],
+    "rag_kernels": [{".", "attention"}],
+    "rag_eval": [{"benchmarks", "reliability"}],
+}
+"""By package, folders that still import each other; take a folder out when it no longer does."""
+
+
+def circles_of_folders(package: str) -> list[set[str]]:
+    """Groups of a package's folders that reach each other by top-level imports."""
+    root = PACKAGES[package]
+    modules = {
+        ".".join((package, *path.relative_to(root).with_suffix("").parts)): path
+        for path in files_of(package)
+    }
+    folder = {
+        name.removesuffix(".__init__"): path.parent.relative_to(root).as_posix()
+        for name, path in modules.items()
+    }
+    reach: dict[str, set[str]] = {place: set() for place in folder.values()}
+    for path in modules.values():
+        here = path.parent.relative_to(root).as_posix()
+        found = imported_modules(path, top_level_only=True) & folder.keys()
+        reach[here] |= {folder[name] for name in found} - {here}
+    for middle in reach:
+        for start in reach:
+            if middle in reach[start]:
+                reach[start] |= reach[middle]
+    circles: list[set[str]] = []
+    for place in reach:
+        circle = {other for other in reach[place] if place in reach[other]}
+        if circle and circle not in circles:
+            circles.append(circle)
+    return circles
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_folders_form_no_circle(package: str) -> None:
+    known = KNOWN_CIRCLES.get(package, [])
+    found = circles_of_folders(package)
+    assert [circle for circle in found if not any(circle <= old for old in known)] == []
+
+
 def test_only_the_plugin_touches_sglang() -> None:
     """`rag_pipeline.sglang_plugin` owns SGLang's internals; `frontend` may use its public API."""
     wrong = [

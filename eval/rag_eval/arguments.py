@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 INTERRUPTED = 130
 """Exit code of a measurement that was interrupted; what it had measured is printed."""
@@ -24,6 +30,39 @@ class OneLineParser(argparse.ArgumentParser):
         line = " ".join(message.split())
         sys.stderr.write(f"error: {line}; `{self.prog} --help` lists what is allowed\n")
         raise SystemExit(2)
+
+
+def parse_config(
+    parser: argparse.ArgumentParser, kind: type[Config], words: Sequence[str] | None
+) -> tuple[Config, bool]:
+    """Read a config that has one option per field, and whether ``--json`` was given.
+
+    Parameters
+    ----------
+    parser
+        Gets the options; a config that refuses its values ends the program as a bad option does.
+    kind
+        A dataclass whose fields are whole numbers or texts and all have a default.
+    words
+        The command line without the program; None for that of the process.
+    """
+    from rag_eval.errors import EvalError
+
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for field in dataclasses.fields(kind):
+        is_number = isinstance(field.default, int)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=int if is_number else str,
+            default=field.default,
+            metavar="N" if is_number else None,
+        )
+    given = vars(parser.parse_args(words))
+    as_json: bool = given.pop("json")
+    try:
+        return kind(**given), as_json
+    except EvalError as error:
+        parser.error(str(error))
 
 
 def engine_arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -15,20 +15,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from fusion_helpers import CHUNK, PREFIX, PREFIX_IDS, tokens
 
 pytestmark = pytest.mark.engine
 
-VOCAB, PREFIX, CHUNK = 256, 20, 40
 POLICIES = ["reuse", "query:0.5", "epic:0.4", "cacheblend:0.5", "full"]
 
 
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
 CHUNKS = [tokens(CHUNK, 10 + i) for i in range(5)]
 
 

@@ -6,15 +6,11 @@ import json
 
 import pytest
 import torch
+from fusion_helpers import logprobs, report, tokens
 from safetensors.torch import save_file
 
-VOCAB, RANK, HIDDEN, LAYERS = 256, 4, 64, 5
+RANK, HIDDEN, LAYERS = 4, 64, 5
 OUTPUTS = {"q_proj": 64, "v_proj": 32}
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
@@ -72,14 +68,6 @@ def without_pinning(make):
         return make(*args, **kwargs)
 
     return made
-
-
-def logprobs(req):
-    return list(req.logprob.output_token_logprobs_val)
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def test_an_adapter_beside_a_fused_request(local, adapter):

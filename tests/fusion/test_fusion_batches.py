@@ -7,27 +7,10 @@ import dataclasses
 
 import pytest
 import torch
+from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
 
-VOCAB, PREFIX, CHUNK = 256, 20, 40
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
-CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
 ORDER = CHUNKS[::-1]
 OTHER = tokens(30, 40)
-
-
-def lay_out(chunks, question, prefix=PREFIX_IDS):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += chunk
-    return ids + question, spans
 
 
 IDS, SPANS = lay_out(ORDER, tokens(9, 3))
@@ -35,19 +18,6 @@ IDS, SPANS = lay_out(ORDER, tokens(9, 3))
 
 def fused(local, policy="query:0.6", ids=IDS, spans=SPANS):
     return local.submit(ids, 4, fusion={"spans": spans, "policy": policy})
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
-
-
-def values(req):
-    return req.logprob.output_token_logprobs_val
-
-
-def agree(one, two):
-    assert list(one.output_ids) == list(two.output_ids)
-    assert max(abs(a - b) for a, b in zip(values(one), values(two), strict=True)) < 5e-4
 
 
 def ready(local):

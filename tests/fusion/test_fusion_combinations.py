@@ -3,36 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
-VOCAB, PREFIX, CHUNK = 256, 20, 40
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
-CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
-
-
-def lay_out(chunks, question, prefix=PREFIX_IDS, between=()):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += [*chunk, *between]
-    return ids + question, spans
-
-
-def close(one, two, limit=5e-4):
-    a, b = one.logprob.output_token_logprobs_val, two.logprob.output_token_logprobs_val
-    assert list(one.output_ids) == list(two.output_ids)
-    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < limit
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
+from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
 
 
 def stored(local):
@@ -62,7 +33,7 @@ def test_mixed_batch_gives_every_request_what_it_gets_alone(engine):
     assert batch.batch_size() == len(jobs)
     local.run(*together)
     for one, two in zip(alone, together, strict=True):
-        close(one, two)
+        agree(one, two)
         if one.customized_info:
             assert report(one) == report(two)
 
@@ -119,7 +90,7 @@ def test_a_span_cut_by_a_chunk_boundary(engine, policy, between):
         assert pieces == 1  # few rows are computed: the budget counts those, not the 169 tokens
     else:
         assert pieces > 1
-    close(whole, req)
+    agree(whole, req)
     mine, other = report(req), report(whole)
     assert {k: mine[k] for k in mine if k.endswith("_tokens")} == {
         k: other[k] for k in other if k.endswith("_tokens")
@@ -138,12 +109,12 @@ def test_page_size_and_overlap_scheduling(engine, settings):
     plain = local.ask(ids, 6, fusion={"mode": "off"})
     local.flush()
     full = local.ask(ids, 6, fusion={"spans": spans, "policy": "full"})
-    close(plain, full)
+    agree(plain, full)
     # Published is what is exact and nothing more, down to whole pages.
     after = local.ask(ids, 6, fusion={"mode": "off"})
     page = settings.get("page_size", 1)
     assert after.cached_tokens == PREFIX // page * page
-    close(plain, after)
+    agree(plain, after)
     local.flush()
     query = [
         local.submit(ids, 6, fusion={"spans": spans, "policy": "query:0.6"}),
@@ -165,7 +136,7 @@ def test_odd_layouts(engine):
         plain = local.ask(ids, 4, fusion={"mode": "off"})
         local.flush()
         fused = local.ask(ids, 4, fusion={"spans": spans, "policy": policy})
-        close(plain, fused)
+        agree(plain, fused)
         parts = report(fused)
         assert parts["prompt_tokens"] == len(ids)
         assert len(ids) == sum(
@@ -208,7 +179,7 @@ def test_sixty_four_chunks(engine):
     plain = local.ask(ids, 2, fusion={"mode": "off"})
     local.flush()
     full = local.ask(ids, 2, fusion={"spans": spans, "policy": "full"})
-    close(plain, full)
+    agree(plain, full)
     local.flush()
     query = local.ask(ids, 2, fusion={"spans": spans, "policy": "query:0.3"})
     assert report(query)["reused_tokens"] + report(query)["recomputed_tokens"] == sum(
@@ -246,7 +217,7 @@ def test_abort_in_mid_flight_gives_everything_back(engine):
     local.flush()  # fails if a slot or a lock were lost
     plain = local.ask(ids, 4, fusion={"mode": "off"})
     local.flush()
-    close(plain, local.ask(ids, 4, fusion={"spans": spans, "policy": "full"}))
+    agree(plain, local.ask(ids, 4, fusion={"spans": spans, "policy": "full"}))
 
 
 def test_retraction_under_memory_pressure(engine, monkeypatch):
@@ -265,7 +236,7 @@ def test_retraction_under_memory_pressure(engine, monkeypatch):
     local.run(*reqs)
     assert sum(req.retraction_count for req in reqs) > 0
     for one, two in zip(calm, reqs, strict=True):
-        close(one, two, 2e-3)
+        agree(one, two, 2e-3)
     local.runtime.store.check_integrity(expect_idle=True)
 
 
@@ -277,4 +248,4 @@ def test_two_requests_share_chunks_and_one_of_them_ends_first(engine):
     local.run(short, long)
     local.flush()
     again = local.ask([*ids, 9], 30, fusion={"spans": spans, "policy": "query:0.6"})
-    close(long, again)
+    agree(long, again)

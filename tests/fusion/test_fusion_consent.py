@@ -6,7 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-import torch
+from fusion_helpers import PREFIX, PREFIX_IDS, tokens
 
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -16,16 +16,10 @@ from rag_pipeline.sglang_plugin.fusion.request.consent import (
     refuse_engine,
 )
 
-VOCAB, PREFIX, CHUNK = 256, 20, 80
+CHUNK = 80
 SILENT = {"return_logprob": False, "top": 0}
 
 
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
 CHUNKS = [tokens(CHUNK, 10 + i) for i in range(3)]
 PROMPT = [*PREFIX_IDS, *CHUNKS[2], *tokens(11, 5), *CHUNKS[0], *tokens(9, 3)]
 

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
 
-VOCAB, PREFIX, CHUNK, ANSWER = 256, 20, 40, 6
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+ANSWER = 6
 
 
-PREFIX_IDS = tokens(PREFIX, 1)
-CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
 FIRST, SECOND, THIRD = tokens(9, 3), tokens(18, 4), tokens(17, 5)
-
-
-def lay_out(chunks, question, prefix=PREFIX_IDS):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += chunk
-    return ids + question, spans
 
 
 IDS, SPANS = lay_out(
@@ -31,21 +16,11 @@ IDS, SPANS = lay_out(
 )  # three chunks, none of them in its own place but the first
 
 
-def report(req):
-    return req.customized_info["rag_fusion"][0]
-
-
 def parts(req):
     mine = report(req)
     kinds = ("exact_prefix_tokens", "reused_tokens", "recomputed_tokens", "fresh_tokens")
     assert sum(mine[k] for k in kinds) == mine["prompt_tokens"]
     return tuple(mine[k] for k in kinds)
-
-
-def close(one, two, limit=5e-4):
-    a, b = one.logprob.output_token_logprobs_val, two.logprob.output_token_logprobs_val
-    assert list(one.output_ids) == list(two.output_ids)
-    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < limit
 
 
 def stored(local):
@@ -85,7 +60,7 @@ def test_the_second_turn_loads_the_first_and_says_the_same(engine, settings):
     assert list(one.output_ids) == list(plain_one.output_ids)
     assert report(one)["conversation_tokens"] == 0
     two = say(local, turn, fields())
-    close(plain_two, two)
+    agree(plain_two, two)
     left = len(IDS) + ANSWER - 1 - PREFIX  # the last answer token was never fed to the model
     assert report(two)["conversation_tokens"] == left
     assert parts(two) == (exact, left, 0, PREFIX - exact + 1 + len(SECOND))
@@ -95,7 +70,7 @@ def test_the_second_turn_loads_the_first_and_says_the_same(engine, settings):
     turn = [*turn, *two.output_ids, *THIRD]
     plain_three = say(local, turn, fields(""))
     three = say(local, turn, fields())
-    close(plain_three, three)
+    agree(plain_three, three)
     assert parts(three)[1:3] == (len(turn) - len(THIRD) - 1 - PREFIX, 0)
     assert local.runtime.metrics.counts["turns.stored"] == 3
 
@@ -134,7 +109,7 @@ def test_exact_requests_equal_those_of_an_engine_that_never_fused(engine):
     assert report(second)["conversation_tokens"] > 0
     after = say(local, turn, {"mode": "off"})
     assert after.cached_tokens == PREFIX
-    close(alone, after, 1e-4)
+    agree(alone, after, 1e-4)
     # Automatic matching would find a run as long as a turn; a turn is in no namespace that it looks into.
     local.flush()
     assert local.ask(turn, 1).customized_info is None
@@ -168,7 +143,7 @@ def test_other_words_in_the_answer_are_used_as_far_as_they_agree(engine):
     turn = [*IDS, *one.output_ids[:3], 5, *SECOND]
     assert one.output_ids[3] != 5
     two = say(local, turn, fields())
-    close(say(local, turn, fields("")), two)
+    agree(say(local, turn, fields("")), two)
     assert report(two)["conversation_tokens"] == len(IDS) + 3 - PREFIX
     three = [*turn, *two.output_ids, *THIRD]
     assert (
@@ -199,7 +174,7 @@ def test_new_chunks_behind_an_earlier_turn_are_fused_as_ever(engine):
     assert report(two)["conversation_tokens"] == left
     assert parts(two) == (PREFIX, left + CHUNK - 12, 12, 1 + len(SECOND))
     # EPIC counts 30% of each chunk; without the conversation those of turn one are chosen alike.
-    close(say(local, turn, fields("", spans=spans)), two)
+    agree(say(local, turn, fields("", spans=spans)), two)
     query = say(local, turn, fields(policy="query:0.6", spans=spans))
     assert report(query)["conversation_tokens"] == 0  # another policy, another namespace
 
@@ -263,7 +238,7 @@ def test_retraction_and_a_full_store_keep_pool_and_store_whole(engine, monkeypat
     local.run(*reqs)
     assert sum(req.retraction_count for req in reqs) > 0
     for one, two in zip(calm, reqs, strict=True):
-        close(one, two, 2e-3)
+        agree(one, two, 2e-3)
         assert report(two)["conversation_tokens"] > 0
     monkeypatch.undo()
     local.flush()  # SGLang's own leak check, and nothing locked

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fusion_helpers import PREFIX_IDS, lay_out, logprobs, tokens
 
 from chunk_cache.policies.signals import draft
 from rag_pipeline.sglang_plugin.fusion.forward import scratch
 
-VOCAB, PREFIX = 256, 20
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS, QUESTION = tokens(PREFIX, 1), tokens(6, 2)
+QUESTION = tokens(6, 2)
 CHUNKS = [tokens(40 + i, 10 + i) for i in range(4)]
 
 
-def lay_out(order):
-    ids, spans = list(PREFIX_IDS), []
-    for index in order:
-        spans += [len(ids), len(ids) + len(CHUNKS[index])]
-        ids += CHUNKS[index]
-    return [*ids, *QUESTION], spans
+def in_order(order):
+    return lay_out([CHUNKS[index] for index in order], QUESTION)
 
 
 @pytest.fixture(params=[1, 16])
@@ -38,17 +27,13 @@ def local(engine, request):
 
 
 def ask(local, order, **options):
-    ids, spans = lay_out(order)
+    ids, spans = in_order(order)
     fusion = {"spans": spans, "policy": "query:0.9"}
     return local.submit(ids, 5, fusion=fusion | ({"options": options} if options else {}))
 
 
 def runs(req):
     return req.customized_info["rag_fusion"][0]["runs"]
-
-
-def values(req):
-    return req.logprob.output_token_logprobs_val
 
 
 def allocator(local):
@@ -87,7 +72,7 @@ def test_drafts_of_one_batch_are_those_of_each_request_alone(local):
     assert local.runtime.metrics.counts["drafts.scored"] == 4
     for one, other in zip(alone, together, strict=True):
         assert runs(one) == runs(other)
-        torch.testing.assert_close(values(one), values(other), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs(one), logprobs(other), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("why", ["no free slots", "end of the context"])

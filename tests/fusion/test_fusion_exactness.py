@@ -6,37 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from fusion_helpers import CHUNK, PREFIX, largest_difference, lay_out, logprobs, report, tokens
 
-VOCAB = 256
-PREFIX = 20
-CHUNK = 40
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-def lay_out(prefix, chunks, question):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += chunk
-    return ids + question, spans
-
-
-def logprobs(req):
-    return req.logprob.output_token_logprobs_val
-
-
-def largest_difference(one, two):
-    assert list(one.output_ids) == list(two.output_ids)
-    return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(two), strict=True))
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def slot_kv(local, req, layer):
@@ -64,7 +36,7 @@ def test_ratio_one_equals_plain_prefill_and_reuse_does_not(engine, family):
     chunks = [tokens(CHUNK, 10 + i) for i in range(4)]
     for chunk in chunks:
         local.build(prefix, chunk)
-    ids, spans = lay_out(prefix, chunks[::-1], question)
+    ids, spans = lay_out(chunks[::-1], question, prefix)
     local.flush()
     plain = local.ask(ids, fusion={"mode": "off"})
     for policy in ("full", "epic:1.0", "query:1.0", "cacheblend:1.0", "adaptive:1.0"):
@@ -118,7 +90,7 @@ def test_what_is_not_recomputed_with_ratio_one_is_exact(
     prefix = tokens(PREFIX, 1)
     for chunk in stored:
         local.build(prefix, chunk)
-    ids, spans = lay_out(prefix, [stands], tokens(9, 2))
+    ids, spans = lay_out([stands], tokens(9, 2), prefix)
     local.flush()
     plain = prefilled(local, ids, fusion={"mode": "off"})
     wanted = [slot_kv(local, plain, layer) for layer in range(5)]
@@ -144,7 +116,7 @@ def test_what_a_forward_really_computes_stays_within_the_ratio(engine, size):
     chunks = [tokens(size, 10 + i) for i in range(4)]
     for chunk in chunks:
         local.build(prefix, chunk)
-    ids, spans = lay_out(prefix, chunks[::-1], question)
+    ids, spans = lay_out(chunks[::-1], question, prefix)
     for name in ("cacheblend", "adaptive", "query", "epic"):
         for ratio in (0.15, 0.45, 0.8, 0.97):
             local.flush()
@@ -174,7 +146,7 @@ def test_ratio_one_gives_the_same_greedy_tokens_on_twenty_prompts(engine):
     worst_fused = worst_floor = 0.0
     for trial in range(20):
         order = torch.randperm(6, generator=torch.Generator().manual_seed(trial)).tolist()[:3]
-        ids, spans = lay_out(prefix, [chunks[i] for i in order], tokens(7, 500 + trial))
+        ids, spans = lay_out([chunks[i] for i in order], tokens(7, 500 + trial), prefix)
         local.flush()
         plain = local.ask(ids, 8, fusion={"mode": "off"})
         # The noise floor: the same plain prefill in other batches, cut in pieces by warm prefixes.
@@ -199,7 +171,7 @@ def test_a_chunk_in_its_own_place_keeps_its_bits_and_a_moved_one_the_rotation_bo
     records = [
         local.runtime.store.acquire(key, ids) for key, ids in keys_of(local, [first, second])
     ]
-    ids, spans = lay_out(prefix, [first, second], question)
+    ids, spans = lay_out([first, second], question, prefix)
     local.flush()
     req = prefilled(local, ids, fusion={"spans": spans, "policy": "reuse"})
     own, moved = slice(PREFIX, PREFIX + CHUNK), slice(PREFIX + CHUNK, PREFIX + 2 * CHUNK)
@@ -250,7 +222,7 @@ def test_exact_and_fused_requests_interleaved_leave_the_exact_ones_untouched(eng
     jobs = []
     for turn in range(3):
         order = [(turn + i) % 4 for i in range(3)]
-        jobs.append(lay_out(prefix, [chunks[i] for i in order], tokens(6, 300 + turn)))
+        jobs.append(lay_out([chunks[i] for i in order], tokens(6, 300 + turn), prefix))
     # As stock SGLang would do it: the same plain requests in the same order, nothing fused in between.
     stock = [local.ask(ids, 6, fusion={"mode": "off"}) for ids, _ in jobs for _ in range(2)]
     local.fresh()

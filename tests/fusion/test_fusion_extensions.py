@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
-import torch
+from fusion_helpers import logprobs, report, tokens
 
 from chunk_cache.policies import (
     POLICIES,
@@ -18,14 +18,6 @@ from chunk_cache.policies import (
     top_positions,
 )
 from rag_kernels import ATTENTION_KERNELS, AttentionKernel
-
-VOCAB = 256
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
@@ -48,14 +40,6 @@ def local(engine):
         made.build(PREFIX, chunk)
     made.flush()
     return made
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
-
-
-def logprobs(req):
-    return list(req.logprob.output_token_logprobs_val)
 
 
 @dataclass(frozen=True, kw_only=True)

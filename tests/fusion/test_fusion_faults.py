@@ -6,33 +6,16 @@ import logging
 
 import pytest
 import torch
-
-VOCAB, PREFIX, CHUNK = 256, 20, 40
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
-CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
-
-
-def lay_out(chunks, question, prefix=PREFIX_IDS):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += chunk
-    return ids + question, spans
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
-
-
-def values(req):
-    return req.logprob.output_token_logprobs_val
+from fusion_helpers import (
+    CHUNK,
+    CHUNKS,
+    PREFIX_IDS,
+    largest_difference,
+    lay_out,
+    logprobs,
+    report,
+    tokens,
+)
 
 
 def stored(local):
@@ -127,7 +110,7 @@ def test_a_failed_pass_is_plain_prefill_to_the_bit(
         assert torch.equal(pool_rows(local, req), wanted)
         local.run(req)
         assert list(req.output_ids) == list(plain.output_ids)
-        assert values(req) == values(plain)
+        assert logprobs(req) == logprobs(plain)
         mine = report(req)
         assert (mine["fallback"], mine["computed_fraction"]) == (reason, 1.0)
         assert (mine["reused_tokens"], mine["fresh_tokens"]) == (0, len(ids))
@@ -156,7 +139,7 @@ def test_a_failed_pass_in_a_mixed_batch_leaves_every_request_right(engine, break
     assert failed
     for one, two in zip(plain, mixed, strict=True):
         assert list(one.output_ids) == list(two.output_ids)
-        assert values(one) == values(two)
+        assert logprobs(one) == logprobs(two)
     assert [r.customized_info is None for r in mixed] == [True, False, False, True, False]
     # Nothing of the failed ones was published but their exact prefix.
     again = local.ask(jobs[1][0], 6, fusion={"mode": "off"})
@@ -203,7 +186,7 @@ def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
     torch.testing.assert_close(pool_rows(local, req), wanted, rtol=0, atol=5e-4)
     local.run(req)
     assert list(req.output_ids) == list(plain.output_ids)
-    assert max(abs(a - b) for a, b in zip(values(req), values(plain), strict=True)) < 5e-4
+    assert largest_difference(req, plain) < 5e-4
     local.settle()
     local.runtime.store.check_integrity(expect_idle=True)
 
@@ -239,7 +222,7 @@ def test_a_chunk_that_cannot_be_captured_is_answered_all_the_same(engine, monkey
     with monkeypatch.context() as patch:
         patch.setattr(forward, "capture_chunk", lambda *a, **k: 1 / 0)
         req = local.ask(ids, 4, fusion={"spans": spans})
-    assert values(req) == values(plain)
+    assert logprobs(req) == logprobs(plain)
     assert report(req)["built_chunks"] == 0
     assert local.runtime.metrics.counts["spans.not_stored"] == 1
     local.flush()

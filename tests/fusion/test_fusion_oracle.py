@@ -9,15 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fp64_oracle import Oracle
+from fusion_helpers import PREFIX, tokens
 
 from chunk_cache.policies import create_policy
-
-VOCAB, PREFIX = 256, 20
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
 
 
 def shifted(oracle, keys, values, rows, spans, strength):

@@ -5,21 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fusion_helpers import PREFIX, PREFIX_IDS, report, tokens
 
 from rag_pipeline.protocol import RequestError
 from rag_pipeline.protocol.fields import parse_fields
 from rag_pipeline.sglang_plugin.fusion.runtime.passage import MAX_CONTEXT_SHARE, passage_ids
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 
-VOCAB, PREFIX, PASSAGE, CHUNK = 256, 20, 50, 80
+PASSAGE, CHUNK = 50, 80
 
 
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS, PASSAGE_IDS, QUESTION = tokens(PREFIX, 1), tokens(PASSAGE, 2), tokens(9, 3)
+PASSAGE_IDS, QUESTION = tokens(PASSAGE, 2), tokens(9, 3)
 FIRST, SECOND = tokens(CHUNK, 10), tokens(CHUNK, 11)
 PROMPT = [*PREFIX_IDS, *FIRST, *SECOND, *QUESTION]
 SPANS = [PREFIX, PREFIX + CHUNK, PREFIX + CHUNK, PREFIX + 2 * CHUNK]
@@ -37,10 +33,6 @@ def build(local, chunk, passage):
     ids = [*PREFIX_IDS, *chunk]
     fusion = {"mode": "build", "spans": [PREFIX, len(ids)], "passage": passage}
     return local.ask(ids, 1, fusion=fusion)
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def hits(local):

@@ -6,35 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from fusion_helpers import PREFIX, PREFIX_IDS, lay_out, report, tokens
 
 from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
 
-VOCAB, PREFIX, CHUNK = 256, 20, 80
+CHUNK = 80
 
 
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
-PREFIX_IDS = tokens(PREFIX, 1)
 CHUNKS = [tokens(CHUNK, 10 + i) for i in range(3)]
-
-
-def lay_out(chunks, question, prefix=PREFIX_IDS):
-    ids, spans = list(prefix), []
-    for chunk in chunks:
-        spans += [len(ids), len(ids) + len(chunk)]
-        ids += chunk
-    return ids + question, spans
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def turn(local, times):

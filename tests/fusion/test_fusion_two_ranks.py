@@ -9,14 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-VOCAB, PREFIX, CHUNK = 256, 20, 40
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+from fusion_helpers import CHUNK, PREFIX, tokens
 
 
 def free_port():

@@ -8,19 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fusion_helpers import CHUNK, PREFIX, report, tokens
 
 from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
     describe_settings,
     fingerprint_weights,
 )
-
-VOCAB, PREFIX, CHUNK = 256, 20, 40
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
 
 PREFIX_IDS, CHUNK_IDS = tokens(PREFIX, 1), tokens(CHUNK, 10)
 IDS = [*PREFIX_IDS, *CHUNK_IDS, *tokens(9, 3)]
@@ -35,10 +28,6 @@ def local(engine):
     yield local
     local.runtime.new_weights(in_update=False, tree_is_old=False)
     local.runtime.facts, local.runtime.epoch = facts, 0
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def from_disk(local, folder, **fields):

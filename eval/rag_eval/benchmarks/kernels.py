@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.errors import EvalError
 from rag_kernels import (
     RotarySpec,
@@ -239,16 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="python -m rag_eval.benchmarks.kernels", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for field in dataclasses.fields(KernelBenchConfig):
-        kind = str if field.name == "dtype" else int
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    options = vars(parser.parse_args(argv))
-    as_json = options.pop("json")
-    try:
-        config = KernelBenchConfig(**options)
-    except EvalError as error:
-        parser.error(str(error))
+    config, as_json = parse_config(parser, KernelBenchConfig, argv)
     report = run(config, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(report))

@@ -36,7 +36,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids, layout_named
 from chunk_cache.policies import DEFAULT_POLICY, Policy, ScoredPolicy, create_policy
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
@@ -284,16 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m rag_eval.benchmarks.planning",
         description="Matching and planning of one request, before the first layer runs.",
     )
-    for field in dataclasses.fields(PlanningConfig):
-        kind = int if isinstance(field.default, int) else str
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    parser.add_argument("--json", action="store_true")
-    given = vars(parser.parse_args(arguments))
-    as_json = given.pop("json")
-    try:
-        config = PlanningConfig(**given)
-    except EvalError as error:
-        parser.error(str(error))
+    config, as_json = parse_config(parser, PlanningConfig, arguments)
     report = run(config, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(report))

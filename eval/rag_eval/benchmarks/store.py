@@ -31,11 +31,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.store_config import StoreBenchConfig
 from rag_eval.benchmarks.store_matching import time_matching
 from rag_eval.benchmarks.store_records import time_records
-from rag_eval.errors import EvalError
 
 
 def run(
@@ -76,17 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="rag-pipeline bench store", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for field in dataclasses.fields(StoreBenchConfig):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N"
-        )
-    options = vars(parser.parse_args(argv))
-    as_json = options.pop("json")
-    try:
-        config = StoreBenchConfig(**options)
-    except EvalError as error:
-        parser.error(str(error))
+    config, as_json = parse_config(parser, StoreBenchConfig, argv)
     report = run(config, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(report))

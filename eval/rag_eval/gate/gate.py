@@ -26,11 +26,12 @@ from rag_eval.gate.verdict import (
     mean_kl,
     verdicts,
 )
+from rag_eval.result import EvalResult
 from rag_eval.runner.measure import measure_example
 from rag_eval.runner.modes import FULL, PLAIN_REUSE, PREFIX, Mode, parse_modes
 from rag_eval.runner.prompts import EvalPrompt, PromptMaker
 from rag_eval.runner.session import EngineSession
-from rag_eval.runner.summary import EvalResult, summarise
+from rag_eval.runner.summary import summarise
 
 Progress = Callable[[str], None]
 

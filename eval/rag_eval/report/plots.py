@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rag_eval.runner import EvalResult
+    from rag_eval.result import EvalResult
 
 _COLOURS = (
     "#1b6ca8",

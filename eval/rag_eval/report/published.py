@@ -13,7 +13,7 @@ import yaml
 from rag_pipeline.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from rag_eval.runner import EvalResult
+    from rag_eval.result import EvalResult
 
 
 def published(result: EvalResult, run: Path) -> dict[str, Any]:

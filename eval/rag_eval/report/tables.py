@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from rag_eval.runner import EvalResult
+    from rag_eval.result import EvalResult
 
 COLUMNS = (
     ("F1", "f1", "{:.3f}"),

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_eval.result import EvalResult
     from rag_eval.runner.config import DEFAULT_MODES, EvalConfig
     from rag_eval.runner.modes import Mode, parse_modes
     from rag_eval.runner.run import run_eval, table_text
-    from rag_eval.runner.summary import EvalResult, summarise
+    from rag_eval.runner.summary import summarise
 
 __all__ = [
     "DEFAULT_MODES",

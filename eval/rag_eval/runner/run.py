@@ -16,6 +16,7 @@ from typing import Any
 from rag_eval.datasets import Example, Passage, check_dataset, load_dataset, shared_chunks
 from rag_eval.errors import EvalError
 from rag_eval.report import render_tables, write_plots
+from rag_eval.result import EvalResult
 from rag_eval.runner.config import EvalConfig
 from rag_eval.runner.engine import start_session
 from rag_eval.runner.measure import measure_example
@@ -24,7 +25,7 @@ from rag_eval.runner.predictions import METRICS, RunFolder
 from rag_eval.runner.prompts import PromptMaker
 from rag_eval.runner.retrieval import IndexedChunks, score_retrieval
 from rag_eval.runner.session import EngineSession
-from rag_eval.runner.summary import EvalResult, summarise
+from rag_eval.runner.summary import summarise
 from rag_pipeline.whole_file import write_whole
 
 Progress = Callable[[str], None]

@@ -17,7 +17,7 @@ from retrievers import (
     RetrievalError,
     ingest,
 )
-from retrievers.chunk_store import ChunkStore
+from retrievers.chunk_texts import ChunkTexts
 from retrievers.journal import EmbeddingJournal, text_key
 
 
@@ -218,13 +218,13 @@ def test_one_more_document_looks_at_no_chunk_that_is_there(
     """Python that goes through a large index holds up the searches of its process for seconds."""
     ingest(corpus(40), tmp_path, splitter=splitter, embedder=hash_embedder)
     looked: list[int] = []
-    chunk = ChunkStore.chunk
+    chunk = ChunkTexts.chunk
 
-    def look(store: ChunkStore, row: int):
+    def look(store: ChunkTexts, row: int):
         looked.append(row)
         return chunk(store, row)
 
-    monkeypatch.setattr(ChunkStore, "chunk", look)
+    monkeypatch.setattr(ChunkTexts, "chunk", look)
     more = replace(corpus(1)[0], id="more", text="one line")
     ingest([more], tmp_path, splitter=splitter, embedder=hash_embedder)
     assert looked == [0]  # its own, among the new ones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.durable import create_file, write_array
+from retrievers.durable import close_unfinished, create_file, write_array
 from retrievers.errors import CorruptIndexError
 from retrievers.types import Chunk
 
@@ -51,7 +50,7 @@ def id_hash(chunk_id: str) -> int:
     return int.from_bytes(hashlib.sha256(chunk_id.encode("utf-8", "surrogatepass")).digest()[:8])
 
 
-class ChunkWriter:
+class ChunkTextWriter:
     """Appends records to a new store; only the offsets (8 bytes per row) stay in memory."""
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +68,7 @@ class ChunkWriter:
             ends.append(self._position)
         self._offsets.append(np.array(ends, dtype="<u8"))
 
-    def copy(self, source: ChunkStore, rows: NDArray[np.int64]) -> None:
+    def copy(self, source: ChunkTexts, rows: NDArray[np.int64]) -> None:
         """Add records of another store; rows that follow one another are copied as one piece."""
         for first, last in runs(rows):
             piece, ends = source.piece(first, last)
@@ -84,11 +83,10 @@ class ChunkWriter:
 
     def abort(self) -> None:
         """Close without finishing."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered; nobody wants it
-            self._file.close()
+        close_unfinished(self._file)
 
 
-class ChunkStore:
+class ChunkTexts:
     """Random access to the chunks of a generation; the text stays on disk.
 
     Parameters

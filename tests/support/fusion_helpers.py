@@ -1,0 +1,58 @@
+"""Prompts of random tokens over stored chunks, and what a finished request says: for the tests of fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+VOCAB, PREFIX, CHUNK = 256, 20, 40
+"""Size of the tiny models' vocabulary; tokens of the shared prefix and of one chunk."""
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    """Random token ids without the two special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+    return ids
+
+
+PREFIX_IDS = tokens(PREFIX, 1)
+CHUNKS = [tokens(CHUNK, 10 + i) for i in range(4)]
+
+
+def lay_out(
+    chunks: Sequence[Sequence[int]],
+    question: Sequence[int],
+    prefix: Sequence[int] = PREFIX_IDS,
+    between: Sequence[int] = (),
+) -> tuple[list[int], list[int]]:
+    """Prompt and the flat edges of its chunks; ``between`` follows every chunk and belongs to none."""
+    ids, spans = list(prefix), []
+    for chunk in chunks:
+        spans += [len(ids), len(ids) + len(chunk)]
+        ids += [*chunk, *between]
+    return [*ids, *question], spans
+
+
+def report(req: Any) -> dict[str, Any]:
+    """What fusion reports of a finished request."""
+    found: dict[str, Any] = req.customized_info["rag_fusion"][0]
+    return found
+
+
+def logprobs(req: Any) -> list[float]:
+    """Log-probabilities of the tokens that were generated."""
+    return list(req.logprob.output_token_logprobs_val)
+
+
+def largest_difference(one: Any, two: Any) -> float:
+    """Between the log-probabilities of two answers, whose tokens must be the same."""
+    assert list(one.output_ids) == list(two.output_ids)
+    return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(two), strict=True))
+
+
+def agree(one: Any, two: Any, limit: float = 5e-4) -> None:
+    """Fail unless two answers are the same up to rounding."""
+    assert largest_difference(one, two) < limit
