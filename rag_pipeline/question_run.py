@@ -55,7 +55,7 @@ class AnswerRun:
         """Note one piece and return the text to hand on; leading white space is dropped."""
         if self.first is None:
             self.first = time.perf_counter()
-        self.meta = piece.meta_info
+        self.meta = {**self.meta, **piece.meta_info}
         text = piece.text if self.text else piece.text.lstrip()
         self.text += text
         return text

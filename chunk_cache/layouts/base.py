@@ -124,7 +124,10 @@ class KVLayout(abc.ABC):
 
 
 KV_LAYOUTS: Registry[type[KVLayout]] = Registry(
-    "KV layout", "rag_pipeline.kv_layouts", {"heads": "chunk_cache.layouts.heads:HeadsLayout"}
+    "KV layout",
+    "rag_pipeline.kv_layouts",
+    {"heads": "chunk_cache.layouts.heads:HeadsLayout"},
+    base=KVLayout,
 )
 """Layouts by name, as files name them; an engine takes the first one that its pool has."""
 

@@ -21,6 +21,8 @@ POLICIES: Registry[type[Policy]] = Registry(
         "query": "chunk_cache.policies.query:QueryPolicy",
         "adaptive": "chunk_cache.policies.adaptive:AdaptivePolicy",
     },
+    base=Policy,
+    reserved=("prefix",),  # ordinary prefill, where a client names a policy
 )
 """Policies by name. A client names one in its request; each process that reads it must know it."""
 

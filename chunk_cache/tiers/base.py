@@ -170,6 +170,9 @@ class Tier(abc.ABC):
 
 
 TIERS: Registry[type[Tier]] = Registry(
-    "tier", "rag_pipeline.tiers", {"disk": "chunk_cache.tiers.disk.folder:StoreFolder"}
+    "tier",
+    "rag_pipeline.tiers",
+    {"disk": "chunk_cache.tiers.disk.folder:StoreFolder"},
+    base=Tier,
 )
 """Tiers by name, as the setting ``fusion.tier`` names them."""

@@ -13,6 +13,7 @@ from rag_kernels.attention import (
     PositionCausalPlan,
     RequestBlocks,
     RowBlock,
+    choose_kernel,
     plan_position_causal,
     position_causal_attention,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "RotaryUnsupportedError",
     "RotationTable",
     "RowBlock",
+    "choose_kernel",
     "create_attention_method",
     "gather_kv",
     "kv_deviation",

@@ -76,11 +76,11 @@ class StreamReader:
             The engine gave the request up.
         """
         meta = message["meta_info"]
-        self.meta |= {key: value for key, value in meta.items() if value != []}
+        # Later messages say an empty list where the first one said everything.
+        self.meta |= {k: v for k, v in meta.items() if v != [] or k not in self.meta}
         self.finish, reason = finish_reason(meta)
         if self.finish == "abort":
-            status = (meta.get("finish_reason") or {}).get("status_code")
-            raise AbortedError(self._sender, reason, None if status is None else int(status))
+            raise AbortedError(self._sender, reason, _status_code(meta["finish_reason"]))
         return GenerationPiece(text=self._new(message["text"]), meta_info=dict(self.meta))
 
     def _new(self, text: str) -> str:
@@ -90,3 +90,9 @@ class StreamReader:
         whole = text[:-1] if text.endswith("\ufffd") and self.finish is None else text
         new, self._seen = whole[self._seen :], max(self._seen, len(whole))
         return new
+
+
+def _status_code(reason: Any) -> int | None:
+    """HTTP status that an engine gives for the end of a request, if it gives one."""
+    status = reason.get("status_code") if isinstance(reason, Mapping) else None
+    return status if isinstance(status, int) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,3 +71,59 @@ def test_one_that_cannot_be_loaded_says_whose_it_is(install: Callable) -> None:
         ValueError, match=r"toy 'ball' of somebody-elses cannot be loaded .*no_such"
     ):
         make().get("ball")
+
+
+def test_a_module_that_ends_the_process_ends_nothing(install: Callable) -> None:
+    install("rag_pipeline.toys", "ball = somebody_elses:BALL", "raise SystemExit(3)")
+    with pytest.raises(ValueError, match=r"cannot be loaded \(SystemExit"):
+        make().get("ball")
+
+
+def test_what_two_distributions_offer_is_neither(install: Callable, tmp_path: Path) -> None:
+    install("rag_pipeline.toys", "ball = somebody_elses:BALL", "BALL = 'round'")
+    info = tmp_path / "another-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[rag_pipeline.toys]\nball = somebody_elses:BALL\n")
+    with pytest.raises(ValueError, match=r"is offered by another and somebody-elses; uninstall"):
+        make().get("ball")
+
+
+@pytest.mark.parametrize("source", ["BALL = 'round'", "class BALL: pass"])
+def test_what_is_nothing_of_the_kind_is_refused(install: Callable, source: str) -> None:
+    install("rag_pipeline.toys", "ball = somebody_elses:BALL", source)
+    toys: Registry[type[Path]] = Registry("toy", "rag_pipeline.toys", {}, base=Path)
+    with pytest.raises(ValueError, match=r"toy 'ball' is .*; give a subclass of pathlib\.Path\."):
+        toys.get("ball")
+    with pytest.raises(ValueError, match=r"give a subclass of pathlib\.Path\."):
+        toys.register("other", str)
+
+
+def test_a_name_that_means_something_else_is_reserved(install: Callable) -> None:
+    install("rag_pipeline.toys", "auto = somebody_elses:BALL", "BALL = 'round'")
+    toys: Registry[str] = Registry(
+        "toy", "rag_pipeline.toys", {"sep": "os:sep"}, reserved=("auto",)
+    )
+    assert toys.names() == ("sep",)
+    with pytest.raises(ValueError, match="has a meaning already"):
+        toys.register("auto", "x")
+
+
+def test_an_attention_kernel_for_other_devices_is_not_imported() -> None:
+    """A machine without a GPU may lack Triton, and a first call must not wait for its import."""
+    program = """
+import subprocess
+import sys
+sys.modules["triton"] = None  # importing it raises
+import torch
+from rag_kernels import plan_position_causal, position_causal_attention
+for device in ("cpu", "meta"):
+    plan = plan_position_causal(
+        [torch.arange(4)], [torch.arange(4, device=device)], num_q_heads=2, num_kv_heads=1, head_dim=8
+    )
+    q, pool = torch.ones(4, 2, 8, device=device), torch.ones(4, 1, 8, device=device)
+    print(plan.kernel, tuple(position_causal_attention(q, pool, pool, plan, 1.0).shape))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.splitlines() == ["cpu (4, 2, 8)", "reference (4, 2, 8)"]

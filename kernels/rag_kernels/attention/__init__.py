@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.call import position_causal_attention
-from rag_kernels.attention.choice import ATTENTION_KERNELS
+from rag_kernels.attention.choice import ATTENTION_KERNELS, choose_kernel
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
 from rag_kernels.attention.planning import plan_position_causal
@@ -17,6 +17,7 @@ __all__ = [
     "PositionCausalPlan",
     "RequestBlocks",
     "RowBlock",
+    "choose_kernel",
     "plan_position_causal",
     "position_causal_attention",
 ]

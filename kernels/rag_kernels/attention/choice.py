@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -18,10 +19,13 @@ ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
         "triton": "rag_kernels.attention.triton:TritonKernel",
         "reference": "rag_kernels.attention.reference:ReferenceKernel",
     },
+    base=AttentionKernel,
+    reserved=("auto",),
 )
-"""Kernels by name, the best first. ``reference`` runs everywhere, so one of another distribution is asked for by name."""
+"""Kernels by name. One of another distribution is asked for by its name; ``auto`` never takes it."""
 
-_DEFAULTS = ("cpu", "flashinfer", "triton", "reference")
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("flashinfer", "triton")}
+"""What ``auto`` chooses from by type of device, the best first. What does not stand here is not even imported there."""
 
 
 def kernel_named(name: str) -> AttentionKernel:
@@ -43,7 +47,7 @@ def choose_kernel(name: str, device: torch.device) -> AttentionKernel:
         A name that is not known, or a kernel that does not run there.
     """
     if name == "auto":
-        return next(k for k in map(kernel_named, _DEFAULTS) if k.is_default_on(device))
+        return next(_defaults(device))
     kernel = kernel_named(name)
     reason = kernel.refuse_device(device)
     if reason is not None:
@@ -53,9 +57,16 @@ def choose_kernel(name: str, device: torch.device) -> AttentionKernel:
 
 def kernel_of_call(call: AttentionCall) -> AttentionKernel:
     """Return the plan's kernel, or the next best one where that refuses the call."""
-    first = kernel_named(call.plan.kernel)
-    others = (k for k in map(kernel_named, _DEFAULTS) if k.is_default_on(call.plan.device))
-    for kernel in (first, *others):
-        if kernel.refuse(call) is None:
-            return kernel
-    return kernel_named("reference")
+    kernel = kernel_named(call.plan.kernel)
+    if kernel.refuse(call) is None:
+        return kernel
+    return next(other for other in _defaults(call.plan.device) if other.refuse(call) is None)
+
+
+def _defaults(device: torch.device) -> Iterator[AttentionKernel]:
+    """Kernels for a device, the best first, each imported when it is its turn; the last one takes every call."""
+    for name in _DEFAULTS.get(device.type, ()):
+        kernel = kernel_named(name)
+        if kernel.is_default_on(device):
+            yield kernel
+    yield kernel_named("reference")

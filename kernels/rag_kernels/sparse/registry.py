@@ -13,6 +13,7 @@ ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
     "attention method",
     "rag_pipeline.attention_methods",
     {"dense": "rag_kernels.sparse.dense:DenseAttention"},
+    base=AttentionMethod,
 )
 """Methods by name. A client names one in its request; each process that reads it must know it."""
 

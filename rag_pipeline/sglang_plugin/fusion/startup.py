@@ -8,11 +8,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from chunk_cache import hash_token_ids
+import torch
+
+from chunk_cache import TIERS, hash_token_ids
+from rag_kernels import choose_kernel
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversations.registry import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -113,7 +117,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:
-    """Make the runtime of a scheduler process; a fault turns fusion off, only settings that name what is not there raise."""
+    """Make the runtime of a scheduler process; a fault turns fusion off."""
     config = FusionConfig.from_env()
     runner = scheduler.tp_worker.model_runner
     collector = getattr(scheduler, "metrics_collector", None)
@@ -136,6 +140,10 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         except Exception as error:
             logger.exception("Reading the model for fusion failed")
             reason = f"{type(error).__name__}: {error}"
+    unusable = _refuse_named(config, str(getattr(runner, "device", "cpu")))
+    if unusable is not None:
+        reason = reason or unusable
+        config = dataclasses.replace(config, conversation_memory="turns")  # nothing is kept in it
     text = ""
     try:
         text = read_passage(config.passage_file)
@@ -163,6 +171,17 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
             config.policy,
         )
     return runtime
+
+
+def _refuse_named(config: FusionConfig, device: str) -> str | None:
+    """Reason why something that the settings name, perhaps of another distribution, cannot be used here, or None."""
+    try:
+        choose_kernel(config.attention_kernel, torch.device(device))
+        CONVERSATION_MEMORIES.get(config.conversation_memory)
+        TIERS.get(config.tier)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _rank_group() -> RankGroup:
