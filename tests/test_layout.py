@@ -30,8 +30,10 @@ MAY_IMPORT = {
 UPWARD_DOOR = "rag_pipeline/cli/"
 
 
-def imported_modules(source: Path, *, top_level_only: bool = False) -> set[str]:
-    """Absolute module names imported by a file (anywhere, or when it is imported)."""
+def imported_modules(
+    source: Path, *, top_level_only: bool = False, without_annotations: bool = False
+) -> set[str]:
+    """Absolute module names imported by a file: anywhere, when it is imported, or anywhere but for annotations."""
     tree = ast.parse(source.read_text("utf-8"))
     nodes: list[ast.AST] = [tree]
     names: set[str] = set()
@@ -47,7 +49,9 @@ def imported_modules(source: Path, *, top_level_only: bool = False) -> set[str]:
             and isinstance(node.test, ast.Name)
             and node.test.id == "TYPE_CHECKING"
         )
-        if not (top_level_only and (lazy or typing_only)):
+        if not (top_level_only and lazy) and not (
+            (top_level_only or without_annotations) and typing_only
+        ):
             nodes.extend(ast.iter_child_nodes(node))
     return names
 
@@ -69,29 +73,10 @@ def test_imports_point_one_way(package: str) -> None:
     assert wrong == []
 
 
-_FUSION = "sglang_plugin/fusion"
-KNOWN_CIRCLES: dict[str, list[set[str]]] = {
-    "rag_pipeline": [
-        {".", "config", "generation", "models", "prompts", "protocol"},
-        {_FUSION}
-        | {
-            f"{_FUSION}/{name}"
-            for name in (
-                "admission",
-                "builds",
-                "conversations",
-                "forward",
-                "request",
-                "runtime",
-                "self_check",
-            )
-        },
-    ],
-    "chunk_cache": [{".", "matching"}],
-    "rag_kernels": [{".", "attention"}],
-    "rag_eval": [{"benchmarks", "reliability"}],
-}
-"""By package, folders that still import each other; take a folder out when it no longer does."""
+def place_of(path: Path, root: Path) -> str:
+    """Folder of a module below the root of its package; where the folder has folders, the module itself."""
+    has_folders = any(path.parent.glob("*/__init__.py"))
+    return (path if has_folders else path.parent).relative_to(root).as_posix()
 
 
 def circles_of_folders(package: str) -> list[set[str]]:
@@ -102,12 +87,11 @@ def circles_of_folders(package: str) -> list[set[str]]:
         for path in files_of(package)
     }
     folder = {
-        name.removesuffix(".__init__"): path.parent.relative_to(root).as_posix()
-        for name, path in modules.items()
+        name.removesuffix(".__init__"): place_of(path, root) for name, path in modules.items()
     }
     reach: dict[str, set[str]] = {place: set() for place in folder.values()}
     for path in modules.values():
-        here = path.parent.relative_to(root).as_posix()
+        here = place_of(path, root)
         found = imported_modules(path, top_level_only=True) & folder.keys()
         reach[here] |= {folder[name] for name in found} - {here}
     for middle in reach:
@@ -124,9 +108,24 @@ def circles_of_folders(package: str) -> list[set[str]]:
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_folders_form_no_circle(package: str) -> None:
-    known = KNOWN_CIRCLES.get(package, [])
-    found = circles_of_folders(package)
-    assert [circle for circle in found if not any(circle <= old for old in known)] == []
+    assert circles_of_folders(package) == []
+
+
+FUSION_ORDER = ("request", "runtime", "builds", "conversations", "forward", "admission")
+
+
+def test_arrows_between_the_rooms_of_fusion_point_one_way() -> None:
+    """Also those that a function draws when it runs; only annotations may name what lies above."""
+    root = PACKAGES["rag_pipeline"] / "sglang_plugin" / "fusion"
+    wrong = [
+        f"{path.relative_to(root)} imports {name}"
+        for rank, room in enumerate(FUSION_ORDER)
+        for path in (root / room).glob("*.py")
+        for name in imported_modules(path, without_annotations=True)
+        for above in FUSION_ORDER[rank + 1 :]
+        if name.startswith(f"rag_pipeline.sglang_plugin.fusion.{above}.")
+    ]
+    assert wrong == []
 
 
 def test_only_the_plugin_touches_sglang() -> None:

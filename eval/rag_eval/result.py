@@ -12,19 +12,19 @@ class EvalResult:
 
     Parameters
     ----------
-    dataset, model
+    dataset, model : str
         As given by the user.
-    n
+    n : int
         Examples measured.
-    modes
+    modes : dict of str to dict
         Scores by mode, in the order asked for; see ``MEANS`` and ``MEDIANS`` of :mod:`rag_eval.runner.summary`.
-    noise_floor
+    noise_floor : dict
         KL of the same full prefill computed in another batching; ``n`` examples of it.
-    significance
+    significance : dict of str to dict
         By mode, F1 difference to ``full`` and the other paired intervals.
-    full_right
+    full_right : dict
         The same scores over the examples that full prefill answers exactly; ``n`` of them.
-    retrieval
+    retrieval : dict
         Recall and nDCG when the run retrieved by itself.
     """
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from chunk_cache import StoreFolder
-from rag_eval.benchmarks import reliability
 from rag_eval.reliability import FIGURES, Outcome, Plan, io_faults, kills, small_state
+from rag_eval.reliability import command as reliability
 
 
 def plan(folder: Path) -> Plan:

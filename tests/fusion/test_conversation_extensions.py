@@ -11,7 +11,7 @@ from chunk_cache import Build, ChunkKey, Match, hash_token_ids
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 

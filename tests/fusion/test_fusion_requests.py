@@ -17,7 +17,7 @@ from rag_pipeline.protocol import FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_custom_params, parse_fields, parse_request
 from rag_pipeline.protocol.fusion_request import ACTION_TYPE
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.request.report import fill_report
+from rag_pipeline.sglang_plugin.fusion.forward.report import fill_report
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.request.validation import after_tokenize
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -162,12 +162,12 @@ def test_configuration_is_read_from_the_environment_and_checked():
 
 
 def test_every_message_of_a_stream_shows_the_report_as_one_dict():
-    from rag_pipeline.sglang_plugin.fusion.request.report import around_update_meta_info
+    from rag_pipeline.sglang_plugin.fusion.forward.report import around_update_meta_info
 
     def sglang(manager, meta_info, state, customized_info, index, finish_reason):
         meta_info.update({key: values[index] for key, values in customized_info.items()})
 
-    from rag_pipeline.sglang_plugin.fusion.request.report import after_coalesce
+    from rag_pipeline.sglang_plugin.fusion.forward.report import after_coalesce
 
     fused, other = (
         SimpleNamespace(customized_info_accumulated={}, customized_info_reported_keys=set())

@@ -12,7 +12,7 @@ from chunk_cache import DISK_BYTES, TIERS
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.fusion.conversations import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 
 CONFIG_VARIABLE = "RAG_PIPELINE_FUSION"
 """Environment variable: ``off``, ``on`` (the defaults), or a JSON object of :class:`FusionConfig`."""

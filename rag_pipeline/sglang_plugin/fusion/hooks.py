@@ -12,8 +12,8 @@ from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
+from rag_pipeline.sglang_plugin.fusion.forward import report as usage
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
-from rag_pipeline.sglang_plugin.fusion.request import report as usage
 from rag_pipeline.sglang_plugin.fusion.request import validation
 from rag_pipeline.sglang_plugin.fusion.runtime import weight_updates
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets

@@ -15,8 +15,8 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
+from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
-from rag_pipeline.sglang_plugin.fusion.request.report import attach_report, fill_report
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_batch

@@ -14,4 +14,4 @@ CONVERSATION_MEMORIES: Registry[type[ConversationMemory]] = Registry(
     "rag_pipeline.conversation_memories",
     {"turns": "rag_pipeline.sglang_plugin.fusion.conversations.turns:TurnMemory"},
 )
-"""Classes of :class:`~.base.ConversationMemory`; the setting ``fusion.conversation_memory`` names one."""
+"""Classes of :class:`~.conversations.base.ConversationMemory`; the setting ``fusion.conversation_memory`` names one."""
