@@ -39,11 +39,11 @@ def parse_config(
 
     Parameters
     ----------
-    parser
+    parser : argparse.ArgumentParser
         Gets the options; a config that refuses its values ends the program as a bad option does.
-    kind
+    kind : type
         A dataclass whose fields are whole numbers or texts and all have a default.
-    words
+    words : sequence of str or None
         The command line without the program; None for that of the process.
     """
     from rag_eval.errors import EvalError

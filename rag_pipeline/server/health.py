@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
-from rag_pipeline.sglang_plugin.served_engine import activation_in
+from rag_pipeline.sglang_plugin.http.served_engine import activation_in
 
 if TYPE_CHECKING:
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenant, Tenants
-    from rag_pipeline.sglang_plugin.served_engine import ServedEngine
+    from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.stock_faults import answer_stock_fault
+from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 from rag_pipeline.sglang_plugin.http.server import (
     HttpLimits,
     ServerFacts,
     ServerKeys,
     run_http_server,
 )
-from rag_pipeline.sglang_plugin.served_engine import ServedEngine
 from retrievers import IndexBusyError, RetrievalError, finish_removals
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rag_pipeline.server.ingest_jobs import IngestJobs
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenant
-    from rag_pipeline.sglang_plugin.served_engine import ServedEngine
+    from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 
 T = TypeVar("T")
 

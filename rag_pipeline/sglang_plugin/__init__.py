@@ -77,7 +77,7 @@ def activate_platform() -> str | None:
 
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or accelerator_present():
         return None
-    from rag_pipeline.sglang_plugin import noise
+    from rag_pipeline.sglang_plugin.launch import noise
 
     # SGLang asks for its platform before it imports the modules that warn.
     noise.install()
@@ -98,8 +98,8 @@ def register() -> None:
     from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
     with fail_hard():
-        from rag_pipeline.sglang_plugin import activation, fusion, integrity, noise, request_check
-        from rag_pipeline.sglang_plugin.launch import launch_hooks
+        from rag_pipeline.sglang_plugin import activation, fusion, integrity, request_check
+        from rag_pipeline.sglang_plugin.launch import launch_hooks, noise
 
         noise.hide_bars()
         activation.register()

@@ -14,7 +14,6 @@ import pytest
 
 import rag_pipeline.sglang_plugin as plugin
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin import fault_report, noise
 from rag_pipeline.sglang_plugin.cpu import detect
 from rag_pipeline.sglang_plugin.hook_table import (
     HookTarget,
@@ -22,7 +21,7 @@ from rag_pipeline.sglang_plugin.hook_table import (
     fail_hard,
     verify_targets,
 )
-from rag_pipeline.sglang_plugin.launch import fork_server, startup
+from rag_pipeline.sglang_plugin.launch import fault_report, fork_server, noise, startup
 
 
 def test_the_door_imports_neither_torch_nor_sglang():

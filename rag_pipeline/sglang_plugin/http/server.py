@@ -22,9 +22,9 @@ from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
 from rag_pipeline.sglang_plugin.http import access as http_access
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
+from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine, activation_in
 from rag_pipeline.sglang_plugin.http.stop import GracefulStop, handle_sigterm
 from rag_pipeline.sglang_plugin.launch import launch_hooks, startup
-from rag_pipeline.sglang_plugin.served_engine import ServedEngine, activation_in
 
 __all__ = ["HttpLimits", "ServerFacts", "ServerKeys", "run_http_server"]
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.fault_report import FAULT_FILE, run_and_report
 from rag_pipeline.sglang_plugin.launch import fork_server, launch_hooks
+from rag_pipeline.sglang_plugin.launch.fault_report import FAULT_FILE, run_and_report
 
 if TYPE_CHECKING:
     import sglang
