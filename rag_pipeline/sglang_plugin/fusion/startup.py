@@ -140,9 +140,12 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         except Exception as error:
             logger.exception("Reading the model for fusion failed")
             reason = f"{type(error).__name__}: {error}"
-    unusable = _refuse_named(config, str(getattr(runner, "device", "cpu")))
-    if unusable is not None:
-        reason = reason or unusable
+    if facts is not None:
+        reason = _refuse_named(config, runner.token_to_kv_pool.get_key_buffer(0).device)
+    try:
+        CONVERSATION_MEMORIES.get(config.conversation_memory)
+    except ValueError as error:
+        reason = reason or str(error)
         config = dataclasses.replace(config, conversation_memory="turns")  # nothing is kept in it
     text = ""
     try:
@@ -173,11 +176,10 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     return runtime
 
 
-def _refuse_named(config: FusionConfig, device: str) -> str | None:
-    """Reason why something that the settings name, perhaps of another distribution, cannot be used here, or None."""
+def _refuse_named(config: FusionConfig, device: torch.device) -> str | None:
+    """Reason why what the settings name, perhaps of another distribution, cannot be used on a device, or None."""
     try:
-        choose_kernel(config.attention_kernel, torch.device(device))
-        CONVERSATION_MEMORIES.get(config.conversation_memory)
+        choose_kernel(config.attention_kernel, device)
         TIERS.get(config.tier)
     except ValueError as error:
         return str(error)
