@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import configparser
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
-import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from extension_pages import PAGES, Page, install, read_page
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs" / "extending").glob("*.md"))
 MOST_LINES = 60
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Page:
-    """A page: its table of facts, the entry points, the module, and the use of it."""
-
-    name: str
-    facts: dict[str, str]
-    entry_points: dict[str, dict[str, str]]
-    module: str
-    source: str
-    use: str
-
-
-def read_page(path: Path) -> Page:
-    text = path.read_text("utf-8")
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    source, use = (body for language, body in blocks if language == "python")
-    tables = [tomllib.loads(body) for language, body in blocks if language == "toml"]
-    named = re.match(r"# (\w+)\.py\n", source)
-    assert named, "the first line of the example names its file"
-    return Page(
-        name=path.stem,
-        facts=dict(re.findall(r"^\| ([\w -]+) \| `?([^`|]+?)`? \|$", text, flags=re.MULTILINE)),
-        entry_points=tables[0]["project"]["entry-points"] if tables else {},
-        module=named[1],
-        source=source,
-        use=use,
-    )
 
 
 ALL = [read_page(path) for path in PAGES]
@@ -58,18 +25,6 @@ def found(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 
-
-def is_there(page: Page) -> bool:
-    places = [page.facts[key] for key in ("contract", "registry", "needs") if key in page.facts]
-    try:
-        for place in places:
-            found(place)
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-READY = [page for page in ALL if is_there(page)]
 
 CHECK = """
 import contextlib, importlib, io, json, sys
@@ -94,17 +49,9 @@ print(json.dumps(outcomes))
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Fault and output of each page: one fresh process with all examples installed, as by pip."""
     site = tmp_path_factory.mktemp("site")
-    info = site / "examples_of_the_docs-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: examples-of-the-docs\nVersion: 1\n"
-    )
-    groups = configparser.ConfigParser(delimiters=("=",))
+    install(ALL, site)
     tasks = []
-    for page in READY:
-        (site / f"{page.module}.py").write_text(page.source, "utf-8")
-        for group, names in page.entry_points.items():
-            groups[group] = {**groups[group], **names} if group in groups else names
+    for page in ALL:
         registry, contract = (
             page.facts.get(key, "").split(":") for key in ("registry", "contract")
         )
@@ -116,8 +63,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
                 "names": [[name, registry, contract] for name in names],
             }
         )
-    with (info / "entry_points.txt").open("w") as file:
-        groups.write(file)
     paths = [site, ROOT, ROOT / "kernels", ROOT / "eval"]
     done = subprocess.run(
         [sys.executable, "-c", CHECK, json.dumps(tasks)],
@@ -134,14 +79,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def test_the_example_works_from_a_distribution_of_its_own(
     page: Page, outcomes: dict[str, list[str]]
 ) -> None:
-    if page not in READY:
-        pytest.skip(f"{page.facts} is not all there")
     fault, said = outcomes[page.name]
     assert not fault
     assert said, "the example shows nothing"
 
 
-@pytest.mark.parametrize("page", READY, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_the_page_names_the_group_of_its_registry(page: Page) -> None:
     if "registry" not in page.facts:
         assert page.facts["entry-point group"] == "none"
@@ -161,6 +104,6 @@ def test_examples_are_short(page: Page) -> None:
 
 def test_the_index_lists_every_page_with_its_group() -> None:
     index = (ROOT / "docs" / "extending.md").read_text("utf-8")
-    for page in READY:
+    for page in ALL:
         (line,) = [row for row in index.splitlines() if f"(extending/{page.name}.md)" in row]
         assert page.facts["entry-point group"] in line

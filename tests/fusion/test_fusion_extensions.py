@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from fusion_helpers import logprobs, report, tokens
 
+from chunk_cache import TIERS
 from chunk_cache.policies import (
     POLICIES,
     PassObserver,
@@ -18,6 +19,9 @@ from chunk_cache.policies import (
     top_positions,
 )
 from rag_kernels import ATTENTION_KERNELS, AttentionKernel
+from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
+from rag_pipeline.sglang_plugin.fusion.startup import build_runtime
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
@@ -199,3 +203,34 @@ def test_an_attention_kernel(local, monkeypatch):
     assert CountingKernel.calls >= 5
     assert report(other)["recomputed_tokens"] == report(usual)["recomputed_tokens"] > 0
     assert logprobs(other) == pytest.approx(logprobs(usual), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"attention_kernel": "flashinfer"}, "needs a CUDA device"),
+        ({"tier": "broken"}, "cannot be loaded"),
+        ({"conversation_memory": "broken"}, "cannot be loaded"),
+    ],
+)
+def test_what_a_setting_names_and_cannot_be_used_turns_fusion_off(
+    local, monkeypatch, tmp_path, setting, reason
+):
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    groups = ("rag_pipeline.tiers", "rag_pipeline.conversation_memories")
+    lines = [line for group in groups for line in (f"[{group}]", "broken = no_such_module:Thing")]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for registry in (TIERS, CONVERSATION_MEMORIES):
+        registry.__dict__.pop("_offers", None)
+    try:
+        monkeypatch.setenv(FUSION_VARIABLE, FusionConfig(**setting).to_env())
+        runtime = build_runtime(local.scheduler)
+    finally:
+        for registry in (TIERS, CONVERSATION_MEMORIES):
+            registry.__dict__.pop("_offers", None)
+    assert not runtime.is_on
+    assert reason in runtime.off_reason
+    assert "\n" not in runtime.off_reason

@@ -93,6 +93,9 @@ def become(order: dict[str, Any]) -> None:
     multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(order["environment"])
+    # What a fresh interpreter would do; folders that are there already were imported from.
+    added = order["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in added if folder and folder not in sys.path]
     for fd, (name, flags) in enumerate(
         [
             (os.devnull, os.O_RDONLY),
