@@ -64,7 +64,9 @@ class NewestTokens(ConversationMemory):
             return False
         with build:
             capture = Capture(start=start, end=end, base_position=start, build=build)
-            build.commit(capture_chunk(turn.pool, facts.num_layers, turn.slots, capture))
+            build.commit(
+                capture_chunk(facts.layout, turn.pool, facts.num_layers, turn.slots, capture)
+            )
         head = hash_token_ids(turn.ids)
         self.last[self._space(turn.state, turn.tenant)] = (head, start, end, key)
         return True
