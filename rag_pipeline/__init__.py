@@ -5,8 +5,9 @@ Names are loaded when they are first used, so that ``import rag_pipeline`` costs
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.errors import EngineError, ModelError, RagPipelineError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rag_pipeline.protocol import SamplingOptions, Usage
     from rag_pipeline.types import Answer, PromptLayout, Source, Span
 
-_MODULES = {
+_HOMES = {
     "Answer": "types",
     "EngineBackend": "generation",
     "EngineError": "errors",
@@ -56,12 +57,4 @@ __all__ = [
     "resolve_llm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

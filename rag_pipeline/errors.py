@@ -13,3 +13,8 @@ class ModelError(RagPipelineError):
 
 class EngineError(RagPipelineError):
     """The engine cannot be started or reached as asked."""
+
+
+def one_line(words: object, limit: int | None = None) -> str:
+    """Text of an error or of anything else as one line, cut after `limit` characters."""
+    return " ".join(str(words).split())[:limit]

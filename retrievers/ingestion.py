@@ -131,7 +131,7 @@ def ingest(
         before = writer.manifest
         journal = EmbeddingJournal(writer.work / JOURNAL_NAME, embedder.fingerprint, embedder.dim)
         vectors = ReusingEmbedder(embedder, writer.current, journal, tally)
-        run = _Run(writer, splitter, vectors, tally)
+        run = _IngestRun(writer, splitter, vectors, tally)
         run.read(documents)
         if sync:
             run.remove_unseen(lambda _: True)
@@ -219,7 +219,7 @@ def _as_is(manifest: Manifest) -> IndexSettings:
     )
 
 
-class _Run:
+class _IngestRun:
     """One pass over the documents, a window of chunks at a time."""
 
     def __init__(

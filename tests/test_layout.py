@@ -128,6 +128,41 @@ def test_arrows_between_the_rooms_of_fusion_point_one_way() -> None:
     assert wrong == []
 
 
+PIPELINE_ORDER = (
+    {"errors", "lazy", "whole_file"},
+    {"config", "protocol"},
+    {"models", "types"},
+    {"prompts"},
+    {"erasure"},
+    {"sglang_plugin"},
+    {"generation"},
+    {"question_run"},
+    {"pipeline"},
+    {"frontend", "langchain", "server"},
+    {"cli"},
+)
+
+
+def test_arrows_between_the_folders_of_the_pipeline_point_one_way() -> None:
+    """What is imported with a module lies in its own folder or on a lower step, and no folder is without a step."""
+    root = PACKAGES["rag_pipeline"]
+    step = {name: number for number, names in enumerate(PIPELINE_ORDER) for name in names}
+    found: set[str] = set()
+    wrong = []
+    for path in files_of("rag_pipeline"):
+        here = path.relative_to(root).with_suffix("").parts[0]
+        if here == "__init__":
+            continue
+        found.add(here)
+        for name in imported_modules(path, top_level_only=True):
+            package, _, rest = name.partition(".")
+            there = rest.partition(".")[0]
+            if package == "rag_pipeline" and there != here and step[there] >= step[here]:
+                wrong.append(f"{path.relative_to(root)} imports {name}")
+    assert found == step.keys()
+    assert wrong == []
+
+
 def test_only_the_plugin_touches_sglang() -> None:
     """`rag_pipeline.sglang_plugin` owns SGLang's internals; `frontend` may use its public API."""
     wrong = [

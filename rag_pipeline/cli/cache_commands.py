@@ -5,8 +5,7 @@ As in :mod:`.app`, what a command needs is imported when it runs.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,19 +40,19 @@ def cache_warm(
 @cache_app.command("stats")
 def cache_stats(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """Count chunks, tokens and bytes."""
-    _cache("stats", store, json_output=json_output)
+    _cache("stats", store=store, json_output=json_output)
 
 
 @cache_app.command("ls")
 def cache_ls(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """List the chunks."""
-    _cache("ls", store, json_output=json_output)
+    _cache("ls", store=store, json_output=json_output)
 
 
 @cache_app.command("verify")
 def cache_verify(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """Read every file against its checksum and remove damaged ones."""
-    _cache("verify", store, json_output=json_output)
+    _cache("verify", store=store, json_output=json_output)
 
 
 @cache_app.command("pin")
@@ -66,7 +65,7 @@ def cache_pin(
     json_output: JsonOption = False,
 ) -> None:
     """Keep chunks: no eviction removes them, and engines pin them in memory at their next start."""
-    _cache("unpin" if unpin else "pin", store, tuple(keys), json_output=json_output)
+    _cache("unpin" if unpin else "pin", store=store, keys=tuple(keys), json_output=json_output)
 
 
 @cache_app.command("evict")
@@ -89,17 +88,10 @@ def cache_evict(
     words = (*(keys or ()), *(key or ()))
     if not words and max_bytes is None:
         raise typer.BadParameter("Give keys (KEY... or --key), or --max-bytes")
-    _cache("evict", store, words, max_bytes=max_bytes, json_output=json_output)
+    _cache("evict", store=store, keys=words, max_bytes=max_bytes, json_output=json_output)
 
 
-def _cache(
-    action: str,
-    store: Path | None,
-    keys: tuple[str, ...] = (),
-    *,
-    max_bytes: int | None = None,
-    json_output: bool,
-) -> None:
+def _cache(action: str, **options: Any) -> None:
     from rag_pipeline.cli.cache import run_cache
 
-    run_cache(action, store=store, keys=keys, max_bytes=max_bytes, json_output=json_output)
+    run_cache(action, **options)

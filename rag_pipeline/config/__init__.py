@@ -5,8 +5,7 @@ The folders cost nothing to import; names of :mod:`.settings` bring pydantic in 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rag_pipeline.config.folders import (
     HOME_VARIABLE,
@@ -23,6 +22,7 @@ from rag_pipeline.config.sources import (
     Origin,
     anything_set,
 )
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.config.reference import settings_table, template
@@ -48,7 +48,7 @@ __all__ = [
     "uploads_dir",
 ]
 
-_HOME = {
+_HOMES = {
     "ResolvedSettings": "settings",
     "Settings": "schema",
     "load_settings": "settings",
@@ -56,8 +56,4 @@ _HOME = {
     "template": "reference",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

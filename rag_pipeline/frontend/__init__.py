@@ -6,8 +6,9 @@ their KV is reused in every branch, every turn and every program of a batch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.frontend.chunks import chunks, control, usage
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rag_pipeline.frontend.in_process import RagEngine
     from rag_pipeline.frontend.marked_text import MarkedText
 
-_MODULES = {
+_HOMES = {
     "MarkedText": "marked_text",
     "RagEndpoint": "endpoint",
     "RagEngine": "in_process",
@@ -26,15 +27,4 @@ _MODULES = {
 
 __all__ = ["MarkedText", "RagEndpoint", "RagEngine", "chunks", "control", "usage"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    # The module `chunks` and the function of that name: the function must win.
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

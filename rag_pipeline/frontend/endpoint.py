@@ -10,7 +10,7 @@ from typing import Any
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
-from rag_pipeline.errors import EngineError, ModelError
+from rag_pipeline.errors import EngineError, ModelError, one_line
 from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import ServerBackend
@@ -108,7 +108,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
             f"{self.base_url}/generate", json=body, api_key=self.api_key, **options
         )
         if response.status_code != 200:
-            detail = " ".join(str(response.text).split())[:300]
+            detail = one_line(response.text, 300)
             raise EngineError(
                 f"the server at {self.base_url} refused the request "
                 f"({response.status_code}): {detail}"

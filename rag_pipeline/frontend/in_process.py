@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.lang.backend.base_backend import BaseBackend
 
-from rag_pipeline.errors import EngineError
+from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.frontend.backend import ChunkPrograms
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import EngineBackend
@@ -90,7 +90,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
                     self._engine.async_generate(**_allowed(body))
                 ).result()
             except ValueError as error:  # SGLang's word for a request it does not admit
-                raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
+                raise EngineError(f"the engine refused the request: {one_line(error)}") from error
         return answer
 
     def send_stream(self, body: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -112,7 +112,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
             try:
                 task.result()
             except ValueError as error:
-                raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
+                raise EngineError(f"the engine refused the request: {one_line(error)}") from error
 
 
 def _allowed(body: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,3 @@ def _allowed(body: dict[str, Any]) -> dict[str, Any]:
             "use RagEndpoint"
         )
     return body
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

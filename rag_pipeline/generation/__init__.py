@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rag_pipeline.generation.base import Backend
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.generation.engine import EngineBackend
@@ -12,12 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "EngineBackend", "ServerBackend"]
 
-_MODULES = {"EngineBackend": "engine", "ServerBackend": "server"}
+_HOMES = {"EngineBackend": "engine", "ServerBackend": "server"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from rag_pipeline.errors import EngineError
+from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.generation.loop_runner import LoopRunner
 from rag_pipeline.protocol import FUSION_KEY, GenerationPiece, GenerationRequest, StreamReader
 
@@ -216,12 +216,8 @@ class EngineBackend:
         except EngineError:
             raise
         except ValueError as error:  # SGLang's word for a request it does not admit
-            raise EngineError(f"the engine refused the request: {_one_line(error)}") from error
+            raise EngineError(f"the engine refused the request: {one_line(error)}") from error
         finally:
             if not done:
                 self.engine.tokenizer_manager.abort_request(rid)
             put(_END)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

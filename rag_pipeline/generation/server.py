@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from rag_pipeline.errors import EngineError
+from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.protocol import GenerationPiece, GenerationRequest, StreamReader
 
 _CONNECT_S = 10.0
@@ -104,52 +105,38 @@ class ServerBackend:
 
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
         """Yield pieces as they come; closing the generator aborts the request."""
-        body, rid = self._body(request)
-        reader = _SseReader(self.url, incremental=self._incremental)
-        try:
-            with self._client.stream("POST", f"{self.url}/generate", json=body) as response:
-                if response.status_code != 200:
-                    raise _refusal(self.url, response.status_code, response.read())
-                for line in response.iter_lines():
-                    piece = reader.read(line)
-                    if piece is not None:
-                        yield piece
-            reader.check_end()
-        except httpx.HTTPError as error:
-            raise _http_error(self.url, error) from error
-        finally:
-            if not reader.done:
-                self._abort(rid)
+        with (
+            self._exchange(request) as (body, reader),
+            self._client.stream("POST", f"{self.url}/generate", json=body) as response,
+        ):
+            if response.status_code != 200:
+                raise _refusal(self.url, response.status_code, response.read())
+            for line in response.iter_lines():
+                if (piece := reader.read(line)) is not None:
+                    yield piece
 
     async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
         """Yield as :meth:`generate` does, without blocking the event loop."""
-        body, rid = self._body(request)
-        reader = _SseReader(self.url, incremental=self._incremental)
         # One client a request: an async client belongs to the loop that first used it, and a
         # pipeline may be used from several.
         async with httpx.AsyncClient(
             timeout=self._timeout, headers=self._headers, trust_env=False
         ) as client:
-            try:
+            with self._exchange(request) as (body, reader):
                 async with client.stream("POST", f"{self.url}/generate", json=body) as response:
                     if response.status_code != 200:
                         raise _refusal(self.url, response.status_code, await response.aread())
                     async for line in response.aiter_lines():
-                        piece = reader.read(line)
-                        if piece is not None:
+                        if (piece := reader.read(line)) is not None:
                             yield piece
-                reader.check_end()
-            except httpx.HTTPError as error:
-                raise _http_error(self.url, error) from error
-            finally:
-                if not reader.done:
-                    self._abort(rid)
 
     def close(self) -> None:
         """Close the connections; the server runs on."""
         self._client.close()
 
-    def _body(self, request: GenerationRequest) -> tuple[dict[str, Any], str]:
+    @contextmanager
+    def _exchange(self, request: GenerationRequest) -> Iterator[tuple[dict[str, Any], _SseReader]]:
+        """Body to send and reader of what comes; a stream that is left before its end is aborted."""
         rid = uuid.uuid4().hex
         body = {
             "input_ids": list(request.input_ids),
@@ -158,7 +145,15 @@ class ServerBackend:
             "rid": rid,
             "kv_hints": request.fusion.to_kv_hints(),
         }
-        return body, rid
+        reader = _SseReader(self.url, incremental=self._incremental)
+        try:
+            yield body, reader
+            reader.check_end()
+        except httpx.HTTPError as error:
+            raise _http_error(self.url, error) from error
+        finally:
+            if not reader.done:
+                self._abort(rid)
 
     def _abort(self, rid: str) -> None:
         """Ask for an abort; a closed connection alone is noticed only at the next token."""
@@ -276,7 +271,7 @@ def _refusal(url: str, status: int, content: bytes) -> EngineError:
 def _message(error: object) -> str:
     if isinstance(error, Mapping):
         error = error.get("message", error)
-    return " ".join(str(error).split())[:300]
+    return one_line(error, 300)
 
 
 def _http_error(url: str, error: httpx.HTTPError) -> EngineError:

@@ -5,9 +5,10 @@ Needs the extra ``langchain``; nothing outside this folder imports LangChain.
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.langchain.chat_model import ChatSGLangRag
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rag_pipeline.langchain.runnable import RagRunnable
     from rag_pipeline.langchain.vector_store import FaissVectorStore
 
-_MODULES = {
+_HOMES = {
     "ChatSGLangRag": "chat_model",
     "FaissVectorStore": "vector_store",
     "RagEmbeddings": "embeddings",
@@ -44,12 +45,4 @@ if _missing:
         'run: pip install "rag-pipeline[langchain]"'
     )
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

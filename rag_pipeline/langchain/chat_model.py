@@ -29,7 +29,7 @@ from rag_pipeline.langchain.layout import (
 from rag_pipeline.langchain.wire import (
     RAG_KEY,
     ChunkReader,
-    ServerFacts,
+    ServedModel,
     generate_body,
     token_report,
     usage_metadata,
@@ -107,7 +107,7 @@ class ChatSGLangRag(ChatOpenAI):
     context_header: str = DEFAULT_CONTEXT_HEADER
 
     _lock: Lock = PrivateAttr(default_factory=Lock)
-    _facts: ServerFacts | None = PrivateAttr(default=None)
+    _served: ServedModel | None = PrivateAttr(default=None)
     _layouter: ChatLayouter | None = PrivateAttr(default=None)
     _penalty: float = PrivateAttr(default=1.0)
 
@@ -275,11 +275,11 @@ class ChatSGLangRag(ChatOpenAI):
             facts={"documents": list(layout.documents), "dropped": list(layout.dropped)},
         )
 
-    def _server(self) -> ServerFacts:
+    def _server(self) -> ServedModel:
         with self._lock:
-            if self._facts is None:
-                self._facts = ServerFacts.ask(str(self.openai_api_base), self._key())
-            return self._facts
+            if self._served is None:
+                self._served = ServedModel.ask(str(self.openai_api_base), self._key())
+            return self._served
 
     def _key(self) -> str | None:
         key = self.openai_api_key

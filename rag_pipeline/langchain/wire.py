@@ -43,7 +43,7 @@ _IMPLIED = frozenset({"messages", "model", "stream", "stream_options", "extra_bo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServerFacts:
+class ServedModel:
     """What a client must know of a server to lay out prompts for it.
 
     Parameters
@@ -64,7 +64,7 @@ class ServerFacts:
     incremental: bool
 
     @classmethod
-    def ask(cls, base_url: str, api_key: str | None) -> ServerFacts:
+    def ask(cls, base_url: str, api_key: str | None) -> ServedModel:
         """Ask a server.
 
         Raises

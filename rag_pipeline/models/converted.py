@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.config import HOME_VARIABLE, models_dir
-from rag_pipeline.errors import ModelError
+from rag_pipeline.errors import ModelError, one_line
 from rag_pipeline.models.gguf_file import GgufSummary, check_convertible, check_magic, read_gguf
 
 MANIFEST = "rag_pipeline_manifest.json"
@@ -165,7 +165,7 @@ def _convert(source: Path, digest: str, target: Path, report: Report) -> None:
     except Exception as error:
         if _is_full_disk(error):
             raise _no_space(source, target.parent) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ModelError(
             f"{source} cannot be converted ({type(error).__name__}: {reason}); "
             "give a folder in Hugging Face format instead"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.prompts.builder import PromptBuilder
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from rag_pipeline.prompts.segments import Segment, SegmentEncoder
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
-_MODULES = {
+_HOMES = {
     "ChatTurn": "chat_template",
     "ModelTokenizer": "tokenizer",
     "PromptBuilder": "builder",
@@ -21,8 +22,4 @@ _MODULES = {
 
 __all__ = ["ChatTurn", "ModelTokenizer", "PromptBuilder", "Segment", "SegmentEncoder"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rag_pipeline.errors import ModelError
+from rag_pipeline.errors import ModelError, one_line
 
 PROMPT_DATE = date(2024, 7, 26)
 """What a chat template with a date writes at the head of a prompt: the day that Llama 3's own template
@@ -86,7 +86,7 @@ class ModelTokenizer:
         except ModelError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ModelError(f"{model_path} holds no readable tokenizer ({reason})") from error
 
     @property

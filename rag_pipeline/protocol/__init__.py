@@ -22,13 +22,20 @@ from rag_pipeline.protocol.messages import (
     SamplingOptions,
     Usage,
 )
-from rag_pipeline.protocol.report import FUSION_KEY, finish_reason, fusion_report, usage_from_meta
+from rag_pipeline.protocol.report import (
+    FUSION_KEY,
+    METRIC_PREFIX,
+    finish_reason,
+    fusion_report,
+    usage_from_meta,
+)
 from rag_pipeline.protocol.stream import AbortedError, StreamReader
 
 __all__ = [
     "DENSE_ATTENTION",
     "FUSION_KEY",
     "LEFT_ALONE",
+    "METRIC_PREFIX",
     "PARAM_PREFIX",
     "PREFIX_POLICY",
     "AbortedError",

@@ -122,30 +122,14 @@ class FusionRequest:
 
     def to_custom_params(self) -> dict[str, Any]:
         """Write for ``custom_params``; :func:`parse_custom_params` reads it back."""
-        flat: dict[str, Any] = {"rag_mode": self.mode, "rag_prefix_len": self.prefix_len}
+        fields = self._fields()
         if self.spans:
-            flat["rag_spans"] = [edge for span in self.spans for edge in span]
-        if self.policy:
-            flat["rag_policy"] = self.policy
-        if self.ratio is not None:
-            flat["rag_ratio"] = self.ratio
-        if self.options:
-            flat["rag_options"] = dict(self.options)
-        if self.conversation:
-            flat["rag_conversation"] = self.conversation
-        if self.passage is not None:
-            flat["rag_passage"] = self.passage
-        if self.attention != DENSE_ATTENTION:
-            flat["rag_attention"] = self.attention
-        return flat
+            fields["spans"] = [edge for span in self.spans for edge in span]
+        return {f"{PARAM_PREFIX}{name}": value for name, value in fields.items()}
 
     def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
         """Write the ``kv_hints`` envelope of ``/generate``."""
-        payload = {
-            key.removeprefix(PARAM_PREFIX): value for key, value in self.to_custom_params().items()
-        }
-        if self.spans:
-            payload["spans"] = [list(span) for span in self.spans]
+        payload = self._fields()
         action = {
             "action_id": f"{message_id}-0",
             "action_type": ACTION_TYPE,
@@ -153,6 +137,25 @@ class FusionRequest:
             "payload": payload,
         }
         return {"protocol_version": "1", "message_id": message_id, "actions": [action]}
+
+    def _fields(self) -> dict[str, Any]:
+        """What is not left at its default, and mode and prefix always; spans are nested."""
+        fields: dict[str, Any] = {"mode": self.mode, "prefix_len": self.prefix_len}
+        if self.spans:
+            fields["spans"] = [list(span) for span in self.spans]
+        if self.policy:
+            fields["policy"] = self.policy
+        if self.ratio is not None:
+            fields["ratio"] = self.ratio
+        if self.options:
+            fields["options"] = dict(self.options)
+        if self.conversation:
+            fields["conversation"] = self.conversation
+        if self.passage is not None:
+            fields["passage"] = self.passage
+        if self.attention != DENSE_ATTENTION:
+            fields["attention"] = self.attention
+        return fields
 
 
 LEFT_ALONE = FusionRequest(mode="off")

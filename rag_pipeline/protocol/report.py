@@ -9,6 +9,8 @@ from rag_pipeline.protocol.messages import Usage
 
 FUSION_KEY = "rag_fusion"
 """Key of fusion's report in ``meta_info``, and of its state in the engine's internal state."""
+METRIC_PREFIX = f"{FUSION_KEY}:"
+"""Beginning of the name of each of fusion's metrics at ``/metrics``."""
 
 
 def fusion_report(meta_info: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_pipeline.server.addresses import is_loopback
@@ -32,7 +34,7 @@ __all__ = [
     "serve",
 ]
 
-_MODULES = {
+_HOMES = {
     "ADMIN_API_KEY_VARIABLE": "keys",
     "API_KEY_VARIABLE": "keys",
     "MIN_KEY": "keys",
@@ -47,10 +49,4 @@ _MODULES = {
     "serve": "run",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

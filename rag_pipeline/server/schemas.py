@@ -23,7 +23,7 @@ IndexName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Where = dict[str, Any]
 
 
-class _Answer(BaseModel):
+class _OpenAnswer(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
@@ -155,7 +155,7 @@ class SearchRequest(Strict):
     where: Where | None = None
 
 
-class Citation(_Answer):
+class Citation(_OpenAnswer):
     """A chunk of the prompt: its number, where it is from, and the prompt tokens that it fills."""
 
     number: int
@@ -167,7 +167,7 @@ class Citation(_Answer):
     text: str | None = None
 
 
-class SearchAnswer(_Answer):
+class SearchAnswer(_OpenAnswer):
     """Chunks, best first."""
 
     object: Literal["list"] = "list"
@@ -175,7 +175,7 @@ class SearchAnswer(_Answer):
     data: list[Citation]
 
 
-class ChatAnswer(_Answer):
+class ChatAnswer(_OpenAnswer):
     """OpenAI's chat completion, with `rag` beside it."""
 
     id: str
@@ -187,7 +187,7 @@ class ChatAnswer(_Answer):
     rag: dict[str, Any]
 
 
-class ModelEntry(_Answer):
+class ModelEntry(_OpenAnswer):
     """The one model that answers here."""
 
     id: str
@@ -196,14 +196,14 @@ class ModelEntry(_Answer):
     owned_by: str
 
 
-class ModelsAnswer(_Answer):
+class ModelsAnswer(_OpenAnswer):
     """Models, as OpenAI's clients list them."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
 
 
-class ErrorFields(_Answer):
+class ErrorFields(_OpenAnswer):
     """One line that says what was given, what is allowed, and what to change."""
 
     message: str
@@ -212,7 +212,7 @@ class ErrorFields(_Answer):
     code: int
 
 
-class ErrorAnswer(_Answer):
+class ErrorAnswer(_OpenAnswer):
     """Body of every refusal."""
 
     error: ErrorFields
@@ -232,7 +232,7 @@ class DocumentsRequest(Strict):
     index: IndexName | None = None
 
 
-class JobAnswer(_Answer):
+class JobAnswer(_OpenAnswer):
     """Where an upload stands."""
 
     id: str
@@ -248,14 +248,14 @@ class JobAnswer(_Answer):
     error: str | None
 
 
-class DocumentEntry(_Answer):
+class DocumentEntry(_OpenAnswer):
     """A document of an index."""
 
     id: str
     chunks: int
 
 
-class DocumentsAnswer(_Answer):
+class DocumentsAnswer(_OpenAnswer):
     """Documents of an index in the order they were added, and the uploads of this key."""
 
     object: Literal["list"] = "list"
@@ -265,7 +265,7 @@ class DocumentsAnswer(_Answer):
     jobs: list[JobAnswer]
 
 
-class DeletedAnswer(_Answer):
+class DeletedAnswer(_OpenAnswer):
     """Answer of ``DELETE``: what was removed."""
 
     id: str
@@ -274,7 +274,7 @@ class DeletedAnswer(_Answer):
     chunks: int
 
 
-class HealthAnswer(_Answer):
+class HealthAnswer(_OpenAnswer):
     """Whether the plugin is active, fusion is on, and what indexes and cache hold."""
 
     status: Literal["ok", "degraded"]

@@ -14,6 +14,7 @@ from fastapi.dependencies.utils import solve_dependencies
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rag_pipeline.errors import one_line
 from rag_pipeline.server.access import Access, find_route
 from rag_pipeline.server.errors import error_response, without_paths
 
@@ -56,7 +57,7 @@ def answer_stock_fault(request: Request, error: Exception) -> Response:
     if not is_mistake and not _is_unfit(error, access):
         logger.error("A fault in %s", what, exc_info=error)
         return error_response(500, "a fault of this server; its log has the details")
-    line = without_paths(" ".join(str(error).split()))[:200] or type(error).__name__
+    line = without_paths(one_line(error))[:200] or type(error).__name__
     logger.warning("%s was refused: %s", what, line, exc_info=None if is_mistake else error)
     return error_response(400, f"{what} cannot take this request ({line})")
 

@@ -9,7 +9,10 @@ is :func:`register`. SGLang calls both in every process it starts, so nothing he
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
+from rag_pipeline.sglang_plugin.off_switch import OFF_SWITCH, plugin_is_off
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.activation import Activation, activation_of
@@ -33,10 +36,8 @@ __all__ = [
     "verify_targets",
 ]
 
-OFF_SWITCH = "RAG_PIPELINE_PLUGIN"
-"""Environment variable: ``on`` (default) or ``off``."""
-
-_HOME = {
+_HOMES = {
+    "FUSION_VARIABLE": "fusion.config:CONFIG_VARIABLE",
     "Activation": "activation",
     "activation_of": "activation",
     "FusionConfig": "fusion.config",
@@ -45,21 +46,6 @@ _HOME = {
     "verify_targets": "hook_table",
     "create_engine": "launch.startup",
 }
-
-
-def plugin_is_off() -> bool:
-    """Whether ``RAG_PIPELINE_PLUGIN=off`` is set.
-
-    Raises
-    ------
-    SystemExit
-        For any value but ``on`` and ``off``. Not an ``Exception``: SGLang would only log that and
-        keep serving in a state nobody asked for.
-    """
-    value = os.environ.get(OFF_SWITCH, "on")
-    if value not in ("on", "off"):
-        raise SystemExit(f"{OFF_SWITCH} is {value!r}; allowed are 'on' and 'off'.")
-    return value == "off"
 
 
 def activate_platform() -> str | None:
@@ -110,14 +96,4 @@ def register() -> None:
         verify_targets()
 
 
-def __getattr__(name: str) -> Any:
-    """Load the public names on first use (PEP 562)."""
-    if name == "FUSION_VARIABLE":
-        from rag_pipeline.sglang_plugin.fusion.config import CONFIG_VARIABLE
-
-        return CONFIG_VARIABLE
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -16,7 +16,7 @@ from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.hook_table import (
     HookTarget,
     PluginRefused,
-    add_targets,
+    add_hooks,
     hooked_targets,
     unapplied_targets,
 )
@@ -133,26 +133,28 @@ def _refuse_half_active(*args: Any, **kwargs: Any) -> None:
 
 def register() -> None:
     """Add this module's hooks; called by the plugin's entry point."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    add_targets(
+    add_hooks(
         [
-            HookTarget(
-                path=_STATE,
-                kind="after",
-                why="the scheduler reports platform, backend, hooks and versions",
-                params=("recv_req",),
+            (
+                HookTarget(
+                    path=_STATE,
+                    kind="after",
+                    why="the scheduler reports platform, backend, hooks and versions",
+                    params=("recv_req",),
+                ),
+                _add_block,
             ),
-            HookTarget(
-                path=_SCHEDULER_INIT,
-                kind="before",
-                why="refuse to start when a hook was not applied",
-                params=("server_args", "port_args"),
+            (
+                HookTarget(
+                    path=_SCHEDULER_INIT,
+                    kind="before",
+                    why="refuse to start when a hook was not applied",
+                    params=("server_args", "port_args"),
+                ),
+                _refuse_half_active,
             ),
         ]
     )
-    HookRegistry.register(_STATE, _add_block, HookType.AFTER)
-    HookRegistry.register(_SCHEDULER_INIT, _refuse_half_active, HookType.BEFORE)
 
 
 def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
     "CHECKED_WITH",
     "HookTarget",
     "PluginRefused",
+    "add_hooks",
     "add_targets",
     "fail_hard",
     "hooked_targets",
@@ -76,6 +78,22 @@ def add_targets(rows: Iterable[HookTarget]) -> None:
     """Add rows to the table; adding the same row twice changes nothing."""
     for row in rows:
         _TARGETS[row.path, row.kind] = row
+
+
+def add_hooks(hooks: Iterable[tuple[HookTarget, Callable[..., Any]]]) -> None:
+    """Add rows to the table and register the hook of each with SGLang, which applies them later.
+
+    Parameters
+    ----------
+    hooks
+        Per row the callable that ``HookRegistry`` calls; the row's ``kind`` says when.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    pairs = list(hooks)
+    add_targets(row for row, _ in pairs)
+    for row, hook in pairs:
+        HookRegistry.register(row.path, hook, HookType(row.kind))
 
 
 def targets() -> tuple[HookTarget, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks
 
 __all__ = ["INTEGRITY", "INTEGRITY_KEY", "register"]
 
@@ -58,16 +58,16 @@ def register() -> None:
     """Add the hook where the variable asks for it; called by the plugin's entry point."""
     if os.environ.get(INTEGRITY, "off") != "on":
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    add_targets(
+    add_hooks(
         [
-            HookTarget(
-                path=_STATE,
-                kind="after",
-                why="a load test asks whether pool and chunk cache are whole",
-                params=("recv_req",),
+            (
+                HookTarget(
+                    path=_STATE,
+                    kind="after",
+                    why="a load test asks whether pool and chunk cache are whole",
+                    params=("recv_req",),
+                ),
+                _add,
             )
         ]
     )
-    HookRegistry.register(_STATE, _add, HookType.AFTER)

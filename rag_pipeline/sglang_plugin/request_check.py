@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks
 
 __all__ = ["UnfitRequestError", "register"]
 
@@ -86,16 +86,16 @@ def _outside(ids: Collection[int], vocabulary: int) -> str:
 
 def register() -> None:
     """Add the hook; called by the plugin's entry point."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    add_targets(
+    add_hooks(
         [
-            HookTarget(
-                path=_TOKENIZED,
-                kind="after",
-                why="a request that the scheduler would die of is refused",
-                params=("input_ids",),
+            (
+                HookTarget(
+                    path=_TOKENIZED,
+                    kind="after",
+                    why="a request that the scheduler would die of is refused",
+                    params=("input_ids",),
+                ),
+                _refuse,
             )
         ]
     )
-    HookRegistry.register(_TOKENIZED, _refuse, HookType.AFTER)

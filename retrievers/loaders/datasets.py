@@ -31,7 +31,7 @@ _MALFORMED = (TypeError, KeyError, ValueError, AttributeError, RecursionError)
 _MAX_FOREIGN = 1000
 
 
-class _Collector:
+class _RecordCollector:
     """Turns the passages of one file into documents."""
 
     def __init__(self, source: Source, report: LoadReport) -> None:
@@ -170,7 +170,7 @@ def load_jsonl(source: Source, report: LoadReport) -> Iterator[Document]:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise RetrievalError(f"{source.path}: broken gzip file ({error})") from error
 
-    yield from _Collector(source, report).records(numbered())
+    yield from _RecordCollector(source, report).records(numbered())
 
 
 @register_loader(".json", ".json.gz")
@@ -191,4 +191,4 @@ def load_json(source: Source, report: LoadReport) -> Iterator[Document]:
         raise RetrievalError(f"{source.path}: not JSON ({error})") from error
     records = content if isinstance(content, list) else [content]
     numbered = ((f"{source.path}[{i}]", record) for i, record in enumerate(records))
-    yield from _Collector(source, report).records(numbered)
+    yield from _RecordCollector(source, report).records(numbered)

@@ -158,7 +158,7 @@ def _title(reader: PdfReader) -> str:
         return ""
 
 
-class _Collector(logging.Handler):
+class _WarningCollector(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
@@ -171,7 +171,7 @@ class _Collector(logging.Handler):
 def _warnings() -> Iterator[list[str]]:
     """Collect what pypdf logs instead of showing it: it names objects inside the file."""
     logger: Any = logging.getLogger("pypdf")
-    collector = _Collector()
+    collector = _WarningCollector()
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(collector)
     try:

@@ -77,7 +77,7 @@ def test_verbose_stands_before_or_behind_and_lets_the_engine_speak(
 def test_a_bar_that_insists_is_hidden_where_bars_are_off(value: str, bars: int) -> None:
     """SGLang's loaders say ``disable=False``, which tqdm prefers to its environment variable."""
     code = (
-        "from rag_pipeline.sglang_plugin import noise\n"
+        "from rag_pipeline.sglang_plugin.launch import noise\n"
         "noise.hide_bars(); noise.hide_bars()\n"
         "from tqdm.auto import tqdm\n"
         "assert list(tqdm([1, 2], desc='shards', disable=False)) == [1, 2]\n"

@@ -20,6 +20,7 @@ from rag_eval.benchmarks.load_requests import (
     refusal_line,
     warm_requests,
 )
+from rag_pipeline.sglang_plugin.integrity import INTEGRITY_KEY
 
 _TIMEOUT_S = 300.0
 _REST_S = 300.0
@@ -244,7 +245,7 @@ async def _look(client: httpx.AsyncClient, target: LoadTarget, watch: _Watch) ->
         watch.fault(f"health: {'; '.join(health['problems'])}")
     found: dict[str, Any] = {"store": health["cache"]["store"], "counts": health["cache"]["counts"]}
     for number, state in enumerate(info["internal_states"]):
-        report = state.get("rag_integrity")
+        report = state.get(INTEGRITY_KEY)
         if report is None:
             watch.fault("the server reports no integrity; start it with RAG_PIPELINE_INTEGRITY=on")
             continue

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from rag_eval.errors import EvalError
+from rag_pipeline.protocol import METRIC_PREFIX
 
 ROUTING_KEY = "X-SMG-Routing-Key"
 """Header that the policies ``manual`` and ``consistent_hashing`` route by."""
@@ -151,7 +152,7 @@ def counters(server: str) -> dict[str, float]:
         found[key] = found.get(key, 0.0) + float(value)
 
     def of(family: str, kind: str) -> float:
-        return found.get(f"rag_fusion:{family}_total/{kind}", 0.0)
+        return found.get(f"{METRIC_PREFIX}{family}_total/{kind}", 0.0)
 
     queued = of("background", "queued")
     taken = sum(of("background", kind) for kind in ("started", "declined", "obsolete"))

@@ -16,7 +16,7 @@ from rag_pipeline.sglang_plugin.fusion.forward import report as usage
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request import validation
 from rag_pipeline.sglang_plugin.fusion.runtime import weight_updates
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, add_targets
 from rag_pipeline.sglang_plugin.internals import INTERNALS
 
 _SRT = "sglang.srt."
@@ -207,9 +207,6 @@ def register_hooks() -> None:
     # Importing the model runner makes SGLang call the platform, which checks the table so far: a row about
     # a module that is half imported would be called missing. So it is imported before ours are added.
     import sglang.srt.model_executor.model_runner  # noqa: F401
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    rows = hook_rows()
-    add_targets([*(target for target, _ in rows), *INTERNALS])
-    for target, hook in rows:
-        HookRegistry.register(target.path, hook, HookType(target.kind))
+    add_hooks(hook_rows())
+    add_targets(INTERNALS)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks
 
 __all__ = ["admitted", "closed_routes", "namespaced", "register"]
 
@@ -89,30 +89,34 @@ def _hide_secrets(info: Any, *args: Any, **kwargs: Any) -> Any:
 
 def register() -> list[HookTarget]:
     """Hook SGLang's own decision, its one way in, and what it tells about itself; return the rows."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    rows = [
-        HookTarget(
-            path=_DECIDE,
-            kind="around",
-            why="one key per tenant, and a page that can ask for the key",
-            params=("auth_level",),
+    hooks: list[tuple[HookTarget, Callable[..., Any]]] = [
+        (
+            HookTarget(
+                path=_DECIDE,
+                kind="around",
+                why="one key per tenant, and a page that can ask for the key",
+                params=("auth_level",),
+            ),
+            _decide,
         ),
-        HookTarget(
-            path=_GENERATE,
-            kind="before",
-            why="a tenant's requests share KV with nobody, whichever route they came by",
-            params=("obj",),
+        (
+            HookTarget(
+                path=_GENERATE,
+                kind="before",
+                why="a tenant's requests share KV with nobody, whichever route they came by",
+                params=("obj",),
+            ),
+            _set_namespace,
         ),
-        HookTarget(
-            path=_INFO,
-            kind="after",
-            why="who holds the operator's key must not read the administrator's",
-            params=("value",),
+        (
+            HookTarget(
+                path=_INFO,
+                kind="after",
+                why="who holds the operator's key must not read the administrator's",
+                params=("value",),
+            ),
+            _hide_secrets,
         ),
     ]
-    add_targets(rows)
-    HookRegistry.register(_DECIDE, _decide, HookType.AROUND)
-    HookRegistry.register(_GENERATE, _set_namespace, HookType.BEFORE)
-    HookRegistry.register(_INFO, _hide_secrets, HookType.AFTER)
-    return rows
+    add_hooks(hooks)
+    return [row for row, _ in hooks]

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from rag_pipeline.errors import EngineError
+from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.protocol import AbortedError, GenerationPiece, GenerationRequest, StreamReader
 from rag_pipeline.sglang_plugin.activation import Activation, activation_of
 
@@ -15,6 +15,9 @@ __all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
 
 STATE_TIMEOUT_S = 20.0
 """Longest wait for the scheduler's own report; it answers between two batches."""
+
+_MAX_REASON = 500
+"""Characters of the engine's reason that a refusal carries."""
 
 
 class RefusedRequestError(EngineError):
@@ -96,13 +99,15 @@ class ServedEngine:
             async for message in manager.generate_request(obj, http_request):
                 yield reader.read(message)
         except AbortedError as error:
-            line = _one_line(error.reason or "the engine aborted the request; send it again")
+            line = one_line(
+                error.reason or "the engine aborted the request; send it again", _MAX_REASON
+            )
             raise RefusedRequestError(line, error.status or 503) from None
         except EngineError:
             raise
         except ValueError as error:  # SGLang's word for a request that it does not admit
             status = int(getattr(error, "status_code", 400))
-            raise RefusedRequestError(_one_line(error), status) from error
+            raise RefusedRequestError(one_line(error, _MAX_REASON), status) from error
         finally:
             if reader.finish is None:
                 manager.abort_request(rid)
@@ -141,7 +146,3 @@ class _Info:
 def activation_in(info: dict[str, Any]) -> Activation:
     """Read the facts of the plugin from :meth:`ServedEngine.state`."""
     return activation_of(_Info(info))
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:500]

@@ -19,12 +19,13 @@ from typing import Any
 
 from rag_pipeline.errors import EngineError, RagPipelineError
 from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, verify_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, verify_targets
 from rag_pipeline.sglang_plugin.http import access as http_access
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine, activation_in
 from rag_pipeline.sglang_plugin.http.stop import GracefulStop, handle_sigterm
 from rag_pipeline.sglang_plugin.launch import launch_hooks, startup
+from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
 __all__ = ["HttpLimits", "ServerFacts", "ServerKeys", "run_http_server"]
 
@@ -188,8 +189,6 @@ def _launch(
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.engine import Engine
 
-    from rag_pipeline.sglang_plugin import plugin_is_off
-
     engine = ServedEngine(incremental=bool(server_args.incremental_streaming_output))
     facts = ServerFacts(
         host=str(server_args.host),
@@ -229,24 +228,7 @@ def _give_way(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
     """Hook what SGLang does with the app, its keys and SIGTERM; a hook that is not there is no server."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    rows = http_access.register()
-    rows += [
-        HookTarget(
-            path=_CONFIG,
-            kind="before",
-            why="the guard is around the whole app, and SGLang passes uvicorn no limits",
-            params=("app", "http", "timeout_graceful_shutdown"),
-        ),
-        HookTarget(
-            path=_SIGTERM,
-            kind="around",
-            why="SGLang drains without a limit and goes on accepting",
-        ),
-    ]
-    add_targets(rows)
-    verify_targets(rows)
+    from sglang.srt.plugins.hook_registry import HookRegistry
 
     def configure(config: Any, served: Any, *args: Any, **options: Any) -> Any:
         if served is not app:
@@ -258,8 +240,28 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
         return (config, guard, *args), options
 
     stop = GracefulStop(guard, limit_s=limits.stop_s, last_resort=_end_now)
-    HookRegistry.register(_CONFIG, configure, HookType.BEFORE)
-    HookRegistry.register(_SIGTERM, handle_sigterm(stop), HookType.AROUND)
+    hooks = [
+        (
+            HookTarget(
+                path=_CONFIG,
+                kind="before",
+                why="the guard is around the whole app, and SGLang passes uvicorn no limits",
+                params=("app", "http", "timeout_graceful_shutdown"),
+            ),
+            configure,
+        ),
+        (
+            HookTarget(
+                path=_SIGTERM,
+                kind="around",
+                why="SGLang drains without a limit and goes on accepting",
+            ),
+            handle_sigterm(stop),
+        ),
+    ]
+    rows = [*http_access.register(), *(row for row, _ in hooks)]
+    verify_targets(rows)
+    add_hooks(hooks)
     HookRegistry.apply_hooks()
     missing = [row.path for row in rows if row.path not in HookRegistry._patched]
     if missing:

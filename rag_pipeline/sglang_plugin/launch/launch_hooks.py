@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
-from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks
 
 __all__ = ["ensure_applied", "register", "use_fork_server"]
 
@@ -29,19 +29,19 @@ def register() -> None:
     """Register the hook, in the process that prepared a fork server only."""
     if not _wanted:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    add_targets(
+    add_hooks(
         [
-            HookTarget(
-                path=_SET_ENVS,
-                kind="after",
-                why="children share one import instead of importing SGLang each",
-                params=("server_args",),
+            (
+                HookTarget(
+                    path=_SET_ENVS,
+                    kind="after",
+                    why="children share one import instead of importing SGLang each",
+                    params=("server_args",),
+                ),
+                _set_start_method,
             )
         ]
     )
-    HookRegistry.register(_SET_ENVS, _set_start_method, HookType.AFTER)
 
 
 def ensure_applied() -> None:

@@ -21,11 +21,26 @@ from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.launch import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.launch.fault_report import FAULT_FILE, run_and_report
+from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
 if TYPE_CHECKING:
     import sglang
 
-__all__ = ["CPU_DEFAULTS", "cpu_defaults", "create_engine", "prepare"]
+__all__ = [
+    "CPU_DEFAULTS",
+    "check_model_folder",
+    "check_port",
+    "cpu_defaults",
+    "create_engine",
+    "fault_reason",
+    "log_level",
+    "no_process_kill",
+    "plugin_allowed",
+    "prepare",
+    "record_faults",
+    "stop_children",
+    "wrap_child",
+]
 
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "rag_cpu",
@@ -51,8 +66,6 @@ def prepare() -> bool:
         Whether a fork server is used. False with ``RAG_PIPELINE_FAST_START=off``,
         ``RAG_PIPELINE_PLUGIN=off``, where an accelerator may be, or off Linux.
     """
-    from rag_pipeline.sglang_plugin import plugin_is_off
-
     wanted = not plugin_is_off() and fork_server.fast_start_wanted()
     if wanted:
         # FlashInfer has no CPU kernels; SGLang imports it wherever it is installed.
@@ -159,13 +172,13 @@ def _engine_class(fast: bool) -> Callable[..., Any]:
 
 
 def wrap_child(function: Callable[..., Any], *, fast: bool) -> Callable[..., Any]:
+    """Entry function of a child process that leaves a note when it fails; picklable for the fork server if `fast`."""
     reporting = functools.partial(run_and_report, function)
     return fork_server.WithEnvironment(reporting) if fast else reporting
 
 
 def _verify(engine: Any) -> None:
     """Raise unless the scheduler says that every hook of the table is in place."""
-    from rag_pipeline.sglang_plugin import plugin_is_off
     from rag_pipeline.sglang_plugin.activation import activation_of
 
     if plugin_is_off() or not plugin_allowed():
@@ -187,6 +200,7 @@ def plugin_allowed() -> bool:
 
 
 def check_model_folder(model_path: str) -> None:
+    """Raise :class:`.EngineError` unless the folder has a ``config.json`` that can be read."""
     config = Path(model_path) / "config.json"
     if not config.is_file():
         raise EngineError(
@@ -202,6 +216,7 @@ def check_model_folder(model_path: str) -> None:
 
 
 def check_port(server_args: dict[str, Any]) -> None:
+    """Raise :class:`.EngineError` where the arguments name a port that cannot be bound."""
     port = server_args.get("port")
     if port is None:
         return
@@ -286,6 +301,7 @@ def stop_children() -> None:
 
 
 def fault_reason(fault_file: Path, error: BaseException, model_path: str) -> str:
+    """One line on why the start failed: the scheduler's note, or else the error's first line."""
     try:
         text = fault_file.read_text().splitlines()[0]
     except (OSError, IndexError):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from rag_pipeline.protocol import METRIC_PREFIX
+
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -75,13 +77,13 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
     from prometheus_client import Gauge, Histogram
 
     def counter(name: str, text: str) -> Any:
-        return Count(f"rag_fusion:{name}", text, [*names, "kind"])
+        return Count(f"{METRIC_PREFIX}{name}", text, [*names, "kind"])
 
     def histogram(name: str, text: str) -> Any:
-        return Histogram(f"rag_fusion:{name}", text, [*names], buckets=_SECONDS)
+        return Histogram(f"{METRIC_PREFIX}{name}", text, [*names], buckets=_SECONDS)
 
     def gauge(name: str, text: str) -> Any:
-        return Gauge(f"rag_fusion:{name}", text, [*names], multiprocess_mode="mostrecent")
+        return Gauge(f"{METRIC_PREFIX}{name}", text, [*names], multiprocess_mode="mostrecent")
 
     return {
         "requests": counter("requests", "Requests by outcome."),
