@@ -147,7 +147,10 @@ class BackgroundWriter:
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
                 since, self._noted = self._noted, time.monotonic()
-                self.tier.used(self._used(since))
+                try:
+                    self.tier.used(self._used(since))
+                except Exception as error:  # the thread goes on: only the order of eviction suffers
+                    self._failed(OSError(f"{type(error).__name__}: {error}"))
 
     def _write(self, waiting: _Waiting) -> None:
         record, tenant = waiting.record, waiting.tenant

@@ -109,7 +109,9 @@ class Tier(abc.ABC):
     def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
         """Read a whole record, or ``None`` when it is absent, damaged, or of other token ids."""
         record = self.read(key)
-        return record if record is not None and record.tokens_equal(token_ids) else None
+        if record is None or record.key != key or not record.tokens_equal(token_ids):
+            return None
+        return record
 
     def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
         """Begin to read a record; ``None`` as of :meth:`get`.

@@ -111,7 +111,7 @@ def load_store(
             counts["no_room"] += 1
         else:
             record = tier.read(key)
-            if record is None:
+            if record is None or record.key != key:
                 counts["corrupt"] += 1
                 store.count_corrupt()
             else:

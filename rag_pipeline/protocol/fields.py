@@ -18,6 +18,8 @@ from rag_pipeline.protocol.fusion_request import (
 
 MAX_CONVERSATION = 200
 """Characters of a conversation's name."""
+MAX_ATTENTION = 200
+"""Characters of an attention method with its options."""
 
 MAX_SPANS = 4096
 """More than any prompt holds; bounds the work that one request can cause."""
@@ -182,6 +184,10 @@ def _read_attention(value: Any, mode: str) -> str:
         return DENSE_ATTENTION
     if not isinstance(value, str):
         raise RequestError(f"fusion attention is {value!r:.80}; give a name such as 'dense'.")
+    if len(value) > MAX_ATTENTION:
+        raise RequestError(
+            f"fusion attention has {len(value)} characters; give at most {MAX_ATTENTION}."
+        )
     if value != DENSE_ATTENTION and mode != "fuse":
         raise RequestError(
             f"fusion attention {value!r:.80} in mode {mode!r}; only mode 'fuse' may be approximate, leave one out."

@@ -175,6 +175,8 @@ def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any],
         return _cached_policy(name, ratio, options)
     except (ValueError, TypeError, OverflowError) as error:
         raise RequestError(str(error)) from None
+    except Exception as error:  # one of another distribution
+        raise RequestError(f"policy {name!r:.80} cannot be made: {error!r:.200}") from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,6 +191,10 @@ def _make_attention(text: str) -> AttentionMethod:
         return _cached_attention(text)
     except (ValueError, TypeError, OverflowError) as error:
         raise RequestError(str(error)) from None
+    except Exception as error:  # one of another distribution
+        raise RequestError(
+            f"attention method {text!r:.80} cannot be made: {error!r:.200}"
+        ) from error
 
 
 def check_policy(policy: str, ratio: float | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -85,6 +86,13 @@ def registered(value):
         CONVERSATION_MEMORIES.unregister(value.name)
 
 
+def new_weights(runtime, monkeypatch):
+    """Begin another epoch, and end it with the test: the engine is shared."""
+    monkeypatch.setattr(runtime, "epoch", runtime.epoch)
+    monkeypatch.setattr(runtime, "facts", runtime.facts)
+    runtime.new_weights(in_update=False, tree_is_old=False)
+
+
 def report(req):
     return req.customized_info["rag_fusion"][0]
 
@@ -114,7 +122,7 @@ def test_a_conversation_memory(local, monkeypatch):
     other = FIELDS | {"conversation": "d"}
     alone = local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=other)
     assert report(alone)["conversation_tokens"] == 0
-    local.runtime.new_weights(in_update=False, tree_is_old=False)
+    new_weights(local.runtime, monkeypatch)
     assert memory.last == {}
     local.flush()
     local.runtime.store.check_integrity(expect_idle=True)
@@ -129,3 +137,59 @@ def test_a_memory_is_chosen_by_its_name_and_an_unknown_one_is_refused():
         assert isinstance(FusionRuntime(config, None).conversations, NewestTokens)
     with pytest.raises(EngineError, match=r"conversation_memory is 'newest-tokens'; .* turns"):
         FusionConfig(conversation_memory="newest-tokens")
+
+
+class Unordered(NewestTokens):
+    """Hands out what it kept twice, the later part first: no memory may do so."""
+
+    name = "unordered"
+
+    def lease(self, state, tenant):
+        super().lease(state, tenant)
+        if state.spans:
+            (span,) = state.spans
+            middle = span.start + KEPT // 2
+            halves = [
+                dataclasses.replace(span, match=span.match.clipped(*part))
+                for part in ((middle, span.end), (span.start, middle))
+            ]
+            state.set_turns(halves, end=span.end, turn=7)
+
+
+def test_a_memory_that_breaks_its_contract_costs_speed_only(local, monkeypatch):
+    monkeypatch.setattr(local.runtime, "conversations", Unordered(local.runtime))
+    one = local.ask(IDS, 6, fusion=FIELDS)
+    again = [*IDS, *one.output_ids, *SECOND]
+    local.flush()
+    two = local.ask(again, 2, fusion=FIELDS)
+    assert report(two)["fallback"] == "internal_error"
+    local.flush()
+    assert local.ask(again, 2, fusion={"mode": "off"}).output_ids == two.output_ids
+    local.runtime.store.check_integrity(expect_idle=True)
+
+
+def test_a_memory_that_cannot_forget_or_be_made(local, monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+    class Forgetful(NewestTokens):
+        name = "forgetful"
+
+        def forget(self, keys=None):
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(local.runtime, "conversations", Forgetful(local.runtime))
+    before = local.runtime.facts.context_fields["model_fingerprint"]
+    new_weights(local.runtime, monkeypatch)
+    assert local.runtime.facts.context_fields["model_fingerprint"] != before
+
+    class Broken(NewestTokens):
+        name = "broken"
+
+        def __init__(self, runtime):
+            raise RuntimeError("two\nlines")
+
+    with registered(Broken):
+        runtime = FusionRuntime(FusionConfig(conversation_memory="broken"), None)
+    assert runtime.conversations.name == "turns"
+    assert "'broken' cannot be used" in runtime.off_reason
+    assert "\n" not in runtime.off_reason

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
+import torch
 from fusion_helpers import logprobs, report, tokens
 
 from chunk_cache import TIERS
@@ -234,3 +235,47 @@ def test_what_a_setting_names_and_cannot_be_used_turns_fusion_off(
     assert not runtime.is_on
     assert reason in runtime.off_reason
     assert "\n" not in runtime.off_reason
+
+
+class WrongPositions(EveryNthPolicy):
+    """Chooses what no policy may choose."""
+
+    name = "wrong"
+
+    def select(self, layout):
+        wrong = {
+            2: torch.tensor([60, 60]),
+            3: torch.tensor([61, 60]),
+            5: torch.tensor([0]),
+            6: torch.tensor([60.0]),
+            7: torch.tensor([[60]]),
+        }
+        return wrong[self.config.step]
+
+
+@pytest.mark.parametrize("step", [2, 3, 5, 6, 7])
+def test_a_policy_that_chooses_wrongly_costs_speed_only(local, step):
+    with registered(POLICIES, WrongPositions):
+        fusion = {"spans": SPANS, "policy": "wrong", "options": {"step": step}}
+        answer = local.ask(PROMPT, 2, fusion=fusion)
+    assert report(answer)["fallback"] == "internal_error"
+    local.flush()
+    assert local.ask(PROMPT, 2, fusion={"mode": "off"}).output_ids == answer.output_ids
+
+
+def test_a_clients_option_cannot_overflow_a_tensor():
+    from rag_kernels import ATTENTION_METHODS, create_attention_method
+    from rag_pipeline.protocol import RequestError
+    from rag_pipeline.protocol.fields import parse_request
+
+    class Near(ATTENTION_METHODS.get("dense")):
+        name = "near"
+        config_type = EveryNthConfig
+
+    with registered(ATTENTION_METHODS, Near):
+        assert create_attention_method("near:step=5").config.step == 5
+        for value in ("9" * 30, "-" + "9" * 30, "nan", "1.5"):
+            with pytest.raises(ValueError, match="expected int"):
+                create_attention_method(f"near:step={value}")
+    with pytest.raises(RequestError, match="give at most 200"):
+        parse_request(None, {"rag_mode": "fuse", "rag_attention": "x" * 201}, 9)

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import namespace_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -110,7 +111,7 @@ def test_who_splits_its_salt_shares_a_row_of_the_tables_but_no_prefix_and_no_con
         assert runtime.prefixes_of(prompt, tenant) == [prefix]
     assert runtime.prefixes_of(prompt, RadixNamespace(None, "acme/y")) == []
     state = SimpleNamespace(
-        request=SimpleNamespace(conversation="c", passage=True),
+        request=FusionRequest(conversation="c", passage=True),
         policy=SimpleNamespace(identity="p"),
     )
     assert len({namespace_of(state, tenant) for tenant in tenants}) == 3

@@ -133,6 +133,9 @@ def with_tier(engine, monkeypatch):
     runtime = local.runtime
     for name in ("writer", "erased"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))
+    monkeypatch.setattr(
+        runtime, "epoch", 0
+    )  # another test of this engine may have changed the weights
     with registered(TIERS, "dict", DictTier):
         chosen = dataclasses.replace(runtime.config, tier="dict", store_dir="memory:test")
         monkeypatch.setattr(runtime, "config", chosen)

@@ -18,6 +18,10 @@ ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
 """Methods by name. A client names one in its request; each process that reads it must know it."""
 
 
+_LARGEST = 2**53
+"""Largest number of an option; above it whole numbers are not told apart in JSON, and tensors overflow."""
+
+
 def create_attention_method(text: str) -> AttentionMethod:
     """Make a method.
 
@@ -61,7 +65,8 @@ def _read(name: str, key: str, text: str, kind: Any) -> bool | int | float | str
     if kind in (int, float):
         try:
             value: int | float = kind(text)
-            return value
+            if abs(value) <= _LARGEST:  # neither is true of nan
+                return value
         except ValueError:
             pass
     spelled = "true or false" if kind is bool else getattr(kind, "__name__", kind)

@@ -16,7 +16,6 @@ from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -142,11 +141,6 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
             reason = f"{type(error).__name__}: {error}"
     if facts is not None:
         reason = _refuse_named(config, runner.token_to_kv_pool.get_key_buffer(0).device)
-    try:
-        CONVERSATION_MEMORIES.get(config.conversation_memory)
-    except ValueError as error:
-        reason = reason or str(error)
-        config = dataclasses.replace(config, conversation_memory="turns")  # nothing is kept in it
     text = ""
     try:
         text = read_passage(config.passage_file)
@@ -161,8 +155,8 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     if config.passage_file:
         runtime.passage_text = text
         runtime.plain_passage = passage_ids(tokenizer, length, runtime.max_prompt)
-    if reason:
-        logger.warning("Chunk-KV fusion is off for this engine: %s", reason)
+    if runtime.off_reason:
+        logger.warning("Chunk-KV fusion is off for this engine: %s", runtime.off_reason)
     else:
         assert facts is not None
         logger.info(

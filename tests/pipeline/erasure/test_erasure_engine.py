@@ -207,7 +207,7 @@ def test_an_erasure_that_a_disk_refuses_is_done_again(
     runtime.store.put(held)
     for one in (held, filed):
         folder.put(one, context=CONTEXT)
-    runtime.writer = cast(Any, SimpleNamespace(folder=folder, erase=lambda: None))
+    runtime.writer = cast(Any, SimpleNamespace(tier=folder, erase=lambda: None))
 
     def refuse(*args: object) -> bool:
         raise OSError(errno.EIO, "Input/output error")

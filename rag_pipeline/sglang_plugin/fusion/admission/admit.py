@@ -63,6 +63,10 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
         runtime.metrics.count("fallbacks", "malformed")
         runtime.say_once("malformed", "Fusion fields of a request are ignored: %s", error)
+    except Exception as error:
+        # A policy or a method of another distribution may raise anything.
+        runtime.metrics.count("fallbacks", "malformed")
+        runtime.say_fault("request", error)
 
 
 def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
@@ -220,7 +224,7 @@ def _remember_missing(
     for start, end in missing:
         is_next = start == prefix.ids.size
         is_exact = state.request.attention == DENSE_ATTENTION and (
-            not state.spans or end <= state.spans[0].start
+            not state.spans or end <= min(span.start for span in state.spans)
         )
         if is_next and is_exact:
             _begin_capture(runtime, state, prefix, start, end)

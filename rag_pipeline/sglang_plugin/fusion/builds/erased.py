@@ -59,6 +59,8 @@ class ErasedText:
         """Chunks without erased text, as far as the notices until now say."""
         self._files: set[ChunkKey] = set()
         """What is gone from memory, and perhaps not yet from the disk."""
+        self._unforgotten: set[ChunkKey] = set()
+        """What is gone from memory, and perhaps not yet from what conversations remember."""
         self._condemned: dict[ChunkKey, float] = {}
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
 
@@ -88,7 +90,8 @@ class ErasedText:
             if writer is not None:
                 writer.erase()
         self._condemn(now)
-        gone = self._from_memory() if self._in_force or self._condemned else 0
+        held_on = self._in_force or self._condemned or self._unforgotten
+        gone = self._from_memory() if held_on else 0
         while self._files and writer is not None:
             key = next(iter(self._files))
             writer.tier.remove(key)
@@ -134,9 +137,11 @@ class ErasedText:
                     # Not those that are erased: the same chunk may be computed once more.
                     self._checked.add(key)
         self._files.update(gone)
+        self._unforgotten.update(gone)
         store.erase(gone)
-        if gone:
-            self._runtime.conversations.forget(gone)
+        if self._unforgotten:
+            self._runtime.conversations.forget(list(self._unforgotten))
+            self._unforgotten.clear()
         self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
         return len(gone)
 

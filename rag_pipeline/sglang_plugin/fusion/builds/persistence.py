@@ -45,8 +45,9 @@ def _read(runtime: FusionRuntime, path: str, model: str) -> None:
             path, byte_budget=runtime.config.store_dir_bytes, model=model
         )
         report = load_store(tier, runtime.store, namespaces=_usable(runtime, tier))
-    except (ValueError, OSError) as error:  # ValueError: a tier whose package cannot be loaded
-        logger.error("Chunk-KV folder %s is not used: %s", path, error)
+    except Exception as error:  # a tier of another distribution may raise anything
+        told = error if isinstance(error, ValueError | OSError) else repr(error)
+        logger.error("Chunk-KV folder %s is not used: %s", path, told)
         runtime.metrics.count("disk", "unusable")
         return
     runtime.writer = BackgroundWriter(

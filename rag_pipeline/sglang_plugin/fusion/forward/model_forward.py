@@ -116,7 +116,11 @@ def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error:
     if isinstance(error, BatchRefusedError):
         reason = str(error)
     else:
-        runtime.pass_failed(stage, error)
+        if any(entry.state.method is not None for entry in fused):
+            # A client named the method: its faults turn nothing off for others.
+            runtime.say_fault(stage, error)
+        else:
+            runtime.pass_failed(stage, error)
         reason = "internal_error" if stage == "plan" else "fused_pass_error"
         if isinstance(error, ProtectedWriteError):
             reason = "protected_write"

@@ -156,11 +156,28 @@ def early_rows(policy: Policy, layout: ReuseLayout, piece: Piece) -> Tensor | No
     In a piece that is not the last one a policy with a signal computes none.
     """
     if not isinstance(policy, ScoredPolicy):
-        chosen = policy.select(layout)
+        chosen = checked_choice(policy.select(layout), layout)
         return chosen[(chosen >= piece.start) & (chosen < piece.end)]
     if not piece.is_last:
         return torch.empty(0, dtype=torch.int64)
-    return None if policy.needs_signal(layout) else policy.select(layout)
+    return None if policy.needs_signal(layout) else checked_choice(policy.select(layout), layout)
+
+
+def checked_choice(chosen: Tensor, layout: ReuseLayout) -> Tensor:
+    """What a policy chose, perhaps one of another distribution, on the host.
+
+    Raises
+    ------
+    ValueError
+        It is not rising int64 positions of reused tokens.
+    """
+    chosen = chosen.to("cpu")
+    is_whole = chosen.dtype == torch.int64 and chosen.dim() == 1
+    if not is_whole or not bool((chosen[1:] > chosen[:-1]).all()):
+        raise ValueError("a policy chose something else than rising int64 positions")
+    if not bool(torch.isin(chosen, layout.reused_positions(), assume_unique=True).all()):
+        raise ValueError("a policy chose positions that are not reused")
+    return chosen
 
 
 def union_rows(fresh: Tensor, chosen: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache.policies.signals import PassObserver, PassRows, ProbedRequest, Signal
+from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward import scratch as scratch_slots
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     RequestRows,
@@ -62,7 +63,7 @@ class Prober:
         for signal in sorted(groups, key=lambda signal: signal.name):
             members = groups[signal]
             for item, chosen in zip(members, signal.choose(self, members), strict=True):
-                item.chosen = chosen.to("cpu", torch.int64)
+                item.chosen = planning.checked_choice(chosen, item.layout)
 
     # -- what signals are offered -------------------------------------------------------------
 

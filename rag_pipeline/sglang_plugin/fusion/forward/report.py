@@ -36,7 +36,7 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.conversation_tokens = min(turns, report.reused_tokens)
     if loaded:
         report.policy = state.policy.name
-        report.ratio = state.policy.ratio
+        report.ratio = state.ratio
         report.runs = prompt_runs(state)
     if state.method is not None:
         report.attention = state.request.attention

@@ -109,6 +109,8 @@ class RequestState:
         Chooses the rows.
     prompt : ndarray
         int64 ids of ``Req.origin_input_ids``, without anything generated.
+    ratio : float
+        The policy's, read once.
     explicit : bool
         The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
@@ -125,6 +127,7 @@ class RequestState:
         "internal",
         "policy",
         "prompt",
+        "ratio",
         "request",
     )
 
@@ -137,6 +140,7 @@ class RequestState:
         explicit: bool = False,
         internal: bool = False,
     ) -> None:
+        self.ratio = _checked_ratio(policy)
         self._spans: tuple[LeasedSpan, ...] = ()
         self._found = Resolved()
         self._row_limit = 0
@@ -263,7 +267,16 @@ class RequestState:
 
     def set_turns(self, spans: Iterable[LeasedSpan], *, end: int, turn: int) -> None:
         """Hold what earlier turns left, ``is_turn`` each, and no other span; see :attr:`turns_end`, :attr:`turn`."""
-        self.retain(spans)
+        held = tuple(spans)
+        self.retain(held)
+        at = self.radix_len
+        for span in held:
+            if span.start < at or span.end > end or not span.is_turn:
+                raise ValueError(
+                    f"turns at {[(s.start, s.end) for s in held]} up to {end}: they must rise, not overlap, lie "
+                    f"behind the {self.radix_len} tokens of the tree, and be marked as turns"
+                )
+            at = span.end
         self._found.turns_end, self._found.turn = end, turn
 
     def note_looked_up(self, hits: int, misses: int) -> None:
@@ -282,7 +295,7 @@ class RequestState:
         """End matching: from here on the first loaded token limits what is exact."""
         self._found.resolved = True
         if self._spans:
-            self._found.exact_limit = self._spans[0].start
+            self._found.exact_limit = min(span.start for span in self._spans)
 
     def attend_by(self, method: AttentionMethod | None) -> None:
         """Let a method say which keys the rows read: they are approximate from the first one on."""
@@ -355,3 +368,11 @@ def state_of(req: Any) -> RequestState | None:
     """Return the state that hangs on a request, or None."""
     found = getattr(req, ATTRIBUTE, None)
     return found if isinstance(found, RequestState) else None
+
+
+def _checked_ratio(policy: Policy) -> float:
+    """Ratio of a policy, perhaps of another distribution: budgets are raised by it."""
+    ratio = float(policy.ratio)
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"policy {policy.name!r} has ratio {ratio}; it must be between 0 and 1")
+    return ratio

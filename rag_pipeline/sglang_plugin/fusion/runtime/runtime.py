@@ -110,9 +110,18 @@ class FusionRuntime:
         self._prefixes: FairTable[tuple[str, str], KnownPrefix] = FairTable()
         self._said: set[str] = set()
         self._faults = 0
-        self.conversations: ConversationMemory = CONVERSATION_MEMORIES.get(
-            config.conversation_memory
-        )(self)
+        self.conversations = self._make_memory()
+
+    def _make_memory(self) -> ConversationMemory:
+        """Make the conversation memory that the settings name; one that cannot be made turns fusion off."""
+        name = self.config.conversation_memory
+        try:
+            return CONVERSATION_MEMORIES.get(name)(self)
+        except Exception as error:
+            told = str(error) if isinstance(error, ValueError) else repr(error)
+            reason = f"conversation memory {name!r} cannot be used: {' '.join(told.split())}"
+            self.off_reason = self.off_reason or reason
+            return CONVERSATION_MEMORIES.get("turns")(self)  # nothing is kept in it
 
     @property
     def is_on(self) -> bool:
@@ -172,11 +181,15 @@ class FusionRuntime:
         if self.writer is not None:
             self.writer.clear()
         self.store.reset()
-        self.conversations.forget()
         if self.facts is not None:
             identity = f"{self.facts.fingerprint}+{secrets.token_hex(16)}"
             fields = self.facts.context_fields | {"model_fingerprint": identity}
             self.facts = dataclasses.replace(self.facts, context_fields=fields)
+        try:
+            self.conversations.forget()
+        except Exception as error:
+            # Its records are gone and the identity is new: it finds nothing whatever it still lists.
+            self.say_fault("forget", error)
 
     def may_store(self, epoch: int, radix_len: int) -> bool:
         """Whether KV that a request computed is that of the weights in use.
