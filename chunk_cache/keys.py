@@ -40,7 +40,7 @@ def as_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> TokenIds:
 
     Parameters
     ----------
-    ids
+    ids : iterable of int or ndarray
         Integers in ``[0, 2**31)``; a list, an integer array or anything NumPy reads as one.
 
     Returns
@@ -108,7 +108,7 @@ def hash_token_ids(ids: Iterable[int] | npt.NDArray[Any]) -> str:
 
     Parameters
     ----------
-    ids
+    ids : iterable of int or ndarray
         Token ids; may be empty (no prefix at all).
 
     Returns
@@ -240,9 +240,9 @@ class ChunkKey:
 
         Parameters
         ----------
-        context
+        context : KVContext or str
             The context, or its :attr:`KVContext.namespace` when that is at hand already.
-        token_ids
+        token_ids : iterable of int or ndarray
             Ids of the chunk, as in :func:`as_token_ids`.
         """
         namespace = context if isinstance(context, str) else context.namespace

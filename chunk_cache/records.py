@@ -32,15 +32,15 @@ class ChunkKV:
 
     Parameters
     ----------
-    key
+    key : ChunkKey
         Must be the key of ``token_ids``; the digest is recomputed to check it.
-    token_ids
+    token_ids : ndarray
         int32 ``[T]``.
-    base_position
+    base_position : int
         Absolute position of the chunk's first token when the KV was computed (prefix length).
-    k, v
+    k, v : Tensor
         ``[L, T, H, D]`` and ``[L, T, H, D_v]``, as the layout checks them.
-    layout
+    layout : str
         Name in :data:`chunk_cache.layouts.base.KV_LAYOUTS`: what the two tensors hold.
 
     Raises

@@ -45,10 +45,10 @@ def check_spans(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple
 
     Parameters
     ----------
-    spans
+    spans : iterable of (int, int)
         ``(start, end)`` token positions, end exclusive. Empty ones (``start == end``) are dropped:
         a document may well be empty.
-    prompt_len
+    prompt_len : int
         Number of prompt tokens.
 
     Raises
@@ -87,11 +87,11 @@ def merge_matches(
 
     Parameters
     ----------
-    fixed
+    fixed : sequence of Match
         Disjoint matches, in any order.
-    more
+    more : sequence of Match
         Disjoint matches for the gaps.
-    min_piece
+    min_piece : int
         Shortest piece of a cut match that is worth keeping, tokens.
 
     Returns

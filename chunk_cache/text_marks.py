@@ -28,9 +28,9 @@ class TextMarks:
 
     Parameters
     ----------
-    runs
+    runs : mapping of int to Hashes
         Sorted hashes by the length of the run, characters.
-    everything
+    everything : bool
         All text counts as gone: there was too much of it to tell apart.
     """
 
@@ -46,12 +46,12 @@ class TextMarks:
 
         Parameters
         ----------
-        texts
+        texts : iterable of (str, iterable of str)
             Each text that is gone with the live ones that may share some of it.
-        step
+        step : int
             Every so many runs of a text are marked, and its last one. A piece of it is then found that has
             ``31 + step`` characters; all of its runs are looked for.
-        most
+        most : int, optional
             Texts beyond which all text counts as gone.
         """
         found: dict[int, list[Hashes]] = {}
@@ -82,9 +82,9 @@ class TextMarks:
 
         Parameters
         ----------
-        text
+        text : str
             Where to look.
-        strict
+        strict : bool
             Nothing counts as gone only because everything does. And what was shorter than 32 characters is not
             looked for inside the text, since one letter is in every text: it has to be all of it, or all below its
             first line, as in a chunk that is laid out below its title.

@@ -70,11 +70,11 @@ class KVLayout(abc.ABC):
 
         Parameters
         ----------
-        pool
+        pool : object
             The paged pool, after the forward that wrote the slots.
-        num_layers
+        num_layers : int
             Layers to copy.
-        slots
+        slots : Tensor
             int64 ``[T]``, on the pool's device.
 
         Returns
@@ -104,15 +104,15 @@ class KVLayout(abc.ABC):
 
         Parameters
         ----------
-        rotated_pool, rest_pool
+        rotated_pool, rest_pool : Tensor
             As :meth:`pool_layer` returns them; written at ``slots`` only.
-        slots
+        slots : Tensor
             Integer ``[T]`` on the pool's device, all different.
-        source
+        source : LayerKV
             The same T tokens of a record of this layout; only read.
-        delta
+        delta : int or Tensor or RotationTable
             New position minus old, see :func:`rag_kernels.rerotate_keys`.
-        spec
+        spec : RotarySpec
             The model's rotation.
         """
         rotated, rest = self.unpack(source)

@@ -23,9 +23,9 @@ def longest_cover(runs: Sequence[Match], *, min_piece: int = 16) -> list[Match]:
 
     Parameters
     ----------
-    runs
+    runs : sequence of Match
         Verified matches, in any order; they may overlap.
-    min_piece
+    min_piece : int
         Wanted length of a trimmed piece, tokens. Never costs coverage.
 
     Returns

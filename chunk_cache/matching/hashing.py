@@ -32,7 +32,7 @@ class WindowHasher:
 
     Parameters
     ----------
-    num_tokens
+    num_tokens : int
         Window length ``k``, at least 1.
     """
 
@@ -51,9 +51,9 @@ class WindowHasher:
 
         Parameters
         ----------
-        ids
+        ids : ndarray
             int32 ``[N]``.
-        seed
+        seed : int
             64 bits that set namespaces apart: equal text in two of them has unrelated hashes.
 
         Returns
@@ -103,9 +103,9 @@ def winnow(hashes: Hashes, num_hashes: int) -> Positions:
 
     Parameters
     ----------
-    hashes
+    hashes : Hashes
         uint64 ``[M]``.
-    num_hashes
+    num_hashes : int
         Window length ``w``, at least 1.
 
     Returns
@@ -139,7 +139,7 @@ class Fingerprinter:
 
     Parameters
     ----------
-    min_match
+    min_match : int
         Shortest shared run that must have a fingerprint, tokens; at least 1.
     """
 
@@ -158,9 +158,9 @@ class Fingerprinter:
 
         Parameters
         ----------
-        ids
+        ids : ndarray
             int32 ``[N]``.
-        namespace
+        namespace : str
             Hexadecimal; equal text in two namespaces has unrelated fingerprints.
         """
         hashes = self._hasher(ids, int(namespace[:16], 16))

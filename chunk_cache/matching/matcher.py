@@ -51,13 +51,13 @@ class ChunkMatcher:
 
     Parameters
     ----------
-    min_match
+    min_match : int
         ``L``, shortest run that must be found, tokens.
-    max_postings
+    max_postings : int
         See Limit.
-    max_alignments
+    max_alignments : int
         See Limit.
-    min_piece
+    min_piece : int
         Wanted length of trimmed pieces, tokens; see :func:`longest_cover`.
 
     Raises
@@ -118,9 +118,9 @@ class ChunkMatcher:
 
         Parameters
         ----------
-        key
+        key : ChunkKey
             Its key; the namespace decides who can find it.
-        token_ids
+        token_ids : iterable of int or ndarray
             Its ids. A read-only int32 array is shared, not copied.
 
         Returns
@@ -170,9 +170,9 @@ class ChunkMatcher:
 
         Parameters
         ----------
-        prompt_ids
+        prompt_ids : iterable of int or ndarray
             int ``[N]``; values that are no token ids (image pads) match nothing.
-        context
+        context : KVContext or str
             The asking engine's context or its namespace; only chunks of it are found.
         """
         ids = as_prompt_ids(prompt_ids)
@@ -201,7 +201,7 @@ class ChunkMatcher:
 
         Parameters
         ----------
-        expected
+        expected : mapping of ChunkKey to ndarray, optional
             The chunks that ought to be here, if the caller knows.
 
         Raises

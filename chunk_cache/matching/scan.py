@@ -38,24 +38,24 @@ class PromptScan:
 
     Parameters
     ----------
-    ids
+    ids : ndarray
         int64 ``[N]``, the prompt.
-    namespace
+    namespace : str
         Only chunks of it are found.
-    index
+    index : FingerprintIndex
         Fingerprints of all chunks.
-    chunks
+    chunks : mapping of int to IndexedChunk
         The chunks by their number in `index`; one that is missing was removed.
-    fingerprint
+    fingerprint : Fingerprinter
         What the chunks were fingerprinted by.
-    min_match, max_postings, max_alignments
+    min_match, max_postings, max_alignments : int
         As of :class:`ChunkMatcher`.
 
     Attributes
     ----------
-    runs
+    runs : list of Match
         All maximal runs of at least ``min_match`` tokens that were verified; they may overlap.
-    truncated
+    truncated : bool
         A limit cut candidates.
     """
 

@@ -45,7 +45,7 @@ def create_policy(name: str, ratio: float | None = None, **options: Any) -> Poli
         (``cacheblend:0.15``).
     ratio : float, optional
         Share of the reused tokens' full computation, 0 to 1; the policy's own default when not given.
-    **options
+    **options : object
         Fields of the policy's config.
 
     Raises

@@ -57,9 +57,9 @@ class Build:
 
         Parameters
         ----------
-        record
+        record : ChunkKV
             Must carry this build's key.
-        pin
+        pin : bool
             Store it pinned.
 
         Returns
@@ -75,9 +75,9 @@ class Build:
 
         Parameters
         ----------
-        reason
+        reason : str
             Kept with the FAILED state for listings.
-        failed
+        failed : bool
             ``False`` for a build that was merely dropped (request aborted, load shed): the key goes
             back to absent, without back-off.
 
@@ -107,7 +107,7 @@ class BuildTable:
 
     Parameters
     ----------
-    retry_failed_s
+    retry_failed_s : float
         Back-off before a FAILED key may be built again, seconds.
     """
 

@@ -15,9 +15,9 @@ class Lease:
 
     Attributes
     ----------
-    record
+    record : ChunkKV
         The shared record, read-only.
-    chunk_offset, num_tokens
+    chunk_offset, num_tokens : int
         The run of it that was confirmed on token ids.
     """
 

@@ -34,19 +34,19 @@ class MemoryStore(WritableStore):
 
     Parameters
     ----------
-    byte_budget
+    byte_budget : int
         Upper bound of :attr:`ChunkKV.num_bytes` over all records, bytes.
-    matcher
+    matcher : ChunkMatcher, optional
         Finds stored chunks in plain prompts; by default one with its default settings. The store
         keeps it in step with what is READY.
-    checksums
+    checksums : bool
         Take a checksum of every record at commit (about 1 ms per MB), so that :meth:`verify` can
         find a stray writer.
-    build_timeout_s
+    build_timeout_s : float
         A build that was not committed for this long loses its right, seconds.
-    retry_failed_s
+    retry_failed_s : float
         Back-off before a FAILED key may be built again, seconds.
-    clock
+    clock : callable
         Monotonic seconds; replaced in tests.
 
     Raises
@@ -72,11 +72,11 @@ class MemoryStore(WritableStore):
 
         Parameters
         ----------
-        key
+        key : ChunkKey
             Key of the whole chunk.
-        token_ids
+        token_ids : iterable of int or ndarray
             Ids of the run that will be used: the whole chunk, or a part of it.
-        chunk_offset
+        chunk_offset : int
             Where in the chunk the run starts.
 
         Returns
@@ -181,15 +181,15 @@ class MemoryStore(WritableStore):
 
         Parameters
         ----------
-        prompt_ids
+        prompt_ids : iterable of int or ndarray
             int ``[N]``.
-        context
+        context : KVContext or str
             Context (or its namespace) of the engine that asks.
-        spans
+        spans : iterable of (int, int), optional
             Explicit ``(start, end)`` positions; see :func:`check_spans`.
-        automatic
+        automatic : bool
             Also scan the prompt, if a span is missing or none was given.
-        min_piece
+        min_piece : int
             Shortest automatic piece worth keeping after trimming, tokens.
         """
         ids = as_prompt_ids(prompt_ids)
@@ -280,7 +280,7 @@ class MemoryStore(WritableStore):
 
         Parameters
         ----------
-        expect_idle
+        expect_idle : bool
             Also fail if anything is leased or building: a forgotten release.
 
         Raises

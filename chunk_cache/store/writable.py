@@ -80,13 +80,13 @@ class WritableStore:
 
         Parameters
         ----------
-        key, token_ids
+        key, token_ids : ChunkKey, iterable of int or ndarray
             What will be built.
-        owner
+        owner : str
             Who builds it, for listings.
-        tenant
+        tenant : str
             Whose share of the budget the record takes: a name, such as :func:`~.tenant_mark` of a salt.
-        timeout_s
+        timeout_s : float, optional
             As ``build_timeout_s`` of the store, for this build.
 
         Returns
@@ -121,11 +121,11 @@ class WritableStore:
 
         Parameters
         ----------
-        record
+        record : ChunkKV
             Complete.
-        pin
+        pin : bool
             Whether it is never evicted.
-        tenant
+        tenant : str
             As of :meth:`begin_build`.
 
         Returns
@@ -204,9 +204,9 @@ class WritableStore:
 
         Parameters
         ----------
-        key
+        key : ChunkKey
             Which.
-        force
+        force : bool
             Also drop a pinned one. A record in use is never dropped.
 
         Returns

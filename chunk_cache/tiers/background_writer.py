@@ -33,19 +33,19 @@ class BackgroundWriter:
 
     Parameters
     ----------
-    tier
+    tier : Tier
         Where to; only the thread writes to it.
-    count
+    count : callable
         Called with ``written``, ``dropped`` (the queue was full), ``no_room`` (the budget is),
         ``write_failed`` or ``erased`` for every record, from either thread.
-    failed
+    failed : callable
         Called with what a disk refused, from the thread.
-    is_erased
+    is_erased : callable
         Whether a record of a tenant (:func:`~.tenant_mark`) must not reach the disk; asked before it is written,
         and after.
-    used
+    used : callable
         Keys of records that were used since a moment of :func:`time.monotonic`.
-    queue_bytes
+    queue_bytes : int
         Most bytes that wait.
     """
 

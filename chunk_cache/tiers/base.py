@@ -54,11 +54,11 @@ class Tier(abc.ABC):
 
         Parameters
         ----------
-        location
+        location : str
             The operator's ``fusion.store_dir``: a folder, an address.
-        byte_budget
+        byte_budget : int
             Most bytes of all records that lie there.
-        model
+        model : str
             Folder of the model whose records are written.
 
         Raises
@@ -83,11 +83,11 @@ class Tier(abc.ABC):
 
         Parameters
         ----------
-        record
+        record : ChunkKV
             What to write; only read.
-        context
+        context : KVContext, optional
             Of the record's namespace, to be kept for :meth:`describe`.
-        tenant
+        tenant : str, optional
             :func:`~.tenant_mark` of whom the record belongs to; by default that of the context's salt.
 
         Returns

@@ -40,15 +40,15 @@ def export_store(
 
     Parameters
     ----------
-    tier
+    tier : Tier
         Where to.
-    store
+    store : MemoryStore
         Where from.
-    keys
+    keys : iterable of ChunkKey, optional
         Which; by default all that are READY.
-    contexts
+    contexts : iterable of KVContext
         Contexts to describe beside their chunks, for people and listings.
-    progress
+    progress : callable, optional
         Called with the number of chunks done so far.
 
     Returns
@@ -83,15 +83,15 @@ def load_store(
 
     Parameters
     ----------
-    tier
+    tier : Tier
         Where from.
-    store
+    store : MemoryStore
         Where to.
-    namespaces
+    namespaces : container of str, optional
         Only chunks of these :attr:`KVContext.namespace`; by default all.
-    pin
+    pin : bool
         Pin everything that is loaded.
-    progress
+    progress : callable, optional
         Called with the number of files done so far.
     """
     counts = dict.fromkeys((field.name for field in dataclasses.fields(StoreLoadReport)), 0)

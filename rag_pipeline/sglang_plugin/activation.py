@@ -39,30 +39,30 @@ class Activation:
 
     Parameters
     ----------
-    active
+    active : bool
         Whether the plugin runs in the scheduler. When False, everything that only the plugin can
         know is empty.
-    platform, device_name
+    platform, device_name : str
         Class of SGLang's platform object, and its name.
-    attention_backend, attention_class
+    attention_backend, attention_class : str
         Name the engine resolved, and class of the object that computes.
-    hooks
+    hooks : tuple of str
         Dotted paths that are hooked in the scheduler process.
-    unapplied
+    unapplied : tuple of str
         Paths that should be hooked and are not; empty in a healthy engine.
-    plugin_version, sglang_version, torch_version
+    plugin_version, sglang_version, torch_version : str
         As installed where the scheduler runs.
-    scheduler_pid
+    scheduler_pid : int
         Process that answered.
-    threads
+    threads : int
         torch threads of the scheduler.
-    num_schedulers
+    num_schedulers : int
         How many scheduler processes answered (data-parallel replicas).
-    fusion_on
+    fusion_on : bool
         Whether requests may be fused in all of them.
-    fusion_off_reason
+    fusion_off_reason : str
         Why not; empty where it is on.
-    self_check
+    self_check : str
         What fusion's self-check at start found: ``passed: ...`` with the errors measured, ``failed:
         ...``, or ``not run``.
     """
@@ -162,9 +162,9 @@ def activation_of(engine: Any, *, timeout_s: float = 30.0) -> Activation:
 
     Parameters
     ----------
-    engine
+    engine : object
         An ``sglang.Engine`` of this process, or the base URL of a server (``http://host:port``).
-    timeout_s
+    timeout_s : float
         For a URL: how long to wait.
 
     Returns

@@ -43,18 +43,18 @@ class HookTarget:
 
     Parameters
     ----------
-    path
+    path : str
         Dotted path as ``HookRegistry.register`` takes it.
-    kind
+    kind : str
         ``before``, ``after``, ``around`` or ``replace`` of ``HookRegistry``; ``assigned`` for a
         name that is set without it; ``uses`` for one that is only called or read.
-    why
+    why : str
         One sentence: what the hook is for.
-    params
+    params : tuple of str
         Parameter names that the hook relies on; each must still be in the target's signature.
-    attributes
+    attributes : tuple of str
         For a class: names of methods and fields that are called or read on its instances.
-    checked_with
+    checked_with : str
         SGLang release this row was run with.
     """
 
@@ -85,7 +85,7 @@ def add_hooks(hooks: Iterable[tuple[HookTarget, Callable[..., Any]]]) -> None:
 
     Parameters
     ----------
-    hooks
+    hooks : iterable of (HookTarget, callable)
         Per row the callable that ``HookRegistry`` calls; the row's ``kind`` says when.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -142,7 +142,7 @@ def verify_targets(rows: Iterable[HookTarget] | None = None) -> None:
 
     Parameters
     ----------
-    rows
+    rows : iterable of HookTarget, optional
         The rows to check; None for the whole table.
 
     Raises

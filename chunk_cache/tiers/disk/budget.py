@@ -37,11 +37,11 @@ class FolderBudget:
 
     Parameters
     ----------
-    folder
+    folder : Path
         The store's folder.
-    byte_budget
+    byte_budget : int
         Most bytes of all files.
-    evict
+    evict : callable
         Deletes a record that is not pinned; ``False`` if it is.
     """
 

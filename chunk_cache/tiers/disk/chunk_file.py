@@ -21,7 +21,7 @@ def encode_record(record: ChunkKV) -> bytes:
 
     Parameters
     ----------
-    record
+    record : ChunkKV
         Sealed here if it is not.
 
     Returns

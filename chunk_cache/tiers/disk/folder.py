@@ -51,13 +51,13 @@ class StoreFolder(Tier):
 
     Parameters
     ----------
-    path
+    path : str or PathLike
         The folder.
-    create
+    create : bool
         Make it if it does not exist.
-    byte_budget
+    byte_budget : int
         Most bytes of all chunk files; a write makes room by deleting the longest unused ones.
-    model
+    model : str
         Folder of the model whose records are written here, told beside them.
 
     Raises
@@ -67,7 +67,7 @@ class StoreFolder(Tier):
 
     Attributes
     ----------
-    corrupt_files
+    corrupt_files : int
         Damaged files met since the folder was opened.
     """
 
@@ -184,7 +184,7 @@ class StoreFolder(Tier):
 
         Parameters
         ----------
-        byte_budget
+        byte_budget : int
             Most bytes of all chunk files together. Pinned ones alone may weigh more.
 
         Returns

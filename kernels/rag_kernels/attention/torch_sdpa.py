@@ -53,13 +53,13 @@ def causal_mask(
 
     Parameters
     ----------
-    query_positions
+    query_positions : Tensor
         Absolute positions, ``[Q]``, integer.
-    key_start, key_stop
+    key_start, key_stop : int
         The keys are those at positions ``key_start .. key_stop - 1``.
-    window
+    window : int or None
         Look back at most this many tokens, the query's own not counted; None for all.
-    dtype
+    dtype : torch.dtype
         Dtype of the result; torch wants that of the query.
 
     Returns
@@ -89,13 +89,13 @@ def extend_attention(
 
     Parameters
     ----------
-    q_THD
+    q_THD : Tensor
         Queries of the ``T`` new tokens, ``[T, H, D]``; ``H`` a multiple of ``K``.
-    k_NKD, v_NKE
+    k_NKD, v_NKE : Tensor
         Keys ``[N, K, D]`` and values ``[N, K, E]`` of the whole request, new tokens last.
-    scale
+    scale : float
         Factor on the logits.
-    window
+    window : int, optional
         As in :func:`causal_mask`.
 
     Returns
@@ -165,11 +165,11 @@ def decode_attention(
 
     Parameters
     ----------
-    q_BHD
+    q_BHD : Tensor
         One query a request, ``[B, H, D]``.
-    k_BNKD, v_BNKE
+    k_BNKD, v_BNKE : Tensor
         Keys ``[B, N, K, D]`` and values ``[B, N, K, E]``.
-    scale
+    scale : float
         Factor on the logits.
 
     Returns
@@ -212,13 +212,13 @@ def packed_decode_attention(
 
     Parameters
     ----------
-    q_BHD
+    q_BHD : Tensor
         One query a request, ``[B, H, D]``.
-    k_BNKD, v_BNKE
+    k_BNKD, v_BNKE : Tensor
         Keys ``[B, N, K, D]`` and values ``[B, N, K, E]``, padded to the longest request.
-    scale
+    scale : float
         Factor on the logits.
-    mask_BN
+    mask_BN : Tensor, optional
         Additive, ``[B, N]``, dtype of the query, ``-inf`` on padding; None when all are full.
 
     Returns

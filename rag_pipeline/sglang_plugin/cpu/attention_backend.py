@@ -66,9 +66,9 @@ def decode_buckets(lengths: list[int], *, padding: float = _PADDING_ALLOWED) -> 
 
     Parameters
     ----------
-    lengths
+    lengths : list of int
         Keys of each request, at least 1.
-    padding
+    padding : float
         How many keys may be read for each that is needed, at least 1; 1 puts requests together only
         if they are of one length.
 

@@ -28,7 +28,7 @@ def core_groups(ranks: int) -> str:
 
     Parameters
     ----------
-    ranks
+    ranks : int
         Number of ranks, at least 1.
 
     Returns

@@ -22,15 +22,15 @@ class HttpLimits:
 
     Parameters
     ----------
-    max_connections
+    max_connections : int
         Open at once; a further one is answered 503 and closed.
-    header_s
+    header_s : float
         Seconds from a connection, or the first byte of a further request, to the end of the header.
-    body_s
+    body_s : float
         Seconds in which a body must end, or bring `body_step` more bytes.
-    body_step
+    body_step : int
         See `body_s`.
-    stop_s
+    stop_s : float
         Seconds that requests have to end after SIGTERM.
     """
 

@@ -33,7 +33,7 @@ class ServedEngine:
 
     Parameters
     ----------
-    incremental
+    incremental : bool
         Whether SGLang streams only what is new (``--incremental-streaming-output``).
     """
 
@@ -70,13 +70,13 @@ class ServedEngine:
 
         Parameters
         ----------
-        request
+        request : GenerationRequest
             Token ids, spans and policy; its sampling options are not used.
-        params
+        params : dict of str to object
             SGLang's sampling parameters.
-        http_request
+        http_request : object
             The request being answered: SGLang reads the tenant from it and notices when it is gone.
-        stream
+        stream : bool
             Yield pieces as they come; else one piece.
 
         Raises

@@ -76,18 +76,18 @@ def run_http_server(
 
     Parameters
     ----------
-    model_path
+    model_path : Path
         Folder in Hugging Face format.
-    words
+    words : sequence of str
         Further flags, as ``sglang serve`` takes them; they win over the CPU defaults.
-    attach
+    attach : callable
         Called with SGLang's FastAPI app before anything starts, to add routes. What it returns is served:
         the guard around that app, with a :class:`.http_stop.Door`'s attributes.
-    keys
+    keys : ServerKeys
         Not among the words, which SGLang shows.
-    limits
+    limits : HttpLimits
         Of connections, and of the time that a header, a body and a stop may take.
-    on_ready
+    on_ready : callable
         Called when the engine has answered its warm-up and the plugin has proved to be active.
 
     Raises

@@ -34,11 +34,11 @@ class GracefulStop:
 
     Parameters
     ----------
-    door
+    door : Door
         What lets requests in.
-    limit_s
+    limit_s : float
         Seconds that requests have to end.
-    last_resort
+    last_resort : callable
         Ends this process and its children, whatever they do.
     """
 

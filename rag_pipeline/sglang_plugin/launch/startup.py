@@ -103,9 +103,9 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
 
     Parameters
     ----------
-    model_path
+    model_path : str
         Folder with a model in Hugging Face format.
-    **server_args
+    **server_args : object
         Any of SGLang's server arguments; they win over :data:`CPU_DEFAULTS`.
 
     Returns
