@@ -206,3 +206,26 @@ def test_a_reader_that_fails_costs_only_speed(engine, monkeypatch, broken_layer)
         assert report(req)["fallback"] == "fused_pass_error"
         assert list(req.output_ids) == list(plain.output_ids)
     local.fresh()
+
+
+@pytest.mark.parametrize("broken", ["connect", "keys", "read", "describe"])
+def test_a_tier_that_raises_at_start_is_not_used(with_tier, monkeypatch, caplog, broken):
+    local, runtime = with_tier, with_tier.runtime
+    build(local)
+    assert runtime.writer.drain(10)
+    writer = runtime.writer
+    local.fresh()
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DictTier, broken, classmethod(refuse) if broken == "connect" else refuse)
+        patch.setattr(runtime, "writer", None)
+        persistence.open_folder(runtime, "no-model")
+        assert runtime.writer is None
+    assert runtime.writer is writer
+    (line,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+    assert "no server" in line
+    assert "\n" not in line
+    assert runtime.is_on

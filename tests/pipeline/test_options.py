@@ -113,6 +113,17 @@ def test_an_abort_says_who_gave_up_and_why() -> None:
     assert (told.value.reason, told.value.status) == ("out of memory", 503)
     with pytest.raises(AbortedError, match="the engine aborted the request: no reason"):
         StreamReader(incremental=True).read(message("", finish_reason={"type": "abort"}))
+    with pytest.raises(AbortedError, match="the engine aborted the request: no reason") as told:
+        StreamReader(incremental=True).read(message("", finish_reason="abort"))
+    assert told.value.status is None
+
+
+def test_an_empty_list_is_kept_unless_an_earlier_message_said_more() -> None:
+    reader = StreamReader(incremental=True)
+    first = reader.read(message("x", input_token_logprobs=[], rag_fusion={"reused_tokens": 1}))
+    last = reader.read(message("y", input_token_logprobs=[], rag_fusion=[]))
+    assert first.meta_info["input_token_logprobs"] == last.meta_info["input_token_logprobs"] == []
+    assert last.meta_info["rag_fusion"] == {"reused_tokens": 1}
 
 
 def test_answer_json_has_exactly_the_keys_of_the_contract() -> None:
