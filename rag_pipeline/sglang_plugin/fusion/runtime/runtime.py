@@ -64,10 +64,9 @@ class FusionRuntime:
     metrics : FusionMetrics
         Where numbers go.
 
-    Raises
-    ------
-    ValueError
-        The conversation memory that the settings name cannot be loaded.
+    Notes
+    -----
+    A conversation memory that the settings name and that cannot be made turns fusion off.
     """
 
     def __init__(
