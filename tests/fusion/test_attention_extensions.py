@@ -12,17 +12,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from fp64_oracle import Oracle
+from fusion_helpers import logprobs, report, tokens
 
 from rag_kernels import ATTENTION_METHODS, AttentionMethod, BlockMask, RequestBlocks
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.protocol.fields import parse_custom_params
 
-VOCAB, BLOCK = 256, 8
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+BLOCK = 8
 
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
@@ -72,14 +68,6 @@ def _registered():
     Edges.layers.clear()
     yield
     ATTENTION_METHODS.unregister("edges")
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
-
-
-def logprobs(req):
-    return list(req.logprob.output_token_logprobs_val)
 
 
 def differs(one, other):

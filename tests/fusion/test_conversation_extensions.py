@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import pytest
-import torch
+from fusion_helpers import registered, report, tokens
 
 from chunk_cache import Build, ChunkKey, Match, hash_token_ids
 from rag_pipeline.errors import EngineError
@@ -16,12 +15,7 @@ from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION
 from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 
-VOCAB, KEPT = 256, 24
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
+KEPT = 24
 
 
 PREFIX, CHUNKS = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)]
@@ -77,24 +71,11 @@ class NewestTokens(ConversationMemory):
             self.last.clear()
 
 
-@contextlib.contextmanager
-def registered(value):
-    CONVERSATION_MEMORIES.register(value.name, value)
-    try:
-        yield
-    finally:
-        CONVERSATION_MEMORIES.unregister(value.name)
-
-
 def new_weights(runtime, monkeypatch):
     """Begin another epoch, and end it with the test: the engine is shared."""
     monkeypatch.setattr(runtime, "epoch", runtime.epoch)
     monkeypatch.setattr(runtime, "facts", runtime.facts)
     runtime.new_weights(in_update=False, tree_is_old=False)
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 @pytest.fixture
@@ -132,7 +113,7 @@ def test_a_memory_is_chosen_by_its_name_and_an_unknown_one_is_refused():
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
     assert FusionRuntime(FusionConfig(), None).conversations.name == "turns"
-    with registered(NewestTokens):
+    with registered(CONVERSATION_MEMORIES, NewestTokens):
         config = FusionConfig(conversation_memory="newest-tokens")
         assert isinstance(FusionRuntime(config, None).conversations, NewestTokens)
     with pytest.raises(EngineError, match=r"conversation_memory is 'newest-tokens'; .* turns"):
@@ -188,7 +169,7 @@ def test_a_memory_that_cannot_forget_or_be_made(local, monkeypatch):
         def __init__(self, runtime):
             raise RuntimeError("two\nlines")
 
-    with registered(Broken):
+    with registered(CONVERSATION_MEMORIES, Broken):
         runtime = FusionRuntime(FusionConfig(conversation_memory="broken"), None)
     assert runtime.conversations.name == "turns"
     assert "'broken' cannot be used" in runtime.off_reason

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
-from fusion_helpers import logprobs, report, tokens
+from fusion_helpers import logprobs, registered, report, tokens
 
 from chunk_cache import TIERS
 from chunk_cache.policies import (
@@ -27,15 +26,6 @@ from rag_pipeline.sglang_plugin.fusion.startup import build_runtime
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
 SPANS = [20, 60, 60, 100]
-
-
-@contextlib.contextmanager
-def registered(registry, value):
-    registry.register(value.name, value)
-    try:
-        yield
-    finally:
-        registry.unregister(value.name)
 
 
 @pytest.fixture

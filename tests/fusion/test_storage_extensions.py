@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import ClassVar
 
 import pytest
 import torch
+from fusion_helpers import registered, report, tokens
 
 from chunk_cache import KV_LAYOUTS, TIERS, LayerKV, Tier
 from chunk_cache.layouts.heads import HeadsLayout
@@ -15,30 +15,9 @@ from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.forward import fused_forward
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import LoadItem
 
-VOCAB = 256
-
-
-def tokens(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (count,), generator=generator).tolist()
-
-
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
 FUSE = {"spans": [20, 60, 60, 100], "policy": "epic:0.3"}
-
-
-@contextlib.contextmanager
-def registered(registry, name, value):
-    registry.register(name, value)
-    try:
-        yield
-    finally:
-        registry.unregister(name)
-
-
-def report(req):
-    return req.customized_info["rag_fusion"][0]
 
 
 def outcome(req):
@@ -80,7 +59,7 @@ def test_a_kv_layout(engine, monkeypatch):
     with local.runtime.store.borrow(first) as record:
         heads = record
     local.fresh()
-    with registered(KV_LAYOUTS, SwappedLayout.name, SwappedLayout):
+    with registered(KV_LAYOUTS, SwappedLayout):
         facts = dataclasses.replace(local.runtime.facts, layout=SwappedLayout())
         monkeypatch.setattr(local.runtime, "facts", facts)
         build(local)
@@ -94,6 +73,7 @@ def test_a_kv_layout(engine, monkeypatch):
 class DictTier(Tier):
     """Records in a dictionary that outlives the engine, by location."""
 
+    name = "dict"
     places: ClassVar[dict[str, DictTier]] = {}
 
     def __init__(self):
@@ -136,7 +116,7 @@ def with_tier(engine, monkeypatch):
     monkeypatch.setattr(
         runtime, "epoch", 0
     )  # another test of this engine may have changed the weights
-    with registered(TIERS, "dict", DictTier):
+    with registered(TIERS, DictTier):
         chosen = dataclasses.replace(runtime.config, tier="dict", store_dir="memory:test")
         monkeypatch.setattr(runtime, "config", chosen)
         persistence.open_folder(runtime, "no-model")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,3 +57,13 @@ def largest_difference(one: Any, two: Any) -> float:
 def agree(one: Any, two: Any, limit: float = 5e-4) -> None:
     """Fail unless two answers are the same up to rounding."""
     assert largest_difference(one, two) < limit
+
+
+@contextlib.contextmanager
+def registered(registry: Any, value: Any) -> Iterator[None]:
+    """Have a registry know somebody else's implementation, by its own name, for a while."""
+    registry.register(value.name, value)
+    try:
+        yield
+    finally:
+        registry.unregister(value.name)

@@ -41,7 +41,7 @@ def url(model: Path, sglang_server: Any, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def ask(url: str) -> Callable[..., httpx.Response]:
-    def send(ids: list[int], fusion: FusionRequest, **sampling: Any) -> httpx.Response:
+    def send(ids: list[int], fusion: FusionRequest) -> httpx.Response:
         body = {
             "input_ids": ids,
             "kv_hints": fusion.to_kv_hints(),
