@@ -154,7 +154,14 @@ class FusionSettings(_Section):
         description="The same for single tenants, by `cache_salt` up to a `/`; a tenants file sets its own.",
     )
     background: bool = Field(
-        default=True, description="Compute missing chunks while the engine is idle."
+        default=True,
+        description="Compute missing chunks while the engine is idle, and by `build_share` while it is busy.",
+    )
+    build_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Rows of such builds for each row that a busy engine computes; 0 to wait for idleness.",
     )
     max_background: int = Field(default=64, ge=0, description="Chunks waiting for that at most.")
     min_reused_tokens: int = Field(

@@ -12,6 +12,7 @@ from chunk_cache import ChunkKey, ChunkState
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
+from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
 
 CHUNK = 80
 
@@ -54,6 +55,7 @@ def test_background_builds_wait_for_idleness_and_the_queue_is_bounded(engine, mo
     local = engine("llama")
     runtime = local.runtime
     monkeypatch.setattr(runtime, "config", type(runtime.config)(max_background=3, self_check=False))
+    monkeypatch.setattr(runtime.build_share, "share", 0.0)
     many = [tokens(30, 400 + i) for i in range(6)]
     ids, spans = lay_out(many, tokens(5, 3))
     local.ask(ids, 1, fusion={"spans": spans})
@@ -65,6 +67,79 @@ def test_background_builds_wait_for_idleness_and_the_queue_is_bounded(engine, mo
     local.run(busy)
     turn(local, 900)
     assert runtime.metrics.counts["background.started"] == 3
+
+
+def test_a_busy_engine_builds_within_its_share_one_at_a_time(engine, monkeypatch):
+    local = engine("llama")
+    runtime = local.runtime
+    monkeypatch.setattr(runtime, "build_share", BuildShare(0.5))
+    computed = []
+    note = runtime.build_share.note_forward
+
+    def watch(rows, build_rows):
+        computed.append((rows, build_rows))
+        note(rows, build_rows)
+
+    monkeypatch.setattr(runtime.build_share, "note_forward", watch)
+    many = [tokens(30, 700 + i) for i in range(6)]
+    ids, spans = lay_out(many, tokens(5, 3))
+    busy = [local.submit(tokens(30, 9 + i), 220) for i in range(2)]
+    local.ask(ids, 1, fusion={"spans": spans})
+    waiting = len(runtime.missing)
+    assert waiting == 5
+    local.run(*busy)
+    assert runtime.metrics.counts["background.started"] >= 3  # no turn of the loop was idle
+    built, owed = 0, 0.0
+    for rows, build_rows in computed:
+        assert (
+            build_rows <= max(map(len, many)) + runtime.passage.size + PREFIX
+        )  # one build per batch
+        if build_rows:
+            assert owed <= 0  # what the build before it cost was paid back
+        owed += build_rows - (0.5 * max(rows - build_rows, 32) if rows > build_rows else 0)
+        owed = max(owed, 0.0)
+        built += build_rows
+    assert built
+    turn(local, 1200)
+    assert not runtime.missing
+    local.flush()
+    second = local.ask(ids, 1, fusion={"spans": spans, "policy": "reuse"})
+    assert report(second)["reused_tokens"] == sum(map(len, many))
+
+
+def test_requests_beside_builds_get_the_same_answers(engine, monkeypatch):
+    local = engine("llama")
+    monkeypatch.setattr(local.runtime, "build_share", BuildShare(1.0))
+    plain = local.ask(tokens(40, 21), 24, fusion={"mode": "off"})
+    local.flush()
+    ids, spans = lay_out([tokens(30, 800 + i) for i in range(5)], tokens(5, 3))
+    busy = local.submit(tokens(40, 21), 24, fusion={"mode": "off"})
+    missed = local.submit(ids, 1, fusion={"spans": spans})
+    local.run(busy, missed)
+    assert local.runtime.metrics.counts["background.started"]
+    assert busy.output_ids == plain.output_ids
+    local.settle()
+    local.runtime.store.check_integrity(expect_idle=True)
+
+
+def test_a_busy_engine_with_no_share_waits_for_idleness():
+    share = BuildShare(0.0)
+    share.note_forward(4000, 0)
+    assert not share.may_start
+
+
+def test_rows_of_builds_are_paid_back_by_rows_of_clients():
+    share = BuildShare(0.1)
+    assert share.may_start
+    share.note_forward(350, 300)  # a build of 300 rows beside 50 of clients
+    assert share.owed == pytest.approx(300 - 5)
+    share.note_forward(300, 300)  # a batch of builds alone pays nothing
+    assert share.owed == pytest.approx(595)
+    share.note_forward(4, 0)  # a decode step counts as 32 rows
+    assert share.owed == pytest.approx(595 - 3.2)
+    share.note_forward(6000, 0)
+    assert share.may_start
+    assert share.owed == 0
 
 
 def test_tenants_do_not_see_each_other(engine):
@@ -169,7 +244,7 @@ def test_server_info_shows_state_and_counters(engine):
     assert block["counts"]["spans.stored"] == 1
     assert block["pending"] == 0
     # Builds that wait are counted, and one that is aborted in the queue leaves nothing behind.
-    background._start(local.runtime, local.scheduler, missing(local))
+    background.start(local.runtime, local.scheduler, missing(local))
     block = controller.get_internal_state(None).internal_state["rag_fusion"]
     assert block["pending"] == 1
     local.scheduler.abort_request(AbortReq(rid="rag-internal-"))

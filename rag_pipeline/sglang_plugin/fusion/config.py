@@ -38,7 +38,9 @@ class FusionConfig:
     automatic_tenants : tuple of str
         The same for single tenants: first parts (up to a ``/``) of the ``cache_salt`` of their requests.
     background : bool
-        Compute missing chunks when the engine is idle.
+        Compute missing chunks when the engine is idle, and within ``build_share`` when it is busy.
+    build_share : float
+        Rows of such builds for each row that a busy engine computes for clients; 0 to wait for idleness.
     max_background : int
         Bound of that queue; what does not fit is dropped and counted.
     min_reused_tokens : int
@@ -72,6 +74,7 @@ class FusionConfig:
     automatic: bool = False
     automatic_tenants: tuple[str, ...] = ()
     background: bool = True
+    build_share: float = 0.1
     max_background: int = 64
     min_reused_tokens: int = 16
     checksums: bool = False
@@ -104,6 +107,10 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: store_bytes={self.store_bytes}, max_background="
                 f"{self.max_background}, min_reused_tokens={self.min_reused_tokens}; the first and "
                 "the last must be positive, the other not negative."
+            )
+        if not 0 <= self.build_share <= 1:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: build_share is {self.build_share}; give 0 (only when idle) to 1."
             )
         if self.store_dir_bytes < 0:
             raise EngineError(

@@ -10,6 +10,7 @@ from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 from rag_pipeline.sglang_plugin.fusion.forward import report as usage
@@ -158,6 +159,13 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "before",
             "missing chunks are computed when there is nothing else to do",
             background.before_idle,
+        ),
+        _row(
+            _SCHEDULER + "get_next_batch_to_run",
+            "before",
+            "an engine that is never idle computes missing chunks too, within a share of its work",
+            under_load.before_next_batch,
+            "running_batch",
         ),
         _row(
             _SRT + "managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep",

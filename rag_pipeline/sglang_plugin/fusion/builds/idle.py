@@ -1,4 +1,4 @@
-"""Missing chunks, computed later: the queue is served only while the engine has nothing to do."""
+"""Missing chunks, computed later: the queue of them, and how an engine that has nothing to do serves it."""
 
 from __future__ import annotations
 
@@ -76,10 +76,11 @@ def before_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
         runtime.say_fault("background", error)
         return
     if chunk is not None:
-        _start(runtime, scheduler, chunk)
+        start(runtime, scheduler, chunk)
 
 
-def _start(runtime: FusionRuntime, scheduler: Any, chunk: MissingChunk) -> None:
+def start(runtime: FusionRuntime, scheduler: Any, chunk: MissingChunk) -> None:
+    """Queue the request that computes a chunk and stores it."""
     prefix = chunk.prefix
     # The passage, where the chunk is computed behind it, is a part of this prefix: that is the plain variant.
     request, _ = build_requests(int(prefix.ids.size), int(chunk.ids.size))

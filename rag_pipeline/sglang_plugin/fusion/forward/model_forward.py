@@ -58,11 +58,12 @@ def around_model_forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Wrap ``ModelRunner.forward``: other batches pass through untouched."""
-    states = forward_batch.model_specific_states
+    states, runtime = forward_batch.model_specific_states, get_runtime()
     if states is None or PLAN_KEY not in states:
+        if runtime is not None:
+            runtime.build_share.note_forward(_rows(forward_batch), 0)
         return original(runner, forward_batch, *args, **kwargs)
     plan: BatchPlan = states[PLAN_KEY]
-    runtime = get_runtime()
     assert runtime is not None
     if plan.fused:
         began = time.perf_counter()
@@ -70,6 +71,7 @@ def around_model_forward(
         runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
     else:
         output = original(runner, forward_batch, *args, **kwargs)
+        _count_rows(runtime, forward_batch, plan)
     for entry in plan.entries:
         _conclude(runtime, runner, forward_batch, entry)
     return output
@@ -102,7 +104,9 @@ def _fused(
         _give_up(runtime, plan.fused, stage, error)
     else:
         runtime.pass_succeeded()
+        _count_rows(runtime, view, plan)
         return output
+    _count_rows(runtime, batch, plan)
     # Outside the handler, so that a fault of SGLang itself is raised as itself.
     passes = ordinary_views(runner, batch, plan, limit)
     for part in passes[:-1]:
@@ -110,6 +114,15 @@ def _fused(
         original(runner, part, *args, **kwargs)
     bind_adapters(runner, passes[-1])
     return original(runner, passes[-1], *args, **kwargs)
+
+
+def _rows(batch: Any) -> int:
+    return int(batch.extend_num_tokens or batch.batch_size)
+
+
+def _count_rows(runtime: FusionRuntime, batch: Any, plan: BatchPlan) -> None:
+    built = sum(e.piece.end - e.piece.start for e in plan.entries if e.state.internal)
+    runtime.build_share.note_forward(_rows(batch), built)
 
 
 def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error: Exception) -> None:

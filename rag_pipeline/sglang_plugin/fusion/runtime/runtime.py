@@ -15,6 +15,7 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
+from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -88,6 +89,7 @@ class FusionRuntime:
             config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
         )
         self.missing = BuildQueue()
+        self.build_share = BuildShare(config.build_share)
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
         self.in_update = False
