@@ -23,6 +23,7 @@ from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -172,8 +173,24 @@ class Pair:
     def idle(self, trigger=()):
         """Let the loop be idle for long enough, and serve the build that it starts."""
 
+        self._build(
+            lambda: background.before_idle(SimpleNamespace(is_fully_idle=lambda: True)), trigger
+        )
+
+    def busy(self, trigger=()):
+        """Turn the loop of a scheduler that is never idle, and serve the build that it starts."""
+        running = SimpleNamespace(reqs=[object()], batch_is_full=False)
+        scheduler = SimpleNamespace(
+            waiting_queue=[], chunked_req=None, collect_inflight_reqs=lambda: []
+        )
+        self._build(
+            lambda: under_load.before_next_batch(scheduler, running_batch=running, last_batch=None),
+            trigger,
+        )
+
+    def _build(self, turn, trigger):
         def take(rank, runtime):
-            background.before_idle(SimpleNamespace(is_fully_idle=lambda: True))
+            turn()
             return LOCAL.built
 
         for ids, start in self.both(take, trigger):
@@ -230,7 +247,7 @@ def make_pair(monkeypatch):
         LOCAL.built.append((ids, request.prefix_len))
         return object()
 
-    for module in (batching, background):
+    for module in (batching, background, under_load):
         monkeypatch.setattr(module, "get_runtime", lambda: LOCAL.runtime)
     monkeypatch.setattr(background.internal_requests, "submit", submit)
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)
@@ -269,7 +286,7 @@ TRIGGERS = st.one_of(
 ORDERS = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
 STEPS = st.one_of(
     st.tuples(st.just("ask"), ORDERS, st.sampled_from(["spans", "automatic", "talk"]), TRIGGERS),
-    st.tuples(st.just("idle"), TRIGGERS),
+    st.tuples(st.sampled_from(["idle", "busy"]), TRIGGERS),
     st.tuples(st.just("lose"), RANK, st.integers(0, 9)),
     st.tuples(st.just("full"), RANK),
     st.tuples(st.just("clock"), RANK),
@@ -285,6 +302,8 @@ def play(pair, step):
             pair.ask(ids, fusion, trigger)
         case ("idle", trigger):
             pair.idle(trigger)
+        case ("busy", trigger):
+            pair.busy(trigger)
         case ("lose", rank, number):
             keys = pair.ranks[rank].store.keys()
             if keys:
