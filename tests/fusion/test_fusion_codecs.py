@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, report, tokens
 
-from chunk_cache import ChunkKV, codec_named, encode_layers
+from chunk_cache import ChunkKV, Match, codec_named, encode_layers
 from rag_pipeline.sglang_plugin.fusion.admission import admit
 
 PROMPT = [*PREFIX_IDS, *CHUNKS[0], *tokens(9, 3)]
@@ -80,7 +80,8 @@ def test_ranks_drop_a_run_that_only_one_of_them_has_exactly(stored):
 
     def offered():
         prompt = torch.tensor(PROMPT).numpy()
-        (match,) = local.runtime.store.match(prompt).matches
+        (key,) = local.runtime.store.keys()
+        match = Match(PREFIX, PREFIX + CHUNK, key, 0)
         prefix = local.runtime.prefix(prompt, PREFIX, admit.RadixNamespace(None, None))
         (span,) = admit.lease_matches(local.runtime, prompt, prefix, [match])
         span.lease.release()
