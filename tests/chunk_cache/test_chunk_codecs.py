@@ -326,3 +326,11 @@ def test_a_folder_keeps_the_fact_that_kv_is_approximate(make_record: Make, tmp_p
         assert read.is_lossless == record.is_lossless
         assert torch.equal(read.k, record.k)
         assert np.array_equal(read.token_ids, record.token_ids)
+
+
+def test_memory_keeps_the_full_precision_that_it_has(make_record: Make, make_store):
+    record, store = make_record(range(40)), make_store()
+    assert store.put(record)
+    assert not store.put(approximate(record, "kivi4"))
+    with store.borrow(record.key) as held:
+        assert held.is_lossless

@@ -29,8 +29,8 @@ def fill_folder(session: EngineSession, prompts: Sequence[EvalPrompt], folder: P
     EvalError
         The engine stores no chunk KV there, or not in time.
     """
+    session.flush()  # once: the passage in front of every chunk is computed once, too
     for prompt in prompts:
-        session.flush()
         session.build_chunks(prompt, store=True)
     wanted = _VARIANTS * len({chunk.ids for prompt in prompts for chunk in prompt.chunks})
     deadline = time.monotonic() + _WRITE_WAIT_S
