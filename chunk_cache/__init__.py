@@ -10,6 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chunk_cache.codecs.base import (
+        CODECS,
+        LOSSLESS,
+        Codec,
+        CodecError,
+        codec_named,
+        encode_layers,
+    )
     from chunk_cache.errors import ChunkCacheError, IntegrityError
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
@@ -39,20 +47,23 @@ if TYPE_CHECKING:
     from chunk_cache.tiers.transfer import StoreLoadReport, export_store, load_store
 
 _HOME = {
-    "DISK_BYTES": "tiers.disk.budget",
-    "KV_LAYOUTS": "layouts.base",
-    "STORE_FORMAT_VERSION": "keys",
     "BackgroundWriter": "tiers.background_writer",
     "Build": "store.builds",
+    "CODECS": "codecs.base",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
     "ChunkKey": "keys",
     "ChunkMatcher": "matching",
     "ChunkState": "store.builds",
+    "Codec": "codecs.base",
+    "CodecError": "codecs.base",
+    "DISK_BYTES": "tiers.disk.budget",
     "EntryInfo": "store.listing",
     "IntegrityError": "errors",
     "KVContext": "keys",
     "KVLayout": "layouts.base",
+    "KV_LAYOUTS": "layouts.base",
+    "LOSSLESS": "codecs.base",
     "LayerKV": "layouts.base",
     "LayerReader": "tiers.base",
     "Lease": "store.lease",
@@ -60,6 +71,7 @@ _HOME = {
     "MatchResult": "matching",
     "MemoryStore": "store.memory",
     "Resolution": "store.listing",
+    "STORE_FORMAT_VERSION": "keys",
     "StoreFolder": "tiers.disk.folder",
     "StoreLoadReport": "tiers.transfer",
     "StoreStats": "store.stats",
@@ -70,6 +82,8 @@ _HOME = {
     "as_token_ids": "keys",
     "canonical_json": "keys",
     "check_spans": "spans",
+    "codec_named": "codecs.base",
+    "encode_layers": "codecs.base",
     "export_store": "tiers.transfer",
     "hash_token_ids": "keys",
     "layout_named": "layouts.base",
@@ -83,8 +97,10 @@ _HOME = {
 }
 
 __all__ = [
+    "CODECS",
     "DISK_BYTES",
     "KV_LAYOUTS",
+    "LOSSLESS",
     "STORE_FORMAT_VERSION",
     "TIERS",
     "BackgroundWriter",
@@ -94,6 +110,8 @@ __all__ = [
     "ChunkKey",
     "ChunkMatcher",
     "ChunkState",
+    "Codec",
+    "CodecError",
     "EntryInfo",
     "IntegrityError",
     "KVContext",
@@ -114,6 +132,8 @@ __all__ = [
     "as_token_ids",
     "canonical_json",
     "check_spans",
+    "codec_named",
+    "encode_layers",
     "export_store",
     "hash_token_ids",
     "layout_named",

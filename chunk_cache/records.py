@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 import torch
 
+from chunk_cache.codecs.base import codec_named
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
 from chunk_cache.layouts.base import LayerKV, layout_named
@@ -42,6 +43,9 @@ class ChunkKV:
         ``[L, T, H, D]`` and ``[L, T, H, D_v]``, as the layout checks them.
     layout : str
         Name in :data:`chunk_cache.layouts.base.KV_LAYOUTS`: what the two tensors hold.
+    codec : str
+        Name in :data:`chunk_cache.codecs.base.CODECS`: what the KV went through since a model computed it. After a
+        lossy one it is approximate, wherever it is copied to; see :attr:`is_lossless`.
 
     Raises
     ------
@@ -57,6 +61,7 @@ class ChunkKV:
     layout: str = "heads"
     checksum: str | None = None
     """Set by :meth:`sealed`; ``None`` means nobody asked for one."""
+    codec: str = "plain"
 
     def __post_init__(self) -> None:
         layout = layout_named(self.layout)
@@ -67,6 +72,7 @@ class ChunkKV:
         if self.base_position < 0:
             raise ChunkCacheError(f"base_position={self.base_position}: allowed is >= 0")
         layout.check(self)
+        codec_named(self.codec)
         object.__setattr__(self, "k", self.k.detach())
         object.__setattr__(self, "v", self.v.detach())
 
@@ -85,6 +91,11 @@ class ChunkKV:
         """What the record is charged against a byte budget: tensors, ids and a fixed overhead."""
         tensors = layout_named(self.layout).num_bytes(self)
         return int(tensors + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the KV is bit for bit what the model computed. If not, nothing may take it for exact KV."""
+        return codec_named(self.codec).is_lossless
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Return views of one layer's tokens ``[start, end)``; see :class:`LayerKV`."""

@@ -25,6 +25,11 @@ class LayerReader(Protocol):
         """Name of the record's :class:`KVLayout`."""
         ...
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every bit is as the model computed it; what is not is never taken for exact KV."""
+        ...
+
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Tokens ``[start, end)`` of one layer, on any device; blocks until they are there."""
         ...

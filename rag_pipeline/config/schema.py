@@ -201,6 +201,11 @@ class FusionSettings(_Section):
         ge=0,
         description="Byte budget of the folder of chunk KV; the longest unused chunks go first.",
     )
+    store_codec: str = Field(
+        default="plain",
+        description="How chunk KV is written below memory: plain is lossless; fp8, kivi8, kivi4 are smaller, "
+        "and approximate when they are read back.",
+    )
     store_tenants: str = Field(
         default="*",
         description="Tenants whose chunk KV is read at start, as digests; * for all; the commands set it.",

@@ -33,6 +33,7 @@ def encode_record(record: ChunkKV) -> bytes:
     header = {
         "format": STORE_FORMAT,
         "layout": record.layout,
+        "codec": record.codec,
         "base_position": str(record.base_position),
         "checksum": str(sealed.checksum),
     }
@@ -77,6 +78,7 @@ def decode_record(key: ChunkKey, data: bytes) -> ChunkKV | None:
             k=tensors["k"],
             v=tensors["v"],
             layout=str(header["layout"]),
+            codec=str(header.get("codec", "plain")),
             checksum=header["checksum"],
         )
         return record if record.verify() else None

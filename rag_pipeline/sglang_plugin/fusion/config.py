@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from chunk_cache import DISK_BYTES, TIERS
+from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
@@ -63,6 +63,8 @@ class FusionConfig:
         What ``store_dir`` is opened as (:data:`chunk_cache.TIERS`).
     store_dir_bytes : int
         Byte budget of that folder, of all its models, ranks and tenants together.
+    store_codec : str
+        How KV is written to tiers below memory (:data:`chunk_cache.CODECS`); what is there is read whatever this says.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -86,6 +88,7 @@ class FusionConfig:
     store_dir: str = ""
     tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
+    store_codec: str = LOSSLESS
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -129,6 +132,10 @@ class FusionConfig:
         if self.tier not in TIERS.names():
             raise EngineError(
                 f"{CONFIG_VARIABLE}: tier is {self.tier!r}; choose one of {', '.join(TIERS.names())}."
+            )
+        if self.store_codec not in CODECS.names():
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: store_codec is {self.store_codec!r}; choose one of {', '.join(CODECS.names())}."
             )
         try:
             create_policy(self.policy)

@@ -187,6 +187,8 @@ def _is_exact(prompt: TokenArray, match: Match, lease: Lease, prefix: KnownPrefi
     if match.key.namespace != prefix.context.namespace:
         return False  # computed behind the passage
     record = lease.record
+    if not record.is_lossless:
+        return False  # approximate wherever it stands
     return planning.stands_in_place(
         prompt,
         match,
@@ -199,7 +201,8 @@ def _is_exact(prompt: TokenArray, match: Match, lease: Lease, prefix: KnownPrefi
 def _run_of(span: LeasedSpan, prefix: KnownPrefix | None) -> tuple[Any, ...]:
     """What the ranks must have in common: the run, and everything in the chunk's key but the rank's own shard.
 
-    Heads of two chunks, or of two variants of one, must never mix, and all must be moved by the same distance.
+    Heads of two chunks, or of two variants of one, must never mix, and all must be moved by the same distance. What
+    is exact on one rank only (another has read it back through a lossy codec) would make them choose other rows.
     """
     record = span.lease.record
     return (
@@ -208,6 +211,7 @@ def _run_of(span: LeasedSpan, prefix: KnownPrefix | None) -> tuple[Any, ...]:
         span.match.chunk_offset,
         record.base_position,
         span.is_behind_passage,
+        span.is_exact,
         0 if prefix is None else int(prefix.ids.size),
         hash_token_ids(record.token_ids),
     )
