@@ -388,14 +388,14 @@ class StoreAgainstDict(RuleBasedStateMachine):
                     assert sorted(hit.chunk.text for hit in hits) == sorted(texts[:2])
 
     def agrees_unfiltered(self, found: list[Place], expected: list[Place]) -> None:
-        """Every chunk once; a graph that holds a vector several times may leave some out.
+        """Every chunk once; a graph of many vertices may leave out a few.
 
-        HNSW keeps few links for a vertex and drops those to vertices nearer to one another than to it, so
-        vertices of equal vectors may be linked to each other alone. No search reaches them from outside, or
-        gets away from them.
+        A vertex of HNSW8 has 16 links. Up to 17 vertices all are linked to all. Beyond, links are dropped,
+        and now and then a few vertices (those of equal vectors above all) are linked to each other alone,
+        where no search gets to them or away from them.
         """
-        if "HNSW" in self.factory and len({text for _, text in expected}) < len(expected):
-            assert found
+        if "HNSW" in self.factory and len(expected) > 17:
+            assert len(found) > len(expected) / 2
             assert not Counter(found) - Counter(expected)
         else:
             assert found == expected
