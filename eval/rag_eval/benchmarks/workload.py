@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rag_eval.arguments import require_at_least
 from rag_eval.datasets import Example, PromptChunk
 from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
@@ -46,9 +47,7 @@ class WorkloadConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("requests", "corpus", "chunks", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(self, 1, "requests", "corpus", "chunks", "chunk_tokens")
         if self.corpus < self.chunks:
             raise EvalError(
                 f"corpus is {self.corpus}; a prompt of {self.chunks} chunks needs at least as many"
