@@ -78,9 +78,7 @@ def add_fields(
             type=plain,
             default=field.default,
             metavar=None if plain is str else "N",
-            help=(texts or {}).get(
-                field.name, " "
-            ),  # without a text the default would not be shown
+            help=(own | dict(texts or {})).get(field.name, "(default: %(default)s)"),
         )
 
 
