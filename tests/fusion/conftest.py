@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from rag_eval.benchmarks.tiny_model import peak_attention
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 VOCAB = 256
 
@@ -56,14 +58,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
             torch.manual_seed(7)
             model = AutoModelForCausalLM.from_config(_config(family, **overrides))
-            with torch.no_grad():
-                for parameter_name, parameter in model.named_parameters():
-                    if parameter.ndim == 2:
-                        # Peaked attention and clear winners: a wrong key changes the output visibly.
-                        scale = (
-                            3.0 if "q_proj" in parameter_name or "k_proj" in parameter_name else 1.5
-                        )
-                        parameter.normal_(0.0, scale / parameter.shape[1] ** 0.5)
+            peak_attention(model)
             folder = tmp_path_factory.mktemp(key)
             model.to(torch.float32).save_pretrained(folder)
             made[key] = folder

@@ -41,6 +41,7 @@ from rag_eval.benchmarks.router_process import (
     passes,
     running_router,
 )
+from rag_eval.benchmarks.tiny_model import write_tiny_model
 from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 from rag_pipeline.protocol import FusionRequest, build_requests
@@ -159,45 +160,19 @@ def two_servers(progress: Progress) -> Iterator[list[str]]:
 
     They match automatically: a router that drops the fields of a request drops its asking too.
     """
+    from rag_pipeline.models import resolve_llm
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     environment = {FUSION_VARIABLE: FusionConfig(automatic=True).to_env()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rag-bench-")))
-        make_tiny_model(folder)
+        write_tiny_model(folder, resolve_llm("smollm2-135m").path, tied=False)
         settings = {"max_total_tokens": 16384, "enable_metrics": True}
         urls = []
         for number in (1, 2):
             progress(f"starting server {number} of 2")
             urls.append(stack.enter_context(local_server(folder, settings, environment)).url)
         yield urls
-
-
-def make_tiny_model(folder: Path) -> None:
-    """Write a four-layer Llama of random weights with the packaged model's tokenizer."""
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from rag_pipeline.models import resolve_llm
-
-    torch.manual_seed(7)
-    shape = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    AutoModelForCausalLM.from_config(shape).to(torch.float32).save_pretrained(folder)
-    for file in resolve_llm("smollm2-135m").path.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, folder)
 
 
 def warm(requests: Sequence[TopicRequest], urls: Sequence[str]) -> None:
