@@ -25,6 +25,23 @@ def interrupt_at() -> Callable[[str], Callable[[str], None]]:
     return made
 
 
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with code 2 and one line on stderr, and returns that line."""
+
+    def refused(main: Callable[[list[str]], int], words: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        return said.err
+
+    return refused
+
+
 @pytest.fixture(scope="session")
 def prompt_maker(smollm2_path: Path) -> Any:
     from rag_eval.runner.prompts import PromptMaker

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from fusion_helpers import CHUNKS, VOCAB, store_chunks
 
 from rag_eval.benchmarks.tiny_model import peak_attention
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-VOCAB = 256
 
 
 def _config(family: str, **overrides: Any) -> Any:
@@ -278,6 +278,13 @@ def engine(_engines: Callable[..., LocalEngine]) -> Iterator[Callable[..., Local
     for made in {id(e): e for e in used}.values():
         made.settle()
         made.runtime.store.check_integrity(expect_idle=True)
+
+
+@pytest.fixture
+def stocked(engine: Callable[..., LocalEngine]) -> LocalEngine:
+    """The tiny Llama's engine with the first two chunks in its store."""
+    made: LocalEngine = store_chunks(engine("llama"), CHUNKS[:2])
+    return made
 
 
 @pytest.fixture(scope="session", autouse=True)
