@@ -93,7 +93,7 @@ def _texts_below(kind: type[Any]) -> dict[str, str]:
                 ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str(words))),
             ):
-                found[name] = words.rstrip(".").replace("%", "%%")
+                found[name] = words.rstrip(".").replace("`", "").replace("%", "%%")
     return found
 
 
@@ -127,7 +127,6 @@ def parse_config(
     parser: argparse.ArgumentParser,
     kind: type[Config],
     words: Sequence[str] | None,
-    texts: Mapping[str, str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Read a config by an option for each field, and the options that the parser has besides.
 
@@ -140,10 +139,8 @@ def parse_config(
         The config's dataclass.
     words : sequence of str or None
         The command line without the program; None for that of the process.
-    texts : mapping of str to str, optional
-        Help text by name of the field.
     """
-    add_fields(parser, kind, texts)
+    add_fields(parser, kind)
     add_json_option(parser)
     given = parser.parse_args(words)
     try:

@@ -38,6 +38,14 @@ def build(local, chunk, passage):
     return local.ask(ids, 1, fusion=fusion)
 
 
+def build_both(local):
+    """Store both chunks in both variants, and forget the prompts."""
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, False)
+        build(local, chunk, True)
+    local.flush()
+
+
 def hits(local):
     """Uses of each stored chunk, by base position and tokens."""
     return {(info.base_position, info.key.digest): info.hits for info in local.runtime.store.ls()}
@@ -74,10 +82,7 @@ def test_where_the_passage_really_stands_its_kv_is_that_of_a_full_prefill(local)
 
 
 def test_at_its_own_place_a_chunk_is_exact_and_elsewhere_it_saw_the_passage(local):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, False)
-        build(local, chunk, True)
-    local.flush()
+    build_both(local)
     before = hits(local)
     scans = local.runtime.store.stats().prompts_matched
     req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})
@@ -125,10 +130,7 @@ def test_passage_kv_at_delta_zero_behind_other_text_is_not_taken_for_exact(local
 
 
 def test_ranks_must_have_the_same_variant(local, monkeypatch):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, False)
-        build(local, chunk, True)
-    local.flush()
+    build_both(local)
 
     class Group(RankGroup):
         """The other rank has lost what saw the passage, and holds the same runs otherwise."""
@@ -150,10 +152,7 @@ def test_ranks_must_have_the_same_variant(local, monkeypatch):
 
 
 def test_a_prompt_without_spans_may_refuse_the_passage_too(local):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, True)
-        build(local, chunk, False)
-    local.flush()
+    build_both(local)
     before = hits(local)
     local.ask(PROMPT, 2, fusion={"policy": "reuse", "passage": False})
     used = {key: count - before[key] for key, count in hits(local).items()}

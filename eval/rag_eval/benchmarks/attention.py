@@ -234,13 +234,10 @@ def _run_defaults(config: AttentionBenchConfig, progress: Progress) -> dict[str,
     return run(default_cases(), repeats=config.repeats)
 
 
-HELP = {"repeats": "timed calls per backend and case", "threads": "torch threads"}
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
     parser = benchmark_parser("python -m rag_eval.benchmarks.attention", __doc__)
-    return run_benchmark(parser, AttentionBenchConfig, _run_defaults, table, words, HELP)
+    return run_benchmark(parser, AttentionBenchConfig, _run_defaults, table, words)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A new benchmark brings its own measuring alone:
 
 * a config, a frozen dataclass of numbers and texts with defaults, which refuses what it cannot measure;
+  the string below a field is the help text of its option;
 * ``run(config, progress)``, which returns JSON-ready numbers, and beside each median its ``n`` and a spread
   (:meth:`rag_eval.benchmarks.call_timer.CallTimer.report` has both);
 * ``table(report)``, the same as text;
@@ -55,7 +56,6 @@ def run_benchmark(
     run: Callable[[Config, Progress], Report],
     table: Callable[[Report], str],
     words: Sequence[str] | None,
-    texts: Mapping[str, str] | None = None,
 ) -> int:
     """Read the config, measure, and print the report.
 
@@ -71,15 +71,13 @@ def run_benchmark(
         The report as text.
     words : sequence of str or None
         The command line without the program; None for that of the process.
-    texts : mapping of str to str, optional
-        Help text by name of the field.
 
     Returns
     -------
     int
         Exit code; a mistake in the options ends the program with 2.
     """
-    config, given = parse_config(parser, kind, words, texts)
+    config, given = parse_config(parser, kind, words)
     return print_report(run(config, say_progress), table, as_json=given.json)
 
 

@@ -55,29 +55,22 @@ _SETTLE_S = 60.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RouterBenchConfig:
-    """Shape of the workload.
-
-    Parameters
-    ----------
-    topics : int
-        Pools of chunks, each the size of ``pool``.
-    pool, chunks, chunk_tokens : int
-        Chunks of a topic, how many of them a request takes, and their length in tokens.
-    requests : int
-        Requests a topic.
-    policy : str
-        Fusion policy of every request.
-    seed : int
-        Chooses chunks and order.
-    """
+    """Shape of the workload."""
 
     topics: int = 10
+    """Pools of chunks."""
     pool: int = 6
+    """Chunks of a topic."""
     chunks: int = 4
+    """Chunks of it that a request takes."""
     chunk_tokens: int = 96
+    """Length of a chunk in tokens."""
     requests: int = 6
+    """Requests per topic."""
     policy: str = "query:0.15"
+    """Fusion policy of every request."""
     seed: int = 0
+    """Chooses chunks and order."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "topics", "pool", "chunks", "chunk_tokens", "requests")

@@ -30,38 +30,26 @@ CAPACITY_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputConfig:
-    """What is measured.
-
-    Parameters
-    ----------
-    model : str
-        Hub id, folder, GGUF file or packaged name.
-    modes : str
-        As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    rates : str
-        Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
-        request after the other, then twice as many each time.
-    workload : WorkloadConfig
-        The prompts.
-    output_tokens : int
-        Tokens of every answer.
-    ttft_bound_s : float or None
-        Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
-        server that is otherwise idle.
-    url : str or None
-        A running server to use; one is started otherwise.
-    engine_args : dict
-        Arguments of the server that is started.
-    """
+    """What is measured."""
 
     model: str = "smollm2-135m"
+    """Hub id, folder, GGUF file or packaged name."""
     modes: str = "prefix,query:0.15"
+    """As for the evaluation; ``prefix`` (RadixAttention alone) is always there."""
     rates: str = "auto"
+    """Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
+    request after the other, then twice as many each time."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """The prompts."""
     output_tokens: int = 16
+    """Tokens of every answer."""
     ttft_bound_s: float | None = None
+    """Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
+    server that is otherwise idle."""
     url: str | None = None
+    """A running server to use; one is started otherwise."""
     engine_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the server that is started."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "output_tokens")
@@ -195,17 +183,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-HELP = {
-    "modes": "modes, comma between",
-    "rates": "arrivals per second, or auto",
-    "requests": "prompts of each rate",
-    "corpus": "distinct chunks in all",
-    "chunks": "chunks per prompt",
-    "zipf": "how unevenly chunks recur; 0 evenly",
-    "url": "a running server; otherwise one is started",
-}
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
     parser = benchmark_parser("rag-pipeline bench throughput", __doc__)
@@ -213,7 +190,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--ttft-bound", dest="ttft_bound_s", type=float, help="seconds; bound of the goodput"
     )
     add_engine_option(parser)
-    return run_benchmark(parser, ThroughputConfig, run, table, words, HELP)
+    return run_benchmark(parser, ThroughputConfig, run, table, words)
 
 
 if __name__ == "__main__":

@@ -30,39 +30,27 @@ DEFAULT_CHUNKS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TtftConfig:
-    """What is measured.
-
-    Parameters
-    ----------
-    model : str
-        Hub id, folder, GGUF file or packaged name.
-    chunks : str
-        Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
-        takes as many as fit.
-    chunk_tokens : int
-        Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
-        `chunks` say it.
-    lengths : str
-        Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
-        `chunks` and `chunk_tokens` make.
-    question_tokens : int
-        Least length of the question in tokens; it is repeated up to there.
-    modes : str
-        As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    repeats : int
-        Runs a mode; the first round is a warm-up that is not counted.
-    seed : int
-        Chooses text and order.
-    """
+    """What is measured."""
 
     model: str = "smollm2-135m"
+    """Hub id, folder, GGUF file or packaged name."""
     chunks: str = "auto"
+    """Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
+    takes as many as fit."""
     chunk_tokens: int = 400
+    """Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
+    `chunks` say it."""
     lengths: str = ""
+    """Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
+    `chunks` and `chunk_tokens` make."""
     question_tokens: int = 24
+    """Least length of the question in tokens; it is repeated up to there."""
     modes: str = "prefix,reuse,query:0.05,query:0.15,epic:0.15,cacheblend:0.15"
+    """As for the evaluation; ``prefix`` (RadixAttention alone) is always there."""
     repeats: int = 5
+    """Runs per mode; the first round is a warm-up that is not counted."""
     seed: int = 0
+    """Chooses text and order."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "chunk_tokens", "question_tokens", "repeats")
@@ -254,19 +242,12 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-HELP = {
-    "lengths": "whole prompts, tokens: 1000,2000,4000,8000",
-    "chunks": "numbers of chunks, or auto",
-    "modes": "modes, comma between",
-}
-
-
 @refusals_in_one_line
 def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
     parser = benchmark_parser("rag-pipeline bench ttft", __doc__)
     parser.add_argument("--plot", type=Path, help="write TTFT over prompt length to this PNG")
-    config, given = parse_config(parser, TtftConfig, words, HELP)
+    config, given = parse_config(parser, TtftConfig, words)
     found = run(config, say_progress)
     if given.plot:
         from rag_eval.benchmarks.ttft_plot import plot_ttft
