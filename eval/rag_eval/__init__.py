@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rag_eval.errors import EvalError, ModeUnavailableError
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_eval.datasets import DatasetOptions
@@ -34,11 +35,4 @@ _HOME = {
     "run_eval": "runner",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load the public names on first use (PEP 562): ``--help`` imports nothing heavy."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rag_eval.arguments import OneLineParser, engine_arguments
-from rag_pipeline.errors import RagPipelineError
-from retrievers.errors import RetrievalError
+from rag_eval.arguments import (
+    OneLineParser,
+    add_engine_option,
+    add_json_option,
+    build_config,
+)
+from rag_eval.command import json_line, refusals_in_one_line, say_progress
 
 
 def _parser() -> OneLineParser:
@@ -36,12 +39,13 @@ def _parser() -> OneLineParser:
     add("--seen-before", default="alone", help="alone, or permuted: earlier in another order")
     add("--retrieve", type=Path, default=None, help="index folder to take the chunks from")
     add("--passage", default="corpus", help="chunks behind text of the corpus, or builtin")
-    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
+    add_engine_option(parser)
     add("--publish", type=Path, default=None, help="also write the run as one JSON file")
-    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add_json_option(parser)
     return parser
 
 
+@refusals_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. The word ``gate`` first runs the model gate."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -50,43 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return gate(words[1:])
     given = _parser().parse_args(words)
-    from rag_eval.datasets import DatasetOptions
-    from rag_eval.runner import DEFAULT_MODES, EvalConfig, run_eval, table_text
+    from rag_eval.runner import EvalConfig, run_eval, table_text
 
-    try:
-        config = EvalConfig(
-            dataset=given.dataset,
-            model=given.model,
-            out=given.out,
-            modes=given.modes or DEFAULT_MODES,
-            limit=given.limit,
-            seed=given.seed,
-            options=DatasetOptions(
-                chunks=given.chunks,
-                chunk_tokens=given.chunk_tokens,
-                distractors=given.distractors,
-                order=given.order,
-                zipf=given.zipf,
-                seed=given.seed,
-            ),
-            max_new_tokens=given.max_new_tokens,
-            gold_tokens=given.gold_tokens,
-            noise_every=given.noise_every,
-            seen_before=given.seen_before,
-            retrieve=given.retrieve,
-            passage=given.passage,
-            engine_args=engine_arguments(given.engine_arg),
-        )
-        result = run_eval(config, lambda line: print(line, file=sys.stderr, flush=True))
-        if given.publish:
-            from rag_eval.report import publish
+    result = run_eval(build_config(EvalConfig, vars(given)), say_progress)
+    if given.publish:
+        from rag_eval.report import publish
 
-            publish(result, given.out, given.publish)
-    except (RagPipelineError, RetrievalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        publish(result, given.out, given.publish)
     if given.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False))
+        print(json_line(result.to_json()))
     else:
         print(table_text(result), end="")
     return 0

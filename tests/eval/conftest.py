@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rag_eval.benchmarks.tiny_model import write_tiny_model
 
 
 @pytest.fixture
@@ -23,6 +23,23 @@ def interrupt_at() -> Callable[[str], Callable[[str], None]]:
         return progress
 
     return made
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with code 2 and one line on stderr, and returns that line."""
+
+    def refused(main: Callable[[list[str]], int], words: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        return said.err
+
+    return refused
 
 
 @pytest.fixture(scope="session")
@@ -47,36 +64,8 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     Its weights are large enough for attention to matter: reuse changes the answer, and so does a
     wrong key.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    source = json.loads((smollm2_path / "config.json").read_text("utf-8"))
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            bos_token_id=source["bos_token_id"],
-            eos_token_id=source["eos_token_id"],
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                scale = 3.0 if "q_proj" in name or "k_proj" in name else 1.5
-                parameter.normal_(0.0, scale / parameter.shape[1] ** 0.5)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.to(torch.float32).save_pretrained(folder)
-    for file in smollm2_path.glob("*"):
-        if "token" in file.name or file.name.endswith(".jinja"):
-            shutil.copy(file, folder / file.name)
-    return folder
+    return write_tiny_model(folder, smollm2_path, context=8192, peaked=True)
 
 
 @pytest.fixture(scope="session")

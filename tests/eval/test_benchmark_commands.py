@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 
 import rag_eval.benchmarks
+from rag_eval.arguments import add_engine_option, require_at_least
 from rag_eval.benchmarks import store
 from rag_eval.benchmarks.call_timer import CallTimer
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, time_in_turns
+from rag_eval.errors import EvalError
 
 COMMANDS = [
     found.name
     for found in pkgutil.iter_modules(rag_eval.benchmarks.__path__)
     if hasattr(import_module(f"rag_eval.benchmarks.{found.name}"), "main")
 ]
+CONFIGURED = {
+    "ttft": "model chunks chunk-tokens lengths question-tokens modes repeats seed",
+    "throughput": "model rates requests corpus chunks chunk-tokens zipf output-tokens seed url",
+    "kernels": "system-tokens chunks q-heads dtype threads",
+    "router": "topics pool policy seed",
+    "planning": "stored policies repeats",
+    "overhead": "model repeats chunks new-tokens",
+}
+"""Options of benchmarks, some of each."""
 SMALL = ["--chunks", "40", "--chunk-tokens", "128", "--prompt-tokens", "800", "--repeats", "12"]
 SMALL += ["--layers", "2", "--records", "4"]
 
@@ -27,15 +43,96 @@ def test_no_command_is_missed() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_unknown_option_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_is_one_line(name: str, refusal: Callable[..., str]) -> None:
+    line = refusal(import_module(f"rag_eval.benchmarks.{name}").main, ["--bogus", "1"])
+    assert "--help` lists what is allowed" in line
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_every_field_of_a_config_has_an_option_with_its_default(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        import_module(f"rag_eval.benchmarks.{name}").main(["--bogus", "1"])
-    assert stop.value.code == 2
+        import_module(f"rag_eval.benchmarks.{name}").main(["--help"])
+    assert stop.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    told = {block.split()[0]: block for block in re.split(r"\n  (?=--)", options) if block.strip()}
+    for option in CONFIGURED[name].split():
+        assert "(default:" in " ".join(told[f"--{option}"].split()), option
+    assert "--json" in told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = 3
+    """How large."""
+    share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str = "n"
+    """What it is called."""
+    inner: Inner = Inner()
+    count: int = 2
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "count")
+
+
+def measure(config: Outer, progress: Callable[[str], None]) -> dict[str, Any]:
+    progress("measuring")
+    if config.name == "absent":
+        raise EvalError("name is absent; take another")
+    return {"n": config.count, "of": asdict(config), "interrupted": config.name == "cut"}
+
+
+def command(*words: str) -> int:
+    parser = benchmark_parser("bench toy", "A toy.\n\nMore of it.")
+    add_engine_option(parser)
+    return run_benchmark(parser, Outer, measure, lambda report: f"table {report['n']}", words)
+
+
+def test_a_benchmark_brings_its_measuring_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "5", "--share", "0.5", "--count", "4", "--engine-arg", "page_size=16"]
+    assert command(*words, "--json") == 0
     said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("error: ")
-    assert "--help` lists what is allowed" in said.err
+    assert said.err == "measuring\n"
+    inner = {"size": 5, "share": 0.5}
+    made = {"name": "n", "inner": inner, "count": 4, "engine_args": {"page_size": 16}}
+    assert json.loads(said.out) == {"n": 4, "of": made, "interrupted": False}
+    assert command() == 0
+    assert capsys.readouterr().out == "table 2\n"
+    assert command("--name", "cut") == 130
+    assert "table 2" in capsys.readouterr().out
+    assert command("--name", "absent") == 1
+    assert capsys.readouterr().err.endswith("error: name is absent; take another\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--count", "0"], "count is 0; it must be 1 or more"),
+        (["--share", "much"], "share"),
+        (["--engine-arg", "x"], "NAME=JSON"),
+    ],
+)
+def test_a_benchmark_that_is_told_nonsense_says_so_in_one_line(
+    words: list[str], named: str, refusal: Callable[..., str]
+) -> None:
+    assert named in refusal(lambda given: command(*given), words)
+
+
+def test_calls_are_timed_in_turns_behind_a_warm_up() -> None:
+    seen: list[str] = []
+    calls = {name: partial(seen.append, name) for name in "ab"}
+    timers = time_in_turns(calls, 3)
+    assert "".join(seen) == "ba" + "ab" + "ba" + "ab"
+    assert {name: timer.report("n") for name, timer in timers.items()} == {
+        "a": {"n": 3},
+        "b": {"n": 3},
+    }
 
 
 def test_the_store_is_timed_in_every_way(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,14 +153,9 @@ def test_the_store_is_timed_in_every_way(capsys: pytest.CaptureFixture[str]) -> 
     ("words", "named"), [(["--repeats", "0"], "repeats"), (["--chunk-tokens", "9"], "chunk-tokens")]
 )
 def test_a_store_of_no_size_is_one_line(
-    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], named: str, refusal: Callable[..., str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        store.main(words)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert named in line
+    assert named in refusal(store.main, words)
 
 
 def test_the_timer_counts_calls_and_sums() -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from fusion_helpers import CHUNKS, VOCAB, store_chunks
+
+from rag_eval.benchmarks.tiny_model import peak_attention
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-VOCAB = 256
 
 
 def _config(family: str, **overrides: Any) -> Any:
@@ -56,14 +58,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
             torch.manual_seed(7)
             model = AutoModelForCausalLM.from_config(_config(family, **overrides))
-            with torch.no_grad():
-                for parameter_name, parameter in model.named_parameters():
-                    if parameter.ndim == 2:
-                        # Peaked attention and clear winners: a wrong key changes the output visibly.
-                        scale = (
-                            3.0 if "q_proj" in parameter_name or "k_proj" in parameter_name else 1.5
-                        )
-                        parameter.normal_(0.0, scale / parameter.shape[1] ** 0.5)
+            peak_attention(model)
             folder = tmp_path_factory.mktemp(key)
             model.to(torch.float32).save_pretrained(folder)
             made[key] = folder
@@ -283,6 +278,13 @@ def engine(_engines: Callable[..., LocalEngine]) -> Iterator[Callable[..., Local
     for made in {id(e): e for e in used}.values():
         made.settle()
         made.runtime.store.check_integrity(expect_idle=True)
+
+
+@pytest.fixture
+def stocked(engine: Callable[..., LocalEngine]) -> LocalEngine:
+    """The tiny Llama's engine with the first two chunks in its store."""
+    made: LocalEngine = store_chunks(engine("llama"), CHUNKS[:2])
+    return made
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,13 +6,24 @@ written out in fp64, and nothing of it may be found as exact afterwards.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 from fp64_oracle import Oracle
-from fusion_helpers import logprobs, report, tokens
+from fusion_helpers import (
+    CHUNKS,
+    PREFIX_IDS,
+    QUESTION,
+    SWAPPED,
+    SWAPPED_SPANS,
+    agrees_with_oracle,
+    chunk_limit,
+    enter_prefix,
+    logprobs,
+    report,
+    tokens,
+)
 
 from rag_kernels import ATTENTION_METHODS, AttentionMethod, BlockMask, RequestBlocks
 from rag_pipeline.protocol import FusionRequest
@@ -21,9 +32,6 @@ from rag_pipeline.protocol.fields import parse_custom_params
 BLOCK = 8
 
 
-PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
-PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
-SPANS = [20, 60, 60, 100]
 REPORTED = {"mode": "fuse"}
 SPARSE, ALL = "edges:recent=2", "edges:recent=99"
 
@@ -74,15 +82,6 @@ def differs(one, other):
     return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(other), strict=True)) > 1e-3
 
 
-def agrees(req, wanted):
-    """Whether the first token's log-probabilities are those of the oracle."""
-    got = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
-    torch.testing.assert_close(
-        got, wanted[torch.tensor(req.logprob.output_top_logprobs_idx[0])], rtol=0, atol=5e-4
-    )
-    assert int(wanted.argmax()) == req.output_ids[0]
-
-
 def in_tree(local, ids):
     """Tokens of a prompt that a later request finds as exact."""
     return report(local.ask(ids, 1, fusion=REPORTED))["exact_prefix_tokens"]
@@ -93,9 +92,9 @@ def in_tree(local, ids):
 
 def test_a_plain_prompt_that_reads_everything_is_the_dense_one(engine):
     local = engine("llama")
-    dense = local.ask(PROMPT, 5, fusion=REPORTED)
+    dense = local.ask(SWAPPED, 5, fusion=REPORTED)
     local.flush()
-    req = local.ask(PROMPT, 5, fusion={"attention": ALL})
+    req = local.ask(SWAPPED, 5, fusion={"attention": ALL})
     assert Edges.layers == [0, 1, 2, 3, 4]  # one pass; decoding is dense
     assert report(req)["attention"] == ALL
     assert "attention" not in report(dense)
@@ -107,118 +106,100 @@ def test_a_plain_prompt_that_reads_everything_is_the_dense_one(engine):
 def test_a_sparse_plain_prompt_is_what_the_definition_says(engine, tiny_model, piece):
     local = engine("llama", chunked_prefill_size=piece)
     oracle = Oracle(tiny_model("llama"))
-    rows = torch.arange(len(PROMPT))
-    reads = may_read(rows, len(PROMPT), 2)
+    rows = torch.arange(len(SWAPPED))
+    reads = may_read(rows, len(SWAPPED), 2)
     wanted = oracle.log_probs(
-        oracle.run(PROMPT, rows, oracle.empty(len(PROMPT)), oracle.empty(len(PROMPT)), reads=reads)
+        oracle.run(
+            SWAPPED, rows, oracle.empty(len(SWAPPED)), oracle.empty(len(SWAPPED)), reads=reads
+        )
     )
-    req = local.ask(PROMPT, 3, fusion={"attention": SPARSE}, top=20)
-    agrees(req, wanted)
+    req = local.ask(SWAPPED, 3, fusion={"attention": SPARSE}, top=20)
+    agrees_with_oracle(req, wanted)
     assert len(Edges.layers) == 5 * (1 if piece < 0 else 4)
-    assert report(req)["fresh_tokens"] == len(PROMPT)
+    assert report(req)["fresh_tokens"] == len(SWAPPED)
     assert report(req)["computed_fraction"] == 1.0
-    assert in_tree(local, PROMPT) == 0
+    assert in_tree(local, SWAPPED) == 0
     local.flush()
-    assert differs(req, local.ask(PROMPT, 3, fusion=REPORTED))
+    assert differs(req, local.ask(SWAPPED, 3, fusion=REPORTED))
 
 
 def test_only_what_was_exact_before_is_exact_afterwards(engine):
     local = engine("llama")
-    dense = local.ask(PROMPT, 3)
+    dense = local.ask(SWAPPED, 3)
     local.flush()
-    local.ask(PROMPT[:64], 1)
-    req = local.ask(PROMPT, 3, fusion={"attention": SPARSE})
+    local.ask(SWAPPED[:64], 1)
+    req = local.ask(SWAPPED, 3, fusion={"attention": SPARSE})
     assert report(req)["exact_prefix_tokens"] == 64
     assert differs(req, dense)
-    after = local.ask(PROMPT, 3, fusion=REPORTED)
+    after = local.ask(SWAPPED, 3, fusion=REPORTED)
     assert report(after)["exact_prefix_tokens"] == 64
     assert logprobs(after) == pytest.approx(logprobs(dense), abs=1e-4)
-    assert in_tree(local, PROMPT) == len(PROMPT) - 1
+    assert in_tree(local, SWAPPED) == len(SWAPPED) - 1
 
 
 def test_dense_by_name_is_dense_by_default(engine):
     local = engine("llama")
-    default = local.ask(PROMPT, 3, fusion=REPORTED)
+    default = local.ask(SWAPPED, 3, fusion=REPORTED)
     local.flush()
-    named = local.ask(PROMPT, 3, fusion={"attention": "dense"})
+    named = local.ask(SWAPPED, 3, fusion={"attention": "dense"})
     assert (report(named), logprobs(named)) == (report(default), logprobs(default))
-    assert in_tree(local, PROMPT) == len(PROMPT) - 1
+    assert in_tree(local, SWAPPED) == len(SWAPPED) - 1
     assert Edges.layers == []
 
 
 # -- fused prompts ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def local(engine):
-    made = engine("llama")
-    for chunk in CHUNKS:
-        made.build(PREFIX, chunk)
-    made.flush()
-    return made
-
-
 @pytest.mark.parametrize("policy", ["reuse", "query:0.5", "cacheblend:0.5"])
-def test_a_fused_prompt_that_reads_everything_is_the_dense_one_to_the_bit(local, policy):
-    fuse = {"spans": SPANS, "policy": policy}
-    dense = local.ask(PROMPT, 4, fusion=fuse)
-    local.flush()
-    req = local.ask(PROMPT, 4, fusion=fuse | {"attention": ALL})
+def test_a_fused_prompt_that_reads_everything_is_the_dense_one_to_the_bit(stocked, policy):
+    fuse = {"spans": SWAPPED_SPANS, "policy": policy}
+    dense = stocked.ask(SWAPPED, 4, fusion=fuse)
+    stocked.flush()
+    req = stocked.ask(SWAPPED, 4, fusion=fuse | {"attention": ALL})
     assert (req.output_ids, logprobs(req)) == (dense.output_ids, logprobs(dense))
     assert report(req) == report(dense) | {"attention": ALL}
     assert Edges.layers
 
 
-def test_a_sparse_fused_prompt_is_what_the_definition_says(local, tiny_model):
+def test_a_sparse_fused_prompt_is_what_the_definition_says(stocked, tiny_model):
     oracle = Oracle(tiny_model("llama"))
-    keys, values = oracle.fused_kv(PREFIX, [CHUNKS[1], CHUNKS[0]], PROMPT)
-    asking = torch.arange(len(PROMPT) - len(QUESTION), len(PROMPT))
-    reads = may_read(asking, len(PROMPT), 2)
-    wanted = oracle.log_probs(oracle.run(PROMPT, asking, keys, values, reads=reads))
-    local.ask([*PREFIX, 3], 1, fusion={"mode": "off"})
-    fuse = {"spans": SPANS, "policy": "reuse", "attention": SPARSE}
-    req = local.ask(PROMPT, 1, fusion=fuse, top=20)
-    agrees(req, wanted)
+    keys, values = oracle.fused_kv(PREFIX_IDS, [CHUNKS[1], CHUNKS[0]], SWAPPED)
+    asking = torch.arange(len(SWAPPED) - len(QUESTION), len(SWAPPED))
+    reads = may_read(asking, len(SWAPPED), 2)
+    wanted = oracle.log_probs(oracle.run(SWAPPED, asking, keys, values, reads=reads))
+    enter_prefix(stocked)
+    fuse = {"spans": SWAPPED_SPANS, "policy": "reuse", "attention": SPARSE}
+    req = stocked.ask(SWAPPED, 1, fusion=fuse, top=20)
+    agrees_with_oracle(req, wanted)
     got = report(req)
     assert (got["reused_tokens"], got["fresh_tokens"]) == (80, 9)
-    assert in_tree(local, PROMPT) == len(PREFIX)
-
-
-@contextlib.contextmanager
-def pieces(local, rows):
-    """Cut prompts into pieces of so many computed rows."""
-    before = local.scheduler.chunked_prefill_size
-    local.scheduler.chunked_prefill_size = rows
-    try:
-        yield
-    finally:
-        local.scheduler.chunked_prefill_size = before
+    assert in_tree(stocked, SWAPPED) == len(PREFIX_IDS)
 
 
 @pytest.mark.parametrize("policy", ["reuse", "epic:0.3", "query:0.3", "cacheblend:0.5"])
-def test_a_sparse_fused_prompt_in_pieces_is_that_of_one_piece(local, policy):
-    ids = [*PROMPT, *tokens(40, 7)]
-    fuse = {"spans": SPANS, "policy": policy, "attention": SPARSE}
-    whole = local.ask(ids, 3, fusion=fuse)
-    local.flush()
+def test_a_sparse_fused_prompt_in_pieces_is_that_of_one_piece(stocked, policy):
+    ids = [*SWAPPED, *tokens(40, 7)]
+    fuse = {"spans": SWAPPED_SPANS, "policy": policy, "attention": SPARSE}
+    whole = stocked.ask(ids, 3, fusion=fuse)
+    stocked.flush()
     passes = len(Edges.layers)
-    with pieces(local, 48):
-        req = local.ask(ids, 3, fusion=fuse)
+    with chunk_limit(stocked, 48):
+        req = stocked.ask(ids, 3, fusion=fuse)
     assert len(Edges.layers) > 2 * passes
     assert report(req)["attention"] == SPARSE
     assert report(req)["recomputed_tokens"] == report(whole)["recomputed_tokens"]
     assert logprobs(req) == pytest.approx(logprobs(whole), abs=1e-4)
-    assert in_tree(local, ids) == 0
+    assert in_tree(stocked, ids) == 0
 
 
 def test_where_loading_does_not_pay_the_rows_are_sparse_all_the_same(engine):
     local = engine("llama")
-    ids = [*PREFIX, *tokens(10, 61), *CHUNKS[0], *tokens(150, 60)]
+    ids = [*PREFIX_IDS, *tokens(10, 61), *CHUNKS[0], *tokens(150, 60)]
     alone = local.ask(ids, 2, fusion={"attention": SPARSE})
-    local.build(PREFIX, CHUNKS[0])
+    local.build(PREFIX_IDS, CHUNKS[0])
     local.flush()
     fuse = {"spans": [30, 70], "prefix_len": 20, "policy": "query:0.3", "attention": SPARSE}
-    with pieces(local, 64):
+    with chunk_limit(local, 64):
         req = local.ask(ids, 2, fusion=fuse)
     assert (report(req)["fallback"], report(req)["attention"]) == ("no_savings", SPARSE)
     assert report(req)["fresh_tokens"] == len(ids)
@@ -229,7 +210,7 @@ def test_where_loading_does_not_pay_the_rows_are_sparse_all_the_same(engine):
 def test_nothing_behind_sparse_rows_is_published_or_stored(engine):
     local = engine("llama")
     fuse = {"spans": [20, 60], "policy": "reuse"}
-    ids = [*PREFIX, *CHUNKS[0], *QUESTION]
+    ids = [*PREFIX_IDS, *CHUNKS[0], *QUESTION]
     req = local.ask(ids, 1, fusion=fuse | {"attention": SPARSE})
     assert report(req)["built_chunks"] == 0
     assert local.runtime.store.stats().chunks_now == 0
@@ -238,50 +219,50 @@ def test_nothing_behind_sparse_rows_is_published_or_stored(engine):
     assert report(local.ask(ids, 1, fusion=fuse))["built_chunks"] == 1
 
 
-def test_a_turn_is_kept_for_turns_of_the_same_method_only(local):
-    fuse = {"spans": SPANS, "policy": "reuse", "conversation": "c"}
-    first = local.ask(PROMPT, 4, fusion=fuse | {"attention": SPARSE})
-    turn = [*PROMPT, *first.output_ids, *tokens(6, 5)]
+def test_a_turn_is_kept_for_turns_of_the_same_method_only(stocked):
+    fuse = {"spans": SWAPPED_SPANS, "policy": "reuse", "conversation": "c"}
+    first = stocked.ask(SWAPPED, 4, fusion=fuse | {"attention": SPARSE})
+    turn = [*SWAPPED, *first.output_ids, *tokens(6, 5)]
     for other in ({}, {"attention": "edges:recent=3"}):
-        assert report(local.ask(turn, 1, fusion=fuse | other))["conversation_tokens"] == 0
-    again = local.ask(turn, 1, fusion=fuse | {"attention": SPARSE})
+        assert report(stocked.ask(turn, 1, fusion=fuse | other))["conversation_tokens"] == 0
+    again = stocked.ask(turn, 1, fusion=fuse | {"attention": SPARSE})
     # The tree has the prefix by now: the first of the others is dense in front of what it loads.
-    assert report(again)["conversation_tokens"] == len(PROMPT) + 3 - len(PREFIX)
+    assert report(again)["conversation_tokens"] == len(SWAPPED) + 3 - len(PREFIX_IDS)
 
 
 # -- batches and faults -------------------------------------------------------------------------
 
 
-def test_requests_of_one_batch_do_not_feel_each_other(local):
+def test_requests_of_one_batch_do_not_feel_each_other(stocked):
     other = tokens(70, 30)
     asks = [
-        (PROMPT, {"attention": SPARSE}),
+        (SWAPPED, {"attention": SPARSE}),
         (other, {"mode": "off"}),
-        (PROMPT[1:], {"attention": "edges:recent=4"}),
-        ([*PROMPT, 5], {"spans": SPANS, "policy": "reuse", "attention": SPARSE}),
-        ([*PROMPT, 6], {"spans": SPANS, "policy": "reuse"}),
+        (SWAPPED[1:], {"attention": "edges:recent=4"}),
+        ([*SWAPPED, 5], {"spans": SWAPPED_SPANS, "policy": "reuse", "attention": SPARSE}),
+        ([*SWAPPED, 6], {"spans": SWAPPED_SPANS, "policy": "reuse"}),
     ]
     alone = []
     for ids, fusion in asks:
-        local.flush()
-        alone.append(local.ask(ids, 3, fusion=fusion))
-    local.flush()
+        stocked.flush()
+        alone.append(stocked.ask(ids, 3, fusion=fusion))
+    stocked.flush()
     Edges.layers.clear()
-    reqs = [local.submit(ids, 3, fusion=fusion) for ids, fusion in asks]
-    local.run(*reqs)
+    reqs = [stocked.submit(ids, 3, fusion=fusion) for ids, fusion in asks]
+    stocked.run(*reqs)
     assert Edges.layers == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]  # two methods, one pass
     for req, one in zip(reqs, alone, strict=True):
         assert logprobs(req) == pytest.approx(logprobs(one), abs=1e-4)
-    assert in_tree(local, other) == len(other) - 1
-    assert in_tree(local, PROMPT) == len(PREFIX)  # of the last request, which is dense there
+    assert in_tree(stocked, other) == len(other) - 1
+    assert in_tree(stocked, SWAPPED) == len(PREFIX_IDS)  # of the last request, which is dense there
 
 
 @pytest.mark.parametrize("piece", [-1, 32])
 def test_a_fault_of_a_method_makes_the_prompt_dense(engine, piece):
     local = engine("llama", chunked_prefill_size=piece)
-    dense = local.ask(PROMPT, 4)
+    dense = local.ask(SWAPPED, 4)
     local.flush()
-    req = local.ask(PROMPT, 4, fusion={"attention": "edges:faulty=true"})
+    req = local.ask(SWAPPED, 4, fusion={"attention": "edges:faulty=true"})
     assert logprobs(req) == pytest.approx(logprobs(dense), abs=1e-4)
     assert report(req)["fallback"] == "fused_pass_error"
     assert "attention" not in report(req)
@@ -289,9 +270,9 @@ def test_a_fault_of_a_method_makes_the_prompt_dense(engine, piece):
 
 def test_where_nothing_may_be_approximated_the_prompt_is_dense(engine):
     local = engine("llama")
-    dense = local.ask(PROMPT, 2, logprob_start_len=0)
+    dense = local.ask(SWAPPED, 2, logprob_start_len=0)
     local.flush()
-    req = local.ask(PROMPT, 2, logprob_start_len=0, fusion={"attention": SPARSE})
+    req = local.ask(SWAPPED, 2, logprob_start_len=0, fusion={"attention": SPARSE})
     assert logprobs(req) == logprobs(dense)
     assert report(req)["fallback"] == "input_logprobs"
     assert "attention" not in report(req)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fusion_helpers import registered, report, tokens
+from fusion_helpers import (
+    PREFIX_IDS,
+    SWAPPED,
+    SWAPPED_SPANS,
+    enter_prefix,
+    registered,
+    report,
+    tokens,
+)
 
 from chunk_cache import Build, ChunkKey, Match, hash_token_ids
 from rag_pipeline.errors import EngineError
@@ -18,10 +26,8 @@ from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSp
 KEPT = 24
 
 
-PREFIX, CHUNKS = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)]
-FIRST, SECOND = tokens(9, 2), tokens(18, 3)
-IDS = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *FIRST]
-FIELDS = {"spans": [20, 60, 60, 100], "policy": "reuse", "conversation": "c"}
+SECOND = tokens(18, 3)
+FIELDS = {"spans": SWAPPED_SPANS, "policy": "reuse", "conversation": "c"}
 
 
 class NewestTokens(ConversationMemory):
@@ -79,29 +85,25 @@ def new_weights(runtime, monkeypatch):
 
 
 @pytest.fixture
-def local(engine):
-    made = engine("llama")
-    for chunk in CHUNKS:
-        made.build(PREFIX, chunk)
-    made.flush()
-    made.ask([*PREFIX, 3], 1, fusion={"mode": "off"})
-    return made
+def local(stocked):
+    enter_prefix(stocked)
+    return stocked
 
 
 def test_a_conversation_memory(local, monkeypatch):
     memory = NewestTokens(local.runtime)
     monkeypatch.setattr(local.runtime, "conversations", memory)
-    one = local.ask(IDS, 6, fusion=FIELDS)
+    one = local.ask(SWAPPED, 6, fusion=FIELDS)
     (kept,) = memory.last.values()
-    end = len(IDS) + len(one.output_ids) - 1
+    end = len(SWAPPED) + len(one.output_ids) - 1
     assert kept[1:3] == (end - KEPT, end)
-    two = local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=FIELDS)
+    two = local.ask([*SWAPPED, *one.output_ids, *SECOND], 2, fusion=FIELDS)
     # The toy kept so many tokens and no more, and chunks in front of its turns' end are not loaded.
     assert report(two)["conversation_tokens"] == report(two)["reused_tokens"] == KEPT
-    assert report(two)["exact_prefix_tokens"] == len(PREFIX)
+    assert report(two)["exact_prefix_tokens"] == len(PREFIX_IDS)
     # The same two turns of another conversation find nothing of it.
     other = FIELDS | {"conversation": "d"}
-    alone = local.ask([*IDS, *one.output_ids, *SECOND], 2, fusion=other)
+    alone = local.ask([*SWAPPED, *one.output_ids, *SECOND], 2, fusion=other)
     assert report(alone)["conversation_tokens"] == 0
     new_weights(local.runtime, monkeypatch)
     assert memory.last == {}
@@ -139,8 +141,8 @@ class Unordered(NewestTokens):
 
 def test_a_memory_that_breaks_its_contract_costs_speed_only(local, monkeypatch):
     monkeypatch.setattr(local.runtime, "conversations", Unordered(local.runtime))
-    one = local.ask(IDS, 6, fusion=FIELDS)
-    again = [*IDS, *one.output_ids, *SECOND]
+    one = local.ask(SWAPPED, 6, fusion=FIELDS)
+    again = [*SWAPPED, *one.output_ids, *SECOND]
     local.flush()
     two = local.ask(again, 2, fusion=FIELDS)
     assert report(two)["fallback"] == "internal_error"

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import pytest
 import torch
-from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
+from fusion_helpers import (
+    CHUNK,
+    CHUNKS,
+    PREFIX,
+    PREFIX_IDS,
+    agree,
+    chunk_limit,
+    enter_prefix,
+    lay_out,
+    report,
+    store_chunks,
+    tokens,
+)
 
 ORDER = CHUNKS[::-1]
 OTHER = tokens(30, 40)
@@ -22,24 +33,12 @@ def fused(local, policy="query:0.6", ids=IDS, spans=SPANS):
 
 def ready(local):
     """Chunks stored, the prefix in the tree, and what plain prefill answers."""
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
+    store_chunks(local, CHUNKS)
     plain = local.ask(IDS, 4, fusion={"mode": "off"})
     local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     local.runtime.metrics.counts.clear()
     return plain
-
-
-@contextlib.contextmanager
-def chunk_limit(local, rows):
-    kept = local.scheduler.chunked_prefill_size
-    local.scheduler.chunked_prefill_size = rows
-    try:
-        yield
-    finally:
-        local.scheduler.chunked_prefill_size = kept
 
 
 @pytest.fixture

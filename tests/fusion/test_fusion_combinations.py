@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
+from fusion_helpers import (
+    CHUNK,
+    CHUNKS,
+    PREFIX,
+    PREFIX_IDS,
+    agree,
+    enter_prefix,
+    lay_out,
+    report,
+    store_chunks,
+    tokens,
+)
 
 
 def stored(local):
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
+    store_chunks(local, CHUNKS)
     return local
 
 
@@ -24,10 +33,10 @@ def test_mixed_batch_gives_every_request_what_it_gets_alone(engine):
     alone = []
     for ids, fusion in jobs:
         local.flush()
-        local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+        enter_prefix(local)
         alone.append(local.ask(ids, 6, fusion=fusion))
     local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     together = [local.submit(ids, 6, fusion=fusion) for ids, fusion in jobs]
     batch = local.step()
     assert batch.batch_size() == len(jobs)
@@ -72,10 +81,10 @@ def test_decode_rows_of_running_requests_ride_in_a_fused_batch(engine):
 def test_a_span_cut_by_a_chunk_boundary(engine, policy, between):
     local = stored(engine("llama"))
     ids, spans = lay_out(CHUNKS[::-1], tokens(9, 3), between=between)
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     whole = local.ask(ids, 4, fusion={"spans": spans, "policy": policy})
     local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     local.scheduler.chunked_prefill_size = 33
     try:
         req = local.submit(ids, 4, fusion={"spans": spans, "policy": policy})
@@ -228,7 +237,7 @@ def test_retraction_under_memory_pressure(engine, monkeypatch):
     calm = []
     for ids, spans in jobs:
         local.flush()
-        local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+        enter_prefix(local)
         calm.append(local.ask(ids, 20, fusion={"spans": spans, "policy": "full"}))
     local.flush()
     monkeypatch.setattr(module, "TEST_RETRACT", True)

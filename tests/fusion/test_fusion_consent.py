@@ -6,7 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from fusion_helpers import PREFIX, PREFIX_IDS, tokens
+from fusion_helpers import PREFIX, PREFIX_IDS, store_chunks, tokens
 
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -102,7 +102,7 @@ def test_a_deterministic_engine_approximates_nothing(fields, named):
 # -- in the scheduler ------------------------------------------------------------------------------
 
 
-def report(found):
+def report_if_any(found):
     return (found.customized_info or {}).get("rag_fusion", [None])[0]
 
 
@@ -110,9 +110,7 @@ def report(found):
 def local(engine, monkeypatch):
     """An engine with stored chunks and automatic matching on."""
     made = engine("llama")
-    for chunk in CHUNKS:
-        made.build(PREFIX_IDS, chunk)
-    made.flush()
+    store_chunks(made, CHUNKS)
     config = dataclasses.replace(made.runtime.config, automatic=True)
     monkeypatch.setattr(made.runtime, "config", config)
     return made
@@ -122,18 +120,21 @@ def test_prompts_are_matched_unasked_where_it_is_switched_on_and_as_shipped_they
     local, monkeypatch
 ):
     found = local.ask(PROMPT, 4, **SILENT)
-    assert report(found)["policy"] == "query"
-    assert report(found)["reused_tokens"] + report(found)["recomputed_tokens"] == 2 * CHUNK
+    assert report_if_any(found)["policy"] == "query"
+    assert (
+        report_if_any(found)["reused_tokens"] + report_if_any(found)["recomputed_tokens"]
+        == 2 * CHUNK
+    )
     # Another prefix: chunk KV computed behind ours is not valid there.
     local.flush()
     other = [*tokens(PREFIX, 99), *CHUNKS[2], *tokens(9, 3)]
-    assert report(local.ask(other, 4, **SILENT)) is None
+    assert report_if_any(local.ask(other, 4, **SILENT)) is None
     monkeypatch.setattr(local.runtime, "config", FusionConfig())
     local.flush()
-    assert report(local.ask(PROMPT, 4, **SILENT)) is None
+    assert report_if_any(local.ask(PROMPT, 4, **SILENT)) is None
     # A client that has no spans may still ask.
     local.flush()
-    asked = report(local.ask(PROMPT, 4, fusion={"policy": "reuse"}))
+    asked = report_if_any(local.ask(PROMPT, 4, fusion={"policy": "reuse"}))
     assert asked["reused_tokens"] == 2 * CHUNK
 
 
@@ -151,7 +152,7 @@ def test_log_probabilities_are_those_of_plain_prefill_unless_fusion_is_asked_for
     plain = local.ask(PROMPT, new, fusion={"mode": "off"}, **fields)
     local.flush()
     unasked = local.ask(PROMPT, new, **fields)
-    assert report(unasked) is None
+    assert report_if_any(unasked) is None
     for name in (
         "output_token_logprobs_val",
         "output_token_ids_logprobs_val",
@@ -162,8 +163,8 @@ def test_log_probabilities_are_those_of_plain_prefill_unless_fusion_is_asked_for
     spans = [PREFIX, PREFIX + CHUNK]
     asked = local.ask(PROMPT, new, fusion={"spans": spans, "policy": "reuse"}, **fields)
     fallback = {(4, 0): "", (4, 1): "input_logprobs", (0, 1): "scoring"}[new, len(fields)]
-    assert report(asked)["fallback"] == fallback
-    assert report(asked)["reused_tokens"] == (0 if fallback else CHUNK)
+    assert report_if_any(asked)["fallback"] == fallback
+    assert report_if_any(asked)["reused_tokens"] == (0 if fallback else CHUNK)
 
 
 @pytest.mark.parametrize("length", [0, 1, 15])
@@ -172,12 +173,12 @@ def test_a_prefix_that_begins_every_prompt_is_found_by_nobody_else(local, length
     local.build(head, tokens(80, 33))
     local.flush()
     stranger = [*head, *tokens(30, 34), *tokens(80, 33), *tokens(9, 3)]
-    assert report(local.ask(stranger, 4, **SILENT)) is None
+    assert report_if_any(local.ask(stranger, 4, **SILENT)) is None
     # Whoever names that prefix has the chunk all the same.
     local.flush()
     spans = [length + 30, length + 110]
     fusion = {"spans": spans, "prefix_len": length, "policy": "reuse"}
-    assert report(local.ask(stranger, 4, fusion=fusion))["reused_tokens"] == 80
+    assert report_if_any(local.ask(stranger, 4, fusion=fusion))["reused_tokens"] == 80
 
 
 def test_a_prompt_with_spans_is_scanned_only_where_one_of_them_is_missing(local, monkeypatch):
@@ -187,7 +188,7 @@ def test_a_prompt_with_spans_is_scanned_only_where_one_of_them_is_missing(local,
         local.flush()
         before = local.runtime.store.stats().prompts_matched
         fusion = {"spans": [p for span in spans for p in span], "policy": "reuse"}
-        asked = report(local.ask(PROMPT, 1, fusion=fusion))
+        asked = report_if_any(local.ask(PROMPT, 1, fusion=fusion))
         return asked["reused_tokens"], local.runtime.store.stats().prompts_matched - before
 
     first = (PREFIX, PREFIX + CHUNK)

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
+from fusion_helpers import (
+    CHUNK,
+    CHUNKS,
+    PREFIX,
+    agree,
+    enter_prefix,
+    lay_out,
+    report,
+    store_chunks,
+    tokens,
+)
 
 ANSWER = 6
 
@@ -24,10 +34,8 @@ def parts(req):
 
 
 def stored(local):
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    store_chunks(local, CHUNKS)
+    enter_prefix(local)
     return local
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusion_helpers import PREFIX_IDS, lay_out, logprobs, tokens
+from fusion_helpers import lay_out, logprobs, store_chunks, tokens
 
 from chunk_cache.policies.signals import draft
 from rag_pipeline.sglang_plugin.fusion.forward import scratch
@@ -20,9 +20,7 @@ def in_order(order):
 @pytest.fixture(params=[1, 16])
 def local(engine, request):
     made = engine("llama", page_size=request.param)
-    for chunk in CHUNKS:
-        made.build(PREFIX_IDS, chunk)
-    made.flush()
+    store_chunks(made, CHUNKS)
     return made
 
 

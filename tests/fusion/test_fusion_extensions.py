@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fusion_helpers import logprobs, registered, report, tokens
+from fusion_helpers import (
+    CHUNKS,
+    SWAPPED,
+    SWAPPED_SPANS,
+    logprobs,
+    registered,
+    report,
+)
 
 from chunk_cache import TIERS
 from chunk_cache.policies import (
@@ -22,19 +29,6 @@ from rag_kernels import ATTENTION_KERNELS, AttentionKernel
 from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.startup import build_runtime
-
-PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
-PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
-SPANS = [20, 60, 60, 100]
-
-
-@pytest.fixture
-def local(engine):
-    made = engine("llama")
-    for chunk in CHUNKS:
-        made.build(PREFIX, chunk)
-    made.flush()
-    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +50,23 @@ class EveryNthPolicy(Policy):
         return layout.reused_positions()[:: self.config.step]
 
 
-def test_a_policy(local):
+def test_a_policy(stocked):
     with registered(POLICIES, EveryNthPolicy):
-        some = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "every-nth"})
-        local.flush()
-        more = local.ask(
-            PROMPT, 2, fusion={"spans": SPANS, "policy": "every-nth", "options": {"step": 2}}
+        some = stocked.ask(SWAPPED, 2, fusion={"spans": SWAPPED_SPANS, "policy": "every-nth"})
+        stocked.flush()
+        more = stocked.ask(
+            SWAPPED,
+            2,
+            fusion={"spans": SWAPPED_SPANS, "policy": "every-nth", "options": {"step": 2}},
         )
     # The chunk at its own place is exact: only the moved one is up to a policy.
     assert (report(some)["policy"], report(some)["recomputed_tokens"]) == ("every-nth", 10)
     assert (report(more)["reused_tokens"], report(more)["recomputed_tokens"]) == (60, 20)
-    local.flush()
+    stocked.flush()
     # Gone, it is no policy any more: the request is served as usual.
-    assert local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "every-nth"}).output_ids
+    assert stocked.ask(
+        SWAPPED, 2, fusion={"spans": SWAPPED_SPANS, "policy": "every-nth"}
+    ).output_ids
 
 
 @dataclass(frozen=True)
@@ -150,21 +148,21 @@ def painted(req, kind):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_policy_with_a_signal_of_its_own(local, sign):
-    fuse = {"spans": SPANS, "policy": "value-norm", "options": {"sign": sign}}
+def test_a_policy_with_a_signal_of_its_own(stocked, sign):
+    fuse = {"spans": SWAPPED_SPANS, "policy": "value-norm", "options": {"sign": sign}}
     with registered(POLICIES, ValueNormPolicy):
-        req = local.ask(PROMPT, 2, fusion=fuse)
-    layer = local.runtime.facts.num_layers - 2
-    norms = sign * stored_values(local, CHUNKS[0], layer).double().square().sum((1, 2))
+        req = stocked.ask(SWAPPED, 2, fusion=fuse)
+    layer = stocked.runtime.facts.num_layers - 2
+    norms = sign * stored_values(stocked, CHUNKS[0], layer).double().square().sum((1, 2))
     # Only the second chunk is moved, and 12 of its 40 tokens are bought.
     wanted = (norms.argsort(descending=True)[:12].sort().values + 60).tolist()
     assert report(req)["fallback"] == ""
     assert painted(req, 2) == wanted
     # The pass is charged: the fresh rows as far as the signal looked, then all rows that are computed.
-    facts = local.runtime.facts
+    facts = stocked.runtime.facts
     fresh = report(req)["fresh_tokens"]
     work = fresh * (layer + facts.qkv_share) + (fresh + 12) * facts.num_layers
-    behind = (len(PROMPT) - report(req)["exact_prefix_tokens"]) * facts.num_layers
+    behind = (len(SWAPPED) - report(req)["exact_prefix_tokens"]) * facts.num_layers
     assert report(req)["computed_fraction"] == pytest.approx(work / behind, abs=1e-6)
 
 
@@ -183,14 +181,14 @@ class CountingKernel(AttentionKernel):
         return ATTENTION_KERNELS.get("reference")().attend(*args)
 
 
-def test_an_attention_kernel(local, monkeypatch):
-    fuse = {"spans": SPANS, "policy": "query:0.3"}
-    usual = local.ask(PROMPT, 3, fusion=fuse)
-    local.flush()
+def test_an_attention_kernel(stocked, monkeypatch):
+    fuse = {"spans": SWAPPED_SPANS, "policy": "query:0.3"}
+    usual = stocked.ask(SWAPPED, 3, fusion=fuse)
+    stocked.flush()
     with registered(ATTENTION_KERNELS, CountingKernel):
-        chosen = dataclasses.replace(local.runtime.config, attention_kernel="counting")
-        monkeypatch.setattr(local.runtime, "config", chosen)
-        other = local.ask(PROMPT, 3, fusion=fuse)
+        chosen = dataclasses.replace(stocked.runtime.config, attention_kernel="counting")
+        monkeypatch.setattr(stocked.runtime, "config", chosen)
+        other = stocked.ask(SWAPPED, 3, fusion=fuse)
     assert CountingKernel.calls >= 5
     assert report(other)["recomputed_tokens"] == report(usual)["recomputed_tokens"] > 0
     assert logprobs(other) == pytest.approx(logprobs(usual), abs=1e-4)
@@ -205,7 +203,7 @@ def test_an_attention_kernel(local, monkeypatch):
     ],
 )
 def test_what_a_setting_names_and_cannot_be_used_turns_fusion_off(
-    local, monkeypatch, tmp_path, setting, reason
+    stocked, monkeypatch, tmp_path, setting, reason
 ):
     info = tmp_path / "broken-1.dist-info"
     info.mkdir()
@@ -218,7 +216,7 @@ def test_what_a_setting_names_and_cannot_be_used_turns_fusion_off(
         registry.__dict__.pop("_offers", None)
     try:
         monkeypatch.setenv(FUSION_VARIABLE, FusionConfig(**setting).to_env())
-        runtime = build_runtime(local.scheduler)
+        runtime = build_runtime(stocked.scheduler)
     finally:
         for registry in (TIERS, CONVERSATION_MEMORIES):
             registry.__dict__.pop("_offers", None)
@@ -244,13 +242,13 @@ class WrongPositions(EveryNthPolicy):
 
 
 @pytest.mark.parametrize("step", [2, 3, 5, 6, 7])
-def test_a_policy_that_chooses_wrongly_costs_speed_only(local, step):
+def test_a_policy_that_chooses_wrongly_costs_speed_only(stocked, step):
     with registered(POLICIES, WrongPositions):
-        fusion = {"spans": SPANS, "policy": "wrong", "options": {"step": step}}
-        answer = local.ask(PROMPT, 2, fusion=fusion)
+        fusion = {"spans": SWAPPED_SPANS, "policy": "wrong", "options": {"step": step}}
+        answer = stocked.ask(SWAPPED, 2, fusion=fusion)
     assert report(answer)["fallback"] == "internal_error"
-    local.flush()
-    assert local.ask(PROMPT, 2, fusion={"mode": "off"}).output_ids == answer.output_ids
+    stocked.flush()
+    assert stocked.ask(SWAPPED, 2, fusion={"mode": "off"}).output_ids == answer.output_ids
 
 
 def test_a_clients_option_cannot_overflow_a_tensor():

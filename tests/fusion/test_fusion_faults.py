@@ -9,19 +9,19 @@ import torch
 from fusion_helpers import (
     CHUNK,
     CHUNKS,
-    PREFIX_IDS,
+    chunk_limit,
+    enter_prefix,
     largest_difference,
     lay_out,
     logprobs,
     report,
+    store_chunks,
     tokens,
 )
 
 
 def stored(local):
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
+    store_chunks(local, CHUNKS)
     local.runtime.pass_succeeded()
     local.runtime._said.clear()
     return local
@@ -127,11 +127,11 @@ def test_a_failed_pass_in_a_mixed_batch_leaves_every_request_right(engine, break
         ids, spans = lay_out([CHUNKS[(i + k) % 4] for k in (0, 2, 1)], tokens(5 + i, 200 + i))
         fusion = {"mode": "off"} if policy == "off" else {"spans": spans, "policy": policy}
         jobs.append((ids, fusion))
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     plain = [local.submit(ids, 6, fusion={"mode": "off"}) for ids, _ in jobs]
     local.run(*plain)
     local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    enter_prefix(local)
     failed = break_at("load", 4)
     mixed = [local.submit(ids, 6, fusion=fusion) for ids, fusion in jobs]
     assert local.step().batch_size() == len(jobs)
@@ -173,13 +173,9 @@ def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
         return original(self, layer_id, *args)
 
     monkeypatch.setattr(attention.Loader, "ensure", fails_in_the_last_piece)
-    size = local.scheduler.chunked_prefill_size
-    local.scheduler.chunked_prefill_size = 48
-    try:
+    with chunk_limit(local, 48):
         req = local.submit(ids, 6, fusion={"spans": spans, "policy": policy})
         prefill(local, req)
-    finally:
-        local.scheduler.chunked_prefill_size = size
     assert len(loaded) == 2  # two pieces went well
     assert report(req)["fallback"] == "fused_pass_error"
     # Cut in other pieces than the plain one: equal within rounding, everywhere.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from fusion_helpers import PREFIX, PREFIX_IDS, report, tokens
+from fusion_helpers import PREFIX, PREFIX_IDS, agree, report, tokens
 
 from rag_pipeline.protocol import RequestError
 from rag_pipeline.protocol.fields import parse_fields
@@ -18,6 +17,10 @@ PASSAGE, CHUNK = 50, 80
 PASSAGE_IDS, QUESTION = tokens(PASSAGE, 2), tokens(9, 3)
 FIRST, SECOND = tokens(CHUNK, 10), tokens(CHUNK, 11)
 PROMPT = [*PREFIX_IDS, *FIRST, *SECOND, *QUESTION]
+BEHIND_PASSAGE = {
+    "spans": [PREFIX + PASSAGE, PREFIX + PASSAGE + CHUNK],
+    "prefix_len": PREFIX,
+}
 SPANS = [PREFIX, PREFIX + CHUNK, PREFIX + CHUNK, PREFIX + 2 * CHUNK]
 
 
@@ -35,13 +38,27 @@ def build(local, chunk, passage):
     return local.ask(ids, 1, fusion=fusion)
 
 
+def build_both(local):
+    """Store both chunks in both variants, and forget the prompts."""
+    for chunk in (FIRST, SECOND):
+        build(local, chunk, False)
+        build(local, chunk, True)
+    local.flush()
+
+
 def hits(local):
     """Uses of each stored chunk, by base position and tokens."""
     return {(info.base_position, info.key.digest): info.hits for info in local.runtime.store.ls()}
 
 
-def log_probs(req):
-    return torch.tensor(req.logprob.output_token_logprobs_val)
+def full_prefill_again(local, ids, fusion):
+    """A fused request that must answer as full prefill does."""
+    local.flush()
+    plain = local.ask(ids, 6, fusion={"mode": "off"})
+    local.flush()
+    fused = local.ask(ids, 6, fusion=fusion)
+    agree(fused, plain, 1e-4)
+    return fused
 
 
 def test_a_build_behind_the_passage_keeps_the_chunk_alone(local):
@@ -60,22 +77,12 @@ def test_a_build_behind_the_passage_keeps_the_chunk_alone(local):
 def test_where_the_passage_really_stands_its_kv_is_that_of_a_full_prefill(local):
     build(local, FIRST, True)
     ids = [*PREFIX_IDS, *PASSAGE_IDS, *FIRST, *QUESTION]
-    local.flush()
-    plain = local.ask(ids, 6, fusion={"mode": "off"})
-    local.flush()
-    start = PREFIX + PASSAGE
-    fusion = {"spans": [start, start + CHUNK], "prefix_len": PREFIX, "policy": "reuse"}
-    fused = local.ask(ids, 6, fusion=fusion)
+    fused = full_prefill_again(local, ids, BEHIND_PASSAGE | {"policy": "reuse"})
     assert report(fused)["reused_tokens"] == CHUNK
-    assert fused.output_ids == plain.output_ids
-    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
 
 
 def test_at_its_own_place_a_chunk_is_exact_and_elsewhere_it_saw_the_passage(local):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, False)
-        build(local, chunk, True)
-    local.flush()
+    build_both(local)
     before = hits(local)
     scans = local.runtime.store.stats().prompts_matched
     req = local.ask(PROMPT, 2, fusion={"spans": SPANS, "policy": "reuse"})
@@ -106,38 +113,24 @@ def test_at_its_own_place_a_chunk_is_exact_and_elsewhere_it_saw_the_passage(loca
 def test_ratio_one_is_full_prefill_whatever_was_stored(local, explicit):
     for chunk in (FIRST, SECOND):
         build(local, chunk, True)
-    local.flush()
-    plain = local.ask(PROMPT, 6, fusion={"mode": "off"})
-    local.flush()
     fusion = {"policy": "query:1.0"} | ({"spans": SPANS} if explicit else {})
-    fused = local.ask(PROMPT, 6, fusion=fusion)
+    fused = full_prefill_again(local, PROMPT, fusion)
     assert report(fused)["recomputed_tokens"] == 2 * CHUNK
     exact = report(fused)["exact_prefix_tokens"]
     runs = [[0, exact], [2, 2 * CHUNK], [3, len(QUESTION)]]
     assert report(fused)["runs"] == ([[3, PREFIX], *runs[1:]] if exact == 0 else runs)
-    assert fused.output_ids == plain.output_ids
-    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
 
 
 def test_passage_kv_at_delta_zero_behind_other_text_is_not_taken_for_exact(local):
     # The passage's length of other text: the chunk is not moved, but it stands behind something else.
     build(local, SECOND, True)
-    local.flush()
     ids = [*PREFIX_IDS, *tokens(PASSAGE, 77), *SECOND, *QUESTION]
-    plain = local.ask(ids, 6, fusion={"mode": "off"})
-    local.flush()
-    start = PREFIX + PASSAGE
-    fusion = {"spans": [start, start + CHUNK], "prefix_len": PREFIX, "policy": "query:1.0"}
-    fused = local.ask(ids, 6, fusion=fusion)
+    fused = full_prefill_again(local, ids, BEHIND_PASSAGE | {"policy": "query:1.0"})
     assert report(fused)["recomputed_tokens"] == CHUNK
-    torch.testing.assert_close(log_probs(fused), log_probs(plain), atol=1e-4, rtol=0)
 
 
 def test_ranks_must_have_the_same_variant(local, monkeypatch):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, False)
-        build(local, chunk, True)
-    local.flush()
+    build_both(local)
 
     class Group(RankGroup):
         """The other rank has lost what saw the passage, and holds the same runs otherwise."""
@@ -159,10 +152,7 @@ def test_ranks_must_have_the_same_variant(local, monkeypatch):
 
 
 def test_a_prompt_without_spans_may_refuse_the_passage_too(local):
-    for chunk in (FIRST, SECOND):
-        build(local, chunk, True)
-        build(local, chunk, False)
-    local.flush()
+    build_both(local)
     before = hits(local)
     local.ask(PROMPT, 2, fusion={"policy": "reuse", "passage": False})
     used = {key: count - before[key] for key, count in hits(local).items()}

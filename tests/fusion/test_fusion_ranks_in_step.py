@@ -255,7 +255,7 @@ def make_pair(monkeypatch):
         yield lambda: Pair(threads)
 
 
-def lay_out(order, question=QUESTION):
+def prompt_of(order, question=QUESTION):
     ids, spans = list(PREFIX), []
     for chunk in order:
         spans.append((len(ids), len(ids) + len(CHUNKS[chunk])))
@@ -264,7 +264,7 @@ def lay_out(order, question=QUESTION):
 
 
 def fuse(order, **fields):
-    ids, spans = lay_out(order)
+    ids, spans = prompt_of(order)
     return ids, FusionRequest(spans=spans, prefix_len=len(PREFIX), **fields)
 
 
@@ -296,7 +296,7 @@ STEPS = st.one_of(
 def play(pair, step):
     match step:
         case ("ask", order, "automatic", trigger):
-            pair.ask(lay_out(order)[0], FusionRequest(), trigger)
+            pair.ask(prompt_of(order)[0], FusionRequest(), trigger)
         case ("ask", order, how, trigger):
             ids, fusion = fuse(order, conversation="c" if how == "talk" else "")
             pair.ask(ids, fusion, trigger)
@@ -352,7 +352,7 @@ def test_what_one_rank_could_not_store_is_built_again_on_both(make_pair, fault):
 def test_a_run_of_the_same_tokens_from_another_chunk_is_another_run(make_pair, held):
     pair = make_pair()
     for chunk in (0, 1):
-        ids, spans = lay_out([chunk])
+        ids, spans = prompt_of([chunk])
         pair.ask(ids, FusionRequest(mode="build", spans=spans, prefix_len=len(PREFIX)))
     for runtime, kept in zip(pair.ranks, held, strict=True):
         assert runtime.store.evict(runtime.store.keys()[1 - kept])

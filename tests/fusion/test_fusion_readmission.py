@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
-from fusion_helpers import CHUNK, CHUNKS, PREFIX, PREFIX_IDS, agree, lay_out, report, tokens
+from fusion_helpers import (
+    CHUNK,
+    CHUNKS,
+    PREFIX,
+    PREFIX_IDS,
+    agree,
+    attribute,
+    enter_prefix,
+    lay_out,
+    report,
+    store_chunks,
+    tokens,
+)
 
 ORDER = CHUNKS[::-1]
 
@@ -33,23 +43,15 @@ def prefill_beside_the_tree(local, req, shared):
     )
 
 
-@contextlib.contextmanager
 def budget(local, rows):
     """Most prompt tokens of a batch, unless its first request alone has more."""
-    kept = local.scheduler.max_prefill_tokens
-    local.scheduler.max_prefill_tokens = rows
-    try:
-        yield
-    finally:
-        local.scheduler.max_prefill_tokens = kept
+    return attribute(local.scheduler, "max_prefill_tokens", rows)
 
 
 def refused_while_the_tree_grows(local, shared, policy):
     """A fused request that is refused once, while an exact one puts `shared` tokens of its prompt into the tree."""
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
-    local.ask([*PREFIX_IDS, 3], 1, fusion={"mode": "off"})
+    store_chunks(local, CHUNKS)
+    enter_prefix(local)
     ids, spans = lay_out(ORDER, tokens(9, 3))
     leader = ids[:shared] + tokens(len(ids) - shared, 77)
     local.runtime.metrics.counts.clear()
@@ -119,9 +121,7 @@ def test_a_plan_that_would_write_into_the_tree_is_refused_at_the_last_moment(
 
 def test_a_prompt_that_sglang_replaces_is_not_planned_from_the_old_one(engine):
     local = engine("llama")
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
+    store_chunks(local, CHUNKS)
     ids, spans = lay_out(ORDER, tokens(9, 3))
     missing, places = lay_out([tokens(CHUNK, 50)], tokens(9, 3))
     reqs = [
@@ -143,9 +143,7 @@ def test_a_prompt_that_sglang_replaces_is_not_planned_from_the_old_one(engine):
 
 def test_a_fault_in_the_middle_of_matching_leaves_nothing_leased(engine, monkeypatch):
     local = engine("llama")
-    for chunk in CHUNKS:
-        local.build(PREFIX_IDS, chunk)
-    local.flush()
+    store_chunks(local, CHUNKS)
     ids, spans = lay_out(ORDER, tokens(9, 3))
     fusion = {"spans": spans, "policy": "reuse", "conversation": "c"}
     first = local.ask(ids, 4, fusion=fusion)

@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import TOLERANCE
 
 from rag_kernels import plan_position_causal, position_causal_attention
-
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
-    torch.float16: {"rtol": 1e-3, "atol": 1e-3},
-    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
-}
 
 
 def reference(q, k_pool, v_pool, positions, slots, scale, window=None, cap=None):

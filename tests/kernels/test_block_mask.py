@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tolerances import TOLERANCE
 
 from rag_kernels import (
     ATTENTION_METHODS,
@@ -19,10 +20,6 @@ from rag_kernels import (
     position_causal_attention,
 )
 
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
-    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
-}
 LENGTHS, COUNTS = (150, 99, 5, 19), (40, 1, 0, 19)
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.server
 import json
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from answering import answering
 
 from rag_pipeline import EngineError, ServerBackend
 from rag_pipeline.prompts.builder import PromptBuilder
@@ -56,32 +55,6 @@ def test_another_kind_of_server(tmp_path: Path) -> None:
 MODEL_INFO = {"model_path": "m", "is_generation": True}
 ENGINE = {"max_req_input_len": 2042, "incremental_streaming_output": True}
 NOT_YOURS = {"error": {"message": "a tenant's key does not open this route", "code": 403}}
-
-
-@contextlib.contextmanager
-def answering(answers: dict[str, tuple[int, Any]]) -> Iterator[str]:
-    """A server that gives these answers to GET, 401 without a key, and 404 elsewhere."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = answers.get(self.path, (404, {"detail": "Not Found"}))
-            if "Authorization" not in self.headers:
-                status, body = 401, {"error": "Unauthorized"}
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
 
 
 @pytest.mark.parametrize("plugin", [200, 503])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from answering import answering
 
 from rag_eval.benchmarks.router import RouterBenchConfig, main, make_requests
 from rag_eval.benchmarks.router_process import RouterProgram, counters
@@ -29,21 +28,8 @@ rag_fusion:match_seconds_sum{tp_rank="0"} 0.25
 
 @pytest.fixture
 def metrics_url() -> Iterator[str]:
-    class Metrics(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = METRICS.encode()
-            self.send_response(200 if self.path == "/metrics" else 404)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering({"/metrics": (200, METRICS)}, with_key=False) as url:
+        yield url
 
 
 def test_counters_add_up_labels_and_find_open_builds(metrics_url: str) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from uploads import Uploads
 
+from rag_eval.benchmarks.tiny_model import write_tiny_model
 from rag_pipeline.server import ServerSettings
 from rag_pipeline.server.embedders import EmbedderPool
 
@@ -70,31 +71,7 @@ class Server:
 @pytest.fixture(scope="session")
 def tiny_llm(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights behind the packaged model's tokenizer and chat template: starts and answers fast."""
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    folder = tmp_path_factory.mktemp("tiny-llm")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (smollm2_path / name).exists():
-            shutil.copy(smollm2_path / name, folder / name)
-    known = json.loads((smollm2_path / "config.json").read_text())
-    config = LlamaConfig(
-        vocab_size=known["vocab_size"],
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=known.get("bos_token_id"),
-        eos_token_id=known.get("eos_token_id"),
-    )
-    torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-llm"), smollm2_path, layers=5)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from rag_bodies import ASK, FIND, chat
 
 pytestmark = pytest.mark.engine
-
-ASK, FIND = "/v1/rag/chat/completions", "/v1/rag/search"
-
-
-def chat(question: str = "What does the with statement do?", **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}], "max_tokens": 8, **more}
 
 
 MALFORMED: list[tuple[str, Any, str]] = [

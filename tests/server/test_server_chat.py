@@ -10,15 +10,9 @@ import httpx
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
+from rag_bodies import FIND, QUESTION, chat
 
 pytestmark = pytest.mark.engine
-
-ASK, FIND = "/v1/rag/chat/completions", "/v1/rag/search"
-QUESTION = "What does the with statement do?"
-
-
-def chat(question: str = QUESTION, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}], "max_tokens": 8, **more}
 
 
 def details(answer: dict[str, Any]) -> dict[str, int]:

@@ -78,13 +78,14 @@ def test_a_file_beyond_its_limits_is_one_line(
     assert uploads.left() == []
 
 
+def text(count: int, word: str) -> str:
+    """Short paragraphs of unlike words: a chunk each."""
+    return "\n\n".join(f"{word} {number} " * 60 for number in range(count))
+
+
 def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
     make_uploads: Callable[..., Uploads],
 ) -> None:
-    # Short paragraphs of unlike words: a chunk each.
-    def text(count: int, word: str) -> str:
-        return "\n\n".join(f"{word} {number} " * 60 for number in range(count))
-
     uploads = make_uploads(max_index_chunks=20)
     first = uploads.upload({"a.txt": text(8, "one")})
     assert (first.state, first.skipped) == ("done", [])
@@ -112,9 +113,6 @@ def test_an_index_has_a_quota_and_an_upload_may_replace_its_own_files(
 def test_the_order_of_files_and_an_index_that_is_too_full_refuse_nothing_that_fits(
     make_uploads: Callable[..., Uploads],
 ) -> None:
-    def text(count: int, word: str) -> str:
-        return "\n\n".join(f"{word} {number} " * 60 for number in range(count))
-
     def restart(limit: int) -> None:
         uploads.jobs.close()
         uploads.settings = replace(uploads.settings, max_index_chunks=limit)

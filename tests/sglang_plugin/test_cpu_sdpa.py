@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from tolerances import TOLERANCE
 
 from rag_kernels.attention.torch_sdpa import (
     causal_mask,
@@ -17,11 +18,6 @@ from rag_kernels.attention.torch_sdpa import (
     extend_attention,
     packed_decode_attention,
 )
-
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
-    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
-}
 
 
 def reference(q_THD, k_NKD, v_NKE, *, scale, window=None):

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-
-import numpy as np
 
 from chunk_cache import KVContext, StoreFolder
-from retrievers import (
-    Chunk,
-    Document,
-    HFTokenizer,
-    ingest,
-)
+from rag_eval.reliability.instant_parts import HashEmbedder, LineSplitter
+from retrievers import Document, HFTokenizer, ingest
 
 SECRET = "The code of the old vault in the cellar of the town hall is 4711 and nobody knows it."
 SHARED = "Every report of this town ends with the same line about the weather of the last week."
@@ -21,44 +14,6 @@ OTHER = "The lighthouse was painted green in the spring of 1931 by its keeper an
 CONTEXT = KVContext(
     model_fingerprint="m", dtype="float32", kv_dtype="float32", rope="{}", prefix_digest="p"
 )
-
-
-class HashEmbedder:
-    """Unit vectors drawn from the text's hash."""
-
-    name, dim, fingerprint = "hash", 4, "a" * 32
-
-    def encode_documents(self, texts: list[str], **options: object) -> np.ndarray:
-        rows = [np.random.default_rng(abs(hash(text))).normal(size=self.dim) for text in texts]
-        out = np.array(rows, dtype=np.float32)
-        return out / np.linalg.norm(out, axis=1, keepdims=True)
-
-    def encode_query(self, text: str) -> np.ndarray:
-        return self.encode_documents([text])[0]
-
-
-class LineSplitter:
-    """One chunk a line."""
-
-    def __init__(self) -> None:
-        self.settings = {"kind": "line"}
-        self.tokenizer = SimpleNamespace(fingerprint="characters")
-
-    def split(self, document: Document) -> list[Chunk]:
-        return [
-            Chunk(
-                id=f"{document.id}#{number}",
-                document_id=document.id,
-                text=line,
-                title=document.title,
-                start=0,
-                end=len(line),
-                num_tokens=len(line),
-                path=None,
-                metadata={},
-            )
-            for number, line in enumerate(document.text.split("\n"))
-        ]
 
 
 def put(index: Path, documents: dict[str, str], **options: object) -> None:

@@ -37,6 +37,40 @@ def lay_out(
     return [*ids, *question], spans
 
 
+QUESTION = tokens(9, 2)
+SWAPPED, SWAPPED_SPANS = lay_out([CHUNKS[1], CHUNKS[0]], QUESTION)
+"""Prompt of the first two chunks in the other order, so that only the second of them is moved; and its spans."""
+
+
+def store_chunks(local: Any, chunks: Sequence[list[int]], prefix: list[int] = PREFIX_IDS) -> Any:
+    """Have an engine build chunks behind a prefix and forget the prompts; returns the engine."""
+    for chunk in chunks:
+        local.build(prefix, chunk)
+    local.flush()
+    return local
+
+
+def enter_prefix(local: Any, prefix: Sequence[int] = PREFIX_IDS) -> None:
+    """Have the radix tree hold the shared prefix, and nothing behind it."""
+    local.ask([*prefix, 3], 1, fusion={"mode": "off"})
+
+
+@contextlib.contextmanager
+def attribute(thing: Any, name: str, value: object) -> Iterator[None]:
+    """Set an attribute for a while."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+def chunk_limit(local: Any, rows: int) -> contextlib.AbstractContextManager[None]:
+    """Cut prompts into pieces of so many computed rows, for a while."""
+    return attribute(local.scheduler, "chunked_prefill_size", rows)
+
+
 def report(req: Any) -> dict[str, Any]:
     """What fusion reports of a finished request."""
     found: dict[str, Any] = req.customized_info["rag_fusion"][0]
@@ -46,6 +80,14 @@ def report(req: Any) -> dict[str, Any]:
 def logprobs(req: Any) -> list[float]:
     """Log-probabilities of the tokens that were generated."""
     return list(req.logprob.output_token_logprobs_val)
+
+
+def agrees_with_oracle(req: Any, wanted: torch.Tensor, limit: float = 5e-4) -> None:
+    """Fail unless the first token and its likeliest rivals have the log-probabilities of the definition."""
+    got = torch.tensor(req.logprob.output_top_logprobs_val[0]).double()
+    named = torch.tensor(req.logprob.output_top_logprobs_idx[0])
+    torch.testing.assert_close(got, wanted[named], rtol=0, atol=limit)
+    assert int(wanted.argmax()) == req.output_ids[0]
 
 
 def largest_difference(one: Any, two: Any) -> float:

@@ -8,17 +8,23 @@ for all layers, is charged to each call.
 
 from __future__ import annotations
 
-import json
-import statistics
+import functools
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.frame import (
+    benchmark_parser,
+    run_benchmark,
+    time_in_turns,
+    versions_of,
+)
+from rag_eval.command import Progress
 
 __all__ = ["Case", "default_cases", "main", "run"]
 
@@ -144,8 +150,6 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
         ``cases`` (a list of rows: medians in ms of wall and process CPU time, ``speedup`` in wall
         time, ``max_abs_diff`` between the two outputs), ``repeats``, ``threads``, ``versions``.
     """
-    from importlib.metadata import version
-
     shape = shape or Shape()
     rows = []
     for case in cases:
@@ -167,20 +171,16 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
 
         with torch.inference_mode():
             outputs = {name: call(name).float() for name in BACKENDS}
-            wall: dict[str, list[float]] = {name: [] for name in BACKENDS}
-            cpu: dict[str, list[float]] = {name: [] for name in BACKENDS}
-            for repeat in range(repeats):
-                for name in BACKENDS[:: 1 if repeat % 2 else -1]:
-                    wall_start, cpu_start = time.perf_counter(), time.process_time()
-                    call(name)
-                    wall[name].append((time.perf_counter() - wall_start) * 1e3)
-                    cpu[name].append((time.process_time() - cpu_start) * 1e3)
-        median = {name: statistics.median(wall[name]) for name in BACKENDS}
+            calls = {name: functools.partial(call, name) for name in BACKENDS}
+            timers = time_in_turns(calls, repeats)
+        median = {name: timer.report()["wall_ms_p50"] for name, timer in timers.items()}
         rows.append(
             {
                 **asdict(case),
                 "wall_ms_p50": median,
-                "cpu_ms_p50": {name: statistics.median(cpu[name]) for name in BACKENDS},
+                "cpu_ms_p50": {
+                    name: timer.report()["cpu_ms_p50"] for name, timer in timers.items()
+                },
                 "speedup": median["torch_native"] / median["rag_cpu"],
                 "max_abs_diff": float((outputs["rag_cpu"] - outputs["torch_native"]).abs().max()),
             }
@@ -191,49 +191,53 @@ def run(cases: list[Case], *, shape: Shape | None = None, repeats: int = 9) -> d
         "dtype": "bfloat16",
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+        "versions": versions_of("rag-pipeline", "sglang", "torch"),
     }
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    print(f"{'':31}{'wall ms':>28}{'process CPU ms':>28}")
+def table(result: dict[str, Any]) -> str:
+    """The report as text, one line per case."""
     heads = f"{'ours':>10}{'fast':>9}{'stock':>9}" * 2
-    print(f"{'':31}{heads}{'speed-up':>10}{'diff':>9}")
+    lines = [
+        f"{'':31}{'wall ms':>28}{'process CPU ms':>28}",
+        f"{'':31}{heads}{'speed-up':>10}{'diff':>9}",
+    ]
     for row in result["cases"]:
-        wall, cpu = row["wall_ms_p50"], row["cpu_ms_p50"]
-        print(
-            f"{row['name']:31}"
-            + "".join(
-                f"{ms['rag_cpu']:10.2f}{ms['rag_cpu fast']:9.2f}{ms['torch_native']:9.2f}"
-                for ms in (wall, cpu)
-            )
-            + f"{row['speedup']:9.1f}x{row['max_abs_diff']:9.1e}"
+        times = "".join(
+            f"{ms['rag_cpu']:10.2f}{ms['rag_cpu fast']:9.2f}{ms['torch_native']:9.2f}"
+            for ms in (row["wall_ms_p50"], row["cpu_ms_p50"])
         )
+        lines.append(f"{row['name']:31}{times}{row['speedup']:9.1f}x{row['max_abs_diff']:9.1e}")
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    print(f"medians of {result['repeats']}, {result['threads']} thread(s), {versions}")
+    lines.append(f"medians of {result['repeats']}, {result['threads']} thread(s), {versions}")
+    return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from the command line."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.attention", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls a backend and case")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads")
-    options = parser.parse_args(argv)
-    for name in ("repeats", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; allowed is 1 or more")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    result = run(default_cases(), repeats=options.repeats)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        _print_table(result)
-    return 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionBenchConfig:
+    """How often, and on how many cores."""
+
+    repeats: int = 9
+    """Timed calls of each backend in each case."""
+    threads: int | None = None
+    """Torch threads; torch's own choice when not given."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "repeats")
+        if self.threads is not None:
+            require_at_least(self, 1, "threads")
+
+
+def _run_defaults(config: AttentionBenchConfig, progress: Progress) -> dict[str, Any]:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return run(default_cases(), repeats=config.repeats)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.attention", __doc__)
+    return run_benchmark(parser, AttentionBenchConfig, _run_defaults, table, words)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 
+_PERCENT = {"min": 0, "p50": 50, "p99": 99, "max": 100}
+_REPORTED = (
+    *(f"wall_ms_{quantity}" for quantity in _PERCENT),
+    *("cpu_ms_p50", "cpu_ms_p99", "cpu_ms_max", "n"),
+)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -31,16 +36,28 @@ class CallTimer:
         self.wall.append(wall_s)
         self.cpu.append(cpu_s)
 
-    def report(self) -> dict[str, float | int]:
-        """Milliseconds: smallest, median, 99th percentile and largest, and the number of calls."""
-        wall, cpu = np.array(self.wall) * 1e3, np.array(self.cpu) * 1e3
-        return {
-            "wall_ms_min": round(float(wall.min()), 4),
-            "wall_ms_p50": round(float(np.median(wall)), 4),
-            "wall_ms_p99": round(float(np.percentile(wall, 99)), 4),
-            "wall_ms_max": round(float(wall.max()), 4),
-            "cpu_ms_p50": round(float(np.median(cpu)), 4),
-            "cpu_ms_p99": round(float(np.percentile(cpu, 99)), 4),
-            "cpu_ms_max": round(float(cpu.max()), 4),
-            "n": len(self.wall),
-        }
+    def report(self, *names: str) -> dict[str, float | int]:
+        """Milliseconds, and the number of calls.
+
+        Parameters
+        ----------
+        *names : str
+            What to report of ``wall_ms_QUANTITY``, ``cpu_ms_QUANTITY`` and ``n``; a quantity is
+            ``min``, ``p50``, ``p99`` or ``max``. All but the smallest CPU time when none is given.
+        """
+        found: dict[str, float | int] = {}
+        for clock, seconds in (("wall", self.wall), ("cpu", self.cpu)):
+            for quantity, percent in _PERCENT.items():
+                value = 1e3 * float(np.percentile(seconds, percent))
+                found[f"{clock}_ms_{quantity}"] = round(value, 4)
+        found["n"] = len(self.wall)
+        return {name: found[name] for name in names or _REPORTED}
+
+
+def timer_line(report: Mapping[str, float | int]) -> str:
+    """One timer's report as part of a line."""
+    return (
+        f"median {report['wall_ms_p50']:9.4f} ms   p99 {report['wall_ms_p99']:9.4f}"
+        f"   max {report['wall_ms_max']:9.4f}   CPU {report['cpu_ms_p50']:9.4f}"
+        f" p99 {report['cpu_ms_p99']:9.4f}   n={report['n']}"
+    )

@@ -19,19 +19,23 @@ wall clock and process CPU time, in turn so that a busy machine hits all alike, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rag_eval.arguments import OneLineParser, parse_config
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.frame import (
+    benchmark_parser,
+    run_benchmark,
+    time_in_turns,
+    versions_of,
+)
+from rag_eval.command import Progress
 from rag_eval.errors import EvalError
 from rag_kernels import (
     RotarySpec,
@@ -78,13 +82,9 @@ class KernelBenchConfig:
     """bf16, fp16 or fp32."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("seed", "system_tokens") else 1
-            if isinstance(value, int) and value < least:
-                raise EvalError(
-                    f"--{field.name.replace('_', '-')} is {value}; it must be {least} or more."
-                )
+        sizes = ("chunks", "chunk_tokens", "question_tokens", "recomputed", "repeats", "threads")
+        require_at_least(self, 1, *sizes, "q_heads", "kv_heads", "head_dim")
+        require_at_least(self, 0, "seed", "system_tokens")
         if self.dtype not in _DTYPES:
             raise EvalError(f"--dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}.")
         if self.q_heads % self.kv_heads:
@@ -100,33 +100,17 @@ class KernelBenchConfig:
         return self.system_tokens + self.chunks * self.chunk_tokens + self.question_tokens
 
 
-def run(config: KernelBenchConfig, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: KernelBenchConfig, progress: Progress) -> dict[str, Any]:
     """Time every operation; see the module."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        operations = _operations(config)
-        walls: dict[str, list[float]] = {name: [] for name in operations}
-        cpus: dict[str, list[float]] = {name: [] for name in operations}
-        for turn in range(config.repeats + 1):
-            progress(f"turn {turn} of {config.repeats}" if turn else "warm-up")
-            for name, operation in operations.items():
-                wall, cpu = time.perf_counter(), time.process_time()
-                operation()
-                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-                if turn:  # the first turn fills caches that later layers find full
-                    walls[name].append(1e3 * wall)
-                    cpus[name].append(1e3 * cpu)
+        timers = time_in_turns(_operations(config), config.repeats, progress)
     finally:
         torch.set_num_threads(threads_before)
     timings = {
-        name: {
-            "wall_ms_p50": statistics.median(walls[name]),
-            "cpu_ms_p50": statistics.median(cpus[name]),
-            "cpu_ms_min": min(cpus[name]),
-            "n": config.repeats,
-        }
-        for name in operations
+        name: timer.report("wall_ms_p50", "cpu_ms_p50", "cpu_ms_min", "n")
+        for name, timer in timers.items()
     }
     full, rows = timings["attention full"], timings["attention rows"]
     return {
@@ -135,7 +119,7 @@ def run(config: KernelBenchConfig, progress: Callable[[str], None]) -> dict[str,
         "timings": timings,
         "rows_over_full_cpu": rows["cpu_ms_p50"] / full["cpu_ms_p50"],
         "rows_share": (config.recomputed + config.question_tokens) / config.prompt_tokens,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions_of("python", "torch"),
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -234,26 +218,25 @@ def _operations(config: KernelBenchConfig) -> dict[str, Callable[[], object]]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.kernels", description=(__doc__ or "").splitlines()[0]
-    )
-    config, as_json = parse_config(parser, KernelBenchConfig, argv)
-    report = run(config, lambda line: print(line, file=sys.stderr))
-    if as_json:
-        print(json.dumps(report))
-        return 0
-    for name, value in report["timings"].items():
-        print(
-            f"{name:24} CPU median {value['cpu_ms_p50']:8.2f} ms   least {value['cpu_ms_min']:8.2f}"
-            f"   wall {value['wall_ms_p50']:8.2f}   n={value['n']}"
-        )
-    print(
+def table(report: dict[str, Any]) -> str:
+    """The report as text, one line per operation."""
+    lines = [
+        f"{name:24} CPU median {value['cpu_ms_p50']:8.2f} ms   least {value['cpu_ms_min']:8.2f}"
+        f"   wall {value['wall_ms_p50']:8.2f}   n={value['n']}"
+        for name, value in report["timings"].items()
+    ]
+    config = report["config"]
+    lines.append(
         f"{100 * report['rows_share']:.1f}% of the rows take {100 * report['rows_over_full_cpu']:.1f}% of the CPU time "
-        f"of all rows ({report['prompt_tokens']} tokens, {config.dtype}, {config.threads} thread(s))"
+        f"of all rows ({report['prompt_tokens']} tokens, {config['dtype']}, {config['threads']} thread(s))"
     )
-    return 0
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.kernels", __doc__)
+    return run_benchmark(parser, KernelBenchConfig, run, table, words)
 
 
 if __name__ == "__main__":

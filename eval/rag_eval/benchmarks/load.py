@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import OneLineParser, add_json_option
 from rag_eval.benchmarks.load_requests import KINDS
 from rag_eval.benchmarks.load_run import LoadReport, LoadTarget, run_load
 from rag_eval.benchmarks.load_server import started_server
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--server-flag", action="append", default=[], help="flag=value for `rag-pipeline serve`"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_json_option(parser)
     given = parser.parse_args(words)
     _check(parser, given)
     with (

@@ -7,15 +7,17 @@ layout, streaming through the loop's thread, and summing up.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.command import Progress
 from retrievers.types import Chunk, SearchHit
 
 
@@ -49,19 +51,26 @@ class FixedRetriever:
         return self._hits[:k]
 
 
-def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> dict[str, Any]:
-    """Measure both sides.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OverheadConfig:
+    """What is measured."""
 
-    Parameters
-    ----------
-    model : str
-        Name, folder or file of the model.
-    repeats : int
-        Questions a side.
-    num_chunks : int
-        Chunks in each prompt.
-    new_tokens : int
-        Length of each answer, tokens.
+    model: str = "smollm2-135m"
+    """Name, folder or file of the model."""
+    repeats: int = 30
+    """Questions per side."""
+    chunks: int = 6
+    """Chunks in each prompt."""
+    new_tokens: int = 8
+    """Length of each answer, tokens."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 4, "repeats")
+        require_at_least(self, 1, "chunks", "new_tokens")
+
+
+def run(config: OverheadConfig, progress: Progress) -> dict[str, Any]:
+    """Measure both sides.
 
     Returns
     -------
@@ -70,7 +79,9 @@ def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> di
     """
     from rag_pipeline import EngineBackend, RagPipeline, SamplingOptions, resolve_llm
 
-    folder = resolve_llm(model).path
+    folder, num_chunks = resolve_llm(config.model).path, config.chunks
+    repeats, new_tokens = config.repeats, config.new_tokens
+    progress("starting the engine")
     backend = EngineBackend.start(folder, max_total_tokens=16384)
     try:
         pipeline = RagPipeline(FixedRetriever(num_chunks, 800), backend, folder, top_k=num_chunks)
@@ -113,8 +124,6 @@ def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> di
     # The model runs in other processes, so this process's CPU time is the pipeline's own and the
     # engine front's; unlike wall time it barely feels what else the machine does.
     cpu_difference = [(b[1] - a[1]) * 1e3 for a, b in zip(bare, whole, strict=True)]
-    from importlib.metadata import version
-
     return {
         "n": repeats,
         "bare_ms_p50": statistics.median(wall for wall, _ in bare) * 1e3,
@@ -128,30 +137,19 @@ def measure(*, model: str, repeats: int, num_chunks: int, new_tokens: int) -> di
         "new_tokens": new_tokens,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load_average": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("sglang", "torch")},
+        "versions": versions_of("sglang", "torch"),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, measure, print one JSON object."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.overhead", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--chunks", type=int, default=6)
-    parser.add_argument("--new-tokens", type=int, default=8)
-    options = parser.parse_args(arguments)
-    if options.repeats < 4:
-        parser.error("--repeats must be at least 4")
-    result = measure(
-        model=options.model,
-        repeats=options.repeats,
-        num_chunks=options.chunks,
-        new_tokens=options.new_tokens,
-    )
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    return 0
+def table(report: dict[str, Any]) -> str:
+    """The report as text, one line per quantity."""
+    return "\n".join(f"{name:26} {value}" for name, value in report.items())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.overhead", __doc__)
+    return run_benchmark(parser, OverheadConfig, run, table, words)
 
 
 if __name__ == "__main__":

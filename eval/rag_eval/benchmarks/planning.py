@@ -23,12 +23,10 @@ engine holds it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +34,10 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids, layout_named
 from chunk_cache.policies import DEFAULT_POLICY, Policy, ScoredPolicy, create_policy
-from rag_eval.arguments import OneLineParser, parse_config
-from rag_eval.benchmarks.call_timer import CallTimer
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.call_timer import CallTimer, timer_line
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
 from rag_pipeline.protocol import FusionRequest
@@ -80,10 +80,9 @@ class PlanningConfig:
     """Seed of all random text."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < (0 if field.name == "seed" else 1):
-                raise EvalError(f"{field.name} is {value}; it must be positive")
+        sizes = ("chunks", "chunk_tokens", "system_tokens", "question_tokens", "repeats")
+        require_at_least(self, 1, *sizes)
+        require_at_least(self, 0, "seed")
         try:
             counts = [int(word) for word in self.stored.split(",")]
         except ValueError:
@@ -101,7 +100,7 @@ class PlanningConfig:
         return [int(word) for word in self.stored.split(",")]
 
 
-def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: None) -> Any:
+def run(config: PlanningConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Run the benchmark.
 
     Returns
@@ -125,11 +124,7 @@ def run(config: PlanningConfig, progress: Callable[[str], None] = lambda line: N
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions_of("python", "numpy", "torch"),
     }
 
 
@@ -278,26 +273,21 @@ class _Bench:
         return int(slots.numel())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from a shell: progress on stderr, one JSON object or a table on stdout."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.planning",
-        description="Matching and planning of one request, before the first layer runs.",
-    )
-    config, as_json = parse_config(parser, PlanningConfig, arguments)
-    report = run(config, lambda line: print(line, file=sys.stderr))
-    if as_json:
-        print(json.dumps(report))
-        return 0
+def table(report: dict[str, Any]) -> str:
+    """The report as text, a line per store and per kind of call."""
+    lines = []
     for size, kinds in report["stores"].items():
-        print(f"{size} stored, {kinds['matched_chunks']} of them in the prompt, milliseconds")
-        for kind, row in kinds.items():
-            if isinstance(row, dict):
-                print(
-                    f"  {kind:22} median {row['wall_ms_p50']:8.3f}  p99 {row['wall_ms_p99']:8.3f}  "
-                    f"max {row['wall_ms_max']:8.3f}  CPU {row['cpu_ms_p50']:8.3f}  n={row['n']}"
-                )
-    return 0
+        lines.append(f"{size} stored, {kinds['matched_chunks']} of them in the prompt")
+        lines += [
+            f"  {kind:22} {timer_line(row)}" for kind, row in kinds.items() if isinstance(row, dict)
+        ]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.planning", __doc__)
+    return run_benchmark(parser, PlanningConfig, run, table, words)
 
 
 if __name__ == "__main__":

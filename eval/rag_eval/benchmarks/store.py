@@ -22,24 +22,21 @@ What is timed, each call by itself, wall clock and process CPU time:
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from rag_eval.arguments import OneLineParser, parse_config
+from rag_eval.benchmarks.call_timer import timer_line
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
 from rag_eval.benchmarks.store_config import StoreBenchConfig
 from rag_eval.benchmarks.store_matching import time_matching
 from rag_eval.benchmarks.store_records import time_records
+from rag_eval.command import Progress, no_progress
 
 
-def run(
-    config: StoreBenchConfig, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def run(config: StoreBenchConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Run the benchmark.
 
     Parameters
@@ -62,35 +59,26 @@ def run(
         **time_records(config, progress),
         "config": dataclasses.asdict(config),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions_of("python", "numpy", "torch"),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
-    parser = OneLineParser(
-        prog="rag-pipeline bench store", description=(__doc__ or "").splitlines()[0]
-    )
-    config, as_json = parse_config(parser, StoreBenchConfig, argv)
-    report = run(config, lambda line: print(line, file=sys.stderr))
-    if as_json:
-        print(json.dumps(report))
-        return 0
-    for name, value in report.items():
-        if isinstance(value, dict) and "wall_ms_p50" in value:
-            print(
-                f"{name:20} median {value['wall_ms_p50']:9.4f} ms   p99 {value['wall_ms_p99']:9.4f}"
-                f"   max {value['wall_ms_max']:9.4f}   CPU {value['cpu_ms_p50']:9.4f}"
-                f" p99 {value['cpu_ms_p99']:9.4f}"
-                f"   n={value['n']}"
-            )
-    print(f"index {report['index']}")
-    print(f"one record {report['record_bytes']} bytes, torch threads {report['threads']}")
-    return 0
+def table(report: dict[str, Any]) -> str:
+    """The report as text, one line per kind of call."""
+    lines = [
+        f"{name:20} {timer_line(value)}"
+        for name, value in report.items()
+        if isinstance(value, dict) and "wall_ms_p50" in value
+    ]
+    lines.append(f"index {report['index']}")
+    lines.append(f"one record {report['record_bytes']} bytes, torch threads {report['threads']}")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("rag-pipeline bench store", __doc__)
+    return run_benchmark(parser, StoreBenchConfig, run, table, words)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from chunk_cache import KVContext, hash_token_ids
+from rag_eval.arguments import require_at_least
 from rag_eval.errors import EvalError
 
 VOCABULARY = 49_152  # of SmolLM2; what matters is only that random windows differ
@@ -43,13 +44,8 @@ class StoreBenchConfig:
     """Seed of all random text."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            least = 0 if field.name == "seed" else 1
-            if getattr(self, field.name) < least:
-                raise EvalError(
-                    f"--{field.name.replace('_', '-')} {getattr(self, field.name)}: "
-                    f"allowed is >= {least}"
-                )
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, *(f.name for f in dataclasses.fields(self) if f.name != "seed"))
         if not 2 * _SHORTEST <= self.chunk_tokens <= self.prompt_tokens:
             raise EvalError(
                 f"--chunk-tokens {self.chunk_tokens}: allowed is {2 * _SHORTEST} to "

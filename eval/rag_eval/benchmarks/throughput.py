@@ -9,18 +9,18 @@ times, with an empty radix tree at the start; a mode that is saturated is not dr
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
-from rag_eval.arguments import INTERRUPTED, OneLineParser, engine_arguments
+from rag_eval.arguments import add_engine_option, require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
 from rag_eval.benchmarks.throughput_server import ServerUnderTest, reached_server
 from rag_eval.benchmarks.workload import WorkloadConfig, make_workload
+from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 
 BASELINE = "prefix"
@@ -30,42 +30,29 @@ CAPACITY_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputConfig:
-    """What is measured.
-
-    Parameters
-    ----------
-    model : str
-        Hub id, folder, GGUF file or packaged name.
-    modes : str
-        As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    rates : str
-        Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
-        request after the other, then twice as many each time.
-    workload : WorkloadConfig
-        The prompts.
-    output_tokens : int
-        Tokens of every answer.
-    ttft_bound_s : float or None
-        Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
-        server that is otherwise idle.
-    url : str or None
-        A running server to use; one is started otherwise.
-    engine_args : dict
-        Arguments of the server that is started.
-    """
+    """What is measured."""
 
     model: str = "smollm2-135m"
+    """Hub id, folder, GGUF file or packaged name."""
     modes: str = "prefix,query:0.15"
+    """As for the evaluation; ``prefix`` (RadixAttention alone) is always there."""
     rates: str = "auto"
+    """Arrivals per second, comma between, or ``auto``: a quarter of what the baseline serves one
+    request after the other, then twice as many each time."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """The prompts."""
     output_tokens: int = 16
+    """Tokens of every answer."""
     ttft_bound_s: float | None = None
+    """Bound of the goodput, seconds; ``None`` takes three times the baseline's median TTFT on a
+    server that is otherwise idle."""
     url: str | None = None
+    """A running server to use; one is started otherwise."""
     engine_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the server that is started."""
 
     def __post_init__(self) -> None:
-        if self.output_tokens < 1:
-            raise EvalError(f"output_tokens is {self.output_tokens}; it must be at least 1")
+        require_at_least(self, 1, "output_tokens")
         if self.ttft_bound_s is not None and not 0 < self.ttft_bound_s < float("inf"):
             raise EvalError(f"ttft_bound_s is {self.ttft_bound_s}; allowed: a positive number")
         if self.url and self.engine_args:
@@ -87,9 +74,7 @@ class ThroughputConfig:
         return tuple(rates)
 
 
-def run(
-    config: ThroughputConfig, progress: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def run(config: ThroughputConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Measure, and return the JSON of ``rag-pipeline bench throughput``.
 
     Returns
@@ -152,7 +137,7 @@ def run(
         "engine": "sglang",
         "threads": threads,
         "cpus": os.cpu_count(),
-        "versions": {name: version(name) for name in ("sglang", "torch", "rag-pipeline")},
+        "versions": versions_of("sglang", "torch", "rag-pipeline"),
     }
 
 
@@ -195,60 +180,17 @@ def table(report: dict[str, Any]) -> str:
             f"{row['output_tokens_per_s']:9.1f} {row['goodput_per_s']:10.3f} {cpu}"
             f"{'  saturated' if row['saturated'] else ''}"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _parser() -> OneLineParser:
-    defaults, shape = ThroughputConfig(), WorkloadConfig()
-    parser = OneLineParser(
-        prog="rag-pipeline bench throughput",
-        description="Throughput under Poisson arrivals, every mode on one HTTP server.",
-    )
-    add = parser.add_argument
-    add("--model", default=defaults.model)
-    add("--modes", default=defaults.modes, help="modes, comma between")
-    add("--rates", default=defaults.rates, help="arrivals per second, or auto")
-    add("--requests", type=int, default=shape.requests, help="prompts of each rate")
-    add("--corpus", type=int, default=shape.corpus, help="distinct chunks in all")
-    add("--chunks", type=int, default=shape.chunks, help="chunks per prompt")
-    add("--chunk-tokens", type=int, default=shape.chunk_tokens)
-    add("--zipf", type=float, default=shape.zipf, help="how unevenly chunks recur; 0 evenly")
-    add("--output-tokens", type=int, default=defaults.output_tokens)
-    add("--ttft-bound", type=float, default=None, help="seconds; bound of the goodput")
-    add("--seed", type=int, default=shape.seed)
-    add("--url", default=None, help="a running server; otherwise one is started")
-    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="server argument")
-    add("--json", action="store_true", help="print one JSON object instead of the table")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
-    given = _parser().parse_args(arguments)
-    try:
-        config = ThroughputConfig(
-            model=given.model,
-            modes=given.modes,
-            rates=given.rates,
-            workload=WorkloadConfig(
-                requests=given.requests,
-                corpus=given.corpus,
-                chunks=given.chunks,
-                chunk_tokens=given.chunk_tokens,
-                zipf=given.zipf,
-                seed=given.seed,
-            ),
-            output_tokens=given.output_tokens,
-            ttft_bound_s=given.ttft_bound,
-            url=given.url,
-            engine_args=engine_arguments(given.engine_arg),
-        )
-        report = run(config, lambda text: print(text, file=sys.stderr, flush=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report) if given.json else table(report))
-    return INTERRUPTED if report["interrupted"] else 0
+    parser = benchmark_parser("rag-pipeline bench throughput", __doc__)
+    parser.add_argument(
+        "--ttft-bound", dest="ttft_bound_s", type=float, help="seconds; bound of the goodput"
+    )
+    add_engine_option(parser)
+    return run_benchmark(parser, ThroughputConfig, run, table, words)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rag_eval.arguments import INTERRUPTED, OneLineParser
+from rag_eval.arguments import parse_config, require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
 from rag_eval.benchmarks.ttft_prompts import Point, make_prompts
+from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 
 BASELINE = "prefix"
@@ -29,44 +30,30 @@ DEFAULT_CHUNKS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TtftConfig:
-    """What is measured.
-
-    Parameters
-    ----------
-    model : str
-        Hub id, folder, GGUF file or packaged name.
-    chunks : str
-        Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
-        takes as many as fit.
-    chunk_tokens : int
-        Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
-        `chunks` say it.
-    lengths : str
-        Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
-        `chunks` and `chunk_tokens` make.
-    question_tokens : int
-        Least length of the question in tokens; it is repeated up to there.
-    modes : str
-        As for the evaluation; ``prefix`` (RadixAttention alone) is always there.
-    repeats : int
-        Runs a mode; the first round is a warm-up that is not counted.
-    seed : int
-        Chooses text and order.
-    """
+    """What is measured."""
 
     model: str = "smollm2-135m"
+    """Hub id, folder, GGUF file or packaged name."""
     chunks: str = "auto"
+    """Chunks of the prompt, or several numbers to compare, comma between. With `lengths`, ``auto``
+    takes as many as fit."""
     chunk_tokens: int = 400
+    """Size of a chunk in tokens: whole sentences, at most this. Not used where both `lengths` and
+    `chunks` say it."""
     lengths: str = ""
+    """Lengths of the whole prompt in tokens, comma between, reached to the token; empty for what
+    `chunks` and `chunk_tokens` make."""
     question_tokens: int = 24
+    """Least length of the question in tokens; it is repeated up to there."""
     modes: str = "prefix,reuse,query:0.05,query:0.15,epic:0.15,cacheblend:0.15"
+    """As for the evaluation; ``prefix`` (RadixAttention alone) is always there."""
     repeats: int = 5
+    """Runs per mode; the first round is a warm-up that is not counted."""
     seed: int = 0
+    """Chooses text and order."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "question_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(self, 1, "chunk_tokens", "question_tokens", "repeats")
         self.points()
 
     def points(self) -> tuple[Point, ...]:
@@ -102,10 +89,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def run(
-    config: TtftConfig,
-    progress: Callable[[str], None] = lambda text: None,
-    *,
-    session: Any = None,
+    config: TtftConfig, progress: Progress = no_progress, *, session: Any = None
 ) -> dict[str, Any]:
     """Measure, and return the JSON of ``rag-pipeline bench ttft``.
 
@@ -237,7 +221,7 @@ def report(config: TtftConfig, points: list[dict[str, Any]]) -> dict[str, Any]:
         "engine": "sglang",
         "threads": int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()),
         "cpus": os.cpu_count(),
-        "versions": {name: version(name) for name in ("sglang", "torch", "rag-pipeline")},
+        "versions": versions_of("sglang", "torch", "rag-pipeline"),
     }
 
 
@@ -255,40 +239,21 @@ def table(report: dict[str, Any]) -> str:
         for point in report["points"]
         for name, row in point["modes"].items()
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@refusals_in_one_line
+def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
-    defaults = TtftConfig()
-    parser = OneLineParser(
-        prog="rag-pipeline bench ttft",
-        description="Time to first token over prompt length, every mode in one engine.",
-    )
-    add = parser.add_argument
-    add("--model", default=defaults.model)
-    add("--lengths", default=defaults.lengths, help="whole prompts, tokens: 1000,2000,4000,8000")
-    add("--chunks", default=defaults.chunks, help="numbers of chunks, or auto")
-    add("--chunk-tokens", type=int, default=defaults.chunk_tokens)
-    add("--question-tokens", type=int, default=defaults.question_tokens)
-    add("--modes", default=defaults.modes)
-    add("--repeats", type=int, default=defaults.repeats)
-    add("--seed", type=int, default=defaults.seed)
-    add("--plot", type=Path, default=None, help="write TTFT over prompt length to this PNG")
-    add("--json", action="store_true")
-    given = vars(parser.parse_args(arguments))
-    as_json, plot = given.pop("json"), given.pop("plot")
-    try:
-        found = run(TtftConfig(**given), lambda text: print(text, file=sys.stderr, flush=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if plot:
+    parser = benchmark_parser("rag-pipeline bench ttft", __doc__)
+    parser.add_argument("--plot", type=Path, help="write TTFT over prompt length to this PNG")
+    config, given = parse_config(parser, TtftConfig, words)
+    found = run(config, say_progress)
+    if given.plot:
         from rag_eval.benchmarks.ttft_plot import plot_ttft
 
-        plot_ttft(found, plot)
-    print(json.dumps(found) if as_json else table(found))
-    return INTERRUPTED if found["interrupted"] else 0
+        plot_ttft(found, given.plot)
+    return print_report(found, table, as_json=given.json)
 
 
 if __name__ == "__main__":

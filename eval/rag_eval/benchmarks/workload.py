@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rag_eval.arguments import require_at_least
 from rag_eval.datasets import Example, PromptChunk
 from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
@@ -21,34 +22,24 @@ QUESTION = "What do these passages say about names? This is question number {num
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkloadConfig:
-    """Shape of the prompts.
-
-    Parameters
-    ----------
-    requests : int
-        Prompts of one run.
-    corpus : int
-        Distinct chunks in all.
-    chunks, chunk_tokens : int
-        Chunks of one prompt, and their length in tokens (whole sentences, at most this).
-    zipf : float
-        Exponent of Zipf's law by which chunks are drawn: the i-th most popular one has a weight of
-        ``1 / i**zipf``. 0 makes all alike.
-    seed : int
-        Same seed, same prompts in the same order.
-    """
+    """Shape of the prompts."""
 
     requests: int = 40
+    """Prompts of one run."""
     corpus: int = 40
+    """Distinct chunks in all."""
     chunks: int = 6
+    """Chunks of one prompt."""
     chunk_tokens: int = 280
+    """Length of a chunk in tokens: whole sentences, at most this."""
     zipf: float = 1.0
+    """Exponent of Zipf's law by which chunks are drawn: the i-th most popular one has a weight of
+    ``1 / i**zipf``. 0 makes all alike."""
     seed: int = 0
+    """Same seed, same prompts in the same order."""
 
     def __post_init__(self) -> None:
-        for name in ("requests", "corpus", "chunks", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise EvalError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(self, 1, "requests", "corpus", "chunks", "chunk_tokens")
         if self.corpus < self.chunks:
             raise EvalError(
                 f"corpus is {self.corpus}; a prompt of {self.chunks} chunks needs at least as many"

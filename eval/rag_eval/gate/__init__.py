@@ -7,7 +7,9 @@ Nothing heavy is imported before a gate runs: ``doctor`` reads verdicts from her
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rag_eval.gate.command import main
@@ -26,11 +28,4 @@ _HOME = {
     "save_gate": "record",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load the public names on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

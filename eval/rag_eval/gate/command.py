@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rag_eval.arguments import OneLineParser, engine_arguments
+from rag_eval.arguments import (
+    OneLineParser,
+    add_engine_option,
+    add_fields,
+    add_json_option,
+    build_config,
+)
+from rag_eval.command import json_line, refusals_in_one_line, say_progress
 from rag_eval.gate.thresholds import Thresholds
-from rag_pipeline.errors import RagPipelineError
-from retrievers.errors import RetrievalError
 
 DESCRIPTION = (
     "Prove on this model, with the installed versions, what fusion promises exactly, and measure "
@@ -19,9 +23,16 @@ DESCRIPTION = (
     "named has passed; the verdict is kept for `rag-pipeline doctor`."
 )
 
+LIMITS = {
+    "noise_factor": "exact paths: KL at most so many times the noise floor",
+    "max_kl_of_reuse": "KL to full prefill over that of plain reuse",
+    "min_agreement": "share of answers whose first tokens are full prefill's",
+    "max_f1_drop": "token F1 below full prefill's",
+}
+"""Thresholds that have an option, and its help text."""
+
 
 def _parser() -> OneLineParser:
-    limits = Thresholds()
     parser = OneLineParser(prog="rag-pipeline eval gate", description=DESCRIPTION)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="hub id, folder, GGUF file or packaged name")
@@ -37,36 +48,14 @@ def _parser() -> OneLineParser:
     add("--chunk-tokens", type=int, default=280, help="length of a chunk")
     add("--max-new-tokens", type=int, default=16, help="length of the greedy answer")
     add("--seed", type=int, default=0, help="chooses facts and filler text")
-    add(
-        "--noise-factor",
-        type=float,
-        default=limits.noise_factor,
-        help="exact paths: KL at most so many times the noise floor",
-    )
-    add(
-        "--max-kl-of-reuse",
-        type=float,
-        default=limits.max_kl_of_reuse,
-        help="KL to full prefill over that of plain reuse",
-    )
-    add(
-        "--min-agreement",
-        type=float,
-        default=limits.min_agreement,
-        help="share of answers whose first tokens are full prefill's",
-    )
-    add(
-        "--max-f1-drop",
-        type=float,
-        default=limits.max_f1_drop,
-        help="token F1 below full prefill's",
-    )
-    add("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="sglang argument")
+    add_fields(parser, Thresholds, LIMITS, only=LIMITS)
+    add_engine_option(parser)
     add("--out", type=Path, default=None, help="also write the verdict to this file")
-    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add_json_option(parser)
     return parser
 
 
+@refusals_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -76,38 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when every policy passed, 1 when one did not or the input is bad; 2 for bad options.
     """
     given = _parser().parse_args(arguments)
-    from rag_eval.datasets import DatasetOptions
     from rag_eval.gate.gate import GateConfig, run_gate
     from rag_eval.gate.record import save_gate
     from rag_pipeline.whole_file import write_whole
 
-    try:
-        config = GateConfig(
-            model=given.model,
-            policies=given.policies,
-            examples=given.examples,
-            exact_prompts=given.exact_prompts,
-            options=DatasetOptions(chunks=given.chunks, chunk_tokens=given.chunk_tokens),
-            max_new_tokens=given.max_new_tokens,
-            seed=given.seed,
-            thresholds=Thresholds(
-                noise_factor=given.noise_factor,
-                max_kl_of_reuse=given.max_kl_of_reuse,
-                min_agreement=given.min_agreement,
-                max_f1_drop=given.max_f1_drop,
-            ),
-            engine_args=engine_arguments(given.engine_arg),
-        )
-        result = run_gate(config, lambda line: print(line, file=sys.stderr, flush=True))
-    except (RagPipelineError, RetrievalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result = run_gate(build_config(GateConfig, vars(given)), say_progress)
     stored = save_gate(result)
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    text = json_line(result)
     if given.out:
         write_whole(given.out, text + "\n")
     print(text if given.json else table(result))
-    print(f"kept in {stored}", file=sys.stderr)
+    say_progress(f"kept in {stored}")
     return 0 if result["passed"] else 1
 
 

@@ -7,19 +7,13 @@ foretold; index, store and their files are the real ones.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder
-from retrievers import Chunk, Document, Index, delete_documents, ingest
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from rag_eval.reliability.instant_parts import HashEmbedder, LineSplitter
+from retrievers import Document, Index, delete_documents, ingest
 
 DOCUMENTS = 6
 TOKENS = 64
@@ -30,52 +24,6 @@ CONTEXT = KVContext(
     rope="{}",
     prefix_digest="none",
 )
-
-
-class _HashEmbedder:
-    """Unit vectors drawn from the text's hash."""
-
-    name, dim, fingerprint = "hash", 16, "a" * 32
-
-    def encode_documents(
-        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
-    ) -> NDArray[np.float32]:
-        out = np.empty((len(texts), self.dim), dtype=np.float32)
-        for row, text in enumerate(texts):
-            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-            out[row] = np.random.default_rng(seed).normal(size=self.dim)
-        out /= np.linalg.norm(out, axis=1, keepdims=True)
-        return out
-
-    def encode_query(self, text: str) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self.encode_documents([text])[0]
-        return row
-
-
-class _LineSplitter:
-    """One chunk per line."""
-
-    settings: dict[str, Any] = {"kind": "line"}  # noqa: RUF012 - a protocol's attribute
-    tokenizer: Any = SimpleNamespace(fingerprint="characters")
-
-    def split(self, document: Document) -> list[Chunk]:
-        chunks, start = [], 0
-        for number, line in enumerate(document.text.split("\n")):
-            chunks.append(
-                Chunk(
-                    id=f"{document.id}#{number}",
-                    document_id=document.id,
-                    text=line,
-                    title=document.title,
-                    start=start,
-                    end=start + len(line),
-                    num_tokens=len(line),
-                    path=None,
-                    metadata={},
-                )
-            )
-            start += len(line) + 1
-        return chunks
 
 
 def secret(state: int) -> str:
@@ -97,8 +45,9 @@ def advance(index: Path, state: int) -> None:
     if state % 2:
         delete_documents(index, ["d0"])
         return
-    splitter: Any = _LineSplitter()
-    ingest(_documents(state // 2), index, splitter=splitter, embedder=_HashEmbedder(), sync=True)
+    ingest(
+        _documents(state // 2), index, splitter=LineSplitter(), embedder=HashEmbedder(), sync=True
+    )
 
 
 def texts(index: Path) -> frozenset[str]:

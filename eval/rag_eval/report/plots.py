@@ -99,16 +99,21 @@ def _series(axes: Any, result: EvalResult, x: str, y: str, x_scale: float = 1.0)
     return drawn
 
 
+def _label(axes: Any, result: EvalResult, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(f"{result.dataset} · {result.model} · n = {result.n}", fontsize=10, loc="left")
+    axes.legend(frameon=False)
+
+
 def _kl_over_computed(axes: Any, result: EvalResult, _: object) -> bool:
     drawn = _series(axes, result, "computed_fraction", "kl_answer", 100.0)
     floor = result.noise_floor.get("kl_answer")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle=":", linewidth=1, label="noise floor")
-    axes.set_xlabel("computed share of the prompt, all passes charged [%]")
-    axes.set_ylabel("KL to full prefill, mean over answer tokens [nats]")
-    axes.set_title(f"{result.dataset} · {result.model} · n = {result.n}", fontsize=10, loc="left")
+    x, y = "computed share of the prompt, all passes charged [%]", "KL to full prefill"
+    _label(axes, result, x, f"{y}, mean over answer tokens [nats]")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
     return drawn > 1
 
 
@@ -117,11 +122,9 @@ def _quality_over_ttft(axes: Any, result: EvalResult, _: object) -> bool:
     # F1 says nothing on a model that answers no question; agreement with full prefill still does.
     use_f1 = bool(scores) and max(scores) >= 0.1
     drawn = _series(axes, result, "ttft_p50_s", "f1" if use_f1 else "agree_full")
-    axes.set_xlabel("time to first token, median [s]")
-    axes.set_ylabel("token F1" if use_f1 else "share of answers equal to full prefill's")
-    axes.set_title(f"{result.dataset} · {result.model} · n = {result.n}", fontsize=10, loc="left")
+    y = "token F1" if use_f1 else "share of answers equal to full prefill's"
+    _label(axes, result, "time to first token, median [s]", y)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
     return drawn > 1
 
 
@@ -138,9 +141,6 @@ def _ttft_over_prompt(axes: Any, result: EvalResult, records: Sequence[Mapping[s
             colour = _COLOURS[index % len(_COLOURS)]
             axes.scatter(xs, ys, s=16, alpha=0.7, color=colour, label=mode)
             drawn += len(points)
-    axes.set_xlabel("prompt [tokens]")
-    axes.set_ylabel("time to first token [s]")
-    axes.set_title(f"{result.dataset} · {result.model} · n = {result.n}", fontsize=10, loc="left")
+    _label(axes, result, "prompt [tokens]", "time to first token [s]")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
     return drawn > 1

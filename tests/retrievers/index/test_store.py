@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from retrievers import (
     IndexWriter,
     Manifest,
     RetrievalError,
+    SearchHit,
     delete_documents,
     ingest,
 )
@@ -308,6 +310,14 @@ def test_leftovers_of_a_killed_commit_are_cleared(folder: Path, hash_embedder, s
     assert not (folder / "manifest.json.new").exists()
 
 
+Place = tuple[str, str]
+"""Document and text of a chunk."""
+
+
+def places(hits: list[SearchHit]) -> list[Place]:
+    return sorted((hit.chunk.document_id, hit.chunk.text) for hit in hits)
+
+
 class StoreAgainstDict(RuleBasedStateMachine):
     """Random puts, removals and commits, compared with a dictionary after every commit."""
 
@@ -366,15 +376,29 @@ class StoreAgainstDict(RuleBasedStateMachine):
                 assert chunk.id == f"{chunk.document_id}#{len(found[chunk.document_id])}"
                 found[chunk.document_id].append(chunk.text)
             assert found == self.model
-            expected = {(name, text) for name, texts in self.model.items() for text in texts}
-            hits = index.retriever("dense").search("query", k=100)
-            assert len(hits) == len(index)
-            assert {(hit.chunk.document_id, hit.chunk.text) for hit in hits} == expected
+            expected = sorted((name, text) for name, texts in self.model.items() for text in texts)
+            retriever = index.retriever("dense")
+            everything = {"n": {"$gte": 0}} if expected else None  # a filter this small is exact
+            assert places(retriever.search("query", k=100, where=everything)) == expected
+            self.agrees_unfiltered(places(retriever.search("query", k=100)), expected)
             for name, texts in self.model.items():
                 if texts:
                     where = {"document_id": name, "n": {"$lt": 2}}
                     hits = index.retriever("dense").search("query", k=100, where=where)
                     assert sorted(hit.chunk.text for hit in hits) == sorted(texts[:2])
+
+    def agrees_unfiltered(self, found: list[Place], expected: list[Place]) -> None:
+        """Every chunk once; a graph of many vertices may leave out a few.
+
+        A vertex of HNSW8 has 16 links. Up to 17 vertices all are linked to all. Beyond, links are dropped,
+        and now and then a few vertices (those of equal vectors above all) are linked to each other alone,
+        where no search gets to them or away from them.
+        """
+        if "HNSW" in self.factory and len(expected) > 17:
+            assert len(found) > len(expected) / 2
+            assert not Counter(found) - Counter(expected)
+        else:
+            assert found == expected
 
 
 @pytest.mark.parametrize("factory", ["IDMap2,Flat", "HNSW8"])

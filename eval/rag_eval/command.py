@@ -1,0 +1,45 @@
+"""What the commands of evaluation say: progress and refusals on stderr, one JSON object or a table on stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
+
+from rag_pipeline.errors import RagPipelineError
+from retrievers.errors import RetrievalError
+
+_P = ParamSpec("_P")
+
+Progress = Callable[[str], None]
+"""Called with one line of text as a measurement goes on."""
+
+
+def say_progress(line: str) -> None:
+    """Print a line on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def no_progress(line: str) -> None:
+    """Say nothing; for a measurement that is called from Python."""
+
+
+def refusals_in_one_line(main: Callable[_P, int]) -> Callable[_P, int]:
+    """Let a command end with 1 and one line on stderr where the user's input is refused."""
+
+    @functools.wraps(main)
+    def told(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (RagPipelineError, RetrievalError) as error:
+            say_progress(f"error: {error}")
+            return 1
+
+    return told
+
+
+def json_line(report: Mapping[str, Any]) -> str:
+    """One JSON object in one line; a number that JSON does not have raises :class:`ValueError`."""
+    return json.dumps(report, ensure_ascii=False, allow_nan=False)
