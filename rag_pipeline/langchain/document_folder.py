@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_pipeline.erasure import default_stores, make_eraser
+from rag_pipeline.erasure import make_eraser
+from rag_pipeline.sglang_plugin import FusionConfig
 from retrievers import (
     Index,
     IndexSettings,
@@ -53,7 +54,7 @@ class DocumentFolder:
         self._embedder = embedder
         self._factory = factory
         self._change = threading.Lock()
-        self._erase = make_eraser(*default_stores())
+        self._erase = make_eraser(*FusionConfig.from_env().store_folders())
         self._live = LiveIndex(path, embedder=embedder)
         self._live.current()
 
