@@ -5,6 +5,7 @@ Takes and gives chunks; what LangChain makes of them is :mod:`.vector_store`'s m
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,16 +150,18 @@ class DocumentFolder:
     def _settings(self) -> IndexSettings:
         """Settings of the folder where there is one: what was ingested there stays valid."""
         index = self._live.current()
-        manifest = None if index is None else index.manifest
+        if index is not None:
+            # It was opened with this embedder: the model is the folder's, maybe by another name.
+            return dataclasses.replace(index.manifest.settings, embedder_name=self._embedder.name)
         return IndexSettings(
             embedder_name=self._embedder.name,
             embedder_fingerprint=self._embedder.fingerprint,
             dim=self._embedder.dim,
-            splitter=manifest.splitter if manifest else {"kind": "langchain"},
-            tokenizer_fingerprint=manifest.tokenizer_fingerprint if manifest else "",
-            factory=None if manifest else self._factory,
+            splitter={"kind": "langchain"},
+            tokenizer_fingerprint="",
+            factory=self._factory,
             # LangChain users expect a vector of the text alone.
-            include_title=manifest.include_title if manifest else False,
+            include_title=False,
         )
 
 
