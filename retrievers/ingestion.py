@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from retrievers.embedding import TextEmbedder
 from retrievers.embedding_reuse import ReusingEmbedder
 from retrievers.errors import RetrievalError
 from retrievers.index_lock import leftovers, remove_unfinished
@@ -20,6 +19,7 @@ from retrievers.manifest import MANIFEST_NAME, Manifest
 from retrievers.metadata import storable_document
 from retrievers.prepared import PreparedDocument
 from retrievers.removal import Erase
+from retrievers.text_embedder import TextEmbedder
 from retrievers.types import Chunk, Document
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
-from rag_pipeline.errors import EngineError, ModelError, one_line
+from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.frontend.backend import ChunkPrograms, ProgramOptions
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import ServerBackend
@@ -54,7 +54,7 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         try:
             if tokenizer is not None:
                 server.check_model(Path(tokenizer))
-            loaded = _load(tokenizer or server.model_path)
+            loaded = ModelTokenizer.load_served(tokenizer or server.model_path)
             self._incremental = server._incremental
         finally:
             server.close()
@@ -101,13 +101,3 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
                 f"({response.status_code}): {detail}"
             )
         return response
-
-
-def _load(folder: str | Path) -> ModelTokenizer:
-    try:
-        return ModelTokenizer.load(folder)
-    except ModelError as error:
-        raise ModelError(
-            f"the server's model {folder} has no tokenizer on this machine; copy its folder here "
-            "and give it as tokenizer"
-        ) from error

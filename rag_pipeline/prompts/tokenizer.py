@@ -88,6 +88,23 @@ class ModelTokenizer:
             reason = one_line(error, 200)
             raise ModelError(f"{model_path} holds no readable tokenizer ({reason})") from error
 
+    @classmethod
+    def load_served(cls, model_path: Path | str) -> ModelTokenizer:
+        """Load the tokenizer of a server's model, whose folder must lie on this machine.
+
+        Raises
+        ------
+        ModelError
+            It does not; the line says what to do.
+        """
+        try:
+            return cls.load(model_path)
+        except ModelError as error:
+            raise ModelError(
+                f"the server's model {model_path} has no tokenizer on this machine; copy its folder here "
+                "and give it as tokenizer"
+            ) from error
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of vocabulary and settings; equal fingerprints give equal ids."""
