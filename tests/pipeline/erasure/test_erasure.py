@@ -241,7 +241,7 @@ def test_too_much_to_tell_apart_empties_the_store_but_for_a_tenant_only_what_is_
 def test_a_deletion_goes_through_every_folder_that_the_settings_name(
     home: Path, tmp_path: Path
 ) -> None:
-    common = home / "kv"
+    common = home / "home" / "kv"
     assert FusionConfig().store_folders() == (common,)
     other = FusionConfig(store_dir=str(tmp_path / "other"))
     assert other.store_folders(None, common) == (common, tmp_path / "other")
