@@ -42,11 +42,7 @@ def main(url: str, index_dir: str, question: str) -> None:
     state = map_combine.run(documents=documents, question=question, backend=backend, temperature=0)
     steps = [*(("map", used) for used in state["map"]), ("combine", usage(state, "answer"))]
     for step, used in steps:
-        print(
-            f"{step}: {used.prompt_tokens} tokens: {used.exact_prefix_tokens} exact prefix, "
-            f"{used.reused_tokens} reused, {used.recomputed_tokens} recomputed, "
-            f"{used.fresh_tokens} fresh"
-        )
+        print(f"{step}: {used.describe()}")
     print(f"A: {state['answer'].strip()}")
 
 

@@ -41,11 +41,7 @@ def main(url: str, index_dir: str, *questions: str) -> None:
     ):
         used = usage(state, "answer")
         print(f"Q: {question}\nA: {state['answer'].strip()}")
-        print(
-            f"   {used.prompt_tokens} tokens: {used.exact_prefix_tokens} exact prefix, "
-            f"{used.reused_tokens} reused, {used.recomputed_tokens} recomputed, "
-            f"{used.fresh_tokens} fresh"
-        )
+        print(f"   {used.describe()}")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,7 @@ def main(url: str, index_dir: str, *questions: str) -> None:
     for turn, question in enumerate(questions):
         used = usage(state, f"answer{turn}")
         print(f"Q: {question}\nA: {state[f'answer{turn}'].strip()}")
-        print(
-            f"   {used.prompt_tokens} tokens: {used.exact_prefix_tokens} exact prefix, "
-            f"{used.reused_tokens} reused, {used.recomputed_tokens} recomputed, "
-            f"{used.fresh_tokens} fresh"
-        )
+        print(f"   {used.describe()}")
 
 
 if __name__ == "__main__":

@@ -127,16 +127,6 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY) -> Erase:
     return erase
 
 
-def default_stores(*given: Path | None) -> tuple[Path, ...]:
-    """Folders of chunk KV that this user's settings name, and those given."""
-    from rag_pipeline.config import kv_store_dir
-    from rag_pipeline.sglang_plugin import FusionConfig
-
-    configured = FusionConfig.from_env().store_dir
-    named = [kv_store_dir(), *(Path(configured) for _ in range(bool(configured))), *given]
-    return tuple(dict.fromkeys(path.absolute() for path in named if path is not None))
-
-
 def marks_of(removal: Removal) -> TextMarks:
     """Marks of the chunks that are gone: of few, without text that live ones hold too."""
     from chunk_cache import TextMarks

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from rag_pipeline.generation import Backend
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import GenerationRequest, SamplingOptions, build_requests
-from rag_pipeline.question_run import AnswerRun, QuestionRun, check_top_k
+from rag_pipeline.question_run import AnswerRun, QuestionOptions, QuestionRun, check_top_k
 from rag_pipeline.types import Answer
 from retrievers.types import Chunk, Retriever
 
@@ -53,30 +52,16 @@ class RagPipeline:
         self.builder = builder if isinstance(builder, PromptBuilder) else PromptBuilder(builder)
         self.top_k = top_k
 
-    def ask(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        sampling: SamplingOptions | None = None,
-        where: Mapping[str, object] | None = None,
-        policy: str = "prefix",
-        ratio: float | None = None,
-    ) -> Answer:
+    def ask(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
         """Answer one question.
 
         Parameters
         ----------
         question : str
             The question.
-        top_k : int, optional
-            Chunks to retrieve, at least 1; the pipeline's own number when None.
-        sampling : SamplingOptions, optional
-            How to decode; greedy, 128 tokens when None.
-        where : mapping, optional
-            Filter on chunk metadata, handed to the retriever.
-        policy, ratio : str, float or None
-            Selection policy of the fusion and its share of recomputed tokens.
+        **options : QuestionOptions
+            ``top_k``, ``sampling``, ``where``, ``policy``, ``ratio``, ``attention``; see
+            :class:`~rag_pipeline.question_run.QuestionOptions`.
 
         Returns
         -------
@@ -91,22 +76,13 @@ class RagPipeline:
             From the retriever.
         """
         result: str | Answer = ""
-        for piece in self.stream(
-            question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
-        ):
+        for piece in self.stream(question, **options):
             result = piece
         assert isinstance(result, Answer)
         return result
 
     def stream(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        sampling: SamplingOptions | None = None,
-        where: Mapping[str, object] | None = None,
-        policy: str = "prefix",
-        ratio: float | None = None,
+        self, question: str, **options: Unpack[QuestionOptions]
     ) -> Generator[str | Answer, None, None]:
         """Answer one question piece by piece; parameters as for :meth:`ask`.
 
@@ -117,10 +93,8 @@ class RagPipeline:
         str or Answer
             Pieces of text as they come, then the whole :class:`~rag_pipeline.types.Answer`.
         """
-        run = QuestionRun.start(
-            question, self.top_k if top_k is None else top_k, sampling, policy, ratio
-        )
-        answer = self._prepare(run, where)
+        run = QuestionRun.start(question, self.top_k, **options)
+        answer = self._prepare(run)
         pieces = self.backend.generate(answer.request)
         try:
             for piece in pieces:
@@ -131,43 +105,23 @@ class RagPipeline:
             pieces.close()
         yield answer.answer()
 
-    async def aask(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        sampling: SamplingOptions | None = None,
-        where: Mapping[str, object] | None = None,
-        policy: str = "prefix",
-        ratio: float | None = None,
-    ) -> Answer:
+    async def aask(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
         """Answer one question without blocking the event loop; as :meth:`ask`."""
         result: str | Answer = ""
-        async for piece in self.astream(
-            question, top_k=top_k, sampling=sampling, where=where, policy=policy, ratio=ratio
-        ):
+        async for piece in self.astream(question, **options):
             result = piece
         assert isinstance(result, Answer)
         return result
 
     async def astream(
-        self,
-        question: str,
-        *,
-        top_k: int | None = None,
-        sampling: SamplingOptions | None = None,
-        where: Mapping[str, object] | None = None,
-        policy: str = "prefix",
-        ratio: float | None = None,
+        self, question: str, **options: Unpack[QuestionOptions]
     ) -> AsyncGenerator[str | Answer, None]:
         """Answer piece by piece without blocking the event loop; as :meth:`stream`.
 
         Retrieval and layout run in a worker thread.
         """
-        run = QuestionRun.start(
-            question, self.top_k if top_k is None else top_k, sampling, policy, ratio
-        )
-        answer = await asyncio.to_thread(self._prepare, run, where)
+        run = QuestionRun.start(question, self.top_k, **options)
+        answer = await asyncio.to_thread(self._prepare, run)
         pieces = self.backend.agenerate(answer.request)
         try:
             async for piece in pieces:
@@ -178,9 +132,9 @@ class RagPipeline:
             await pieces.aclose()
         yield answer.answer()
 
-    def _prepare(self, run: QuestionRun, where: Mapping[str, object] | None) -> AnswerRun:
+    def _prepare(self, run: QuestionRun) -> AnswerRun:
         """Retrieve and lay out: all that comes before the backend."""
-        hits = self.retriever.search(run.question, k=run.top_k, where=where)
+        hits = self.retriever.search(run.question, k=run.top_k, where=run.where)
         return run.lay_out(self.builder, hits, context_length=self.backend.context_length)
 
     def warm(
@@ -227,10 +181,5 @@ class RagPipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()

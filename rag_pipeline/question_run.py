@@ -5,22 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import (
+    FusionChoice,
+    FusionFields,
     GenerationPiece,
     GenerationRequest,
     SamplingOptions,
     Usage,
-    check_policy,
     finish_reason,
-    fusion_request,
     usage_from_meta,
 )
 from rag_pipeline.types import Answer, PromptLayout, Source, Timing
 from retrievers.types import SearchHit
+
+
+class QuestionOptions(FusionFields, total=False):
+    """How one question is asked; a key that is left out takes the pipeline's default.
+
+    Attributes
+    ----------
+    top_k : int or None
+        Chunks to retrieve, at least 1; the pipeline's own number when None.
+    sampling : SamplingOptions or None
+        How to decode; greedy, 128 tokens when None.
+    where : mapping or None
+        Filter on chunk metadata, handed to the retriever.
+    policy, ratio, attention : str, float or None, str
+        See :class:`~rag_pipeline.protocol.FusionChoice`.
+    """
+
+    top_k: int | None
+    sampling: SamplingOptions | None
+    where: Mapping[str, object] | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,7 +55,7 @@ class AnswerRun:
         The prompt.
     request : GenerationRequest
         What the backend is sent.
-    policy, ratio : str, float or None
+    fusion : FusionChoice
         As asked.
     started, retrieved : float
         When the question came, and when its chunks were found.
@@ -43,8 +63,7 @@ class AnswerRun:
 
     layout: PromptLayout
     request: GenerationRequest
-    policy: str
-    ratio: float | None
+    fusion: FusionChoice
     started: float
     retrieved: float
     first: float | None = None
@@ -86,8 +105,8 @@ class AnswerRun:
             sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),
             usage=self.usage,
             timing=self.timing(),
-            policy=self.policy,
-            ratio=self.ratio,
+            policy=self.fusion.policy,
+            ratio=self.fusion.ratio,
             dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
             finish_reason=self.finish,
         )
@@ -100,31 +119,35 @@ class QuestionRun:
     question: str
     top_k: int
     sampling: SamplingOptions
-    policy: str
-    ratio: float | None
+    where: Mapping[str, object] | None
+    fusion: FusionChoice
     started: float
 
     @classmethod
     def start(
         cls,
         question: str,
-        top_k: int,
-        sampling: SamplingOptions | None,
-        policy: str,
-        ratio: float | None,
+        default_top_k: int,
+        *,
+        top_k: int | None = None,
+        sampling: SamplingOptions | None = None,
+        where: Mapping[str, object] | None = None,
+        **fusion: Unpack[FusionFields],
     ) -> QuestionRun:
         """Check everything that can be checked before any work."""
         started = time.perf_counter()
         if not isinstance(question, str) or not question.strip():
             raise RagPipelineError("the question is empty; give at least one word")
+        top_k = default_top_k if top_k is None else top_k
         check_top_k(top_k)
-        check_policy(policy, ratio)
+        choice = FusionChoice(**fusion)
+        choice.check()
         return cls(
             question=question.strip(),
             top_k=top_k,
             sampling=sampling or SamplingOptions(),
-            policy=policy,
-            ratio=ratio,
+            where=where,
+            fusion=choice,
             started=started,
         )
 
@@ -146,11 +169,10 @@ class QuestionRun:
             layout=layout,
             request=GenerationRequest(
                 input_ids=layout.input_ids,
-                fusion=fusion_request(layout.chunk_spans, self.policy, self.ratio),
+                fusion=self.fusion.request(layout.chunk_spans),
                 sampling=sampling,
             ),
-            policy=self.policy,
-            ratio=self.ratio,
+            fusion=self.fusion,
             started=self.started,
             retrieved=retrieved,
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
-from chunk_cache import sync_folder
+from retrievers.durable import replace_file, sync_folder
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -21,15 +20,6 @@ def write_whole(path: Path, text: str) -> None:
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    replace_file(path, temporary, text.encode("utf-8"), private=False)
     for folder in (path.parent, *(made.parent for made in missing)):
         sync_folder(folder)

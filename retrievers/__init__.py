@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrievers.bm25 import Bm25Builder, Bm25Index
+    from retrievers.bm25 import Bm25Index
+    from retrievers.bm25_builder import Bm25Builder
     from retrievers.dense import DenseIndex
     from retrievers.distinct import DistinctRetriever
     from retrievers.documents import DocumentRecord, chunk_count, document_records
-    from retrievers.embedding import Embedder, TextEmbedder
+    from retrievers.embedding import Embedder
     from retrievers.errors import (
         CorruptIndexError,
         EmbedderMismatchError,
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
     from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
     from retrievers.splitter import TokenSplitter
+    from retrievers.text_embedder import TextEmbedder
     from retrievers.tokenizer import HFTokenizer
     from retrievers.types import Chunk, Document, Retriever, Scalar, SearchHit, Tokenizer
 
 # One line a public name: where it lives. Add yours here and, for type checkers, above.
 _EXPORTS = {
-    "Bm25Builder": "retrievers.bm25",
+    "Bm25Builder": "retrievers.bm25_builder",
     "Bm25Index": "retrievers.bm25",
     "Chunk": "retrievers.types",
     "CorruptIndexError": "retrievers.errors",
@@ -79,7 +81,7 @@ _EXPORTS = {
     "StorageError": "retrievers.errors",
     "SkippedSource": "retrievers.loaders",
     "Splitter": "retrievers.ingestion",
-    "TextEmbedder": "retrievers.embedding",
+    "TextEmbedder": "retrievers.text_embedder",
     "TokenSplitter": "retrievers.splitter",
     "Tokenizer": "retrievers.types",
     "choose_factory": "retrievers.faiss_factory",

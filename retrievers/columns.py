@@ -168,10 +168,8 @@ class Columns:
 
     Parameters
     ----------
-    folder : Path
-        Generation folder.
-    num_rows : int
-        Rows the manifest promises.
+    folder, num_rows : Path, int
+        Generation folder, and the rows that its manifest promises.
 
     Attributes
     ----------

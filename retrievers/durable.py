@@ -36,13 +36,22 @@ def create_file(path: Path) -> BinaryIO:
     return file
 
 
-def replace_file(path: Path, temporary: Path, content: bytes) -> None:
+def replace_file(path: Path, temporary: Path, content: bytes, *, private: bool = True) -> None:
     """Put bytes in a file's place in one step, synced; a failure leaves the old file and nothing beside it.
 
     The name itself survives a power cut only once the folder is synced too: that is the caller's.
+
+    Parameters
+    ----------
+    path, temporary : Path
+        The file, and its name until it is whole.
+    content : bytes
+        All of it.
+    private : bool
+        Whether it is for its owner alone, rather than for whom the umask lets.
     """
     try:
-        with create_file(temporary) as file:
+        with create_file(temporary) if private else temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -7,15 +7,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from retrievers.errors import RetrievalError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Vectors = NDArray[np.float32]
+    from retrievers.text_embedder import Vectors
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".onnx", ".xml")
@@ -35,38 +32,6 @@ _CONFIG_NAMES = frozenset(
         "spiece.model",
     }
 )
-
-
-class TextEmbedder(Protocol):
-    """What an index needs of an embedding model.
-
-    Equal `fingerprint` promises equal vectors for equal text, within the arithmetic of the device.
-    """
-
-    @property
-    def name(self) -> str:
-        """Readable name, for messages and the manifest."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Length of every vector."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest over weights, tokenizer, prompts, normalisation and dimension."""
-        ...
-
-    def encode_query(self, text: str) -> Vectors:
-        """Vector of one query, shape ``(dim,)``, float32, unit length."""
-        ...
-
-    def encode_documents(
-        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
-    ) -> Vectors:
-        """Vectors of passages, shape ``(len(texts), dim)``, float32, unit length."""
-        ...
 
 
 class Embedder:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.embedding import Embedder, TextEmbedder
+from retrievers.embedding import Embedder
 from retrievers.errors import RetrievalError
 from retrievers.generation import Generation
 from retrievers.ingest_report import IngestTally
 from retrievers.journal import EmbeddingJournal, text_key
+from retrievers.text_embedder import TextEmbedder
 
 SHARD_CHUNKS = 128
 """Embeddings a shard of the journal holds, which is what an interruption can lose."""

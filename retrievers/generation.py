@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.bm25 import Bm25Builder, Bm25Index
+from retrievers.bm25 import Bm25Index
+from retrievers.bm25_builder import Bm25Builder
 from retrievers.chunk_texts import id_hash
 from retrievers.columns import Columns
 from retrievers.documents import DocumentRecord, DocumentTable

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrievers.bm25 import Bm25Builder
+from retrievers.bm25_builder import Bm25Builder
 from retrievers.chunk_texts import ChunkTexts, id_hash
 from retrievers.columns import ColumnWriter, chunk_fields
 from retrievers.dense_update import DensePlan, write_dense

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from retrievers.embedding import TextEmbedder
+    from retrievers.text_embedder import TextEmbedder
 
 MODES = ("dense", "bm25", "hybrid")
 EXACT_FILTER_ROWS = 4096

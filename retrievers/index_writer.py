@@ -29,7 +29,8 @@ from retrievers.index_settings import IndexSettings, indexed_text
 from retrievers.index_store import check_embedder
 from retrievers.journal import JOURNAL_NAME, half_shards, text_key
 from retrievers.manifest import MANIFEST_NAME, NEW_MANIFEST_NAME, Manifest
-from retrievers.removal import Erase, Removal
+from retrievers.old_generations import next_folder, remove_old
+from retrievers.removal import Erase
 from retrievers.row_files import RowFiles, RowWriter
 from retrievers.types import Chunk
 
@@ -224,10 +225,7 @@ class IndexWriter:
         progress: Callable[[int, int], None] | None,
     ) -> Manifest:
         """Write the next generation beside the current one, and name it in the manifest."""
-        number = 1
-        if self.manifest is not None:
-            number = _number(self.folder / self.manifest.generation) + 1
-        target = self.folder / f"gen-{number:06d}"
+        target = next_folder(self.folder, self.manifest)
         target.mkdir(mode=0o700)
         try:
             stage.finish()
@@ -266,22 +264,13 @@ class IndexWriter:
         dropped : mapping of str to ndarray
             Rows that are gone, by generation; where a process was killed they have to be found.
         """
-        current = self.manifest.generation if self.manifest is not None else None
         with storage_faults(
             f"the old files of the index {self.folder} cannot be removed",
             state="what is deleted is not found any more, but may lie on the disk",
         ):
             # What is removed now is needed no more only if the manifest survives a power cut.
             sync_folder(self.folder)
-            gone = False
-            for old in sorted(self.folder.glob("gen-*")):
-                if old.name == current:
-                    continue
-                gone = True
-                if self.manifest is not None and _number(old) < _number(Path(str(current))):
-                    self._erase_rows(old, dropped.get(old.name))
-                # Readers that have the old files open or mapped keep them until they close.
-                remove_tree(old)
+            gone = remove_old(self.folder, self.manifest, dropped, self._erase)
             (self.folder / NEW_MANIFEST_NAME).unlink(missing_ok=True)
             for part in half_shards(self.work / JOURNAL_NAME):
                 part.unlink(missing_ok=True)
@@ -289,13 +278,6 @@ class IndexWriter:
             remove_tree(self.work / STAGE_NAME if self._stage is None else self.work)
             if gone:
                 sync_folder(self.folder)
-
-    def _erase_rows(self, old: Path, rows: NDArray[np.int64] | None) -> None:
-        if self._erase is None or self.manifest is None or (rows is not None and not len(rows)):
-            return
-        live = Generation(self.folder / self.manifest.generation, self.manifest)
-        with closing(live):
-            self._erase(Removal(old=old, rows=rows, live=live))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -332,10 +314,6 @@ class IndexWriter:
             )
         if document_id in self._documents:
             self._dropped.add(document_id)
-
-
-def _number(generation: Path) -> int:
-    return int(generation.name.rsplit("-", 1)[1])
 
 
 def _create_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from retrievers.embedding import TextEmbedder
 from retrievers.embedding_reuse import ReusingEmbedder
 from retrievers.errors import RetrievalError
 from retrievers.index_lock import leftovers, remove_unfinished
@@ -20,6 +19,7 @@ from retrievers.manifest import MANIFEST_NAME, Manifest
 from retrievers.metadata import storable_document
 from retrievers.prepared import PreparedDocument
 from retrievers.removal import Erase
+from retrievers.text_embedder import TextEmbedder
 from retrievers.types import Chunk, Document
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def delete_documents(
         Chunks that went with them.
     """
     manifest = Manifest.read(Path(index_dir))
-    with IndexWriter(index_dir, _as_is(manifest), erase=erase) as writer:
+    with IndexWriter(index_dir, manifest.settings, erase=erase) as writer:
         for document_id in dict.fromkeys(document_ids):
             if not writer.remove_document(document_id):
                 raise RetrievalError(f"the index {index_dir} holds no document {document_id!r}")
@@ -202,21 +202,9 @@ def finish_removals(index_dir: str | Path, *, erase: Erase | None = None) -> Non
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.read(folder)
         if leftovers(folder, manifest.generation):
-            IndexWriter(folder, _as_is(manifest), erase=erase).close()
+            IndexWriter(folder, manifest.settings, erase=erase).close()
     elif leftovers(folder, None):
         remove_unfinished(folder)
-
-
-def _as_is(manifest: Manifest) -> IndexSettings:
-    """Settings that change nothing but the documents."""
-    return IndexSettings(
-        embedder_name=manifest.embedder_name,
-        embedder_fingerprint=manifest.embedder_fingerprint,
-        dim=manifest.dim,
-        splitter=manifest.splitter,
-        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
-        include_title=manifest.include_title,
-    )
 
 
 class _IngestRun:

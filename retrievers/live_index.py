@@ -14,7 +14,7 @@ from retrievers.manifest import MANIFEST_NAME
 from retrievers.types import SearchHit
 
 if TYPE_CHECKING:
-    from retrievers.embedding import TextEmbedder
+    from retrievers.text_embedder import TextEmbedder
 
 
 class LiveIndex:

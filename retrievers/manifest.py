@@ -11,6 +11,7 @@ from typing import Any
 
 from retrievers.durable import replace_file, storage_faults, sync_folder, sync_tree
 from retrievers.errors import CorruptIndexError, RetrievalError
+from retrievers.index_settings import IndexSettings
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -74,6 +75,18 @@ class Manifest:
     metric: str = "inner_product"
     format_version: int = FORMAT_VERSION
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> IndexSettings:
+        """Settings that change nothing but the documents."""
+        return IndexSettings(
+            embedder_name=self.embedder_name,
+            embedder_fingerprint=self.embedder_fingerprint,
+            dim=self.dim,
+            splitter=self.splitter,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            include_title=self.include_title,
+        )
 
     def write(self, folder: Path) -> None:
         """Replace the manifest of `folder` in one step; the commit point of every change."""

@@ -10,11 +10,11 @@ from chunk_cache.policies.adaptive import AdaptiveConfig, AdaptivePolicy, balanc
 from chunk_cache.policies.base import Policy, top_positions
 from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
-from chunk_cache.policies.full import FullConfig, FullPolicy
+from chunk_cache.policies.full import FullPolicy
 from chunk_cache.policies.layout import ReuseLayout, qkv_share
 from chunk_cache.policies.query import QueryConfig, QueryPolicy
 from chunk_cache.policies.registry import DEFAULT_POLICY, POLICIES, create_policy, policy_names
-from chunk_cache.policies.reuse import ReuseConfig, ReusePolicy
+from chunk_cache.policies.reuse import ReusePolicy
 from chunk_cache.policies.scored import ScoredPolicy
 from chunk_cache.policies.signals import (
     AttentionSignal,
@@ -36,7 +36,6 @@ __all__ = [
     "DeviationSignal",
     "EpicConfig",
     "EpicPolicy",
-    "FullConfig",
     "FullPolicy",
     "PassObserver",
     "Policy",
@@ -44,7 +43,6 @@ __all__ = [
     "ProbedRequest",
     "QueryConfig",
     "QueryPolicy",
-    "ReuseConfig",
     "ReuseLayout",
     "ReusePolicy",
     "ScoredPolicy",

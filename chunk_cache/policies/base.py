@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from chunk_cache.policies.layout import ReuseLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoOptions:
+    """Configuration of a policy that leaves nothing to choose."""
 
 
 class Policy(ABC):

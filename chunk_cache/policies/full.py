@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from chunk_cache.policies.base import Policy
+from chunk_cache.policies.base import NoOptions, Policy
 from chunk_cache.policies.layout import ReuseLayout
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FullConfig:
-    """No options."""
 
 
 class FullPolicy(Policy):
     """Every reused token is computed; the reference of every comparison."""
 
     name = "full"
-    config_type = FullConfig
+    config_type = NoOptions
     ratio = 1.0
 
     def select(self, layout: ReuseLayout) -> Tensor:

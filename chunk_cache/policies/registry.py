@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from dataclasses import fields
-from typing import Any, Union
+from typing import Any
 
 from chunk_cache.policies.base import Policy
 from rag_kernels import Registry
+from rag_kernels.options import make_config
 
 POLICIES: Registry[type[Policy]] = Registry(
     "policy",
@@ -68,39 +67,9 @@ def create_policy(name: str, ratio: float | None = None, **options: Any) -> Poli
             raise ValueError(
                 f"policy {name!r}: {tail!r} is not a ratio; write {base}:0.15."
             ) from None
-    config_type = policy_type.config_type
-    hints = typing.get_type_hints(config_type)
-    known = {f.name: hints[f.name] for f in fields(config_type)}
     given = dict(options)
     if ratio is not None:
-        if "ratio" not in known:
+        if all(field.name != "ratio" for field in fields(policy_type.config_type)):
             raise ValueError(f"policy {base!r} takes no ratio; leave it out.")
         given["ratio"] = ratio
-    for key, value in given.items():
-        if key not in known:
-            allowed = ", ".join(known) or "none"
-            raise ValueError(f"policy {base!r} has no option {key!r}; allowed: {allowed}.")
-        given[key] = _typed(base, key, value, known[key])
-    return policy_type(config_type(**given))
-
-
-def _typed(policy: str, key: str, value: Any, hint: Any) -> Any:
-    options = (
-        typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    )
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option in (int, bool) and type(value) is option:
-            return value
-    raise ValueError(f"policy {policy!r}: option {key} is {value!r}; expected {_spelled(hint)}.")
-
-
-def _spelled(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+    return policy_type(make_config(f"policy {base!r}", policy_type.config_type, given))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionChoice
 
 if TYPE_CHECKING:
     from rag_pipeline import Answer, RagPipeline
@@ -25,7 +26,7 @@ BUILD_WAIT_S = 60.0
 SEARCHES = ("dense", "bm25", "hybrid")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AskOptions:
     """Options of the command, as parsed."""
 
@@ -38,9 +39,15 @@ class AskOptions:
     top_k: int = 4
     policy: str = "prefix"
     ratio: float | None = None
+    attention: str = DENSE_ATTENTION
     store: Path | None = None
     max_new_tokens: int = 128
     stream: bool = False
+
+    @property
+    def fusion(self) -> FusionChoice:
+        """Policy, ratio and attention."""
+        return FusionChoice.of(self)
 
 
 def run_ask(options: AskOptions, *, json_output: bool) -> None:
@@ -59,9 +66,8 @@ def run_ask(options: AskOptions, *, json_output: bool) -> None:
 def _keep_chunks(pipeline: RagPipeline, options: AskOptions) -> None:
     """Let an engine of our own compute the KV of this prompt's chunks before it is closed."""
     from rag_pipeline import EngineBackend
-    from rag_pipeline.protocol import PREFIX_POLICY
 
-    if options.policy == PREFIX_POLICY or not isinstance(pipeline.backend, EngineBackend):
+    if options.fusion.is_exact or not isinstance(pipeline.backend, EngineBackend):
         return
     if pipeline.backend.finish_builds(0):
         return
@@ -76,14 +82,11 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
     from rag_pipeline import SamplingOptions
 
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens)
+    fusion = dataclasses.asdict(options.fusion)
     if not options.stream:
-        return pipeline.ask(
-            options.question, sampling=sampling, policy=options.policy, ratio=options.ratio
-        )
+        return pipeline.ask(options.question, sampling=sampling, **fusion)
     show: Callable[[str], None] = write_error if json_output else write
-    for piece in pipeline.stream(
-        options.question, sampling=sampling, policy=options.policy, ratio=options.ratio
-    ):
+    for piece in pipeline.stream(options.question, sampling=sampling, **fusion):
         if not isinstance(piece, str):
             show("\n")
             return piece
@@ -94,7 +97,6 @@ def ask_shown(pipeline: RagPipeline, options: AskOptions, *, json_output: bool) 
 def open_pipeline(options: AskOptions) -> RagPipeline:
     """Open index, embedder and engine; index and embedder load while the engine starts."""
     from rag_pipeline import PromptBuilder, RagPipeline
-    from rag_pipeline.protocol import check_policy
     from retrievers import DistinctRetriever
 
     if options.search not in SEARCHES:
@@ -102,7 +104,7 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
             f"--search is {options.search!r}; it must be one of {', '.join(SEARCHES)}"
         )
     # A policy that does not exist is refused before anything is opened.
-    check_policy(options.policy, options.ratio)
+    options.fusion.check()
     index = open_index(options.index, embedder=options.embedder, search=options.search)
     retriever = DistinctRetriever(index.retriever(options.search))
     folder = resolve_llm_shown(options.model).path
@@ -122,13 +124,12 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
 def _open_backend(options: AskOptions, folder: Path, index: Index) -> Backend:
     from rag_pipeline import EngineBackend, ServerBackend
     from rag_pipeline.cli.cache import use_store
-    from rag_pipeline.protocol import PREFIX_POLICY
 
     if options.server is not None:
         server = ServerBackend(options.server)
         server.check_model(folder)
         return server
-    if options.policy != PREFIX_POLICY:
+    if not options.fusion.is_exact:
         use_store(options.store, index)
     with step(f"Starting SGLang with {options.model}"):
         return EngineBackend.start(folder)

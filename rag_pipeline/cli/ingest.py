@@ -57,7 +57,8 @@ def run_ingest(options: IngestOptions, *, json_output: bool) -> None:
 
 def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
     """Ingest with a progress bar; returns what the index and the loaders report."""
-    from rag_pipeline.erasure import default_stores, make_eraser
+    from rag_pipeline.erasure import make_eraser
+    from rag_pipeline.sglang_plugin import FusionConfig
     from retrievers import (
         HFTokenizer,
         LoadReport,
@@ -107,7 +108,7 @@ def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
             embedder=embedder,
             factory=options.factory,
             sync=options.sync,
-            erase=make_eraser(*default_stores(options.store)),
+            erase=make_eraser(*FusionConfig.from_env().store_folders(options.store)),
             progress=show,
         )
     return report, loaded

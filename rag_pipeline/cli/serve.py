@@ -66,7 +66,7 @@ def run_serve(options: ServeOptions) -> None:
     """Serve; everything that can be refused is refused before the engine starts."""
     from rag_pipeline.cli.cache import use_store
     from rag_pipeline.cli.doctor import gate_facts
-    from rag_pipeline.protocol import PREFIX_POLICY, check_policy
+    from rag_pipeline.protocol import FusionChoice
     from rag_pipeline.server import (
         ServerSettings,
         Tenants,
@@ -77,7 +77,8 @@ def run_serve(options: ServeOptions) -> None:
 
     keys = _keys(options)
     _refuse_words(options)
-    check_policy(options.policy)
+    fusion = FusionChoice(policy=options.policy)
+    fusion.check()
     indexes = parse_indexes(options.index)
     tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
     refuse_exposure(options.host, tenants, open_to_network=options.unprotected)
@@ -102,7 +103,7 @@ def run_serve(options: ServeOptions) -> None:
         max_body_bytes=options.max_body_mb << 20,
         stop_seconds=options.stop_seconds,
     )
-    if options.policy != PREFIX_POLICY:
+    if not fusion.is_exact:
         # No tenant's chunks are computed behind the text of another.
         shared = None if len(tenants) else _opened(next(iter(indexes.values())))
         with shared or nullcontext():

@@ -50,11 +50,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_Search = Annotated[Literal["dense", "bm25", "hybrid"], Field(description="How to search.")]
+_TopK = Annotated[int, Field(ge=1, le=64, description="Chunks to retrieve.")]
+_ChunkTokens = Annotated[int, Field(ge=16, le=8192)]
+_Overlap = Annotated[int, Field(ge=0, description="Tokens shared by neighbouring chunks.")]
+
+
 class IngestSettings(_Section):
     """Defaults of ``rag-pipeline ingest``."""
 
-    chunk_tokens: int = Field(default=192, ge=16, le=8192, description="Most tokens in a chunk.")
-    overlap: int = Field(default=0, ge=0, description="Tokens shared by neighbouring chunks.")
+    chunk_tokens: _ChunkTokens = Field(default=192, description="Most tokens in a chunk.")
+    overlap: _Overlap = 0
     factory: str | None = Field(
         default=None, description="FAISS index_factory string; exact search when unset."
     )
@@ -67,10 +73,8 @@ class IngestSettings(_Section):
 class AskSettings(_Section):
     """Defaults of ``rag-pipeline ask``."""
 
-    search: Literal["dense", "bm25", "hybrid"] = Field(
-        default="dense", description="How to search."
-    )
-    top_k: int = Field(default=4, ge=1, le=64, description="Chunks to retrieve.")
+    search: _Search = "dense"
+    top_k: _TopK = 4
     policy: Annotated[str, AfterValidator(_ask_policy)] = Field(
         default=PREFIX_POLICY,
         description="prefix (exact), or a fusion policy NAME or NAME:RATIO (query:0.15).",
@@ -93,14 +97,12 @@ class ServeSettings(_Section):
     policy: Annotated[str, AfterValidator(_ask_policy)] = Field(
         default="query", description="For requests that name none; as ask.policy."
     )
-    search: Literal["dense", "bm25", "hybrid"] = Field(
-        default="dense", description="How to search."
+    search: _Search = "dense"
+    top_k: _TopK = 4
+    chunk_tokens: _ChunkTokens = Field(
+        default=192, description="Most tokens in a chunk of a new index."
     )
-    top_k: int = Field(default=4, ge=1, le=64, description="Chunks to retrieve.")
-    chunk_tokens: int = Field(
-        default=192, ge=16, le=8192, description="Most tokens in a chunk of a new index."
-    )
-    overlap: int = Field(default=0, ge=0, description="Tokens shared by neighbouring chunks.")
+    overlap: _Overlap = 0
     max_upload_mb: int = Field(default=16, ge=1, le=4096, description="Largest upload, MiB.")
     parse_seconds: int = Field(
         default=60, ge=1, le=3600, description="CPU seconds to read and split one file."

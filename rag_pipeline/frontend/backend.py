@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from sglang.lang.global_config import global_config
 
@@ -14,14 +14,14 @@ from rag_pipeline.frontend.marked_text import segments_of
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.protocol import (
-    DENSE_ATTENTION,
-    PREFIX_POLICY,
+    FusionChoice,
+    FusionFields,
     StreamReader,
     build_requests,
-    check_policy,
-    fusion_request,
 )
 from rag_pipeline.types import Span
+
+DEFAULT_POLICY = "query"
 
 _LOGPROB_FIELDS = (
     "return_logprob",
@@ -29,6 +29,13 @@ _LOGPROB_FIELDS = (
     "top_logprobs_num",
     "return_text_in_logprobs",
 )
+
+
+class ProgramOptions(FusionFields, total=False):
+    """Keyword arguments of the backends; :class:`ChunkPrograms` tells what they mean."""
+
+    build_missing: bool
+    keep_turns: bool
 
 
 class ChunkPrograms(ABC):
@@ -41,11 +48,8 @@ class ChunkPrograms(ABC):
     ----------
     tokenizer : ModelTokenizer
         The model's tokenizer.
-    policy, ratio : str, float or None
-        Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
-        prefill.
-    attention : str
-        Method that says which keys the computed rows of a prompt read; all of them by default.
+    policy, ratio, attention : str, float or None, str
+        See :class:`~rag_pipeline.protocol.FusionChoice`; policy ``query`` by default.
     build_missing : bool
         Compute a chunk that this backend has not seen behind this prefix before the first request
         that holds it, so that already this request reuses it. Otherwise the engine does so later,
@@ -64,18 +68,15 @@ class ChunkPrograms(ABC):
         self,
         tokenizer: ModelTokenizer,
         *,
-        policy: str = "query",
-        ratio: float | None = None,
-        attention: str = DENSE_ATTENTION,
         build_missing: bool = False,
         keep_turns: bool = False,
+        **fusion: Unpack[FusionFields],
     ) -> None:
-        check_policy(policy, ratio)
+        given: FusionFields = {"policy": DEFAULT_POLICY, **fusion}
+        self.fusion = FusionChoice(**given)
+        self.fusion.check()
         self.encoder = SegmentEncoder(tokenizer)
-        self.policy = policy
-        self.ratio = ratio
-        self.attention = attention
-        self.build_missing = build_missing and policy != PREFIX_POLICY
+        self.build_missing = build_missing and not self.fusion.is_exact
         self.keep_turns = keep_turns
         self._bos = tokenizer.bos_token or ""
         self._built: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
@@ -150,7 +151,7 @@ class ChunkPrograms(ABC):
         branches share, and nothing has to be computed now unless a chunk is missing.
         """
         ids, spans = self.encode(s.text_)
-        if spans and self.policy != PREFIX_POLICY:
+        if spans and not self.fusion.is_exact:
             self._build(ids, spans)
         elif ids:
             self.send({"input_ids": list(ids), "sampling_params": {"max_new_tokens": 0}})
@@ -173,13 +174,7 @@ class ChunkPrograms(ABC):
         if self.build_missing:
             self._build(ids, spans)
         conversation = s.sid if self.keep_turns else ""
-        fusion = fusion_request(
-            spans,
-            self.policy,
-            self.ratio,
-            conversation=conversation,
-            attention=self.attention,
-        )
+        fusion = self.fusion.request(spans, conversation=conversation)
         fields = {
             name: value
             for name in _LOGPROB_FIELDS

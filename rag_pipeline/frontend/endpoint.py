@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
-from rag_pipeline.errors import EngineError, ModelError, one_line
-from rag_pipeline.frontend.backend import ChunkPrograms
+from rag_pipeline.errors import EngineError, one_line
+from rag_pipeline.frontend.backend import ChunkPrograms, ProgramOptions
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import ServerBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
-from rag_pipeline.protocol import DENSE_ATTENTION
 
 
 class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
@@ -30,8 +29,8 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
     tokenizer : str, Path, optional
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
-    policy, ratio, attention, build_missing, keep_turns : str, float or None, str, bool, bool
-        See :class:`.ChunkPrograms`.
+    **options : ProgramOptions
+        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``; see :class:`.ChunkPrograms`.
 
     Raises
     ------
@@ -49,30 +48,18 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         api_key: str | None = None,
         *,
         tokenizer: str | Path | None = None,
-        policy: str = "query",
-        ratio: float | None = None,
-        attention: str = DENSE_ATTENTION,
-        build_missing: bool = False,
-        keep_turns: bool = False,
+        **options: Unpack[ProgramOptions],
     ) -> None:
         server = ServerBackend(base_url, api_key=api_key)
         try:
             if tokenizer is not None:
                 server.check_model(Path(tokenizer))
-            loaded = _load(tokenizer or server.model_path)
+            loaded = ModelTokenizer.load_served(tokenizer or server.model_path)
             self._incremental = server._incremental
         finally:
             server.close()
         RuntimeEndpoint.__init__(self, server.url, api_key)
-        ChunkPrograms.__init__(
-            self,
-            loaded,
-            policy=policy,
-            ratio=ratio,
-            attention=attention,
-            build_missing=build_missing,
-            keep_turns=keep_turns,
-        )
+        ChunkPrograms.__init__(self, loaded, **options)
         self.support_concate_and_append = False  # this SGLang has no such route
         self.chat_template = chat_template_of(loaded, server.model_path)
 
@@ -114,13 +101,3 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
                 f"({response.status_code}): {detail}"
             )
         return response
-
-
-def _load(folder: str | Path) -> ModelTokenizer:
-    try:
-        return ModelTokenizer.load(folder)
-    except ModelError as error:
-        raise ModelError(
-            f"the server's model {folder} has no tokenizer on this machine; copy its folder here "
-            "and give it as tokenizer"
-        ) from error

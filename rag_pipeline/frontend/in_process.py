@@ -5,16 +5,15 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sglang.lang.backend.base_backend import BaseBackend
 
 from rag_pipeline.errors import EngineError, one_line
-from rag_pipeline.frontend.backend import ChunkPrograms
+from rag_pipeline.frontend.backend import ChunkPrograms, ProgramOptions
 from rag_pipeline.frontend.roles import chat_template_of
 from rag_pipeline.generation import EngineBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
-from rag_pipeline.protocol import DENSE_ATTENTION
 
 _END = object()
 
@@ -27,8 +26,8 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
     engine : object
         ``sgl.Engine``, from :func:`rag_pipeline.sglang_plugin.create_engine`, or an
         :class:`~rag_pipeline.generation.EngineBackend` around one.
-    policy, ratio, attention, build_missing, keep_turns : str, float or None, str, bool, bool
-        See :class:`.ChunkPrograms`.
+    **options : ProgramOptions
+        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``; see :class:`.ChunkPrograms`.
 
     Examples
     --------
@@ -38,12 +37,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
     def __init__(
         self,
         engine: Any,
-        *,
-        policy: str = "query",
-        ratio: float | None = None,
-        attention: str = DENSE_ATTENTION,
-        build_missing: bool = False,
-        keep_turns: bool = False,
+        **options: Unpack[ProgramOptions],
     ) -> None:
         BaseBackend.__init__(self)
         # It drives the engine's event loop for callers in any thread, one driver a loop.
@@ -51,15 +45,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         self._engine = self._shared.engine
         folder = Path(self._engine.server_args.model_path)
         loaded = ModelTokenizer.load(folder)
-        ChunkPrograms.__init__(
-            self,
-            loaded,
-            policy=policy,
-            ratio=ratio,
-            attention=attention,
-            build_missing=build_missing,
-            keep_turns=keep_turns,
-        )
+        ChunkPrograms.__init__(self, loaded, **options)
         self.chat_template = chat_template_of(loaded, str(folder))
 
     @property

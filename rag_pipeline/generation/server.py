@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from rag_pipeline.errors import EngineError, one_line
+from rag_pipeline.models.stock_tokenizer import load_stock_tokenizer
 from rag_pipeline.protocol import GenerationPiece, GenerationRequest, StreamReader
 
 _CONNECT_S = 10.0
@@ -290,8 +291,5 @@ _PROBE = "Retrieval 2026: naïve façade, 12345 tokens -> Ωμέγα {x[0]}\n\te
 
 
 def _local_ids(folder: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = load_stock_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
     return ids

@@ -37,7 +37,7 @@ from rag_pipeline.langchain.wire import (
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.prompts.segments import SegmentEncoder
-from rag_pipeline.protocol import DENSE_ATTENTION, fusion_request
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionChoice
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
@@ -236,13 +236,8 @@ class ChatSGLangRag(ChatOpenAI):
         if room is None:
             room = kwargs["max_tokens"] = DEFAULT_ANSWER_TOKENS
         layout = self._layouts().build(messages, documents or (), max_new_tokens=room)
-        fusion = fusion_request(
-            layout.spans,
-            self.policy,
-            self.ratio,
-            prefix_len=layout.prefix_len,
-            conversation=conversation,
-            attention=self.attention,
+        fusion = FusionChoice.of(self).request(
+            layout.spans, prefix_len=layout.prefix_len, conversation=conversation
         )
         custom = {**(body.get("custom_params") or {}), **fusion.to_custom_params()}
         said = {**_NEUTRAL, "repetition_penalty": self._penalty, **body}

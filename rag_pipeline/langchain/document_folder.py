@@ -5,6 +5,7 @@ Takes and gives chunks; what LangChain makes of them is :mod:`.vector_store`'s m
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_pipeline.erasure import default_stores, make_eraser
+from rag_pipeline.erasure import make_eraser
+from rag_pipeline.sglang_plugin import FusionConfig
 from retrievers import (
     Index,
     IndexSettings,
@@ -53,7 +55,7 @@ class DocumentFolder:
         self._embedder = embedder
         self._factory = factory
         self._change = threading.Lock()
-        self._erase = make_eraser(*default_stores())
+        self._erase = make_eraser(*FusionConfig.from_env().store_folders())
         self._live = LiveIndex(path, embedder=embedder)
         self._live.current()
 
@@ -148,16 +150,18 @@ class DocumentFolder:
     def _settings(self) -> IndexSettings:
         """Settings of the folder where there is one: what was ingested there stays valid."""
         index = self._live.current()
-        manifest = None if index is None else index.manifest
+        if index is not None:
+            # It was opened with this embedder: the model is the folder's, maybe by another name.
+            return dataclasses.replace(index.manifest.settings, embedder_name=self._embedder.name)
         return IndexSettings(
             embedder_name=self._embedder.name,
             embedder_fingerprint=self._embedder.fingerprint,
             dim=self._embedder.dim,
-            splitter=manifest.splitter if manifest else {"kind": "langchain"},
-            tokenizer_fingerprint=manifest.tokenizer_fingerprint if manifest else "",
-            factory=None if manifest else self._factory,
+            splitter={"kind": "langchain"},
+            tokenizer_fingerprint="",
+            factory=self._factory,
             # LangChain users expect a vector of the text alone.
-            include_title=manifest.include_title if manifest else False,
+            include_title=False,
         )
 
 

@@ -46,7 +46,7 @@ class FaissVectorStore(VectorStore):
     embedding_id : str, optional
         Identity of a LangChain model; see :class:`.embeddings.LangChainEmbedder`.
     factory : str, optional
-        FAISS factory string of a new index, or ``"auto"``.
+        See :class:`.DocumentFolder`.
 
     Raises
     ------

@@ -11,7 +11,6 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
-from rag_pipeline.errors import ModelError
 from rag_pipeline.generation import ServerBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
 from rag_pipeline.protocol import StreamReader, fusion_report, usage_from_meta
@@ -107,13 +106,7 @@ class ServedModel:
             finally:
                 backend.close()
             return ModelTokenizer.load(folder)
-        try:
-            return ModelTokenizer.load(self.model_path)
-        except ModelError as error:
-            raise ModelError(
-                f"the server's model {self.model_path} has no tokenizer on this machine; copy its "
-                "folder here and give it as tokenizer"
-            ) from error
+        return ModelTokenizer.load_served(self.model_path)
 
 
 def generate_body(payload: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import Any
 from rag_pipeline.config import HOME_VARIABLE, models_dir
 from rag_pipeline.errors import ModelError, one_line
 from rag_pipeline.models.gguf_file import GgufSummary, check_convertible, check_magic, read_gguf
+from rag_pipeline.models.stock_tokenizer import load_stock_tokenizer
 
 MANIFEST = "rag_pipeline_manifest.json"
 """Sizes and checksums of a converted folder; written last, so a folder with one is complete."""
@@ -189,7 +190,7 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
         Progress.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
     from transformers import modeling_gguf_pytorch_utils as hf_gguf
     from transformers.utils import logging as hf_logging
 
@@ -198,15 +199,17 @@ def dequantize(source: Path, folder: Path, report: Report) -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     plain_tqdm = hf_gguf.tqdm
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         report("Reading the tokenizer", 0.25)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = load_stock_tokenizer(source.parent, gguf_file=source.name)
         report("Dequantising to bf16", 0.4)
         # Its bar cannot be switched off otherwise, and knows how far the work is.
         hf_gguf.tqdm = lambda tensors, **_: _reported(list(tensors), report)
         model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            str(source.parent),
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
         )
         report("Writing safetensors", 0.85)
         model.save_pretrained(folder)

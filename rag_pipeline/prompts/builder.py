@@ -7,13 +7,13 @@ same for every question, so that all chunks can be computed behind one shared pr
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.models.context_length import model_context_length
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.chat_template import template_parts
 from rag_pipeline.prompts.token_cache import TokenCache
@@ -262,37 +262,6 @@ def fitting(lengths: Sequence[int], room: int) -> list[int]:
             chosen.append(place)
             room -= length
     return chosen
-
-
-def model_context_length(folder: Path) -> int:
-    """Most positions a model was made for, from its ``config.json``.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder in Hugging Face format.
-
-    Returns
-    -------
-    int
-        ``max_position_embeddings`` (of the text model, where there are several).
-
-    Raises
-    ------
-    RagPipelineError
-        When the configuration does not say.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RagPipelineError(f"{folder / 'config.json'} cannot be read ({error})") from error
-    for part in (config.get("text_config") or {}, config):
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(part.get(key), int):
-                return int(part[key])
-    raise RagPipelineError(
-        f"{folder / 'config.json'} names no max_position_embeddings; give context_length"
-    )
 
 
 def _check_template(name: str, template: str, *, needed: str, allowed: tuple[str, ...]) -> None:

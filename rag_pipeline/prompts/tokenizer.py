@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import ModelError, one_line
+from rag_pipeline.models.stock_tokenizer import load_stock_tokenizer
 
 PROMPT_DATE = date(2024, 7, 26)
 """What a chat template with a date writes at the head of a prompt: the day that Llama 3's own template
@@ -79,15 +80,30 @@ class ModelTokenizer:
         ModelError
             When the folder holds no tokenizer that can be read.
         """
-        from transformers import AutoTokenizer
-
         try:
-            return cls(AutoTokenizer.from_pretrained(str(model_path), local_files_only=True))
+            return cls(load_stock_tokenizer(model_path))
         except ModelError:
             raise
         except Exception as error:
             reason = one_line(error, 200)
             raise ModelError(f"{model_path} holds no readable tokenizer ({reason})") from error
+
+    @classmethod
+    def load_served(cls, model_path: Path | str) -> ModelTokenizer:
+        """Load the tokenizer of a server's model, whose folder must lie on this machine.
+
+        Raises
+        ------
+        ModelError
+            It does not; the line says what to do.
+        """
+        try:
+            return cls.load(model_path)
+        except ModelError as error:
+            raise ModelError(
+                f"the server's model {model_path} has no tokenizer on this machine; copy its folder here "
+                "and give it as tokenizer"
+            ) from error
 
     @property
     def fingerprint(self) -> str:

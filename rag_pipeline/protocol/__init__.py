@@ -5,6 +5,7 @@ Used on both sides; nothing here touches SGLang.
 
 from __future__ import annotations
 
+from rag_pipeline.protocol.fusion_choice import FusionChoice, FusionFields
 from rag_pipeline.protocol.fusion_request import (
     DENSE_ATTENTION,
     LEFT_ALONE,
@@ -13,8 +14,6 @@ from rag_pipeline.protocol.fusion_request import (
     FusionRequest,
     RequestError,
     build_requests,
-    check_policy,
-    fusion_request,
 )
 from rag_pipeline.protocol.messages import (
     GenerationPiece,
@@ -39,6 +38,8 @@ __all__ = [
     "PARAM_PREFIX",
     "PREFIX_POLICY",
     "AbortedError",
+    "FusionChoice",
+    "FusionFields",
     "FusionRequest",
     "GenerationPiece",
     "GenerationRequest",
@@ -47,9 +48,7 @@ __all__ = [
     "StreamReader",
     "Usage",
     "build_requests",
-    "check_policy",
     "finish_reason",
     "fusion_report",
-    "fusion_request",
     "usage_from_meta",
 ]

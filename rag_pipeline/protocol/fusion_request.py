@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rag_pipeline.errors import RagPipelineError
@@ -195,78 +194,6 @@ def _make_attention(text: str) -> AttentionMethod:
         raise RequestError(
             f"attention method {text!r:.80} cannot be made: {error!r:.200}"
         ) from error
-
-
-def check_policy(policy: str, ratio: float | None = None) -> None:
-    """Refuse a policy that does not exist, or a ratio that it does not take, before any work is done.
-
-    Raises
-    ------
-    RagPipelineError
-        One line that names the allowed policies, ``prefix`` among them.
-    """
-    if policy == PREFIX_POLICY:
-        if ratio is not None:
-            raise RagPipelineError(
-                f"policy {PREFIX_POLICY!r} takes no ratio, {ratio} was given; leave it out"
-            )
-        return
-    from chunk_cache.policies import policy_names
-
-    if policy.partition(":")[0] not in policy_names():
-        allowed = ", ".join((PREFIX_POLICY, *policy_names()))
-        raise RagPipelineError(f"policy {policy!r} is unknown; allowed are {allowed}")
-    _make_policy(policy, ratio, ())
-
-
-def fusion_request(
-    spans: Iterable[TokenRange],
-    policy: str,
-    ratio: float | None = None,
-    *,
-    prefix_len: int | None = None,
-    conversation: str = "",
-    attention: str = DENSE_ATTENTION,
-) -> FusionRequest:
-    """What a prompt with these chunks asks of fusion.
-
-    Parameters
-    ----------
-    spans : iterable of TokenRange
-        Chunks of the prompt, in prompt order.
-    policy, ratio : str, float or None
-        Selection policy and its share of recomputed tokens; ``prefix`` asks to be left alone.
-    prefix_len : int, optional
-        Tokens that chunk KV is computed behind; by default all before the first chunk.
-    conversation : str
-        Name under which this turn's KV is kept and that of earlier turns is found; empty for neither.
-    attention : str
-        Attention method of the computed rows; the engine checks its name.
-
-    Raises
-    ------
-    RagPipelineError
-        An unknown policy, a ratio that it does not take, or a method beside ``prefix``, which is exact.
-    """
-    check_policy(policy, ratio)
-    if policy == PREFIX_POLICY:
-        if attention != DENSE_ATTENTION:
-            raise RagPipelineError(
-                f"policy {PREFIX_POLICY!r} is exact, attention {attention!r} is not; name another policy, "
-                f"or leave the attention {DENSE_ATTENTION!r}"
-            )
-        return LEFT_ALONE
-    places = tuple((span.start, span.end) for span in spans)
-    if prefix_len is None:
-        prefix_len = places[0][0] if places else 0
-    return FusionRequest(
-        spans=places,
-        prefix_len=prefix_len,
-        policy=policy,
-        ratio=ratio,
-        conversation=conversation,
-        attention=attention,
-    )
 
 
 def build_requests(prefix_len: int, chunk_len: int) -> tuple[FusionRequest, FusionRequest]:

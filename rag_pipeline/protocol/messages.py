@@ -134,3 +134,10 @@ class Usage:
     recomputed_tokens: int
     fresh_tokens: int
     completion_tokens: int
+
+    def describe(self) -> str:
+        """What happened to the prompt, in one line for people."""
+        return (
+            f"{self.prompt_tokens} tokens: {self.exact_prefix_tokens} exact prefix, {self.reused_tokens} reused, "
+            f"{self.recomputed_tokens} recomputed, {self.fresh_tokens} fresh"
+        )

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.protocol import (
+    DENSE_ATTENTION,
+    FusionChoice,
     GenerationRequest,
     SamplingOptions,
-    check_policy,
     fusion_report,
-    fusion_request,
 )
 from rag_pipeline.question_run import AnswerRun
 from rag_pipeline.server.attribution import attribute
@@ -99,8 +99,9 @@ class ChatRun(AnswerRun):
         fraction = float(report.get("computed_fraction", 1.0))
         return {
             "index": self.index_name,
-            "policy": report.get("policy") or self.policy,
-            "ratio": report.get("ratio") if report.get("policy") else self.ratio,
+            "policy": report.get("policy") or self.fusion.policy,
+            "ratio": report.get("ratio") if report.get("policy") else self.fusion.ratio,
+            "attention": report.get("attention", DENSE_ATTENTION),
             "fused": bool(usage.reused_tokens or usage.recomputed_tokens),
             "fallback": report.get("fallback", ""),
             # Of the work behind the exact prefix, as the engine counts it; and of the whole prompt.
@@ -131,7 +132,7 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
     """
     started = time.perf_counter()
     options = body.rag
-    policy = service.settings.policy if options.policy is None else options.policy
+    fusion = FusionChoice.of(options, policy=service.settings.policy)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     sampling = SamplingOptions(
         max_new_tokens=body.answer_tokens or DEFAULT_ANSWER_TOKENS,
@@ -139,8 +140,8 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         top_p=1.0 if body.top_p is None else body.top_p,
         stop=stop,
     )
-    # A policy that does not exist is refused before anything is searched.
-    check_policy(policy, options.ratio)
+    # What does not exist is refused before anything is searched; a method too: the engine's packages are ours.
+    fusion.request(()).make_attention()
     index = service.indexes.get(tenant, options.index)
     talk = read_conversation(body.messages)
     wanted = options.k or service.settings.top_k
@@ -171,11 +172,10 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         layout=layout,
         request=GenerationRequest(
             input_ids=layout.input_ids,
-            fusion=fusion_request(layout.chunk_spans, policy, options.ratio),
+            fusion=fusion.request(layout.chunk_spans),
             sampling=sampling,
         ),
-        policy=policy,
-        ratio=options.ratio,
+        fusion=fusion,
         params=params,
         started=started,
         retrieved=retrieved,

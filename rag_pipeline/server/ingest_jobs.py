@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rag_pipeline.server.ingest_run import Cancelled, IngestRun, Stopped
 from rag_pipeline.server.parsing import ParseError
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.spool import Spool
+from rag_pipeline.server.tenant_queues import TenantQueues
 from retrievers import Erase, delete_documents
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,10 @@ class IngestJobs:
         self._erase = erase
         self._run = IngestRun(settings, self._spool.folder, erase)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._queues = TenantQueues()
         self._jobs: dict[str, Job] = {}
         self._folders: dict[str, Path] = {}
-        self._queues: dict[str, deque[Callable[[], None]]] = {}
         self._deletions: Counter[str] = Counter()
-        self._threads: set[threading.Thread] = set()
         self._last_order = 0
 
     # -- what routes call -----------------------------------------------------------------------
@@ -120,7 +119,7 @@ class IngestJobs:
             self._forget(job)
             raise
         self._forget_old(tenant)
-        self._put(tenant, lambda: self._work(job, index, folder))
+        self._queues.put(tenant, lambda: self._work(job, index, folder))
         return job
 
     def delete(self, tenant: str, index: ServedIndex, document_id: str) -> Future[int]:
@@ -152,7 +151,7 @@ class IngestJobs:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._put(tenant, work)
+        self._queues.put(tenant, work)
         return future
 
     def cancel(self, tenant: str, job_id: str) -> Job:
@@ -208,47 +207,17 @@ class IngestJobs:
                 continue
             resumed += 1
             index = indexes[job.tenant, job.index]
-            self._put(job.tenant, lambda j=job, i=index, f=folder: self._work(j, i, f))  # type: ignore[misc]
+            self._queues.put(job.tenant, lambda j=job, i=index, f=folder: self._work(j, i, f))  # type: ignore[misc]
         for tenant in {tenant for tenant, _ in indexes}:
             self._forget_old(tenant)
         return resumed
 
     def close(self) -> None:
         """Stop at the next step. What is not done stays in the spool for the next start."""
-        self._stop.set()
-        with self._lock:
-            threads = list(self._threads)
-        end = time.monotonic() + _CLOSE_S
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        if not any(thread.is_alive() for thread in threads):
+        if self._queues.stop(_CLOSE_S):
             self._spool.close()  # else the end of this process does it
 
     # -- the threads ----------------------------------------------------------------------------
-
-    def _put(self, tenant: str, work: Callable[[], None]) -> None:
-        with self._lock:
-            queue = self._queues.get(tenant)
-            if queue is not None:
-                queue.append(work)
-                return
-            self._queues[tenant] = deque([work])
-            thread = threading.Thread(
-                target=self._drain, args=(tenant,), name=f"rag-ingest-{tenant}"
-            )
-            self._threads.add(thread)
-            thread.start()
-
-    def _drain(self, tenant: str) -> None:
-        while True:
-            with self._lock:
-                queue = self._queues[tenant]
-                if not queue or self._stop.is_set():
-                    del self._queues[tenant]
-                    self._threads.discard(threading.current_thread())
-                    return
-                work = queue.popleft()
-            work()
 
     def _work(self, job: Job, index: ServedIndex, folder: Path) -> None:
         with self._lock:
@@ -278,7 +247,7 @@ class IngestJobs:
             self._end(job, "failed", line_of(error))
 
     def _check(self, job: Job) -> None:
-        if self._stop.is_set():
+        if self._queues.stopped:
             raise Stopped("the server is stopping")
         if job.cancelled:
             raise Cancelled("cancelled")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 
 from chunk_cache import tenant_mark
-from rag_pipeline.erasure import Reach, default_stores, make_eraser
+from rag_pipeline.erasure import Reach, make_eraser
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError, answer_unknown_route
@@ -26,6 +26,7 @@ from rag_pipeline.server.request_log import log_requests
 from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.stock_faults import answer_stock_fault
+from rag_pipeline.sglang_plugin import FusionConfig
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 from rag_pipeline.sglang_plugin.http.server import (
     HttpLimits,
@@ -156,7 +157,7 @@ def serve(
 
 def _erasers(tenants: Tenants) -> dict[Path | None, Erase]:
     """What erases from chunk KV what a tenant's index no longer holds, by the index's folder; None for the operator's."""
-    stores = default_stores()
+    stores = FusionConfig.from_env().store_folders()
     marks = {tenant_mark(tenant.salt) for tenant in tenants.all()} - {""}
     erasers: dict[Path | None, Erase] = {None: make_eraser(*stores)}
     for tenant in tenants.all():

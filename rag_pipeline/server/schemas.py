@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rag_pipeline.protocol.fields import MAX_ATTENTION
 from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
 
 MAX_K = 64
@@ -88,6 +89,10 @@ class RagOptions(Strict):
         description="`prefix` (exact) or a fusion policy: query, cacheblend, epic, ...",
     )
     ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    attention: Annotated[str, Field(max_length=MAX_ATTENTION)] | None = Field(
+        default=None,
+        description="Which keys computed rows read: `dense` (all), or another method.",
+    )
     include_text: bool = Field(
         default=True, description="Whether citations carry their chunk's text."
     )

@@ -16,13 +16,8 @@ from typing import BinaryIO, cast
 
 from retrievers.errors import RetrievalError
 from retrievers.loaders.base import LoadReport, Source, clean_text, one_line, register_loader
-from retrievers.loaders.encoding import (
-    GUESS_BYTES,
-    decode,
-    guess_encoding,
-    marked_encoding,
-    nearly_utf8,
-)
+from retrievers.loaders.encoding import decode, marked_encoding, nearly_utf8
+from retrievers.loaders.encoding_guess import GUESS_BYTES, guess_encoding
 from retrievers.loaders.passages import SHAPES, Passage, passages_of
 from retrievers.types import Document
 

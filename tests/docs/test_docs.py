@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
 import json
 import re
@@ -12,7 +13,7 @@ import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -108,10 +109,18 @@ def keywords_of(tree: ast.AST) -> list[tuple[str, set[str]]]:
     ]
 
 
+def parameters_of(called: Any) -> set[str]:
+    """Keywords that a call takes, those of ``**options: Unpack[Options]`` among them."""
+    taken = set(inspect.signature(called).parameters)
+    function = called.__init__ if inspect.isclass(called) else called
+    for hint in get_type_hints(function).values():
+        if get_origin(hint) is Unpack:
+            taken |= set(get_type_hints(get_args(hint)[0]))
+    return taken
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_keywords_of_our_own_names_exist(block: Block) -> None:
-    import inspect
-
     tree = ast.parse(block.body)
     ours: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -123,7 +132,7 @@ def test_keywords_of_our_own_names_exist(block: Block) -> None:
     for name, given in keywords_of(tree):
         if name not in ours:
             continue
-        known = set(inspect.signature(ours[name]).parameters)
+        known = parameters_of(ours[name])
         fields = getattr(ours[name], "model_fields", {})
         known |= set(fields) | {field.alias for field in fields.values() if field.alias}
         assert given <= known, f"{name} has no {given - known}"

@@ -24,7 +24,7 @@ from rag_pipeline.langchain.layout import ChatLayouter
 from rag_pipeline.langchain.wire import generate_body
 from rag_pipeline.prompts.builder import DEFAULT_QUESTION_TEMPLATE, DEFAULT_SYSTEM
 from rag_pipeline.prompts.segments import SegmentEncoder
-from rag_pipeline.protocol import fusion_request
+from rag_pipeline.protocol import FusionChoice
 from retrievers import SearchHit
 
 
@@ -144,13 +144,13 @@ def test_messages_that_cannot_be_laid_out(
 
 
 def test_policies_are_checked_before_anything_is_sent() -> None:
-    assert fusion_request((), "prefix", None).mode == "off"
+    assert FusionChoice().request(()).mode == "off"
     with pytest.raises(RagPipelineError, match="policy 'nope' is unknown; allowed are prefix"):
-        fusion_request((), "nope", None)
+        FusionChoice(policy="nope").check()
     with pytest.raises(RagPipelineError, match="takes no ratio"):
-        fusion_request((), "prefix", 0.5)
+        FusionChoice(ratio=0.5).check()
     with pytest.raises(RagPipelineError, match="'prefix' is exact, attention 'edges' is not"):
-        fusion_request((), "prefix", attention="edges")
+        FusionChoice(attention="edges").check()
 
 
 def test_what_only_the_chat_endpoint_does_stays_there() -> None:

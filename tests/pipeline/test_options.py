@@ -12,13 +12,13 @@ from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.protocol import (
     AbortedError,
+    FusionChoice,
     FusionRequest,
     GenerationRequest,
     SamplingOptions,
     StreamReader,
     build_requests,
     fusion_report,
-    fusion_request,
     usage_from_meta,
 )
 from rag_pipeline.question_run import QuestionRun
@@ -52,16 +52,16 @@ def payload_of(fusion: FusionRequest) -> dict[str, Any]:
 
 def test_policy_seam_refuses_what_it_does_not_know() -> None:
     assert payload_of(GenerationRequest(input_ids=(1,)).fusion)["mode"] == "off"
-    assert payload_of(fusion_request((Span(start=1, end=2),), "prefix"))["mode"] == "off"
+    assert payload_of(FusionChoice().request((Span(start=1, end=2),)))["mode"] == "off"
     with pytest.raises(RagPipelineError, match=r"policy 'magic' is unknown; allowed are prefix"):
-        fusion_request((), "magic")
+        FusionChoice(policy="magic").check()
     with pytest.raises(RagPipelineError, match="takes no ratio"):
-        fusion_request((), "prefix", 0.5)
+        FusionChoice(ratio=0.5).check()
 
 
 def test_policy_and_spans_travel_in_kv_hints() -> None:
     spans = (Span(start=4, end=9), Span(start=9, end=12))
-    assert payload_of(fusion_request(spans, "query", 0.2)) == {
+    assert payload_of(FusionChoice(policy="query", ratio=0.2).request(spans)) == {
         "mode": "fuse",
         "prefix_len": 4,
         "spans": [[4, 9], [9, 12]],
@@ -171,7 +171,7 @@ def test_an_answer_is_decoded_with_the_penalty_that_the_models_publisher_names(
         (tmp_path / "generation_config.json").write_text(text)
     builder = PromptBuilder(tmp_path)
     for given, used in ((None, penalty), (1.0, 1.0), (1.3, 1.3)):
-        run = QuestionRun.start("q", 1, SamplingOptions(repetition_penalty=given), "prefix", None)
+        run = QuestionRun.start("q", 1, sampling=SamplingOptions(repetition_penalty=given))
         request = run.lay_out(builder, [], context_length=2048).request
         assert request.sampling.to_params()["repetition_penalty"] == used
 
@@ -179,7 +179,7 @@ def test_an_answer_is_decoded_with_the_penalty_that_the_models_publisher_names(
 def test_an_answer_ends_where_it_asks_its_own_question_again(smollm2_path: Path) -> None:
     """A small model goes on with the prompt's question; an answer may hold other questions."""
     builder = PromptBuilder(smollm2_path)
-    run = QuestionRun.start("When? " * 40, 1, SamplingOptions(stop=("END",)), "prefix", None)
+    run = QuestionRun.start("When? " * 40, 1, sampling=SamplingOptions(stop=("END",)))
     stop = run.lay_out(builder, [], context_length=2048).request.sampling.to_params()["stop"]
     assert stop[0] == "END"
     assert stop[1].startswith("\nQuestion: When? When?")

@@ -16,13 +16,13 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from rag_pipeline.errors import ModelError, RagPipelineError
 from rag_pipeline.langchain import to_document
 from rag_pipeline.langchain.layout import ChatLayouter
+from rag_pipeline.models.context_length import model_context_length
 from rag_pipeline.prompts.builder import (
     DEFAULT_CONTEXT_HEADER,
     DEFAULT_QUESTION_TEMPLATE,
     DEFAULT_SYSTEM,
     PromptBuilder,
     fitting,
-    model_context_length,
 )
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer

@@ -77,7 +77,7 @@ def test_chunks_seen_before_are_reused_in_another_order(rag_server: Any) -> None
         time.sleep(1)
         rag_server.wait_idle()
     assert details(answer)["reused_tokens"] > 0
-    assert answer["rag"]["policy"] == "query"
+    assert (answer["rag"]["policy"], answer["rag"]["attention"]) == ("query", "dense")
     assert 0 < answer["rag"]["computed_fraction"] < 1
     assert details(answer)["cached_tokens"] == (
         details(answer)["exact_prefix_tokens"] + details(answer)["reused_tokens"]

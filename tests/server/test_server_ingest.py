@@ -158,7 +158,7 @@ def test_deletions_that_wait_are_counted_even_when_their_clients_went(
 ) -> None:
     uploads = make_uploads(max_queued_jobs=3)
     gate = threading.Event()
-    uploads.jobs._put("acme", gate.wait)
+    uploads.jobs._queues.put("acme", gate.wait)
     uploads.submit({"a.txt": "Text."})
     waiting = [uploads.jobs.delete("acme", uploads.index(), "uploads/a.txt") for _ in range(2)]
     assert waiting[0].cancel()  # its client went; its place in the queue is taken still

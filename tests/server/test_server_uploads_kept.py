@@ -23,7 +23,9 @@ def test_what_was_accepted_is_finished_by_the_next_server(
     make_uploads: Callable[..., Uploads],
 ) -> None:
     uploads = make_uploads()
-    uploads.jobs._put("acme", uploads.jobs._stop.wait)  # holds the queue until the server stops
+    uploads.jobs._queues.put(
+        "acme", uploads.jobs._queues._stop.wait
+    )  # holds the queue until the server stops
     first = uploads.submit({"a.txt": "The first version."})
     second = uploads.submit({"a.txt": "The second version.", "b.md": "# B\n\nMore."})
     spool = uploads.folder / "spool"  # locks and records included
@@ -55,7 +57,7 @@ def test_only_an_upload_that_nobody_serves_grows_too_old(
 ) -> None:
     uploads = make_uploads()
     for tenant in ("acme", "globex"):
-        uploads.jobs._put(tenant, uploads.jobs._stop.wait)
+        uploads.jobs._queues.put(tenant, uploads.jobs._queues._stop.wait)
     served, orphan = (uploads.submit({"a.txt": "Text."}, of) for of in ("acme", "globex"))
     for job in (served, orphan):
         job.created -= 8 * 24 * 3600
@@ -93,7 +95,7 @@ def test_no_path_of_the_server_is_told_in_a_job(
 
 def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[..., Uploads]) -> None:
     uploads = make_uploads()
-    uploads.jobs._put("acme", uploads.jobs._stop.wait)
+    uploads.jobs._queues.put("acme", uploads.jobs._queues._stop.wait)
     job = uploads.submit({"poison.txt": "Text."})
     job.tries = 3  # as three servers that died have left it
     uploads.jobs._spool.write(uploads.jobs._folders[job.id], job.to_record())
@@ -109,7 +111,7 @@ def test_an_upload_that_kills_the_server_is_given_up(make_uploads: Callable[...,
 
 def test_uploads_of_a_living_server_are_left_alone(make_uploads: Callable[..., Uploads]) -> None:
     uploads = make_uploads()
-    uploads.jobs._put("acme", uploads.jobs._stop.wait)
+    uploads.jobs._queues.put("acme", uploads.jobs._queues._stop.wait)
     job = uploads.submit({"a.txt": "Text."})
     other = IngestJobs(uploads.settings, spool=uploads.folder / "spool")
     try:

@@ -160,7 +160,7 @@ def test_core_groups(monkeypatch, cores, ranks, want):
 
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [1, 99, 100, 19, 98, 1], [2400, 8, 2300, 9]])
 def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
-    from rag_pipeline.sglang_plugin.cpu.attention_backend import decode_buckets
+    from rag_pipeline.sglang_plugin.cpu.slot_plan import decode_buckets
 
     groups = decode_buckets(lengths)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
@@ -174,7 +174,7 @@ def test_decode_buckets_hold_each_request_once_and_pad_little(lengths):
 
 
 def test_without_padding_only_equal_lengths_share_a_call():
-    from rag_pipeline.sglang_plugin.cpu.attention_backend import decode_buckets
+    from rag_pipeline.sglang_plugin.cpu.slot_plan import decode_buckets
 
     groups = decode_buckets([7, 9, 7, 8, 9], padding=1.0)
     assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3]]

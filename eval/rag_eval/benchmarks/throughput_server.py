@@ -98,13 +98,14 @@ class ServerUnderTest:
         progress: Callable[[str], None],
     ) -> None:
         import httpx
-        from transformers import AutoTokenizer
+
+        from rag_pipeline.models.stock_tokenizer import load_stock_tokenizer
 
         self._url, self._workload = url, workload
         self._output_tokens, self._seed = output_tokens, seed
         self._cpu_seconds, self._progress = cpu_seconds, progress
         self._client = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self._tokenizer = load_stock_tokenizer(folder)
 
     def warm(self) -> dict[str, Any]:
         """Compute every chunk of the corpus once."""

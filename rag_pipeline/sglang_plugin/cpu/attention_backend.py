@@ -23,18 +23,15 @@ from rag_kernels.attention.torch_sdpa import (
 )
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND, offer_attention_backend
+from rag_pipeline.sglang_plugin.cpu.slot_plan import PADDING_ALLOWED, SlotPlan, plan_slots
 
 __all__ = [
     "DECODE",
     "RagCpuAttentionBackend",
-    "decode_buckets",
     "decode_is_fast",
     "refusal",
     "register_backend",
 ]
-
-_PADDING_ALLOWED = 1.25
-"""In fast decode, requests share a call while padding adds at most a quarter to the keys read."""
 
 DECODE = "RAG_PIPELINE_CPU_DECODE"
 """Environment variable: ``exact`` (default; the bits of SGLang's ``torch_native``) or ``fast``."""
@@ -61,36 +58,6 @@ def decode_is_fast() -> bool:
     return value == "fast"
 
 
-def decode_buckets(lengths: list[int], *, padding: float = _PADDING_ALLOWED) -> list[list[int]]:
-    """Group requests so that one call serves each group.
-
-    Parameters
-    ----------
-    lengths : list of int
-        Keys of each request, at least 1.
-    padding : float
-        How many keys may be read for each that is needed, at least 1; 1 puts requests together only
-        if they are of one length.
-
-    Returns
-    -------
-    list of list of int
-        Indices into ``lengths``; each appears once, the longest of a group first.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    groups: list[list[int]] = []
-    total = 0
-    for index in order:
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= padding * (total + lengths[index]):
-            groups[-1].append(index)
-            total += lengths[index]
-        else:
-            groups.append([index])
-            total = lengths[index]
-    return groups
-
-
 def refusal(runner: Any) -> str | None:
     """Why this backend cannot serve the model of ``runner``, in one line; None when it can."""
     if runner.use_mla_backend:
@@ -110,30 +77,14 @@ def refusal(runner: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Span:
-    """One request of an extend batch: its rows of the batch and its slots, oldest first."""
+class _LayerCall:
+    """One layer of a forward pass: where its keys and values lie, and which of them the batch reads."""
 
-    start: int
-    stop: int
-    slots: torch.Tensor | slice
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Bucket:
-    """Requests of a decode batch that are served by one call."""
-
-    rows: torch.Tensor
-    slots: torch.Tensor  # [B, N]; padding repeats the request's first slot
-    lengths: list[int]
-
-
-def _as_run(slots: torch.Tensor) -> torch.Tensor | slice:
-    """Slots that follow one another as a slice: a view of the pool instead of a copy."""
-    count = slots.numel()
-    first = int(slots[0])
-    if int(slots[-1]) - first == count - 1 and bool((slots[1:] - slots[:-1] == 1).all()):
-        return slice(first, first + count)
-    return slots
+    layer: Any
+    keys: torch.Tensor
+    values: torch.Tensor
+    window: int | None
+    plan: SlotPlan
 
 
 class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
@@ -164,10 +115,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         pool = self.token_to_kv_pool
         self._window_pool = isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0
         self._swa_out_cache_loc: torch.Tensor | None = None
-        self._spans: list[_Span] = []
-        self._swa_spans: list[_Span] = []
-        self._buckets: list[_Bucket] = []
-        self._swa_buckets: list[_Bucket] = []
+        self._plans: list[SlotPlan] = []  # of the whole pool, then of the window pool
         self._fast_decode = decode_is_fast()
 
     # ---- once per forward pass -----------------------------------------------------------------
@@ -175,8 +123,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find each request's slots once for all layers."""
         mode = forward_batch.forward_mode
-        self._spans, self._swa_spans = [], []
-        self._buckets, self._swa_buckets = [], []
+        self._plans = [SlotPlan()] * 2
         self._swa_out_cache_loc = None
         if mode.is_idle():
             return
@@ -187,92 +134,45 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             )
         if self._window_pool and forward_batch.out_cache_loc is not None:
             self._swa_out_cache_loc = self._to_window_pool(forward_batch.out_cache_loc)
-        if mode.is_decode():
-            self._plan_decode(forward_batch)
-        else:
-            self._plan_extend(forward_batch)
+        self._plans = plan_slots(
+            forward_batch,
+            self.req_to_token_pool.req_to_token,
+            [_as_it_is, self._to_window_pool] if self._window_pool else [_as_it_is],
+            padding=PADDING_ALLOWED if self._fast_decode else 1.0,
+        )
 
     def _to_window_pool(self, slots: torch.Tensor) -> torch.Tensor:
         flat = self.token_to_kv_pool.translate_loc_from_full_to_swa(slots.reshape(-1))
         result: torch.Tensor = flat.reshape(slots.shape)
         return result
 
-    def _plan_extend(self, forward_batch: Any) -> None:
-        seq_lens = forward_batch.seq_lens.tolist()
-        new_lens = forward_batch.extend_seq_lens.tolist()
-        pool_rows = forward_batch.req_pool_indices.tolist()
-        start = 0
-        for row, seq_len, new_len in zip(pool_rows, seq_lens, new_lens, strict=True):
-            if new_len == 0:
-                continue
-            slots = self.req_to_token_pool.req_to_token[row, :seq_len].long()
-            stop = start + new_len
-            self._spans.append(_Span(start=start, stop=stop, slots=_as_run(slots)))
-            if self._window_pool:
-                window_slots = _as_run(self._to_window_pool(slots))
-                self._swa_spans.append(_Span(start=start, stop=stop, slots=window_slots))
-            start = stop
-
-    def _plan_decode(self, forward_batch: Any) -> None:
-        seq_lens = forward_batch.seq_lens.tolist()
-        padding = _PADDING_ALLOWED if self._fast_decode else 1.0
-        for group in decode_buckets(seq_lens, padding=padding):
-            lengths = [seq_lens[index] for index in group]
-            rows = torch.tensor(group)
-            pool_rows = forward_batch.req_pool_indices[rows]
-            slots = self.req_to_token_pool.req_to_token[pool_rows, : lengths[0]].long()
-            if lengths[-1] != lengths[0]:
-                # What lies behind a request's length is stale. Its own first slot is certainly
-                # written, so no NaN of an unused slot can meet the mask's zero weight.
-                padding = torch.arange(lengths[0])[None, :] >= torch.tensor(lengths)[:, None]
-                slots = torch.where(padding, slots[:, :1], slots)
-            self._buckets.append(_Bucket(rows=rows, slots=slots, lengths=lengths))
-            if self._window_pool:
-                window_slots = self._to_window_pool(slots)
-                bucket = _Bucket(rows=rows, slots=window_slots, lengths=lengths)
-                self._swa_buckets.append(bucket)
-
     # ---- once per layer ------------------------------------------------------------------------
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **unserved: Any,
-    ) -> torch.Tensor:
-        """Attention of an extend batch; ``q`` is ``[tokens, H * D]``, the result ``[tokens, H * E]``."""
-        keys, values, window = self._write(layer, forward_batch, k, v, save_kv_cache, unserved)
-        q_THD = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out_THE = q.new_zeros(q_THD.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        for span in self._swa_spans if self._in_window_pool(layer) else self._spans:
+    def forward_extend(self, q: torch.Tensor, *call: Any, **more: Any) -> torch.Tensor:
+        """Attention of an extend batch; ``q`` is ``[tokens, H * D]``, the result ``[tokens, H * E]``.
+
+        What follows ``q`` are the parameters of :meth:`_write`, in SGLang's order.
+        """
+        at = self._write(*call, **more)
+        q_THD = q.reshape(-1, at.layer.tp_q_head_num, at.layer.qk_head_dim)
+        out_THE = q.new_zeros(q_THD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
+        for span in at.plan.spans:
             out_THE[span.start : span.stop] = extend_attention(
                 q_THD[span.start : span.stop],
-                keys[span.slots].to(q.dtype),
-                values[span.slots].to(q.dtype),
-                scale=layer.scaling,
-                window=window,
+                at.keys[span.slots].to(q.dtype),
+                at.values[span.slots].to(q.dtype),
+                scale=at.layer.scaling,
+                window=at.window,
             )
         return out_THE.flatten(1)
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **unserved: Any,
-    ) -> torch.Tensor:
+    def forward_decode(self, q: torch.Tensor, *call: Any, **more: Any) -> torch.Tensor:
         """Attention of a decode batch; ``q`` is ``[requests, H * D]``, the result ``[requests, H * E]``."""
-        keys, values, window = self._write(layer, forward_batch, k, v, save_kv_cache, unserved)
-        q_BHD = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out_BHE = q.new_zeros(q_BHD.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        for bucket in self._swa_buckets if self._in_window_pool(layer) else self._buckets:
+        at = self._write(*call, **more)
+        window = at.window
+        q_BHD = q.reshape(-1, at.layer.tp_q_head_num, at.layer.qk_head_dim)
+        out_BHE = q.new_zeros(q_BHD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
+        for bucket in at.plan.buckets:
             longest, shortest = bucket.lengths[0], bucket.lengths[-1]
             # A query at position n - 1 sees keys from n - 1 - window on.
             first = 0 if window is None else max(0, shortest - 1 - window)
@@ -288,30 +188,26 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 )
             slots = bucket.slots[:, first:]
             query = q_BHD[bucket.rows]
-            key, value = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+            key, value = at.keys[slots].to(q.dtype), at.values[slots].to(q.dtype)
+            scale = at.layer.scaling
             if self._fast_decode:
-                out = packed_decode_attention(
-                    query, key, value, scale=layer.scaling, mask_BN=mask_BN
-                )
+                out = packed_decode_attention(query, key, value, scale=scale, mask_BN=mask_BN)
             else:
                 assert mask_BN is None, "requests of one bucket are of one length"
-                out = decode_attention(query, key, value, scale=layer.scaling)
+                out = decode_attention(query, key, value, scale=scale)
             out_BHE[bucket.rows] = out
         return out_BHE.flatten(1)
 
-    def _in_window_pool(self, layer: Any) -> bool:
-        return self._window_pool and bool(self.token_to_kv_pool.layers_mapping[layer.layer_id][1])
-
     def _write(
         self,
-        layer: Any,
-        forward_batch: Any,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        save_kv_cache: bool,
-        unserved: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor, int | None]:
-        """Store the new keys and values; return the layer's pool and window."""
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **unserved: Any,
+    ) -> _LayerCall:
+        """Store the new keys and values, and say what the layer reads."""
         given = [name for name, value in unserved.items() if value is not None]
         if given:
             raise EngineError(
@@ -322,12 +218,20 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             where = KVWriteLoc(forward_batch.out_cache_loc, self._swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
         window = layer.sliding_window_size
-        return (
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            window if window is not None and window > -1 else None,
+        pool = self.token_to_kv_pool
+        in_window_pool = self._window_pool and pool.layers_mapping[layer.layer_id][1]
+        return _LayerCall(
+            layer=layer,
+            keys=pool.get_key_buffer(layer.layer_id),
+            values=pool.get_value_buffer(layer.layer_id),
+            window=window if window is not None and window > -1 else None,
+            plan=self._plans[1 if in_window_pool else 0],
         )
 
     def support_triton(self) -> bool:
         """No: SGLang must not launch Triton kernels for this backend's batches."""
         return False
+
+
+def _as_it_is(slots: torch.Tensor) -> torch.Tensor:
+    return slots

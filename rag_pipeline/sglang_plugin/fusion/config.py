@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
+from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 
@@ -173,6 +175,11 @@ class FusionConfig:
             k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
         }
         return cls(**values)
+
+    def store_folders(self, *given: Path | None) -> tuple[Path, ...]:
+        """Folders that may hold this user's chunk KV: the common one, ``store_dir``, and those given."""
+        named = [kv_store_dir(), Path(self.store_dir) if self.store_dir else None, *given]
+        return tuple(dict.fromkeys(path.absolute() for path in named if path is not None))
 
     def to_env(self) -> str:
         """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""

@@ -9,11 +9,11 @@ import pytest
 
 from rag_pipeline import EngineError, ServerBackend
 from rag_pipeline.protocol import (
+    FusionChoice,
     FusionRequest,
     GenerationRequest,
     SamplingOptions,
     fusion_report,
-    fusion_request,
     usage_from_meta,
 )
 from rag_pipeline.sglang_plugin import activation_of
@@ -117,14 +117,16 @@ def test_the_server_backend_streams_text_and_usage(client: Any, model: Path, lay
     request = GenerationRequest(
         input_ids=tuple(ids),
         sampling=SamplingOptions(max_new_tokens=6),
-        fusion=fusion_request([Span(start=a, end=b) for a, b in spans], "epic", 0.25),
+        fusion=FusionChoice(policy="epic", ratio=0.25).request(
+            [Span(start=a, end=b) for a, b in spans]
+        ),
     )
     pieces = list(backend.generate(request))
     usage = usage_from_meta(pieces[-1].meta_info, prompt_tokens=len(ids))
     assert usage.reused_tokens > 0
     assert usage.recomputed_tokens > 0
     assert usage.fresh_tokens >= len(ids) - spans[-1][1]
-    beyond = fusion_request((Span(start=4, end=99),), "reuse")
+    beyond = FusionChoice(policy="reuse").request((Span(start=4, end=99),))
     bad = GenerationRequest(input_ids=tuple(ids[:9]), fusion=beyond)
     with pytest.raises(
         EngineError, match=r"fusion span \(4, 99\) in a prompt of 9 tokens"

@@ -13,6 +13,7 @@ from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
+from rag_pipeline.sglang_plugin import FusionConfig
 from retrievers import (
     HFTokenizer,
     Index,
@@ -235,3 +236,13 @@ def test_too_much_to_tell_apart_empties_the_store_but_for_a_tenant_only_what_is_
     assert left == ({f"[b]\n{OTHER}\n\n"} if tenant else set())
     assert erase_folder(index, TextMarks({}, everything=True)) == 0  # no store: left alone
     assert Index.open(index).manifest.num_documents == 1
+
+
+def test_a_deletion_goes_through_every_folder_that_the_settings_name(
+    home: Path, tmp_path: Path
+) -> None:
+    common = home / "home" / "kv"
+    assert FusionConfig().store_folders() == (common,)
+    other = FusionConfig(store_dir=str(tmp_path / "other"))
+    assert other.store_folders(None, common) == (common, tmp_path / "other")
+    assert other.store_folders(tmp_path / "own")[-1] == tmp_path / "own"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -13,69 +12,12 @@ from chunk_cache import as_prompt_ids
 from chunk_cache.policies import Policy
 from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.request.attempt import Attempt, Resolved
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
 ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Attempt:
-    """What a scheduling attempt found and spent; each attempt begins with a new one.
-
-    Attributes
-    ----------
-    radix_len : int
-        Exact tokens found in the tree when the prompt was admitted.
-    epoch : int
-        Of the weights at that time.
-    looked_up : (int, int)
-        Chunks found and chunks missing.
-    recomputed : list of int
-        Prompt positions that were loaded and then computed anew.
-    row_layers : float
-        Work done so far: rows times layers.
-    report : UsageReport
-        What the client is told. :func:`~.report.fill_report` completes it.
-    """
-
-    report: UsageReport
-    radix_len: int = 0
-    epoch: int = 0
-    looked_up: tuple[int, int] = (0, 0)
-    recomputed: list[int] = dataclasses.field(default_factory=list)
-    row_layers: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Resolved:
-    """What was found for a prompt, for as long as its leases are held.
-
-    Attributes
-    ----------
-    resolved, done : bool
-        Matching was done in this scheduling attempt and spans are leased; the whole prompt is computed.
-    captures : list of Capture
-        What will be stored after the forward.
-    exact_limit : int or None
-        Tokens that may be published as exact; None for all.
-    turns_end : int
-        Where the KV of earlier turns ends; 0 without.
-    turn : int
-        What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the turn
-        that ends there.
-    method : AttentionMethod or None
-        Says which keys the computed rows read; None for all.
-    """
-
-    resolved: bool = False
-    done: bool = False
-    captures: list[Capture] = dataclasses.field(default_factory=list)
-    exact_limit: int | None = None
-    turns_end: int = 0
-    turn: int = 0
-    method: AttentionMethod | None = None
 
 
 class RequestState:

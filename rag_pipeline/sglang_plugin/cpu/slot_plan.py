@@ -1,0 +1,133 @@
+"""Which pool slots the requests of a batch read on the CPU, found once per forward pass for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PADDING_ALLOWED = 1.25
+"""In fast decode, requests share a call while padding adds at most a quarter to the keys read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtendSpan:
+    """One request of an extend batch: its rows of the batch and its slots, oldest first."""
+
+    start: int
+    stop: int
+    slots: torch.Tensor | slice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeBucket:
+    """Requests of a decode batch that are served by one call."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor  # [B, N]; padding repeats the request's first slot
+    lengths: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotPlan:
+    """Slots of one pool that a batch reads: spans of an extend batch, or buckets of a decode batch."""
+
+    spans: list[ExtendSpan] = field(default_factory=list)
+    buckets: list[DecodeBucket] = field(default_factory=list)
+
+
+def plan_slots(
+    forward_batch: Any,
+    req_to_token: torch.Tensor,
+    pools: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    *,
+    padding: float,
+) -> list[SlotPlan]:
+    """Plan a batch that is not idle.
+
+    Parameters
+    ----------
+    forward_batch : object
+        SGLang's batch.
+    req_to_token : Tensor
+        Slots by request and position, ``[requests, positions]``.
+    pools : sequence of callable
+        Per pool, what turns slots of the whole pool into its own.
+    padding : float
+        As for :func:`decode_buckets`.
+
+    Returns
+    -------
+    list of SlotPlan
+        One per pool.
+    """
+    plans = [SlotPlan() for _ in pools]
+    decodes = forward_batch.forward_mode.is_decode()
+    seq_lens = forward_batch.seq_lens.tolist()
+    if decodes:
+        for group in decode_buckets(seq_lens, padding=padding):
+            lengths = [seq_lens[index] for index in group]
+            rows = torch.tensor(group)
+            pool_rows = forward_batch.req_pool_indices[rows]
+            slots = req_to_token[pool_rows, : lengths[0]].long()
+            if lengths[-1] != lengths[0]:
+                # What lies behind a request's length is stale. Its own first slot is certainly
+                # written, so no NaN of an unused slot can meet the mask's zero weight.
+                is_padding = torch.arange(lengths[0])[None, :] >= torch.tensor(lengths)[:, None]
+                slots = torch.where(is_padding, slots[:, :1], slots)
+            for plan, own in zip(plans, pools, strict=True):
+                plan.buckets.append(DecodeBucket(rows=rows, slots=own(slots), lengths=lengths))
+        return plans
+    new_lens = forward_batch.extend_seq_lens.tolist()
+    pool_rows = forward_batch.req_pool_indices.tolist()
+    start = 0
+    for row, seq_len, new_len in zip(pool_rows, seq_lens, new_lens, strict=True):
+        if new_len == 0:
+            continue
+        slots = req_to_token[row, :seq_len].long()
+        stop = start + new_len
+        for plan, own in zip(plans, pools, strict=True):
+            plan.spans.append(ExtendSpan(start=start, stop=stop, slots=_as_run(own(slots))))
+        start = stop
+    return plans
+
+
+def decode_buckets(lengths: list[int], *, padding: float = PADDING_ALLOWED) -> list[list[int]]:
+    """Group requests so that one call serves each group.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Keys of each request, at least 1.
+    padding : float
+        How many keys may be read for each that is needed, at least 1; 1 puts requests together only
+        if they are of one length.
+
+    Returns
+    -------
+    list of list of int
+        Indices into ``lengths``; each appears once, the longest of a group first.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    groups: list[list[int]] = []
+    total = 0
+    for index in order:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= padding * (total + lengths[index]):
+            groups[-1].append(index)
+            total += lengths[index]
+        else:
+            groups.append([index])
+            total = lengths[index]
+    return groups
+
+
+def _as_run(slots: torch.Tensor) -> torch.Tensor | slice:
+    """Slots that follow one another as a slice: a view of the pool instead of a copy."""
+    count = slots.numel()
+    first = int(slots[0])
+    if int(slots[-1]) - first == count - 1 and bool((slots[1:] - slots[:-1] == 1).all()):
+        return slice(first, first + count)
+    return slots
