@@ -13,8 +13,10 @@ from rag_kernels.paged import scatter_kv_inplace
 from rag_kernels.rotary import rotate_into, spread_cos
 from rag_kernels.span_load import SpanLoadPlan
 
-_BLOCK_ELEMENTS = 65536
-"""Key elements of a block per thread: two fp32 copies of them fit a core's second cache."""
+_BLOCK_ELEMENTS = 262144
+"""Key elements of a block: its two fp32 copies stay in the caches between the operations."""
+_ALONE_ELEMENTS = 16384
+"""Key elements from which a span is rotated by itself: a table per token takes twice as long as one for all."""
 
 
 class _Piece(NamedTuple):
@@ -33,9 +35,17 @@ class _Piece(NamedTuple):
         return slice(self.first, self.first + self.end - self.start)
 
 
+class _Turn(NamedTuple):
+    """Rotation of tokens of a block: cosines ``[B, 1, rotary_dim]`` and sines, or one row of both for all."""
+
+    tokens: slice
+    wide: Tensor
+    sin: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Pieces of spans that are loaded together: all are rotated, or none is.
+    """Pieces of spans that are loaded together.
 
     Attributes
     ----------
@@ -43,14 +53,13 @@ class Block:
         What of which span.
     slots : Tensor
         int64 ``[B]``.
-    tables : tuple of Tensor or None
-        Cosines ``[B, 1, rotary_dim]`` and sines ``[B, 1, rotary_dim / 2]``, or of one row for all; None for a block
-        that is copied.
+    turns : list
+        Cover the block; none where it is copied as it is.
     """
 
     pieces: list[_Piece]
     slots: Tensor
-    tables: tuple[Tensor, Tensor] | None
+    turns: list[_Turn]
 
 
 def load_spans_cpu(
@@ -62,22 +71,16 @@ def load_spans_cpu(
 ) -> None:
     """See :func:`rag_kernels.load_spans_inplace`."""
     row = max(1, k_pool.shape[1:].numel())
-    room = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // row)
-    if room not in plan.blocks:
-        plan.blocks[room] = _cut(plan, room, False) + _cut(plan, room, True)
-    scratch: Tensor | None = None
-    for block in plan.blocks[room]:
-        if block.tables is None:
-            k = _joined(k_srcs, block)
-        else:
-            if scratch is None:  # the first block that is rotated is none smaller than the others
-                scratch = torch.empty((2, block.slots.numel(), *k_pool.shape[1:]))
-            x, out = scratch[:, : block.slots.numel()]
-            if len(block.pieces) == 1:
-                x.copy_(block.pieces[0].of(k_srcs))
-            else:
-                torch.cat([piece.of(k_srcs) for piece in block.pieces], out=x)
-            k = rotate_into(out, x, *block.tables, plan.spec)
+    blocks = plan.blocks.get(row)
+    if blocks is None:
+        blocks = plan.blocks[row] = _cut(plan, row, False) + _cut(plan, row, True)
+    for block in blocks:
+        k = _joined(k_srcs, block)
+        if block.turns:
+            x = k.float()
+            k = torch.empty_like(x)
+            for tokens, wide, sin in block.turns:
+                rotate_into(k[tokens], x[tokens], wide, sin, plan.spec)
         scatter_kv_inplace(k_pool, block.slots, k)
         scatter_kv_inplace(v_pool, block.slots, _joined(v_srcs, block))
 
@@ -87,8 +90,9 @@ def _joined(sources: Sequence[Tensor], block: Block) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _cut(plan: SpanLoadPlan, room: int, moved: bool) -> list[Block]:
-    """Blocks of ``room`` tokens, but the last, of the spans that are rotated or of the others."""
+def _cut(plan: SpanLoadPlan, row: int, moved: bool) -> list[Block]:
+    """Blocks of equal size, but the last, of the spans that are rotated or of the others; ``row`` elements per token."""
+    room = max(1, _BLOCK_ELEMENTS // row)
     blocks: list[list[_Piece]] = []
     left = first = 0
     for span, (length, delta) in enumerate(zip(plan.lengths, plan.deltas, strict=True)):
@@ -102,15 +106,35 @@ def _cut(plan: SpanLoadPlan, room: int, moved: bool) -> list[Block]:
             left -= end - start
             start = end
         first += length
-    return [_block(plan, pieces, moved) for pieces in blocks]
+    return [
+        Block(
+            pieces,
+            torch.cat([plan.slots[piece.tokens] for piece in pieces]),
+            _turns(plan, pieces, max(1, _ALONE_ELEMENTS // row)) if moved else [],
+        )
+        for pieces in blocks
+    ]
 
 
-def _block(plan: SpanLoadPlan, pieces: list[_Piece], moved: bool) -> Block:
-    slots = torch.cat([plan.slots[piece.tokens] for piece in pieces])
-    if not moved:
-        return Block(pieces, slots, None)
-    rows = torch.cat([plan.token_rows[piece.tokens] for piece in pieces])
-    if bool((rows == rows[0]).all()):
-        rows = rows[:1]
-    cos, sin = plan.cos[rows][:, None], plan.sin[rows][:, None]
-    return Block(pieces, slots, (spread_cos(cos, plan.spec), sin))
+def _turns(plan: SpanLoadPlan, pieces: list[_Piece], alone: int) -> list[_Turn]:
+    """One rotation per piece of ``alone`` tokens or more, and one per run of shorter pieces."""
+    runs: list[list[_Piece]] = []
+    for piece in pieces:
+        if runs and max(_count(piece), _count(runs[-1][-1])) < alone:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    turns, start = [], 0
+    for run in runs:
+        rows = torch.cat([plan.token_rows[piece.tokens] for piece in run])
+        end = start + rows.numel()
+        if len(run) == 1:
+            rows = rows[:1]
+        cos, sin = plan.cos[rows][:, None], plan.sin[rows][:, None]
+        turns.append(_Turn(slice(start, end), spread_cos(cos, plan.spec), sin))
+        start = end
+    return turns
+
+
+def _count(piece: _Piece) -> int:
+    return piece.end - piece.start

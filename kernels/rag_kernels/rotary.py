@@ -116,9 +116,7 @@ class RotarySpec:
         cos, sin = self.cos_sin(torch.tensor([int(delta)]), device)
         return RotationTable(cos, sin, int(delta) == 0)
 
-    def cos_sin(
-        self, delta: Tensor, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, delta: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Cosine and sine of position differences, integer ``[R]``: fp32 ``[R, rotary_dim / 2]``, angles in fp64."""
         freq = self.inv_freq.to(delta.device)
         angle = delta.to(torch.float64)[:, None] * freq[None, :]

@@ -48,7 +48,7 @@ class SpanLoadPlan:
     token_rows: Tensor
     spec: RotarySpec
     blocks: dict[int, list[Block]] = field(default_factory=dict, repr=False)
-    """On the CPU: how the work was cut, by tokens per block."""
+    """On the CPU: how the work was cut, by key elements per token."""
 
 
 def plan_span_load(
