@@ -13,7 +13,7 @@ from rag_kernels.paged import scatter_kv_inplace
 from rag_kernels.rotary import rotate_into, spread_cos
 from rag_kernels.span_load import SpanLoadPlan
 
-_BLOCK_ELEMENTS = 262144
+_BLOCK_ELEMENTS = 524288
 """Key elements of a block: its two fp32 copies stay in the caches between the operations."""
 _ALONE_ELEMENTS = 16384
 """Key elements from which a span is rotated by itself: a table per token takes twice as long as one for all."""
