@@ -17,6 +17,8 @@ from chunk_cache.records import ChunkKV
 
 logger = logging.getLogger(__name__)
 
+_Buffer = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
 _ALIGNMENT = 64
 """Bytes: a cache line, and more than any load instruction demands."""
 
@@ -39,10 +41,9 @@ class Slab:
 
     def __init__(self, num_bytes: int, *, pinned: bool | None = None) -> None:
         self.num_bytes = num_bytes // _ALIGNMENT * _ALIGNMENT
-        self._buffer = _pinned(self.num_bytes) if _wants_pinning(pinned) else None
-        self.pinned = self._buffer is not None
-        if self._buffer is None:
-            self._buffer = np.empty(self.num_bytes, dtype=np.uint8)
+        locked = _pinned(self.num_bytes) if _wants_pinning(pinned) else None
+        self.pinned = locked is not None
+        self._buffer = _ordinary(self.num_bytes) if locked is None else locked
         self._start = int(self._buffer.ctypes.data)
         self._free: dict[int, int] = {}
         self._free_ends: dict[int, int] = {}
@@ -77,7 +78,6 @@ class Slab:
         if found > size:
             self._add_free(start + size, found - size)
         self._used[start] = size
-        assert self._buffer is not None
         block = self._buffer[start : start + size]
         # The tensors keep `block` alive, and views of them do.
         weakref.finalize(block, self._returned.append, start).atexit = False
@@ -140,7 +140,7 @@ class Slab:
             seen.add(start)
 
     def _block_of(self, record: ChunkKV) -> int:
-        start = record.k.data_ptr() - self._start
+        start = int(record.k.data_ptr()) - self._start
         if start not in self._used:
             raise IntegrityError(f"slab: chunk {record.key} does not lie in it")
         return start
@@ -184,11 +184,15 @@ def _wants_pinning(pinned: bool | None) -> bool:
     return torch.cuda.is_available() if pinned is None else pinned
 
 
-def _pinned(num_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
+def _ordinary(num_bytes: int) -> _Buffer:
+    raw = np.empty(num_bytes + _ALIGNMENT, dtype=np.uint8)
+    first = -int(raw.ctypes.data) % _ALIGNMENT
+    return raw[first : first + num_bytes]
+
+
+def _pinned(num_bytes: int) -> _Buffer | None:
     try:
-        buffer: np.ndarray[tuple[int], np.dtype[np.uint8]] = torch.empty(
-            num_bytes, dtype=torch.uint8, pin_memory=True
-        ).numpy()
+        buffer: _Buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
     except RuntimeError as error:
         logger.warning(
             "%d bytes for chunk KV cannot be page-locked (%s): loading to the GPU is slower. Lower "
