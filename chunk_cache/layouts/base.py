@@ -10,10 +10,10 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from chunk_cache.errors import ChunkCacheError
+from chunk_cache.host_memory import empty_mapped
 from rag_kernels import Registry, SpanLoadPlan, gather_kv, load_spans_inplace
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class KVLayout(abc.ABC):
             ``k`` ``[L, T, H, D]`` and ``v`` ``[L, T, H, D_v]``, on the host: device memory belongs to the pool.
         """
         both = tuple(
-            torch.empty((num_layers, int(slots.numel()), *part.shape[1:]), dtype=part.dtype)
+            empty_mapped((num_layers, int(slots.numel()), *part.shape[1:]), part.dtype)
             for part in self.pool_layer(pool, 0)
         )
         for layer in range(num_layers):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from chunk_cache.errors import ChunkCacheError, IntegrityError
+from chunk_cache.host_memory import empty_mapped
 from chunk_cache.records import ChunkKV
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class Slab:
         self.num_bytes = num_bytes // _ALIGNMENT * _ALIGNMENT
         locked = _pinned(self.num_bytes) if _wants_pinning(pinned) else None
         self.pinned = locked is not None
-        self._buffer = _ordinary(self.num_bytes) if locked is None else locked
+        self._buffer = (
+            empty_mapped((self.num_bytes,), torch.uint8).numpy() if locked is None else locked
+        )
         self._start = int(self._buffer.ctypes.data)
         self._free: dict[int, int] = {}
         self._free_ends: dict[int, int] = {}
@@ -182,12 +185,6 @@ def _wants_pinning(pinned: bool | None) -> bool:
     if pinned and not torch.cuda.is_available():
         raise ChunkCacheError("pinned=True: there is no GPU here; leave it out")
     return torch.cuda.is_available() if pinned is None else pinned
-
-
-def _ordinary(num_bytes: int) -> _Buffer:
-    raw = np.empty(num_bytes + _ALIGNMENT, dtype=np.uint8)
-    first = -int(raw.ctypes.data) % _ALIGNMENT
-    return raw[first : first + num_bytes]
 
 
 def _pinned(num_bytes: int) -> _Buffer | None:
