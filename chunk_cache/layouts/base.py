@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from chunk_cache.errors import ChunkCacheError
-from rag_kernels import Registry, RotarySpec, RotationTable, gather_kv, load_chunk_inplace
+from chunk_cache.host_memory import empty_mapped
+from rag_kernels import Registry, SpanLoadPlan, gather_kv, load_spans_inplace
 
 if TYPE_CHECKING:
     from chunk_cache.records import ChunkKV
@@ -83,7 +84,7 @@ class KVLayout(abc.ABC):
             ``k`` ``[L, T, H, D]`` and ``v`` ``[L, T, H, D_v]``, on the host: device memory belongs to the pool.
         """
         both = tuple(
-            torch.empty((num_layers, int(slots.numel()), *part.shape[1:]), dtype=part.dtype)
+            empty_mapped((num_layers, int(slots.numel()), *part.shape[1:]), part.dtype)
             for part in self.pool_layer(pool, 0)
         )
         for layer in range(num_layers):
@@ -95,28 +96,22 @@ class KVLayout(abc.ABC):
         self,
         rotated_pool: Tensor,
         rest_pool: Tensor,
-        slots: Tensor,
-        source: LayerKV,
-        delta: int | Tensor | RotationTable,
-        spec: RotarySpec,
+        sources: Sequence[LayerKV],
+        plan: SpanLoadPlan,
     ) -> None:
-        """Write one layer of a record into the pool; only the rotated part is turned, by ``delta`` positions.
+        """Write one layer of several records into the pool; only the rotated part is turned.
 
         Parameters
         ----------
         rotated_pool, rest_pool : Tensor
-            As :meth:`pool_layer` returns them; written at ``slots`` only.
-        slots : Tensor
-            Integer ``[T]`` on the pool's device, all different.
-        source : LayerKV
-            The same T tokens of a record of this layout; only read.
-        delta : int or Tensor or RotationTable
-            New position minus old, see :func:`rag_kernels.rerotate_keys`.
-        spec : RotarySpec
-            The model's rotation.
+            As :meth:`pool_layer` returns them; written at the plan's slots only.
+        sources : sequence of LayerKV
+            The tokens of each span of the plan, of records of this layout; only read.
+        plan : SpanLoadPlan
+            Slots and position differences, see :func:`rag_kernels.load_spans_inplace`.
         """
-        rotated, rest = self.unpack(source)
-        load_chunk_inplace(rotated_pool, rest_pool, slots, rotated, rest, delta, spec)
+        rotated, rest = zip(*(self.unpack(source) for source in sources), strict=True)
+        load_spans_inplace(rotated_pool, rest_pool, rotated, rest, plan)
 
     def num_bytes(self, record: ChunkKV) -> int:
         """Bytes of a record's tensors."""

@@ -48,6 +48,9 @@ class MemoryStore(WritableStore):
         Back-off before a FAILED key may be built again, seconds.
     clock : callable
         Monotonic seconds; replaced in tests.
+    slab : bool
+        Keep the tensors in one buffer of the budget's size, page-locked where there is a GPU (:class:`~.slab.Slab`):
+        a record is copied once more when it is committed, and what is committed stays the caller's.
 
     Raises
     ------
@@ -275,8 +278,8 @@ class MemoryStore(WritableStore):
     def check_integrity(self, *, expect_idle: bool = False) -> None:
         """Check every invariant of the store; meant for test teardown and ``doctor``.
 
-        Byte and pin accounting, eviction list, states that exclude each other, keys against token
-        ids, and the matcher's fingerprints against the READY records.
+        Byte and pin accounting, eviction list, the slab's blocks, states that exclude each other, keys
+        against token ids, and the matcher's fingerprints against the READY records.
 
         Parameters
         ----------
@@ -293,4 +296,6 @@ class MemoryStore(WritableStore):
             entries = self._ledger.entries
             self._builds.check(set(entries), expect_idle=expect_idle)
             self._stats.check()
+            if self._slab is not None:
+                self._slab.check(entry.record for entry in entries.values())
             self.matcher.check_integrity({k: e.record.token_ids for k, e in entries.items()})

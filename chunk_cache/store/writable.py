@@ -15,6 +15,7 @@ from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
 from chunk_cache.store.builds import Build, BuildTable, ChunkState
 from chunk_cache.store.ledger import Ledger
+from chunk_cache.store.slab import Slab
 from chunk_cache.store.stats import StoreStats
 
 
@@ -34,6 +35,7 @@ class WritableStore:
         build_timeout_s: float = 120.0,
         retry_failed_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        slab: bool = False,
     ) -> None:
         if byte_budget <= 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a positive number of bytes")
@@ -48,6 +50,7 @@ class WritableStore:
         self._clock = clock
         self._lock = threading.RLock()
         self._ledger = Ledger(byte_budget)
+        self._slab = Slab(byte_budget) if slab else None
         self._builds = BuildTable(retry_failed_s)
         self._stats = StoreStats()
 
@@ -152,17 +155,43 @@ class WritableStore:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
                 return False
-            victims = self._ledger.victims(record.num_bytes, build.tenant)
-            if victims is None:
-                self._stats.rejected_no_room += 1
-                return False
-            for key in victims:
+            victims = self._victims(record, build.tenant)
+            for key in victims or ():
                 self._stats.evicted += 1
                 self._stats.evicted_bytes += self._drop(key).num_bytes
+            stored = None if victims is None else self._placed(record)
+            if stored is None:
+                self._stats.rejected_no_room += 1
+                return False
+            record = stored
             self.matcher.add(build.key, record.token_ids)
             self._ledger.insert(record, pin, self._clock(), build.tenant)
             self._stats.inserted += 1
             return True
+
+    def _victims(self, record: ChunkKV, tenant: str) -> list[ChunkKey] | None:
+        """Keys to drop so that a record fits; with a slab, as few more as leave it room in one piece."""
+        ledger, slab = self._ledger, self._slab
+        victims = ledger.victims(record.num_bytes, tenant)
+        if slab is None or victims is None or self._fits(slab, record, victims):
+            return victims
+        # Who asks for more gets the same victims and then others, so the fewest are found by bisection.
+        low, high, victims = record.num_bytes, ledger.byte_budget + 1, None
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = ledger.victims(middle, tenant)
+            if found is None or self._fits(slab, record, found):
+                high, victims = middle, found
+            else:
+                low = middle
+        return victims
+
+    def _fits(self, slab: Slab, record: ChunkKV, victims: Iterable[ChunkKey]) -> bool:
+        return slab.fits(record, [self._ledger.entries[key].record for key in victims])
+
+    def _placed(self, record: ChunkKV) -> ChunkKV | None:
+        """Return the record as it will be kept; ``None`` where a tensor that outlived its record is in the way."""
+        return record if self._slab is None else self._slab.adopt(record)
 
     def _abort(self, build: Build, reason: str, failed: bool) -> bool:
         with self._lock:

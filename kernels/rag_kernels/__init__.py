@@ -21,10 +21,11 @@ from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mean_shift import MeanShiftPlan, mean_shift_inplace, plan_mean_shift
-from rag_kernels.paged import gather_kv, load_chunk_inplace, scatter_kv_inplace
+from rag_kernels.paged import gather_kv, scatter_kv_inplace
 from rag_kernels.registry import Registry
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
 from rag_kernels.rotary_config import rotary_spec_from_config
+from rag_kernels.span_load import SpanLoadPlan, load_spans_inplace, plan_span_load
 from rag_kernels.sparse import (
     ATTENTION_METHODS,
     AttentionMethod,
@@ -48,14 +49,16 @@ __all__ = [
     "RotaryUnsupportedError",
     "RotationTable",
     "RowBlock",
+    "SpanLoadPlan",
     "choose_kernel",
     "create_attention_method",
     "gather_kv",
     "kv_deviation",
-    "load_chunk_inplace",
+    "load_spans_inplace",
     "mean_shift_inplace",
     "plan_mean_shift",
     "plan_position_causal",
+    "plan_span_load",
     "position_causal_attention",
     "query_attention_mass",
     "rerotate_keys",

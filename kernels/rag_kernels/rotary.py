@@ -12,14 +12,10 @@ Shape suffixes: T tokens, N key/value heads, H head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-_KEPT_TABLES = (
-    256  # per spec: about as many as chunks can be live in one batch; 64 kB at 64 frequencies
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +56,6 @@ class RotarySpec:
     inv_freq: Tensor
     rotary_dim: int
     is_neox_style: bool
-    _tables: dict[tuple[int, str], RotationTable] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_inv_freq(
@@ -112,23 +107,17 @@ class RotarySpec:
                     f"delta is {delta.dtype} of shape {tuple(delta.shape)}; give an int or an integer vector [T]."
                 )
             moved = delta != 0
-            cos, sin = self._cos_sin(delta, torch.device(device))
+            cos, sin = self.cos_sin(delta, device)
             # The host never waits for a device here: only a host tensor is inspected.
             on_host = delta.device.type == "cpu"
             all_moved = on_host and bool(moved.all())
             is_zero = on_host and not bool(moved.any())
             return RotationTable(cos, sin, is_zero, None if all_moved else moved.to(device))
-        key = (int(delta), str(device))
-        found = self._tables.get(key)
-        if found is None:
-            cos, sin = self._cos_sin(torch.tensor([int(delta)]), torch.device(device))
-            found = RotationTable(cos, sin, int(delta) == 0)
-            if len(self._tables) >= _KEPT_TABLES:
-                self._tables.clear()
-            self._tables[key] = found
-        return found
+        cos, sin = self.cos_sin(torch.tensor([int(delta)]), device)
+        return RotationTable(cos, sin, int(delta) == 0)
 
-    def _cos_sin(self, delta: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, delta: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Cosine and sine of position differences, integer ``[R]``: fp32 ``[R, rotary_dim / 2]``, angles in fp64."""
         freq = self.inv_freq.to(delta.device)
         angle = delta.to(torch.float64)[:, None] * freq[None, :]
         return angle.cos().float().to(device), angle.sin().float().to(device)
@@ -160,12 +149,22 @@ class RotarySpec:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec) -> Tensor:
     """Rotate the leading ``rotary_dim`` of fp32 ``x [..., H]``; tables broadcast against ``[..., rotary_dim/2]``."""
+    return rotate_into(torch.empty_like(x), x, spread_cos(cos, spec), sin, spec)
+
+
+def spread_cos(cos: Tensor, spec: RotarySpec) -> Tensor:
+    """Cosines ``[..., rotary_dim / 2]`` over all rotated dimensions: one contiguous product in place of two strided."""
+    return torch.cat([cos, cos], dim=-1) if spec.is_neox_style else cos.repeat_interleave(2, dim=-1)
+
+
+def rotate_into(out: Tensor, x: Tensor, wide: Tensor, sin: Tensor, spec: RotarySpec) -> Tensor:
+    """:func:`rotate` with cosines of :func:`spread_cos`, into ``out``, which shares no memory with ``x``."""
     half, dim = spec.rotary_dim // 2, spec.rotary_dim
-    # Cosines spread over the whole head: one contiguous product in place of two strided ones.
-    wide = torch.cat([cos, cos], dim=-1) if spec.is_neox_style else cos.repeat_interleave(2, dim=-1)
     if dim < x.shape[-1]:
-        wide = torch.nn.functional.pad(wide, (0, x.shape[-1] - dim), value=1.0)
-    out = x * wide
+        out[..., dim:].copy_(x[..., dim:])
+        torch.mul(x[..., :dim], wide, out=out[..., :dim])
+    else:
+        torch.mul(x, wide, out=out)
     if spec.is_neox_style:
         out[..., :half].addcmul_(x[..., half:dim], sin, value=-1)
         out[..., half:dim].addcmul_(x[..., :half], sin)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -22,6 +23,7 @@ class StoreMachine(RuleBasedStateMachine):
     """A model of the store (who holds, who builds, what is pinned) against the real one."""
 
     make: Make
+    slab = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +35,9 @@ class StoreMachine(RuleBasedStateMachine):
             build_timeout_s=5,
             retry_failed_s=3,
             matcher=ChunkMatcher(min_match=6),
+            slab=self.slab,
         )
+        self.sums = {record.key: record.compute_checksum() for record in self.records}
         self.leases: list[Lease] = []
         self.builds: list[tuple[int, Build]] = []
         self.pinned: set[int] = set()
@@ -105,6 +109,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check_integrity()
         ready = set(self.store.keys())
         assert {lease.record.key for lease in self.leases} <= ready
+        for lease in self.leases:
+            assert lease.record.compute_checksum() == self.sums[lease.record.key]
         assert {self.records[n].key for n in self.pinned} <= ready
 
     def teardown(self) -> None:
@@ -115,9 +121,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check_integrity(expect_idle=True)
 
 
-def test_any_order_of_operations_keeps_the_store_whole(make_record: Make):
+@pytest.mark.parametrize("with_slab", [False, True])
+def test_any_order_of_operations_keeps_the_store_whole(make_record: Make, with_slab: bool):
     class Machine(StoreMachine):
         make = staticmethod(make_record)
+        slab = with_slab
 
     Machine.TestCase.settings = settings(
         max_examples=80,
@@ -128,9 +136,10 @@ def test_any_order_of_operations_keeps_the_store_whole(make_record: Make):
     Machine.TestCase("runTest").runTest()
 
 
-def test_many_threads_share_a_store(make_store: MakeStore, make_record: Make):
-    records = [make_record(range(100 * n, 100 * n + 20)) for n in range(12)]
-    store = make_store(6 * records[0].num_bytes, matcher=ChunkMatcher(min_match=8))
+@pytest.mark.parametrize("slab", [False, True])
+def test_many_threads_share_a_store(make_store: MakeStore, make_record: Make, slab: bool):
+    records = [make_record(range(100 * n, 100 * n + 20)).sealed() for n in range(12)]
+    store = make_store(6 * records[0].num_bytes, matcher=ChunkMatcher(min_match=8), slab=slab)
     builders: dict[ChunkKey, int] = {}
     builders_lock = threading.Lock()
     faults: list[str] = []
@@ -147,6 +156,8 @@ def test_many_threads_share_a_store(make_store: MakeStore, make_record: Make):
                     with lease:
                         if lease.record.key != record.key:
                             faults.append("wrong record")
+                        if not lease.record.verify():
+                            faults.append("wrong bytes")
                     continue
                 build = store.begin_build(record.key, record.token_ids)
                 if isinstance(build, Build):

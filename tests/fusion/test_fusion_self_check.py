@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from chunk_cache.layouts import base as layouts
 from chunk_cache.policies.signals import AttentionSignal, draft
 from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, scratch
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
@@ -18,14 +17,12 @@ NAMES = {"rotation", "own_place", "ratio_1", "moved", "probed"}
 
 
 def wrong_sign(monkeypatch):
-    original = layouts.load_chunk_inplace
+    original = attention.plan_span_load
 
-    def load(k_pool, v_pool, slots, k, v, table, spec):
-        return original(
-            k_pool, v_pool, slots, k, v, dataclasses.replace(table, sin=-table.sin), spec
-        )
+    def plan(slots, deltas, spec):
+        return original(slots, [-delta for delta in deltas], spec)
 
-    monkeypatch.setattr(layouts, "load_chunk_inplace", load)
+    monkeypatch.setattr(attention, "plan_span_load", plan)
 
 
 def wrong_delta(monkeypatch):

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rag_kernels.attention.triton import position_causal_kernel
-from rag_kernels.load_triton import load_chunk_kernel
+from rag_kernels.load_triton import load_spans_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -23,7 +23,7 @@ def build(
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and name != "window" and name != "cos_token")
+        if kind.startswith("*") or (kind == "i32" and name != "window" and name != "table_row")
     }
     source = ASTSource(
         fn=kernel,
@@ -66,8 +66,16 @@ def attention(
 
 
 if __name__ == "__main__":
-    load_types = ["*bf16", "*bf16", "*i64", "*bf16", "*bf16", "*fp32", "*fp32"] + ["i32"] * 9
-    load_constants = {"DIM": 128, "DIM_PAD": 128, "HALF": 64, "NEOX": True}
+    load_types = ["*bf16", "*bf16", "*i64", "*bf16", "*bf16", "*i32", "*fp32", "*fp32"]
+    load_types += ["i32"] * 9
+    load_constants = {
+        "DIM": 128,
+        "DIM_PAD": 128,
+        "V_DIM": 128,
+        "V_DIM_PAD": 128,
+        "HALF": 64,
+        "NEOX": True,
+    }
     print(
         json.dumps(
             {
@@ -75,7 +83,7 @@ if __name__ == "__main__":
                 "attention bf16 64": attention("bf16", 64, False, False),
                 "attention bf16 64, 16 rows": attention("bf16", 64, False, False, rows=16),
                 "attention fp16 128 cap window": attention("fp16", 128, True, True),
-                "load bf16 128": build(load_chunk_kernel, load_types, load_constants, 1, 2),
+                "load bf16 128": build(load_spans_kernel, load_types, load_constants, 1, 2),
             }
         )
     )

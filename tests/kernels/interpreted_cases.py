@@ -9,8 +9,14 @@ import json
 
 import torch
 
-from rag_kernels import RotarySpec, plan_position_causal, position_causal_attention, rerotate_keys
-from rag_kernels.load_triton import load_chunk_triton
+from rag_kernels import (
+    RotarySpec,
+    plan_position_causal,
+    plan_span_load,
+    position_causal_attention,
+    rerotate_keys,
+)
+from rag_kernels.load_triton import load_spans_triton
 
 
 def reference(q, k, v, positions, slots, scale, window=None, cap=None):
@@ -76,35 +82,34 @@ def load_cases() -> dict[str, float]:
     """Largest error of each case against the torch path; 0 where bits must agree."""
     torch.manual_seed(1)
     errors = {}
-    for name, dtype, neox, dim, rotary, delta in [
-        ("load fp32 neox", torch.float32, True, 32, 32, -700),
-        ("load fp32 pairs", torch.float32, False, 32, 32, 1234),
-        ("load fp32 partial", torch.float32, True, 24, 16, 77),
-        (
-            "load fp32 per token",
-            torch.float32,
-            True,
-            16,
-            16,
-            torch.tensor([0, 5, -9, 0, 3, 100, 0]),
-        ),
-        ("load bf16 zero", torch.bfloat16, True, 32, 32, 0),
+    for name, dtype, neox, dim, rotary, v_dim, deltas in [
+        ("load fp32 neox", torch.float32, True, 32, 32, 32, (-700, 1234, 5)),
+        ("load fp32 pairs", torch.float32, False, 32, 32, 32, (1234, 1234, -9)),
+        ("load fp32 partial", torch.float32, True, 24, 16, 24, (77, 0, -3)),
+        ("load fp32 latent", torch.float32, True, 16, 16, 40, (3, 100, 7)),
+        ("load fp16 neox", torch.float16, True, 32, 32, 32, (40, -9, 8)),
+        ("load bf16 zero", torch.bfloat16, True, 32, 32, 32, (0, 0, 0)),
     ]:
         spec = RotarySpec.from_inv_freq(
             10000.0 ** -(torch.arange(0, rotary, 2) / rotary), rotary, neox
         )
-        k_src, v_src = torch.randn(2, 7, 3, dim).to(dtype)
-        k_src[0, 0, :4] = -0.0
-        slots = torch.randperm(20)[:7]
-        k_pool, v_pool = torch.zeros(2, 20, 3, dim).to(dtype)
-        load_chunk_triton(k_pool, v_pool, slots, k_src, v_src, spec.table(delta), spec)
-        want = rerotate_keys(k_src, delta, spec)
-        errors[name] = float((k_pool[slots].float() - want.float()).abs().max())
-        errors[name + " values"] = float((v_pool[slots].float() - v_src.float()).abs().max())
-        if isinstance(delta, int) and delta == 0:
-            errors[name + " bits"] = float(
-                not torch.equal(k_pool[slots].view(torch.int16), k_src.view(torch.int16))
-            )
+        lengths = (4, 1, 6)
+        k_srcs = [torch.randn(n, 3, dim).to(dtype) for n in lengths]
+        v_srcs = [torch.randn(n, 3, v_dim).to(dtype) for n in lengths]
+        k_srcs[0][0, 0, :4] = -0.0
+        k_srcs[1][0, 0, :4] = -0.0
+        slots = torch.randperm(20)[:11].split(lengths)
+        k_pool, v_pool = torch.zeros(20, 3, dim).to(dtype), torch.zeros(20, 3, v_dim).to(dtype)
+        load_spans_triton(k_pool, v_pool, k_srcs, v_srcs, plan_span_load(slots, deltas, spec))
+        for places, k, v, delta in zip(slots, k_srcs, v_srcs, deltas, strict=True):
+            want = rerotate_keys(k, delta, spec)
+            for part, pool, rows in (("", k_pool, want), (" values", v_pool, v)):
+                error = float((pool[places].float() - rows.float()).abs().max())
+                errors[name + part] = max(errors.get(name + part, 0.0), error)
+            if delta == 0:
+                bits = torch.int32 if dtype == torch.float32 else torch.int16
+                same = torch.equal(k_pool[places].view(bits), k.view(bits))
+                errors[name + " bits"] = max(errors.get(name + " bits", 0.0), float(not same))
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Paged load, deviation, attention mass and mean shift against plain fp32 or fp64 torch."""
+"""Scatter, deviation, attention mass and mean shift against plain fp32 or fp64 torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import torch
 
 from rag_kernels import (
     RotarySpec,
-    gather_kv,
     kv_deviation,
-    load_chunk_inplace,
     mean_shift_inplace,
     plan_mean_shift,
     query_attention_mass,
@@ -25,52 +23,12 @@ def make_spec(dim, rotary_dim=None, neox=True):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (1, 2), (5, 10)])
-@pytest.mark.parametrize("delta", [0, -300, "per token"])
-def test_loaded_chunk_lands_rotated_in_its_slots_and_nowhere_else(dtype, heads, dim, delta):
-    spec = make_spec(dim)
-    k_pool, v_pool = torch.randn(2, 60, heads, dim).to(dtype)
-    k_before, v_before = k_pool.clone(), v_pool.clone()
-    k, v = torch.randn(2, 19, heads, dim).to(dtype)
-    if delta == "per token":
-        delta = torch.randint(-50, 50, (19,))
-    slots = torch.randperm(60)[:19]
-    load_chunk_inplace(k_pool, v_pool, slots, k, v, delta, spec)
-    assert torch.equal(gather_kv(k_pool, slots), rerotate_keys(k, delta, spec))
-    assert torch.equal(gather_kv(v_pool, slots), v)
-    rest = torch.ones(60, dtype=torch.bool)
-    rest[slots] = False
-    assert torch.equal(k_pool[rest], k_before[rest])
-    assert torch.equal(v_pool[rest], v_before[rest])
-
-
-def test_fp32_records_are_rounded_once_into_a_bf16_pool():
-    spec = make_spec(16)
-    k, v = torch.randn(2, 9, 2, 16)
-    k_pool, v_pool = torch.zeros(2, 9, 2, 16, dtype=torch.bfloat16)
-    load_chunk_inplace(k_pool, v_pool, torch.arange(9), k, v, 31, spec)
-    assert torch.equal(k_pool, rerotate_keys(k, 31, spec).bfloat16())
-    assert torch.equal(v_pool, v.bfloat16())
-
-
 def test_scatter_into_a_pool_that_is_a_strided_view():
     big = torch.zeros(10, 2, 4, 6, dtype=torch.bfloat16)
     rows = torch.randn(3, 4, 6).bfloat16()
     scatter_kv_inplace(big[:, 1], torch.tensor([7, 0, 3]), rows)
     assert torch.equal(big[[7, 0, 3], 1], rows)
     assert not big[:, 0].any()
-
-
-def test_chunk_of_no_tokens_loads_nothing():
-    k_pool, v_pool = torch.ones(2, 4, 1, 8)
-    none = torch.empty(0, 1, 8)
-    load_chunk_inplace(
-        k_pool, v_pool, torch.empty(0, dtype=torch.int64), none, none, 5, make_spec(8)
-    )
-    assert (k_pool == 1).all()
-    with pytest.raises(ValueError, match="2 slots for 0 keys"):
-        load_chunk_inplace(k_pool, v_pool, torch.arange(2), none, none, 5, make_spec(8))
 
 
 @pytest.mark.parametrize("metric", ["v", "k", "kv"])

@@ -38,9 +38,13 @@ def run(script: str, **extra: str) -> dict:
 
 def test_interpreted_kernels_agree_with_plain_torch():
     errors = run("interpreted_cases.py", TRITON_INTERPRET="1")
-    assert len(errors) == 16
+    assert len(errors) == 19
     limits = {
-        name: 1e-3 if "fp16" in name else 0.0 if "bf16" in name or "values" in name else 5e-6
+        name: 0.0
+        if "bf16" in name or "values" in name or "bits" in name
+        else 2e-3
+        if "fp16" in name
+        else 5e-6
         for name in errors
     }
     assert {n: e for n, e in errors.items() if not e <= limits[n]} == {}

@@ -41,10 +41,11 @@ from rag_kernels import (
     RotarySpec,
     gather_kv,
     kv_deviation,
-    load_chunk_inplace,
+    load_spans_inplace,
     mean_shift_inplace,
     plan_mean_shift,
     plan_position_causal,
+    plan_span_load,
     position_causal_attention,
     query_attention_mass,
 )
@@ -193,9 +194,11 @@ def _operations(config: KernelBenchConfig) -> dict[str, Callable[[], object]]:
 
         return attend
 
-    def load(delta: int) -> None:
-        for start, stop in spans:
-            load_chunk_inplace(k_pool, v_pool, slots[start:stop], chunk_k, chunk_v, delta, spec)
+    def load(delta: int) -> Callable[[], object]:
+        places = [slots[start:stop] for start, stop in spans]
+        plan = plan_span_load(places, [delta] * len(spans), spec)
+        k_srcs, v_srcs = [chunk_k] * len(spans), [chunk_v] * len(spans)
+        return lambda: load_spans_inplace(k_pool, v_pool, k_srcs, v_srcs, plan)
 
     shift = plan_mean_shift(spans, rows, slots, spec)
     reused = slots[first:end]
@@ -206,8 +209,8 @@ def _operations(config: KernelBenchConfig) -> dict[str, Callable[[], object]]:
         "torch masked rows": torch_masked(1),
         "torch masked rows in 4": torch_masked(4),
         "attention question": attention(question, q_question),
-        "load": lambda: load(400),
-        "load unmoved": lambda: load(0),
+        "load": load(400),
+        "load unmoved": load(0),
         "shift": lambda: mean_shift_inplace(k_pool, v_pool, new_k, new_v, shift),
         "mass": lambda: query_attention_mass(q_question, k_pool, slots, question, total, scale),
         "deviation": lambda: kv_deviation(

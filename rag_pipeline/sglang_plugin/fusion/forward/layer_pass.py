@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from chunk_cache import LayerReader, layout_named
+from chunk_cache import LayerKV, LayerReader, layout_named
 from rag_kernels import (
     AttentionCall,
     BlockMask,
@@ -22,6 +22,7 @@ from rag_kernels import (
     PositionCausalPlan,
     RotarySpec,
     mean_shift_inplace,
+    plan_span_load,
     position_causal_attention,
 )
 
@@ -44,6 +45,12 @@ class LoadItem:
     slots: Tensor
     delta: int
 
+    def read(self, layer_id: int) -> LayerKV:
+        """The run in one layer; waits until it is there."""
+        return self.record.layer(
+            layer_id, self.chunk_offset, self.chunk_offset + self.slots.numel()
+        )
+
 
 class Loader:
     """Writes the loads of one forward into a layer's pool on the first touch of the layer.
@@ -54,7 +61,19 @@ class Loader:
 
     def __init__(self, loads: Sequence[LoadItem], spec: RotarySpec) -> None:
         self._loads = list(loads)
-        self._spec = spec
+        by_layout: dict[str, list[LoadItem]] = {}
+        for item in self._loads:
+            by_layout.setdefault(item.record.layout, []).append(item)
+        self._parts = [
+            (
+                layout_named(name),
+                items,
+                plan_span_load(
+                    [item.slots for item in items], [item.delta for item in items], spec
+                ),
+            )
+            for name, items in by_layout.items()
+        ]
         self._done: set[int] = set()
 
     @property
@@ -67,12 +86,8 @@ class Loader:
         if layer_id in self._done:
             return
         self._done.add(layer_id)
-        for item in self._loads:
-            end = item.chunk_offset + item.slots.numel()
-            source = item.record.layer(layer_id, item.chunk_offset, end)
-            table = self._spec.table(item.delta, k_pool.device)
-            layout = layout_named(item.record.layout)
-            layout.load_inplace(k_pool, v_pool, item.slots, source, table, self._spec)
+        for layout, items, plan in self._parts:
+            layout.load_inplace(k_pool, v_pool, [item.read(layer_id) for item in items], plan)
 
 
 class Observer(Protocol):

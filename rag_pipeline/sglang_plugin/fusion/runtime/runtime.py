@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -86,7 +87,10 @@ class FusionRuntime:
         self.metrics = metrics or FusionMetrics()
         # Its request gives a right to build back; the prefill that builds may take minutes on a slow machine.
         self.store = MemoryStore(
-            config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
+            config.store_bytes,
+            checksums=config.checksums,
+            build_timeout_s=_BUILD_S,
+            slab=torch.cuda.is_available(),  # page-locked; on the host alone it would only copy once more
         )
         self.missing = BuildQueue()
         self.build_share = BuildShare(config.build_share)
