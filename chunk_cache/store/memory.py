@@ -29,7 +29,7 @@ class MemoryStore(WritableStore):
 
     The contract in short: a lookup either gives a :class:`Lease` on a record whose token ids were
     compared with the caller's, or ``None``; records in use or pinned are never evicted; of the others
-    the tenant that holds most loses its least recently used ones first; one writer builds a key at a
+    the tenant that holds most loses first, and the eviction policy says what; one writer builds a key at a
     time; ``bytes_now`` never exceeds the budget.
 
     Parameters
@@ -48,6 +48,8 @@ class MemoryStore(WritableStore):
         Back-off before a FAILED key may be built again, seconds.
     clock : callable
         Monotonic seconds; replaced in tests.
+    eviction : EvictionPolicy, optional
+        Order of a tenant's victims; by default the least recently used first. The store makes all calls to it.
 
     Raises
     ------

@@ -10,6 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from chunk_cache.errors import ChunkCacheError
+from chunk_cache.eviction import EvictionPolicy, WaitingJob
+from chunk_cache.eviction.lru import LRUPolicy
 from chunk_cache.keys import ChunkKey, as_token_ids
 from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
@@ -34,6 +36,7 @@ class WritableStore:
         build_timeout_s: float = 120.0,
         retry_failed_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         if byte_budget <= 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a positive number of bytes")
@@ -47,7 +50,7 @@ class WritableStore:
         self._build_timeout_s = build_timeout_s
         self._clock = clock
         self._lock = threading.RLock()
-        self._ledger = Ledger(byte_budget)
+        self._ledger = Ledger(byte_budget, eviction or LRUPolicy(memory_bytes=byte_budget))
         self._builds = BuildTable(retry_failed_s)
         self._stats = StoreStats()
 
@@ -152,7 +155,7 @@ class WritableStore:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
                 return False
-            victims = self._ledger.victims(record.num_bytes, build.tenant)
+            victims = self._ledger.victims(record.num_bytes, build.tenant, self._clock())
             if victims is None:
                 self._stats.rejected_no_room += 1
                 return False
@@ -183,6 +186,44 @@ class WritableStore:
 
     # -- pins and eviction --------------------------------------------------------------------
 
+    @property
+    def uses_queue(self) -> bool:
+        """Whether the eviction policy wants :meth:`note_waiting`; if not, its caller saves the collecting."""
+        return self._ledger.policy.uses_queue
+
+    def note_waiting(self, jobs: Iterable[WaitingJob]) -> list[ChunkKey]:
+        """Tell the eviction policy which requests wait, as a hint.
+
+        The scheduler's hook calls it once per scheduling step in which the queue has changed: after the queue was
+        ordered, before the step's requests are admitted. A job is named by its request and lists the chunk keys that
+        it may load, READY or not, those of both variants too. Outdated or wrong hints cost hits only.
+
+        Any thread may call. The store's lock is held meanwhile, for O(jobs in the window) and O(log n) per key of the
+        jobs that came or went. A policy that does not use the queue returns at once and looks at no job.
+
+        Parameters
+        ----------
+        jobs : iterable of WaitingJob
+            The whole queue, the next first.
+
+        Returns
+        -------
+        list[ChunkKey]
+            What the first jobs (the prefetch window) will read and is neither READY nor BUILDING here, the next first:
+            worth fetching from a lower tier.
+        """
+        policy = self._ledger.policy
+        if not policy.uses_queue:
+            return []
+        with self._lock:
+            policy.note_queue(jobs)
+            ready, building = self._ledger.entries, self._builds.building
+            return [
+                key
+                for key in dict.fromkeys(policy.prefetch_keys())
+                if key not in ready and key not in building
+            ]
+
     def pin(self, key: ChunkKey) -> bool:
         """Keep a READY record until :meth:`unpin`; ``False`` if it is not READY."""
         return self._set_pinned(key, True)
@@ -196,7 +237,7 @@ class WritableStore:
             entry = self._ledger.entries.get(key)
             if entry is None:
                 return False
-            self._ledger.set_pinned(entry, pinned)
+            self._ledger.set_pinned(entry, pinned, self._clock())
             return True
 
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
@@ -238,8 +279,7 @@ class WritableStore:
     def clear(self) -> int:
         """Drop everything that is neither in use nor pinned; returns how many went."""
         with self._lock:
-            keys = [key for row in self._ledger.evictable.values() for key in row]
-            return sum(self.evict(key) for key in keys)
+            return sum(self.evict(key) for key in list(self._ledger.evictable()))
 
     def reset(self) -> None:
         """Forget every record, pinned and leased ones too, and take every build's right: nothing old is found again.
