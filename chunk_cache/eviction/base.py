@@ -269,15 +269,15 @@ class EvictionPolicy(abc.ABC):
 
     # -- the waiting queue --------------------------------------------------------------------
 
-    def note_queue(self, jobs: Iterable[WaitingJob]) -> None:
+    def note_queue(self, jobs: Iterable[WaitingJob]) -> None:  # noqa: B027 - most policies have no use for it
         """Take the whole waiting queue as a hint, the next job first.
 
         Called whenever the queue has changed, at most once per scheduling step. A wrong or outdated hint costs hits,
         never correctness. By default nothing is done, and the jobs are not even looked at.
         """
 
-    def prefetch_keys(self) -> Iterator[Any]:
-        """Keys that are worth fetching into memory ahead of their jobs, the next first, with repetitions."""
+    def jobs_to_prefetch(self) -> Iterator[WaitingJob]:
+        """Jobs whose items are worth fetching into memory ahead of them, the next first; by default none."""
         return iter(())
 
     def check(self) -> None:

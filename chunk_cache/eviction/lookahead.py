@@ -20,7 +20,7 @@ class LookAheadPolicy(EvictionPolicy):
 
     The first ``W = (C_mem + C_disk) / S_kv`` jobs of the queue are the eviction window. An item that several of them
     reference stands at the first of its jobs. The first ``L_pw = C_mem / S_kv`` jobs are the prefetch window; what they
-    read is worth fetching from below (:meth:`prefetch_keys`). ``S_kv`` is a running average of the bytes that a job
+    read is worth fetching from below (:meth:`jobs_to_prefetch`). ``S_kv`` is a running average of the bytes that a job
     references; each job counts once, when it first shows in the queue.
 
     Among items that nobody waits for the variant decides:
@@ -189,7 +189,6 @@ class LookAheadPolicy(EvictionPolicy):
         item = self.items.get(key)
         return self._item_bytes.value if item is None else item.num_bytes
 
-    def prefetch_keys(self) -> Iterator[Any]:
-        """Keys of the first ``L_pw`` jobs, in queue order."""
-        for keys in itertools.islice(self._queue.jobs(), self.prefetch_jobs):
-            yield from keys
+    def jobs_to_prefetch(self) -> Iterator[WaitingJob]:
+        """The first ``L_pw`` jobs."""
+        return itertools.islice(self._queue.jobs(), self.prefetch_jobs)

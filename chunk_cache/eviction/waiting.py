@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from chunk_cache.eviction.base import WaitingJob
@@ -29,7 +29,8 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[Hashable, tuple[int, Sequence[Hashable]]] = {}
+        self._jobs: dict[Hashable, WaitingJob] = {}
+        self._ticket_of: dict[Hashable, int] = {}
         # Tickets of the jobs that reference a key, ascending; those of jobs that left are dropped when they are met.
         self._tickets: dict[Hashable, deque[int]] = {}
         self._alive: set[int] = set()
@@ -43,9 +44,9 @@ class WaitingQueue:
         tickets = self._tickets.get(key)
         return tickets[0] if tickets else None
 
-    def jobs(self) -> Iterable[Sequence[Hashable]]:
-        """The keys of each job, the next first."""
-        return (keys for _, keys in self._jobs.values())
+    def jobs(self) -> Iterable[WaitingJob]:
+        """The jobs, the next first; each lists a key once."""
+        return self._jobs.values()
 
     def update(self, jobs: Iterable[WaitingJob]) -> QueueChange:
         """Take the queue as it is now. Of jobs of one name only the first counts.
@@ -55,47 +56,62 @@ class WaitingQueue:
         jobs : iterable of WaitingJob
             All of it, the next first.
         """
-        wanted: dict[Hashable, WaitingJob] = {}
-        for job in jobs:
-            wanted.setdefault(job.name, job)
+        given = list(jobs)
+        names = [job.name for job in given]
+        known = list(self._jobs)
         changed: set[Hashable] = set()
-        for name in [name for name in self._jobs if name not in wanted]:
-            self._remove(name, changed)
-        arrived = []
-        front = 0
-        for name, job in wanted.items():
-            known = self._jobs.get(name)
-            if known is not None and known[0] > front:
-                front = known[0]
-                continue
-            if known is None:
-                arrived.append(job)
-                keys = tuple(dict.fromkeys(job.keys))
-            else:
-                keys = tuple(known[1])
+        arrived: list[WaitingJob] = []
+        # Mostly the head has left and the tail has grown: what is between is compared, not looked at.
+        left = known.index(names[0]) if names and names[0] in self._jobs else len(known)
+        stayed = len(known) - left
+        if names[:stayed] != known[left:]:
+            wanted = set(names)
+            for name in known:
+                if name not in wanted:
+                    self._remove(name, changed)
+            stayed = 0
+        else:
+            for name in known[:left]:
                 self._remove(name, changed)
-            front = self._append(name, keys, changed)
+        front = self._ticket_of[names[stayed - 1]] if stayed else 0
+        seen = set(names[:stayed])
+        for job in given[stayed:]:
+            if job.name in seen:
+                continue
+            seen.add(job.name)
+            ticket = self._ticket_of.get(job.name)
+            if ticket is None:
+                arrived.append(job)
+                job = job._replace(keys=tuple(dict.fromkeys(job.keys)))
+            elif ticket > front:
+                front = ticket
+                continue
+            else:
+                job = self._remove(job.name, changed)
+            front = self._append(job, changed)
         return QueueChange(arrived, changed)
 
-    def _append(self, name: Hashable, keys: Sequence[Hashable], changed: set[Hashable]) -> int:
+    def _append(self, job: WaitingJob, changed: set[Hashable]) -> int:
         self._last += 1
         self._alive.add(self._last)
-        self._jobs[name] = (self._last, keys)
-        for key in keys:
+        self._jobs[job.name] = job
+        self._ticket_of[job.name] = self._last
+        for key in job.keys:
             tickets = self._tickets.get(key)
             if tickets is None:
                 tickets = self._tickets[key] = deque()
-            if len(tickets) > _SHORT + 2 * len(self._jobs):  # mostly of jobs that were overtaken
+            elif len(tickets) > _SHORT + 2 * len(self._jobs):  # mostly of jobs that were overtaken
                 tickets = self._tickets[key] = deque(t for t in tickets if t in self._alive)
             tickets.append(self._last)
             if len(tickets) == 1:
                 changed.add(key)
         return self._last
 
-    def _remove(self, name: Hashable, changed: set[Hashable]) -> None:
-        ticket, keys = self._jobs.pop(name)
+    def _remove(self, name: Hashable, changed: set[Hashable]) -> WaitingJob:
+        job = self._jobs.pop(name)
+        ticket = self._ticket_of.pop(name)
         self._alive.remove(ticket)
-        for key in keys:
+        for key in job.keys:
             tickets = self._tickets[key]
             if tickets[0] != ticket:
                 continue
@@ -104,3 +120,4 @@ class WaitingQueue:
             if not tickets:
                 del self._tickets[key]
             changed.add(key)
+        return job

@@ -199,7 +199,8 @@ class WritableStore:
         it may load, READY or not, those of both variants too. Outdated or wrong hints cost hits only.
 
         Any thread may call. The store's lock is held meanwhile, for O(jobs in the window) and O(log n) per key of the
-        jobs that came or went. A policy that does not use the queue returns at once and looks at no job.
+        jobs that came or went, and O(1) per key in the prefetch window. A policy that does not use the queue returns at
+        once and looks at no job.
 
         Parameters
         ----------
@@ -220,7 +221,7 @@ class WritableStore:
             ready, building = self._ledger.entries, self._builds.building
             return [
                 key
-                for key in dict.fromkeys(policy.prefetch_keys())
+                for key in dict.fromkeys(k for job in policy.jobs_to_prefetch() for k in job.keys)
                 if key not in ready and key not in building
             ]
 
