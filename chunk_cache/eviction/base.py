@@ -147,7 +147,8 @@ class EvictionPolicy(abc.ABC):
         """Say where an item stands among the candidates: the smallest rank is the first victim.
 
         Called when the item is stored, moved or released. A policy whose ranks change at other moments calls
-        :meth:`rerank`.
+        :meth:`rerank`. Ranks are compared with each other, and the method must not raise: the owner's books would be
+        in disorder.
         """
 
     # -- what the owner reports ---------------------------------------------------------------

@@ -35,7 +35,7 @@ def create_eviction(name: str, *, memory_bytes: int, disk_bytes: int = 0) -> Evi
     Raises
     ------
     ValueError
-        An unknown name or variant, or a policy that needs to know the future; one line.
+        An unknown name or variant, a policy that needs to know the future, or one that cannot be made; one line.
     """
     base, _, variant = name.partition(":")
     policy_type = EVICTIONS.get(base)
@@ -45,4 +45,10 @@ def create_eviction(name: str, *, memory_bytes: int, disk_bytes: int = 0) -> Evi
             f"eviction policy {base!r} must know what will be asked for, so it runs in `rag-pipeline simulate tiers` "
             f"only; choose one of {usable}."
         )
-    return policy_type(memory_bytes=memory_bytes, disk_bytes=disk_bytes, variant=variant)
+    try:
+        return policy_type(memory_bytes=memory_bytes, disk_bytes=disk_bytes, variant=variant)
+    except ValueError:
+        raise
+    except Exception as error:  # of another distribution
+        told = " ".join(repr(error).split())
+        raise ValueError(f"eviction policy {name!r} cannot be made: {told}") from error

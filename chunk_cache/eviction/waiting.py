@@ -65,13 +65,10 @@ class WaitingQueue:
         left = known.index(names[0]) if names and names[0] in self._jobs else len(known)
         stayed = len(known) - left
         if names[:stayed] != known[left:]:
-            wanted = set(names)
-            for name in known:
-                if name not in wanted:
-                    self._remove(name, changed)
-            stayed = 0
-        else:
-            for name in known[:left]:
+            left, stayed = len(known), 0
+        wanted = set(names[stayed:])
+        for name in known[:left]:
+            if name not in wanted:
                 self._remove(name, changed)
         front = self._ticket_of[names[stayed - 1]] if stayed else 0
         seen = set(names[:stayed])
@@ -80,15 +77,14 @@ class WaitingQueue:
                 continue
             seen.add(job.name)
             ticket = self._ticket_of.get(job.name)
-            if ticket is None:
-                arrived.append(job)
-                job = job._replace(keys=tuple(dict.fromkeys(job.keys)))
-            elif ticket > front:
+            if ticket is not None and ticket > front:
                 front = ticket
-                continue
+            elif ticket is not None:
+                front = self._append(self._remove(job.name, changed), changed)
             else:
-                job = self._remove(job.name, changed)
-            front = self._append(job, changed)
+                arrived.append(job)
+                once = job._replace(keys=tuple(dict.fromkeys(job.keys)))
+                front = self._append(once, changed)
         return QueueChange(arrived, changed)
 
     def _append(self, job: WaitingJob, changed: set[Hashable]) -> int:

@@ -85,7 +85,10 @@ class FusionRuntime:
         self.metrics = metrics or FusionMetrics()
         # Its request gives a right to build back; the prefill that builds may take minutes on a slow machine.
         self.store = MemoryStore(
-            config.store_bytes, checksums=config.checksums, build_timeout_s=_BUILD_S
+            config.store_bytes,
+            checksums=config.checksums,
+            build_timeout_s=_BUILD_S,
+            eviction=config.make_eviction(),
         )
         self.missing = BuildQueue()
         self.epoch = 0
