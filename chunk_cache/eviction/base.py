@@ -25,7 +25,7 @@ class WaitingJob(NamedTuple):
     """
 
     name: Hashable
-    keys: Sequence[Hashable]
+    keys: Sequence[Any]
     num_bytes: int = 0
 
 

@@ -176,7 +176,7 @@ class LookAheadPolicy(EvictionPolicy):
         """As of :class:`EvictionPolicy`; jobs behind the window are not looked at."""
         change = self._queue.update(itertools.islice(jobs, self.window_jobs))
         for job in change.arrived:
-            num_bytes = job.num_bytes or sum(self._weight(key) for key in job.keys)
+            num_bytes = float(job.num_bytes) or sum(map(self._weight, job.keys))
             if num_bytes:
                 self._job_bytes.add(num_bytes)
         for key in change.keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chunk_cache.eviction import EVICTIONS, EvictionPolicy
 from chunk_cache.eviction.lookahead import DEFAULT_TTL_S, LookAheadPolicy
@@ -93,7 +93,7 @@ def make_player(
         if label.endswith(ending):
             name, fetches = label.removesuffix(ending), wanted
     name, _, variant = name.partition(":")
-    budgets = {"memory_bytes": memory_tokens, "disk_bytes": disk_tokens}
+    budgets: dict[str, Any] = {"memory_bytes": memory_tokens, "disk_bytes": disk_tokens}
     ttl = DEFAULT_TTL_S if ttl_s is None else ttl_s
     try:
         kind = EVICTIONS.get(name)
