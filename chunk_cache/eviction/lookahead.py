@@ -27,6 +27,7 @@ class LookAheadPolicy(EvictionPolicy):
 
     - ``lru``: the least recently used goes first.
     - ``fifo-birth``: an item of the oldest session goes first.
+    - ``lfu``: the one with the fewest uses goes first, among equals the least recently used.
     - ``ttl``: what was not used for ``ttl_s`` goes first, the longest unused first of all; then as ``fifo-birth``.
 
     Parameters
@@ -48,7 +49,7 @@ class LookAheadPolicy(EvictionPolicy):
     """
 
     name = "lookahead"
-    variants = ("lru", "fifo-birth", "ttl")
+    variants = ("lru", "lfu", "fifo-birth", "ttl")
     uses_queue = True
 
     def __init__(
@@ -105,6 +106,8 @@ class LookAheadPolicy(EvictionPolicy):
         tie: tuple[int, ...] = (item.used,)
         if self.variant == "fifo-birth":
             tie = (item.born, item.used)
+        elif self.variant == "lfu":
+            tie = (item.uses, item.used)
         elif self.variant == "ttl":
             tie = (0, item.used) if item.key in self._expired else (1, item.born, item.used)
         ticket = self._queue.ticket(item.key)

@@ -34,7 +34,7 @@ def test_commands_of_the_contract_exist() -> None:
         (["eval", "--bogus"], "--dataset"),
         (["eval", "--dataset", "d", "--out", "o", "--bogus"], "--bogus"),
         (["bench", "ttft", "--bogus"], "--bogus"),
-        (["simulate", "tiers", "--bogus"], "--bogus"),
+        (["simulate", "tiers", "--trace", "zipf", "--bogus"], "--bogus"),
         (["cache", "evict"], "--key"),
     ],
 )

@@ -278,7 +278,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--trace", "none.jsonl"], "cannot be read"),
         (["--trace", "zipf", "--policy", "mru"], "choose one of lru, lfu, fifo, lookahead, belady"),
-        (["--trace", "zipf", "--policy", "lookahead:x"], "allowed: lru, fifo-birth, ttl"),
+        (["--trace", "zipf", "--policy", "lookahead:x"], "allowed: lru, lfu, fifo-birth, ttl"),
         (["--trace", "zipf", "--memory", "0"], "memory and load must be positive"),
         (["--trace", "zipf", "--memory", "nan"], "memory and load must be positive"),
         (["--trace", "zipf", "--load", "0"], "memory and load must be positive"),

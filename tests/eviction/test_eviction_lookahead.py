@@ -102,12 +102,14 @@ def test_what_is_stored_while_it_is_awaited_takes_its_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "order"), [("lru", [2, 3, 1]), ("fifo-birth", [1, 2, 3]), ("ttl", [2, 1, 3])]
+    ("variant", "order"),
+    [("lru", [2, 3, 1]), ("lfu", [2, 1, 3]), ("fifo-birth", [1, 2, 3]), ("ttl", [2, 1, 3])],
 )
 def test_the_tie_break_is_a_parameter(variant: str, order: list[int]) -> None:
     policy = LookAheadPolicy(memory_bytes=100, variant=variant, ttl_s=10)
     for now, key in enumerate((1, 2, 3)):
         policy.insert(key, 1, now=now)
+    policy.use(3, 7.0)
     policy.use(3, 8.0)
     policy.use(1, 9.0)
     assert list(policy.victims(now=12.0)) == order  # 2 was not used for 11 s

@@ -17,7 +17,15 @@ from chunk_cache.eviction.lookahead import LookAheadPolicy
 from chunk_cache.eviction.lru import LRUPolicy
 from chunk_cache.eviction.ranking import Ranking
 
-NAMES = ["lru", "lfu", "fifo", "lookahead", "lookahead:fifo-birth", "lookahead:ttl"]
+NAMES = [
+    "lru",
+    "lfu",
+    "fifo",
+    "lookahead",
+    "lookahead:lfu",
+    "lookahead:fifo-birth",
+    "lookahead:ttl",
+]
 ACCESSES = st.lists(st.integers(0, 7), max_size=80)
 
 
@@ -171,7 +179,7 @@ def test_an_engine_refuses_what_it_cannot_run() -> None:
         ("belady", "simulate tiers` only; choose one of lru, lfu, fifo, lookahead"),
         ("mru", "choose one of lru, lfu, fifo, lookahead, belady"),
         ("lru:old", "no variant 'old'; allowed: none"),
-        ("lookahead:random", "allowed: lru, fifo-birth, ttl"),
+        ("lookahead:random", "allowed: lru, lfu, fifo-birth, ttl"),
     ):
         with pytest.raises(ValueError, match=told) as caught:
             create_eviction(name, memory_bytes=1)

@@ -35,7 +35,7 @@ def test_the_setting_reaches_the_store_with_the_budgets_of_the_tiers() -> None:
     [
         ("belady", "must know what will be asked for"),
         ("mru", "choose one of lru, lfu, fifo, lookahead"),
-        ("lookahead:never", "allowed: lru, fifo-birth, ttl"),
+        ("lookahead:never", "allowed: lru, lfu, fifo-birth, ttl"),
     ],
 )
 def test_an_engine_refuses_in_one_line(name: str, told: str) -> None:

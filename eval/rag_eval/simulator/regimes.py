@@ -13,8 +13,8 @@ from rag_eval.errors import EvalError
 from rag_eval.simulator.traces import Trace
 
 POLICIES = (
-    "lru", "lfu", "fifo", "lru+prefetch", "lookahead", "lookahead-prefetch", "lookahead:fifo-birth",
-    "lookahead:ttl", "belady",
+    "lru", "lfu", "fifo", "lru+prefetch", "lookahead", "lookahead-prefetch", "lookahead:lfu",
+    "lookahead:fifo-birth", "lookahead:ttl", "belady",
 )  # fmt: skip
 """Labels: a policy, ``:`` and a variant, and ``+prefetch`` or ``-prefetch`` where it differs from the policy's habit."""
 
