@@ -19,7 +19,9 @@ class BeladyPolicy(EvictionPolicy):
 
     Parameters
     ----------
-    memory_bytes, disk_bytes, variant
+    memory_bytes, disk_bytes : int
+        As of :class:`EvictionPolicy`.
+    variant : str
         As of :class:`EvictionPolicy`.
     future : mapping of hashable to sequence of int
         By key the numbers of the jobs that use it, ascending.

@@ -32,7 +32,9 @@ class LookAheadPolicy(EvictionPolicy):
 
     Parameters
     ----------
-    memory_bytes, disk_bytes, variant
+    memory_bytes, disk_bytes : int
+        As of :class:`EvictionPolicy`.
+    variant : str
         As of :class:`EvictionPolicy`; ``C_mem`` is ``memory_bytes`` without the reserve.
     ttl_s : float
         Life of an item that is not used, seconds. It is told by :meth:`expire`, and counts for the order in the variant
