@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NoReturn
 
 from chunk_cache.errors import IntegrityError
+from chunk_cache.eviction import EvictionPolicy
 from chunk_cache.keys import ChunkKey
 from chunk_cache.records import ChunkKV
 
@@ -29,19 +30,19 @@ class Entry:
 class Ledger:
     """READY records under a byte budget.
 
-    ``bytes_now`` counts detached records too and never exceeds the budget. ``evictable`` holds
-    exactly the keys that are neither in use nor pinned, by tenant and least recently used first, so
-    that an eviction costs the same however much is pinned.
+    ``bytes_now`` counts detached records too and never exceeds the budget. The policy's candidates are
+    exactly the keys that are neither in use nor pinned, with one group per tenant, so that an eviction
+    costs the same however much is pinned.
     """
 
-    def __init__(self, byte_budget: int) -> None:
+    def __init__(self, byte_budget: int, policy: EvictionPolicy) -> None:
         self.byte_budget = byte_budget
+        self.policy = policy
         self.bytes_now = 0
         self.pinned_bytes = 0
         self.num_in_use = 0
         """Records with a lease on them, detached ones included."""
         self.entries: dict[ChunkKey, Entry] = {}
-        self.evictable: dict[str, OrderedDict[ChunkKey, None]] = {}
         self.bytes_of: dict[str, int] = {}
         """Bytes that each tenant holds, leased, pinned and detached ones included; sums to ``bytes_now``."""
         self._detached: set[Entry] = set()
@@ -52,8 +53,7 @@ class Ledger:
         self._weigh(entry, record.num_bytes)
         if pinned:
             self.pinned_bytes += record.num_bytes
-        else:
-            self._make_evictable(entry)
+        self.policy.insert(record.key, record.num_bytes, now=now, group=tenant, is_held=pinned)
 
     def _weigh(self, entry: Entry, num_bytes: int) -> None:
         self.bytes_now += num_bytes
@@ -61,21 +61,17 @@ class Ledger:
         if not self.bytes_of[entry.tenant]:
             del self.bytes_of[entry.tenant]
 
-    def _make_evictable(self, entry: Entry) -> None:
-        self.evictable.setdefault(entry.tenant, OrderedDict())[entry.record.key] = None
-
-    def _keep(self, entry: Entry) -> None:
-        keys = self.evictable.get(entry.tenant)
-        if keys is not None:
-            keys.pop(entry.record.key, None)
-            if not keys:
-                del self.evictable[entry.tenant]
+    def evictable(self) -> Iterator[ChunkKey]:
+        """Keys that are neither in use nor pinned."""
+        for tenant in self.policy.groups():
+            yield from self.policy.victims(tenant)
 
     def take(self, entry: Entry) -> None:
         """Count one more user."""
         self.num_in_use += entry.refs == 0
         entry.refs += 1
-        self._keep(entry)
+        if not entry.detached:
+            self.policy.hold(entry.record.key)
 
     def give_back(self, entry: Entry, now: float) -> None:
         """Count one user less."""
@@ -90,21 +86,22 @@ class Ledger:
             self._detached.remove(entry)
             self._weigh(entry, -entry.record.num_bytes)
         elif not entry.pinned:
-            self._make_evictable(entry)
+            self.policy.release(entry.record.key, now)
 
-    def victims(self, num_bytes: int, tenant: str) -> list[ChunkKey] | None:
+    def victims(self, num_bytes: int, tenant: str, now: float) -> list[ChunkKey] | None:
         """Keys to drop so that ``num_bytes`` of a tenant fit; ``None`` if dropping cannot help.
 
-        Who would hold most, the new record counted, loses its least recently used record first; among equals the
-        tenant that asks. So nobody is pushed out by a tenant that holds more. All or nothing: evicting some and
-        still not fitting would lose records for no gain.
+        Who would hold most, the new record counted, loses first, and the policy says which of its records; among
+        equals the tenant that asks. So nobody is pushed out by a tenant that holds more. All or nothing: evicting some
+        and still not fitting would lose records for no gain. The policy's reserve is freed as far as possible.
         """
         over = self.bytes_now + num_bytes - self.byte_budget
-        held = {name: self.bytes_of[name] for name in self.evictable}
+        spare = self.policy.reserve_bytes
+        rows = {name: self.policy.victims(name, now) for name in self.policy.groups()}
+        held = {name: self.bytes_of[name] for name in rows}
         held[tenant] = self.bytes_of.get(tenant, 0) + num_bytes
-        rows = {name: iter(keys) for name, keys in self.evictable.items()}
         chosen: list[ChunkKey] = []
-        while over > 0:
+        while over + spare > 0:
             most = max(held, key=lambda name: (held[name], name == tenant))
             key = next(rows.get(most, iter(())), None)
             if key is not None:
@@ -113,7 +110,8 @@ class Ledger:
                 held[most] -= weight
                 over -= weight
             elif most == tenant:
-                return None  # all of its own is in use or pinned
+                # All of its own is in use or pinned.
+                return chosen if over <= 0 else None
             else:
                 del held[most]
         return chosen
@@ -121,7 +119,7 @@ class Ledger:
     def drop(self, key: ChunkKey) -> ChunkKV:
         """Forget a record; one that is in use keeps its bytes until the last lease ends."""
         entry = self.entries.pop(key)
-        self._keep(entry)
+        self.policy.remove(key)
         if entry.pinned:
             self.pinned_bytes -= entry.record.num_bytes
         if entry.refs:
@@ -131,18 +129,18 @@ class Ledger:
             self._weigh(entry, -entry.record.num_bytes)
         return entry.record
 
-    def set_pinned(self, entry: Entry, pinned: bool) -> None:
+    def set_pinned(self, entry: Entry, pinned: bool, now: float) -> None:
         """Pin or unpin."""
         if entry.pinned == pinned:
             return
         entry.pinned = pinned
         if pinned:
             self.pinned_bytes += entry.record.num_bytes
-            self._keep(entry)
+            self.policy.hold(entry.record.key)
         else:
             self.pinned_bytes -= entry.record.num_bytes
             if not entry.refs:
-                self._make_evictable(entry)
+                self.policy.release(entry.record.key, now)
 
     def check(self, *, expect_idle: bool) -> None:
         """Check accounting, eviction list and keys; see :meth:`MemoryStore.check_integrity`."""
@@ -154,10 +152,14 @@ class Ledger:
             _fail(f"{self.bytes_now} bytes exceed the budget of {self.byte_budget}")
         if self.pinned_bytes != sum(e.record.num_bytes for e in entries if e.pinned):
             _fail("pinned_bytes is not the weight of the pinned records")
-        listed = {(name, key) for name, keys in self.evictable.items() for key in keys}
-        free = {(e.tenant, k) for k, e in self.entries.items() if not (e.refs or e.pinned)}
-        if listed != free or not all(self.evictable.values()):
-            _fail("the eviction lists are not the records that are neither in use nor pinned")
+        self.policy.check()
+        known = {(i.group, i.key, i.num_bytes, i.is_held) for i in self.policy.items.values()}
+        told = {
+            (e.tenant, key, e.record.num_bytes, bool(e.refs or e.pinned))
+            for key, e in self.entries.items()
+        }
+        if known != told:
+            _fail("the eviction candidates are not the records that are neither in use nor pinned")
         shares: dict[str, int] = {}
         for entry in (*entries, *self._detached):
             shares[entry.tenant] = shares.get(entry.tenant, 0) + entry.record.num_bytes

@@ -29,7 +29,7 @@ class MemoryStore(WritableStore):
 
     The contract in short: a lookup either gives a :class:`Lease` on a record whose token ids were
     compared with the caller's, or ``None``; records in use or pinned are never evicted; of the others
-    the tenant that holds most loses its least recently used ones first; one writer builds a key at a
+    the tenant that holds most loses first, and the eviction policy says what; one writer builds a key at a
     time; ``bytes_now`` never exceeds the budget.
 
     Parameters
@@ -51,6 +51,8 @@ class MemoryStore(WritableStore):
     slab : bool
         Keep the tensors in one buffer of the budget's size, page-locked where there is a GPU (:class:`~.slab.Slab`):
         a record is copied once more when it is committed, and what is committed stays the caller's.
+    eviction : EvictionPolicy, optional
+        Order of a tenant's victims; by default the least recently used first. The store makes all calls to it.
 
     Raises
     ------

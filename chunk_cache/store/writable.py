@@ -10,6 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from chunk_cache.errors import ChunkCacheError
+from chunk_cache.eviction import EvictionPolicy, WaitingJob
+from chunk_cache.eviction.lru import LRUPolicy
 from chunk_cache.keys import ChunkKey, as_token_ids
 from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
@@ -36,6 +38,7 @@ class WritableStore:
         retry_failed_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         slab: bool = False,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         if byte_budget <= 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a positive number of bytes")
@@ -49,7 +52,7 @@ class WritableStore:
         self._build_timeout_s = build_timeout_s
         self._clock = clock
         self._lock = threading.RLock()
-        self._ledger = Ledger(byte_budget)
+        self._ledger = Ledger(byte_budget, eviction or LRUPolicy(memory_bytes=byte_budget))
         self._slab = Slab(byte_budget) if slab else None
         self._builds = BuildTable(retry_failed_s)
         self._stats = StoreStats()
@@ -171,15 +174,15 @@ class WritableStore:
 
     def _victims(self, record: ChunkKV, tenant: str) -> list[ChunkKey] | None:
         """Keys to drop so that a record fits; with a slab, as few more as leave it room in one piece."""
-        ledger, slab = self._ledger, self._slab
-        victims = ledger.victims(record.num_bytes, tenant)
+        ledger, slab, now = self._ledger, self._slab, self._clock()
+        victims = ledger.victims(record.num_bytes, tenant, now)
         if slab is None or victims is None or self._fits(slab, record, victims):
             return victims
         # Who asks for more gets the same victims and then others, so the fewest are found by bisection.
         low, high, victims = record.num_bytes, ledger.byte_budget + 1, None
         while high - low > 1:
             middle = (low + high) // 2
-            found = ledger.victims(middle, tenant)
+            found = ledger.victims(middle, tenant, now)
             if found is None or self._fits(slab, record, found):
                 high, victims = middle, found
             else:
@@ -212,6 +215,45 @@ class WritableStore:
 
     # -- pins and eviction --------------------------------------------------------------------
 
+    @property
+    def uses_queue(self) -> bool:
+        """Whether the eviction policy wants :meth:`note_waiting`; if not, its caller saves the collecting."""
+        return self._ledger.policy.uses_queue
+
+    def note_waiting(self, jobs: Iterable[WaitingJob]) -> list[ChunkKey]:
+        """Tell the eviction policy which requests wait, as a hint.
+
+        The scheduler's hook calls it once per scheduling step in which the queue has changed: after the queue was
+        ordered, before the step's requests are admitted. A job is named by its request and lists the chunk keys that
+        it may load, READY or not, those of both variants too. Outdated or wrong hints cost hits only.
+
+        Any thread may call. The store's lock is held meanwhile, for O(jobs in the window) and O(log n) per key of the
+        jobs that came or went, and O(1) per key in the prefetch window. A policy that does not use the queue returns at
+        once and looks at no job.
+
+        Parameters
+        ----------
+        jobs : iterable of WaitingJob
+            The whole queue, the next first.
+
+        Returns
+        -------
+        list[ChunkKey]
+            What the first jobs (the prefetch window) will read and is neither READY nor BUILDING here, the next first:
+            worth fetching from a lower tier.
+        """
+        policy = self._ledger.policy
+        if not policy.uses_queue:
+            return []
+        with self._lock:
+            policy.note_queue(jobs)
+            ready, building = self._ledger.entries, self._builds.building
+            return [
+                key
+                for key in dict.fromkeys(k for job in policy.jobs_to_prefetch() for k in job.keys)
+                if key not in ready and key not in building
+            ]
+
     def pin(self, key: ChunkKey) -> bool:
         """Keep a READY record until :meth:`unpin`; ``False`` if it is not READY."""
         return self._set_pinned(key, True)
@@ -225,7 +267,7 @@ class WritableStore:
             entry = self._ledger.entries.get(key)
             if entry is None:
                 return False
-            self._ledger.set_pinned(entry, pinned)
+            self._ledger.set_pinned(entry, pinned, self._clock())
             return True
 
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
@@ -267,8 +309,7 @@ class WritableStore:
     def clear(self) -> int:
         """Drop everything that is neither in use nor pinned; returns how many went."""
         with self._lock:
-            keys = [key for row in self._ledger.evictable.values() for key in row]
-            return sum(self.evict(key) for key in keys)
+            return sum(self.evict(key) for key in list(self._ledger.evictable()))
 
     def reset(self) -> None:
         """Forget every record, pinned and leased ones too, and take every build's right: nothing old is found again.

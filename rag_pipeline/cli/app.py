@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -233,16 +233,27 @@ def bench(context: typer.Context) -> None:
         "store": "rag_eval.benchmarks.store",
         "reliability": "rag_eval.reliability.command",
     }
-    name, *words = context.args or ["--help"]
+    _run_named("bench", "benchmark", benchmarks, context.args)
+
+
+@app.command(context_settings=_FORWARD)
+def simulate(context: typer.Context) -> None:
+    """Play a trace of requests through a model of the store (tiers); needs no engine."""
+    _run_named("simulate", "simulation", {"tiers": "rag_eval.simulator.command"}, context.args)
+
+
+def _run_named(command: str, kind: str, modules: dict[str, str], given: list[str]) -> NoReturn:
+    """Let the module that the first word names run with the others."""
+    name, *words = given or ["--help"]
     if name in ("-h", "--help"):
         typer.echo(
-            f"Usage: rag-pipeline bench {'|'.join(benchmarks)} [OPTIONS]; --help behind each"
+            f"Usage: rag-pipeline {command} {'|'.join(modules)} [OPTIONS]; --help behind each"
         )
-        return
-    if name not in benchmarks:
+        raise typer.Exit
+    if name not in modules:
         from rag_pipeline.errors import RagPipelineError
 
-        raise RagPipelineError(f"no benchmark {name!r}; choose one of {', '.join(benchmarks)}")
+        raise RagPipelineError(f"no {kind} {name!r}; choose one of {', '.join(modules)}")
     from importlib import import_module
 
-    raise typer.Exit(import_module(benchmarks[name]).main(words))
+    raise typer.Exit(import_module(modules[name]).main(words))

@@ -144,6 +144,10 @@ class FusionSettings(_Section):
     store_bytes: int = Field(
         default=2 << 30, gt=0, description="Bytes of chunk KV kept in memory by one rank."
     )
+    eviction: str = Field(
+        default="lru",
+        description="Which chunks leave memory first: lru, lfu, fifo, or lookahead (what waiting requests need stays).",
+    )
     policy: Annotated[str, AfterValidator(_fusion_policy)] = Field(
         default="query", description="Policy of requests that name none; NAME or NAME:RATIO."
     )

@@ -131,7 +131,7 @@ def test_integrity_notices_a_forgotten_lease_and_wrong_books(make_record: Make):
         store.put(record)
         store.check_integrity()
         if damage == "evictable":
-            store._ledger.evictable.clear()
+            store._ledger.policy.hold(record.key)
         elif damage == "matcher":
             store.matcher.remove(record.key)
         elif damage == "hits":

@@ -11,7 +11,7 @@ import pytest
 from rag_pipeline.cli import main
 from rag_pipeline.cli.app import app
 
-CONTRACT = {"demo", "ingest", "ask", "doctor", "eval", "bench"}
+CONTRACT = {"demo", "ingest", "ask", "doctor", "eval", "bench", "simulate"}
 
 
 def test_commands_of_the_contract_exist() -> None:
@@ -34,6 +34,7 @@ def test_commands_of_the_contract_exist() -> None:
         (["eval", "--bogus"], "--dataset"),
         (["eval", "--dataset", "d", "--out", "o", "--bogus"], "--bogus"),
         (["bench", "ttft", "--bogus"], "--bogus"),
+        (["simulate", "tiers", "--trace", "zipf", "--bogus"], "--bogus"),
         (["cache", "evict"], "--key"),
     ],
 )

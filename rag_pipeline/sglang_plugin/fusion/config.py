@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
+from chunk_cache.eviction import DEFAULT_EVICTION, EvictionPolicy, create_eviction
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.config import kv_store_dir
@@ -33,6 +34,8 @@ class FusionConfig:
         Off means that no request is touched.
     store_bytes : int
         Byte budget of the chunk-KV store of one rank.
+    eviction : str
+        Which chunks leave that store first (:data:`chunk_cache.eviction.EVICTIONS`); ``NAME`` or ``NAME:VARIANT``.
     policy : str
         Policy of requests that name none; ``NAME`` or ``NAME:RATIO``.
     automatic : bool
@@ -74,6 +77,7 @@ class FusionConfig:
 
     enabled: bool = True
     store_bytes: int = 2 << 30
+    eviction: str = DEFAULT_EVICTION
     policy: str = DEFAULT_POLICY
     automatic: bool = False
     automatic_tenants: tuple[str, ...] = ()
@@ -141,8 +145,14 @@ class FusionConfig:
             )
         try:
             create_policy(self.policy)
+            self.make_eviction()
         except ValueError as error:
             raise EngineError(f"{CONFIG_VARIABLE}: {error}") from None
+
+    def make_eviction(self) -> EvictionPolicy:
+        """Make the eviction policy of the chunk-KV store, for these budgets."""
+        disk_bytes = self.store_dir_bytes if self.store_dir else 0
+        return create_eviction(self.eviction, memory_bytes=self.store_bytes, disk_bytes=disk_bytes)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> FusionConfig:

@@ -91,6 +91,7 @@ class FusionRuntime:
             checksums=config.checksums,
             build_timeout_s=_BUILD_S,
             slab=torch.cuda.is_available(),  # page-locked; on the host alone it would only copy once more
+            eviction=config.make_eviction(),
         )
         self.missing = BuildQueue()
         self.build_share = BuildShare(config.build_share)
