@@ -17,7 +17,7 @@ checked each time it is loaded. The library's own writer is not used, because it
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +27,12 @@ import xxhash
 from torch import Tensor
 
 from chunk_cache.errors import ChunkCacheError
-from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
+from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, TokenIds, as_token_ids
 from chunk_cache.layouts.base import LayerKV, layout_named
 from chunk_cache.records import ChunkKV
 
 STORE_FORMAT = "rag-chunk-store"
 """Name of the format, in every record."""
-RECORD_VERSION = "2"
-"""Version of the format, in every record; one that says another is a miss."""
-
 Buffer = bytes | bytearray | memoryview
 """Bytes of a record or of a part of it."""
 
@@ -193,7 +190,7 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
         layers.append(b"".join(parts))
     metadata = {
         "format": STORE_FORMAT,
-        "version": RECORD_VERSION,
+        "version": str(STORE_FORMAT_VERSION),
         "namespace": record.key.namespace,
         "digest": record.key.digest,
         "num_tokens": str(record.key.num_tokens),
@@ -247,7 +244,11 @@ def read_header(key: ChunkKey, data: Buffer) -> RecordHeader | None:
         told = entries.pop("__metadata__")
         identity = ChunkKey(told["namespace"], told["digest"], int(told["num_tokens"]))
         ids = as_token_ids(np.frombuffer(header, dtype="<i4", offset=start))
-        if (told["format"], told["version"], identity) != (STORE_FORMAT, RECORD_VERSION, key):
+        if (told["format"], told["version"], identity) != (
+            STORE_FORMAT,
+            str(STORE_FORMAT_VERSION),
+            key,
+        ):
             return None
         if ChunkKey.of(key.namespace, ids) != key:
             return None
@@ -255,6 +256,19 @@ def read_header(key: ChunkKey, data: Buffer) -> RecordHeader | None:
     except Exception:
         # Deliberately wide: whatever damaged bytes make the parsers raise, they are a miss.
         return None
+
+
+def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
+    """Compare the bytes of :meth:`RecordHeader.layer_range` with the layer's checksum.
+
+    Raises
+    ------
+    DamagedRecordError
+        Unless they are what was written.
+    """
+    start, end = header.layer_range(index)
+    if len(data) != end - start or _checksum(data) != header._checksums[index]:
+        raise DamagedRecordError(f"chunk {header.key}: layer {index} is damaged")
 
 
 def decode_layer(header: RecordHeader, index: int, data: Buffer) -> LayerKV:
@@ -282,9 +296,8 @@ def decode_layer(header: RecordHeader, index: int, data: Buffer) -> LayerKV:
     ChunkCacheError
         For a codec that is not known.
     """
-    start, end = header.layer_range(index)
-    if len(data) != end - start or _checksum(data) != header._checksums[index]:
-        raise DamagedRecordError(f"chunk {header.key}: layer {index} is damaged")
+    check_layer(header, index, data)
+    start = header.layer_range(index)[0]
     whole = _as_tensor(data)
     stored = {
         one.name: whole[one.start - start : one.end - start].view(one.dtype).view(one.shape)
@@ -314,23 +327,27 @@ def decode_record(key: ChunkKey, data: Buffer) -> ChunkKV | None:
     try:
         return assemble_record(
             header,
-            [
+            (
                 decode_layer(header, index, view[slice(*header.layer_range(index))])
                 for index in range(header.num_layers)
-            ],
+            ),
         )
     except ChunkCacheError:
         return None
 
 
-def assemble_record(header: RecordHeader, layers: Sequence[LayerKV]) -> ChunkKV:
-    """Make a record of a header and all of its decoded layers."""
+def assemble_record(header: RecordHeader, layers: Iterable[LayerKV]) -> ChunkKV:
+    """Make a record of a header and all of its decoded layers, in order; raises what they raise."""
+    k = torch.empty((header.num_layers, *header.k_shape), dtype=header.dtype)
+    v = torch.empty((header.num_layers, *header.v_shape), dtype=header.dtype)
+    for index, layer in enumerate(layers):
+        k[index], v[index] = layer
     return ChunkKV(
         key=header.key,
         token_ids=header.token_ids,
         base_position=header.base_position,
-        k=torch.stack([layer.k for layer in layers]),
-        v=torch.stack([layer.v for layer in layers]),
+        k=k,
+        v=v,
         layout=header.layout,
     )
 
