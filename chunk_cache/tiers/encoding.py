@@ -18,67 +18,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from chunk_cache.errors import ChunkCacheError
-from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, TokenIds, as_token_ids
-from chunk_cache.layouts.base import LayerKV, layout_named
+from chunk_cache.keys import ChunkKey
+from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.plain_codec import codec_named, encode_layers
+from chunk_cache.tiers.record_header import (
+    DTYPE_NAMES,
+    STORE_FORMAT,
+    Buffer,
+    DamagedRecordError,
+    RecordHeader,
+    checksum,
+    header_size,
+    read_header,
+    write_header,
+)
 
-STORE_FORMAT = "rag-chunk-store"
-"""Name of the format, in every record."""
-Buffer = bytes | bytearray | memoryview
-"""Bytes of a record or of a part of it."""
-
-_PREFIX = b'{"__metadata__":{"checksum":"'
-"""The JSON begins so: the header's checksum stands at one place, and covers all but itself."""
-_CHECKSUM_AT = 8 + len(_PREFIX)
-_CHECKSUM_LENGTH = 32
-_MOST_JSON_BYTES = 16 << 20
-"""A length beyond this is damage; nobody allocates what a flipped bit asks for."""
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names of safetensors."""
-_DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items()}
-
-
-class DamagedRecordError(ChunkCacheError):
-    """Stored bytes are not what was written; the record is a miss."""
-
-
-class _Plain:
-    """Keys and values as they are."""
-
-    def encode(self, layer: LayerKV) -> dict[str, Tensor]:
-        return {"k": layer.k, "v": layer.v}
-
-    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LayerKV:
-        return LayerKV(tensors["k"], tensors["v"])
-
-
-def _codec(name: str) -> Any:
-    if name != "plain":
-        raise ChunkCacheError(f"codec {name!r} is not implemented: allowed is 'plain'")
-    return _Plain()
+__all__ = [
+    "STORE_FORMAT",
+    "Buffer",
+    "DamagedRecordError",
+    "EncodedRecord",
+    "RecordHeader",
+    "assemble_record",
+    "check_layer",
+    "decode_layer",
+    "decode_record",
+    "encode_record",
+    "header_size",
+    "read_header",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,60 +75,6 @@ class EncodedRecord:
         return [self.header, *self.layers]
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredTensor:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecordHeader:
-    """What the header of a record says, verified: everything but the KV."""
-
-    key: ChunkKey
-    token_ids: TokenIds = field(repr=False)
-    base_position: int
-    layout: str
-    codec: str
-    dtype: torch.dtype
-    """Of the decoded tensors."""
-    k_shape: tuple[int, ...]
-    """Of one decoded layer."""
-    v_shape: tuple[int, ...]
-    header_bytes: int
-    num_bytes: int
-    """Of the whole record."""
-    _checksums: tuple[str, ...] = field(repr=False)
-    _tensors: tuple[tuple[_StoredTensor, ...], ...] = field(repr=False)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers L."""
-        return len(self._tensors)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T."""
-        return int(self.token_ids.size)
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether this process knows the layout and the codec; what another release wrote may lack them."""
-        try:
-            layout_named(self.layout)
-            _codec(self.codec)
-        except ChunkCacheError:
-            return False
-        return True
-
-    def layer_range(self, index: int) -> tuple[int, int]:
-        """Where a layer's bytes lie in the whole record, ``[start, end)``."""
-        return self._tensors[index][0].start, self._tensors[index][-1].end
-
-
 def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
     """Write a record as bytes.
 
@@ -161,7 +83,7 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
     record : ChunkKV
         On any device; only read.
     codec : str
-        Name of the codec of its layers.
+        Name of the codec that its layers are wanted in; the header tells the one that was used.
 
     Raises
     ------
@@ -172,90 +94,35 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
     """
     if record.checksum is not None and not record.verify():
         raise DamagedRecordError(f"chunk {record.key} changed in memory since it was sealed")
-    coder = _codec(codec)
+    used, tensors_of = encode_layers(record, codec)
     ids = record.token_ids.astype("<i4", copy=False).tobytes()
     tensors: dict[str, dict[str, Any]] = {
         "token_ids": _entry("I32", [record.num_tokens], 0, len(ids))
     }
     layers, at = [], len(ids)
-    for index in range(record.num_layers):
+    for index, encoded in enumerate(tensors_of):
         parts = []
-        for name, tensor in _in_order(coder.encode(record.layer(index))):
+        for name, tensor in _in_order(encoded):
             data = _bytes_of(tensor)
             tensors[f"layer.{index}.{name}"] = _entry(
-                _DTYPES[tensor.dtype], list(tensor.shape), at, len(data)
+                DTYPE_NAMES[tensor.dtype], list(tensor.shape), at, len(data)
             )
             at += len(data)
             parts.append(data)
         layers.append(b"".join(parts))
     metadata = {
-        "format": STORE_FORMAT,
-        "version": str(STORE_FORMAT_VERSION),
         "namespace": record.key.namespace,
         "digest": record.key.digest,
         "num_tokens": str(record.key.num_tokens),
         "base_position": str(record.base_position),
         "layout": record.layout,
-        "codec": codec,
-        "dtype": _DTYPES[record.k.dtype],
+        "codec": used,
+        "dtype": DTYPE_NAMES[record.k.dtype],
         "k_shape": json.dumps(list(record.k.shape[1:])),
         "v_shape": json.dumps(list(record.v.shape[1:])),
-        "layer_checksums": " ".join(_checksum(layer) for layer in layers),
+        "layer_checksums": " ".join(checksum(layer) for layer in layers),
     }
-    return EncodedRecord(header=_write_header(metadata, tensors, ids), layers=layers)
-
-
-def header_size(key: ChunkKey, first: Buffer) -> int:
-    """Bytes of a record's header, of which the first 8 are given; whether they are right shows in its checksum.
-
-    Raises
-    ------
-    DamagedRecordError
-        If they cannot be right.
-    """
-    length = int.from_bytes(first[:8], "little")
-    if len(first) < 8 or length > _MOST_JSON_BYTES:
-        raise DamagedRecordError(f"chunk {key}: its header does not begin as one")
-    return 8 + length + 4 * key.num_tokens
-
-
-def read_header(key: ChunkKey, data: Buffer) -> RecordHeader | None:
-    """Read the header of what should be the record of a key.
-
-    Parameters
-    ----------
-    key : ChunkKey
-        Which record is expected.
-    data : bytes-like
-        The record from its beginning, :func:`header_size` bytes or more.
-
-    Returns
-    -------
-    RecordHeader or None
-        ``None`` unless every byte of the header is what was written for this key, in this version.
-    """
-    try:
-        header = bytes(data[: header_size(key, data)])
-        start = len(header) - 4 * key.num_tokens
-        found = header[_CHECKSUM_AT : _CHECKSUM_AT + _CHECKSUM_LENGTH].decode("ascii")
-        if not header.startswith(_PREFIX, 8) or _header_checksum(header) != found:
-            return None
-        entries = json.loads(header[8:start])
-        told = entries.pop("__metadata__")
-        identity = ChunkKey(told["namespace"], told["digest"], int(told["num_tokens"]))
-        ids = as_token_ids(np.frombuffer(header, dtype="<i4", offset=start))
-        if (told["format"], told["version"], identity) != (
-            STORE_FORMAT,
-            str(STORE_FORMAT_VERSION),
-            key,
-        ):
-            return None
-        if ChunkKey.of(key.namespace, ids) != key:
-            return None
-        return _describe(key, ids, told, entries, start)
-    except Exception:
-        # Deliberately wide: whatever damaged bytes make the parsers raise, they are a miss.
-        return None
+    return EncodedRecord(header=write_header(metadata, tensors, ids), layers=layers)
 
 
 def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
@@ -267,7 +134,7 @@ def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
         Unless they are what was written.
     """
     start, end = header.layer_range(index)
-    if len(data) != end - start or _checksum(data) != header._checksums[index]:
+    if len(data) != end - start or checksum(data) != header.checksums[index]:
         raise DamagedRecordError(f"chunk {header.key}: layer {index} is damaged")
 
 
@@ -301,9 +168,9 @@ def decode_layer(header: RecordHeader, index: int, data: Buffer) -> LayerKV:
     whole = _as_tensor(data)
     stored = {
         one.name: whole[one.start - start : one.end - start].view(one.dtype).view(one.shape)
-        for one in header._tensors[index]
+        for one in header.tensors[index]
     }
-    layer: LayerKV = _codec(header.codec).decode(stored, header.dtype)
+    layer: LayerKV = codec_named(header.codec).decode(stored, header.dtype)
     for tensor, shape in ((layer.k, header.k_shape), (layer.v, header.v_shape)):
         if tuple(tensor.shape) != shape or tensor.dtype != header.dtype:
             raise DamagedRecordError(
@@ -350,67 +217,6 @@ def assemble_record(header: RecordHeader, layers: Iterable[LayerKV]) -> ChunkKV:
         v=v,
         layout=header.layout,
     )
-
-
-def _describe(
-    key: ChunkKey,
-    ids: TokenIds,
-    told: Mapping[str, str],
-    entries: dict[str, Any],
-    ids_start: int,
-) -> RecordHeader:
-    """Read a header whose checksum is right; raises anything where it contradicts itself."""
-    del entries["token_ids"]
-    layers: list[list[_StoredTensor]] = []
-    at = end = ids_start + ids.nbytes
-    for name, entry in entries.items():
-        _, index, short = name.split(".", 2)
-        start, end = (ids_start + offset for offset in entry["data_offsets"])
-        if start != at or int(index) not in (len(layers) - 1, len(layers)):
-            raise DamagedRecordError(f"chunk {key}: tensor {name} is out of order")
-        if int(index) == len(layers):
-            layers.append([])
-        dtype = _DTYPE_OF[entry["dtype"]]
-        layers[-1].append(_StoredTensor(short, dtype, tuple(entry["shape"]), start, end))
-        at = end
-    checksums = tuple(told["layer_checksums"].split())
-    if len(checksums) != len(layers):
-        raise DamagedRecordError(f"chunk {key}: {len(checksums)} checksums, {len(layers)} layers")
-    return RecordHeader(
-        key=key,
-        token_ids=ids,
-        base_position=int(told["base_position"]),
-        layout=told["layout"],
-        codec=told["codec"],
-        dtype=_DTYPE_OF[told["dtype"]],
-        k_shape=tuple(json.loads(told["k_shape"])),
-        v_shape=tuple(json.loads(told["v_shape"])),
-        header_bytes=ids_start + ids.nbytes,
-        num_bytes=end,
-        _checksums=checksums,
-        _tensors=tuple(map(tuple, layers)),
-    )
-
-
-def _write_header(metadata: Mapping[str, str], tensors: Mapping[str, Any], ids: bytes) -> bytes:
-    first = {"checksum": "0" * _CHECKSUM_LENGTH}
-    everything = {"__metadata__": {**first, **metadata}, **tensors}
-    text = json.dumps(everything, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = bytearray(len(text).to_bytes(8, "little") + text + ids)
-    header[_CHECKSUM_AT : _CHECKSUM_AT + _CHECKSUM_LENGTH] = _header_checksum(header).encode()
-    return bytes(header)
-
-
-def _header_checksum(header: Buffer) -> str:
-    view = memoryview(header)
-    digest = xxhash.xxh3_128(view[:_CHECKSUM_AT])
-    digest.update(view[_CHECKSUM_AT + _CHECKSUM_LENGTH :])
-    return digest.hexdigest()
-
-
-def _checksum(data: Buffer) -> str:
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _entry(dtype: str, shape: list[int], start: int, length: int) -> dict[str, Any]:

@@ -46,9 +46,12 @@ class FolderBudget:
     def __init__(self, folder: Path, byte_budget: int, describe: Describe) -> None:
         self._folder = folder
         self.byte_budget = byte_budget
+        self._describe = describe
         self._index = FolderIndex(describe)
         self._changes: int | None = None
         """Number of changes that the index knows of."""
+        self._is_doubtful = False
+        """Whether something went that nobody could count; the folder is listed before the next write."""
         self._writing = threading.RLock()
         self._indexing = threading.Lock()
 
@@ -75,7 +78,8 @@ class FolderBudget:
 
     def index(self) -> FolderIndex:
         """The index, complete: the folder is listed if another process changed it."""
-        if self._changes is None or changes_of(usage_path(self._folder)) != self._changes:
+        is_complete = self._changes is not None and not self._is_doubtful
+        if not is_complete or changes_of(usage_path(self._folder)) != self._changes:
             with self._writing:
                 try:
                     with locked_usage(usage_path(self._folder)) as usage:
@@ -83,7 +87,7 @@ class FolderBudget:
                 except OSError:
                     # Read-only, say: then nothing is counted, and the next call lists again.
                     self._replace(list_folder(self._folder))
-                    self._changes = None
+                    self._is_doubtful = True
         return self._index
 
     def used(self, key: ChunkKey) -> None:
@@ -125,7 +129,7 @@ class FolderBudget:
             return None
         make_private(self._folder)
         with self._writing, locked_usage(usage_path(self._folder)) as usage:
-            if self._changes is None or not usage.is_known:
+            if self._changes is None or self._is_doubtful or not usage.is_known:
                 self._list(usage)
             over = usage.num_bytes + num_bytes - self.byte_budget
             if over > 0:
@@ -142,7 +146,7 @@ class FolderBudget:
             try:
                 return Draft(chunk_path(self._folder, key), num_bytes)
             except BaseException:
-                self._change(usage, -num_bytes)
+                self._count(usage, -num_bytes)
                 raise
 
     def publish(self, key: ChunkKey, draft: Draft) -> None:
@@ -160,12 +164,12 @@ class FolderBudget:
             draft.publish(stamp)
             with self._indexing:
                 self._index.put(StoredFile(stamp, key, draft.num_bytes, is_pinned))
-            self._change(usage, -replaced)
+            self._count(usage, -replaced)
 
     def discard(self, draft: Draft) -> None:
         """Remove a file that was begun; never raises."""
-        draft.discard()
-        self._count_gone(draft.num_bytes)
+        if draft.discard():
+            self._count_gone(draft.num_bytes)
 
     def remove(self, key: ChunkKey) -> bool:
         """Delete a record's file; ``False`` if there was none.
@@ -192,7 +196,7 @@ class FolderBudget:
             if os.stat(path).st_ino == number:  # noqa: PTH116
                 self.forget(key)
                 path.unlink()
-                self._changes = None  # counted by the next listing
+                self._is_doubtful = True
                 pin_path(self._folder, key).unlink(missing_ok=True)
 
     def note_pin(self, key: ChunkKey, is_pinned: bool) -> None:
@@ -221,14 +225,20 @@ class FolderBudget:
     # -- under the locks ----------------------------------------------------------------------
 
     def _list(self, usage: Usage, *, tidy: bool = True) -> None:
+        self._is_doubtful = False
         found = list_folder(self._folder, tidy=tidy)
         self._replace(found)
         usage.change(found.num_bytes - usage.num_bytes)
         self._changes = usage.changes
 
     def _replace(self, found: Listing) -> None:
+        fresh = FolderIndex(self._describe)
+        for file in found.files:
+            fresh.put(file)
         with self._indexing:
-            self._index.replace(found.files)
+            # Whoever asks without the lock sees the old index or the new one.
+            fresh.newest_ns = max(fresh.newest_ns, self._index.newest_ns)
+            self._index = fresh
 
     def _change(self, usage: Usage, num_bytes: int) -> None:
         is_complete = usage.changes == self._changes
@@ -236,12 +246,19 @@ class FolderBudget:
         if is_complete:
             self._changes = usage.changes
 
+    def _count(self, usage: Usage, num_bytes: int) -> None:
+        """Count what is done already; where that cannot be written, the figure is too high until the next listing."""
+        try:
+            self._change(usage, num_bytes)
+        except OSError:
+            self._is_doubtful = True
+
     def _count_gone(self, num_bytes: int) -> None:
         try:
             with self._writing, locked_usage(usage_path(self._folder)) as usage:
-                self._change(usage, -num_bytes)
+                self._count(usage, -num_bytes)
         except OSError:
-            self._changes = None  # the figure is too high until the folder is listed
+            self._is_doubtful = True
 
     def _evict(
         self, usage: Usage, num_bytes: int, *, slack: int = 0, claim: tuple[str, int] | None = None
@@ -276,7 +293,7 @@ class FolderBudget:
                 freed += file.num_bytes
         finally:
             if gone:
-                self._change(usage, -freed)
+                self._count(usage, -freed)
         return gone
 
     def _stamp(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunk_cache.keys import ChunkKey
@@ -47,16 +47,6 @@ class FolderIndex:
     def get(self, key: ChunkKey) -> StoredFile | None:
         """What is known of a record."""
         return self._files.get(key)
-
-    def replace(self, files: Iterable[StoredFile]) -> None:
-        """Forget everything, and know these files, the longest unused first."""
-        # Whoever looks meanwhile, without a lock, sees the old files or the new ones.
-        fresh = FolderIndex(self._describe)
-        for file in files:
-            fresh.put(file)
-        self._files, self._share_of = fresh._files, fresh._share_of
-        self._turns, self._bytes_of = fresh._turns, fresh._bytes_of
-        self.newest_ns = max(self.newest_ns, fresh.newest_ns)
 
     def put(self, file: StoredFile) -> None:
         """Know a file, as the one used last."""

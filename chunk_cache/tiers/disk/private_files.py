@@ -89,11 +89,14 @@ class Draft:
         self._temporary.replace(self.path)
         self._file.close()
 
-    def discard(self) -> None:
-        """Remove the temporary file; of no effect once it is published."""
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
+    def discard(self) -> bool:
+        """Remove the temporary file; ``False`` where there is none any more, as once it is published."""
         self._file.close()
+        try:
+            self._temporary.unlink()
+        except OSError:
+            return False
+        return True
 
 
 def make_private(folder: Path) -> None:
