@@ -29,7 +29,7 @@ from chunk_cache.tiers.disk.layout import (
     pin_path,
     write_context,
 )
-from chunk_cache.tiers.disk.listing import list_folder
+from chunk_cache.tiers.disk.listing import folders_of, list_folder, prune
 from chunk_cache.tiers.disk.private_files import sync_folder, write_private
 from chunk_cache.tiers.disk.reader import FileReader
 from chunk_cache.tiers.encoding import DamagedRecordError, EncodedRecord, encode_record
@@ -119,6 +119,7 @@ class StoreFolder(Tier):
         """
         folder = cls(location, create=True, byte_budget=byte_budget, model=model)
         folder.trim(byte_budget)
+        prune(folder.path)
         return folder
 
     def contains(self, key: ChunkKey) -> bool:
@@ -264,7 +265,7 @@ class StoreFolder(Tier):
 
     def sync(self) -> None:
         """Make deletions survive a power cut: what is erased must not come back."""
-        for folder in (*self.path.glob("*/*/"), *self.path.glob("*/"), self.path):
+        for folder in (*folders_of(self.path), self.path):
             with contextlib.suppress(FileNotFoundError):
                 sync_folder(folder)
 

@@ -48,7 +48,7 @@ def list_folder(folder: Path, *, tidy: bool = False) -> Listing:
     folder : Path
         The store's folder.
     tidy : bool
-        Remove temporary files that nobody writes and folders without a file, and take other users' rights.
+        Remove temporary files that nobody writes, and take other users' rights.
     """
     found = Listing()
     if tidy:
@@ -69,12 +69,25 @@ def list_folder(folder: Path, *, tidy: bool = False) -> Listing:
     return found
 
 
+def prune(folder: Path) -> None:
+    """Remove folders without a file below those of namespaces; whoever writes there makes them again."""
+    for path in folders_of(folder):
+        if path.parent != folder:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """Folders of all namespaces and the folders in these, inner ones first; some may be gone already."""
+    outer = [entry for entry in _entries(str(folder)) if is_namespace(entry.name)]
+    inner = [Path(entry.path) for one in outer for entry in _entries(one.path) if entry.is_dir()]
+    return [*inner, *(Path(entry.path) for entry in outer)]
+
+
 def _list_chunks(namespace: str, path: str, found: Listing, tidy: bool) -> None:
     chunks: list[tuple[str, StoredFile]] = []
     pinned = set()
-    is_empty = True
     for entry in _entries(path):
-        is_empty = False
         name = entry.name
         key = chunk_of(namespace, name)
         if key is None:
@@ -91,9 +104,6 @@ def _list_chunks(namespace: str, path: str, found: Listing, tidy: bool) -> None:
     found.files += [
         file._replace(is_pinned=True) if stem in pinned else file for stem, file in chunks
     ]
-    if is_empty and tidy:
-        with contextlib.suppress(OSError):
-            os.rmdir(path)  # noqa: PTH106 - a writer makes it again
 
 
 def _other(entry: os.DirEntry[str], found: Listing, tidy: bool) -> None:
