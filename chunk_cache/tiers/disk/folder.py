@@ -66,7 +66,7 @@ class StoreFolder(Tier):
     create : bool
         Make it if it does not exist.
     byte_budget : int
-        Most bytes of all chunk files; a write makes room by deleting the longest unused ones.
+        Most bytes of all chunk files and temporary files.
     model : str
         Folder of the model whose records are written here, told beside them.
     codec : str
@@ -226,7 +226,7 @@ class StoreFolder(Tier):
         return (force or not self.is_pinned(key)) and self.remove(key)
 
     def trim(self, byte_budget: int) -> list[ChunkKey]:
-        """Delete records, the longest unused first, until the files fit; pinned ones stay.
+        """Delete records, of whoever holds most, until the files fit; pinned ones stay, and what crashes left goes.
 
         Parameters
         ----------
