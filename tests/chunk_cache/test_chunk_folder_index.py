@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext, StoreFolder
+from chunk_cache.tiers.disk import usage as counting
 from chunk_cache.tiers.disk.usage import locked_usage
+from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
 Make = Callable[..., ChunkKV]
 
@@ -275,3 +278,43 @@ def test_a_count_of_bytes_that_is_lost_or_wrong_is_made_again(
             assert folder.put(record)
             assert weight(folder.path) == counted(folder) <= 4 * size
     assert ChunkKey.of("ab" * 16, [1]) not in set(folder.keys())
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_a_folder_that_became_read_only_is_still_read(
+    code: int, tmp_path: Path, records: list[ChunkKV]
+) -> None:
+    folder = StoreFolder.connect(str(tmp_path / "kv"), byte_budget=1 << 20, model="")
+    for record in records[:3]:
+        folder.put(record)
+    for reading in (folder, StoreFolder(folder.path)):
+        fault = Fault(kinds=CHANGES, nth=0, errno=code, lasting=True)
+        with DiskCalls(folder.path, fault=fault) as disk:
+            assert set(reading.keys()) == {record.key for record in records[:3]}
+            assert reading.get(records[0].key, records[0].token_ids) is not None
+            reading.used([records[0].key])
+            with pytest.raises(OSError, match=os.strerror(code)):
+                reading.put(records[3])
+        assert disk.failed
+        assert len(reading.keys_by_use()) == 3
+    assert folder.put(records[3])
+    assert weight(folder.path) == counted(folder)
+
+
+def test_a_process_that_hangs_with_the_lock_costs_writes_only(
+    tmp_path: Path, records: list[ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "_WAIT_S", 0.02)
+    folder = StoreFolder.connect(str(tmp_path / "kv"), byte_budget=1 << 20, model="")
+    folder.put(records[0])
+    folder.put(records[1])
+    with locked_usage(folder.path / "usage"):
+        with pytest.raises(OSError, match="another process holds the lock"):
+            folder.put(records[2])
+        assert folder.contains(records[0].key)
+        assert folder.get(records[0].key, records[0].token_ids) is not None
+        assert folder.remove(records[1].key)
+        assert set(folder.keys()) == {records[0].key}
+    assert folder.unfinished() == (0, 0)
+    assert folder.put(records[2])
+    assert weight(folder.path) == counted(folder)
