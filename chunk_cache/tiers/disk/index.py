@@ -50,7 +50,8 @@ class FolderIndex:
 
     def put(self, file: StoredFile) -> None:
         """Know a file, as the one used last."""
-        self.drop(file.key)
+        if file.key in self._files:
+            self.drop(file.key)
         share = self.share_of(file.key.namespace)
         self._files[file.key] = file
         self._bytes_of[share] = self._bytes_of.get(share, 0) + file.num_bytes
