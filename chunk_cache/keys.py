@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from chunk_cache.errors import ChunkCacheError
 
-STORE_FORMAT_VERSION = 1
+STORE_FORMAT_VERSION = 2
 """Raised whenever the meaning of stored bytes changes; part of every key."""
 
 TokenIds = npt.NDArray[np.int32]

@@ -205,7 +205,7 @@ class FusionSettings(_Section):
     store_dir_bytes: int = Field(
         default=16 << 30,
         ge=0,
-        description="Byte budget of the folder of chunk KV; the longest unused chunks go first.",
+        description="Byte budget of the folder of chunk KV; whoever holds most loses the longest unused chunks.",
     )
     store_codec: str = Field(
         default="plain",

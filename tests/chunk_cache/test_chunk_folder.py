@@ -46,7 +46,6 @@ def test_a_record_comes_back_bit_equal(tmp_path: Path, make_record: Make, dtype:
     assert torch.equal(back.v, record.v)
     assert back.k.dtype == dtype
     assert (back.key, back.base_position) == (record.key, record.base_position)
-    assert back.verify()
     assert list(folder.keys()) == [record.key]
     assert folder.remove(record.key)
     assert not folder.remove(record.key)
@@ -131,17 +130,14 @@ def test_any_damage_to_a_file_is_a_miss(tmp_path: Path, make_record: Make, data:
         "empty": b"",
     }[kind]
     file.write_bytes(bad)
-    back = folder.get(record.key, record.token_ids)
-    if back is not None:
-        # Some header bytes (a space, an unused key) mean nothing: then all that counts is intact.
-        assert kind == "flip"
-        assert torch.equal(back.k, record.k)
-        assert torch.equal(back.v, record.v)
-        assert back.base_position == record.base_position
-    else:
-        assert folder.corrupt_files == 1
-        assert folder.verify(remove=True) == [record.key]
-        assert files_of(folder) == []
+    assert (
+        folder.token_ids(record.key) is None or at >= len(good) - record.k.nbytes - record.v.nbytes
+    )
+    assert folder.verify() == [record.key]
+    assert folder.corrupt_files == 0
+    assert folder.get(record.key, record.token_ids) is None
+    assert folder.corrupt_files == 1
+    assert files_of(folder) == []
 
 
 def test_a_damaged_file_is_counted_at_import(
@@ -174,8 +170,9 @@ def test_a_file_under_another_chunks_name_is_a_miss(tmp_path: Path, make_record:
     folder.put(two)
     by_digest = {p.name[:64]: p for p in files_of(folder)}
     by_digest[one.key.digest].write_bytes(by_digest[two.key.digest].read_bytes())
-    assert folder.get(one.key, one.token_ids) is None
     assert folder.verify() == [one.key]
+    assert folder.get(one.key, one.token_ids) is None
+    assert set(folder.keys()) == {two.key}
 
 
 def test_other_tokens_under_a_key_are_a_miss(tmp_path: Path, make_record: Make):
@@ -200,7 +197,7 @@ def test_a_write_that_breaks_off_leaves_nothing_behind(
     with pytest.raises(OSError, match="no space"):
         folder.put(record)
     monkeypatch.undo()
-    assert [p for p in folder.path.rglob("*") if p.is_file()] == [folder.path / "store.json"]
+    assert {p.name for p in folder.path.rglob("*") if p.is_file()} == {"store.json", "usage"}
 
 
 def test_folders_that_are_no_stores_are_refused_in_one_line(tmp_path: Path):

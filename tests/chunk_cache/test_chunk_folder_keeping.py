@@ -60,7 +60,7 @@ def test_every_file_and_folder_is_its_owners_alone(
     assert modes(folder.path) == {0o600, 0o700}
     for path in (folder.path, *folder.path.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o644)
-    folder.clean()
+    folder.sweep()
     assert modes(folder.path) == {0o600, 0o700}
 
 
@@ -142,7 +142,8 @@ def test_only_what_can_be_used_is_read_and_the_latest_first(
     fields = context.to_json()
     del fields["prefix_digest"]
     store = MemoryStore(3 * mine[0].num_bytes)
-    report = load_store(folder, store, namespaces=folder.namespaces(fields))
+    restarted = StoreFolder(folder.path)
+    report = load_store(restarted, store, namespaces=restarted.namespaces(fields))
     assert (report.loaded, report.no_room, report.foreign) == (3, 3, 3)
     latest = sorted(range(6), key=lambda number: -((number * 5) % 6))[:3]
     assert set(store.keys()) == {mine[number].key for number in latest}

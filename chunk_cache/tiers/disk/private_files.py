@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 _FILE_MODE = 0o600
@@ -20,6 +20,83 @@ _FOLDER_MODE = 0o700
 _WIDE = stat.S_IRWXG | stat.S_IRWXO
 _UNLOCKED_LEFT_S = 3600
 """Age from which a temporary file is left over where the file system has no locks, seconds."""
+
+
+class Draft:
+    """A file under a temporary name, locked while it is written, until it is published or discarded.
+
+    Not synced: after a power cut a short file fails its checksum and is a miss.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; its folder is made.
+    num_bytes : int
+        The file is as long from the beginning, so that whoever weighs the folder sees what it will take.
+
+    Raises
+    ------
+    OSError
+        Where the disk refuses, here and in every method but :meth:`discard`.
+    """
+
+    def __init__(self, path: Path, num_bytes: int = 0) -> None:
+        self.path = path
+        self.num_bytes = num_bytes
+        make_private(path.parent)
+        try:
+            self._open()
+        except FileNotFoundError:
+            make_private(path.parent)  # another process removed the folder meanwhile
+            self._open()
+
+    def _open(self) -> None:
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(self._temporary, flags, _FILE_MODE)
+        self._file = open(descriptor, "wb", buffering=0)  # noqa: PTH123, SIM115 - of a descriptor
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.num_bytes:
+                os.ftruncate(descriptor, self.num_bytes)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, parts: Iterable[bytes]) -> None:
+        """Write the contents."""
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[self._file.write(view) :]
+
+    def publish(self, used_ns: int | None = None) -> None:
+        """Give the file its name, in place of what had it.
+
+        Parameters
+        ----------
+        used_ns : int, optional
+            Its time of change, nanoseconds; by default now.
+
+        Raises
+        ------
+        FileNotFoundError
+            If another process swept the file between its making and its lock.
+        """
+        if used_ns is not None:
+            os.utime(self._file.fileno(), ns=(used_ns, used_ns))
+        self._temporary.replace(self.path)
+        self._file.close()
+
+    def discard(self) -> bool:
+        """Remove the temporary file; ``False`` where there is none any more, as once it is published."""
+        self._file.close()
+        try:
+            self._temporary.unlink()
+        except OSError:
+            return False
+        return True
 
 
 def make_private(folder: Path) -> None:
@@ -30,61 +107,56 @@ def make_private(folder: Path) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file under another name and rename it; its folder is made.
-
-    Not synced: after a power cut a short file fails its checksum and is a miss.
+    """Write a file as a :class:`Draft` and publish it.
 
     Raises
     ------
     OSError
         Where the disk refuses; nothing is left behind.
     """
-    make_private(path.parent)
     try:
         _write(path, data)
-    except FileNotFoundError:
-        # Another process swept the file between its making and its lock, or removed the folder.
-        make_private(path.parent)
+    except FileNotFoundError:  # swept before its lock
         _write(path, data)
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE)
-    with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    draft = Draft(path)
+    try:
+        draft.write([data])
+        draft.publish()
+    except BaseException:
+        draft.discard()
+        raise
 
 
-def temporary_files(folder: Path) -> Iterator[Path]:
-    """Files that are being written, or that a crash left, below a folder."""
-    return (path for path in folder.rglob(".*.tmp") if path.is_file())
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is being written, or was left by a crash."""
+    return name.startswith(".") and name.endswith(".tmp")
 
 
-def sweep(folder: Path) -> int:
-    """Remove the temporary files that nobody writes any more; returns how many."""
-    gone = 0
-    for path in temporary_files(folder):
-        with contextlib.suppress(OSError), path.open("r+b") as file:
+def sweep(path: str) -> bool:
+    """Remove a temporary file if nobody writes it any more; ``False`` where it stays."""
+    try:
+        with open(path, "r+b") as file:  # noqa: PTH123
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue
+                return False
             except OSError:
-                if time.time() - path.stat().st_mtime < _UNLOCKED_LEFT_S:
-                    continue
-            path.unlink()
-            gone += 1
-    return gone
+                if time.time() - os.fstat(file.fileno()).st_mtime < _UNLOCKED_LEFT_S:
+                    return False
+            os.unlink(path)  # noqa: PTH108
+    except OSError:
+        return False
+    return True
+
+
+def tighten(path: str, mode: int) -> None:
+    """Take everybody else's rights to a file or folder of a mode; it stays if it is another user's, or gone."""
+    if mode & _WIDE and not stat.S_ISLNK(mode):
+        with contextlib.suppress(OSError):
+            os.chmod(path, _FOLDER_MODE if stat.S_ISDIR(mode) else _FILE_MODE)  # noqa: PTH101
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,16 +166,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def tighten(folder: Path) -> int:
-    """Take everybody else's rights to a folder and all in it; returns how many were too wide."""
-    changed = 0
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode) or not mode & _WIDE:
-                continue
-            path.chmod(_FOLDER_MODE if stat.S_ISDIR(mode) else _FILE_MODE)
-            changed += 1
-    return changed

@@ -169,7 +169,7 @@ def _store_attempt(name: str) -> Attempt:
         found, wrong = stored(store.path)
         if wrong or found not in ({0, 1}, wanted):
             return "; ".join(wrong) or f"records {sorted(found)}"
-        store.clean()
+        store.sweep()
         if found != wanted or name == "pin":
             act(store)
         found, wrong = stored(store.path)

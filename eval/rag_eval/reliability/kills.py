@@ -153,7 +153,7 @@ def look(folder: Path, state: int, number: int, outcome: Outcome, when: str) -> 
     # What the start of a server does.
     finish_removals(folder / "index")
     store = StoreFolder(folder / "store")
-    store.clean()
+    store.sweep()
     left = leftovers(folder / "index") + leftovers(folder / "store")
     outcome.measure("leftovers", len(left))
     if left:

@@ -1,0 +1,154 @@
+"""One chunk file, read layer by layer; nothing of it is believed before its checksum."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from chunk_cache.keys import ChunkKey, TokenIds
+from chunk_cache.layouts.base import LayerKV
+from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.encoding import (
+    DamagedRecordError,
+    RecordHeader,
+    assemble_record,
+    check_layer,
+    decode_layer,
+    header_size,
+    read_header,
+)
+
+_FIRST_BYTES = 16 << 10
+"""Read at once; most headers are shorter."""
+
+
+class FileReader:
+    """A record's file, open: a :class:`~chunk_cache.LayerReader` that has read the header only.
+
+    The file stays readable until :meth:`close`, or until nobody holds the reader, though it is removed or replaced
+    meanwhile. It is read with ``pread``, never mapped: a file that is cut under a map kills the process. Several
+    threads may read. Reading ends when the disk answers; a disk that hangs holds the caller up.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    key : ChunkKey
+        Which record it should hold.
+    damaged : callable, optional
+        Told the number (inode) of the file when a part of it turns out to be damaged, before it is raised.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    DamagedRecordError
+        If the header is not of this record, or the file is not as long as the header says.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: ChunkKey,
+        damaged: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
+        self._damaged = damaged
+        try:
+            self.header = self._read_header(key)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self, key: ChunkKey) -> RecordHeader:
+        status = os.fstat(self._descriptor)
+        self._number = status.st_ino
+        try:
+            data = self._read(0, min(_FIRST_BYTES, status.st_size))
+            wanted = header_size(key, data)
+            if wanted > len(data):
+                data = self._read(0, min(wanted, status.st_size))
+            header = read_header(key, data)
+            if header is None or header.num_bytes != status.st_size:
+                raise DamagedRecordError(f"chunk {key}: its file has another header or length")
+        except DamagedRecordError:
+            self._damaged(self._number)
+            raise
+        return header
+
+    # -- LayerReader --------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """Token ids of the record."""
+        return self.header.token_ids
+
+    @property
+    def base_position(self) -> int:
+        """Position of its first token when it was computed."""
+        return self.header.base_position
+
+    @property
+    def layout(self) -> str:
+        """Name of its layout."""
+        return self.header.layout
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return self.header.num_layers
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.header.num_tokens
+
+    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
+        """Tokens ``[start, end)`` of one layer, on the CPU; the whole layer is read, for its checksum.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses.
+        DamagedRecordError
+            If it is not what was written.
+        """
+        try:
+            layer = decode_layer(self.header, index, self._read(*self.header.layer_range(index)))
+        except DamagedRecordError:
+            self._damaged(self._number)
+            raise
+        return LayerKV(layer.k[start:end], layer.v[start:end])
+
+    # -- more ---------------------------------------------------------------------------------
+
+    def record(self) -> ChunkKV:
+        """Read everything; raises as :meth:`layer` does."""
+        return assemble_record(self.header, map(self.layer, range(self.num_layers)))
+
+    def check(self) -> None:
+        """Read everything and decode nothing; raises as :meth:`layer` does."""
+        for index in range(self.num_layers):
+            check_layer(self.header, index, self._read(*self.header.layer_range(index)))
+
+    def close(self) -> None:
+        """Close the file; nothing can be read any more."""
+        self._descriptor = -1  # the number may soon be another file's
+        self._close()
+
+    def _read(self, start: int, end: int) -> memoryview:
+        """Bytes ``[start, end)`` of the file; fewer where it ends before."""
+        view = np.empty(end - start, dtype=np.uint8).data
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if not count:
+                break
+            done += count
+        return view[:done]
