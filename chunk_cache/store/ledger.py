@@ -43,6 +43,8 @@ class Ledger:
         self.num_in_use = 0
         """Records with a lease on them, detached ones included."""
         self.entries: dict[ChunkKey, Entry] = {}
+        self.pin_ends: dict[ChunkKey, float] = {}
+        """When pins end that do, on the store's clock."""
         self.bytes_of: dict[str, int] = {}
         """Bytes that each tenant holds, leased, pinned and detached ones included; sums to ``bytes_now``."""
         self._detached: set[Entry] = set()
@@ -122,6 +124,7 @@ class Ledger:
         self.policy.remove(key)
         if entry.pinned:
             self.pinned_bytes -= entry.record.num_bytes
+            self.pin_ends.pop(key, None)
         if entry.refs:
             entry.detached = True
             self._detached.add(entry)
@@ -129,8 +132,13 @@ class Ledger:
             self._weigh(entry, -entry.record.num_bytes)
         return entry.record
 
-    def set_pinned(self, entry: Entry, pinned: bool, now: float) -> None:
-        """Pin or unpin."""
+    def set_pinned(
+        self, entry: Entry, pinned: bool, now: float, until: float | None = None
+    ) -> None:
+        """Pin (until a moment, or for good) or unpin."""
+        self.pin_ends.pop(entry.record.key, None)
+        if pinned and until is not None:
+            self.pin_ends[entry.record.key] = until
         if entry.pinned == pinned:
             return
         entry.pinned = pinned
@@ -142,6 +150,13 @@ class Ledger:
             if not entry.refs:
                 self.policy.release(entry.record.key, now)
 
+    def end_pins(self, now: float) -> int:
+        """Unpin what was pinned until now or before; returns how many."""
+        ended = [key for key, until in self.pin_ends.items() if until <= now]
+        for key in ended:
+            self.set_pinned(self.entries[key], False, now)
+        return len(ended)
+
     def check(self, *, expect_idle: bool) -> None:
         """Check accounting, eviction list and keys; see :meth:`MemoryStore.check_integrity`."""
         entries = self.entries.values()
@@ -152,6 +167,8 @@ class Ledger:
             _fail(f"{self.bytes_now} bytes exceed the budget of {self.byte_budget}")
         if self.pinned_bytes != sum(e.record.num_bytes for e in entries if e.pinned):
             _fail("pinned_bytes is not the weight of the pinned records")
+        if any(key not in self.entries or not self.entries[key].pinned for key in self.pin_ends):
+            _fail("a pin ends that is not there")
         self.policy.check()
         known = {(i.group, i.key, i.num_bytes, i.is_held) for i in self.policy.items.values()}
         told = {

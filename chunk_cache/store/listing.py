@@ -29,6 +29,8 @@ class EntryInfo:
     num_bytes: int = 0
     base_position: int = 0
     pinned: bool = False
+    pin_ttl_s: float | None = None
+    """Seconds that its pin still holds; None for one without an end."""
     in_use: int = 0
     hits: int = 0
     idle_s: float = 0.0
@@ -46,6 +48,7 @@ class EntryInfo:
             "num_bytes": self.num_bytes,
             "base_position": self.base_position,
             "pinned": self.pinned,
+            "pin_ttl_s": None if self.pin_ttl_s is None else round(self.pin_ttl_s, 3),
             "in_use": self.in_use,
             "hits": self.hits,
             "idle_s": round(self.idle_s, 3),
@@ -62,6 +65,7 @@ def list_entries(ledger: Ledger, builds: BuildTable, now: float) -> list[EntryIn
             num_bytes=entry.record.num_bytes,
             base_position=entry.record.base_position,
             pinned=entry.pinned,
+            pin_ttl_s=None if key not in ledger.pin_ends else ledger.pin_ends[key] - now,
             in_use=entry.refs,
             hits=entry.hits,
             idle_s=now - entry.used_at,

@@ -231,11 +231,13 @@ class MemoryStore(WritableStore):
         """List READY, BUILDING and FAILED keys, most recently used first."""
         with self._lock:
             self._expire_builds()
+            self._end_pins()
             return list_entries(self._ledger, self._builds, self._clock())
 
     def stats(self) -> StoreStats:
         """Return a copy of the counters with the gauges filled in."""
         with self._lock:
+            self._end_pins()
             return dataclasses.replace(
                 self._stats,
                 chunks_now=len(self._ledger.entries),
@@ -257,7 +259,7 @@ class MemoryStore(WritableStore):
             self._stats.corrupt += 1
 
     def verify(self) -> list[ChunkKey]:
-        """Recompute all checksums and drop records that changed; nothing calls it on its own yet.
+        """Recompute all checksums and drop records that changed.
 
         Returns
         -------

@@ -31,6 +31,7 @@ class StoreStats:
     evicted: int = 0
     evicted_bytes: int = 0
     evicted_by_hand: int = 0
+    pins_expired: int = 0
     rejected_too_big: int = 0
     """Records larger than the whole budget."""
     rejected_no_room: int = 0

@@ -175,6 +175,7 @@ class WritableStore:
     def _victims(self, record: ChunkKV, tenant: str) -> list[ChunkKey] | None:
         """Keys to drop so that a record fits; with a slab, as few more as leave it room in one piece."""
         ledger, slab, now = self._ledger, self._slab, self._clock()
+        self._end_pins()
         victims = ledger.victims(record.num_bytes, tenant, now)
         if slab is None or victims is None or self._fits(slab, record, victims):
             return victims
@@ -208,6 +209,10 @@ class WritableStore:
     def _expire_builds(self) -> None:
         if self._builds.building or self._builds.failed:
             self._stats.builds_expired += self._builds.expire(self._clock())
+
+    def _end_pins(self) -> None:
+        if self._ledger.pin_ends:
+            self._stats.pins_expired += self._ledger.end_pins(self._clock())
 
     def _drop(self, key: ChunkKey) -> ChunkKV:
         self.matcher.remove(key)
@@ -254,20 +259,24 @@ class WritableStore:
                 if key not in ready and key not in building
             ]
 
-    def pin(self, key: ChunkKey) -> bool:
-        """Keep a READY record until :meth:`unpin`; ``False`` if it is not READY."""
-        return self._set_pinned(key, True)
+    def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
+        """Keep a READY record until :meth:`unpin`, or for so many seconds; ``False`` if it is not READY.
+
+        A pin that has ended holds nothing: it is taken away when room is needed or somebody looks.
+        """
+        return self._set_pinned(key, True, ttl_s)
 
     def unpin(self, key: ChunkKey) -> bool:
         """Make a record evictable again, as if just used; ``False`` if it is not READY."""
         return self._set_pinned(key, False)
 
-    def _set_pinned(self, key: ChunkKey, pinned: bool) -> bool:
+    def _set_pinned(self, key: ChunkKey, pinned: bool, ttl_s: float | None = None) -> bool:
         with self._lock:
             entry = self._ledger.entries.get(key)
             if entry is None:
                 return False
-            self._ledger.set_pinned(entry, pinned, self._clock())
+            now = self._clock()
+            self._ledger.set_pinned(entry, pinned, now, None if ttl_s is None else now + ttl_s)
             return True
 
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
@@ -286,6 +295,7 @@ class WritableStore:
             ``False`` if it is absent, in use, or pinned without ``force``.
         """
         with self._lock:
+            self._end_pins()
             entry = self._ledger.entries.get(key)
             if entry is None or entry.refs or (entry.pinned and not force):
                 return False
@@ -309,6 +319,7 @@ class WritableStore:
     def clear(self) -> int:
         """Drop everything that is neither in use nor pinned; returns how many went."""
         with self._lock:
+            self._end_pins()
             return sum(self.evict(key) for key in list(self._ledger.evictable()))
 
     def reset(self) -> None:

@@ -138,9 +138,35 @@ class Tier(abc.ABC):
         """Bytes that a record takes there; 0 if it is absent, or as long as nobody knows."""
         return 0
 
+    def pinned_until(self, key: ChunkKey) -> float:
+        """When a record's pin ends, seconds since the epoch: infinite for one without an end, 0 where there is none."""
+        return 0.0
+
     def is_pinned(self, key: ChunkKey) -> bool:
         """Whether a record is kept whatever the budget says; loaded first, and pinned in memory too."""
+        return self.pinned_until(key) > 0
+
+    def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
+        """Keep a record until :meth:`unpin`, or for so many seconds; ``False`` if it is not there.
+
+        By default nothing is pinned: not every place can.
+        """
         return False
+
+    def unpin(self, key: ChunkKey) -> bool:
+        """Make a record evictable again; ``False`` if it was not pinned."""
+        return False
+
+    def verify(self, *, remove: bool = False) -> list[ChunkKey]:
+        """Read every record and return the keys of damaged ones, deleting them if ``remove``.
+
+        By default what cannot be read and is still there is damaged.
+        """
+        bad = [key for key in self.keys() if self.read(key) is None and self.contains(key)]
+        if remove:
+            for key in bad:
+                self.remove(key)
+        return bad
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note that records were used just now, for :meth:`keys_by_use`; never raises."""

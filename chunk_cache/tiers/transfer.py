@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Container, Iterable
 
 from chunk_cache.keys import ChunkKey, KVContext
@@ -79,7 +81,7 @@ def load_store(
 ) -> StoreLoadReport:
     """Read records into a memory store until its budget is full; nothing is evicted for it.
 
-    Pinned records come first, and are pinned in memory too; then the most recently used.
+    Pinned records come first, and are pinned in memory too, for as long as there; then the most recently used.
 
     Parameters
     ----------
@@ -106,7 +108,7 @@ def load_store(
         if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
             counts["already_there"] += 1
             if not loose:
-                store.pin(key)
+                _pin_as_in(tier, store, key)
         elif tier.size_of(key) > store.free_bytes:
             counts["no_room"] += 1
         else:
@@ -119,7 +121,15 @@ def load_store(
                 fits = record.num_bytes <= store.free_bytes
                 tenant = tier.tenant_of(key.namespace)
                 put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
+                if put and not (loose or pin):
+                    _pin_as_in(tier, store, key)
                 counts["loaded" if put else "no_room"] += 1
         if progress is not None:
             progress(done)
     return StoreLoadReport(**counts)
+
+
+def _pin_as_in(tier: Tier, store: MemoryStore, key: ChunkKey) -> None:
+    """Let a pin in memory end when that of the tier does; the two have different clocks."""
+    until = tier.pinned_until(key)
+    store.pin(key, ttl_s=None if math.isinf(until) else until - time.time())

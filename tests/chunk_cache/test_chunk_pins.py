@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,3 +172,52 @@ def test_an_unknown_key_is_one_line_and_nothing_happens(
     assert "cache ls" in captured.err
     assert keys_of(folder) == before
     assert list(folder.path.rglob("*.pinned")) == []
+
+
+def test_a_pin_that_has_ended_holds_nothing_and_no_process_has_to_be_awake_for_it(
+    folder: StoreFolder, records: list[ChunkKV], monkeypatch: pytest.MonkeyPatch
+):
+    one, other = records[0].key, records[1].key
+    size = folder.size_of(one)
+    now = time.time()
+    folder.pin(one, ttl_s=60)
+    folder.pin(other)
+    assert folder.trim(0) == [record.key for record in records[2:]]
+    assert now + 50 < folder.pinned_until(one) < now + 70
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    reopened = StoreFolder(folder.path)
+    assert [key for key in (one, other) if reopened.is_pinned(key)] == [other]
+    # Both the process that pinned it and one that found the pin evict the record now.
+    assert folder.trim(size) == [one]
+    assert reopened.trim(0) == []
+    assert [path.stem[:64] for path in folder.path.rglob("*.pinned")] == [other.digest]
+
+
+def test_a_pin_ends_in_memory_when_it_ends_on_the_disk(
+    folder: StoreFolder, records: list[ChunkKV], monkeypatch: pytest.MonkeyPatch
+):
+    folder.pin(records[0].key, ttl_s=60)
+    folder.pin(records[1].key)
+    clock = 100.0
+    store = MemoryStore(1 << 20, clock=lambda: clock)
+    load_store(folder, store)
+    left = {info.key: info.pin_ttl_s for info in store.ls() if info.pinned}
+    assert set(left) == {records[0].key, records[1].key}
+    assert left[records[1].key] is None
+    assert 50 < (left[records[0].key] or 0) <= 60
+    assert not store.evict(records[0].key)
+    clock = 161.0
+    assert store.stats().pins_expired == 1
+    store.check_integrity(expect_idle=True)
+    assert store.evict(records[0].key)
+    assert not store.evict(records[1].key)
+
+
+def test_pinning_again_sets_another_end(folder: StoreFolder, records: list[ChunkKV]):
+    key = records[0].key
+    folder.pin(key, ttl_s=60)
+    folder.pin(key)
+    assert folder.pinned_until(key) == float("inf")
+    folder.pin(key, ttl_s=-1)
+    assert not folder.is_pinned(key)
+    assert not folder.unpin(key)

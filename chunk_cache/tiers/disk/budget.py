@@ -12,6 +12,7 @@ from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.index import Describe, FolderIndex
 from chunk_cache.tiers.disk.layout import chunk_path, pin_path, usage_path
 from chunk_cache.tiers.disk.listing import Listing, StoredFile, list_folder
+from chunk_cache.tiers.disk.pins import read_pin
 from chunk_cache.tiers.disk.private_files import Draft, make_private
 from chunk_cache.tiers.disk.usage import Usage, changes_of, locked_usage
 
@@ -70,7 +71,7 @@ class FolderBudget:
             return None
         except OSError:
             return None
-        found = StoredFile(status.st_mtime_ns, key, status.st_size, False)
+        found = StoredFile(status.st_mtime_ns, key, status.st_size)
         with self._indexing:
             if key not in self._index:
                 self._index.put(found)
@@ -160,10 +161,10 @@ class FolderBudget:
         with self._writing, locked_usage(usage_path(self._folder)) as usage:
             stamp = self._stamp()
             replaced = _size(draft.path)
-            is_pinned = pin_path(self._folder, key).exists()
+            until = read_pin(pin_path(self._folder, key))
             draft.publish(stamp)
             with self._indexing:
-                self._index.put(StoredFile(stamp, key, draft.num_bytes, is_pinned))
+                self._index.put(StoredFile(stamp, key, draft.num_bytes, until))
             self._count(usage, -replaced)
 
     def discard(self, draft: Draft) -> None:
@@ -199,10 +200,10 @@ class FolderBudget:
                 self._is_doubtful = True
                 pin_path(self._folder, key).unlink(missing_ok=True)
 
-    def note_pin(self, key: ChunkKey, is_pinned: bool) -> None:
-        """Know, and let other processes know, that a pin was set or removed."""
+    def note_pin(self, key: ChunkKey, until: float) -> None:
+        """Know, and let other processes know, until when a record is pinned (seconds since the epoch; 0 for not)."""
         with self._indexing:
-            self._index.set_pinned(key, is_pinned)
+            self._index.set_pinned(key, until)
         self._count_gone(0)
 
     def regroup(self, namespace: str) -> None:
@@ -269,13 +270,14 @@ class FolderBudget:
         def may_go(file: StoredFile) -> bool:
             """Ask the disk: another process may have used the record, pinned it, or removed it."""
             used_ns = _used_ns(chunk_path(self._folder, file.key))
-            is_pinned = pin_path(self._folder, file.key).exists()
-            if is_pinned or used_ns > file.used_ns:
-                stay.append(file._replace(used_ns=used_ns, is_pinned=is_pinned))
+            until = read_pin(pin_path(self._folder, file.key))
+            if until or used_ns > file.used_ns:
+                stay.append(file._replace(used_ns=used_ns, pinned_until=until))
                 return False
             return True
 
         with self._indexing:
+            self._index.end_pins(time.time())
             chosen = self._index.victims(
                 num_bytes + slack, may_go, claim=claim, now_ns=time.time_ns()
             )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +32,8 @@ from chunk_cache.tiers.disk.layout import (
     write_context,
 )
 from chunk_cache.tiers.disk.listing import folders_of, list_folder, prune
-from chunk_cache.tiers.disk.private_files import sync_folder, write_private
+from chunk_cache.tiers.disk.pins import read_pin, write_pin
+from chunk_cache.tiers.disk.private_files import sync_folder
 from chunk_cache.tiers.disk.reader import FileReader
 from chunk_cache.tiers.encoding import DamagedRecordError, EncodedRecord, encode_record
 
@@ -197,29 +200,32 @@ class StoreFolder(Tier):
 
     # -- pins and eviction --------------------------------------------------------------------
 
-    def pin(self, key: ChunkKey) -> bool:
-        """Keep a record until :meth:`unpin`; ``False`` if it is not in the folder.
+    def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
+        """Keep a record until :meth:`unpin`, or for `ttl_s`; ``False`` if it is not in the folder.
 
-        Engines load it as pinned, at their next start.
+        The end is written down as a moment of the wall clock, so a restart changes nothing, and a clock that is set
+        shifts it.
         """
         if not chunk_path(self.path, key).exists():
             return False
-        write_private(pin_path(self.path, key), b"")
-        self.budget.note_pin(key, True)
+        until = math.inf if ttl_s is None else time.time() + ttl_s
+        write_pin(pin_path(self.path, key), until)
+        self.budget.note_pin(key, until)
         return True
 
     def unpin(self, key: ChunkKey) -> bool:
         """Make a record evictable again; ``False`` if it was not pinned."""
+        was_pinned = self.is_pinned(key)
         try:
             pin_path(self.path, key).unlink()
         except FileNotFoundError:
             return False
-        self.budget.note_pin(key, False)
-        return True
+        self.budget.note_pin(key, 0.0)
+        return was_pinned
 
-    def is_pinned(self, key: ChunkKey) -> bool:
-        """Whether a record is pinned."""
-        return pin_path(self.path, key).exists()
+    def pinned_until(self, key: ChunkKey) -> float:
+        """When a record's pin ends, seconds since the epoch."""
+        return read_pin(pin_path(self.path, key))
 
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
         """Delete one record by hand; ``False`` if it is absent, or pinned without ``force``."""

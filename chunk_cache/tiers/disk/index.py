@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,6 +36,8 @@ class FolderIndex:
         self._turns: dict[Share, OrderedDict[ChunkKey, None]] = {}
         """Records that are not pinned, the longest unused first."""
         self._bytes_of: dict[Share, int] = {}
+        self._pin_ends: dict[ChunkKey, float] = {}
+        """Of pins that end, seconds since the epoch."""
         self.newest_ns = 0
         """Latest use of any record."""
 
@@ -55,7 +58,10 @@ class FolderIndex:
         share = self.share_of(file.key.namespace)
         self._files[file.key] = file
         self._bytes_of[share] = self._bytes_of.get(share, 0) + file.num_bytes
-        if not file.is_pinned:
+        if file.is_pinned:
+            if not math.isinf(file.pinned_until):
+                self._pin_ends[file.key] = file.pinned_until
+        else:
             self._turns.setdefault(share, OrderedDict())[file.key] = None
         self.newest_ns = max(self.newest_ns, file.used_ns)
 
@@ -64,6 +70,7 @@ class FolderIndex:
         file = self._files.pop(key, None)
         if file is None:
             return
+        self._pin_ends.pop(key, None)
         share = self.share_of(key.namespace)
         self._bytes_of[share] -= file.num_bytes
         turns = self._turns.get(share)
@@ -80,11 +87,16 @@ class FolderIndex:
         if file is not None:
             self.put(file._replace(used_ns=used_ns))
 
-    def set_pinned(self, key: ChunkKey, is_pinned: bool) -> None:
-        """Take a record out of the turns, or into them again."""
+    def set_pinned(self, key: ChunkKey, until: float) -> None:
+        """Take a record out of the turns until then, or into them again (0)."""
         file = self._files.get(key)
-        if file is not None and file.is_pinned != is_pinned:
-            self.put(file._replace(is_pinned=is_pinned))
+        if file is not None and file.pinned_until != until:
+            self.put(file._replace(pinned_until=until))
+
+    def end_pins(self, now: float) -> None:
+        """Take records whose pins ended into the turns again, as used last; those of others' turns stay before them."""
+        for key in [key for key, until in self._pin_ends.items() if until <= now]:
+            self.set_pinned(key, 0.0)
 
     def regroup(self, namespace: str) -> None:
         """Ask again whose a namespace is."""

@@ -6,7 +6,7 @@
     usage                                            bytes of all records, see :mod:`~chunk_cache.tiers.disk.usage`
     <namespace>/context.json                         what the namespace stands for (no tenant's salt)
     <namespace>/<2 hex>/<digest>-<tokens>.safetensors
-    <namespace>/<2 hex>/<digest>-<tokens>.pinned     empty; the record beside it is pinned
+    <namespace>/<2 hex>/<digest>-<tokens>.pinned     the record beside it is pinned, see :mod:`~chunk_cache.tiers.disk.pins`
 
 A pin is a file of its own, not a list in one file: several processes may pin and unpin at once, and
 none of them undoes what another did.

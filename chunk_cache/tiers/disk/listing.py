@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.layout import PIN_SUFFIX, chunk_of, is_namespace
+from chunk_cache.tiers.disk.pins import read_pin
 from chunk_cache.tiers.disk.private_files import is_temporary, sweep, tighten
 
 
@@ -20,7 +22,13 @@ class StoredFile(NamedTuple):
     used_ns: int
     key: ChunkKey
     num_bytes: int
-    is_pinned: bool
+    pinned_until: float = 0.0
+    """As :func:`~chunk_cache.tiers.disk.pins.read_pin` says."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is pinned at this moment."""
+        return self.pinned_until > 0 and self.pinned_until > time.time()
 
 
 @dataclass(slots=True)
@@ -48,7 +56,7 @@ def list_folder(folder: Path, *, tidy: bool = False) -> Listing:
     folder : Path
         The store's folder.
     tidy : bool
-        Remove temporary files that nobody writes, and take other users' rights.
+        Remove temporary files that nobody writes and pins that have ended, and take other users' rights.
     """
     found = Listing()
     if tidy:
@@ -86,24 +94,26 @@ def folders_of(folder: Path) -> list[Path]:
 
 def _list_chunks(namespace: str, path: str, found: Listing, tidy: bool) -> None:
     chunks: list[tuple[str, StoredFile]] = []
-    pinned = set()
+    pinned: dict[str, float] = {}
     for entry in _entries(path):
         name = entry.name
         key = chunk_of(namespace, name)
         if key is None:
             if name.endswith(PIN_SUFFIX):
-                pinned.add(name.removesuffix(PIN_SUFFIX))
+                until = pinned[name.removesuffix(PIN_SUFFIX)] = read_pin(Path(entry.path))
+                if tidy and not until:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)  # noqa: PTH108 - as fast as can be
+                    continue
             _other(entry, found, tidy)
             continue
         with contextlib.suppress(OSError):  # another process was faster
             status = entry.stat(follow_symlinks=False)
             if tidy:
                 tighten(entry.path, status.st_mode)
-            file = StoredFile(status.st_mtime_ns, key, status.st_size, False)
+            file = StoredFile(status.st_mtime_ns, key, status.st_size)
             chunks.append((name.partition(".")[0], file))
-    found.files += [
-        file._replace(is_pinned=True) if stem in pinned else file for stem, file in chunks
-    ]
+    found.files += [file._replace(pinned_until=pinned.get(stem, 0.0)) for stem, file in chunks]
 
 
 def _other(entry: os.DirEntry[str], found: Listing, tidy: bool) -> None:

@@ -1,0 +1,54 @@
+"""When the pin of a record ends: the one number that its pin file holds.
+
+The file is empty for a pin without an end. One whose end has passed counts as none, wherever it is met; the next
+walk that tidies the folder removes it. So nobody has to wake up for it, and a restart changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from chunk_cache.errors import ChunkCacheError
+from chunk_cache.tiers.disk.private_files import write_private
+
+
+def write_pin(path: Path, until: float) -> None:
+    """Write a pin file.
+
+    Parameters
+    ----------
+    path : Path
+        Its place.
+    until : float
+        End of the pin, seconds since the epoch; infinite for none.
+
+    Raises
+    ------
+    ChunkCacheError
+        If the end is not a number.
+    OSError
+        Where the disk refuses.
+    """
+    if math.isnan(until):
+        raise ChunkCacheError(f"pin until {until}: give seconds since the epoch, or infinity")
+    write_private(path, b"" if math.isinf(until) else repr(float(until)).encode())
+
+
+def read_pin(path: Path) -> float:
+    """End of a pin, seconds since the epoch: infinite without one, 0 where there is no pin or its end has passed.
+
+    What cannot be read is a pin without an end: a record that somebody wanted to keep is not lost to a fault.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return 0.0
+    except OSError:
+        return math.inf
+    try:
+        until = float(text) if text else math.inf
+    except ValueError:
+        return math.inf
+    return until if until > time.time() else 0.0
