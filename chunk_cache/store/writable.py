@@ -15,6 +15,7 @@ from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
 from chunk_cache.store.builds import Build, BuildTable, ChunkState
 from chunk_cache.store.ledger import Ledger
+from chunk_cache.store.loading import LoadingChunk
 from chunk_cache.store.stats import StoreStats
 
 
@@ -92,7 +93,7 @@ class WritableStore:
         Returns
         -------
         Build or ChunkState
-            The right, or the state that stands against it: BUILDING (somebody else is at it),
+            The right, or the state that stands against it: BUILDING or LOADING (somebody else is at it),
             READY (it is there), FAILED (back-off has not passed).
 
         Raises
@@ -115,6 +116,35 @@ class WritableStore:
             self._builds.begin(build)
             self._stats.builds_begun += 1
             return build
+
+    def begin_load(self, build: Build, loading: LoadingChunk) -> bool:
+        """Take room for a record that arrives layer by layer; from now on it is leased as if it were READY.
+
+        It is charged in full at once, and evicted by nobody. ``build.commit(loading.record)`` makes it READY without
+        asking for room again; after ``abort`` its bytes are free when the last lease has ended.
+
+        Parameters
+        ----------
+        build : Build
+            The right to its key.
+        loading : LoadingChunk
+            With that key.
+
+        Returns
+        -------
+        bool
+            ``False`` if the right is lost, or there is no room (counted).
+        """
+        if loading.key != build.key:
+            raise ChunkCacheError(f"chunk {loading.key} loaded for the build of {build.key}")
+        with self._lock:
+            self._expire_builds()
+            if self._builds.building.get(build.key) is not build or build.loading is not None:
+                return False
+            if not self._make_room(build, loading.num_bytes):
+                return False
+            build.loading = self._ledger.reserve(loading, self._clock(), build.tenant)
+            return True
 
     def put(self, record: ChunkKV, *, pin: bool = False, tenant: str = "") -> bool:
         """Store a finished record in one step (read from a folder, tests).
@@ -147,27 +177,47 @@ class WritableStore:
             self._expire_builds()
             if not self._builds.end(build):
                 return False
-            if record.num_bytes > self._ledger.byte_budget:
-                self._stats.rejected_too_big += 1
+            entry = build.loading
+            if entry is None and record.num_bytes > self._ledger.byte_budget:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
+            if entry is None and not self._make_room(build, record.num_bytes):
                 return False
-            victims = self._ledger.victims(record.num_bytes, build.tenant)
-            if victims is None:
-                self._stats.rejected_no_room += 1
-                return False
-            for key in victims:
-                self._stats.evicted += 1
-                self._stats.evicted_bytes += self._drop(key).num_bytes
             self.matcher.add(build.key, record.token_ids)
-            self._ledger.insert(record, pin, self._clock(), build.tenant)
+            if entry is None:
+                self._ledger.insert(record, pin, self._clock(), build.tenant)
+            else:
+                self._ledger.attach(entry, record)
+                self._end_load(build)
+                self._ledger.set_pinned(entry, pin)
             self._stats.inserted += 1
             return True
+
+    def _make_room(self, build: Build, num_bytes: int) -> bool:
+        """Evict what must go for a record; ``False``, counted, where that cannot help."""
+        if num_bytes > self._ledger.byte_budget:
+            self._stats.rejected_too_big += 1
+            return False
+        victims = self._ledger.victims(num_bytes, build.tenant)
+        if victims is None:
+            self._stats.rejected_no_room += 1
+            return False
+        for key in victims:
+            self._stats.evicted += 1
+            self._stats.evicted_bytes += self._drop(key).num_bytes
+        return True
+
+    def _end_load(self, build: Build) -> None:
+        """Give back the hold that a build has on what it loads."""
+        entry, build.loading = build.loading, None
+        if entry is not None:
+            self._ledger.give_back(entry, self._clock())
 
     def _abort(self, build: Build, reason: str, failed: bool) -> bool:
         with self._lock:
             if not self._builds.end(build):
                 return False
+            self._end_load(build)
             self._stats.builds_aborted += 1
             if failed:
                 self._builds.fail(build.key, reason, self._clock())
@@ -175,9 +225,11 @@ class WritableStore:
 
     def _expire_builds(self) -> None:
         if self._builds.building or self._builds.failed:
-            self._stats.builds_expired += self._builds.expire(self._clock())
+            for build in self._builds.expire(self._clock()):
+                self._end_load(build)
+                self._stats.builds_expired += 1
 
-    def _drop(self, key: ChunkKey) -> ChunkKV:
+    def _drop(self, key: ChunkKey) -> ChunkKV | LoadingChunk:
         self.matcher.remove(key)
         return self._ledger.drop(key)
 
