@@ -110,9 +110,7 @@ class MemoryStore(WritableStore):
     def _loading(self, key: ChunkKey) -> Entry | None:
         build = self._builds.building.get(key)
         entry = None if build is None else build.loading
-        if entry is None or not (
-            isinstance(entry.record, LoadingChunk) and entry.record.is_usable
-        ):
+        if entry is None or not (isinstance(entry.record, LoadingChunk) and entry.record.is_usable):
             return None
         return entry
 
@@ -282,16 +280,16 @@ class MemoryStore(WritableStore):
             The damaged ones. Records stored without a checksum cannot be judged and are skipped.
         """
         with self._lock:
-            sealed = [e for e in self._ledger.entries.values() if e.record.checksum is not None]
+            present = [(e, e.record) for e in self._ledger.entries.values()]
         bad: list[ChunkKey] = []
-        for entry in sealed:
-            if entry.record.verify():
+        for entry, record in present:
+            if not isinstance(record, ChunkKV) or record.checksum is None or record.verify():
                 continue
             with self._lock:
-                if self._ledger.entries.get(entry.record.key) is entry:
-                    self._drop(entry.record.key)
+                if self._ledger.entries.get(record.key) is entry:
+                    self._drop(record.key)
                     self._stats.corrupt += 1
-                    bad.append(entry.record.key)
+                    bad.append(record.key)
         return bad
 
     def check_integrity(self, *, expect_idle: bool = False) -> None:
