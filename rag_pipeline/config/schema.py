@@ -194,6 +194,11 @@ class FusionSettings(_Section):
         ge=0,
         description="Byte budget of the folder of chunk KV; the longest unused chunks go first.",
     )
+    preload_layers: int = Field(
+        default=0,
+        ge=0,
+        description="Layers of chunk KV that must have come from below memory before a prompt is computed.",
+    )
     store_tenants: str = Field(
         default="*",
         description="Tenants whose chunk KV is read at start, as digests; * for all; the commands set it.",

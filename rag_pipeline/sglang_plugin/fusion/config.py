@@ -61,6 +61,9 @@ class FusionConfig:
         What ``store_dir`` is opened as (:data:`chunk_cache.TIERS`).
     store_dir_bytes : int
         Byte budget of that folder, of all its models, ranks and tenants together.
+    preload_layers : int
+        Layers of a request's chunks that must have come from a lower tier before it is computed; the others load
+        meanwhile.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -83,6 +86,7 @@ class FusionConfig:
     store_dir: str = ""
     tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
+    preload_layers: int = 0
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -104,6 +108,10 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: store_bytes={self.store_bytes}, max_background="
                 f"{self.max_background}, min_reused_tokens={self.min_reused_tokens}; the first and "
                 "the last must be positive, the other not negative."
+            )
+        if self.preload_layers < 0:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: preload_layers is {self.preload_layers}; give 0 (load while computing) or more."
             )
         if self.store_dir_bytes < 0:
             raise EngineError(

@@ -8,12 +8,13 @@ every attention backend and model of the supported families works alike.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from chunk_cache import LayerReader, layout_named
+from chunk_cache import LayerReader, Timeline, layout_named
 from rag_kernels import (
     AttentionCall,
     BlockMask,
@@ -52,7 +53,11 @@ class Loader:
     earlier pass on top of it.
     """
 
-    def __init__(self, loads: Sequence[LoadItem], spec: RotarySpec) -> None:
+    def __init__(
+        self, loads: Sequence[LoadItem], spec: RotarySpec, timeline: Timeline | None = None
+    ) -> None:
+        self._timeline = timeline
+        self._ended = 0.0
         self._loads = list(loads)
         self._spec = spec
         self._done: set[int] = set()
@@ -67,12 +72,17 @@ class Loader:
         if layer_id in self._done:
             return
         self._done.add(layer_id)
+        began = time.perf_counter()
+        if self._timeline is not None and layer_id > 0:
+            self._timeline.add("compute", layer_id - 1, self._ended)
         for item in self._loads:
             end = item.chunk_offset + item.slots.numel()
             source = item.record.layer(layer_id, item.chunk_offset, end)
             table = self._spec.table(item.delta, k_pool.device)
             layout = layout_named(item.record.layout)
             layout.load_inplace(k_pool, v_pool, item.slots, source, table, self._spec)
+        if self._timeline is not None:
+            self._ended = self._timeline.add("wait", layer_id, began)
 
 
 class Observer(Protocol):
