@@ -268,11 +268,11 @@ class Fetcher:
         assert fetch.reader is not None
         began, clock = time.monotonic(), time.perf_counter()
         kv = fetch.reader.layer(layer)
-        fetch.loading.fill(layer, kv)
         self._took(fetch.tier, kv.k.nbytes + kv.v.nbytes, time.monotonic() - began)
         timeline = self._timeline()
         if timeline is not None:
             timeline.add("load", layer, clock, fetch.loading.key.digest[:8])
+        fetch.loading.fill(layer, kv)
         if layer + 1 < fetch.loading.num_layers:
             return layer + 1
         self._finish(fetch)
