@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chunk_cache.errors import ChunkCacheError, IntegrityError, LoadError
+    from chunk_cache.errors import ChunkCacheError, DamagedRecordError, IntegrityError, LoadError
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
         ChunkKey,
@@ -53,6 +53,7 @@ _HOME = {
     "ChunkState": "store.builds",
     "DISK_BYTES": "tiers.disk.budget",
     "EntryInfo": "store.listing",
+    "DamagedRecordError": "errors",
     "Fetch": "tiers.fetcher",
     "Fetcher": "tiers.fetcher",
     "IntegrityError": "errors",
@@ -109,6 +110,7 @@ __all__ = [
     "ChunkKey",
     "ChunkMatcher",
     "ChunkState",
+    "DamagedRecordError",
     "EntryInfo",
     "Fetch",
     "Fetcher",

@@ -13,3 +13,7 @@ class IntegrityError(RuntimeError):
 
 class LoadError(ChunkCacheError):
     """A layer of a record that is read from a lower tier does not come; the prompt is prefilled as usual."""
+
+
+class DamagedRecordError(ChunkCacheError):
+    """Stored bytes are not what was written; the record is a miss, and whoever finds out removes it."""

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from chunk_cache.errors import LoadError
+from chunk_cache.errors import DamagedRecordError, LoadError
 from chunk_cache.keys import ChunkKey, TokenIds
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -195,18 +195,20 @@ class LoadingChunk:
 
         Raises
         ------
-        LoadError
+        DamagedRecordError
             If it is not the next, or not of the shapes and dtypes of the record.
         """
         place = self.record.layer(index)
         for there, given in zip(place, layer, strict=True):
             if there.shape != given.shape or there.dtype != given.dtype:
-                raise LoadError(
+                raise DamagedRecordError(
                     f"layer {index} of chunk {self.key} is {list(given.shape)} of {given.dtype}; "
                     f"this engine's are {list(there.shape)} of {there.dtype}"
                 )
         if index != self._num_filled:
-            raise LoadError(f"layer {index} of chunk {self.key} came after {self._num_filled}")
+            raise DamagedRecordError(
+                f"layer {index} of chunk {self.key} came after {self._num_filled}"
+            )
         for there, given in zip(place, layer, strict=True):
             there.copy_(given)
         with self._changed:

@@ -17,7 +17,7 @@ class LayerReader(Protocol):
 
     Layers are read in order, each once, by one thread at a time (:class:`~chunk_cache.Fetcher`), which copies them
     into memory; a forward waits for the layer that it needs. Whatever :meth:`layer` raises, and damage raises, ends the
-    reading: the record is a miss, and a request that used it already is prefilled as usual. So a reader that fails costs
+    reading (:class:`~chunk_cache.DamagedRecordError` where the bytes are wrong): the record is a miss, and a request that used it already is prefilled as usual. So a reader that fails costs
     time and nothing else; one that hangs occupies the thread, and should therefore time out.
     """
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import DamagedRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.store.builds import Build, ChunkState
 from chunk_cache.store.loading import LoadingChunk, Patience, RecordForm
@@ -344,7 +344,7 @@ class Fetcher:
         self._end(fetch, "fetched")
 
     def _fail(self, fetch: Fetch, error: Exception) -> None:
-        is_damage = isinstance(error, ChunkCacheError)
+        is_damage = isinstance(error, DamagedRecordError)
         if fetch.loading is not None:
             fetch.loading.fail(error)
         if is_damage and fetch.chosen is not None:

@@ -16,6 +16,7 @@ from chunk_cache import (
     ChunkKey,
     ChunkKV,
     ChunkState,
+    DamagedRecordError,
     Fetcher,
     KVContext,
     LayerKV,
@@ -214,7 +215,7 @@ def test_two_requests_share_a_fetch(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "kind", "kept"),
-    [(LoadError("damaged"), "damaged", False), (OSError("gone"), "fetch_failed", True)],
+    [(DamagedRecordError("a bit"), "damaged", False), (OSError("gone"), "fetch_failed", True)],
 )
 def test_a_record_that_fails_in_the_middle_is_a_miss_that_may_be_built_at_once(
     world: World, fault: Exception, kind: str, kept: bool
