@@ -141,8 +141,10 @@ class WritableStore:
             self._expire_builds()
             if self._builds.building.get(build.key) is not build or build.loading is not None:
                 return False
-            if not self._make_room(build, loading.num_bytes):
+            stored = self._make_room(build, loading.record)
+            if stored is None:
                 return False
+            loading.record = stored  # nobody has leased it yet
             build.loading = self._ledger.reserve(loading, self._clock(), build.tenant)
             return True
 
@@ -181,8 +183,10 @@ class WritableStore:
             if entry is None and record.num_bytes > self._ledger.byte_budget:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
-            if entry is None and not self._make_room(build, record.num_bytes):
+            stored = record if entry is not None else self._make_room(build, record)
+            if stored is None:
                 return False
+            record = stored
             self.matcher.add(build.key, record.token_ids)
             if entry is None:
                 self._ledger.insert(record, pin, self._clock(), build.tenant)
@@ -193,19 +197,19 @@ class WritableStore:
             self._stats.inserted += 1
             return True
 
-    def _make_room(self, build: Build, num_bytes: int) -> bool:
-        """Evict what must go for a record; ``False``, counted, where that cannot help."""
-        if num_bytes > self._ledger.byte_budget:
+    def _make_room(self, build: Build, record: ChunkKV) -> ChunkKV | None:
+        """Evict what must go; return the record as it will be kept, ``None``, counted, where it has no room."""
+        if record.num_bytes > self._ledger.byte_budget:
             self._stats.rejected_too_big += 1
-            return False
-        victims = self._ledger.victims(num_bytes, build.tenant)
+            return None
+        victims = self._ledger.victims(record.num_bytes, build.tenant)
         if victims is None:
             self._stats.rejected_no_room += 1
-            return False
+            return None
         for key in victims:
             self._stats.evicted += 1
             self._stats.evicted_bytes += self._drop(key).num_bytes
-        return True
+        return record
 
     def _end_load(self, build: Build) -> None:
         """Give back the hold that a build has on what it loads."""
