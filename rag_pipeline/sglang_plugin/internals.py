@@ -76,7 +76,7 @@ INTERNALS = (
         "slots of a request",
         has="cache_protected_len req_pool_idx",
     ),
-    _row("managers.schedule_batch.ScheduleBatch", "requests of a batch", has="reqs"),
+    _row("managers.schedule_batch.ScheduleBatch", "requests of a batch", has="is_empty reqs"),
     _row("managers.schedule_batch.FINISH_ABORT", "turns of aborted requests are not kept"),
     _row(
         "managers.schedule_policy.PrefillAdder",

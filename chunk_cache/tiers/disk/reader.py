@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chunk_cache.codecs.base import codec_named
 from chunk_cache.keys import ChunkKey, TokenIds
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -98,6 +99,16 @@ class FileReader:
     def layout(self) -> str:
         """Name of its layout."""
         return self.header.layout
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec that its layers went through."""
+        return self.header.codec
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every bit is as the model computed it."""
+        return codec_named(self.header.codec).is_lossless
 
     @property
     def num_layers(self) -> int:

@@ -70,6 +70,9 @@ class FusionConfig:
         Byte budget of that folder, of all its models, ranks and tenants together.
     store_codec : str
         How KV is written to tiers below memory (:data:`chunk_cache.CODECS`); what is there is read whatever this says.
+    preload_layers : int
+        Layers of a request's chunks that must have come from a lower tier before it is computed; the others load
+        meanwhile.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -95,6 +98,7 @@ class FusionConfig:
     tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
     store_codec: str = LOSSLESS
+    preload_layers: int = 0
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -120,6 +124,10 @@ class FusionConfig:
         if not 0 <= self.build_share <= 1:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: build_share is {self.build_share}; give 0 (only when idle) to 1."
+            )
+        if self.preload_layers < 0:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: preload_layers is {self.preload_layers}; give 0 (load while computing) or more."
             )
         if self.store_dir_bytes < 0:
             raise EngineError(
