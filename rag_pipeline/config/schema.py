@@ -194,6 +194,10 @@ class FusionSettings(_Section):
         ge=0,
         description="Byte budget of the folder of chunk KV; the longest unused chunks go first.",
     )
+    remote: str = Field(
+        default="",
+        description="Store that several servers share: valkey://host:port, hicache+BACKEND://...",
+    )
     store_tenants: str = Field(
         default="*",
         description="Tenants whose chunk KV is read at start, as digests; * for all; the commands set it.",

@@ -10,6 +10,7 @@ from typing import Any
 
 from chunk_cache import DISK_BYTES, TIERS
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
+from chunk_cache.tiers.remote.url import parse_remote_url, shown_url
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
@@ -61,6 +62,9 @@ class FusionConfig:
         What ``store_dir`` is opened as (:data:`chunk_cache.TIERS`).
     store_dir_bytes : int
         Byte budget of that folder, of all its models, ranks and tenants together.
+    remote : str
+        Address of a store that several servers share (:mod:`chunk_cache.tiers.remote.url`); empty for none. May hold
+        a password, so it is left out of :func:`repr`, and :meth:`shown` is what others may see.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -83,6 +87,7 @@ class FusionConfig:
     store_dir: str = ""
     tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
+    remote: str = dataclasses.field(default="", repr=False)
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -124,6 +129,8 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: tier is {self.tier!r}; choose one of {', '.join(TIERS.names())}."
             )
         try:
+            if self.remote:
+                parse_remote_url(self.remote)
             create_policy(self.policy)
         except ValueError as error:
             raise EngineError(f"{CONFIG_VARIABLE}: {error}") from None
@@ -147,7 +154,9 @@ class FusionConfig:
         except ValueError:
             given = None
         if not isinstance(given, dict):
-            raise EngineError(f"{CONFIG_VARIABLE}={text!r}: give on, off, or a JSON object.")
+            raise EngineError(
+                f"{CONFIG_VARIABLE}={shown_url(text)!r}: give on, off, or a JSON object."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
@@ -159,6 +168,10 @@ class FusionConfig:
             k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
         }
         return cls(**values)
+
+    def shown(self) -> dict[str, Any]:
+        """All fields as others may see them: an address without its secrets."""
+        return dataclasses.asdict(self) | {"remote": shown_url(self.remote)}
 
     def to_env(self) -> str:
         """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""
