@@ -402,3 +402,57 @@ def test_nothing_is_asked_of_a_server_before_the_first_call() -> None:
     tier = ValkeyTier.connect(f"valkey://127.0.0.1:{free_port()}", byte_budget=1, model="")
     with pytest.raises(OSError, match="valkey://127"):
         tier.check()
+
+
+def test_the_rights_that_the_page_names_are_enough(tmp_path: Path, make_record: Make) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tiers.md").read_text("utf-8")
+    rights = page.partition("needs `")[2].partition("`")[0].split()
+    server = Server(tmp_path, "--save", "3600 1")
+    try:
+        words = ["ACL", "SETUSER", "kv", "on", ">word", "~ragkv:2:*", *rights]
+        client_of(server).execute_command(*words)
+        url = f"valkey://kv:word@127.0.0.1:{server.port}?timeout=5&ttl=100"
+        tier = connect_remote(url, byte_budget=BUDGET, model="")
+        record = make_record(range(8))
+        assert tier.put(record)
+        assert same(tier.read(record.key), record)
+        assert tier.keys_by_use() == [record.key]
+        assert tier.remove(record.key)
+        tier.sync()
+        assert tier.stats()["state"] == "closed"
+    finally:
+        server.kill()
+
+
+def test_writers_of_one_key_and_a_reader_beside_a_server_that_evicts(
+    tmp_path: Path, make_record: Make
+) -> None:
+    """A reader gets the record, or nothing: never another one's bytes and never half of it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = Server(tmp_path, "--maxmemory", "6mb", "--maxmemory-policy", "allkeys-lru")
+    records = [make_record(range(i, i + 200), layers=8, dim=64) for i in range(12)]
+    try:
+        tiers = [tier_of(server, "?timeout=5") for _ in range(4)]
+
+        def write(tier: GuardedTier) -> int:
+            return sum(tier.put(record) for _ in range(4) for record in records)
+
+        def read(tier: GuardedTier) -> list[bool]:
+            found = [tier.read(record.key) for _ in range(6) for record in records]
+            return [
+                same(one, record)
+                for one, record in zip(found, records * 6, strict=True)
+                if one is not None
+            ]
+
+        with ThreadPoolExecutor(4) as pool:
+            writers = [pool.submit(write, tier) for tier in tiers[:2]]
+            readers = [pool.submit(read, tier) for tier in tiers[2:]]
+            assert all(writer.result() for writer in writers)
+            hits = [hit for reader in readers for hit in reader.result()]
+        assert hits
+        assert all(hits)
+        assert not client_of(server).keys("ragkv:2:w:*")
+    finally:
+        server.kill()
