@@ -43,7 +43,9 @@ _WRITING_S = 300
 """What is being written is dropped by the server so long after its last layer."""
 _WRITE_BYTES = 8 << 20
 """Bytes per round trip of a write."""
-_FETCHES = 4
+_READ_BYTES = 1 << 20
+"""Bytes per read of the socket."""
+_FETCHES = 2
 """Calls for layers that run at once."""
 _SAVE_S = 60.0
 """Longest that :meth:`ValkeyTier.sync` waits for the server's disk."""
@@ -396,10 +398,12 @@ def _client(url: RemoteURL, wait_s: float) -> tuple[Any, Any]:
         ) from None
     # Once more at once: a server that was restarted closed the connections of before. Not after a time-out.
     gone = (valkey.exceptions.ConnectionError,)
-    secure: dict[str, Any] = {"ssl": True} if url.kind in ("valkeys", "rediss") else {}
-    if secure and "ca_file" in url.options:
-        secure["ssl_ca_certs"] = url.options["ca_file"]
-    client = valkey.Valkey(
+    secure: dict[str, Any] = {}
+    if url.kind in ("valkeys", "rediss"):
+        secure["connection_class"] = valkey.SSLConnection
+        if "ca_file" in url.options:
+            secure["ssl_ca_certs"] = url.options["ca_file"]
+    pool = valkey.ConnectionPool(
         host=url.host,
         port=url.port,
         db=url.database,
@@ -408,8 +412,11 @@ def _client(url: RemoteURL, wait_s: float) -> tuple[Any, Any]:
         socket_timeout=wait_s,
         socket_connect_timeout=wait_s,
         socket_keepalive=True,
+        # Layers are long: the default of 64 KiB spends more time in Python than in the network.
+        socket_read_size=_READ_BYTES,
         retry=Retry(NoBackoff(), 1, gone),
         retry_on_error=list(gone),
         **secure,
     )
+    client = valkey.Valkey(connection_pool=pool)
     return client, valkey.exceptions
