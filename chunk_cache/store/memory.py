@@ -319,5 +319,6 @@ class MemoryStore(WritableStore):
             self._builds.check(set(entries), expect_idle=expect_idle)
             self._stats.check()
             if self._slab is not None:
-                self._slab.check(entry.record for entry in entries.values())
+                stored = [entry.record for entry in entries.values()]
+                self._slab.check(one for one in stored if isinstance(one, ChunkKV))
             self.matcher.check_integrity({k: e.record.token_ids for k, e in entries.items()})

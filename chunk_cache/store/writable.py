@@ -221,7 +221,8 @@ class WritableStore:
         return victims
 
     def _fits(self, slab: Slab, record: ChunkKV, victims: Iterable[ChunkKey]) -> bool:
-        return slab.fits(record, [self._ledger.entries[key].record for key in victims])
+        stored = [self._ledger.entries[key].record for key in victims]
+        return slab.fits(record, [one for one in stored if isinstance(one, ChunkKV)])
 
     def _placed(self, record: ChunkKV) -> ChunkKV | None:
         """Return the record as it will be kept; ``None`` where a tensor that outlived its record is in the way."""

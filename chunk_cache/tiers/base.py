@@ -79,6 +79,9 @@ class Tier(abc.ABC):
     An implementation needs the abstract methods, and :meth:`describe` if engines shall read from it at their start.
     """
 
+    codec: str = "plain"
+    """Name of the :class:`~chunk_cache.Codec` that :meth:`put` writes with, where a tier encodes; who connects sets it."""
+
     @classmethod
     @abc.abstractmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:

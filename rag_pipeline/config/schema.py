@@ -217,6 +217,10 @@ class FusionSettings(_Section):
         ge=0,
         description="Layers of chunk KV that must have come from below memory before a prompt is computed.",
     )
+    remote: str = Field(
+        default="",
+        description="Store that several servers share: valkey://host:port, hicache+BACKEND://...",
+    )
     store_tenants: str = Field(
         default="*",
         description="Tenants whose chunk KV is read at start, as digests; * for all; the commands set it.",

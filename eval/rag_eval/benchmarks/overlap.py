@@ -54,6 +54,7 @@ class _Throttled:
         self.token_ids, self.base_position = record.token_ids, record.base_position
         self.layout, self.num_layers = record.layout, record.num_layers
         self.num_tokens = record.num_tokens
+        self.codec, self.is_lossless = record.codec, record.is_lossless
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         time.sleep(self._layer_s)

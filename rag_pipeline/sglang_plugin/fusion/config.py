@@ -12,6 +12,7 @@ from typing import Any
 from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
 from chunk_cache.eviction import DEFAULT_EVICTION, EvictionPolicy, create_eviction
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
+from chunk_cache.tiers.remote.url import parse_remote_url, shown_url
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import EngineError
@@ -73,6 +74,9 @@ class FusionConfig:
     preload_layers : int
         Layers of a request's chunks that must have come from a lower tier before it is computed; the others load
         meanwhile.
+    remote : str
+        Address of a store that several servers share (:mod:`chunk_cache.tiers.remote.url`); empty for none. May hold
+        a password, so it is left out of :func:`repr`, and :meth:`shown` is what others may see.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -99,6 +103,7 @@ class FusionConfig:
     store_dir_bytes: int = DISK_BYTES
     store_codec: str = LOSSLESS
     preload_layers: int = 0
+    remote: str = dataclasses.field(default="", repr=False)
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -152,6 +157,8 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: store_codec is {self.store_codec!r}; choose one of {', '.join(CODECS.names())}."
             )
         try:
+            if self.remote:
+                parse_remote_url(self.remote)
             create_policy(self.policy)
             self.make_eviction()
         except ValueError as error:
@@ -181,7 +188,9 @@ class FusionConfig:
         except ValueError:
             given = None
         if not isinstance(given, dict):
-            raise EngineError(f"{CONFIG_VARIABLE}={text!r}: give on, off, or a JSON object.")
+            raise EngineError(
+                f"{CONFIG_VARIABLE}={shown_url(text)!r}: give on, off, or a JSON object."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
@@ -198,6 +207,10 @@ class FusionConfig:
         """Folders that may hold this user's chunk KV: the common one, ``store_dir``, and those given."""
         named = [kv_store_dir(), Path(self.store_dir) if self.store_dir else None, *given]
         return tuple(dict.fromkeys(path.absolute() for path in named if path is not None))
+
+    def shown(self) -> dict[str, Any]:
+        """All fields as others may see them: an address without its secrets."""
+        return dataclasses.asdict(self) | {"remote": shown_url(self.remote)}
 
     def to_env(self) -> str:
         """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""

@@ -1,6 +1,7 @@
 """Chunk KV that outlives the engine: tiers below memory, read at start and on a request's miss, written in the background.
 
-The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``) are a cache of a cache: whatever goes wrong with one is
+The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``; a store that several servers share, by
+``fusion.remote``) are a cache of a cache: whatever goes wrong with one is
 logged once, counted, and serving goes on. Reading at start fills the memory store up to its budget, the most recently
 used records first, and evicts nothing. Only records that this model, on this rank, can use are read. Everything else is
 a thread's work: :class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes; the
@@ -21,11 +22,16 @@ from chunk_cache import (
     TierChain,
     load_store,
 )
+from chunk_cache.tiers.remote.connect import connect_remote
+from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 logger = logging.getLogger(__name__)
+
+REMOTE = "remote"
+"""Name of the tier that several servers share, in metrics."""
 
 
 def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callable[[], Tier]]]:
@@ -40,13 +46,26 @@ def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callabl
     """
     found: dict[str, tuple[str, Callable[[], Tier]]] = {}
     if config.store_dir:
-        found[config.tier] = (
-            config.store_dir,
-            lambda: TIERS.get(config.tier).connect(
-                config.store_dir, byte_budget=config.store_dir_bytes, model=model
+        found[config.tier] = config.store_dir, lambda: _connect_folder(config, model)
+    if config.remote:
+        found[REMOTE] = (
+            shown_url(config.remote),
+            lambda: connect_remote(
+                config.remote,
+                byte_budget=config.store_bytes,
+                model=model,
+                codec=config.store_codec,
             ),
         )
     return found
+
+
+def _connect_folder(config: FusionConfig, model: str) -> Tier:
+    tier = TIERS.get(config.tier).connect(
+        config.store_dir, byte_budget=config.store_dir_bytes, model=model
+    )
+    tier.codec = config.store_codec
+    return tier
 
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:

@@ -289,7 +289,7 @@ class FusionRuntime:
             "on": self.is_on,
             "off_reason": self.off_reason,
             "self_check": self.self_check,
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.shown(),
             "store": self.store.stats().to_json(),
             "counts": self.metrics.to_json(),
         }
