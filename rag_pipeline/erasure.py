@@ -231,8 +231,8 @@ def erase_tier(store: Tier, marks: TextMarks, *, reach: Reach = EVERYBODY) -> in
         text = None if read is None or ids is None else read(ids)
         if reach.covers(marks, text, tenant):
             gone += store.remove(key)
-    if gone:
-        store.sync()
+    # Also where nothing was found: an earlier attempt may have removed it and failed to make that last.
+    store.sync()
     return gone
 
 

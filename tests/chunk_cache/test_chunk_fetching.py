@@ -41,6 +41,7 @@ class GatedReader:
         self.token_ids, self.base_position = record.token_ids, record.base_position
         self.layout, self.num_layers = record.layout, record.num_layers
         self.num_tokens = record.num_tokens
+        self.codec, self.is_lossless = record.codec, record.is_lossless
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         self.tier.asked.append((self.record.key, index))

@@ -28,6 +28,7 @@ class SlowReader:
         self.token_ids, self.base_position = record.token_ids, record.base_position
         self.layout, self.num_layers = record.layout, record.num_layers
         self.num_tokens = record.num_tokens
+        self.codec, self.is_lossless = record.codec, record.is_lossless
 
     def layer(self, index, start=0, end=None):
         assert self.tier.opens.wait(60)
