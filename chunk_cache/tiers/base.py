@@ -176,6 +176,10 @@ class Tier(abc.ABC):
         """Whether a record is kept whatever the budget says; loaded first, and pinned in memory too."""
         return self.pinned_until(key) > 0
 
+    def pins(self) -> dict[ChunkKey, float]:
+        """Records that are pinned, and until when (:meth:`pinned_until`); by default each is asked."""
+        return {key: until for key in self.keys() if (until := self.pinned_until(key))}
+
     def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
         """Keep a record until :meth:`unpin`, or for so many seconds; ``False`` if it is not there.
 

@@ -35,7 +35,7 @@ _PATHS: dict[Access, str] = {
     """,
     Access.TENANT: """
         /v1/rag/chat/completions /v1/rag/search /v1/rag/documents /v1/rag/documents/{document_id:path}
-        /v1/rag/jobs/{job_id} /v1/rag/health /v1/rag/models /v1/rag/models/{model:path}
+        /v1/rag/jobs/{job_id} /v1/rag/cache /v1/rag/health /v1/rag/models /v1/rag/models/{model:path}
         /v1/chat/completions /v1/completions /v1/models
         /v1/models/{model:path} /v1/tokenize /v1/detokenize /generate /model_info /get_model_info
     """,
@@ -48,6 +48,8 @@ _PATHS: dict[Access, str] = {
         /parse_function_call /separate_reasoning /open_session /close_session /get_hicache_l3_cache_layout
     """,
     Access.ADMIN: """
+        /v1/rag/cache/entries /v1/rag/cache/pin /v1/rag/cache/unpin /v1/rag/cache/prefetch
+        /v1/rag/cache/evict /v1/rag/cache/verify
         /set_internal_state /flush_cache /configure_logging /abort_request /pause_generation
         /continue_generation /slow_down /freeze_gc /set_trace_level /start_profile /stop_profile
         /add_external_corpus /remove_external_corpus /list_external_corpora

@@ -33,7 +33,7 @@ from rag_pipeline.server.schemas import (
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.tenants import Tenant
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": "One line that says what to change."}
     for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503)
 }
@@ -47,7 +47,7 @@ IndexQuery = Annotated[IndexName | None, Query(description="Name of an index of 
 
 def make_router(service: RagService) -> APIRouter:
     """Build the router for one server."""
-    router = APIRouter(prefix="/v1/rag", route_class=RagRoute, responses=_ERRORS, tags=["rag"])
+    router = APIRouter(prefix="/v1/rag", route_class=RagRoute, responses=ERRORS, tags=["rag"])
 
     @router.post(
         "/chat/completions",

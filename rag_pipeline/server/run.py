@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from chunk_cache import tenant_mark
 from rag_pipeline.erasure import Reach, make_eraser
 from rag_pipeline.prompts.builder import PromptBuilder
+from rag_pipeline.server.cache_routes import make_cache_router
 from rag_pipeline.server.embedders import EmbedderPool
 from rag_pipeline.server.errors import ApiError, answer_unknown_route
 from rag_pipeline.server.guard import SEARCH, Guard, GuardRules
@@ -117,6 +118,7 @@ def serve(
             ),
         )
         app.include_router(make_router(service))
+        app.include_router(make_cache_router(service))
         app.include_router(make_page_router())
         # What SGLang's routes raise is FastAPI's own exception, for which SGLang has a handler.
         app.add_exception_handler(HTTPException, answer_unknown_route)

@@ -177,10 +177,12 @@ LAUNCHING = (
     _row("managers.scheduler", "as above"),
     _row("models.registry", "as above"),
     _row("managers.io_struct.GenerateReqInput", "requests of the RAG routes"),
+    _row("managers.io_struct.GetInternalStateReq", "orders to the chunk cache", has="rid"),
     _row(
         "managers.tokenizer_manager.TokenizerManager",
         "requests of the RAG routes, and their end",
-        has="abort_request event_loop generate_request get_internal_state max_req_input_len",
+        has="abort_request auto_create_handle_loop event_loop generate_request get_internal_state "
+        "get_internal_state_communicator max_req_input_len",
     ),
     _row("server_args.ServerArgs", "settings of an engine"),
     _row("server_args.prepare_server_args", "SGLang's own parser"),

@@ -227,6 +227,10 @@ class StoreFolder(Tier):
         """When a record's pin ends, seconds since the epoch."""
         return read_pin(pin_path(self.path, key))
 
+    def pins(self) -> dict[ChunkKey, float]:
+        """Records that are pinned, and until when; nothing is opened."""
+        return self.budget.index().pins()
+
     def evict(self, key: ChunkKey, *, force: bool = False) -> bool:
         """Delete one record by hand; ``False`` if it is absent, or pinned without ``force``."""
         return (force or not self.is_pinned(key)) and self.remove(key)

@@ -93,6 +93,10 @@ class FolderIndex:
         if file is not None and file.pinned_until != until:
             self.put(file._replace(pinned_until=until))
 
+    def pins(self) -> dict[ChunkKey, float]:
+        """Records that are pinned, and until when (seconds since the epoch)."""
+        return {key: file.pinned_until for key, file in self._files.items() if file.is_pinned}
+
     def end_pins(self, now: float) -> None:
         """Take records whose pins ended into the turns again, as used last; those of others' turns stay before them."""
         for key in [key for key, until in self._pin_ends.items() if until <= now]:

@@ -178,8 +178,9 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             + "managers.scheduler_components.internal_state.SchedulerInternalStateController."
             + "get_internal_state",
             "after",
-            "state and counters of fusion in /server_info",
+            "state and counters of fusion in /server_info, and orders to its cache",
             startup.after_internal_state,
+            "recv_req",
         ),
         _row(
             _SRT

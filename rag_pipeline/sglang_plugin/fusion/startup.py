@@ -14,8 +14,10 @@ from chunk_cache import TIERS, RecordForm, hash_token_ids
 from rag_kernels import choose_kernel
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
+from rag_pipeline.protocol.cache_order import CACHE_KEY, CacheOrder
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.management.desk import CacheDesk
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -112,11 +114,21 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
     runtime = get_runtime()
     if runtime is not None:
+        order = CacheOrder.decode(args[0].rid if args else None)
+        if order is not None:
+            result.internal_state[CACHE_KEY] = _desk(runtime).take(order)
         # Where fusion is off nobody serves the queue, and nobody need wait for it.
         builds = len(runtime.missing) + internal_requests.running(controller.scheduler)
         waiting = builds if runtime.is_on else 0
         waiting += disk.pending(runtime)
         result.internal_state[FUSION_KEY] = runtime.status() | {"pending": waiting}
+
+
+def _desk(runtime: FusionRuntime) -> CacheDesk:
+    """The desk of this process; made for the first order."""
+    if runtime.desk is None:
+        runtime.desk = CacheDesk(runtime)
+    return runtime.desk
 
 
 def build_runtime(scheduler: Any) -> FusionRuntime:

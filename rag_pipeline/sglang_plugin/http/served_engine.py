@@ -9,12 +9,23 @@ from typing import Any
 
 from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.protocol import AbortedError, GenerationPiece, GenerationRequest, StreamReader
+from rag_pipeline.protocol.cache_order import (
+    CACHE_KEY,
+    CacheOrder,
+    CacheOrderError,
+    read_answer,
+)
 from rag_pipeline.sglang_plugin.activation import Activation, activation_of
 
 __all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
 
 STATE_TIMEOUT_S = 20.0
 """Longest wait for the scheduler's own report; it answers between two batches."""
+
+ORDER_TIMEOUT_S = 300.0
+"""Longest wait for an order to the chunk cache: a check reads every record of a disk."""
+_MISSED = 3
+"""Reports without an answer after which nobody will give one; a late report of another question is one."""
 
 _MAX_REASON = 500
 """Characters of the engine's reason that a refusal carries."""
@@ -131,6 +142,46 @@ class ServedEngine:
             ) from None
         self.last_state = {"internal_states": states, "version": __version__}
         return self.last_state
+
+    async def order(
+        self, order: CacheOrder, *, timeout_s: float = ORDER_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Have the scheduler processes carry out an order to the chunk cache, and wait for the answer.
+
+        Raises
+        ------
+        CacheOrderError
+            With a line and an HTTP status: of the refusal, or 503 where no answer came in time or fusion is not there.
+        """
+        from sglang.srt.managers.io_struct import GetInternalStateReq
+
+        manager = self._manager
+        manager.auto_create_handle_loop()
+        pause, without = 0.02, 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    # It is queued behind others' questions for the state, and each gets its own answer.
+                    reports = await manager.get_internal_state_communicator(
+                        GetInternalStateReq(rid=order.encode())
+                    )
+                    states = [report.internal_state for report in reports]
+                    answer = read_answer(states, order.ticket)
+                    if answer is not None:
+                        return answer
+                    without += not all(CACHE_KEY in state for state in states)
+                    if without > _MISSED:
+                        raise CacheOrderError(
+                            "the engine keeps no chunk KV: fusion is not active in it", 503
+                        )
+                    await asyncio.sleep(pause)
+                    pause = min(1.0, 2 * pause)
+        except TimeoutError:
+            raise CacheOrderError(
+                f"the engine did not carry out {order.action} within {timeout_s:.0f} s; it goes on with it: "
+                "look later whether it has",
+                503,
+            ) from None
 
 
 class _Info:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rag_pipeline.erasure import Notice
     from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
     from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
+    from rag_pipeline.sglang_plugin.fusion.management.desk import CacheDesk
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ class FusionRuntime:
         self.timeline: Timeline | None = None
         """Where loading and computing of layers are recorded; a benchmark or a test sets it."""
         self.erased: ErasedText | None = None
+        self.desk: CacheDesk | None = None
+        """Where an operator's orders come in."""
         self.passage: TokenArray = np.empty(0, dtype=np.int64)
         """Neutral text that chunks are computed behind; empty for none."""
         self.passage_text = ""

@@ -1,0 +1,112 @@
+"""An order to the chunk cache of a running engine, as it travels to the scheduler processes, and its answer.
+
+An order rides as the id of SGLang's own request for its internal state: that request reaches every scheduler process
+of an engine between two batches, in the same order on each, and what it brings back is a free dictionary. So orders
+need no hook of their own and no socket. The answer is asked for by the same ticket until it is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rag_pipeline.errors import EngineError
+
+CACHE_KEY = "rag_cache"
+"""Where the answer stands in each of SGLang's ``internal_states``."""
+
+CACHE_ACTIONS = ("stats", "ls", "pin", "unpin", "prefetch", "evict", "verify")
+
+MAX_KEYS = 1024
+"""Keys of one order; bounds what one request can cause."""
+MAX_LISTED = 10_000
+"""Records of one page of a listing."""
+MAX_TTL_S = 10 * 366 * 24 * 3600.0
+"""Longest pin that ends, seconds."""
+
+_MARK = "rag-cache:"
+
+
+class CacheOrderError(EngineError):
+    """An order that cannot be carried out: one line, and the HTTP status for it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOrder:
+    """One order.
+
+    Parameters
+    ----------
+    action : str
+        One of :data:`CACHE_ACTIONS`.
+    ticket : str
+        Names the answer.
+    keys : tuple of str
+        Digests of chunks, or their first digits.
+    tier : str
+        Only this tier; empty for all.
+    ttl_s : float or None
+        How long a pin holds, seconds; None for good.
+    max_bytes : int or None
+        What a tier may weigh after an eviction.
+    tenant : str or None
+        Only what belongs to the tenant of this :func:`chunk_cache.tenant_mark`; None for everybody.
+    offset, limit : int
+        Page of a listing.
+    """
+
+    action: str
+    ticket: str
+    keys: tuple[str, ...] = ()
+    tier: str = ""
+    ttl_s: float | None = None
+    max_bytes: int | None = None
+    tenant: str | None = None
+    offset: int = 0
+    limit: int = 1000
+
+    def encode(self) -> str:
+        """Write it as the id of a request."""
+        return _MARK + json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | None) -> CacheOrder | None:
+        """Read the id of a request; None for one that is no order of ours."""
+        if not isinstance(text, str) or not text.startswith(_MARK):
+            return None
+        try:
+            given = json.loads(text.removeprefix(_MARK))
+            known = {field.name for field in fields(cls)}
+            return cls(**{**given, "keys": tuple(given["keys"])}) if known >= set(given) else None
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+def read_answer(states: list[Mapping[str, Any]], ticket: str) -> dict[str, Any] | None:
+    """Find the answer to a ticket in what the scheduler processes reported; None where it is not there yet.
+
+    Raises
+    ------
+    CacheOrderError
+        With the line of the refusal; 503 where fusion is off or the engine has no plugin.
+    """
+    answers = [state.get(CACHE_KEY) for state in states]
+    if not answers or any(answer is None for answer in answers):
+        # Also the late report of somebody else's request; who asks again is told.
+        return None
+    mine = [answer for answer in answers if answer and answer["ticket"] == ticket]
+    if len(mine) != len(answers):
+        return None
+    for answer in mine:
+        if answer.get("error"):
+            raise CacheOrderError(str(answer["error"]), int(answer["status"]))
+    if not all(answer["done"] for answer in mine):
+        return None
+    result: dict[str, Any] = mine[0]["result"]
+    return result

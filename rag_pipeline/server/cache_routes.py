@@ -1,0 +1,92 @@
+"""The ``/v1/rag/cache`` routes: figures for any key, everything else for the administrator's (see :mod:`.access`)."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from chunk_cache import tenant_mark
+from rag_pipeline.protocol.cache_order import MAX_LISTED, CacheOrder
+from rag_pipeline.server.cache_schemas import (
+    CacheAnswer,
+    DoneAnswer,
+    EntriesAnswer,
+    EvictOrder,
+    KeysOrder,
+    KeyWord,
+    PinOrder,
+    TierName,
+    VerifyOrder,
+)
+from rag_pipeline.server.errors import RagRoute
+from rag_pipeline.server.routes import ERRORS
+from rag_pipeline.server.service import RagService
+
+
+def make_cache_router(service: RagService) -> APIRouter:
+    """Build the router for one server."""
+    router = APIRouter(
+        prefix="/v1/rag/cache", route_class=RagRoute, responses=ERRORS, tags=["cache"]
+    )
+
+    async def carry_out(action: str, **fields: Any) -> dict[str, Any]:
+        order = CacheOrder(action=action, ticket=secrets.token_hex(8), **fields)
+        return await service.engine.order(order)
+
+    async def done(action: str, body: KeysOrder | EvictOrder | VerifyOrder) -> Response:
+        fields = body.model_dump()
+        if "keys" in fields:
+            fields["keys"] = tuple(fields["keys"])
+        return JSONResponse(
+            {"object": "rag.cache.done", "action": action, **await carry_out(action, **fields)}
+        )
+
+    @router.get("", response_model=CacheAnswer)
+    async def figures(request: Request) -> Response:
+        """Count chunks, bytes and hits per tier: all of them for the operator, its own for a tenant."""
+        tenant = service.tenant(request)
+        mark = tenant_mark(tenant.salt) if tenant.salt else None
+        told = await carry_out("stats", tenant=mark)
+        return JSONResponse({"object": "rag.cache", "tenant": tenant.name, **told})
+
+    @router.get("/entries", response_model=EntriesAnswer)
+    async def entries(
+        key: Annotated[list[KeyWord] | None, Query(max_length=64)] = None,
+        tier: TierName = "",
+        offset: Annotated[int, Query(ge=0, le=1 << 40)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 1000,
+    ) -> Response:
+        """List records of everybody, the most recently used of memory first."""
+        page = {"tier": tier, "offset": offset, "limit": limit}
+        told = await carry_out("ls", keys=tuple(key or ()), **page)
+        return JSONResponse({"object": "list", **told})
+
+    @router.post("/pin", response_model=DoneAnswer)
+    async def pin(body: PinOrder) -> Response:
+        """Keep chunks, in memory and on the disk, for good or for a time."""
+        return await done("pin", body)
+
+    @router.post("/unpin", response_model=DoneAnswer)
+    async def unpin(body: KeysOrder) -> Response:
+        """Make chunks evictable again."""
+        return await done("unpin", body)
+
+    @router.post("/prefetch", response_model=DoneAnswer)
+    async def prefetch(body: KeysOrder) -> Response:
+        """Bring chunks from the tiers below into memory."""
+        return await done("prefetch", body)
+
+    @router.post("/evict", response_model=DoneAnswer)
+    async def evict(body: EvictOrder) -> Response:
+        """Remove chunks; pinned ones and those in use stay, and are named."""
+        return await done("evict", body)
+
+    @router.post("/verify", response_model=DoneAnswer)
+    async def verify(body: VerifyOrder) -> Response:
+        """Read every record against its checksums, and remove damaged ones."""
+        return await done("verify", body)
+
+    return router
