@@ -1,13 +1,16 @@
-"""``rag-pipeline cache``: the chunk-KV folder from the command line."""
+"""``rag-pipeline cache``: the chunk-KV folder, or a running server's cache, from the command line."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rag_pipeline.cli.cache_server import admin_key, operator_key, order_server
 from rag_pipeline.cli.console import emit_json, say, step, write
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
@@ -49,31 +52,45 @@ def use_store(
     return folder
 
 
-def run_warm(*, index: Path, model: str, store: Path | None, limit: int | None) -> dict[str, Any]:
-    """Compute the KV of an index's chunks behind the shared prefix and keep it in the folder."""
-    from rag_pipeline import EngineBackend, PromptBuilder, RagPipeline
+def run_warm(
+    *,
+    index: Path,
+    model: str,
+    store: Path | None,
+    limit: int | None,
+    url: str | None = None,
+) -> dict[str, Any]:
+    """Compute the KV of an index's chunks behind the shared prefix and keep it in the folder, or in a server."""
+    from rag_pipeline import EngineBackend, PromptBuilder, RagPipeline, ServerBackend
     from rag_pipeline.cli.common import resolve_llm_shown
     from retrievers import Index
 
     opened = Index.open(index)
-    folder = use_store(store, opened)
     path = resolve_llm_shown(model).path
     total = len(opened) if limit is None else min(limit, len(opened))
     chunks = (chunk for _, chunk in zip(range(total), opened.chunks(), strict=False))
-    with step(f"Starting SGLang with {model}"):
-        backend = EngineBackend.start(path)
+    backend: EngineBackend | ServerBackend
+    if url is None:
+        folder = use_store(store, opened)
+        with step(f"Starting SGLang with {model}"):
+            backend = EngineBackend.start(path)
+    else:
+        backend = ServerBackend(url, api_key=operator_key())
+        backend.check_model(path)
     with (
         RagPipeline(opened.retriever("bm25"), backend, PromptBuilder(path)) as pipeline,
         step("Computing chunk KV", total=total) as advance,
     ):
         done = pipeline.warm(chunks, progress=lambda count: advance(done=count, total=total))
-    return {"warmed": done, **folder_stats(_open(folder))}
+    return {"warmed": done, **({"url": url} if url else folder_stats(_open(folder)))}
 
 
 def print_warm(report: dict[str, Any], *, json_output: bool) -> None:
     """Print what a warm-up did."""
     if json_output:
         emit_json(report)
+    elif "url" in report:
+        say(f"{report['warmed']} chunks sent to {report['url']}")
     else:
         say(
             f"{report['warmed']} chunks sent; {report['store']} holds {report['chunks']} chunks, "
@@ -87,6 +104,7 @@ def run_cache(
     store: Path | None,
     keys: tuple[str, ...] = (),
     max_bytes: int | None = None,
+    ttl_s: float | None = None,
     json_output: bool,
 ) -> None:
     """Run ``stats``, ``ls``, ``verify``, ``pin``, ``unpin`` or ``evict`` on the folder."""
@@ -99,29 +117,69 @@ def run_cache(
             bad = folder.verify(remove=True)
         done["damaged_removed"] = [key.digest for key in bad]
     elif action in ("pin", "unpin"):
-        change = folder.pin if action == "pin" else folder.unpin
-        done[f"{action}ned"] = [key.digest for key in _find(folder, keys) if change(key)]
+        is_pin = action == "pin"
+        done[f"{action}ned"] = [
+            key.digest
+            for key in _find(folder, keys)
+            if (folder.pin(key, ttl_s=ttl_s) if is_pin else folder.unpin(key))
+        ]
+        if is_pin:
+            done["ttl_s"] = ttl_s
     elif action == "evict":
         done = _evict(folder, keys, max_bytes)
-    report = {**folder_stats(folder), **done}
+    _show({**folder_stats(folder), **done}, json_output=json_output)
+
+
+def run_on_server(
+    action: str, *, url: str, key_file: Path | None, json_output: bool, **fields: Any
+) -> None:
+    """Have a running server carry out an action on its tiers, and print what it says."""
+    report = order_server(url, admin_key(key_file), action, fields)
+    report.pop("object", None)
+    _show(report, json_output=json_output)
+
+
+def _show(report: dict[str, Any], *, json_output: bool) -> None:
+    """Print a report as JSON, or as lines: entries and tiers first, then one figure each."""
     if json_output:
         emit_json(report)
         return
     for entry in report.pop("entries", ()):
-        write(
-            f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {entry['bytes']:12} bytes"
-            f"{'  pinned' if entry['pinned'] else ''}\n"
-        )
+        write(f"{_line(entry)}\n")
+    for tier in report.pop("tiers", ()):
+        name = tier.pop("name")
+        write(f"{name:16} {'  '.join(f'{k} {_figure(v)}' for k, v in tier.items())}\n")
     for name, value in report.items():
-        shown = " ".join(digest[:16] for digest in value) or "none" if name in done else value
-        write(f"{name:16} {shown}\n")
+        write(f"{name:16} {_figure(value)}\n")
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    size = entry["bytes"]
+    where = ""
+    if isinstance(size, dict):
+        where = f"  {'+'.join(size)}"
+        size = max(size.values(), default=0)
+    pin = "  pinned" if entry["pinned"] else ""
+    left = entry["pin_ttl_s"]
+    ends = "" if left is None else f" for {left:.0f} s"
+    return f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {size:12} bytes{where}{pin}{ends}"
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(str(one)[:16] for one in value) or "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_figure(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def folder_stats(folder: StoreFolder) -> dict[str, Any]:
     """Chunks, tokens, bytes, pins and namespaces of a folder, and files that are not finished."""
     keys = list(folder.keys())
     unfinished, unfinished_bytes = folder.unfinished()
-    pins = [key for key in keys if folder.is_pinned(key)]
+    pins = folder.pins()
     return {
         "store": str(folder.path),
         "chunks": len(keys),
@@ -145,12 +203,14 @@ def _open(path: Path) -> StoreFolder:
 
 
 def _entry(folder: StoreFolder, key: ChunkKey) -> dict[str, Any]:
+    until = folder.pinned_until(key)
     return {
         "key": key.digest,
         "namespace": key.namespace,
         "num_tokens": key.num_tokens,
         "bytes": folder.size_of(key),
-        "pinned": folder.is_pinned(key),
+        "pinned": until > 0,
+        "pin_ttl_s": None if until in (0.0, math.inf) else round(until - time.time(), 3),
     }
 
 
@@ -163,7 +223,7 @@ def _evict(
     if kept and len(kept) == len(wanted) and max_bytes is None:
         raise RagPipelineError(
             f"pinned, not evicted: {', '.join(key.digest[:16] for key in kept)}; "
-            "`cache pin --unpin` them first"
+            "`cache unpin` them first"
         )
     gone = [key for key in wanted if folder.evict(key)]
     if max_bytes is not None:

@@ -37,7 +37,7 @@ class PinOrder(KeysOrder):
 class EvictOrder(Strict):
     """Chunks to remove, or what a folder may weigh."""
 
-    keys: _Keys = []
+    keys: _Keys = Field(default=[], description="As of a pin.")
     tier: TierName = ""
     max_bytes: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         default=None, description="Remove the longest unused of a folder until it weighs no more."

@@ -146,8 +146,8 @@ def test_the_command_line_pins_unpins_and_spares(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert one[:16] in line
-    assert "--unpin" in line
-    assert run(["pin", "--unpin", one], folder, capsys)["unpinned"] == [one]
+    assert "cache unpin" in line
+    assert run(["unpin", one], folder, capsys)["unpinned"] == [one]
     assert run(["evict", "--key", one], folder, capsys)["evicted"] == [one]
 
     assert main(["cache", "ls", "--store", str(folder.path)]) == 0
@@ -156,9 +156,7 @@ def test_the_command_line_pins_unpins_and_spares(
     assert text[0].endswith("pinned")
 
 
-@pytest.mark.parametrize(
-    "words", [["pin", "zz"], ["pin", ""], ["pin", "--unpin", "zz"], ["evict", "zz"]]
-)
+@pytest.mark.parametrize("words", [["pin", "zz"], ["pin", ""], ["unpin", "zz"], ["evict", "zz"]])
 def test_an_unknown_key_is_one_line_and_nothing_happens(
     words: list[str], folder: StoreFolder, capsys: pytest.CaptureFixture[str]
 ):

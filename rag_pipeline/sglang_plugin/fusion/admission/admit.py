@@ -261,3 +261,6 @@ def after_release(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     state = state_of(req)
     if state is not None:
         state.drop()
+        runtime = get_runtime()
+        if runtime is not None:
+            runtime.metrics.show_store(runtime.store.stats())

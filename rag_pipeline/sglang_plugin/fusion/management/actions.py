@@ -94,6 +94,9 @@ def _unpin(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
 def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> dict[str, Any]:
     """Remove records; a pinned one or one in use stays everywhere, so that what is left is whole."""
     below, store, chain = _below(runtime, order), runtime.store, runtime.tiers
+    folders = [tier for tier in below.values() if isinstance(tier, StoreFolder)]
+    if order.max_bytes is not None and not folders:
+        raise CacheOrderError("max_bytes is for a folder on disk, and this names none")
     states = {info.key: info for info in store.ls() if info.state is ChunkState.READY}
     gone: list[str] = []
     pinned: list[str] = []
@@ -118,9 +121,6 @@ def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
             gone.append(key.digest)
     result = {"evicted": gone, "pinned_kept": pinned, "in_use_kept": used}
     if order.max_bytes is not None:
-        folders = [tier for tier in below.values() if isinstance(tier, StoreFolder)]
-        if not folders:
-            raise CacheOrderError("max_bytes is for a folder on disk: set tier to disk")
         for folder in folders:
             gone += [key.digest for key in folder.trim(order.max_bytes)]
     return result

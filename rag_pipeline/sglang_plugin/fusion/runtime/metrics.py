@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.protocol import METRIC_PREFIX
+
+if TYPE_CHECKING:
+    from chunk_cache import StoreStats
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -31,6 +34,7 @@ class FusionMetrics:
         self.counts: Counter[str] = Counter()
         self._labels = dict(labels or {})
         self._families: dict[str, Any] = {}
+        self._shown: Counter[str] = Counter()
         self._lock = threading.Lock()
         if export:
             self._families = _make_families(tuple(self._labels))
@@ -69,13 +73,29 @@ class FusionMetrics:
             metric.labels(**self._labels).set(value)
 
     def count_tier(self, tier: str, kind: str, amount: float = 1) -> None:
-        """Count an event of a tier below memory, by its name: ``hit``, ``written``, ``dropped`` and so on."""
+        """Count an event of a tier, by its name: ``hit``, ``written``, ``dropped`` and so on."""
         self._add_tier("tiers", tier, kind, f"{tier or 'tiers'}.{kind}", amount)
 
     def tier_moved(self, tier: str, kind: str, num_bytes: int, seconds: float) -> None:
         """Note bytes (as they lie in memory) that came from a tier (``read``) or went there (``written``)."""
         self._add_tier("tier_bytes", tier, kind, f"{tier}.{kind}_bytes", num_bytes)
         self._add_tier("tier_seconds", tier, kind, f"{tier}.{kind}_us", seconds)
+
+    def show_store(self, stats: StoreStats) -> None:
+        """Note what the memory tier has done since the last call, and what it holds."""
+        done = {
+            "hit": stats.hits,
+            "miss": stats.misses,
+            "stored": stats.inserted,
+            "evicted": stats.evicted,
+            "no_room": stats.rejected_no_room + stats.rejected_too_big,
+            "damaged": stats.corrupt,
+        }
+        for kind, number in done.items():
+            self.count_tier("memory", kind, number - self._shown[kind])
+            self._shown[kind] = number
+        self.gauge("store_bytes", stats.bytes_now)
+        self.gauge("store_chunks", stats.chunks_now)
 
     def tier_queue(self, tier: str, records: int, num_bytes: int) -> None:
         """Set what waits to be written to a tier."""
@@ -122,7 +142,7 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
         "drafts": counter("drafts", "Drafts of an answer that scored tokens, and those left out."),
         "background": counter("background", "Background chunk builds by event."),
-        "tiers": counter("tiers", "Chunk records below memory, by tier and event.", "tier"),
+        "tiers": counter("tiers", "Chunk records, by tier and event.", "tier"),
         "tier_bytes": counter("tier_bytes", "Chunk KV read from and written to a tier.", "tier"),
         "tier_seconds": counter("tier_seconds", "Time that took, in background threads.", "tier"),
         "tier_queue": gauge("tier_queue", "What waits to be written to a tier.", "tier", "kind"),
@@ -130,6 +150,6 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "plan_seconds": histogram("plan_seconds", "Planning the rows of one fused forward."),
         "probe_seconds": histogram("probe_seconds", "Probing passes of one fused forward."),
         "forward_seconds": histogram("forward_seconds", "One fused forward, passes included."),
-        "store_bytes": gauge("store_bytes", "Bytes of chunk KV held."),
-        "store_chunks": gauge("store_chunks", "Chunks held."),
+        "store_bytes": gauge("store_bytes", "Bytes of chunk KV held in memory."),
+        "store_chunks": gauge("store_chunks", "Chunks held in memory."),
     }
