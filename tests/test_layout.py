@@ -111,7 +111,15 @@ def test_folders_form_no_circle(package: str) -> None:
     assert circles_of_folders(package) == []
 
 
-FUSION_ORDER = ("request", "runtime", "builds", "conversations", "forward", "admission")
+FUSION_ORDER = (
+    "request",
+    "runtime",
+    "builds",
+    "conversations",
+    "forward",
+    "admission",
+    "management",
+)
 
 
 def test_arrows_between_the_rooms_of_fusion_point_one_way() -> None:

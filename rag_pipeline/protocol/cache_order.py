@@ -91,22 +91,29 @@ class CacheOrder:
 def read_answer(states: list[Mapping[str, Any]], ticket: str) -> dict[str, Any] | None:
     """Find the answer to a ticket in what the scheduler processes reported; None where it is not there yet.
 
+    Parameters
+    ----------
+    states : list of mapping
+        Internal states, one per replica (``--dp-size``).
+    ticket : str
+        Of the order.
+
+    Returns
+    -------
+    dict or None
+        What the first replica that carried it out says; of several all under ``replicas``.
+
     Raises
     ------
     CacheOrderError
-        With the line of the refusal; 503 where fusion is off or the engine has no plugin.
+        With the line and the status of the refusal, where every replica refused.
     """
-    answers = [state.get(CACHE_KEY) for state in states]
-    if not answers or any(answer is None for answer in answers):
-        # Also the late report of somebody else's request; who asks again is told.
+    answers = [state.get(CACHE_KEY) or {} for state in states]
+    # The late report of somebody else's request has another ticket or none; whoever asks again is told.
+    if not answers or not all(a.get("ticket") == ticket and a["done"] for a in answers):
         return None
-    mine = [answer for answer in answers if answer and answer["ticket"] == ticket]
-    if len(mine) != len(answers):
-        return None
-    for answer in mine:
-        if answer.get("error"):
-            raise CacheOrderError(str(answer["error"]), int(answer["status"]))
-    if not all(answer["done"] for answer in mine):
-        return None
-    result: dict[str, Any] = mine[0]["result"]
-    return result
+    results: list[dict[str, Any]] = [a["result"] for a in answers if "result" in a]
+    if not results:
+        raise CacheOrderError(str(answers[0]["error"]), int(answers[0]["status"]))
+    # A replica that has none of the chunks refuses, and the others do what they can.
+    return results[0] if len(answers) == 1 else results[0] | {"replicas": results}

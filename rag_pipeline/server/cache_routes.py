@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -24,6 +26,40 @@ from rag_pipeline.server.cache_schemas import (
 from rag_pipeline.server.errors import RagRoute
 from rag_pipeline.server.routes import ERRORS
 from rag_pipeline.server.service import RagService
+from rag_pipeline.server.tenants import Tenant
+
+FRESH_S = 1.0
+"""Figures this old are asked for anew: a page asks often, and each answer lists a disk."""
+
+
+class Figures:
+    """Figures of each tenant; one question is under way for however many ask.
+
+    Parameters
+    ----------
+    ask : callable
+        Has the engine count for a tenant's mark, None for everybody.
+    """
+
+    def __init__(self, ask: Callable[[str | None], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        self._ask = ask
+        self._asking: dict[str, tuple[float, asyncio.Task[dict[str, Any]]]] = {}
+
+    async def of(self, tenant: Tenant) -> dict[str, Any]:
+        """Figures that are not older than :data:`FRESH_S`.
+
+        Raises
+        ------
+        CacheOrderError
+            Where the engine does not tell.
+        """
+        loop = asyncio.get_running_loop()
+        asked_at, task = self._asking.get(tenant.name, (0.0, None))
+        if task is None or (task.done() and loop.time() - asked_at > FRESH_S):
+            mark = tenant_mark(tenant.salt) if tenant.salt else None
+            task = loop.create_task(self._ask(mark))
+            self._asking[tenant.name] = loop.time(), task
+        return await asyncio.shield(task)  # whoever goes away leaves it to the others
 
 
 def make_cache_router(service: RagService) -> APIRouter:
@@ -35,6 +71,8 @@ def make_cache_router(service: RagService) -> APIRouter:
     async def carry_out(action: str, **fields: Any) -> dict[str, Any]:
         order = CacheOrder(action=action, ticket=secrets.token_hex(8), **fields)
         return await service.engine.order(order)
+
+    of_tenants = Figures(lambda mark: carry_out("stats", tenant=mark))
 
     async def done(action: str, body: KeysOrder | EvictOrder | VerifyOrder) -> Response:
         fields = body.model_dump()
@@ -48,8 +86,7 @@ def make_cache_router(service: RagService) -> APIRouter:
     async def figures(request: Request) -> Response:
         """Count chunks, bytes and hits per tier: all of them for the operator, its own for a tenant."""
         tenant = service.tenant(request)
-        mark = tenant_mark(tenant.salt) if tenant.salt else None
-        told = await carry_out("stats", tenant=mark)
+        told = await of_tenants.of(tenant)
         return JSONResponse({"object": "rag.cache", "tenant": tenant.name, **told})
 
     @router.get("/entries", response_model=EntriesAnswer)

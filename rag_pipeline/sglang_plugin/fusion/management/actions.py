@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from chunk_cache import Candidate, ChunkKey, ChunkState, KVContext, StoreFolder, Tier
 from rag_pipeline.protocol.cache_order import CACHE_ACTIONS, CacheOrder, CacheOrderError
-from rag_pipeline.sglang_plugin.fusion.management.view import MEMORY, figures, listed_tiers, rows
+from rag_pipeline.sglang_plugin.fusion.management.view import (
+    MEMORY,
+    figures,
+    known_prefix,
+    listed_tiers,
+    rows,
+)
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -174,7 +180,7 @@ def _context(runtime: FusionRuntime, namespace: str) -> KVContext | None:
 
     A folder tells no tenant's salt, without which what is fetched could not be written to another tier.
     """
-    known, chain, facts = runtime.prefix_of(namespace), runtime.tiers, runtime.facts
+    known, chain, facts = known_prefix(runtime, namespace), runtime.tiers, runtime.facts
     if known is not None:
         return known.context
     fields = None if chain is None else chain.describe(namespace)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_TICKETS = 64
 """Answers that are kept; the oldest goes first, asked for or not."""
+_MAX_WAITING = 16
+"""Orders that wait; each may read a whole disk."""
 _GLANCE_S = 0.01
 """How long the scheduler waits for an answer at once: most take less, and save a second question."""
 
@@ -55,10 +57,10 @@ class CacheDesk:
         """
         future = self._tickets.get(order.ticket)
         if future is None:
-            future = self._begin(order)
-            self._tickets[order.ticket] = future
-            while len(self._tickets) > _MAX_TICKETS:
+            # Those that wait are the newest, so only answers are ever dropped.
+            while len(self._tickets) >= _MAX_TICKETS:
                 self._tickets.popitem(last=False)
+            future = self._tickets[order.ticket] = self._begin(order)
             wait([future], timeout=_GLANCE_S)
         return {"ticket": order.ticket, "done": future.done(), **_told(order, future)}
 
@@ -66,6 +68,12 @@ class CacheDesk:
         runtime = self._runtime
         keys: list[ChunkKey] | None = None
         try:
+            # The same on every rank only where it is put to the vote: their threads are not equally fast.
+            waiting = sum(not ticket.done() for ticket in self._tickets.values())
+            if not runtime.group.all_true(waiting < _MAX_WAITING):
+                raise CacheOrderError(
+                    f"{waiting} orders to the chunk cache wait already; send it again later", 503
+                )
             if runtime.group.size > 1 and order.keys:
                 keys = self._names.shared(order)
         except Exception as error:

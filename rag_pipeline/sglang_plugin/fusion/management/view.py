@@ -10,7 +10,7 @@ from chunk_cache import ChunkKey, ChunkState, Tier
 from chunk_cache.tiers.guard import GuardedTier
 
 if TYPE_CHECKING:
-    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix
 
 MEMORY = "memory"
 """Name of the first tier."""
@@ -24,6 +24,15 @@ def listed_tiers(runtime: FusionRuntime) -> dict[str, Tier]:
         for name, tier in ({} if chain is None else chain.tiers).items()
         if not isinstance(tier, GuardedTier)
     }
+
+
+def known_prefix(runtime: FusionRuntime, namespace: str) -> KnownPrefix | None:
+    """Known prefix that a namespace stands for, for a thread: the scheduler may add one meanwhile."""
+    while True:
+        try:
+            return runtime.prefix_of(namespace)
+        except RuntimeError:  # the table changed while it was looked through
+            continue
 
 
 def tenants_of(tier: Tier, namespaces: set[str]) -> dict[str, str]:
