@@ -15,6 +15,7 @@ from pathlib import Path
 def main() -> None:
     rank, port, folder, case_file, out_file = sys.argv[1:6]
     os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
