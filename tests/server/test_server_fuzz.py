@@ -27,7 +27,7 @@ def rag_schema(rag_server: Any) -> Any:
     document["paths"] = {
         path: item for path, item in document["paths"].items() if path.startswith("/v1/rag/")
     }
-    assert len(document["paths"]) == 8
+    assert len(document["paths"]) == 15
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=rag_server.url)
     return schema
@@ -40,6 +40,13 @@ OPERATIONS = (
     ("GET", "/v1/rag/documents"),
     ("DELETE", "/v1/rag/documents/{document_id}"),
     ("GET", "/v1/rag/jobs/{job_id}"),
+    ("GET", "/v1/rag/cache"),
+    ("GET", "/v1/rag/cache/entries"),
+    ("POST", "/v1/rag/cache/pin"),
+    ("POST", "/v1/rag/cache/unpin"),
+    ("POST", "/v1/rag/cache/prefetch"),
+    ("POST", "/v1/rag/cache/evict"),
+    ("POST", "/v1/rag/cache/verify"),
     ("GET", "/v1/rag/health"),
     ("GET", "/v1/rag/models"),
     ("GET", "/v1/rag/models/{model}"),
@@ -73,7 +80,9 @@ def test_every_answer_is_one_that_the_schema_names(
             assert message
             assert "\n" not in message
 
-    bare = path.endswith(("/health", "/models"))  # takes nothing, so nothing in it can be wrong
+    bare = path.endswith(
+        ("/cache", "/health", "/models")
+    )  # takes nothing, so nothing in it can be wrong
     modes = [GenerationMode.POSITIVE] if bare else list(GenerationMode)
     for mode in modes:
         strategy = rag_schema[path][method].as_strategy(generation_mode=mode)
