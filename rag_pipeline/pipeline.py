@@ -9,7 +9,7 @@ from typing import Self, Unpack
 
 from rag_pipeline.generation import Backend
 from rag_pipeline.prompts.builder import PromptBuilder
-from rag_pipeline.protocol import GenerationRequest, SamplingOptions, build_requests
+from rag_pipeline.prompts.warm_up import warm_requests
 from rag_pipeline.question_run import AnswerRun, QuestionOptions, QuestionRun, check_top_k
 from rag_pipeline.types import Answer
 from retrievers.types import Chunk, Retriever
@@ -157,16 +157,9 @@ class RagPipeline:
         int
             Chunks sent to the engine, those that it holds already included.
         """
-        prefix = self.builder.system_ids
         done = 0
         for chunk in chunks:
-            ids = self.builder.chunk_ids(chunk)
-            for fusion in build_requests(len(prefix), len(ids)):
-                request = GenerationRequest(
-                    input_ids=(*prefix, *ids),
-                    fusion=fusion,
-                    sampling=SamplingOptions(max_new_tokens=1),
-                )
+            for request in warm_requests(self.builder, chunk):
                 for _ in self.backend.generate(request):
                     pass
             done += 1

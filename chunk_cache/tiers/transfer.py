@@ -108,7 +108,7 @@ def load_store(
         if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
             counts["already_there"] += 1
             if not loose:
-                _pin_as_in(tier, store, key)
+                pin_as_in(tier, store, key)
         elif tier.size_of(key) > store.free_bytes:
             counts["no_room"] += 1
         else:
@@ -122,14 +122,15 @@ def load_store(
                 tenant = tier.tenant_of(key.namespace)
                 put = fits and store.put(record, pin=pin or not loose, tenant=tenant)
                 if put and not (loose or pin):
-                    _pin_as_in(tier, store, key)
+                    pin_as_in(tier, store, key)
                 counts["loaded" if put else "no_room"] += 1
         if progress is not None:
             progress(done)
     return StoreLoadReport(**counts)
 
 
-def _pin_as_in(tier: Tier, store: MemoryStore, key: ChunkKey) -> None:
-    """Let a pin in memory end when that of the tier does; the two have different clocks."""
+def pin_as_in(tier: Tier, store: MemoryStore, key: ChunkKey) -> None:
+    """Pin in memory what is pinned in a tier, for as long; the two have different clocks."""
     until = tier.pinned_until(key)
-    store.pin(key, ttl_s=None if math.isinf(until) else until - time.time())
+    if until:
+        store.pin(key, ttl_s=None if math.isinf(until) else until - time.time())

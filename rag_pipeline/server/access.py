@@ -49,7 +49,7 @@ _PATHS: dict[Access, str] = {
     """,
     Access.ADMIN: """
         /v1/rag/cache/entries /v1/rag/cache/pin /v1/rag/cache/unpin /v1/rag/cache/prefetch
-        /v1/rag/cache/evict /v1/rag/cache/verify
+        /v1/rag/cache/evict /v1/rag/cache/verify /v1/rag/cache/warm
         /set_internal_state /flush_cache /configure_logging /abort_request /pause_generation
         /continue_generation /slow_down /freeze_gc /set_trace_level /start_profile /stop_profile
         /add_external_corpus /remove_external_corpus /list_external_corpora

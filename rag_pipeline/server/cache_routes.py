@@ -22,7 +22,9 @@ from rag_pipeline.server.cache_schemas import (
     PinOrder,
     TierName,
     VerifyOrder,
+    WarmOrder,
 )
+from rag_pipeline.server.cache_warm import warm_index
 from rag_pipeline.server.errors import RagRoute
 from rag_pipeline.server.routes import ERRORS
 from rag_pipeline.server.service import RagService
@@ -125,5 +127,11 @@ def make_cache_router(service: RagService) -> APIRouter:
     async def verify(body: VerifyOrder) -> Response:
         """Read every record against its checksums, and remove damaged ones."""
         return await done("verify", body)
+
+    @router.post("/warm", response_model=DoneAnswer)
+    async def warm(body: WarmOrder, request: Request) -> Response:
+        """Compute chunks of an index ahead of the questions."""
+        told = await warm_index(service, service.tenant(request), request, **body.model_dump())
+        return JSONResponse({"object": "rag.cache.done", "action": "warm", **told})
 
     return router

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rag_pipeline.protocol.cache_order import MAX_KEYS, MAX_TTL_S
 from rag_pipeline.server.openai_fields import Strict
+from rag_pipeline.server.schemas import IndexName
 
 KeyWord = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}$")]
 """A digest, or its first digits: fewer would name half the cache."""
@@ -54,6 +55,18 @@ class VerifyOrder(Strict):
     """What to read against its checksums."""
 
     tier: TierName = ""
+
+
+class WarmOrder(Strict):
+    """Chunks of an index to compute."""
+
+    index: IndexName | None = Field(default=None, description="Name of an index of the operator.")
+    offset: Annotated[int, Field(ge=0, le=1 << 40, strict=True)] = Field(
+        default=0, description="First chunk: `next_offset` of the answer before."
+    )
+    limit: Annotated[int, Field(ge=1, le=10_000, strict=True)] = Field(
+        default=100, description="At most so many chunks."
+    )
 
 
 class _OpenAnswer(BaseModel):

@@ -184,6 +184,19 @@ def test_what_leaves_memory_can_be_fetched_again_and_what_is_evicted_is_gone(
     assert rag_server.is_one_line(answer)
 
 
+def test_an_index_is_warmed_piece_by_piece(rag_server: Any) -> None:
+    before = set(entries(rag_server))
+    first = order(rag_server, "warm", index="topics", limit=2)
+    assert (first["index"], first["warmed"], first["next_offset"]) == ("topics", 2, 2)
+    assert len(set(entries(rag_server)) - before) >= 2
+    last = order(rag_server, "warm", offset=first["total"] - 1)
+    assert (last["warmed"], last["next_offset"]) == (1, None)
+    refusal = rag_server.post(f"{CACHE}/warm", {"index": "extra"})
+    assert refusal.status_code == 404
+    assert rag_server.is_one_line(refusal)
+    assert rag_server.post(f"{CACHE}/warm", {}, "acme").status_code == 403
+
+
 def test_a_damaged_file_is_found_and_removed(rag_server: Any, built: list[str]) -> None:
     (file,) = (rag_server.folder / "kv").rglob(f"{built[0]}*.safetensors")
     data = bytearray(file.read_bytes())

@@ -27,7 +27,7 @@ def rag_schema(rag_server: Any) -> Any:
     document["paths"] = {
         path: item for path, item in document["paths"].items() if path.startswith("/v1/rag/")
     }
-    assert len(document["paths"]) == 15
+    assert len(document["paths"]) == 16
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=rag_server.url)
     return schema

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from chunk_cache import Candidate, ChunkKey, ChunkState, KVContext, StoreFolder, Tier
+from chunk_cache.tiers.transfer import pin_as_in
 from rag_pipeline.protocol.cache_order import CACHE_ACTIONS, CacheOrder, CacheOrderError
 from rag_pipeline.sglang_plugin.fusion.management.view import (
     MEMORY,
@@ -166,7 +167,11 @@ def _prefetch(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -
     for start in range(0, len(wanted), _BATCH):
         fetches = fetcher.begin([[one] for one in wanted[start : start + _BATCH]])
         fetcher.wait(lambda begun=fetches: all(f.is_ended for f in begun), _FETCH_S)  # type: ignore[misc]
-    ready = [one.key.digest for one in wanted if store.state(one.key) is ChunkState.READY]
+    arrived = [one.key for one in wanted if store.state(one.key) is ChunkState.READY]
+    for key in arrived:
+        for tier in listed_tiers(runtime).values():
+            pin_as_in(tier, store, key)
+    ready = [key.digest for key in arrived]
     left += [one.key.digest for one in wanted if one.key.digest not in set(ready)]
     return {
         "fetched": ready,
