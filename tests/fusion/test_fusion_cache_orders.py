@@ -291,3 +291,19 @@ def test_many_orders_at_once_are_refused_and_every_answer_is_kept(process: Proce
         assert time.monotonic() < deadline
         answers = [process.desk.take(order) for order in orders]
     assert sum("result" in answer for answer in answers) == 16
+
+
+def test_metrics_of_memory_are_counted_once(process: Process) -> None:
+    runtime, one = process.runtime, process.records[0]
+    for _ in range(2):
+        lease = runtime.store.acquire(one.key, one.token_ids)
+        assert lease is not None
+        lease.release()
+        runtime.metrics.show_store(runtime.store.stats())
+        runtime.metrics.show_store(runtime.store.stats())
+    assert runtime.store.acquire(ChunkKey.of(process.context, [9]), [9]) is None
+    runtime.metrics.show_store(runtime.store.stats())
+    counts = runtime.metrics.to_json()
+    assert (counts["memory.hit"], counts["memory.miss"], counts["memory.stored"]) == (2, 1, 3)
+    assert counts["store_chunks"] == 3
+    assert counts["store_bytes"] == sum(record.num_bytes for record in process.records)
