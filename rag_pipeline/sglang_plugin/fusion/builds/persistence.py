@@ -141,7 +141,6 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
 
 def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
     """Have a record written that was just stored; a tier that cannot keep up costs the copy, not the request."""
-    runtime.metrics.show_store(runtime.store.stats())
     if runtime.tiers is None:
         return
     prefix = runtime.prefix_of(record.key.namespace)

@@ -190,6 +190,4 @@ def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: Batc
         if stored and not runtime.epoch:  # after an update no other process can find it
             disk.keep(runtime, record)
         runtime.metrics.count("spans", "stored" if stored else "not_stored")
-    stats = runtime.store.stats()
-    runtime.metrics.gauge("store_bytes", stats.bytes_now)
-    runtime.metrics.gauge("store_chunks", stats.chunks_now)
+    runtime.metrics.show_store(runtime.store.stats())
