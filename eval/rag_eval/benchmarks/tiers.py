@@ -129,6 +129,10 @@ class _Bench:
         per_token = 2 * facts["num_hidden_layers"] * heads * head_dim * width
         return int(per_token * sum(len(chunk.ids) for chunk in prompt.chunks))
 
+    def _room(self, prompt: Any) -> int:
+        """Bytes of memory for the chunks of one prompt, and not one chunk more."""
+        return int((1 + 0.5 / self.config.chunks) * self.record_bytes(prompt))
+
     def note(self, figure: str, pairs: Sequence[tuple[Timed, Timed]]) -> None:
         """A ratio of pairs: its median, both spreads, and the medians of both sides."""
         walls = [one.wall_s / other.wall_s for one, other in pairs]
@@ -160,7 +164,7 @@ class _Bench:
 
         folder = self.folder / "kv"
         prompts = self.prompts(2)
-        room = int(1.5 * self.record_bytes(prompts[0]))
+        room = self._room(prompts[0])
         with self.engine("disk", store_dir=str(folder), store_bytes=room) as engine:
             asked = self._stored(engine, prompts)
             base = float((self.facts.get("rope_parameters") or self.facts)["rope_theta"])
@@ -197,7 +201,7 @@ class _Bench:
             return
         try:
             prompts = self.prompts(2)
-            room = int(1.5 * self.record_bytes(prompts[0]))
+            room = self._room(prompts[0])
             with self.engine("remote", remote=server.url, store_bytes=room) as engine:
                 asked = self._stored(engine, prompts)
                 pairs = memory_and_tier(
