@@ -85,7 +85,7 @@ def memory_and_tier(
     repeats: int,
     progress: Callable[[str], None],
     between: Callable[[EvalPrompt], None] = lambda prompt: None,
-) -> list[tuple[Timed, Timed]]:
+) -> tuple[list[tuple[Timed, Timed]], int]:
     """Serve two prompts in turns, each first from the tier, because the other has taken its room, then from memory.
 
     Parameters
@@ -108,34 +108,40 @@ def memory_and_tier(
     list of (Timed, Timed)
         From the tier and from memory. Every second pair has the memory's run of the prompt before it: neither side
         always comes second.
+    int
+        Pairs that are left out: a header came too late on a busy machine, so that the request did without its chunk.
 
     Raises
     ------
     EvalError
-        A run was not served from where it should have been.
+        Hardly any pair was served from where it should have been.
     """
     pairs: list[tuple[Timed, Timed]] = []
     before: Timed | None = None
-    for turn in range(repeats + 1):
+    turn = skipped = 0
+    while len(pairs) < repeats:
         prompt = prompts[turn % 2]
         fetched = engine.count("fetched")
         below, usage = engine.ttft(prompt, mode)
         came = engine.count("fetched") - fetched
         memory, again = engine.ttft(prompt, mode)
         extra = engine.count("fetched") - fetched - came
-        between(prompt)
-        if turn:
-            # The first from the tier may be cold.
-            counts = (came, extra, usage.get("reused_tokens"), again.get("reused_tokens"))
-            if came != len(prompt.chunks) or extra or counts[2] != counts[3]:
+        reused = (usage.get("reused_tokens"), again.get("reused_tokens"))
+        if turn and (came != len(prompt.chunks) or extra or reused[0] != reused[1]):
+            skipped += 1
+            progress(f"{engine.tier}: left out; {came} and {extra} fetched, {reused} reused")
+            if skipped > repeats + 2:
                 raise EvalError(
-                    f"a prompt of {len(prompt.chunks)} chunks had {came} of them fetched, then {extra}; reused tokens "
-                    f"were {counts[2]} and {counts[3]}"
+                    f"of a prompt's {len(prompt.chunks)} chunks {came} were fetched, then {extra}, reused tokens were "
+                    f"{reused[0]} and {reused[1]}, and so in most runs; run it on a machine that is less busy"
                 )
+        elif turn:
             pairs.append((below, memory if turn % 2 or before is None else before))
             progress(f"{engine.tier}: {below.wall_s:.2f} s, memory {memory.wall_s:.2f} s")
+        between(prompt)
         before = memory
-    return pairs
+        turn += 1
+    return pairs, skipped
 
 
 def saving(
