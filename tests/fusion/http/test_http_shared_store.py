@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 CHUNK = 200
 BUDGET = 1 << 28
 POLICY = "epic:0.3"
+ROUNDING = 1e-3
+"""Of fp32 KV and log-probabilities that were computed in batches of other shapes."""
 
 
 class World(NamedTuple):
@@ -166,20 +168,29 @@ def test_writers_of_one_key_leave_one_whole_record(world: World) -> None:
         if tuple(one.token_ids.tolist()) in wanted:
             other = remote.read(key)
             assert other is not None
-            assert torch.equal(one.k, other.k)
-            assert torch.equal(one.v, other.v)
+            # Each is whole, by its checksums. Whose it is decides its rounding.
+            torch.testing.assert_close(one.k, other.k, rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(one.v, other.v, rtol=0, atol=ROUNDING)
             found += 1
     assert found == 2 * len(chunks)
-    answers = [seen(ask(client, chunks)) for client in clients]
-    assert answers[0] == answers[1] == answers[2]
-    assert answers[0][1] > 0
+    answers = [ask(client, chunks) for client in clients]
+    for said, report in answers:
+        assert report["reused_tokens"] + report["recomputed_tokens"] == len(chunks) * CHUNK
+        assert [token for token, _ in said] == [token for token, _ in answers[0][0]]
+        values, others = ([value for _, value in one] for one in (said, answers[0][0]))
+        assert values == pytest.approx(others, abs=ROUNDING)
 
 
 def test_a_server_that_is_killed_while_it_writes_takes_nobody_along(world: World) -> None:
     """The last test: it ends the first server."""
     chunks = [tokens(CHUNK, 90 + n) for n in range(30)]
-    before = len(list(world.path.rglob("*.safetensors")))
+    remote = connect_remote(world.valkey.url, byte_budget=BUDGET, model="m")
     done: list[int] = []
+
+    def written() -> tuple[int, int]:
+        return len(list(world.path.rglob("*.safetensors"))), len(list(remote.keys()))
+
+    before = written()
 
     def write() -> None:
         for number, chunk in enumerate(chunks):
@@ -189,7 +200,7 @@ def test_a_server_that_is_killed_while_it_writes_takes_nobody_along(world: World
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(write)
         deadline = time.monotonic() + 60
-        while len(list(world.path.rglob("*.safetensors"))) < before + 5:
+        while any(now < then + 5 for now, then in zip(written(), before, strict=True)):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         os.killpg(world.pid, signal.SIGKILL)
