@@ -333,14 +333,13 @@ def test_a_server_that_stops_in_mid_record_ends_the_pass(server: Server, make_re
     tier = tier_of(server)
     tier.put(record)
     gate = tier.tier._gate  # type: ignore[attr-defined]
-    held = 0
-    while gate.acquire(blocking=False):
-        held += 1
-    reader = tier.open(record.key, record.token_ids)
-    assert reader is not None
-    server.pause()
+    with contextlib.ExitStack() as turns:
+        for _ in range(2):
+            turns.enter_context(gate.call())
+        reader = tier.open(record.key, record.token_ids)
+        assert reader is not None
+        server.pause()
     try:
-        gate.release(held)
         with pytest.raises(TimeoutError):
             reader.layer(0)
         assert tier.breaker.state != "closed"

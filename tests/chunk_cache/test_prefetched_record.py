@@ -1,0 +1,67 @@
+"""Records that a thread fetches ahead: a place that is busy is waited for, one that is slow or dead is not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from chunk_cache import ChunkKV
+from chunk_cache.tiers.encoding import encode_record, read_header
+from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
+
+Make = Callable[..., ChunkKV]
+
+
+class Place:
+    """Records of which each call brings one layer, one call at a time, when the test lets it."""
+
+    def __init__(self) -> None:
+        self.gate = FetchGate(1)
+        self.turns = threading.Semaphore(0)
+        self.calls = 0
+
+    def open(self, record: ChunkKV, wait_s: float) -> PrefetchedRecord:
+        encoded = encode_record(record)
+        header = read_header(record.key, encoded.header)
+        assert header is not None
+
+        def fetch(first: int, last: int) -> Sequence[bytes]:
+            self.calls += 1
+            assert self.turns.acquire(timeout=60)
+            return encoded.layers[first:last]
+
+        return PrefetchedRecord(header, fetch, wait_s=wait_s, gate=self.gate)
+
+
+def test_a_record_behind_others_is_waited_for_as_long_as_the_place_brings_something(
+    make_record: Make,
+) -> None:
+    place = Place()
+    records = [make_record(range(start, start + 8), layers=2) for start in range(0, 160, 8)]
+    readers = [place.open(record, 0.3) for record in records]
+
+    def serve() -> None:
+        for _ in range(2 * len(records)):
+            time.sleep(0.05)  # all of them take several times as long as one may
+            place.turns.release()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for layer in range(2):
+        for reader, record in zip(readers, records, strict=True):
+            assert reader.layer(layer).k.equal(record.layer(layer).k)
+    server.join(60)
+
+
+def test_a_place_that_brings_nothing_is_waited_for_once_whoever_has_the_turn(
+    make_record: Make,
+) -> None:
+    place = Place()
+    first, second = (place.open(make_record(range(n, n + 8)), 0.05) for n in (0, 20))
+    for reader in (first, second):
+        with pytest.raises(TimeoutError, match="did not come in time"):
+            reader.layer(0)
+    place.turns.release(4)
