@@ -40,19 +40,20 @@ def test_a_record_behind_others_is_waited_for_as_long_as_the_place_brings_someth
     make_record: Make,
 ) -> None:
     place = Place()
-    records = [make_record(range(start, start + 8), layers=2) for start in range(0, 160, 8)]
-    readers = [place.open(record, 0.3) for record in records]
+    records = [make_record(range(start, start + 8), layers=2) for start in range(0, 320, 8)]
+    readers = [place.open(record, 1.0) for record in records]
 
     def serve() -> None:
         for _ in range(2 * len(records)):
-            time.sleep(0.05)  # all of them take several times as long as one may
+            time.sleep(0.05)
             place.turns.release()
 
     server = threading.Thread(target=serve)
     server.start()
-    for layer in range(2):
-        for reader, record in zip(readers, records, strict=True):
-            assert reader.layer(layer).k.equal(record.layer(layer).k)
+    # Behind forty others that is two seconds: twice as long as the place may take for it.
+    assert readers[-1].layer(0).k.equal(records[-1].layer(0).k)
+    for _ in range(2 * len(records)):
+        place.turns.release()
     server.join(60)
 
 
