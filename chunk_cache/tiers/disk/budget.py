@@ -179,14 +179,22 @@ class FolderBudget:
         OSError
             Where the disk refuses.
         """
-        path = chunk_path(self._folder, key)
-        num_bytes = _size(path)
-        self.forget(key)
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
-        self._count_gone(num_bytes)
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(self._writing)
+            usage: Usage | None = None
+            try:
+                usage = locks.enter_context(locked_usage(usage_path(self._folder)))
+            except OSError:
+                self._is_doubtful = True  # it goes though nobody can count it
+            path = chunk_path(self._folder, key)
+            num_bytes = _size(path)
+            self.forget(key)
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            if usage is not None:
+                self._count(usage, -num_bytes)
         return True
 
     def remove_damaged(self, key: ChunkKey, number: int) -> None:
