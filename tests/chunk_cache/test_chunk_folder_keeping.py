@@ -304,3 +304,22 @@ def test_a_record_that_is_removed_while_it_is_replaced_is_counted_once(
     assert {key: folder.size_of(key) > 0 for key in (record.key, other.key)} == {
         key: chunk_path(folder.path, key).exists() for key in (record.key, other.key)
     }
+
+
+@pytest.mark.parametrize("change", ["remove", "pin"])
+def test_who_finds_no_figure_counts_nothing_into_a_new_one(
+    tmp_path: Path, make_record: Make, change: str
+) -> None:
+    """A figure that begins with a removal would say that the folder is empty."""
+    records = [make_record(range(n, n + 8)) for n in range(0, 64, 8)]
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    folder.put(records[0])
+    folder = StoreFolder(tmp_path / "kv", byte_budget=4 * size(folder))
+    for record in records[:4]:
+        folder.put(record)
+    usage_path(folder.path).unlink()
+    assert folder.remove(records[0].key) if change == "remove" else folder.pin(records[0].key)
+    for record in records[4:]:
+        folder.put(record)
+        weight = sum(path.stat().st_size for path in folder.path.rglob("*.safetensors"))
+        assert weight <= folder.budget.byte_budget

@@ -237,6 +237,7 @@ class FolderBudget:
         found = list_folder(self._folder, tidy=tidy)
         self._replace(found)
         usage.change(found.num_bytes - usage.num_bytes)
+        usage.is_known = True
         self._changes = usage.changes
 
     def _replace(self, found: Listing) -> None:
@@ -256,6 +257,9 @@ class FolderBudget:
 
     def _count(self, usage: Usage, num_bytes: int) -> None:
         """Count what is done already; where that cannot be written, the figure is too high until the next listing."""
+        if not usage.is_known:
+            self._is_doubtful = True  # a figure that begins with this would leave out all that is there
+            return
         try:
             self._change(usage, num_bytes)
         except OSError:
