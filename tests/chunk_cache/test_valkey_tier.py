@@ -91,6 +91,18 @@ def test_what_is_put_is_read_by_another_client(
     assert not client_of(server).keys("ragkv:2:w:*"), "nothing half-written is left"
 
 
+def test_what_has_the_name_of_a_record_and_no_header_is_written_over(
+    server: Server, make_record: Make
+) -> None:
+    """Nobody can read it, and as long as it stays nobody could write the record."""
+    record, tier = make_record(range(8)), tier_of(server)
+    client_of(server).hset(name_of(record), "0", b"something")
+    assert tier.open(record.key, record.token_ids) is None
+    assert tier.put(record)
+    assert same(tier.get(record.key, record.token_ids), record)
+    assert not client_of(server).keys("ragkv:2:w:*")
+
+
 def test_an_erased_record_is_gone_for_everybody(server: Server, make_record: Make) -> None:
     record, other = make_record(range(8)), make_record(range(50, 60))
     one, two = tier_of(server), tier_of(server)

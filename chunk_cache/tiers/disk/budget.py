@@ -258,7 +258,9 @@ class FolderBudget:
     def _count(self, usage: Usage, num_bytes: int) -> None:
         """Count what is done already; where that cannot be written, the figure is too high until the next listing."""
         if not usage.is_known:
-            self._is_doubtful = True  # a figure that begins with this would leave out all that is there
+            self._is_doubtful = (
+                True  # a figure that begins with this would leave out all that is there
+            )
             return
         try:
             self._change(usage, num_bytes)

@@ -209,7 +209,10 @@ class ValkeyTier(Tier):
                     if not self._upload(temporary, encoded, told):
                         return False
                     # Not over one that somebody else finished first: its readers are in the midst of it.
-                    self._client.renamenx(temporary, name)
+                    if not self._client.renamenx(temporary, name) and not self._client.hexists(
+                        name, "h"
+                    ):
+                        self._client.rename(temporary, name)  # what is there can be read by nobody
                 except self._errors.OutOfMemoryError:
                     return False
                 finally:
