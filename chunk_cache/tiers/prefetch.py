@@ -22,6 +22,9 @@ from chunk_cache.tiers.header_reader import HeaderReader
 _STEP_BYTES = 4 << 20
 """Bytes that one call fetches at most, unless one layer is longer."""
 
+_UNREAD_S = 120.0
+"""A record that nobody reads for so long is let go, seconds."""
+
 Fetch = Callable[[int, int], Sequence[Buffer | None]]
 """Bytes of the layers ``[first, last)``; ``None`` for one that is gone. Raises :class:`OSError`."""
 
@@ -51,7 +54,8 @@ class FetchGate:
 class PrefetchedRecord(HeaderReader):
     """A :class:`~chunk_cache.LayerReader` of a record whose header is here and whose layers are on their way.
 
-    Fetching begins at once, in a thread; layers are checked and decoded there.
+    A thread fetches, checks and decodes layers: the first one at once, the others when the first is asked for. So of
+    many records that were opened and are not read yet, little lies in memory. A layer is let go when it is read.
 
     Parameters
     ----------
@@ -84,7 +88,10 @@ class PrefetchedRecord(HeaderReader):
         self._is_fetching = False
         self._gate = gate
         self._damaged = damaged
-        self._layers: list[LayerKV] = []
+        self._layers: dict[int, LayerKV] = {}
+        """What is here and was not read yet."""
+        self._num_fetched = 0
+        self._is_asked = False
         self._error: Exception | None = None
         self._stopped = False
         self._changed = threading.Condition()
@@ -108,7 +115,9 @@ class PrefetchedRecord(HeaderReader):
             )
         began = time.monotonic()
         with self._changed:
-            while len(self._layers) <= index:
+            self._is_asked = True
+            self._changed.notify_all()
+            while self._num_fetched <= index:
                 if self._error is not None:
                     raise self._error
                 now, counts = time.monotonic(), self._is_fetching
@@ -120,7 +129,9 @@ class PrefetchedRecord(HeaderReader):
                 self._changed.wait(left_s)
                 if counts:
                     self._left_s -= time.monotonic() - now
-            layer = self._layers[index]
+            if index not in self._layers:
+                raise ChunkCacheError(f"layer {index} was read already, and is not kept")
+            layer = self._layers.pop(index)
         return LayerKV(layer.k[start:end], layer.v[start:end])
 
     def record(self) -> ChunkKV:
@@ -131,6 +142,7 @@ class PrefetchedRecord(HeaderReader):
         """Fetch no more."""
         with self._changed:
             self._stopped = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
         first = 0
@@ -148,9 +160,11 @@ class PrefetchedRecord(HeaderReader):
                         raise DamagedRecordError(f"chunk {self.header.key}: layer {index} is gone")
                     layer = decode_layer(self.header, index, data)
                     with self._changed:
-                        self._layers.append(layer)
+                        self._layers[index] = layer
+                        self._num_fetched += 1
                         self._changed.notify_all()
                 first = last
+                self._wait_for_a_reader()
         except Exception as error:  # whoever waits for the layer hears of it
             with self._changed:
                 self._error = error
@@ -158,6 +172,11 @@ class PrefetchedRecord(HeaderReader):
             if isinstance(error, DamagedRecordError):
                 with contextlib.suppress(OSError):
                     self._damaged()
+
+    def _wait_for_a_reader(self) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._is_asked or self._stopped, _UNREAD_S):
+                raise TimeoutError(f"chunk {self.header.key} was opened, and not read in time")
 
     def _note_fetching(self, is_fetching: bool) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from chunk_cache import ChunkKV
+from chunk_cache import ChunkCacheError, ChunkKV
 from chunk_cache.tiers.encoding import encode_record, read_header
 from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
 
@@ -66,3 +66,25 @@ def test_a_place_that_brings_nothing_is_waited_for_once_whoever_has_the_turn(
         with pytest.raises(TimeoutError, match="did not come in time"):
             reader.layer(0)
     place.turns.release(4)
+
+
+def test_of_a_record_that_is_not_read_yet_one_layer_is_in_memory_and_none_that_was_read(
+    make_record: Make,
+) -> None:
+    place, record = Place(), make_record(range(8), layers=4)
+    place.turns.release(100)
+    readers = [place.open(record, 30.0) for _ in range(10)]
+    for reader in readers:
+        with reader._changed:
+            assert reader._changed.wait_for(lambda reader=reader: reader._num_fetched, 60)
+        assert list(reader._layers) == [0]
+    first, closed = readers[0], readers[1]
+    for layer in range(4):
+        assert first.layer(layer).v.equal(record.layer(layer).v)
+    assert not first._layers
+    with pytest.raises(ChunkCacheError, match="read already"):
+        first.layer(0)
+    assert place.calls == 11
+    for reader in readers[1:]:
+        reader.close()
+    assert list(closed._layers) == [0]

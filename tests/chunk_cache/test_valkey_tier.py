@@ -78,7 +78,8 @@ def test_what_is_put_is_read_by_another_client(
         layer, wanted = opened.layer(index, 3, 30), record.layer(index, 3, 30)
         assert layer.k.equal(wanted.k)
         assert layer.v.equal(wanted.v)
-    assert same(opened.record(), record)
+    whole: Any = reader.open(record.key, record.token_ids)
+    assert same(whole.record(), record)
     assert same(reader.read(record.key), record)
     assert same(reader.get(record.key, record.token_ids), record)
     assert reader.open(record.key, record.token_ids + 1) is None
