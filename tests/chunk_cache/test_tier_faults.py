@@ -6,6 +6,7 @@ makes of its faults is tested beside it; the table of all is in ``docs/tiers.md`
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -31,6 +32,7 @@ from chunk_cache import (
     StoreFolder,
     TierChain,
 )
+from chunk_cache.tiers.prefetch import FetchGate
 from chunk_cache.tiers.remote.connect import connect_remote
 from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
@@ -279,7 +281,6 @@ def test_a_remote_that_goes_in_mid_request_is_a_miss_and_the_disk_goes_on(
     remote.put(record, context=context)
     folder.put(local, context=context)
     chain = Chain({"disk": folder, "remote": remote}, record, context)
-    gate = remote.tier._gate  # type: ignore[attr-defined]
 
     def strike() -> None:
         if how == "killed":
@@ -289,21 +290,20 @@ def test_a_remote_that_goes_in_mid_request_is_a_miss_and_the_disk_goes_on(
         else:
             valkey.Valkey(port=server.port).flushall()
 
-    class Gate:
+    class StrikingGate(FetchGate):
         """What the server is asked through; the fault comes before it is asked for more than the first layer."""
 
         asked = 0
 
-        def __enter__(self) -> None:
-            gate.acquire()
-            self.asked += 1
-            if self.asked == 2:
-                strike()
+        @contextlib.contextmanager
+        def call(self) -> Iterator[None]:
+            with super().call():
+                self.asked += 1
+                if self.asked == 2:
+                    strike()
+                yield
 
-        def __exit__(self, *_: object) -> None:
-            gate.release()
-
-    remote.tier._gate = Gate()  # type: ignore[attr-defined]
+    remote.tier._gate = StrikingGate(1)  # type: ignore[attr-defined]
     try:
         assert not chain.fetch()
         event = "damaged" if how == "emptied" else "fetch_failed"
