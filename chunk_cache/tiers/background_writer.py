@@ -5,6 +5,7 @@ A disk may be slow and a network folder may hang; whoever made a record never wa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -19,6 +20,8 @@ QUEUE_BYTES = 256 << 20
 """Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""
 _NOTE_USE_S = 30.0
 """How often the use of records is noted on their files."""
+_REMOVE_AGAIN_S = 1.0
+"""How often a removal that a tier refused is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,11 @@ class BackgroundWriter:
         Where to; only the thread writes to it.
     count : callable
         Called with ``written``, ``dropped`` (the queue was full), ``no_room`` (the budget is),
-        ``write_failed`` or ``erased`` for every record, from either thread.
+        ``write_failed`` or ``erased`` for every record, from either thread; ``remove_failed`` each time that the
+        tier refused to remove what was erased while it was written.
     wrote : callable
         Called with the bytes of a record in memory and the seconds that the tier took for it, from the thread, for
-        every record that it tried.
+        every record that the tier answered for. The record waits no longer then.
     failed : callable
         Called with what a disk refused, from the thread.
     is_erased : callable
@@ -74,6 +78,10 @@ class BackgroundWriter:
         self._bytes = 0
         self._current: _Waiting | None = None
         self._current_is_erased = False
+        self._current_is_done = False
+        """Nothing of it waits any more, and whoever counts is being told."""
+        self._to_remove: set[ChunkKey] = set()
+        """What was erased while it was written, and the tier refused to remove; the thread's own."""
         self._stopping = False
         self._noted = time.monotonic()
         self._changed = threading.Condition()
@@ -96,7 +104,8 @@ class BackgroundWriter:
     def pending(self) -> int:
         """Records that are not on the disk yet."""
         with self._changed:
-            return len(self._queue) + (self._current is not None)
+            is_writing = self._current is not None and not self._current_is_done
+            return len(self._queue) + is_writing
 
     @property
     def pending_bytes(self) -> int:
@@ -107,7 +116,8 @@ class BackgroundWriter:
         """Forget what waits."""
         with self._changed:
             self._queue.clear()
-            self._bytes = 0
+            current = None if self._current_is_done else self._current
+            self._bytes = 0 if current is None else current.record.num_bytes
             self._changed.notify_all()
 
     def erase(self) -> None:
@@ -150,16 +160,26 @@ class BackgroundWriter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping, _NOTE_USE_S)
+                self._changed.wait_for(
+                    lambda: self._queue or self._stopping,
+                    _REMOVE_AGAIN_S if self._to_remove else _NOTE_USE_S,
+                )
                 waiting = self._queue.popleft() if self._queue else None
-                if waiting is None and self._stopping:
-                    return
+                is_last = waiting is None and self._stopping
                 self._current, self._current_is_erased = waiting, False
+                self._current_is_done = False
+            for key in list(self._to_remove):
+                self._report(self._remove(key))
+            if is_last:
+                return
             if waiting is not None:
-                self._write(waiting)
+                kind, wrote = self._write(waiting)
                 with self._changed:
                     # Counted as waiting until now: the memory is held until now.
-                    self._bytes = max(0, self._bytes - waiting.record.num_bytes)
+                    self._bytes -= waiting.record.num_bytes
+                    self._current_is_done = True
+                self._report(kind, wrote)
+                with self._changed:
                     self._current = None
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
@@ -167,27 +187,59 @@ class BackgroundWriter:
                 try:
                     self.tier.used(self._used(since))
                 except Exception as error:  # the thread goes on: only the order of eviction suffers
-                    self._failed(OSError(f"{type(error).__name__}: {error}"))
+                    self._say(error)
 
-    def _write(self, waiting: _Waiting) -> None:
+    def _write(self, waiting: _Waiting) -> tuple[str, tuple[int, float] | None]:
+        """Write a record; return what to count, and its bytes and the seconds where the tier answered."""
         record, tenant = waiting.record, waiting.tenant
-        kind = "erased"
+        kind, wrote = "write_failed", None
         try:
-            if not self._is_erased(record, tenant):
-                began = time.monotonic()
-                put = self.tier.put(record, context=waiting.context, tenant=tenant)
-                self._wrote(record.num_bytes if put else 0, time.monotonic() - began)
-                kind = "written" if put else "no_room"
-                # The text may have been erased meanwhile, by somebody who did not see this file yet.
-                if kind == "written" and (
-                    self._current_is_erased or self._is_erased(record, tenant)
-                ):
-                    self.tier.remove(record.key)
-                    kind = "erased"
-        except OSError as error:
-            kind = "write_failed"
-            self._failed(error)
+            if self._is_erased(record, tenant):
+                return "erased", None
+        except Exception as error:  # whoever does not know does not write
+            self._say(error)
+            return kind, None
+        began = time.monotonic()
+        try:
+            put = self.tier.put(record, context=waiting.context, tenant=tenant)
         except Exception as error:  # a thread that ends would drop everything unsaid
-            kind = "write_failed"
-            self._failed(OSError(f"{type(error).__name__}: {error}"))
-        self._count(kind)
+            self._say(error)
+        else:
+            kind = "written" if put else "no_room"
+            wrote = record.num_bytes if put else 0, time.monotonic() - began
+        # The text may have been erased meanwhile, by somebody who did not see this record yet. A tier that did not
+        # answer may have written it all the same.
+        if self._must_go(record, tenant):
+            kind = self._remove(record.key)
+        return kind, wrote
+
+    def _must_go(self, record: ChunkKV, tenant: str) -> bool:
+        try:
+            return self._current_is_erased or self._is_erased(record, tenant)
+        except Exception as error:  # in doubt it goes
+            self._say(error)
+            return True
+
+    def _remove(self, key: ChunkKey) -> str:
+        """Remove what was written and erased meanwhile; what a tier refuses is tried again until it does not."""
+        try:
+            self.tier.remove(key)
+        except Exception as error:
+            self._to_remove.add(key)
+            self._say(error)
+            return "remove_failed"
+        self._to_remove.discard(key)
+        return "erased"
+
+    def _say(self, error: Exception) -> None:
+        is_plain = isinstance(error, OSError)
+        with contextlib.suppress(Exception):  # nor must the thread end because nobody listens
+            self._failed(error if is_plain else OSError(f"{type(error).__name__}: {error}"))
+
+    def _report(self, kind: str, wrote: tuple[int, float] | None = None) -> None:
+        try:
+            self._count(kind)
+            if wrote is not None:
+                self._wrote(*wrote)
+        except Exception as error:
+            self._say(error)

@@ -7,6 +7,7 @@ across all of them, since a forward needs the same layer of each.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
@@ -45,9 +46,9 @@ class Fetch:
 
     __slots__ = (
         "build",
+        "cancelled",
         "candidates",
         "chosen",
-        "is_cancelled",
         "is_ended",
         "loading",
         "patience",
@@ -63,7 +64,8 @@ class Fetch:
         self.reader: LayerReader | None = None
         self.build: Build | None = None
         self.loading: LoadingChunk | None = None
-        self.is_cancelled = False
+        self.cancelled = ""
+        """Why nothing of it may come into memory any more: ``cancelled`` or ``erased``; empty while it may."""
         self.is_ended = False
 
     @property
@@ -73,9 +75,9 @@ class Fetch:
 
     def has_layers(self, number: int) -> bool:
         """Whether so many layers are there, or no more will come."""
+        loading = self.loading
         if self.is_ended:
             return True
-        loading = self.loading
         return loading is not None and loading.num_filled >= min(number, loading.num_layers)
 
 
@@ -185,7 +187,7 @@ class Fetcher:
     def _enqueue(self, row: list[Candidate], patience: Patience, group: int) -> Fetch | None:
         first = row[0].key
         fetch = self._fetches.get(first)
-        if fetch is not None and not fetch.is_cancelled:
+        if fetch is not None and not fetch.cancelled:
             return fetch
         if self._stopping or len(self._fetches) >= self._max_waiting:
             return None
@@ -211,7 +213,7 @@ class Fetcher:
         """Bring nothing into memory that is on its way."""
         with self._changed:
             for fetch in self._fetches.values():
-                fetch.is_cancelled = True
+                fetch.cancelled = fetch.cancelled or "cancelled"
 
     def erase(self) -> None:
         """Bring nothing into memory that is on its way and erased, however long the tier takes."""
@@ -219,7 +221,7 @@ class Fetcher:
             fetches = list(self._fetches.values())
         for fetch in fetches:
             if any(self._is_erased(one, one.tenant) for one in fetch.candidates):
-                fetch.is_cancelled = True
+                fetch.cancelled = "erased"
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is on its way, but no longer than `timeout_s`."""
@@ -230,7 +232,7 @@ class Fetcher:
         with self._changed:
             self._stopping = True
             for fetch in self._fetches.values():
-                fetch.is_cancelled = True
+                fetch.cancelled = fetch.cancelled or "cancelled"
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -259,8 +261,8 @@ class Fetcher:
 
     def _step(self, fetch: Fetch, layer: int) -> int | None:
         """Read the header, or one layer; return the layer that is next, None at the end."""
-        if fetch.is_cancelled:
-            self._end(fetch, "cancelled")
+        if fetch.cancelled:
+            self._end(fetch, fetch.cancelled)
             return None
         if layer < 0:
             return 0 if self._open(fetch) else None
@@ -329,16 +331,16 @@ class Fetcher:
         assert build is not None
         assert loading is not None
         record, tenant = loading.record, chosen.tenant
-        if fetch.is_cancelled or self._is_erased(chosen, tenant):
-            self._end(fetch, "erased")
+        if fetch.cancelled or self._is_erased(chosen, tenant):
+            self._end(fetch, fetch.cancelled or "erased")
             return
         if not build.commit(record):
             self._end(fetch, "superseded")
             return
         # It may have been erased meanwhile, by somebody who did not see it in memory yet.
-        if fetch.is_cancelled or self._is_erased(chosen, tenant):
+        if fetch.cancelled or self._is_erased(chosen, tenant):
             self._store.erase([record.key])
-            self._end(fetch, "erased")
+            self._end(fetch, fetch.cancelled or "erased")
             return
         self._chain.write_back(record, chosen.context, tenant, found_in=fetch.tier)
         self._end(fetch, "fetched")
@@ -361,11 +363,17 @@ class Fetcher:
         if fetch.build is not None:
             # Without back-off: the chunk may be computed at once. Of no effect where it was committed.
             fetch.build.abort(kind, failed=False)
-        fetch.reader = None
+        close = getattr(fetch.reader, "close", None)
+        if close is not None:
+            # One that fetches ahead would go on to read what nobody wants.
+            with contextlib.suppress(Exception):
+                close()
+        fetch.is_ended = True
+        # Requests keep a fetch as long as they wait: it must hold no memory that nobody counts.
+        fetch.reader = fetch.build = fetch.loading = None
         if kind:
             self._count(fetch.tier, kind)
         with self._changed:
-            fetch.is_ended = True
             first = fetch.candidates[0].key
             if self._fetches.get(first) is fetch:
                 del self._fetches[first]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.layouts.base import LayerKV
@@ -22,14 +22,40 @@ from chunk_cache.tiers.header_reader import HeaderReader
 _STEP_BYTES = 4 << 20
 """Bytes that one call fetches at most, unless one layer is longer."""
 
+_UNREAD_S = 120.0
+"""A record that nobody reads for so long is let go, seconds."""
+
 Fetch = Callable[[int, int], Sequence[Buffer | None]]
 """Bytes of the layers ``[first, last)``; ``None`` for one that is gone. Raises :class:`OSError`."""
+
+
+class FetchGate:
+    """Lets a number of calls to one place run at once, and knows when the last one ended.
+
+    Parameters
+    ----------
+    calls : int
+        How many.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self._free = threading.Semaphore(calls)
+        self.ended_at = time.monotonic()
+        """When a call brought something last, :func:`time.monotonic`."""
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Wait for a turn, and have it."""
+        with self._free:
+            yield
+            self.ended_at = time.monotonic()
 
 
 class PrefetchedRecord(HeaderReader):
     """A :class:`~chunk_cache.LayerReader` of a record whose header is here and whose layers are on their way.
 
-    Fetching begins at once, in a thread; layers are checked and decoded there.
+    A thread fetches, checks and decodes layers: the first one at once, the others when the first is asked for. So of
+    many records that were opened and are not read yet, little lies in memory. A layer is let go when it is read.
 
     Parameters
     ----------
@@ -38,9 +64,10 @@ class PrefetchedRecord(HeaderReader):
     fetch : callable
         See :data:`Fetch`; called from the thread, for layers in order.
     wait_s : float
-        Longest that all calls of :meth:`layer` together wait, seconds: a place that is slow without being dead
-        costs a request no more than this either.
-    gate : semaphore
+        Longest that all calls of :meth:`layer` together wait for `fetch`, seconds: a place that is slow without being
+        dead costs a request no more than this either. What they wait behind other records does not count, unless
+        nothing came for any record for so long: a place that is busy is not down.
+    gate : FetchGate
         Taken for each call of `fetch`: so many run at once, whatever number of records is read.
     damaged : callable
         Called from the thread where a layer is not what was written, or gone.
@@ -52,15 +79,19 @@ class PrefetchedRecord(HeaderReader):
         fetch: Fetch,
         *,
         wait_s: float,
-        gate: threading.Semaphore,
+        gate: FetchGate,
         damaged: Callable[[], None] = lambda: None,
     ) -> None:
         self.header = header
         self._fetch = fetch
-        self._left_s = wait_s
+        self._wait_s = self._left_s = wait_s
+        self._is_fetching = False
         self._gate = gate
         self._damaged = damaged
-        self._layers: list[LayerKV] = []
+        self._layers: dict[int, LayerKV] = {}
+        """What is here and was not read yet."""
+        self._num_fetched = 0
+        self._is_asked = False
         self._error: Exception | None = None
         self._stopped = False
         self._changed = threading.Condition()
@@ -84,17 +115,24 @@ class PrefetchedRecord(HeaderReader):
             )
         began = time.monotonic()
         with self._changed:
-            there = self._changed.wait_for(
-                lambda: len(self._layers) > index or self._error is not None, self._left_s
-            )
-            self._left_s = max(0.0, self._left_s - (time.monotonic() - began))
-            if len(self._layers) > index:
-                layer = self._layers[index]
-                return LayerKV(layer.k[start:end], layer.v[start:end])
-            if there and self._error is not None:
-                raise self._error
-            self._stopped = True
-        raise TimeoutError(f"layer {index} of {self.num_layers} did not come in time")
+            self._is_asked = True
+            self._changed.notify_all()
+            while self._num_fetched <= index:
+                if self._error is not None:
+                    raise self._error
+                now, counts = time.monotonic(), self._is_fetching
+                left_s = self._wait_s - (now - max(began, self._gate.ended_at))
+                left_s = self._left_s if counts else left_s
+                if left_s <= 0:
+                    self._stopped = True
+                    raise TimeoutError(f"layer {index} of {self.num_layers} did not come in time")
+                self._changed.wait(left_s)
+                if counts:
+                    self._left_s -= time.monotonic() - now
+            if index not in self._layers:
+                raise ChunkCacheError(f"layer {index} was read already, and is not kept")
+            layer = self._layers.pop(index)
+        return LayerKV(layer.k[start:end], layer.v[start:end])
 
     def record(self) -> ChunkKV:
         """Return the whole record, for a tier above; raises as :meth:`layer`."""
@@ -104,14 +142,17 @@ class PrefetchedRecord(HeaderReader):
         """Fetch no more."""
         with self._changed:
             self._stopped = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
         first = 0
         try:
             while first < self.num_layers and not self._stopped:
                 last = self._step(first)
-                with self._gate:
+                with self._gate.call():
+                    self._note_fetching(True)
                     found = self._fetch(first, last)
+                self._note_fetching(False)
                 if len(found) != last - first:
                     raise DamagedRecordError(f"chunk {self.header.key}: {len(found)} layers came")
                 for index, data in enumerate(found, first):
@@ -119,9 +160,11 @@ class PrefetchedRecord(HeaderReader):
                         raise DamagedRecordError(f"chunk {self.header.key}: layer {index} is gone")
                     layer = decode_layer(self.header, index, data)
                     with self._changed:
-                        self._layers.append(layer)
+                        self._layers[index] = layer
+                        self._num_fetched += 1
                         self._changed.notify_all()
                 first = last
+                self._wait_for_a_reader()
         except Exception as error:  # whoever waits for the layer hears of it
             with self._changed:
                 self._error = error
@@ -129,6 +172,16 @@ class PrefetchedRecord(HeaderReader):
             if isinstance(error, DamagedRecordError):
                 with contextlib.suppress(OSError):
                     self._damaged()
+
+    def _wait_for_a_reader(self) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._is_asked or self._stopped, _UNREAD_S):
+                raise TimeoutError(f"chunk {self.header.key} was opened, and not read in time")
+
+    def _note_fetching(self, is_fetching: bool) -> None:
+        with self._changed:
+            self._is_fetching = is_fetching
+            self._changed.notify_all()
 
     def _step(self, first: int) -> int:
         """One layer at first, so that computing begins; then as many as a call may bring."""

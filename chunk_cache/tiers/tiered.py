@@ -213,9 +213,15 @@ class TierChain(Tier):
         return found
 
     def sync(self) -> None:
-        """Make removals survive a power cut."""
+        """Make removals survive a power cut; raises as :meth:`remove` does."""
+        refused: Exception | None = None
         for link in self._links:
-            link.tier.sync()
+            try:
+                link.tier.sync()
+            except Exception as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note the use of records in every tier."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +45,9 @@ class GatedReader:
         self.num_tokens = record.num_tokens
         self.codec, self.is_lossless = record.codec, record.is_lossless
 
+    def close(self) -> None:
+        self.tier.closed.append(self.record.key)
+
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         self.tier.asked.append((self.record.key, index))
         assert self.tier.gate.acquire(timeout=60)
@@ -58,6 +63,7 @@ class GatedTier(Tier):
         self.records: dict[ChunkKey, ChunkKV] = {}
         self.gate = threading.Semaphore(0)
         self.asked: list[tuple[ChunkKey, int]] = []
+        self.closed: list[ChunkKey] = []
         self.fault: Exception | None = None
         self.fault_at = 1
 
@@ -287,6 +293,47 @@ def test_the_budget_counts_what_is_loading_and_evicts_for_it(world: World) -> No
     assert set(world.store.keys()) == {new.key, third.key}
 
 
+def test_a_request_that_still_waits_keeps_no_evicted_record_in_memory(world: World) -> None:
+    first, second = world.stored(0), world.stored(20)
+    world.store._ledger.byte_budget = first.num_bytes
+    world.let(2 * LAYERS)
+    (fetch,) = world.begin(first)
+    assert world.fetcher.drain(60)
+    with world.store.borrow(first.key) as record:
+        assert record is not None
+        tensor = weakref.ref(record.k)
+    del record
+    world.fetcher.begin(world.wanted(second))
+    assert world.fetcher.drain(60)
+    assert world.chain.drain(60)
+    world.near.records.clear()
+    gc.collect()
+    assert world.store.keys() == [second.key]
+    assert fetch.is_ended
+    assert tensor() is None  # its bytes count for nobody any more
+
+
+@pytest.mark.parametrize("how", ["no room", "computed", "erased", "whole", "cleared"])
+def test_a_reader_is_closed_when_its_fetch_ends_however_it_ends(world: World, how: str) -> None:
+    """One that fetches ahead would go on to read what nobody wants."""
+    record = world.stored(0)
+    if how == "no room":
+        world.store._ledger.byte_budget = 1
+    elif how == "computed":
+        build = world.store.begin_build(record.key, record.token_ids)
+        assert isinstance(build, Build)
+    elif how == "erased":
+        world.erased = {record.key}
+    world.begin(record)
+    if how == "cleared":
+        world.fetcher.clear()
+    world.let(LAYERS)
+    assert world.fetcher.drain(60)
+    assert world.far.closed == [record.key]
+    if how == "computed":
+        build.abort(failed=False)
+
+
 def test_a_chunk_that_somebody_computes_meanwhile_is_not_fetched(world: World) -> None:
     record = world.stored(0)
     build = world.store.begin_build(record.key, record.token_ids)
@@ -317,6 +364,19 @@ def test_nothing_comes_back_from_a_fetch_in_flight(world: World, how: str) -> No
     assert not world.store.keys()
     assert not world.near.records
     assert world.counts["far.fetched"] == 0
+    ended = {"erase": "erased", "asked": "erased", "reset": "superseded", "clear": "cancelled"}
+    assert world.counts == {"far.opened": 1, f"far.{ended[how]}": 1}
+
+
+def test_what_is_dropped_when_it_has_just_come_was_cancelled_and_not_erased(world: World) -> None:
+    record = world.stored(0)
+    world.begin(record)
+    world.let(LAYERS - 1)
+    assert world.fetcher.wait(lambda: len(world.far.asked) == LAYERS, 60)
+    world.fetcher.clear()  # while the last layer is read
+    world.let(1)
+    assert world.fetcher.drain(60)
+    assert world.counts == {"far.opened": 1, "far.cancelled": 1}
 
 
 def test_what_is_erased_is_not_even_leased(world: World) -> None:

@@ -24,7 +24,9 @@ from chunk_cache import (
     StoreFolder,
     load_store,
 )
-from chunk_cache.tiers.disk.private_files import write_private
+from chunk_cache.tiers.disk.layout import chunk_path, usage_path
+from chunk_cache.tiers.disk.private_files import Draft, write_private
+from chunk_cache.tiers.disk.usage import locked_usage
 from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
 Make = Callable[..., ChunkKV]
@@ -271,3 +273,53 @@ def test_erasing_drops_what_is_pinned_and_what_is_in_use(make_record: Make) -> N
     lease.release()
     store.check_integrity(expect_idle=True)
     assert store.stats().bytes_now == records[2].num_bytes
+
+
+def test_a_record_that_is_removed_while_it_is_replaced_is_counted_once(
+    tmp_path: Path, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted twice, the folder would seem emptier than it is, and outgrow its budget."""
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    record, other = make_record(range(8)), make_record(range(20, 28))
+    for one in (record, other):
+        folder.put(one)
+    publish, removed = Draft.publish, threading.Event()
+
+    def remove() -> None:
+        folder.remove(record.key)
+        removed.set()
+
+    def meanwhile(draft: Draft, *args: Any) -> None:
+        if draft.path == chunk_path(folder.path, record.key):
+            threading.Thread(target=remove).start()
+            removed.wait(0.5)
+        publish(draft, *args)
+
+    monkeypatch.setattr(Draft, "publish", meanwhile)
+    folder.put(record)
+    assert removed.wait(60)
+    weight = sum(path.stat().st_size for path in folder.path.rglob("*.safetensors"))
+    with locked_usage(usage_path(folder.path)) as usage:
+        assert usage.num_bytes == weight
+    assert {key: folder.size_of(key) > 0 for key in (record.key, other.key)} == {
+        key: chunk_path(folder.path, key).exists() for key in (record.key, other.key)
+    }
+
+
+@pytest.mark.parametrize("change", ["remove", "pin"])
+def test_who_finds_no_figure_counts_nothing_into_a_new_one(
+    tmp_path: Path, make_record: Make, change: str
+) -> None:
+    """A figure that begins with a removal would say that the folder is empty."""
+    records = [make_record(range(n, n + 8)) for n in range(0, 64, 8)]
+    folder = StoreFolder(tmp_path / "kv", create=True)
+    folder.put(records[0])
+    folder = StoreFolder(tmp_path / "kv", byte_budget=4 * size(folder))
+    for record in records[:4]:
+        folder.put(record)
+    usage_path(folder.path).unlink()
+    assert folder.remove(records[0].key) if change == "remove" else folder.pin(records[0].key)
+    for record in records[4:]:
+        folder.put(record)
+        weight = sum(path.stat().st_size for path in folder.path.rglob("*.safetensors"))
+        assert weight <= folder.budget.byte_budget

@@ -20,6 +20,9 @@ class Shelf(Tier):
     def __init__(self) -> None:
         self.records: dict[ChunkKey, ChunkKV] = {}
         self.is_broken = False
+        self.answers_late = False
+        self.removals: list[ChunkKey] = []
+        self.refusals = 0
         self.may_write = threading.Event()
         self.may_write.set()
         self.writes = threading.Event()
@@ -45,10 +48,16 @@ class Shelf(Tier):
         self.writes.set()
         assert self.may_write.wait(60)
         self.records[record.key] = record
+        if self.answers_late:
+            raise TimeoutError("no answer")
         return True
 
     def remove(self, key: ChunkKey) -> bool:
         self._work()
+        self.removals.append(key)
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError("not now")
         return self.records.pop(key, None) is not None
 
     def keys(self) -> Iterator[ChunkKey]:
@@ -208,6 +217,79 @@ def test_what_is_erased_while_it_waits_reaches_no_tier(
     shelves.far.may_write.set()
     assert shelves.chain.drain(60)
     assert set(shelves.far.records) == {records[2].key}
+
+
+def test_what_is_erased_while_it_is_written_goes_though_the_tier_did_not_answer(
+    shelves: Shelves, make_record: Make, context: KVContext
+) -> None:
+    record = make_record(range(8))
+    shelves.far.may_write.clear()
+    shelves.far.answers_late = True
+    shelves.chain.put(record, context=context)
+    assert shelves.far.writes.wait(60)
+    shelves.erased = {record.key}
+    shelves.chain.erase()
+    shelves.far.may_write.set()
+    assert shelves.chain.drain(60)
+    assert not shelves.far.records
+    assert shelves.counts["far", "erased"] == 1
+
+
+def test_what_a_tier_refuses_to_remove_after_it_was_written_is_removed_when_it_can_be(
+    shelves: Shelves, make_record: Make, context: KVContext
+) -> None:
+    record, other = make_record(range(8)), make_record(range(20, 28))
+    shelves.far.may_write.clear()
+    shelves.chain.put(record, context=context)
+    assert shelves.far.writes.wait(60)
+    shelves.far.refusals = 1
+    shelves.erased = {record.key}
+    shelves.chain.erase()
+    shelves.erased = set()  # the notice is out of force when the tier answers again
+    shelves.far.may_write.set()
+    assert shelves.chain.drain(60)
+    shelves.chain.put(other, context=context)
+    assert shelves.chain.drain(60)
+    assert set(shelves.far.records) == {other.key}
+    assert shelves.far.removals == [record.key] * 2
+    assert shelves.failed == ["far"]
+
+
+def test_a_queue_that_was_cleared_while_a_record_is_written_holds_no_more_than_its_bytes(
+    make_record: Make, context: KVContext
+) -> None:
+    records = [make_record(range(start, start + 8)) for start in range(0, 32, 8)]
+    shelves = Shelves(queue_bytes=2 * records[0].num_bytes)
+    shelves.far.may_write.clear()
+    shelves.chain.put(records[0], context=context)
+    assert shelves.far.writes.wait(60)
+    shelves.chain.clear()
+    assert shelves.chain.queues()["far"] == (1, records[0].num_bytes)
+    for record in records[1:]:
+        shelves.chain.put(record, context=context)
+    assert shelves.chain.queues()["far"] == (2, 2 * records[0].num_bytes)
+    shelves.far.may_write.set()
+    assert shelves.chain.close(60)
+    assert set(shelves.far.records) == {records[0].key, records[1].key}
+
+
+def test_who_hears_of_a_write_finds_an_empty_queue_and_may_fail(
+    make_record: Make, context: KVContext
+) -> None:
+    seen = []
+
+    def wrote(name: str, num_bytes: int, seconds: float) -> None:
+        seen.append((name, num_bytes, shelves.chain.queues()[name]))
+        raise RuntimeError("no counter")
+
+    shelves = Shelves(wrote=wrote)
+    one, other = make_record(range(8)), make_record(range(20, 28))
+    for record in (one, other):
+        shelves.chain.put(record, context=context)
+        assert shelves.chain.drain(60)
+    assert shelves.chain.close(60)
+    assert sorted(seen) == sorted((n, one.num_bytes, (0, 0)) for n in ("near", "far") for _ in "12")
+    assert set(shelves.near.records) == {one.key, other.key}
 
 
 def test_a_chain_has_no_place_of_its_own() -> None:

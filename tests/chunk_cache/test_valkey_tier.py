@@ -78,7 +78,8 @@ def test_what_is_put_is_read_by_another_client(
         layer, wanted = opened.layer(index, 3, 30), record.layer(index, 3, 30)
         assert layer.k.equal(wanted.k)
         assert layer.v.equal(wanted.v)
-    assert same(opened.record(), record)
+    whole: Any = reader.open(record.key, record.token_ids)
+    assert same(whole.record(), record)
     assert same(reader.read(record.key), record)
     assert same(reader.get(record.key, record.token_ids), record)
     assert reader.open(record.key, record.token_ids + 1) is None
@@ -89,6 +90,18 @@ def test_what_is_put_is_read_by_another_client(
     assert reader.namespaces({"dtype": "bfloat16"}) == {context.namespace}
     assert not reader.namespaces({"dtype": "float16"})
     assert not client_of(server).keys("ragkv:2:w:*"), "nothing half-written is left"
+
+
+def test_what_has_the_name_of_a_record_and_no_header_is_written_over(
+    server: Server, make_record: Make
+) -> None:
+    """Nobody can read it, and as long as it stays nobody could write the record."""
+    record, tier = make_record(range(8)), tier_of(server)
+    client_of(server).hset(name_of(record), "0", b"something")
+    assert tier.open(record.key, record.token_ids) is None
+    assert tier.put(record)
+    assert same(tier.get(record.key, record.token_ids), record)
+    assert not client_of(server).keys("ragkv:2:w:*")
 
 
 def test_an_erased_record_is_gone_for_everybody(server: Server, make_record: Make) -> None:
@@ -333,14 +346,13 @@ def test_a_server_that_stops_in_mid_record_ends_the_pass(server: Server, make_re
     tier = tier_of(server)
     tier.put(record)
     gate = tier.tier._gate  # type: ignore[attr-defined]
-    held = 0
-    while gate.acquire(blocking=False):
-        held += 1
-    reader = tier.open(record.key, record.token_ids)
-    assert reader is not None
-    server.pause()
+    with contextlib.ExitStack() as turns:
+        for _ in range(2):
+            turns.enter_context(gate.call())
+        reader = tier.open(record.key, record.token_ids)
+        assert reader is not None
+        server.pause()
     try:
-        gate.release(held)
         with pytest.raises(TimeoutError):
             reader.layer(0)
         assert tier.breaker.state != "closed"

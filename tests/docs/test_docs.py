@@ -37,6 +37,7 @@ OWN_PARSERS = {
     "bench ttft": "rag_eval.benchmarks.ttft",
     "bench throughput": "rag_eval.benchmarks.throughput",
     "bench store": "rag_eval.benchmarks.store",
+    "bench tiers": "rag_eval.benchmarks.tiers",
     "simulate tiers": "rag_eval.simulator.command",
 }
 

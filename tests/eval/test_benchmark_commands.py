@@ -32,6 +32,7 @@ CONFIGURED = {
     "router": "topics pool policy seed",
     "planning": "stored policies repeats",
     "overhead": "model repeats chunks new-tokens",
+    "tiers": "model chunks chunk-tokens mode repeats records trace parts seed",
 }
 """Options of benchmarks, some of each."""
 SMALL = ["--chunks", "40", "--chunk-tokens", "128", "--prompt-tokens", "800", "--repeats", "12"]

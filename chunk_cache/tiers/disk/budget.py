@@ -180,14 +180,22 @@ class FolderBudget:
         OSError
             Where the disk refuses.
         """
-        path = chunk_path(self._folder, key)
-        num_bytes = _size(path)
-        self.forget(key)
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
-        self._count_gone(num_bytes)
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(self._writing)
+            usage: Usage | None = None
+            try:
+                usage = locks.enter_context(locked_usage(usage_path(self._folder)))
+            except OSError:
+                self._is_doubtful = True  # it goes though nobody can count it
+            path = chunk_path(self._folder, key)
+            num_bytes = _size(path)
+            self.forget(key)
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            if usage is not None:
+                self._count(usage, -num_bytes)
         return True
 
     def remove_damaged(self, key: ChunkKey, number: int) -> None:
@@ -230,6 +238,7 @@ class FolderBudget:
         found = list_folder(self._folder, tidy=tidy)
         self._replace(found)
         usage.change(found.num_bytes - usage.num_bytes)
+        usage.is_known = True
         self._changes = usage.changes
 
     def _replace(self, found: Listing) -> None:
@@ -249,6 +258,11 @@ class FolderBudget:
 
     def _count(self, usage: Usage, num_bytes: int) -> None:
         """Count what is done already; where that cannot be written, the figure is too high until the next listing."""
+        if not usage.is_known:
+            self._is_doubtful = (
+                True  # a figure that begins with this would leave out all that is there
+            )
+            return
         try:
             self._change(usage, num_bytes)
         except OSError:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -32,7 +31,7 @@ from chunk_cache.tiers.encoding import (
     encode_record,
     read_header,
 )
-from chunk_cache.tiers.prefetch import PrefetchedRecord
+from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
 from chunk_cache.tiers.remote.described import describe_context, read_description
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 
@@ -92,7 +91,7 @@ class ValkeyTier(Tier):
         self._ttl_ms = (
             round(1000 * url.seconds("ttl", _TIMEOUT_S)) if "ttl" in url.options else None
         )
-        self._gate = threading.Semaphore(_FETCHES)
+        self._gate = FetchGate(_FETCHES)
         self._client, self._errors = _client(url, self.wait_s)
         self._removed = False
         """Whether anything was removed since the last :meth:`sync`."""
@@ -210,7 +209,10 @@ class ValkeyTier(Tier):
                     if not self._upload(temporary, encoded, told):
                         return False
                     # Not over one that somebody else finished first: its readers are in the midst of it.
-                    self._client.renamenx(temporary, name)
+                    if not self._client.renamenx(temporary, name) and not self._client.hexists(
+                        name, "h"
+                    ):
+                        self._client.rename(temporary, name)  # what is there can be read by nobody
                 except self._errors.OutOfMemoryError:
                     return False
                 finally:

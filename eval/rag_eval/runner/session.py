@@ -18,6 +18,7 @@ from rag_eval.runner.forcing import forcing_params, processor_string, read_logit
 from rag_eval.runner.modes import Mode
 from rag_eval.runner.prompts import EvalPrompt
 from rag_pipeline.protocol import (
+    FUSION_KEY,
     LEFT_ALONE,
     FusionRequest,
     StreamReader,
@@ -109,11 +110,30 @@ class EngineSession:
             time.sleep(_FLUSH_WAIT_S)
         raise RuntimeError("the engine did not flush its cache: requests are still running in it")
 
-    def prefill(self, input_ids: Sequence[int], fusion: FusionRequest = LEFT_ALONE) -> Any:
-        """Serve a prompt for its KV alone."""
+    def cpu_seconds(self) -> float:
+        """CPU time of the engine's processes so far."""
+        return self._cpu.seconds()
+
+    def fusion_state(self) -> dict[str, Any]:
+        """What the first scheduler says of fusion: settings, store, counts."""
+        found: dict[str, Any] = self._engine.get_server_info()["internal_states"][0][FUSION_KEY]
+        return found
+
+    def prefill(
+        self,
+        input_ids: Sequence[int],
+        fusion: FusionRequest = LEFT_ALONE,
+        *,
+        max_new_tokens: int = 1,
+    ) -> Any:
+        """Serve a prompt for its KV alone, or with an answer of so many tokens."""
         return self._engine.generate(
             input_ids=list(input_ids),
-            sampling_params={"temperature": 0.0, "max_new_tokens": 1},
+            sampling_params={
+                "temperature": 0.0,
+                "max_new_tokens": max_new_tokens,
+                "ignore_eos": True,
+            },
             kv_hints=fusion.to_kv_hints(),
         )
 

@@ -18,7 +18,7 @@ from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext
 from chunk_cache.keys import TokenIds
 from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.encoding import encode_record
-from chunk_cache.tiers.prefetch import PrefetchedRecord
+from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
 from chunk_cache.tiers.remote.described import describe_context
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 from rag_pipeline.config import home_dir
@@ -63,7 +63,7 @@ class HiCacheTier(Tier):
             options={k: v for k, v in url.options.items() if k not in _OWN},
         )
         self.catalog = Catalog(_catalog_folder(url))
-        self._gate = threading.Semaphore(2)
+        self._gate = FetchGate(2)
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:

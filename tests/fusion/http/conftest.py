@@ -154,6 +154,12 @@ class Client:
 
 
 @pytest.fixture(scope="session")
+def client_of() -> type[Client]:
+    """Makes a client of a server of one's own: ``client_of({"url": url})``."""
+    return Client
+
+
+@pytest.fixture(scope="session")
 def client(server) -> Client:
     return Client(server)
 

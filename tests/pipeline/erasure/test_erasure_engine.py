@@ -225,6 +225,81 @@ def test_an_erasure_that_a_disk_refuses_is_done_again(
     assert runtime.passage.size == 0
 
 
+def test_a_tier_that_is_down_keeps_nothing_in_the_others(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is started anew after the notice, with that tier still down, would read it from the folder."""
+    runtime = watched._runtime
+    folder = StoreFolder(home / "own", model=watched._model)
+    held = [record(SECRET), record(f"[x] {SECRET}")]
+    filed, other = record(f"[y] {SECRET}"), record(OTHER)
+    for one in held:
+        runtime.store.put(one)
+    for one in (*held, filed, other):
+        folder.put(one, context=CONTEXT)
+    down = StoreFolder(home / "far", create=True)
+    runtime.passage_text, runtime.passage = f"{SHARED} {SECRET}", np.arange(3)
+    runtime.tiers = TierChain({"disk": folder, "remote": down})
+
+    def refuse(*args: object) -> bool:
+        raise OSError(errno.EHOSTDOWN, "Host is down")
+
+    with monkeypatch.context() as broken:
+        for method in ("remove", "keys", "sync"):
+            broken.setattr(down, method, refuse)
+        with pytest.raises(OSError, match="Host is down"):
+            watched.look()
+        assert set(folder.keys()) == {other.key}
+        assert runtime.passage.size == 0
+    assert watched._unfinished
+    watched.look()
+    assert not watched._unfinished
+
+
+def test_what_was_written_before_the_notice_was_seen_goes_though_memory_has_lost_it(
+    home: Path, index: Path, smollm2_path: Path, record: Callable[..., ChunkKV]
+) -> None:
+    folder = StoreFolder(home / "own", create=True, model=str(smollm2_path))
+    runtime = FusionRuntime(FusionConfig(store_dir=str(home / "own")), None)
+    watch = ErasedText(runtime, str(smollm2_path))
+    runtime.tiers = TierChain({"disk": folder}, is_erased=watch.is_in_written)
+    watch.look()
+    # Whoever deletes goes through this very folder, and the engine writes behind it.
+    delete_documents(index, ["a"], erase=make_eraser(home / "own"))
+    late, other = record(SECRET), record(OTHER)
+    for one in (late, other):
+        assert runtime.tiers.put(one, context=CONTEXT)
+    assert runtime.tiers.drain(60)
+    assert set(folder.keys()) == {late.key, other.key}
+    watch.look()
+    assert list(folder.keys()) == [other.key]
+    assert runtime.tiers.close(60)
+
+
+def test_what_is_erased_from_a_tier_again_is_made_to_last(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StoreFolder(home / "own")
+    watched._runtime.tiers = TierChain({"disk": folder})
+    watched.look()
+    late = record(SECRET)
+    watched._runtime.store.put(late)
+    folder.put(late, context=CONTEXT)
+    synced: list[int] = []
+
+    def sync() -> None:
+        synced.append(len(list(folder.keys())))
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folder, "sync", sync)
+    with pytest.raises(OSError, match="Input/output"):
+        watched.look()
+    watched.look()
+    watched.look()
+    assert synced == [0, 0]
+
+
 @pytest.mark.parametrize("given", ["model", "tokenizer", "hub"])
 def test_an_engine_knows_the_folder_of_its_tokenizer_whatever_it_was_told(
     given: str, smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,11 @@ before it was deleted may compute its chunk only then.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +61,14 @@ class ErasedText:
         """Chunks without erased text, as far as the notices until now say."""
         self._files: set[ChunkKey] = set()
         """What is gone from memory, and perhaps not yet from the disk."""
+        self._unsynced = False
+        """Whether a removal may not survive a power cut yet."""
         self._unforgotten: set[ChunkKey] = set()
         """What is gone from memory, and perhaps not yet from what conversations remember."""
         self._condemned: dict[ChunkKey, float] = {}
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
+        self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
+        """What was written to a tier since notices were looked for last, and whose: memory may have lost it since."""
 
     def watch(self) -> None:
         """Look for notices from now on, in a thread."""
@@ -74,12 +80,28 @@ class ErasedText:
             return True
         return self._is_erased(record.token_ids, tenant)
 
+    def is_in_written(self, record: ChunkKV, tenant: str) -> bool:
+        """As :meth:`is_in`, for a record that is just being written to a tier.
+
+        It may have been written behind somebody who deletes and went through the folder already, before this engine
+        has seen the notice; so it is looked at once more then.
+        """
+        self._written[record.key] = record.token_ids, tenant
+        return self.is_in(record, tenant)
+
     def look(self) -> int:
         """Take in new notices, and erase; returns how many records went from memory.
 
-        What fails is done again by the next look.
+        What fails is done again by the next look, and keeps nothing else from being done.
+
+        Raises
+        ------
+        OSError, ChunkCacheError
+            The first thing that failed.
         """
         now = time.monotonic()
+        # Before notices are looked for: what is written from now on is asked about with them in force.
+        written, self._written = self._written, {}
         new = list(notices(self._seen))
         self._unfinished += new
         held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
@@ -92,17 +114,62 @@ class ErasedText:
             if fetcher is not None:
                 fetcher.erase()
         self._condemn(now)
+        self._files.update(self._written_meanwhile(written))
         held_on = self._in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
-        while self._files and tiers is not None:
-            key = next(iter(self._files))
-            tiers.remove(key)
-            self._files.discard(key)
-        while self._unfinished:
-            self._from_folder(self._unfinished[0])
-            self._runtime.forget_passage(self._unfinished[0])
-            del self._unfinished[0]
+        # One tier may be down for hours: what the others hold goes meanwhile.
+        refused = [*self._from_tiers(), *self._finish_notices()]
+        if refused:
+            raise refused[0]
         return gone
+
+    def _written_meanwhile(
+        self, written: dict[ChunkKey, tuple[npt.NDArray[Any], str]]
+    ) -> list[ChunkKey]:
+        """Erased ones among records that were written since the last look."""
+        if not (self._in_force or self._condemned):
+            return []
+        try:
+            return [
+                key
+                for key, (ids, tenant) in list(written.items())
+                if key in self._condemned or self._is_erased(ids, tenant)
+            ]
+        except Exception:
+            self._written = written | self._written  # the next look asks again
+            raise
+
+    def _from_tiers(self) -> list[Exception]:
+        """Erase from the tiers what is gone from memory; returns what they refused."""
+        tiers = self._runtime.tiers
+        if tiers is None or not (self._files or self._unsynced):
+            return []
+        refused: list[Exception] = []
+        for key in list(self._files):
+            try:
+                tiers.remove(key)
+            except Exception as error:
+                refused.append(error)
+            else:
+                self._files.discard(key)
+        self._unsynced = True
+        try:
+            tiers.sync()
+            self._unsynced = False
+        except Exception as error:
+            refused.append(error)
+        return refused
+
+    def _finish_notices(self) -> list[Exception]:
+        """Go through the folder, the tiers and the passage for each notice; returns what failed."""
+        refused: list[Exception] = []
+        for notice in list(self._unfinished):
+            failed = self._from_folder(notice)
+            self._runtime.forget_passage(notice)
+            if not failed:
+                self._unfinished.remove(notice)
+            refused += failed
+        return refused
 
     def _condemn(self, now: float) -> None:
         """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""
@@ -147,16 +214,26 @@ class ErasedText:
         self._runtime.metrics.count_tier("memory", "erased", len(gone))
         return len(gone)
 
-    def _from_folder(self, notice: Notice) -> None:
-        """Erase from this engine's tiers, where whoever deleted did not know them."""
+    def _from_folder(self, notice: Notice) -> list[Exception]:
+        """Erase from this engine's tiers, where whoever deleted did not know them; returns what refused."""
         path, chain = self._runtime.config.store_dir, self._runtime.tiers
         is_folder = path and self._runtime.config.tier == "disk"
+        erasures: list[Callable[[], int]] = []
         if is_folder and str(Path(path).absolute()) not in notice.folders:
-            erase_folder(Path(path), notice.marks, reach=notice.reach)
-        for name, tier in ({} if chain is None else chain.tiers).items():
-            if name != "disk":
-                # No other process need know this place.
-                erase_tier(tier, notice.marks, reach=notice.reach)
+            erasures.append(lambda: erase_folder(Path(path), notice.marks, reach=notice.reach))
+        # No other process need know the other places.
+        erasures += [
+            functools.partial(erase_tier, tier, notice.marks, reach=notice.reach)
+            for name, tier in ({} if chain is None else chain.tiers).items()
+            if name != "disk"
+        ]
+        refused: list[Exception] = []
+        for erase in erasures:
+            try:
+                erase()
+            except Exception as error:
+                refused.append(error)
+        return refused
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
         notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]

@@ -123,7 +123,7 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         tiers,
         count=metrics.count_tier,
         failed=failed,
-        is_erased=runtime.erased.is_in,
+        is_erased=runtime.erased.is_in_written,
         used=runtime.store.used_since,
         wrote=wrote,
     )

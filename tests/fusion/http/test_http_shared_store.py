@@ -1,0 +1,225 @@
+"""Three real servers, one store: two share a folder, two share a Valkey server, and one of them is killed.
+
+The first server writes to both; the second reads the folder alone, the third the Valkey server alone. So what the
+first has computed reaches the others by one way each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+from fusion_helpers import PREFIX, PREFIX_IDS, lay_out, tokens
+from valkey_server import Server
+
+from chunk_cache import StoreFolder
+from chunk_cache.tiers.remote.connect import connect_remote
+from rag_pipeline.protocol import FusionRequest, build_requests
+from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+CHUNK = 200
+BUDGET = 1 << 28
+POLICY = "epic:0.3"
+ROUNDING = 1e-3
+"""Of fp32 KV and log-probabilities that were computed in batches of other shapes."""
+
+
+class World(NamedTuple):
+    """The servers by what they share, and what they share."""
+
+    both: Any
+    folder: Any
+    remote: Any
+    pid: int
+    """Of the first server, whose process leads a group with its children."""
+    path: Path
+    valkey: Server
+
+
+@pytest.fixture(scope="module")
+def world(
+    model: Path, serving: Any, client_of: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    place = tmp_path_factory.mktemp("shared-store")
+    valkey = Server(place)
+    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+    words += ["--attention-backend", "rag_cpu", "--sampling-backend", "pytorch"]
+    words += ["--disable-cuda-graph", "--skip-server-warmup", "--sleep-on-idle"]
+    words += ["--dtype", "float32", "--max-total-tokens", "4096", "--random-seed", "1"]
+    shared = {"store_dir": str(place / "kv"), "store_dir_bytes": BUDGET}
+    settings = {
+        "both": {**shared, "remote": valkey.url},
+        "folder": shared,
+        "remote": {"remote": valkey.url},
+    }
+
+    def is_ready(url: str) -> bool:
+        try:
+            return httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    with ExitStack() as stack:
+        stack.callback(valkey.kill)
+
+        def start(name: str) -> tuple[str, int]:
+            config = FusionConfig(background=False, **settings[name]).to_env()
+            server = serving(
+                words, place / f"{name}.txt", ready=is_ready, **{FUSION_VARIABLE: config}
+            )
+            found: tuple[str, int] = stack.enter_context(server)
+            return found
+
+        with ThreadPoolExecutor(len(settings)) as pool:
+            started = dict(zip(settings, pool.map(start, settings), strict=True))
+        clients = {name: client_of({"url": url}) for name, (url, _) in started.items()}
+        yield World(**clients, pid=started["both"][1], path=place / "kv", valkey=valkey)
+
+
+def build(client: Any, chunk: list[int], **fields: Any) -> None:
+    for fusion in build_requests(PREFIX, len(chunk)):
+        client.generate([*PREFIX_IDS, *chunk], fusion, **fields)
+
+
+def settle(client: Any) -> dict[str, int]:
+    """Wait until nothing waits to be written; the server's counts."""
+    deadline = time.monotonic() + 60
+    while (state := client.state())["pending"]:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.05)
+    counts: dict[str, int] = state["counts"]
+    return counts
+
+
+def ask(client: Any, chunks: list[list[int]], **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """Ask about chunks in another order than that of their making; tokens and log-probabilities, and the report."""
+    ids, edges = lay_out([*chunks[1:], chunks[0]], tokens(9, 2))
+    spans = tuple(zip(edges[::2], edges[1::2], strict=True))
+    client.flush()
+    fusion = FusionRequest(spans=spans, prefix_len=PREFIX, policy=POLICY)
+    meta = client.generate(ids, fusion, **fields)["meta_info"]
+    answer = [(token, value) for value, token, *_ in meta["output_token_logprobs"]]
+    return answer, meta["rag_fusion"]
+
+
+def seen(answer: tuple[Any, dict[str, Any]]) -> tuple[Any, ...]:
+    tokens_, report = answer
+    kinds = ("reused_tokens", "recomputed_tokens", "fallback")
+    return (tokens_, *(report[kind] for kind in kinds))
+
+
+def test_a_chunk_that_one_computed_is_reused_by_the_others_and_by_no_other_tenant(
+    world: World,
+) -> None:
+    chunks = [tokens(CHUNK, 50 + n) for n in range(3)]
+    for chunk in chunks:
+        build(world.both, chunk)
+    counts = settle(world.both)
+    assert counts["disk.written"] == counts["remote.written"] == 2 * len(chunks)
+    first = ask(world.both, chunks)
+    assert first[1]["reused_tokens"] + first[1]["recomputed_tokens"] == len(chunks) * CHUNK
+    for client, tier in ((world.folder, "disk"), (world.remote, "remote")):
+        # Read as they were written, and used as whoever computed them uses them, bit for bit.
+        assert seen(ask(client, chunks)) == seen(first)
+        counts = settle(client)
+        assert counts[f"{tier}.fetched"] == len(chunks)
+        assert counts.get(f"{tier}.damaged", 0) == 0
+        # The same text of another tenant is computed anew, whoever asks.
+        _, report = ask(client, chunks, cache_salt="somebody else")
+        assert (report["reused_tokens"], report["fallback"]) == (0, "miss")
+        counts = settle(client)
+        assert counts[f"{tier}.fetched"] == len(chunks)
+
+
+def test_writers_of_one_key_leave_one_whole_record(world: World) -> None:
+    chunks = [tokens(CHUNK, 70 + n) for n in range(4)]
+    clients = (world.both, world.folder, world.remote)
+
+    def write(client: Any) -> None:
+        for chunk in chunks:
+            build(client, chunk)
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        list(pool.map(write, clients))
+    for client in clients:
+        counts = settle(client)
+        assert not any(n for kind, n in counts.items() if kind.endswith("write_failed"))
+    store = StoreFolder(world.path, byte_budget=BUDGET)
+    remote = connect_remote(world.valkey.url, byte_budget=BUDGET, model="m")
+    assert store.verify() == []
+    assert store.unfinished() == (0, 0)
+    wanted = {tuple(chunk) for chunk in chunks}
+    found = 0
+    for key in store.keys():  # noqa: SIM118 - not a mapping
+        one = store.read(key)
+        assert one is not None
+        if tuple(one.token_ids.tolist()) in wanted:
+            other = remote.read(key)
+            assert other is not None
+            # Each is whole, by its checksums. Whose it is decides its rounding.
+            torch.testing.assert_close(one.k, other.k, rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(one.v, other.v, rtol=0, atol=ROUNDING)
+            found += 1
+    assert found == 2 * len(chunks)
+    answers = [ask(client, chunks) for client in clients]
+    for said, report in answers:
+        assert report["reused_tokens"] + report["recomputed_tokens"] == len(chunks) * CHUNK
+        assert [token for token, _ in said] == [token for token, _ in answers[0][0]]
+        values, others = ([value for _, value in one] for one in (said, answers[0][0]))
+        assert values == pytest.approx(others, abs=ROUNDING)
+
+
+def test_a_server_that_is_killed_while_it_writes_takes_nobody_along(world: World) -> None:
+    """The last test: it ends the first server."""
+    chunks = [tokens(CHUNK, 90 + n) for n in range(30)]
+    remote = connect_remote(world.valkey.url, byte_budget=BUDGET, model="m")
+    done: list[int] = []
+
+    def written() -> tuple[int, int]:
+        return len(list(world.path.rglob("*.safetensors"))), len(list(remote.keys()))
+
+    before = written()
+
+    def write() -> None:
+        for number, chunk in enumerate(chunks):
+            build(world.both, chunk)
+            done.append(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        deadline = time.monotonic() + 60
+        while any(now < then + 5 for now, then in zip(written(), before, strict=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.killpg(world.pid, signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            writing.result()
+    assert len(done) < len(chunks)
+    half = chunks[len(done)]
+    for client, tier in ((world.folder, "disk"), (world.remote, "remote")):
+        # What was stored whole is used; what was not is a miss, and served as usual.
+        _, report = ask(client, chunks[:3])
+        assert report["fallback"] == ""
+        assert report["reused_tokens"] > 0
+        client.generate([*PREFIX_IDS, *half, *tokens(9, 3)], FusionRequest(mode="off"))
+        build(client, half)
+        counts = settle(client)
+        assert counts.get(f"{tier}.damaged", 0) == 0
+        assert counts.get(f"{tier}.write_failed", 0) == 0
+        _, report = ask(client, [half, chunks[0]])
+        assert report["reused_tokens"] + report["recomputed_tokens"] == 2 * CHUNK
+    store = StoreFolder.connect(str(world.path), byte_budget=BUDGET, model="")
+    assert store.verify() == []
+    assert store.unfinished() == (0, 0)
