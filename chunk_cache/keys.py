@@ -8,6 +8,7 @@ other conditions cannot be found by accident. This module needs NumPy only.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -257,3 +258,34 @@ class ChunkKey:
 
     def __str__(self) -> str:
         return self.digest
+
+
+def keys_named(keys: Iterable[ChunkKey], words: Sequence[str]) -> tuple[list[ChunkKey], list[str]]:
+    """Find keys by the first digits of their digests, as people name them.
+
+    Parameters
+    ----------
+    keys : iterable of ChunkKey
+        Among which.
+    words : sequence of str
+        First digits, or whole digests.
+
+    Returns
+    -------
+    found : list[ChunkKey]
+        Keys that begin with any of the words, in the order of `keys`.
+    unknown : list[str]
+        Words that begin none; an empty one is among them.
+    """
+    held = list(keys)
+    digests = sorted(key.digest for key in held)
+    named: set[str] = set()
+    unknown: list[str] = []
+    for word in words:
+        start = end = bisect.bisect_left(digests, word)
+        while word and end < len(digests) and digests[end].startswith(word):
+            end += 1
+        named.update(digests[start:end])
+        if start == end:
+            unknown.append(word)
+    return [key for key in held if key.digest in named], unknown

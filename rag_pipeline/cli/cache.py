@@ -239,9 +239,10 @@ def _evict(
 
 def _find(folder: StoreFolder, prefixes: tuple[str, ...]) -> list[ChunkKey]:
     """Keys that begin with any of the words; each word must be the beginning of one."""
-    keys = list(folder.keys())
-    unknown = [p for p in prefixes if not p or not any(key.digest.startswith(p) for key in keys)]
+    from chunk_cache.keys import keys_named
+
+    found, unknown = keys_named(folder.keys(), prefixes)
     if unknown:
         named = ", ".join(map(repr, unknown))
         raise RagPipelineError(f"no chunk's key begins with {named}; `cache ls` lists the keys")
-    return [key for key in keys if key.digest.startswith(prefixes)]
+    return found

@@ -20,6 +20,7 @@ from chunk_cache import (
     canonical_json,
     hash_token_ids,
 )
+from chunk_cache.keys import keys_named
 
 # Few letters, so that moving a letter from one field to the next is likely to be tried.
 few_letters = st.text(alphabet="ab\x00s1", min_size=1, max_size=3)
@@ -142,3 +143,14 @@ def test_canonical_json_ignores_the_order_of_keys_and_refuses_nan():
 def test_importing_the_keys_loads_no_torch():
     code = "import chunk_cache.keys, chunk_cache.matching, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_keys_are_named_by_their_first_digits():
+    digests = ["ab" * 32, "abc" + "0" * 61, "c" * 64]
+    keys = [ChunkKey("0" * 32, digest, 1) for digest in reversed(digests)]
+    by_digest = {key.digest: key for key in keys}
+    found, unknown = keys_named(keys, ["ab", "abc", "d", "", digests[2], digests[2] + "0"])
+    assert found == keys
+    assert unknown == ["d", "", digests[2] + "0"]
+    assert keys_named(keys, ["abc"]) == ([by_digest[digests[1]]], [])
+    assert keys_named([], ["a"]) == ([], ["a"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chunk_cache import ChunkKey
+from chunk_cache.keys import keys_named
 from rag_pipeline.protocol.cache_order import CacheOrder, CacheOrderError
 from rag_pipeline.sglang_plugin.fusion.management.view import known_prefix, listed_tiers
 
@@ -46,13 +47,11 @@ class Names:
         """
         if not order.keys:
             return []
-        keys = self._keys()
-        digests = [key.digest for key in keys]
-        unknown = [w for w in order.keys if not w or not any(d.startswith(w) for d in digests)]
+        found, unknown = keys_named(self._keys(), order.keys)
         if unknown:
             named = ", ".join(ascii(word[:64]) for word in unknown[:5])
             raise CacheOrderError(f"no chunk's key begins with {named}; `ls` lists the keys", 404)
-        return [key for key in keys if key.digest.startswith(order.keys)]
+        return found
 
     def shared(self, order: CacheOrder) -> list[ChunkKey]:
         """Keys of this rank for the chunks that an order names on rank 0; a vote.
