@@ -35,6 +35,8 @@ FIGURES = {
 }
 """Figures by the part of the benchmark that measures them."""
 TURNS = 8
+_SENTENCE = 96
+"""Tokens that a chunk of whole sentences may fall short of its size, and is cut by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,11 +95,11 @@ class _Bench:
     def prompts(self, number: int, *, salt: int = 0) -> list[Any]:
         """Prompts of equal shape without a common chunk, as their chunks are built."""
         config = self.config
-        point = Point(chunks=number * config.chunks, chunk_tokens=config.chunk_tokens)
+        point = Point(chunks=number * config.chunks, chunk_tokens=config.chunk_tokens + _SENTENCE)
         seed = config.seed + salt
         seen, _ = make_prompts(point, self.maker, question_tokens=24, seed=seed)
         # To the token, so that the sides of a ratio load and compute the same.
-        least = min(len(chunk.ids) for chunk in seen.chunks)
+        least = min(config.chunk_tokens, *(len(chunk.ids) for chunk in seen.chunks))
         chunks = [replace(chunk, ids=chunk.ids[:least]) for chunk in seen.chunks]
         made = [
             replace(seen, chunks=tuple(chunks[i : i + config.chunks]))
