@@ -128,7 +128,7 @@ def test_a_chunk_that_one_computed_is_reused_by_the_other_and_by_no_other_tenant
         assert counts[written] - before.get(written, 0) == 2 * len(chunks)
     if tier == "remote":
         folder = StoreFolder(world.path, byte_budget=BUDGET)
-        assert all([folder.remove(key) for key in folder.keys()])  # noqa: SIM118
+        assert all(folder.remove(key) for key in folder.keys())  # noqa: SIM118
     first = ask(world.one, chunks)
     assert first[1]["reused_tokens"] + first[1]["recomputed_tokens"] == len(chunks) * CHUNK
     # Read as they were written, and used as whoever computed them uses them, bit for bit.
