@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,30 +48,28 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(
-    model: Path, serving: Any, client_of: Any, tmp_path_factory: pytest.TempPathFactory
+    model: Path, sglang_process: Any, client_of: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
     place = tmp_path_factory.mktemp("shared-store")
     valkey = Server(place)
-    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    words += ["--attention-backend", "rag_cpu", "--sampling-backend", "pytorch"]
-    words += ["--disable-cuda-graph", "--skip-server-warmup", "--sleep-on-idle"]
-    words += ["--dtype", "float32", "--max-total-tokens", "4096", "--random-seed", "1"]
     config = FusionConfig(
         background=False, store_dir=str(place / "kv"), store_dir_bytes=BUDGET, remote=valkey.url
     )
-
-    def is_ready(url: str) -> bool:
-        try:
-            return httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
 
     with ExitStack() as stack:
         stack.callback(valkey.kill)
 
         def start(name: str) -> tuple[str, int]:
             variables = {FUSION_VARIABLE: config.to_env()}
-            server = serving(words, place / f"{name}.txt", ready=is_ready, **variables)
+            server = sglang_process(
+                model,
+                place / f"{name}.txt",
+                variables,
+                dtype="float32",
+                max_total_tokens=4096,
+                random_seed=1,
+                sleep_on_idle=True,
+            )
             found: tuple[str, int] = stack.enter_context(server)
             return found
 
