@@ -109,7 +109,9 @@ class _Bench:
         return made
 
     @contextmanager
-    def engine(self, tier: str = "", **settings: Any) -> Iterator[TierSession]:
+    def engine(
+        self, tier: str = "", *, beside: TierSession | None = None, **settings: Any
+    ) -> Iterator[TierSession]:
         """Start an engine with settings of fusion; nothing is built but what is asked for."""
         from rag_eval.runner.engine import start_session
         from rag_eval.runner.passage import fusion_settings
@@ -118,7 +120,7 @@ class _Bench:
         with fusion_settings(background=False, **settings):
             session = start_session(self.maker, self.facts["vocab_size"], {})
         try:
-            yield TierSession(session, tier)
+            yield TierSession(session, tier, beside)
         finally:
             session.close()
 
@@ -228,7 +230,7 @@ class _Bench:
         room = (len(prompts) + 1) * self.record_bytes(prompts[0])
         with (
             self.engine("disk", store_dir=str(folder), store_bytes=room) as kept,
-            self.engine(store_bytes=room) as alone,
+            self.engine(beside=kept, store_bytes=room) as alone,
         ):
             pairs = saving(kept, alone, prompts, self.progress)
             written = kept.count("written")
