@@ -232,8 +232,8 @@ class TiersBench:
     def chat(self) -> None:
         """Eight turns, the last one after the radix tree was emptied."""
         figure = "turn8_vs_full"
-        whole = self.config.chunks * self.config.chunk_tokens
-        shape = Point(chunks=TURNS, chunk_tokens=max(16, whole // TURNS))
+        tokens = self.config.chunks * self.config.chunk_tokens
+        shape = Point(chunks=TURNS, chunk_tokens=max(16, tokens // TURNS))
         texts = self.prompts(2 * self.config.repeats, salt=2, shape=shape)
         with self.engine() as engine:
             for kind in ("with a stored chunk", "plain"):  # the last is the figure
