@@ -164,6 +164,27 @@ def serving() -> Callable[..., Any]:
     return _serving
 
 
+@contextmanager
+def _sglang_process(
+    model: Path, log: Path, variables: dict[str, str] | None = None, **options: Any
+) -> Iterator[tuple[str, int]]:
+    """As :func:`sglang_server` starts one; its URL and process number."""
+    words: list[str | Path] = [sys.executable, "-m", "sglang.launch_server"]
+    words += ["--model-path", model, "--attention-backend", "rag_cpu"]
+    words += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-server-warmup"]
+    for name, value in options.items():
+        words.append("--" + name.replace("_", "-"))
+        words += [] if value is True else [str(value)]
+    with _serving(words, log, ready=_answers_health, **(variables or {})) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def sglang_process() -> Callable[..., Any]:
+    """As ``sglang_server``, but ``with ... as (url, pid)``; the process leads a group with its children."""
+    return _sglang_process
+
+
 @pytest.fixture(scope="session")
 def sglang_server() -> Callable[..., Any]:
     """``with sglang_server(model, log, **options) as url``: ``sglang.launch_server`` with the plugin.
@@ -173,16 +194,8 @@ def sglang_server() -> Callable[..., Any]:
     """
 
     @contextmanager
-    def start(
-        model: Path, log: Path, variables: dict[str, str] | None = None, **options: Any
-    ) -> Iterator[str]:
-        words: list[str | Path] = [sys.executable, "-m", "sglang.launch_server"]
-        words += ["--model-path", model, "--attention-backend", "rag_cpu"]
-        words += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-server-warmup"]
-        for name, value in options.items():
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else [str(value)]
-        with _serving(words, log, ready=_answers_health, **(variables or {})) as (url, _):
+    def start(*args: Any, **options: Any) -> Iterator[str]:
+        with _sglang_process(*args, **options) as (url, _):
             yield url
 
     return start

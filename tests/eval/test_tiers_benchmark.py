@@ -9,7 +9,7 @@ import pytest
 
 from rag_eval import EvalError
 from rag_eval.benchmarks import tiers
-from rag_eval.benchmarks.tiers import FIGURES, TiersConfig
+from rag_eval.benchmarks.tiers_config import FIGURES, TiersConfig
 from rag_eval.command import no_progress
 
 CONTRACT = [

@@ -30,11 +30,20 @@ class TierSession:
         The engine.
     tier : str
         Name of the tier below its memory, as in its counters; empty for none.
+    beside : TierSession, optional
+        Another engine of this process, which was started before.
     """
 
-    def __init__(self, session: Any, tier: str = "") -> None:
+    def __init__(self, session: Any, tier: str = "", beside: TierSession | None = None) -> None:
         self.session = session
         self.tier = tier
+        self._beside = beside
+
+    def cpu_seconds(self) -> float:
+        """CPU time of this engine's processes so far."""
+        found: float = self.session.cpu_seconds()
+        # A session counts the processes that were there when it was made, those of an older engine too.
+        return found - (self._beside.cpu_seconds() if self._beside is not None else 0.0)
 
     def state(self) -> dict[str, Any]:
         """What the engine says of fusion."""
@@ -70,12 +79,12 @@ class TierSession:
         """Compute all chunks of a prompt and store them as such behind its prefix, one after the other."""
         self.session.flush()
         self.session.prefill(prompt.prefix_ids)
-        cpu, wall = self.session.cpu_seconds(), time.perf_counter()
+        cpu, wall = self.cpu_seconds(), time.perf_counter()
         start = len(prompt.prefix_ids)
         for chunk in prompt.chunks:
             own, _ = build_requests(start, len(chunk.ids))
             self.session.prefill([*prompt.prefix_ids, *chunk.ids], own)
-        return Timed(time.perf_counter() - wall, self.session.cpu_seconds() - cpu)
+        return Timed(time.perf_counter() - wall, self.cpu_seconds() - cpu)
 
 
 def memory_and_tier(
@@ -222,9 +231,9 @@ def chat(
 
     def timed(fusion: FusionRequest) -> tuple[Timed, Any]:
         session.flush()
-        cpu, wall = session.cpu_seconds(), time.perf_counter()
+        cpu, wall = engine.cpu_seconds(), time.perf_counter()
         told = session.prefill(last, fusion)
-        return Timed(time.perf_counter() - wall, session.cpu_seconds() - cpu), told
+        return Timed(time.perf_counter() - wall, engine.cpu_seconds() - cpu), told
 
     whole = timed(LEFT_ALONE) if full_first else None
     kept, told = timed(asked)

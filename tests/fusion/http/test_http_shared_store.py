@@ -1,14 +1,9 @@
-"""Three real servers, one store: two share a folder, two share a Valkey server, and one of them is killed.
-
-The first server writes to both; the second reads the folder alone, the third the Valkey server alone. So what the
-first has computed reaches the others by one way each.
-"""
+"""Two real servers with one folder and one Valkey server below them; at last one of the two is killed."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,55 +32,50 @@ ROUNDING = 1e-3
 
 
 class World(NamedTuple):
-    """The servers by what they share, and what they share."""
+    """The servers, and what they share."""
 
-    both: Any
-    folder: Any
-    remote: Any
+    one: Any
+    other: Any
     pid: int
     """Of the first server, whose process leads a group with its children."""
     path: Path
     valkey: Server
 
+    @property
+    def servers(self) -> tuple[Any, Any]:
+        return self.one, self.other
+
 
 @pytest.fixture(scope="module")
 def world(
-    model: Path, serving: Any, client_of: Any, tmp_path_factory: pytest.TempPathFactory
+    model: Path, sglang_process: Any, client_of: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
     place = tmp_path_factory.mktemp("shared-store")
     valkey = Server(place)
-    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    words += ["--attention-backend", "rag_cpu", "--sampling-backend", "pytorch"]
-    words += ["--disable-cuda-graph", "--skip-server-warmup", "--sleep-on-idle"]
-    words += ["--dtype", "float32", "--max-total-tokens", "4096", "--random-seed", "1"]
-    shared = {"store_dir": str(place / "kv"), "store_dir_bytes": BUDGET}
-    settings = {
-        "both": {**shared, "remote": valkey.url},
-        "folder": shared,
-        "remote": {"remote": valkey.url},
-    }
-
-    def is_ready(url: str) -> bool:
-        try:
-            return httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
+    config = FusionConfig(
+        background=False, store_dir=str(place / "kv"), store_dir_bytes=BUDGET, remote=valkey.url
+    )
 
     with ExitStack() as stack:
         stack.callback(valkey.kill)
 
         def start(name: str) -> tuple[str, int]:
-            config = FusionConfig(background=False, **settings[name]).to_env()
-            server = serving(
-                words, place / f"{name}.txt", ready=is_ready, **{FUSION_VARIABLE: config}
+            variables = {FUSION_VARIABLE: config.to_env()}
+            server = sglang_process(
+                model,
+                place / f"{name}.txt",
+                variables,
+                dtype="float32",
+                max_total_tokens=4096,
+                random_seed=1,
+                sleep_on_idle=True,
             )
             found: tuple[str, int] = stack.enter_context(server)
             return found
 
-        with ThreadPoolExecutor(len(settings)) as pool:
-            started = dict(zip(settings, pool.map(start, settings), strict=True))
-        clients = {name: client_of({"url": url}) for name, (url, _) in started.items()}
-        yield World(**clients, pid=started["both"][1], path=place / "kv", valkey=valkey)
+        with ThreadPoolExecutor(2) as pool:
+            (one, pid), (other, _) = pool.map(start, ("one", "other"))
+        yield World(client_of({"url": one}), client_of({"url": other}), pid, place / "kv", valkey)
 
 
 def build(client: Any, chunk: list[int], **fields: Any) -> None:
@@ -120,32 +110,42 @@ def seen(answer: tuple[Any, dict[str, Any]]) -> tuple[Any, ...]:
     return (tokens_, *(report[kind] for kind in kinds))
 
 
-def test_a_chunk_that_one_computed_is_reused_by_the_others_and_by_no_other_tenant(
-    world: World,
+@pytest.mark.parametrize("tier", ["disk", "remote"])
+def test_a_chunk_that_one_computed_is_reused_by_the_other_and_by_no_other_tenant(
+    tier: str, world: World
 ) -> None:
-    chunks = [tokens(CHUNK, 50 + n) for n in range(3)]
+    seed = {"disk": 50, "remote": 60}[tier]
+    chunks = [tokens(CHUNK, seed + n) for n in range(3)]
+    before, others = settle(world.one), settle(world.other)
     for chunk in chunks:
-        build(world.both, chunk)
-    counts = settle(world.both)
-    assert counts["disk.written"] == counts["remote.written"] == 2 * len(chunks)
-    first = ask(world.both, chunks)
+        build(world.one, chunk)
+    counts = settle(world.one)
+    for name in ("disk", "remote"):
+        written = f"{name}.written"
+        assert counts[written] - before.get(written, 0) == 2 * len(chunks)
+    if tier == "remote":
+        folder = StoreFolder(world.path, byte_budget=BUDGET)
+        assert all(folder.remove(key) for key in folder.keys())  # noqa: SIM118
+    first = ask(world.one, chunks)
     assert first[1]["reused_tokens"] + first[1]["recomputed_tokens"] == len(chunks) * CHUNK
-    for client, tier in ((world.folder, "disk"), (world.remote, "remote")):
-        # Read as they were written, and used as whoever computed them uses them, bit for bit.
-        assert seen(ask(client, chunks)) == seen(first)
-        counts = settle(client)
-        assert counts[f"{tier}.fetched"] == len(chunks)
+    # Read as they were written, and used as whoever computed them uses them, bit for bit.
+    assert seen(ask(world.other, chunks)) == seen(first)
+
+    def fetched() -> int:
+        counts = settle(world.other)
         assert counts.get(f"{tier}.damaged", 0) == 0
-        # The same text of another tenant is computed anew, whoever asks.
-        _, report = ask(client, chunks, cache_salt="somebody else")
-        assert (report["reused_tokens"], report["fallback"]) == (0, "miss")
-        counts = settle(client)
-        assert counts[f"{tier}.fetched"] == len(chunks)
+        return counts.get(f"{tier}.fetched", 0) - others.get(f"{tier}.fetched", 0)
+
+    assert fetched() == len(chunks)
+    # The same text of another tenant is computed anew, whoever asks.
+    _, told = ask(world.other, chunks, cache_salt="somebody else")
+    assert (told["reused_tokens"], told["fallback"]) == (0, "miss")
+    assert fetched() == len(chunks)
 
 
 def test_writers_of_one_key_leave_one_whole_record(world: World) -> None:
     chunks = [tokens(CHUNK, 70 + n) for n in range(4)]
-    clients = (world.both, world.folder, world.remote)
+    clients = world.servers
 
     def write(client: Any) -> None:
         for chunk in chunks:
@@ -194,7 +194,7 @@ def test_a_server_that_is_killed_while_it_writes_takes_nobody_along(world: World
 
     def write() -> None:
         for number, chunk in enumerate(chunks):
-            build(world.both, chunk)
+            build(world.one, chunk)
             done.append(number)
 
     with ThreadPoolExecutor(1) as pool:
@@ -208,18 +208,18 @@ def test_a_server_that_is_killed_while_it_writes_takes_nobody_along(world: World
             writing.result()
     assert len(done) < len(chunks)
     half = chunks[len(done)]
-    for client, tier in ((world.folder, "disk"), (world.remote, "remote")):
-        # What was stored whole is used; what was not is a miss, and served as usual.
-        _, report = ask(client, chunks[:3])
-        assert report["fallback"] == ""
-        assert report["reused_tokens"] > 0
-        client.generate([*PREFIX_IDS, *half, *tokens(9, 3)], FusionRequest(mode="off"))
-        build(client, half)
-        counts = settle(client)
+    # What was stored whole is used; what was not is a miss, and served as usual.
+    _, told = ask(world.other, chunks[:3])
+    assert told["fallback"] == ""
+    assert told["reused_tokens"] > 0
+    world.other.generate([*PREFIX_IDS, *half, *tokens(9, 3)], FusionRequest(mode="off"))
+    build(world.other, half)
+    counts = settle(world.other)
+    for tier in ("disk", "remote"):
         assert counts.get(f"{tier}.damaged", 0) == 0
         assert counts.get(f"{tier}.write_failed", 0) == 0
-        _, report = ask(client, [half, chunks[0]])
-        assert report["reused_tokens"] + report["recomputed_tokens"] == 2 * CHUNK
+    _, told = ask(world.other, [half, chunks[0]])
+    assert told["reused_tokens"] + told["recomputed_tokens"] == 2 * CHUNK
     store = StoreFolder.connect(str(world.path), byte_budget=BUDGET, model="")
     assert store.verify() == []
     assert store.unfinished() == (0, 0)
