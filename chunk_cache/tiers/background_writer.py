@@ -232,9 +232,9 @@ class BackgroundWriter:
         return "erased"
 
     def _say(self, error: Exception) -> None:
-        is_plain = isinstance(error, OSError)
+        told = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
         with contextlib.suppress(Exception):  # nor must the thread end because nobody listens
-            self._failed(error if is_plain else OSError(f"{type(error).__name__}: {error}"))
+            self._failed(told)
 
     def _report(self, kind: str, wrote: tuple[int, float] | None = None) -> None:
         try:
