@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from chunk_cache.errors import DamagedRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.store.builds import Build, ChunkState
@@ -293,7 +295,8 @@ class Fetcher:
     def _reserve(self, fetch: Fetch, candidate: Candidate, reader: LayerReader) -> bool:
         """Take the right and the room; from then on it is leased."""
         form = self._form
-        if (reader.layout, reader.num_layers) != (form.layout, form.num_layers):
+        is_ours = (reader.layout, reader.num_layers) == (form.layout, form.num_layers)
+        if not is_ours or not np.array_equal(reader.token_ids, candidate.token_ids):
             self._end(fetch, "damaged")
             return False
         record = form.empty(

@@ -261,6 +261,18 @@ def test_a_record_of_other_shapes_is_damage(world: World) -> None:
     assert not world.store.keys()
 
 
+def test_a_tier_that_opens_another_record_is_not_believed(world: World) -> None:
+    """The contract has it compare the tokens; it may be somebody else's code."""
+    wanted, other = world.record(0), world.record(20)
+    world.far.open = lambda key, token_ids: GatedReader(world.far, other)  # type: ignore[method-assign]
+    world.let(LAYERS)
+    world.fetcher.begin(world.wanted(wanted))
+    assert world.fetcher.drain(60)
+    assert not world.store.keys()
+    assert world.counts == {"far.damaged": 1}
+    assert not world.far.asked
+
+
 def test_a_reader_that_takes_too_long_is_waited_for_once(world: World) -> None:
     record = world.stored(0)
     world.fetcher._patience_s = 0.01

@@ -86,7 +86,9 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
     for name, (location, connect) in open_tiers(runtime.config, model).items():
         try:
             tier = connect()
-            if not tiers:  # those below are shared, and large: a request's miss looks there
+            if (
+                not tiers and name != REMOTE
+            ):  # that is shared, and large: a request's miss looks there
                 _load(runtime, name, location, tier)
         except Exception as error:  # a tier of another distribution may raise anything
             told = error if isinstance(error, ValueError | OSError) else repr(error)
