@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV, layout_named
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.admission import fetching, radix_tree
+from rag_pipeline.sglang_plugin.fusion.admission import fetching, next_batch, radix_tree
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -184,7 +183,7 @@ class Pair:
             waiting_queue=[], chunked_req=None, collect_inflight_reqs=lambda: []
         )
         self._build(
-            lambda: under_load.before_next_batch(scheduler, running_batch=running, last_batch=None),
+            lambda: next_batch.before_next_batch(scheduler, running_batch=running, last_batch=None),
             trigger,
         )
 
@@ -247,7 +246,7 @@ def make_pair(monkeypatch):
         LOCAL.built.append((ids, request.prefix_len))
         return object()
 
-    for module in (batching, background, under_load):
+    for module in (batching, background, next_batch):
         monkeypatch.setattr(module, "get_runtime", lambda: LOCAL.runtime)
     monkeypatch.setattr(background.internal_requests, "submit", submit)
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)
