@@ -235,7 +235,13 @@ def finish(runtime, req, stamp):
                 runtime.conversations.keep(turn)
         except Exception as error:
             runtime.say_fault("turn", error)
-    told = state.report.fallback, state.exact_limit, state.turns_end, state.turn
+    told = (
+        state.report.fallback,
+        state.exact_limit,
+        state.turns_end,
+        state.turn,
+        state.planned_ratio,
+    )
     state.drop()
     return seen, told
 
@@ -345,6 +351,22 @@ def test_what_one_rank_could_not_store_is_built_again_on_both(make_pair, fault):
     assert [len(runtime.store) for runtime in pair.ranks] == [2, 2]
     loaded, _ = pair.ask(ids, fusion)
     assert [(start, end) for start, end, *_ in loaded] == list(fusion.spans)
+
+
+def test_ranks_that_measure_otherwise_plan_the_same_ratio(make_pair):
+    pair = make_pair()
+    for _ in range(2):
+        pair.ask(*fuse([2, 3]))
+        pair.idle()
+    for rank, runtime in enumerate(pair.ranks):
+        for _ in range(16):
+            runtime.rates.note_forward(100, 0.1 * (1 + rank))
+            runtime.rates.note_load("memory", 1000, 0.03 / (1 + rank))
+    ids, fusion = fuse([3, 2], policy="adaptive")
+    loaded, told = pair.ask(ids, fusion)
+    assert len(loaded) == 2
+    # 20 bytes per token, its id too, at rank 0's 0.03 s per 1000, over rank 1's 2 ms per row.
+    assert told[-1] == pytest.approx(20 * 0.03 / 1000 / 0.002)
 
 
 @pytest.mark.parametrize("held", [(0, 0), (0, 1), (1, 0)])

@@ -36,7 +36,7 @@ def expect(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
         return
     if runtime.epoch and not by_queue:  # no tier holds anything of these weights
         return
-    state.wanted = _candidates(runtime, req, state)
+    state.expect(_candidates(runtime, req, state))
     if not by_queue:
         begin(runtime, state)
 

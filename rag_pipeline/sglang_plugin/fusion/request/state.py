@@ -58,8 +58,6 @@ class RequestState:
         The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
         Made by this process (background build, self-check); its output goes to no client.
-    wanted : tuple of tuples of Candidate
-        Per chunk the records that would serve it, the best first; empty where nobody will ask. Admission sets it once.
     """
 
     __slots__ = (
@@ -71,13 +69,13 @@ class RequestState:
         "_has_begun",
         "_row_limit",
         "_spans",
+        "_wanted",
         "explicit",
         "internal",
         "policy",
         "prompt",
         "ratio",
         "request",
-        "wanted",
     )
 
     def __init__(
@@ -96,7 +94,7 @@ class RequestState:
         self._fetches: tuple[Fetch, ...] = ()
         self._asked_at = 0.0
         self._has_begun = False
-        self.wanted: tuple[tuple[Candidate, ...], ...] = ()
+        self._wanted: tuple[tuple[Candidate, ...], ...] = ()
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
@@ -219,11 +217,20 @@ class RequestState:
         return self._asked_at
 
     @property
+    def wanted(self) -> tuple[tuple[Candidate, ...], ...]:
+        """Per chunk the records that would serve it, the best first; empty where nobody will ask."""
+        return self._wanted
+
+    @property
     def has_begun(self) -> bool:
         """Whether its chunks were looked for below memory."""
         return self._has_begun
 
     # -- admission ----------------------------------------------------------------------------
+
+    def expect(self, wanted: tuple[tuple[Candidate, ...], ...]) -> None:
+        """Note :attr:`wanted`."""
+        self._wanted = wanted
 
     def await_fetches(self, fetches: Iterable[Fetch]) -> None:
         """Wait for these chunks, or for none any more."""
