@@ -365,8 +365,8 @@ def test_ranks_that_measure_otherwise_plan_the_same_ratio(make_pair):
     ids, fusion = fuse([3, 2], policy="adaptive")
     loaded, told = pair.ask(ids, fusion)
     assert len(loaded) == 2
-    # 20 bytes per token, its id too, at rank 0's 0.03 s per 1000, over rank 1's 2 ms per row.
-    assert told[-1] == pytest.approx(20 * 0.03 / 1000 / 0.002)
+    # 16 bytes per token at rank 0's 0.03 s per 1000, over rank 1's 2 ms per row.
+    assert told[-1] == pytest.approx(16 * 0.03 / 1000 / 0.002)
 
 
 @pytest.mark.parametrize("held", [(0, 0), (0, 1), (1, 0)])

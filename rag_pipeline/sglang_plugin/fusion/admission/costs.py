@@ -38,11 +38,12 @@ def estimate(
 
 def _load_s(runtime: FusionRuntime, span: LeasedSpan, parallel: int) -> float | None:
     record, rates = span.lease.record, runtime.rates
-    share = (span.end - span.start) / record.num_tokens
-    load_s = rates.load_s(MEMORY, int(record.num_bytes * share))
+    whole = record.record if isinstance(record, LoadingChunk) else record
+    num_bytes = whole.k.nbytes + whole.v.nbytes
+    load_s = rates.load_s(MEMORY, num_bytes * (span.end - span.start) // record.num_tokens)
     if load_s is None or not isinstance(record, LoadingChunk):
         return load_s
-    missing = record.num_bytes * (record.num_layers - record.num_filled) // record.num_layers
+    missing = num_bytes * (record.num_layers - record.num_filled) // record.num_layers
     fetch_s = rates.load_s(record.source, missing)
     return None if fetch_s is None else load_s + fetch_s / parallel
 
