@@ -17,7 +17,6 @@ from rag_pipeline.sglang_plugin.fusion.admission.fetching import expect
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
-from rag_pipeline.sglang_plugin.fusion.request.attempt import ReuseCost
 from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
@@ -115,6 +114,8 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
             _begin_capture(runtime, state, prefix, start, end)
     else:
         _find_chunks(runtime, state, tenant)
+        # Not of the client's prompt alone: what was generated before a retraction is prefilled, too.
+        _plan_ratio(runtime, state, len(req.full_untruncated_fill_ids))
     state.resolve()
     state.attend_by(state.request.make_attention())
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
@@ -139,7 +140,7 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
     missing = sorted({span for _, spans, _ in offers for span in spans})
     state.retain(s for s in state.spans if s.is_turn or _run_of(s, prefix) in agreed)
     state.note_looked_up(sum(not span.is_turn for span in state.spans), len(missing))
-    _plan_ratio(runtime, state, costs.agree([cost for _, _, cost in offers], agreed))
+    state.note_cost(costs.agree([cost for _, _, cost in offers], agreed))
     if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
@@ -150,12 +151,10 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
         _remember_missing(runtime, state, prefix, missing)
 
 
-def _plan_ratio(runtime: FusionRuntime, state: RequestState, cost: ReuseCost | None) -> None:
+def _plan_ratio(runtime: FusionRuntime, state: RequestState, prompt_len: int) -> None:
     """Ask the policy how much it will recompute, now that it is known what loading takes."""
-    state.note_cost(cost)
-    if cost is None or runtime.facts is None or not state.spans:
+    if state.cost is None or runtime.facts is None or not state.spans:
         return
-    prompt_len = int(state.prompt.size)
     layout, _ = plan_item(
         state,
         planning.Piece(start=state.radix_len, end=prompt_len, is_last=True),

@@ -127,7 +127,7 @@ class Loader:
             moment = None if timer is None else timer.begin()
             layout.load_inplace(k_pool, v_pool, layers, plan)
             if timer is not None:
-                num_bytes = sum(kv.k.nbytes + kv.v.nbytes for kv in layers)
+                num_bytes = sum(tensor.nbytes for run in layers for tensor in run)
                 timer.end(moment, functools.partial(self._took, num_bytes))
         self.spent_s += time.perf_counter() - began
         if self._timeline is not None:
