@@ -48,8 +48,8 @@ class AdaptivePolicy(ScoredPolicy):
     """CacheBlend's loading controller, then its deviation.
 
     The ratio is ``max(r*, r)`` with ``T_recompute(r) = T_load`` (CacheBlend, arXiv 2405.16444, section 5.1), where
-    ``layout`` carries both times. The engine does not supply them yet (they come with the store's tiers), so the
-    planned ratio is ``r*`` in every prompt that it serves. At the check layer the ratio is raised until the selected
+    ``layout`` carries both times: the engine measures how fast it computes and how fast each tier reads. Without them
+    the planned ratio is ``r*``. It is never above ``max_ratio`` (ours). At the check layer the ratio is raised until the selected
     tokens hold ``coverage`` of the total deviation. That step is ours. Tokens are chosen by deviation, once, at layer 1.
     """
 

@@ -67,6 +67,10 @@ class Policy(ABC):
             int64 on the host, rising, a subset of the layout's reused positions.
         """
 
+    def planned_ratio(self, layout: ReuseLayout) -> float:
+        """Share that this request's reused tokens are planned for, before any signal; by default :attr:`ratio`."""
+        return self.ratio
+
     def num_selected(self, layout: ReuseLayout) -> tuple[int, ...]:
         """Reused tokens computed after each stage; one number where there is one stage, never rising."""
         return (int(self.select(layout).numel()),)

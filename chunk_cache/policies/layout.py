@@ -45,8 +45,9 @@ class ReuseLayout:
         a pass of its own from layer 0, fresh rows included, and the final pass starts again; policies then
         charge those passes.
     prefill_s, load_s : float, optional
-        Seconds to compute all reused tokens, and to load their KV: inputs of the adaptive policy. Under tensor
-        parallelism every rank must be given the same two numbers.
+        Seconds to compute all reused tokens, and to load what the request loads of chunks: inputs of the adaptive
+        policy; None before they were measured. Under tensor parallelism every rank must be given the same two
+        numbers.
     """
 
     num_layers: int

@@ -8,6 +8,7 @@ layer ``l`` is computed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from typing import Self
@@ -46,6 +47,14 @@ class RecordForm:
     def num_layers(self) -> int:
         """Number of layers L."""
         return int(self.k.shape[0])
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers."""
+        return sum(
+            part.shape[0] * math.prod(part.shape[2:]) * part.element_size()
+            for part in (self.k, self.v)
+        )
 
     def empty(
         self, key: ChunkKey, token_ids: TokenIds, base_position: int, codec: str = "plain"
@@ -102,10 +111,13 @@ class LoadingChunk:
         With unwritten tensors (:meth:`RecordForm.empty`); complete when the last layer was filled.
     patience : Patience
         How long its readers wait.
+    source : str
+        Name of the tier that it comes from.
     """
 
-    def __init__(self, record: ChunkKV, patience: Patience) -> None:
+    def __init__(self, record: ChunkKV, patience: Patience, source: str = "") -> None:
         self.record = record
+        self.source = source
         self._patience = patience
         self._num_filled = 0
         self._fault: Exception | None = None

@@ -88,7 +88,7 @@ class Fetcher:
 
     Whatever goes wrong in a tier is a miss, counted by ``count``: ``opened`` (its header was there), ``fetched``,
     ``damaged``, ``fetch_failed``, ``no_memory``, ``superseded`` (somebody computes it, or the store was reset),
-    ``cancelled``, ``erased``; and ``fetch_dropped`` for what the queue had no room for.
+    ``cancelled``, ``erased``, ``too_slow``; and ``fetch_dropped`` for what the queue had no room for.
 
     **Erasure.** A record is asked about before it can be leased and before it becomes READY; :meth:`erase` looks at
     those on their way. So what is erased does not come back from a fetch in flight.
@@ -105,6 +105,9 @@ class Fetcher:
         Called with the name of a tier (empty where there is none) and an event, from any thread.
     took : callable
         Called with the name of a tier, bytes read into memory, and seconds, for every layer.
+    is_worth : callable
+        Called with the name of a tier, bytes in memory, tokens, and how many records are read at once; false to leave
+        a record there: computing it is cheaper. Counted as ``too_slow``.
     is_erased : callable
         Whether a candidate (its ``key`` and ``token_ids``, as of a record) of a tenant must not be used.
     timeline : callable
@@ -125,6 +128,7 @@ class Fetcher:
         *,
         count: Callable[[str, str], None] = lambda tier, kind: None,
         took: Callable[[str, int, float], None] = lambda tier, num_bytes, seconds: None,
+        is_worth: Callable[[str, int, int, int], bool] = lambda tier, size, tokens, parallel: True,
         is_erased: Callable[..., bool] = lambda record, tenant: False,
         timeline: Callable[[], Timeline | None] = lambda: None,
         threads: int = 2,
@@ -136,6 +140,9 @@ class Fetcher:
         self._form = form
         self._count = count
         self._took = took
+        self._is_worth = is_worth
+        self.num_threads = threads
+        """How many records are read at once."""
         self._is_erased = is_erased
         self._timeline = timeline
         self._max_waiting = max_waiting
@@ -308,6 +315,10 @@ class Fetcher:
         if self._is_erased(candidate, candidate.tenant):
             self._end(fetch, "erased")
             return False
+        parallel = min(self.num_threads, self.pending)
+        if not self._is_worth(fetch.tier, record.num_bytes, record.num_tokens, parallel):
+            self._end(fetch, "too_slow")
+            return False
         build = self._store.begin_build(
             candidate.key,
             candidate.token_ids,
@@ -320,7 +331,7 @@ class Fetcher:
             self._end(fetch, "" if build is ChunkState.READY else "superseded")
             return False
         fetch.build = build
-        loading = LoadingChunk(record, fetch.patience)
+        loading = LoadingChunk(record, fetch.patience, source=fetch.tier)
         if not self._store.begin_load(build, loading):
             self._end(fetch, "no_memory")
             return False

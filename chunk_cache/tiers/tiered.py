@@ -49,6 +49,9 @@ class TierChain(Tier):
         As of :class:`BackgroundWriter`; told to every tier.
     wrote : callable
         Called with the name of a tier, bytes and seconds of every record that was written.
+    order : callable
+        Called with the names of the tiers, the nearest first, for each look-up; returns them in the order in which
+        to look, such as the fastest first.
     queue_bytes : int
         Most bytes that wait, per tier.
     """
@@ -62,10 +65,12 @@ class TierChain(Tier):
         is_erased: Callable[[ChunkKV, str], bool] = lambda record, tenant: False,
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         wrote: Callable[[str, int, float], None] = lambda tier, num_bytes, seconds: None,
+        order: Callable[[list[str]], list[str]] = lambda names: names,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self._count = count
         self._failed = failed
+        self._order = order
 
         def link(name: str, tier: Tier) -> _Link:
             writer = BackgroundWriter(
@@ -100,9 +105,10 @@ class TierChain(Tier):
     # -- reading ------------------------------------------------------------------------------
 
     def find(self, key: ChunkKey, token_ids: TokenIds) -> Found | None:
-        """Open a record in the nearest tier that has it and whose header verifies; counted per tier."""
-        for name, tier, _ in self._links:
-            reader = None
+        """Open a record in the first tier, by ``order``, that has it and whose header verifies; counted per tier."""
+        tiers = self.tiers
+        for name in self._order(list(tiers)):
+            tier, reader = tiers[name], None
             try:
                 reader = tier.open(key, token_ids)
             except Exception as error:  # a tier of another distribution may raise anything
@@ -186,11 +192,12 @@ class TierChain(Tier):
     def write_back(
         self, record: ChunkKV, context: KVContext, tenant: str, *, found_in: str
     ) -> None:
-        """Queue a record that was found in a tier for all tiers above it."""
+        """Queue a record that was found in a tier for all tiers above it, those that were not looked at and have it apart."""
         for link in self._links:
             if link.name == found_in:
                 return
-            link.writer.put(record, context, tenant)
+            if not self._ask(link, lambda tier: tier.contains(record.key), False):
+                link.writer.put(record, context, tenant)
 
     def remove(self, key: ChunkKey) -> bool:
         """Drop a record from every queue and every tier; ``False`` if it was nowhere.

@@ -420,3 +420,22 @@ def test_the_timeline_of_the_paper() -> None:
         for layer in range(10):
             end = max(end, loaded[layer]) + 2.0
         assert times[k] == end
+
+
+def test_what_is_cheaper_to_compute_stays_where_it_is(world: World) -> None:
+    asked: list[tuple[Any, ...]] = []
+    world.fetcher._is_worth = lambda *told: bool(asked.append(told))  # never
+    record = world.stored(0)
+    (fetch,) = world.fetcher.begin(world.wanted(record))
+    assert world.fetcher.drain(60)
+    assert fetch.is_ended
+    assert asked == [("far", record.num_bytes, record.num_tokens, 1)]
+    assert world.counts["far.too_slow"] == 1
+    assert "far.opened" not in world.counts
+    assert world.store.state(record.key) is None  # so that it may be built
+    assert record.key in world.far.records
+
+
+def test_a_record_on_its_way_says_where_it_comes_from(world: World) -> None:
+    (fetch,) = world.begin(world.stored(0))
+    assert fetch.loading.source == "far"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext, Tier, TierChain
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext, MemoryStore, Tier, TierChain
 
 Make = Callable[..., ChunkKV]
 
@@ -295,3 +295,31 @@ def test_who_hears_of_a_write_finds_an_empty_queue_and_may_fail(
 def test_a_chain_has_no_place_of_its_own() -> None:
     with pytest.raises(ChunkCacheError, match="connect its tiers"):
         TierChain.connect("somewhere", byte_budget=1, model="")
+
+
+def test_tiers_are_asked_in_the_order_of_their_cost(make_record: Make, context: KVContext) -> None:
+    made = Shelves(order=lambda names: names[::-1])
+    record = make_record(range(8))
+    made.near.records[record.key] = made.far.records[record.key] = record
+    found = made.chain.find(record.key, record.token_ids)
+    assert found is not None
+    assert found.tier == "far"
+    assert made.counts == {("far", "hit"): 1}
+    made.chain.write_back(record, context, "", found_in="far")
+    assert made.chain.pending == 0  # the near one has it
+    assert made.chain.close(60)
+
+
+def test_what_memory_drops_before_it_was_written_is_written(
+    shelves: Shelves, make_record: Make, context: KVContext
+) -> None:
+    records = [make_record(range(100 * n, 100 * n + 8)) for n in range(4)]
+    store = MemoryStore(2 * records[0].num_bytes)
+    shelves.near.may_write.clear()
+    for record in records:
+        assert store.put(record)
+        assert shelves.chain.put(record, context=context)
+    assert store.stats().evicted == 2
+    shelves.near.may_write.set()
+    assert shelves.chain.drain(60)
+    assert {record.key for record in records} == set(shelves.near.records)

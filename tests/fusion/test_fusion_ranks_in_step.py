@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV, layout_named
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.admission import fetching, radix_tree
+from rag_pipeline.sglang_plugin.fusion.admission import fetching, next_batch, radix_tree
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -184,7 +183,7 @@ class Pair:
             waiting_queue=[], chunked_req=None, collect_inflight_reqs=lambda: []
         )
         self._build(
-            lambda: under_load.before_next_batch(scheduler, running_batch=running, last_batch=None),
+            lambda: next_batch.before_next_batch(scheduler, running_batch=running, last_batch=None),
             trigger,
         )
 
@@ -236,7 +235,13 @@ def finish(runtime, req, stamp):
                 runtime.conversations.keep(turn)
         except Exception as error:
             runtime.say_fault("turn", error)
-    told = state.report.fallback, state.exact_limit, state.turns_end, state.turn
+    told = (
+        state.report.fallback,
+        state.exact_limit,
+        state.turns_end,
+        state.turn,
+        state.planned_ratio,
+    )
     state.drop()
     return seen, told
 
@@ -247,7 +252,7 @@ def make_pair(monkeypatch):
         LOCAL.built.append((ids, request.prefix_len))
         return object()
 
-    for module in (batching, background, under_load):
+    for module in (batching, background, next_batch):
         monkeypatch.setattr(module, "get_runtime", lambda: LOCAL.runtime)
     monkeypatch.setattr(background.internal_requests, "submit", submit)
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)
@@ -346,6 +351,22 @@ def test_what_one_rank_could_not_store_is_built_again_on_both(make_pair, fault):
     assert [len(runtime.store) for runtime in pair.ranks] == [2, 2]
     loaded, _ = pair.ask(ids, fusion)
     assert [(start, end) for start, end, *_ in loaded] == list(fusion.spans)
+
+
+def test_ranks_that_measure_otherwise_plan_the_same_ratio(make_pair):
+    pair = make_pair()
+    for _ in range(2):
+        pair.ask(*fuse([2, 3]))
+        pair.idle()
+    for rank, runtime in enumerate(pair.ranks):
+        for _ in range(16):
+            runtime.rates.note_forward(100, 0.1 * (1 + rank))
+            runtime.rates.note_load("memory", 1000, 0.03 / (1 + rank))
+    ids, fusion = fuse([3, 2], policy="adaptive")
+    loaded, told = pair.ask(ids, fusion)
+    assert len(loaded) == 2
+    # 16 bytes per token at rank 0's 0.03 s per 1000, over rank 1's 2 ms per row.
+    assert told[-1] == pytest.approx(16 * 0.03 / 1000 / 0.002)
 
 
 @pytest.mark.parametrize("held", [(0, 0), (0, 1), (1, 0)])

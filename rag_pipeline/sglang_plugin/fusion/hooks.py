@@ -7,10 +7,10 @@ from typing import Any
 
 from rag_pipeline.sglang_plugin.fusion import startup
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
+from rag_pipeline.sglang_plugin.fusion.admission import next_batch
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
-from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 from rag_pipeline.sglang_plugin.fusion.forward import report as usage
@@ -163,8 +163,8 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
         _row(
             _SCHEDULER + "get_next_batch_to_run",
             "before",
-            "an engine that is never idle computes missing chunks too, within a share of its work",
-            under_load.before_next_batch,
+            "an engine that is never idle computes missing chunks too; the waiting queue says what is needed next",
+            next_batch.before_next_batch,
             "running_batch",
         ),
         _row(

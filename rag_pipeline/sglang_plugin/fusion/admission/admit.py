@@ -11,10 +11,12 @@ import numpy as np
 from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
 from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_request
+from rag_pipeline.sglang_plugin.fusion.admission import costs
 from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import find_in_spans, scan_prompt
-from rag_pipeline.sglang_plugin.fusion.admission.fetching import begin_fetches
+from rag_pipeline.sglang_plugin.fusion.admission.fetching import expect
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
@@ -60,7 +62,7 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             internal=is_internal(req),
         )
         setattr(req, ATTRIBUTE, state)
-        begin_fetches(runtime, req, state)
+        expect(runtime, req, state)
     except RequestError as error:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
         runtime.metrics.count("fallbacks", "malformed")
@@ -112,6 +114,8 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
             _begin_capture(runtime, state, prefix, start, end)
     else:
         _find_chunks(runtime, state, tenant)
+        # Not of the client's prompt alone: what was generated before a retraction is prefilled, too.
+        _plan_ratio(runtime, state, len(req.full_untruncated_fill_ids))
     state.resolve()
     state.attend_by(state.request.make_attention())
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
@@ -124,16 +128,19 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
         runtime.conversations.lease(state, tenant)
     prefix: KnownPrefix | None = None
 
-    def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]]]:
+    def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]], costs.RankCost]:
         nonlocal prefix
         prefix, missing = _look_up(runtime, state, tenant)
-        return [_run_of(span, prefix) for span in state.spans if not span.is_turn], missing
+        chunks = [span for span in state.spans if not span.is_turn]
+        runs = [_run_of(span, prefix) for span in chunks]
+        return runs, missing, costs.estimate(runtime, chunks, runs)
 
     offers = runtime.group.gather(offer)
-    agreed = set.intersection(*(set(runs) for runs, _ in offers))
-    missing = sorted({span for _, spans in offers for span in spans})
+    agreed = set.intersection(*(set(runs) for runs, _, _ in offers))
+    missing = sorted({span for _, spans, _ in offers for span in spans})
     state.retain(s for s in state.spans if s.is_turn or _run_of(s, prefix) in agreed)
     state.note_looked_up(sum(not span.is_turn for span in state.spans), len(missing))
+    state.note_cost(costs.agree([cost for _, _, cost in offers], agreed))
     if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
         state.drop()
         if request.spans and not missing:
@@ -142,6 +149,20 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
             state.note_fallback("miss")
     if prefix is not None and missing:
         _remember_missing(runtime, state, prefix, missing)
+
+
+def _plan_ratio(runtime: FusionRuntime, state: RequestState, prompt_len: int) -> None:
+    """Ask the policy how much it will recompute, now that it is known what loading takes."""
+    if state.cost is None or runtime.facts is None or not state.spans:
+        return
+    layout, _ = plan_item(
+        state,
+        planning.Piece(start=state.radix_len, end=prompt_len, is_last=True),
+        num_layers=runtime.facts.num_layers,
+        prompt_len=prompt_len,
+        qkv_share=runtime.facts.qkv_share,
+    )
+    state.note_planned(state.policy.planned_ratio(layout))
 
 
 def _look_up(

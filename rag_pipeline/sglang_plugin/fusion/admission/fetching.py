@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from chunk_cache import Candidate, ChunkCacheError, ChunkKey, as_token_ids
+from chunk_cache import Candidate, ChunkCacheError, ChunkKey, Fetch, Fetcher, as_token_ids
 from chunk_cache.tiers.fetcher import PATIENCE_S
 from rag_pipeline.sglang_plugin.fusion.builds.variants import variant_at
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -26,13 +26,33 @@ _NAP_S = 0.005
 """How long an engine with nothing else to do waits at once: its loop would take the reading threads' time."""
 
 
-def begin_fetches(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
-    """Begin to fetch what a request that has just come would load; touches nothing that other ranks see."""
-    request = state.request
-    fetcher = runtime.fetcher
-    # After an update of the weights no tier holds anything of them.
-    if fetcher is None or not _may_fetch(runtime, state) or runtime.epoch:
+def expect(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
+    """Note what a request that has just come would load, and begin to fetch it; touches nothing that other ranks see.
+
+    Where the eviction policy uses the waiting queue, it says when to fetch (:mod:`.queue_hints`).
+    """
+    by_queue = runtime.store.uses_queue
+    if (runtime.fetcher is None and not by_queue) or not _may_fetch(runtime, state):
         return
+    if runtime.epoch and not by_queue:  # no tier holds anything of these weights
+        return
+    state.expect(_candidates(runtime, req, state))
+    if not by_queue:
+        begin(runtime, state)
+
+
+def begin(runtime: FusionRuntime, state: RequestState) -> tuple[Fetch, ...]:
+    """Begin to fetch what a request wants and memory has not; return what is on its way."""
+    # After an update of the weights no tier holds anything of them.
+    if runtime.fetcher is not None and not runtime.epoch:
+        state.await_fetches(runtime.fetcher.begin(state.wanted))
+    return state.fetches
+
+
+def _candidates(
+    runtime: FusionRuntime, req: Any, state: RequestState
+) -> tuple[tuple[Candidate, ...], ...]:
+    request = state.request
     tenant = RadixNamespace(req.extra_key, req.cache_salt)
     prefix = runtime.prefix(state.prompt, request.prefix_len, tenant)
     with_passage = runtime.behind_passage(prefix) if request.passage is not False else None
@@ -45,12 +65,32 @@ def begin_fetches(runtime: FusionRuntime, req: Any, state: RequestState) -> None
         except ChunkCacheError:
             continue  # an empty span, or ids that the engine made: never stored
         wanted.append(
-            [
+            tuple(
                 Candidate(ChunkKey.of(variant.context, ids), ids, variant.context, tenant.owner)
                 for variant in (best, *others)
-            ]
+            )
         )
-    state.await_fetches(fetcher.begin(wanted))
+    return tuple(wanted)
+
+
+def _begin_late(runtime: FusionRuntime, fetcher: Fetcher, state: RequestState) -> None:
+    """Fetch for a request whose turn has come what nobody fetched ahead, or what was evicted again."""
+    if not state.has_begun:
+        begin(runtime, state)
+    elif not state.asked_at and not runtime.epoch:
+        # What no tier had a moment ago is not asked for once more.
+        absent = {
+            fetch.candidates[0].key
+            for fetch in state.fetches
+            if fetch.is_ended and fetch.loading is None
+        }
+        gone = [
+            row
+            for row in state.wanted
+            if row[0].key not in absent and not runtime.store.can_lease(row[0].key)
+        ]
+        if gone:
+            state.await_fetches([*state.fetches, *fetcher.begin(gone)])
 
 
 def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
@@ -59,15 +99,18 @@ def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
     Bounded: each rank says so for :data:`HEADER_WAIT_S`, and for ``PATIENCE_S`` where layers are to be there first,
     from the first time that it is asked.
     """
-    if runtime.group.size == 1 and not state.fetches:
-        return False
     if not _may_fetch(runtime, state):
+        return False
+    by_queue = runtime.store.uses_queue
+    if runtime.group.size == 1 and not state.fetches and not by_queue:
         return False
     return any(runtime.group.gather(lambda: _waits(runtime, adder, state)))
 
 
 def _waits(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
     fetcher, layers = runtime.fetcher, runtime.config.preload_layers
+    if fetcher is not None and runtime.store.uses_queue:
+        _begin_late(runtime, fetcher, state)
     if fetcher is None or not state.fetches:
         return False
 

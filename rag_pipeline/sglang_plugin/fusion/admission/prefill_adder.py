@@ -35,7 +35,7 @@ def expected_savings(state: RequestState, start: int, end: int) -> int:
     last = end - 1  # computed in any case
     turns = planning.skipped_rows([(s.start, s.end) for s in state.spans if s.is_turn], start, last)
     chunks = planning.skipped_rows(state.loads, start, last) - turns
-    return turns + int(chunks * (1.0 - state.ratio))
+    return turns + int(chunks * (1.0 - state.planned_ratio))
 
 
 def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
@@ -48,7 +48,9 @@ def _is_dearer(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState
     rows = adder.rem_chunk_tokens
     once = total - start - expected_savings(state, start, total)
     policy = state.policy
-    if rows is None or once <= rows or not isinstance(policy, ScoredPolicy) or state.ratio >= 1.0:
+    if rows is None or once <= rows or not isinstance(policy, ScoredPolicy):
+        return False
+    if state.planned_ratio >= 1.0:
         return False
     assert runtime.facts is not None
     whole = planning.Piece(start=start, end=total, is_last=True)

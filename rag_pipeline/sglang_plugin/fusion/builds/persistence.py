@@ -121,6 +121,10 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         metrics.tier_moved(name, "written", num_bytes, seconds)
         _show_queues(runtime)
 
+    def took(name: str, num_bytes: int, seconds: float) -> None:
+        metrics.tier_moved(name, "read", num_bytes, seconds)
+        runtime.rates.note_load(name, num_bytes, seconds)
+
     runtime.tiers = TierChain(
         tiers,
         count=metrics.count_tier,
@@ -128,6 +132,7 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         is_erased=runtime.erased.is_in_written,
         used=runtime.store.used_since,
         wrote=wrote,
+        order=lambda names: runtime.rates.by_cost(names),
     )
     if runtime.record_form is not None:
         runtime.fetcher = Fetcher(
@@ -135,7 +140,8 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
             runtime.store,
             runtime.record_form,
             count=metrics.count_tier,
-            took=lambda name, size, seconds: metrics.tier_moved(name, "read", size, seconds),
+            took=took,
+            is_worth=lambda *asked: runtime.rates.is_worth_loading(*asked),
             is_erased=runtime.erased.is_in,
             timeline=lambda: runtime.timeline,
         )

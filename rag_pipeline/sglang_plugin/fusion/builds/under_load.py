@@ -9,17 +9,16 @@ from typing import Any
 
 from rag_pipeline.sglang_plugin.fusion.builds import idle
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
-from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
-def before_next_batch(scheduler: Any, *args: Any, running_batch: Any, **kwargs: Any) -> None:
-    """Run before ``Scheduler.get_next_batch_to_run``: put one build into the queue where the share allows it.
+def start_build(runtime: FusionRuntime, scheduler: Any, running_batch: Any) -> None:
+    """Put one build into the queue where the share allows it; asked before every batch.
 
     The build waits its turn behind the requests that came before it. Everything that is asked here is the same on
     all tensor-parallel ranks.
     """
-    runtime = get_runtime()
-    if runtime is None or not runtime.missing or not runtime.build_share.may_start:
+    if not runtime.missing or not runtime.build_share.may_start:
         return
     if not runtime.is_on or not _is_busy(scheduler, running_batch) or running_batch.batch_is_full:
         return

@@ -21,6 +21,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, Fus
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
+from rag_pipeline.sglang_plugin.fusion.runtime.rates import MEMORY
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
@@ -49,7 +50,13 @@ class FusedForward:
         self._batch = batch
         self._req_to_token = runner.req_to_token_pool.req_to_token
         self._items = {e.index: self._item(e) for e in entries if e.state.is_fused}
-        self._loader = Loader(self._loads(), self._facts.rotary, runtime.timeline)
+        self._loader = Loader(
+            self._loads(),
+            self._facts.rotary,
+            runtime.timeline,
+            timer=runtime.timer,
+            took=lambda num_bytes, seconds: runtime.rates.note_load(MEMORY, num_bytes, seconds),
+        )
         self._guard = WriteGuard(
             int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()
         )

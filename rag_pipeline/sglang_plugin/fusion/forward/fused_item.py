@@ -77,6 +77,7 @@ def plan_item(
         exact_len=min(exact, prompt_len),
         qkv_share=qkv_share,
         scoring_rows=int(planning.fresh_positions(state.loads, whole).numel()),
+        cost=state.cost,
     )
     return layout, fresh
 

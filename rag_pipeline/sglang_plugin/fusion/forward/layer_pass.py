@@ -8,6 +8,7 @@ every attention backend and model of the supported families works alike.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -26,8 +27,11 @@ from rag_kernels import (
     plan_span_load,
     position_causal_attention,
 )
+from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
 
 PASS_KEY = "rag_fused_pass"
+_SAMPLED = 4
+"""Of so many layers the loading of one is measured."""
 
 
 class StopPassError(Exception):
@@ -58,12 +62,35 @@ class Loader:
 
     The passes of a forward share it: what a later pass finds in the pool was loaded, or computed by an
     earlier pass on top of it.
+
+    Parameters
+    ----------
+    loads : sequence of LoadItem
+        What to write.
+    spec : RotarySpec
+        How keys are moved.
+    timeline : Timeline, optional
+        Where waits and computing are recorded.
+    timer : DeviceTimer, optional
+        Measures the writing of some layers.
+    took : callable
+        Told their bytes and seconds.
     """
 
     def __init__(
-        self, loads: Sequence[LoadItem], spec: RotarySpec, timeline: Timeline | None = None
+        self,
+        loads: Sequence[LoadItem],
+        spec: RotarySpec,
+        timeline: Timeline | None = None,
+        *,
+        timer: DeviceTimer | None = None,
+        took: Callable[[int, float], None] = lambda num_bytes, seconds: None,
     ) -> None:
         self._timeline = timeline
+        self._timer = timer
+        self._took = took
+        self.spent_s = 0.0
+        """Seconds of the host in :meth:`ensure`, waits included."""
         self._ended = 0.0
         self._loads = list(loads)
         by_layout: dict[str, list[LoadItem]] = {}
@@ -95,7 +122,14 @@ class Loader:
         if self._timeline is not None and layer_id > 0:
             self._timeline.add("compute", layer_id - 1, self._ended)
         for layout, items, plan in self._parts:
-            layout.load_inplace(k_pool, v_pool, [item.read(layer_id) for item in items], plan)
+            layers = [item.read(layer_id) for item in items]
+            timer = self._timer if layer_id % _SAMPLED == 0 else None
+            moment = None if timer is None else timer.begin()
+            layout.load_inplace(k_pool, v_pool, layers, plan)
+            if timer is not None:
+                num_bytes = sum(tensor.nbytes for run in layers for tensor in run)
+                timer.end(moment, functools.partial(self._took, num_bytes))
+        self.spent_s += time.perf_counter() - began
         if self._timeline is not None:
             self._ended = self._timeline.add("wait", layer_id, began)
 

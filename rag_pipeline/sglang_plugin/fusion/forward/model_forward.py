@@ -14,6 +14,7 @@ from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report
@@ -63,6 +64,8 @@ def around_model_forward(
     if states is None or PLAN_KEY not in states:
         if runtime is not None:
             runtime.build_share.note_forward(_rows(forward_batch), 0)
+            if forward_batch.forward_mode.is_extend_without_speculative():
+                return _timed(runtime, original, runner, forward_batch, args, kwargs)
         return original(runner, forward_batch, *args, **kwargs)
     plan: BatchPlan = states[PLAN_KEY]
     assert runtime is not None
@@ -71,7 +74,7 @@ def around_model_forward(
         output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)
         runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
     else:
-        output = original(runner, forward_batch, *args, **kwargs)
+        output = _timed(runtime, original, runner, forward_batch, args, kwargs)
         _count_rows(runtime, forward_batch, plan)
     for entry in plan.entries:
         _conclude(runtime, runner, forward_batch, entry)
@@ -98,7 +101,7 @@ def _fused(
         stage = "pass"
         with runtime.group.in_step():
             bind_adapters(runner, view)
-            output = original(runner, view, *args, **kwargs)
+            output = _timed(runtime, original, runner, view, args, kwargs, fused.loader)
             if fused.fault is not None:
                 raise fused.fault
     except Exception as error:
@@ -115,6 +118,27 @@ def _fused(
         original(runner, part, *args, **kwargs)
     bind_adapters(runner, passes[-1])
     return original(runner, passes[-1], *args, **kwargs)
+
+
+def _timed(
+    runtime: FusionRuntime,
+    original: Callable[..., Any],
+    runner: Any,
+    batch: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loader: Loader | None = None,
+) -> Any:
+    """Run a forward that extends prompts, and measure how fast rows are computed; loading and waiting do not count."""
+    rows, loaded_s = _rows(batch), 0.0 if loader is None else loader.spent_s
+    began = runtime.timer.begin()
+    output = original(runner, batch, *args, **kwargs)
+    if loader is not None:
+        loaded_s = loader.spent_s - loaded_s
+    runtime.timer.end(
+        began, lambda seconds: runtime.rates.note_forward(rows, max(0.0, seconds - loaded_s))
+    )
+    return output
 
 
 def _rows(batch: Any) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from chunk_cache import Match
 from chunk_cache.policies import Policy, ReuseLayout, ScoredPolicy
+from rag_pipeline.sglang_plugin.fusion.request.attempt import ReuseCost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,7 @@ def make_layout(
     exact_len: int,
     qkv_share: float,
     scoring_rows: int | None = None,
+    cost: ReuseCost | None = None,
 ) -> ReuseLayout:
     """Layout of a whole prompt as a policy sees it.
 
@@ -61,6 +63,8 @@ def make_layout(
         See :func:`chunk_cache.policies.qkv_share`.
     scoring_rows : int, optional
         Fresh rows of a probing pass.
+    cost : ReuseCost, optional
+        What was measured.
     """
     behind = [(max(start, exact_len), end) for start, end in spans if end > exact_len]
     return ReuseLayout(
@@ -70,6 +74,8 @@ def make_layout(
         spans=tuple(behind),
         num_scoring_rows=scoring_rows,
         qkv_share=qkv_share,
+        prefill_s=None if cost is None else cost.row_s * sum(end - start for start, end in behind),
+        load_s=None if cost is None else cost.load_s,
         # Every check is a pass from layer 0 here, and charged as one.
         probes_restart=True,
     )

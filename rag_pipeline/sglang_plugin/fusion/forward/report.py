@@ -36,7 +36,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.conversation_tokens = min(turns, report.reused_tokens)
     if loaded:
         report.policy = state.policy.name
-        report.ratio = state.ratio
+        report.ratio = round(state.planned_ratio, 6)
+        runtime.metrics.observe_ratio(state.planned_ratio)
         report.runs = prompt_runs(state)
     if state.method is not None:
         report.attention = state.request.attention

@@ -9,6 +9,22 @@ from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseCost:
+    """What the reused tokens of a request cost, the same on every rank.
+
+    Attributes
+    ----------
+    row_s : float
+        Seconds to compute a row.
+    load_s : float
+        Seconds to load all that is loaded, earlier turns apart.
+    """
+
+    row_s: float
+    load_s: float
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Attempt:
     """What a scheduling attempt found and spent; each attempt begins with a new one.
@@ -21,6 +37,10 @@ class Attempt:
         Of the weights at that time.
     looked_up : (int, int)
         Chunks found and chunks missing.
+    cost : ReuseCost or None
+        Of what is reused; None before it was measured.
+    planned_ratio : float or None
+        What the policy plans to recompute of it; None for its nominal ratio.
     recomputed : list of int
         Prompt positions that were loaded and then computed anew.
     row_layers : float
@@ -33,6 +53,8 @@ class Attempt:
     radix_len: int = 0
     epoch: int = 0
     looked_up: tuple[int, int] = (0, 0)
+    cost: ReuseCost | None = None
+    planned_ratio: float | None = None
     recomputed: list[int] = dataclasses.field(default_factory=list)
     row_layers: float = 0.0
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import Fetch, as_prompt_ids
+from chunk_cache import Candidate, Fetch, as_prompt_ids
 from chunk_cache.policies import Policy
 from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.request.attempt import Attempt, Resolved
+from rag_pipeline.sglang_plugin.fusion.request.attempt import Attempt, Resolved, ReuseCost
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
@@ -66,8 +66,10 @@ class RequestState:
         "_attempt",
         "_fetches",
         "_found",
+        "_has_begun",
         "_row_limit",
         "_spans",
+        "_wanted",
         "explicit",
         "internal",
         "policy",
@@ -85,12 +87,14 @@ class RequestState:
         explicit: bool = False,
         internal: bool = False,
     ) -> None:
-        self.ratio = _checked_ratio(policy)
+        self.ratio = _checked(policy, policy.ratio)
         self._spans: tuple[LeasedSpan, ...] = ()
         self._found = Resolved()
         self._row_limit = 0
         self._fetches: tuple[Fetch, ...] = ()
         self._asked_at = 0.0
+        self._has_begun = False
+        self._wanted: tuple[tuple[Candidate, ...], ...] = ()
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
@@ -156,6 +160,17 @@ class RequestState:
         return self._attempt.looked_up
 
     @property
+    def cost(self) -> ReuseCost | None:
+        """Seconds that what is reused takes to load and to compute; None before they were measured."""
+        return self._attempt.cost
+
+    @property
+    def planned_ratio(self) -> float:
+        """Share of the reused tokens that the policy plans to recompute: its ratio, or what hides behind loading."""
+        planned = self._attempt.planned_ratio
+        return self.ratio if planned is None else planned
+
+    @property
     def recomputed(self) -> Sequence[int]:
         """Prompt positions that were loaded and then computed anew."""
         return self._attempt.recomputed
@@ -201,11 +216,26 @@ class RequestState:
         """When the scheduler first considered the request while they were, :func:`time.monotonic`."""
         return self._asked_at
 
+    @property
+    def wanted(self) -> tuple[tuple[Candidate, ...], ...]:
+        """Per chunk the records that would serve it, the best first; empty where nobody will ask."""
+        return self._wanted
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its chunks were looked for below memory."""
+        return self._has_begun
+
     # -- admission ----------------------------------------------------------------------------
+
+    def expect(self, wanted: tuple[tuple[Candidate, ...], ...]) -> None:
+        """Note :attr:`wanted`."""
+        self._wanted = wanted
 
     def await_fetches(self, fetches: Iterable[Fetch]) -> None:
         """Wait for these chunks, or for none any more."""
         self._fetches = tuple(fetches)
+        self._has_begun = True
 
     def note_asked(self) -> None:
         """Note :attr:`asked_at`, the first time."""
@@ -247,6 +277,14 @@ class RequestState:
     def note_looked_up(self, hits: int, misses: int) -> None:
         """Note how many chunks were found and how many are missing."""
         self._attempt.looked_up = (hits, misses)
+
+    def note_cost(self, cost: ReuseCost | None) -> None:
+        """Note :attr:`cost`."""
+        self._attempt.cost = cost
+
+    def note_planned(self, ratio: float) -> None:
+        """Note :attr:`planned_ratio`."""
+        self._attempt.planned_ratio = _checked(self.policy, ratio)
 
     def note_fallback(self, reason: str) -> None:
         """Note why the prompt, or a part of it, is prefilled as usual; the first reason stays."""
@@ -335,9 +373,9 @@ def state_of(req: Any) -> RequestState | None:
     return found if isinstance(found, RequestState) else None
 
 
-def _checked_ratio(policy: Policy) -> float:
+def _checked(policy: Policy, ratio: float) -> float:
     """Ratio of a policy, perhaps of another distribution: budgets are raised by it."""
-    ratio = float(policy.ratio)
+    ratio = float(ratio)
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"policy {policy.name!r} has ratio {ratio}; it must be between 0 and 1")
     return ratio

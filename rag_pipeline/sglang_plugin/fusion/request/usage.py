@@ -25,7 +25,7 @@ class UsageReport:
     policy : str
         Policy that chose the rows; empty for ordinary prefill.
     ratio : float
-        Its nominal ratio.
+        Share of the reused tokens that it planned for: its nominal ratio, more where it goes by what loading takes.
     conversation_tokens : int
         Of the reused tokens, those that earlier turns of the conversation left.
     fallback : str

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chunk_cache import StoreStats
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 class FusionMetrics:
@@ -64,6 +65,14 @@ class FusionMetrics:
         metric = self._families.get(family)
         if metric is not None:
             metric.labels(**self._labels).observe(seconds)
+
+    def observe_ratio(self, ratio: float) -> None:
+        """Record the share of a prompt's reused tokens that its policy planned to recompute."""
+        self.counts["planned_ratio.count"] += 1
+        self.counts["planned_ratio.total_ppm"] += round(ratio * 1e6)
+        metric = self._families.get("planned_ratio")
+        if metric is not None:
+            metric.labels(**self._labels).observe(ratio)
 
     def gauge(self, family: str, value: float) -> None:
         """Set a gauge: ``store_bytes`` or ``store_chunks``."""
@@ -127,8 +136,8 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
     def counter(name: str, text: str, *more: str) -> Any:
         return Count(f"{METRIC_PREFIX}{name}", text, [*names, *more, "kind"])
 
-    def histogram(name: str, text: str) -> Any:
-        return Histogram(f"{METRIC_PREFIX}{name}", text, [*names], buckets=_SECONDS)
+    def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Any:
+        return Histogram(f"{METRIC_PREFIX}{name}", text, [*names], buckets=buckets)
 
     def gauge(name: str, text: str, *more: str) -> Any:
         labels = [*names, *more]
@@ -150,6 +159,11 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "plan_seconds": histogram("plan_seconds", "Planning the rows of one fused forward."),
         "probe_seconds": histogram("probe_seconds", "Probing passes of one fused forward."),
         "forward_seconds": histogram("forward_seconds", "One fused forward, passes included."),
+        "planned_ratio": histogram(
+            "planned_ratio",
+            "Share of a prompt's reused tokens to be recomputed, as planned.",
+            _SHARES,
+        ),
         "store_bytes": gauge("store_bytes", "Bytes of chunk KV held in memory."),
         "store_chunks": gauge("store_chunks", "Chunks held in memory."),
     }

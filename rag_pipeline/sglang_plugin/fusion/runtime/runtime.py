@@ -25,10 +25,12 @@ from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
+from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
+from rag_pipeline.sglang_plugin.fusion.runtime.rates import Rates
 
 if TYPE_CHECKING:
     from rag_pipeline.erasure import Notice
@@ -104,6 +106,9 @@ class FusionRuntime:
         )
         self.missing = BuildQueue()
         self.build_share = BuildShare(config.build_share)
+        self.rates = Rates()
+        """How fast this rank computes, and loads from each tier."""
+        self.timer = DeviceTimer(torch.cuda.is_available())
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
         self.in_update = False
@@ -115,6 +120,8 @@ class FusionRuntime:
         """Where finished records go besides memory, and where missing ones are looked for."""
         self.fetcher: Fetcher | None = None
         """Brings them from there into memory."""
+        self.queue_seen: list[tuple[str, int]] = []
+        """The waiting requests that the store was told of last."""
         self.timeline: Timeline | None = None
         """Where loading and computing of layers are recorded; a benchmark or a test sets it."""
         self.erased: ErasedText | None = None
@@ -294,6 +301,7 @@ class FusionRuntime:
             "self_check": self.self_check,
             "config": self.config.shown(),
             "store": self.store.stats().to_json(),
+            "rates": self.rates.to_json(),
             "counts": self.metrics.to_json(),
         }
 
