@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         codec_named,
         encode_layers,
     )
-    from chunk_cache.errors import ChunkCacheError, IntegrityError
+    from chunk_cache.errors import ChunkCacheError, DamagedRecordError, IntegrityError, LoadError
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
         ChunkKey,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from chunk_cache.store.builds import Build, ChunkState
     from chunk_cache.store.lease import Lease
     from chunk_cache.store.listing import EntryInfo, Resolution
+    from chunk_cache.store.loading import LoadingChunk, Patience, RecordForm
     from chunk_cache.store.memory import MemoryStore
     from chunk_cache.store.stats import StoreStats
     from chunk_cache.text_marks import TextMarks
@@ -44,12 +45,16 @@ if TYPE_CHECKING:
     from chunk_cache.tiers.disk.folder import StoreFolder
     from chunk_cache.tiers.disk.layout import tenant_mark
     from chunk_cache.tiers.disk.private_files import make_private, sync_folder, write_private
+    from chunk_cache.tiers.fetcher import Candidate, Fetch, Fetcher
+    from chunk_cache.tiers.tiered import TierChain
+    from chunk_cache.tiers.timeline import Timeline, layer_wise_seconds
     from chunk_cache.tiers.transfer import StoreLoadReport, export_store, load_store
 
 _HOME = {
     "BackgroundWriter": "tiers.background_writer",
     "Build": "store.builds",
     "CODECS": "codecs.base",
+    "Candidate": "tiers.fetcher",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
     "ChunkKey": "keys",
@@ -59,6 +64,9 @@ _HOME = {
     "CodecError": "codecs.base",
     "DISK_BYTES": "tiers.disk.budget",
     "EntryInfo": "store.listing",
+    "DamagedRecordError": "errors",
+    "Fetch": "tiers.fetcher",
+    "Fetcher": "tiers.fetcher",
     "IntegrityError": "errors",
     "KVContext": "keys",
     "KVLayout": "layouts.base",
@@ -67,9 +75,13 @@ _HOME = {
     "LayerKV": "layouts.base",
     "LayerReader": "tiers.base",
     "Lease": "store.lease",
+    "LoadError": "errors",
+    "LoadingChunk": "store.loading",
     "Match": "spans",
     "MatchResult": "matching",
     "MemoryStore": "store.memory",
+    "Patience": "store.loading",
+    "RecordForm": "store.loading",
     "Resolution": "store.listing",
     "STORE_FORMAT_VERSION": "keys",
     "StoreFolder": "tiers.disk.folder",
@@ -78,6 +90,8 @@ _HOME = {
     "TIERS": "tiers.base",
     "TextMarks": "text_marks",
     "Tier": "tiers.base",
+    "TierChain": "tiers.tiered",
+    "Timeline": "tiers.timeline",
     "as_prompt_ids": "keys",
     "as_token_ids": "keys",
     "canonical_json": "keys",
@@ -86,6 +100,7 @@ _HOME = {
     "encode_layers": "codecs.base",
     "export_store": "tiers.transfer",
     "hash_token_ids": "keys",
+    "layer_wise_seconds": "tiers.timeline",
     "layout_named": "layouts.base",
     "layout_of_pool": "layouts.base",
     "load_store": "tiers.transfer",
@@ -105,6 +120,7 @@ __all__ = [
     "TIERS",
     "BackgroundWriter",
     "Build",
+    "Candidate",
     "ChunkCacheError",
     "ChunkKV",
     "ChunkKey",
@@ -112,22 +128,31 @@ __all__ = [
     "ChunkState",
     "Codec",
     "CodecError",
+    "DamagedRecordError",
     "EntryInfo",
+    "Fetch",
+    "Fetcher",
     "IntegrityError",
     "KVContext",
     "KVLayout",
     "LayerKV",
     "LayerReader",
     "Lease",
+    "LoadError",
+    "LoadingChunk",
     "Match",
     "MatchResult",
     "MemoryStore",
+    "Patience",
+    "RecordForm",
     "Resolution",
     "StoreFolder",
     "StoreLoadReport",
     "StoreStats",
     "TextMarks",
     "Tier",
+    "TierChain",
+    "Timeline",
     "as_prompt_ids",
     "as_token_ids",
     "canonical_json",
@@ -136,6 +161,7 @@ __all__ = [
     "encode_layers",
     "export_store",
     "hash_token_ids",
+    "layer_wise_seconds",
     "layout_named",
     "layout_of_pool",
     "load_store",

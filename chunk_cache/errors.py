@@ -9,3 +9,11 @@ class ChunkCacheError(ValueError):
 
 class IntegrityError(RuntimeError):
     """The store contradicts itself: a fault in this package, never in the caller's data."""
+
+
+class LoadError(ChunkCacheError):
+    """A layer of a record that is read from a lower tier does not come; the prompt is prefilled as usual."""
+
+
+class DamagedRecordError(ChunkCacheError):
+    """Stored bytes are not what was written; the record is a miss, and whoever finds out removes it."""

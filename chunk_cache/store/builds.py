@@ -11,6 +11,7 @@ from typing import Self
 from chunk_cache.errors import IntegrityError
 from chunk_cache.keys import ChunkKey, TokenIds
 from chunk_cache.records import ChunkKV
+from chunk_cache.store.ledger import Entry
 
 _MAX_FAILURES_KEPT = 4096
 
@@ -20,6 +21,8 @@ class ChunkState(enum.Enum):
 
     BUILDING = "building"
     """One writer computes it. Everybody else treats it as a miss and must not compute it too."""
+    LOADING = "loading"
+    """It is read from a lower tier: leased already, its layers are waited for. Nobody else may compute it either."""
     READY = "ready"
     FAILED = "failed"
     """The last build failed, and the store's back-off has not passed; then the key is absent again."""
@@ -32,7 +35,7 @@ class Build:
     the right: its late ``commit`` returns ``False`` and changes nothing.
     """
 
-    __slots__ = ("_abort", "_commit", "deadline", "key", "owner", "tenant", "token_ids")
+    __slots__ = ("_abort", "_commit", "deadline", "key", "loading", "owner", "tenant", "token_ids")
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class Build:
         self.owner = owner
         self.tenant = tenant
         self.deadline = deadline
+        self.loading: Entry | None = None
+        """Room that is taken already, and who leases it (:meth:`MemoryStore.begin_load`); the store's."""
         self._commit = commit
         self._abort = abort
 
@@ -103,7 +108,7 @@ class Build:
 
 
 class BuildTable:
-    """Keys in BUILDING and FAILED; no key is in both. No locks: the store's job.
+    """Keys in BUILDING, LOADING and FAILED; no key is in two. No locks: the store's job.
 
     Parameters
     ----------
@@ -119,9 +124,10 @@ class BuildTable:
         self.failed: OrderedDict[ChunkKey, tuple[float, str]] = OrderedDict()
 
     def state(self, key: ChunkKey) -> ChunkState | None:
-        """Return BUILDING, FAILED or neither; call :meth:`expire` first."""
-        if key in self.building:
-            return ChunkState.BUILDING
+        """Return BUILDING, LOADING, FAILED or none; call :meth:`expire` first."""
+        build = self.building.get(key)
+        if build is not None:
+            return ChunkState.BUILDING if build.loading is None else ChunkState.LOADING
         return ChunkState.FAILED if key in self.failed else None
 
     def begin(self, build: Build) -> None:
@@ -143,15 +149,15 @@ class BuildTable:
         while len(self.failed) > _MAX_FAILURES_KEPT:
             self.failed.popitem(last=False)
 
-    def expire(self, now: float) -> int:
-        """Fail builds past their deadline and forget failures past their back-off; returns how many builds."""
+    def expire(self, now: float) -> list[Build]:
+        """Fail builds past their deadline and forget failures past their back-off; returns the builds."""
         late = [build for build in self.building.values() if build.deadline <= now]
         for build in late:
             del self.building[build.key]
             self.fail(build.key, f"build of {build.owner or 'an unnamed owner'} timed out", now)
         while self.failed and next(iter(self.failed.values()))[0] <= now:
             self.failed.popitem(last=False)
-        return len(late)
+        return late
 
     def check(self, ready: set[ChunkKey], *, expect_idle: bool) -> None:
         """Check that states exclude each other; see :meth:`MemoryStore.check_integrity`."""

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from chunk_cache.records import ChunkKV
+from chunk_cache.store.loading import LoadingChunk
 
 
 class Lease:
@@ -15,8 +16,8 @@ class Lease:
 
     Attributes
     ----------
-    record : ChunkKV
-        The shared record, read-only.
+    record : ChunkKV or LoadingChunk
+        The shared record, read-only; of one that was leased while it loaded, each layer is waited for.
     chunk_offset, num_tokens : int
         The run of it that was confirmed on token ids.
     """
@@ -24,7 +25,11 @@ class Lease:
     __slots__ = ("_lock", "_release", "chunk_offset", "num_tokens", "record")
 
     def __init__(
-        self, record: ChunkKV, chunk_offset: int, num_tokens: int, release: Callable[[], None]
+        self,
+        record: ChunkKV | LoadingChunk,
+        chunk_offset: int,
+        num_tokens: int,
+        release: Callable[[], None],
     ) -> None:
         self.record = record
         self.chunk_offset = chunk_offset

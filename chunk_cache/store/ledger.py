@@ -9,6 +9,7 @@ from chunk_cache.errors import IntegrityError
 from chunk_cache.eviction import EvictionPolicy
 from chunk_cache.keys import ChunkKey
 from chunk_cache.records import ChunkKV
+from chunk_cache.store.loading import LoadingChunk
 
 
 class Entry:
@@ -16,14 +17,16 @@ class Entry:
 
     __slots__ = ("detached", "hits", "pinned", "record", "refs", "tenant", "used_at")
 
-    def __init__(self, record: ChunkKV, pinned: bool, now: float, tenant: str) -> None:
-        self.record = record
+    def __init__(
+        self, record: ChunkKV | LoadingChunk, pinned: bool, now: float, tenant: str
+    ) -> None:
+        self.record: ChunkKV | LoadingChunk = record
         self.tenant = tenant
         self.pinned = pinned
         self.refs = 0
         self.hits = 0
         self.used_at = now
-        # Dropped while leased: found by nobody, but its bytes are real until the last lease ends.
+        # Dropped while leased, or still loading: not READY, but its bytes are real until the last lease ends.
         self.detached = False
 
 
@@ -54,6 +57,24 @@ class Ledger:
         if pinned:
             self.pinned_bytes += record.num_bytes
         self.policy.insert(record.key, record.num_bytes, now=now, group=tenant, is_held=pinned)
+
+    def reserve(self, loading: LoadingChunk, now: float, tenant: str) -> Entry:
+        """Charge a record that arrives layer by layer; room must have been made. The caller is its first user."""
+        entry = Entry(loading, False, now, tenant)
+        entry.detached = True
+        self._detached.add(entry)
+        self._weigh(entry, loading.num_bytes)
+        self.take(entry)
+        return entry
+
+    def attach(self, entry: Entry, record: ChunkKV, now: float) -> None:
+        """Make a reserved record READY; its users go on using it, the caller among them."""
+        self._detached.remove(entry)
+        entry.detached = False
+        self._weigh(entry, record.num_bytes - entry.record.num_bytes)
+        entry.record = record
+        self.entries[record.key] = entry
+        self.policy.insert(record.key, record.num_bytes, now=now, group=entry.tenant, is_held=True)
 
     def _weigh(self, entry: Entry, num_bytes: int) -> None:
         self.bytes_now += num_bytes
@@ -116,7 +137,7 @@ class Ledger:
                 del held[most]
         return chosen
 
-    def drop(self, key: ChunkKey) -> ChunkKV:
+    def drop(self, key: ChunkKey) -> ChunkKV | LoadingChunk:
         """Forget a record; one that is in use keeps its bytes until the last lease ends."""
         entry = self.entries.pop(key)
         self.policy.remove(key)

@@ -54,7 +54,7 @@ class EntryInfo:
 
 
 def list_entries(ledger: Ledger, builds: BuildTable, now: float) -> list[EntryInfo]:
-    """List READY keys, most recently used first, then BUILDING and FAILED ones."""
+    """List READY keys, most recently used first, then BUILDING, LOADING and FAILED ones."""
     ready = [
         EntryInfo(
             key=key,
@@ -70,7 +70,13 @@ def list_entries(ledger: Ledger, builds: BuildTable, now: float) -> list[EntryIn
     ]
     ready.sort(key=lambda info: (info.idle_s, info.key.digest))
     building = [
-        EntryInfo(key=key, state=ChunkState.BUILDING, detail=build.owner)
+        EntryInfo(
+            key=key,
+            state=builds.state(key) or ChunkState.BUILDING,
+            num_bytes=0 if build.loading is None else build.loading.record.num_bytes,
+            in_use=0 if build.loading is None else build.loading.refs - 1,
+            detail=build.owner,
+        )
         for key, build in builds.building.items()
     ]
     failed = [

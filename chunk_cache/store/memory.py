@@ -20,6 +20,7 @@ from chunk_cache.store.builds import ChunkState
 from chunk_cache.store.lease import Lease
 from chunk_cache.store.ledger import Entry
 from chunk_cache.store.listing import EntryInfo, Resolution, list_entries
+from chunk_cache.store.loading import LoadingChunk
 from chunk_cache.store.stats import StoreStats
 from chunk_cache.store.writable import WritableStore
 
@@ -87,11 +88,12 @@ class MemoryStore(WritableStore):
         Returns
         -------
         Lease or None
-            ``None`` is a miss: absent, still building, failed, or other tokens under this key.
+            ``None`` is a miss: absent, still building, failed, or other tokens under this key. The record of a
+            LOADING key is a :class:`LoadingChunk`: whoever reads its layers waits for them.
         """
         ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids))
         with self._lock:
-            entry = self._ledger.entries.get(key)
+            entry = self._ledger.entries.get(key) or self._loading(key)
             if entry is None:
                 self._count_miss(key)
                 return None
@@ -110,11 +112,28 @@ class MemoryStore(WritableStore):
             self._ledger.take(entry)
             return Lease(entry.record, chunk_offset, int(ids.size), lambda: self._release(entry))
 
+    def _loading(self, key: ChunkKey) -> Entry | None:
+        build = self._builds.building.get(key)
+        entry = None if build is None else build.loading
+        if entry is None or not (isinstance(entry.record, LoadingChunk) and entry.record.is_usable):
+            return None
+        return entry
+
+    def can_lease(self, key: ChunkKey) -> bool:
+        """Whether :meth:`acquire` would give a record: it is READY, or LOADING and worth waiting for."""
+        with self._lock:
+            return key in self._ledger.entries or self._loading(key) is not None
+
+    def touch(self, key: ChunkKey) -> bool:
+        """Note that a record is about to be used, without counting a look-up; ``False`` if it is not READY."""
+        with self.borrow(key) as record:
+            return record is not None
+
     def _count_miss(self, key: ChunkKey) -> None:
         self._expire_builds()
         state = self._builds.state(key)
         self._stats.misses += 1
-        self._stats.misses_building += state is ChunkState.BUILDING
+        self._stats.misses_building += state in (ChunkState.BUILDING, ChunkState.LOADING)
         self._stats.misses_failed += state is ChunkState.FAILED
         self._stats.misses_absent += state is None
 
@@ -144,7 +163,8 @@ class MemoryStore(WritableStore):
             if entry is not None:
                 self._ledger.take(entry)
         try:
-            yield None if entry is None else entry.record
+            # READY, so it is whole.
+            yield entry.record if entry is not None and isinstance(entry.record, ChunkKV) else None
         finally:
             if entry is not None:
                 self._release(entry)
@@ -179,7 +199,7 @@ class MemoryStore(WritableStore):
     ) -> Resolution:
         """Turn client spans and automatic finds into one list of disjoint matches.
 
-        Explicit spans come first: each whose whole chunk is READY is matched as it stands, and
+        Explicit spans come first: each whose whole chunk is READY or LOADING is matched as it stands, and
         automatic matches are trimmed around it. The place of a missing one is open to automatic
         matches (an older, differently cut chunk may cover it); where none is missing, nothing is
         scanned.
@@ -207,7 +227,7 @@ class MemoryStore(WritableStore):
             if int(run.min()) < 0 or int(run.max()) > np.iinfo(np.int32).max:
                 continue  # engine-made ids (image pads): never stored, nothing to build either
             key = ChunkKey.of(namespace, run)
-            if self.state(key) is ChunkState.READY:
+            if self.can_lease(key):
                 explicit.append(Match(start, end, key))
             else:
                 missing.append((start, end))
@@ -265,16 +285,16 @@ class MemoryStore(WritableStore):
             The damaged ones. Records stored without a checksum cannot be judged and are skipped.
         """
         with self._lock:
-            sealed = [e for e in self._ledger.entries.values() if e.record.checksum is not None]
+            present = [(e, e.record) for e in self._ledger.entries.values()]
         bad: list[ChunkKey] = []
-        for entry in sealed:
-            if entry.record.verify():
+        for entry, record in present:
+            if not isinstance(record, ChunkKV) or record.checksum is None or record.verify():
                 continue
             with self._lock:
-                if self._ledger.entries.get(entry.record.key) is entry:
-                    self._drop(entry.record.key)
+                if self._ledger.entries.get(record.key) is entry:
+                    self._drop(record.key)
                     self._stats.corrupt += 1
-                    bad.append(entry.record.key)
+                    bad.append(record.key)
         return bad
 
     def check_integrity(self, *, expect_idle: bool = False) -> None:
@@ -299,5 +319,6 @@ class MemoryStore(WritableStore):
             self._builds.check(set(entries), expect_idle=expect_idle)
             self._stats.check()
             if self._slab is not None:
-                self._slab.check(entry.record for entry in entries.values())
+                stored = [entry.record for entry in entries.values()]
+                self._slab.check(one for one in stored if isinstance(one, ChunkKV))
             self.matcher.check_integrity({k: e.record.token_ids for k, e in entries.items()})

@@ -17,6 +17,7 @@ from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
 from chunk_cache.store.builds import Build, BuildTable, ChunkState
 from chunk_cache.store.ledger import Ledger
+from chunk_cache.store.loading import LoadingChunk
 from chunk_cache.store.slab import Slab
 from chunk_cache.store.stats import StoreStats
 
@@ -98,7 +99,7 @@ class WritableStore:
         Returns
         -------
         Build or ChunkState
-            The right, or the state that stands against it: BUILDING (somebody else is at it),
+            The right, or the state that stands against it: BUILDING or LOADING (somebody else is at it),
             READY (it is there), FAILED (back-off has not passed).
 
         Raises
@@ -121,6 +122,37 @@ class WritableStore:
             self._builds.begin(build)
             self._stats.builds_begun += 1
             return build
+
+    def begin_load(self, build: Build, loading: LoadingChunk) -> bool:
+        """Take room for a record that arrives layer by layer; from now on it is leased as if it were READY.
+
+        It is charged in full at once, and evicted by nobody. ``build.commit(loading.record)`` makes it READY without
+        asking for room again; after ``abort`` its bytes are free when the last lease has ended.
+
+        Parameters
+        ----------
+        build : Build
+            The right to its key.
+        loading : LoadingChunk
+            With that key.
+
+        Returns
+        -------
+        bool
+            ``False`` if the right is lost, or there is no room (counted).
+        """
+        if loading.key != build.key:
+            raise ChunkCacheError(f"chunk {loading.key} loaded for the build of {build.key}")
+        with self._lock:
+            self._expire_builds()
+            if self._builds.building.get(build.key) is not build or build.loading is not None:
+                return False
+            stored = self._make_room(build, loading.record)
+            if stored is None:
+                return False
+            loading.record = stored  # nobody has leased it yet
+            build.loading = self._ledger.reserve(loading, self._clock(), build.tenant)
+            return True
 
     def put(self, record: ChunkKV, *, pin: bool = False, tenant: str = "") -> bool:
         """Store a finished record in one step (read from a folder, tests).
@@ -153,22 +185,21 @@ class WritableStore:
             self._expire_builds()
             if not self._builds.end(build):
                 return False
-            if record.num_bytes > self._ledger.byte_budget:
-                self._stats.rejected_too_big += 1
+            entry = build.loading
+            if entry is None and record.num_bytes > self._ledger.byte_budget:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
                 self._builds.fail(build.key, reason, self._clock())
-                return False
-            victims = self._victims(record, build.tenant)
-            for key in victims or ():
-                self._stats.evicted += 1
-                self._stats.evicted_bytes += self._drop(key).num_bytes
-            stored = None if victims is None else self._placed(record)
+            stored = record if entry is not None else self._make_room(build, record)
             if stored is None:
-                self._stats.rejected_no_room += 1
                 return False
             record = stored
             self.matcher.add(build.key, record.token_ids)
-            self._ledger.insert(record, pin, self._clock(), build.tenant)
+            if entry is None:
+                self._ledger.insert(record, pin, self._clock(), build.tenant)
+            else:
+                self._ledger.attach(entry, record, self._clock())
+                self._end_load(build)
+                self._ledger.set_pinned(entry, pin, self._clock())
             self._stats.inserted += 1
             return True
 
@@ -190,16 +221,37 @@ class WritableStore:
         return victims
 
     def _fits(self, slab: Slab, record: ChunkKV, victims: Iterable[ChunkKey]) -> bool:
-        return slab.fits(record, [self._ledger.entries[key].record for key in victims])
+        stored = [self._ledger.entries[key].record for key in victims]
+        return slab.fits(record, [one for one in stored if isinstance(one, ChunkKV)])
 
     def _placed(self, record: ChunkKV) -> ChunkKV | None:
         """Return the record as it will be kept; ``None`` where a tensor that outlived its record is in the way."""
         return record if self._slab is None else self._slab.adopt(record)
 
+    def _make_room(self, build: Build, record: ChunkKV) -> ChunkKV | None:
+        """Evict what must go; return the record as it will be kept, ``None``, counted, where it has no room."""
+        if record.num_bytes > self._ledger.byte_budget:
+            self._stats.rejected_too_big += 1
+            return None
+        victims = self._victims(record, build.tenant)
+        for key in victims or ():
+            self._stats.evicted += 1
+            self._stats.evicted_bytes += self._drop(key).num_bytes
+        stored = None if victims is None else self._placed(record)
+        self._stats.rejected_no_room += stored is None
+        return stored
+
+    def _end_load(self, build: Build) -> None:
+        """Give back the hold that a build has on what it loads."""
+        entry, build.loading = build.loading, None
+        if entry is not None:
+            self._ledger.give_back(entry, self._clock())
+
     def _abort(self, build: Build, reason: str, failed: bool) -> bool:
         with self._lock:
             if not self._builds.end(build):
                 return False
+            self._end_load(build)
             self._stats.builds_aborted += 1
             if failed:
                 self._builds.fail(build.key, reason, self._clock())
@@ -207,9 +259,11 @@ class WritableStore:
 
     def _expire_builds(self) -> None:
         if self._builds.building or self._builds.failed:
-            self._stats.builds_expired += self._builds.expire(self._clock())
+            for build in self._builds.expire(self._clock()):
+                self._end_load(build)
+                self._stats.builds_expired += 1
 
-    def _drop(self, key: ChunkKey) -> ChunkKV:
+    def _drop(self, key: ChunkKey) -> ChunkKV | LoadingChunk:
         self.matcher.remove(key)
         return self._ledger.drop(key)
 

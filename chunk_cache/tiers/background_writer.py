@@ -38,6 +38,9 @@ class BackgroundWriter:
     count : callable
         Called with ``written``, ``dropped`` (the queue was full), ``no_room`` (the budget is),
         ``write_failed`` or ``erased`` for every record, from either thread.
+    wrote : callable
+        Called with the bytes of a record in memory and the seconds that the tier took for it, from the thread, for
+        every record that it tried.
     failed : callable
         Called with what a disk refused, from the thread.
     is_erased : callable
@@ -57,6 +60,7 @@ class BackgroundWriter:
         failed: Callable[[OSError], None],
         is_erased: Callable[[ChunkKV, str], bool] = lambda record, tenant: False,
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
+        wrote: Callable[[int, float], None] = lambda num_bytes, seconds: None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.tier = tier
@@ -64,6 +68,7 @@ class BackgroundWriter:
         self._failed = failed
         self._is_erased = is_erased
         self._used = used
+        self._wrote = wrote
         self._queue_bytes = queue_bytes
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0
@@ -93,6 +98,11 @@ class BackgroundWriter:
         with self._changed:
             return len(self._queue) + (self._current is not None)
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of those records; they are in memory."""
+        return self._bytes
+
     def clear(self) -> None:
         """Forget what waits."""
         with self._changed:
@@ -102,9 +112,16 @@ class BackgroundWriter:
 
     def erase(self) -> None:
         """Forget what waits and must not reach the disk any more, however long the disk takes."""
+        self._forget(lambda one: self._is_erased(one.record, one.tenant))
+
+    def forget(self, key: ChunkKey) -> None:
+        """Forget a record that waits; one that is just being written is removed behind it."""
+        self._forget(lambda one: one.record.key == key)
+
+    def _forget(self, is_gone: Callable[[_Waiting], bool]) -> None:
         with self._changed:
             waiting = [*self._queue, *filter(None, [self._current])]
-        gone = {id(one) for one in waiting if self._is_erased(one.record, one.tenant)}
+        gone = {id(one) for one in waiting if is_gone(one)}
         with self._changed:
             kept = [one for one in self._queue if id(one) not in gone]
             self._bytes -= sum(one.record.num_bytes for one in self._queue if id(one) in gone)
@@ -157,7 +174,9 @@ class BackgroundWriter:
         kind = "erased"
         try:
             if not self._is_erased(record, tenant):
+                began = time.monotonic()
                 put = self.tier.put(record, context=waiting.context, tenant=tenant)
+                self._wrote(record.num_bytes if put else 0, time.monotonic() - began)
                 kind = "written" if put else "no_room"
                 # The text may have been erased meanwhile, by somebody who did not see this file yet.
                 if kind == "written" and (

@@ -15,14 +15,40 @@ from rag_kernels import Registry
 class LayerReader(Protocol):
     """A record that is read layer by layer; a :class:`ChunkKV`, which is in memory, is one.
 
-    A forward reads each layer once, in order, right before the layer runs: it waits for that layer only. Whatever
-    :meth:`layer` raises, and damage raises, ends the fused pass; the request is then prefilled as usual. So a reader
-    that fails costs time and nothing else; one that hangs holds the engine up, and must therefore time out.
+    Layers are read in order, each once, by one thread at a time (:class:`~chunk_cache.Fetcher`), which copies them
+    into memory; a forward waits for the layer that it needs. Whatever :meth:`layer` raises, and damage raises, ends the
+    reading (:class:`~chunk_cache.DamagedRecordError` where the bytes are wrong): the record is a miss, and a request that used it already is prefilled as usual. So a reader that fails costs
+    time and nothing else; one that hangs occupies the thread, and should therefore time out.
     """
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """Token ids of the record, int32 ``[T]``; compared when it was opened."""
+        ...
+
+    @property
+    def base_position(self) -> int:
+        """Position at which the first token's KV was computed."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        ...
 
     @property
     def layout(self) -> str:
         """Name of the record's :class:`KVLayout`."""
+        ...
+
+    @property
+    def codec(self) -> str:
+        """Name of the :class:`~chunk_cache.Codec` that its KV went through."""
         ...
 
     @property
@@ -43,14 +69,18 @@ class Tier(abc.ABC):
     and beside other processes that use the same place; no lock is held between two calls, so what :meth:`contains`
     saw may be gone in :meth:`open`.
 
-    **Who waits.** Reading happens while an engine starts, writing in a thread of its own
-    (:class:`~chunk_cache.BackgroundWriter`): both may take long. Writing, removing and :meth:`connect` raise
+    **Who waits.** Reading happens while an engine starts and in threads of its own (:class:`~chunk_cache.Fetcher`) when
+    a request's chunk is not in memory, writing in another (:class:`~chunk_cache.BackgroundWriter`): all may take long; a
+    forward waits for a bounded time, then does without. Writing, removing and :meth:`connect` raise
     :class:`OSError` or :class:`~chunk_cache.ChunkCacheError` where the place refuses; callers count it and go on.
 
     **Erasing.** After :meth:`remove` and :meth:`sync` a record never comes back, not even after a power cut.
 
     An implementation needs the abstract methods, and :meth:`describe` if engines shall read from it at their start.
     """
+
+    codec: str = "plain"
+    """Name of the :class:`~chunk_cache.Codec` that :meth:`put` writes with, where a tier encodes; who connects sets it."""
 
     @classmethod
     @abc.abstractmethod

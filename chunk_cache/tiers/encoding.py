@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache.codecs.base import codec_named, encode_layers
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, DamagedRecordError
 from chunk_cache.keys import ChunkKey
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -33,7 +33,6 @@ from chunk_cache.tiers.record_header import (
     DTYPE_NAMES,
     STORE_FORMAT,
     Buffer,
-    DamagedRecordError,
     RecordHeader,
     checksum,
     header_size,

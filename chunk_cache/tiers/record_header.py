@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from chunk_cache.codecs.base import codec_named
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, DamagedRecordError
 from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, TokenIds, as_token_ids
 from chunk_cache.layouts.base import layout_named
 
@@ -44,10 +44,6 @@ DTYPE_NAMES = {
 }
 """As safetensors names them."""
 _DTYPE_OF = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-class DamagedRecordError(ChunkCacheError):
-    """Stored bytes are not what was written; the record is a miss."""
 
 
 @dataclass(frozen=True, slots=True)

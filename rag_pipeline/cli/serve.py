@@ -59,6 +59,7 @@ class ServeOptions:
     stop_seconds: int = 15
     automatic: bool | None = None
     store: Path | None = None
+    kv_remote: str | None = field(default=None, repr=False)
     words: tuple[str, ...] = ()
 
 
@@ -79,6 +80,7 @@ def run_serve(options: ServeOptions) -> None:
     _refuse_words(options)
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
+    _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
     tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
     refuse_exposure(options.host, tenants, open_to_network=options.unprotected)
@@ -144,6 +146,21 @@ def _choose_automatic(tenants: Tenants, given: bool | None) -> None:
     os.environ[FUSION_VARIABLE] = config.to_env()
 
 
+def _choose_remote(given: str | None) -> None:
+    """Tell the engine its remote tier: the flag, else the setting. A bad address ends the command here."""
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    config = FusionConfig.from_env()
+    if given is None:
+        return
+    config = dataclasses.replace(config, remote=given)
+    os.environ[FUSION_VARIABLE] = config.to_env()
+    if "@" in given:
+        _hide_command_line(
+            "a password", "in a file (?password_file=FILE), or the address as fusion.remote"
+        )
+
+
 def _opened(folder: Path) -> Index | None:
     """Index of a folder; None where there is none yet, or none that can be read: the routes say so."""
     from retrievers import Index, RetrievalError
@@ -188,14 +205,18 @@ def _keys(options: ServeOptions) -> ServerKeys:
         if key is not None and len(key) < MIN_KEY:
             say(f"WARNING: {flag} has {len(key)} characters; a key of {MIN_KEY} cannot be guessed")
     if options.api_key is not None or options.admin_api_key is not None:
-        from setproctitle import setproctitle
-
-        setproctitle("rag-pipeline serve")
-        say(
-            "WARNING: a key on the command line stood in the process list until now, and may stand in "
-            "the shell's history; give it as --api-key-file or RAG_PIPELINE_API_KEY"
-        )
+        _hide_command_line("a key", "as --api-key-file or RAG_PIPELINE_API_KEY")
     return keys
+
+
+def _hide_command_line(what: str, instead: str) -> None:
+    from setproctitle import setproctitle
+
+    setproctitle("rag-pipeline serve")
+    say(
+        f"WARNING: {what} on the command line stood in the process list until now, and may stand in "
+        f"the shell's history; give it {instead}"
+    )
 
 
 def _warn_of_the_open(host: str, *, has_key: bool) -> None:

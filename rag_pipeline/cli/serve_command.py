@@ -101,6 +101,13 @@ def serve(
         ),
     ] = None,
     store: StoreOption = None,
+    kv_remote: Annotated[
+        str | None,
+        typer.Option(
+            help="Store of chunk KV that several servers share (fusion.remote): valkey://host:port, "
+            "hicache+BACKEND://...",
+        ),
+    ] = None,
 ) -> None:
     """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
     from rag_pipeline.cli.serve import ServeOptions, run_serve
@@ -135,6 +142,7 @@ def serve(
             stop_seconds=stop_seconds,
             automatic=automatic,
             store=store,
+            kv_remote=kv_remote,
             words=tuple(context.args),
         )
     )

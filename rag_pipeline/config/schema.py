@@ -212,6 +212,15 @@ class FusionSettings(_Section):
         description="How chunk KV is written below memory: plain is lossless; fp8, kivi8, kivi4 are smaller, "
         "and approximate when they are read back.",
     )
+    preload_layers: int = Field(
+        default=0,
+        ge=0,
+        description="Layers of chunk KV that must have come from below memory before a prompt is computed.",
+    )
+    remote: str = Field(
+        default="",
+        description="Store that several servers share: valkey://host:port, hicache+BACKEND://...",
+    )
     store_tenants: str = Field(
         default="*",
         description="Tenants whose chunk KV is read at start, as digests; * for all; the commands set it.",

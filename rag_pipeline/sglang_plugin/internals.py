@@ -76,7 +76,7 @@ INTERNALS = (
         "slots of a request",
         has="cache_protected_len req_pool_idx",
     ),
-    _row("managers.schedule_batch.ScheduleBatch", "requests of a batch", has="reqs"),
+    _row("managers.schedule_batch.ScheduleBatch", "requests of a batch", has="is_empty reqs"),
     _row("managers.schedule_batch.FINISH_ABORT", "turns of aborted requests are not kept"),
     _row(
         "managers.schedule_policy.PrefillAdder",
@@ -189,3 +189,34 @@ LAUNCHING = (
     _row("utils.kill_process_tree", "children end with the engine"),
 )
 """What only the process that launches an engine uses; it imports these when it does, and says so where one is gone."""
+
+HICACHE = (
+    _row(
+        "mem_cache.storage.StorageBackendFactory",
+        "storage backends by name",
+        has="_registry create_backend",
+    ),
+    _row(
+        "mem_cache.hicache_storage.HiCacheStorageConfig",
+        "what a backend is told",
+        *["tp_rank", "tp_size", "pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size"],
+        *["is_mla_model", "enable_storage_metrics", "is_page_first_layout", "model_name"],
+        "extra_config",
+    ),
+    _row(
+        "mem_cache.hicache_storage.HiCacheStorage",
+        "pages in and out",
+        has="batch_get batch_get_v1 batch_set batch_set_v1 register_mem_pool_host",
+    ),
+    _row(
+        "mem_cache.hicache_storage.HiCacheFile",
+        "pages are deleted",
+        has="_get_suffixed_key file_path",
+    ),
+    _row(
+        "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStore",
+        "pages are deleted",
+        has="_tag_keys mla_suffix store",
+    ),
+)
+"""What an engine with a remote tier ``hicache+...`` uses; checked when that is opened."""

@@ -167,3 +167,12 @@ def test_ingesting_again_embeds_nothing(
     assert report["chunks_embedded"] == 0
     assert report["documents_unchanged"] == 2
     assert not report["changed"]
+
+
+def test_a_remote_tier_without_a_proper_address(
+    small_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--index", str(small_index), "--kv-remote", "valkey://:hunter22@h:port"]
+    line = refused(words, capsys)
+    assert "remote tier 'valkey://h:port' is no address" in line
+    assert "hunter22" not in line

@@ -37,6 +37,8 @@ NOT_SETTINGS = {
     "api_key", "admin_api_key", "unprotected",
     # fusion.automatic says it; it reaches the engine by the variable of fusion.
     "automatic",
+    # The same of fusion.remote.
+    "kv_remote",
 }  # fmt: skip
 """Options that say what one run is about, and are no defaults of a user or a project."""
 
@@ -367,3 +369,33 @@ def test_every_variable_in_the_source_is_a_setting() -> None:
 
 def test_the_documentation_lists_every_key() -> None:
     assert settings_table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
+
+
+def test_an_address_with_a_password_is_shown_without_it(tmp_path: Path) -> None:
+    from rag_pipeline.sglang_plugin import FusionConfig
+
+    url = "valkey://me:hunter22@127.0.0.1:6379/1?ttl=5"
+    config = FusionConfig(remote=url)
+    assert FusionConfig.from_env({"RAG_PIPELINE_FUSION": config.to_env()}).remote == url
+    assert config.shown()["remote"] == "valkey://127.0.0.1:6379/1"
+    assert "hunter22" not in repr(config)
+    file = tmp_path / "rag-pipeline.toml"
+    file.write_text(f'[fusion]\nremote = "{url}"\n')
+    resolved = load_settings(file, environ={})
+    assert resolved.settings.fusion.remote == url
+    assert "hunter22" not in json.dumps(resolved.to_json())
+
+
+def test_a_bad_address_is_one_line_without_the_password() -> None:
+    from rag_pipeline.errors import EngineError
+    from rag_pipeline.sglang_plugin import FusionConfig
+
+    for text in (
+        '{"remote": "http://:hunter22@h"}',
+        '{"remote": "valkey://:hunter22@h:port"}',
+        '{"remote": "valkey://:hunter22@h"',
+    ):
+        with pytest.raises(EngineError, match="RAG_PIPELINE_FUSION") as caught:
+            FusionConfig.from_env({"RAG_PIPELINE_FUSION": text})
+        assert "\n" not in str(caught.value)
+        assert "hunter22" not in str(caught.value)

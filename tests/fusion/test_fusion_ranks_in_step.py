@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKV, layout_named
 from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.admission import fetching, radix_tree
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
-from rag_pipeline.sglang_plugin.fusion.admission import radix_tree
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.builds import under_load
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -387,3 +387,26 @@ def test_a_turn_that_one_rank_could_not_keep_is_kept_by_none(make_pair):
     # Had rank 0 counted it, the ranks would number their turns differently from here on.
     assert pair.ask(ids, fusion)[1][2] == 0
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_request_waits_on_both_ranks_while_one_of_them_fetches(make_pair, monkeypatch, comes):
+    """Rank 1 has its chunk in memory, rank 0 hears of its own later, or not in time."""
+    pair = make_pair()
+    fetch = SimpleNamespace(has_header=False, has_layers=lambda number: True)
+    fusion = FusionRequest(spans=((4, 86),), prefix_len=4)
+    reqs = [Request([*PREFIX, *CHUNKS[0], *QUESTION], fusion) for _ in range(2)]
+    state_of(reqs[0]).await_fetches([fetch])
+    pair.ranks[0].fetcher = SimpleNamespace(wait=lambda is_met, timeout_s: is_met())
+    idle = SimpleNamespace(can_run_list=[], running_batch=SimpleNamespace(is_empty=lambda: True))
+    monkeypatch.setattr(fetching, "HEADER_WAIT_S", 60.0)
+
+    def ask(rank, runtime):
+        return fetching.must_wait(runtime, idle, state_of(reqs[rank]))
+
+    waits = [pair.both(ask, None) for _ in range(3)]
+    if comes:
+        fetch.has_header = True
+    else:
+        monkeypatch.setattr(fetching, "HEADER_WAIT_S", 0.0)
+    assert [*waits, pair.both(ask, None)] == [True, True, True, False]

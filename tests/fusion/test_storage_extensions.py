@@ -111,7 +111,7 @@ def with_tier(engine, monkeypatch):
     local = engine("llama")
     local.fresh()
     runtime = local.runtime
-    for name in ("writer", "erased"):
+    for name in ("tiers", "fetcher", "erased"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))
     monkeypatch.setattr(
         runtime, "epoch", 0
@@ -121,7 +121,8 @@ def with_tier(engine, monkeypatch):
         monkeypatch.setattr(runtime, "config", chosen)
         persistence.open_folder(runtime, "no-model")
         yield local
-        runtime.writer.close(5)
+        runtime.fetcher.close(5)
+        runtime.tiers.close(5)
         DictTier.places.clear()
         local.fresh()
 
@@ -129,7 +130,7 @@ def with_tier(engine, monkeypatch):
 def test_a_tier(with_tier):
     local, runtime = with_tier, with_tier.runtime
     build(local)
-    assert runtime.writer.drain(10)
+    assert runtime.tiers.drain(10)
     tier = DictTier.places["memory:test"]
     assert set(tier.keys()) == set(runtime.store.keys())
     assert len(tier.records) == len(CHUNKS)
@@ -137,7 +138,8 @@ def test_a_tier(with_tier):
     # As the next engine finds it: nothing in memory, the tier as it was left.
     local.fresh()
     assert not runtime.store.keys()
-    runtime.writer.close(5)
+    runtime.fetcher.close(5)
+    runtime.tiers.close(5)
     persistence.open_folder(runtime, "no-model")
     assert len(runtime.store.keys()) == len(CHUNKS)
     assert outcome(local.ask(PROMPT, 4, fusion=FUSE)) == usual
@@ -192,8 +194,8 @@ def test_a_reader_that_fails_costs_only_speed(engine, monkeypatch, broken_layer)
 def test_a_tier_that_raises_at_start_is_not_used(with_tier, monkeypatch, caplog, broken):
     local, runtime = with_tier, with_tier.runtime
     build(local)
-    assert runtime.writer.drain(10)
-    writer = runtime.writer
+    assert runtime.tiers.drain(10)
+    tiers = runtime.tiers
     local.fresh()
 
     def refuse(*args, **kwargs):
@@ -201,10 +203,10 @@ def test_a_tier_that_raises_at_start_is_not_used(with_tier, monkeypatch, caplog,
 
     with monkeypatch.context() as patch:
         patch.setattr(DictTier, broken, classmethod(refuse) if broken == "connect" else refuse)
-        patch.setattr(runtime, "writer", None)
+        patch.setattr(runtime, "tiers", None)
         persistence.open_folder(runtime, "no-model")
-        assert runtime.writer is None
-    assert runtime.writer is writer
+        assert runtime.tiers is None
+    assert runtime.tiers is tiers
     (line,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
     assert "no server" in line
     assert "\n" not in line

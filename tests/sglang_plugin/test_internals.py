@@ -10,7 +10,7 @@ import pytest
 
 import rag_pipeline.sglang_plugin as plugin
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, PluginRefused, verify_targets
-from rag_pipeline.sglang_plugin.internals import INTERNALS, LAUNCHING
+from rag_pipeline.sglang_plugin.internals import HICACHE, INTERNALS, LAUNCHING
 
 FOLDER = Path(plugin.__file__).parent
 SRT = "sglang.srt."
@@ -34,6 +34,10 @@ OBJECTS = {
     "token_to_kv_pool_allocator": "mem_cache.allocator.token.TokenToKVPoolAllocator",
     "allocator": "mem_cache.allocator.token.TokenToKVPoolAllocator",
     "sampling_params": "sampling.sampling_params.SamplingParams",
+    "StorageBackendFactory": "mem_cache.storage.StorageBackendFactory",
+    "storage": "mem_cache.hicache_storage.HiCacheStorage",
+    "file_storage": "mem_cache.hicache_storage.HiCacheFile",
+    "mooncake_storage": "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStore",
     "HookRegistry": "plugins.hook_registry.HookRegistry",
     "HookType": "plugins.hook_registry.HookType",
 }
@@ -92,7 +96,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
     from rag_pipeline.sglang_plugin.fusion.hooks import hook_rows
 
     monkeypatch.setattr(HookRegistry, "register", lambda *args: None)
-    return [*(row for row, _ in hook_rows()), *INTERNALS, *LAUNCHING]
+    return [*(row for row, _ in hook_rows()), *INTERNALS, *LAUNCHING, *HICACHE]
 
 
 def test_every_import_from_sglang_is_in_the_table(table: list[HookTarget]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chunk_cache.keys import ChunkKey, TokenIds
+from chunk_cache.keys import ChunkKey
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.encoding import (
@@ -21,12 +21,13 @@ from chunk_cache.tiers.encoding import (
     header_size,
     read_header,
 )
+from chunk_cache.tiers.header_reader import HeaderReader
 
 _FIRST_BYTES = 16 << 10
 """Read at once; most headers are shorter."""
 
 
-class FileReader:
+class FileReader(HeaderReader):
     """A record's file, open: a :class:`~chunk_cache.LayerReader` that has read the header only.
 
     The file stays readable until :meth:`close`, or until nobody holds the reader, though it is removed or replaced
@@ -83,31 +84,6 @@ class FileReader:
         return header
 
     # -- LayerReader --------------------------------------------------------------------------
-
-    @property
-    def token_ids(self) -> TokenIds:
-        """Token ids of the record."""
-        return self.header.token_ids
-
-    @property
-    def base_position(self) -> int:
-        """Position of its first token when it was computed."""
-        return self.header.base_position
-
-    @property
-    def layout(self) -> str:
-        """Name of its layout."""
-        return self.header.layout
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers L."""
-        return self.header.num_layers
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T."""
-        return self.header.num_tokens
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Tokens ``[start, end)`` of one layer, on the CPU; the whole layer is read, for its checksum.

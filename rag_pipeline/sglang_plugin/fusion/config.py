@@ -12,6 +12,7 @@ from typing import Any
 from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
 from chunk_cache.eviction import DEFAULT_EVICTION, EvictionPolicy, create_eviction
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
+from chunk_cache.tiers.remote.url import parse_remote_url, shown_url
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import EngineError
@@ -70,6 +71,12 @@ class FusionConfig:
         Byte budget of that folder, of all its models, ranks and tenants together.
     store_codec : str
         How KV is written to tiers below memory (:data:`chunk_cache.CODECS`); what is there is read whatever this says.
+    preload_layers : int
+        Layers of a request's chunks that must have come from a lower tier before it is computed; the others load
+        meanwhile.
+    remote : str
+        Address of a store that several servers share (:mod:`chunk_cache.tiers.remote.url`); empty for none. May hold
+        a password, so it is left out of :func:`repr`, and :meth:`shown` is what others may see.
     store_tenants : str
         Digests (:func:`chunk_cache.tenant_mark`, joined by commas) of the tenants whose records are read at start;
         ``*`` for all. Records of nobody in particular are always read.
@@ -95,6 +102,8 @@ class FusionConfig:
     tier: str = "disk"
     store_dir_bytes: int = DISK_BYTES
     store_codec: str = LOSSLESS
+    preload_layers: int = 0
+    remote: str = dataclasses.field(default="", repr=False)
     store_tenants: str = "*"
 
     def __post_init__(self) -> None:
@@ -121,6 +130,10 @@ class FusionConfig:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: build_share is {self.build_share}; give 0 (only when idle) to 1."
             )
+        if self.preload_layers < 0:
+            raise EngineError(
+                f"{CONFIG_VARIABLE}: preload_layers is {self.preload_layers}; give 0 (load while computing) or more."
+            )
         if self.store_dir_bytes < 0:
             raise EngineError(
                 f"{CONFIG_VARIABLE}: store_dir_bytes is {self.store_dir_bytes}; give 0 (nothing is written) or more."
@@ -144,6 +157,8 @@ class FusionConfig:
                 f"{CONFIG_VARIABLE}: store_codec is {self.store_codec!r}; choose one of {', '.join(CODECS.names())}."
             )
         try:
+            if self.remote:
+                parse_remote_url(self.remote)
             create_policy(self.policy)
             self.make_eviction()
         except ValueError as error:
@@ -173,7 +188,9 @@ class FusionConfig:
         except ValueError:
             given = None
         if not isinstance(given, dict):
-            raise EngineError(f"{CONFIG_VARIABLE}={text!r}: give on, off, or a JSON object.")
+            raise EngineError(
+                f"{CONFIG_VARIABLE}={shown_url(text)!r}: give on, off, or a JSON object."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
@@ -190,6 +207,10 @@ class FusionConfig:
         """Folders that may hold this user's chunk KV: the common one, ``store_dir``, and those given."""
         named = [kv_store_dir(), Path(self.store_dir) if self.store_dir else None, *given]
         return tuple(dict.fromkeys(path.absolute() for path in named if path is not None))
+
+    def shown(self) -> dict[str, Any]:
+        """All fields as others may see them: an address without its secrets."""
+        return dataclasses.asdict(self) | {"remote": shown_url(self.remote)}
 
     def to_env(self) -> str:
         """Text for :data:`CONFIG_VARIABLE` that reads back as this configuration."""

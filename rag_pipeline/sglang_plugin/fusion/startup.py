@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chunk_cache import TIERS, hash_token_ids
+from chunk_cache import TIERS, RecordForm, hash_token_ids
 from rag_kernels import choose_kernel
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FUSION_KEY
@@ -19,7 +19,11 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
-from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import UnsupportedModelError, read_model
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import (
+    ModelFacts,
+    UnsupportedModelError,
+    read_model,
+)
 from rag_pipeline.sglang_plugin.fusion.runtime.passage import passage_ids, read_passage
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
@@ -125,7 +129,7 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
         export=enabled and collector is not None,
         labels=getattr(collector, "labels", None),
     )
-    group = _rank_group()
+    group, form = _rank_group(), None
     reason = refuse_engine(scheduler.server_args) or refuse_settings(scheduler.server_args)
     facts = None
     reason = reason or refuse_tree(scheduler.tree_cache)
@@ -141,12 +145,14 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
             reason = f"{type(error).__name__}: {error}"
     if facts is not None:
         reason = _refuse_named(config, runner.token_to_kv_pool.get_key_buffer(0).device)
+        form = _record_form(facts, runner.token_to_kv_pool)
     text = ""
     try:
         text = read_passage(config.passage_file)
     except EngineError as error:
         reason = reason or str(error)
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
+    runtime.record_form = form
     runtime.max_prompt = int(scheduler.max_req_input_len)
     runtime.mixes_decoding = bool(scheduler.is_mixed_chunk)
     tokenizer, length = getattr(scheduler, "tokenizer", None), config.passage_tokens
@@ -168,6 +174,12 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
             config.policy,
         )
     return runtime
+
+
+def _record_form(facts: ModelFacts, pool: Any) -> RecordForm:
+    """Shapes of this rank's records, as its layout would make them of a slot."""
+    slot = torch.zeros(1, dtype=torch.int64, device=pool.get_key_buffer(0).device)
+    return RecordForm(facts.layout.name, *facts.layout.gather(pool, facts.num_layers, slot))
 
 
 def _refuse_named(config: FusionConfig, device: torch.device) -> str | None:

@@ -88,7 +88,7 @@ def test_the_settings_name_what_others_wrote(state) -> None:
     # The self-check has run with their kernel; chunks go to their tier.
     assert state()["self_check"].startswith("passed")
     deadline = time.monotonic() + 30
-    while not state()["counts"].get("disk.written"):
+    while not state()["counts"].get(f"{SETTINGS['tier']}.written"):
         assert time.monotonic() < deadline, state()["counts"]
         time.sleep(0.1)
 

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from erasing import CONTEXT, OTHER, SECRET, SHARED
 
-from chunk_cache import BackgroundWriter, ChunkKV, KVContext, StoreFolder, TextMarks
+from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, TierChain
 from rag_pipeline import erasure
 from rag_pipeline.erasure import make_eraser
 from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
@@ -175,15 +175,14 @@ def test_what_waits_for_a_disk_that_hangs_never_reaches_it(
 
     monkeypatch.setattr(folder, "put", slow)
     counts: Counter[str] = Counter()
-    writer = BackgroundWriter(
-        folder,
-        count=lambda kind: counts.update([kind]),
-        failed=lambda error: None,
+    writer = TierChain(
+        {"disk": folder},
+        count=lambda tier, kind: counts.update([kind]),
         is_erased=watched.is_in,
     )
-    watched._runtime.writer = writer
+    watched._runtime.tiers = writer
     for text in (f"[1] {SECRET}", f"[2] {SECRET}", OTHER):
-        assert writer.put(record(text), CONTEXT, "")
+        assert writer.put(record(text), context=CONTEXT)
     assert hangs.wait(60)
     watched.look()
     now = time.monotonic()
@@ -207,7 +206,7 @@ def test_an_erasure_that_a_disk_refuses_is_done_again(
     runtime.store.put(held)
     for one in (held, filed):
         folder.put(one, context=CONTEXT)
-    runtime.writer = cast(Any, SimpleNamespace(tier=folder, erase=lambda: None))
+    runtime.tiers = TierChain({"disk": folder})
 
     def refuse(*args: object) -> bool:
         raise OSError(errno.EIO, "Input/output error")

@@ -12,6 +12,7 @@ from chunk_cache import Build, ChunkKey, Lease, Match, hash_token_ids
 from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import find_in_spans, scan_prompt
+from rag_pipeline.sglang_plugin.fusion.admission.fetching import begin_fetches
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
@@ -59,6 +60,7 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             internal=is_internal(req),
         )
         setattr(req, ATTRIBUTE, state)
+        begin_fetches(runtime, req, state)
     except RequestError as error:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
         runtime.metrics.count("fallbacks", "malformed")

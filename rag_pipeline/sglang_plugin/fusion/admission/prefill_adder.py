@@ -8,6 +8,7 @@ from typing import Any
 
 from chunk_cache.policies import ScoredPolicy
 from rag_pipeline.sglang_plugin.fusion.admission.admit import admit
+from rag_pipeline.sglang_plugin.fusion.admission.fetching import must_wait
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
@@ -76,6 +77,10 @@ def around_add_one_req(
     if state is None:
         return _add_plain(runtime, original, adder, req, args, kwargs)
     try:
+        if must_wait(runtime, adder, state):
+            from sglang.srt.managers.schedule_policy import AddReqResult
+
+            return AddReqResult.CONTINUE  # those behind it may go first
         admit(runtime, req, state)
         reason = refuse_batch(_mates(runtime, adder)) if state.is_fused else ""
         if reason:

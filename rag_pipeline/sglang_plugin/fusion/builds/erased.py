@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from chunk_cache import ChunkKey, ChunkKV
+from chunk_cache import Candidate, ChunkKey, ChunkKV
 from rag_pipeline.erasure import (
     NOTICE_S,
     Decode,
@@ -68,8 +68,8 @@ class ErasedText:
         """Look for notices from now on, in a thread."""
         threading.Thread(target=self._run, name="chunk-kv-erasure", daemon=True).start()
 
-    def is_in(self, record: ChunkKV, tenant: str) -> bool:
-        """Whether a record of a tenant (:func:`chunk_cache.tenant_mark`) holds text that is erased."""
+    def is_in(self, record: ChunkKV | Candidate, tenant: str) -> bool:
+        """Whether a record, in memory or to be fetched, of a tenant (:func:`chunk_cache.tenant_mark`) holds erased text."""
         if record.key in self._condemned:
             return True
         return self._is_erased(record.token_ids, tenant)
@@ -84,17 +84,19 @@ class ErasedText:
         self._unfinished += new
         held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
         self._in_force = held + [(now + NOTICE_S, notice) for notice in new]
-        writer = self._runtime.writer
+        tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
         if new:
             self._checked.clear()
-            if writer is not None:
-                writer.erase()
+            if tiers is not None:
+                tiers.erase()
+            if fetcher is not None:
+                fetcher.erase()
         self._condemn(now)
         held_on = self._in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
-        while self._files and writer is not None:
+        while self._files and tiers is not None:
             key = next(iter(self._files))
-            writer.tier.remove(key)
+            tiers.remove(key)
             self._files.discard(key)
         while self._unfinished:
             self._from_folder(self._unfinished[0])
@@ -142,18 +144,19 @@ class ErasedText:
         if self._unforgotten:
             self._runtime.conversations.forget(list(self._unforgotten))
             self._unforgotten.clear()
-        self._runtime.metrics.count("disk", "erased_in_memory", len(gone))
+        self._runtime.metrics.count_tier("memory", "erased", len(gone))
         return len(gone)
 
     def _from_folder(self, notice: Notice) -> None:
-        """Erase from this engine's folder, where whoever deleted did not know it."""
-        path, writer = self._runtime.config.store_dir, self._runtime.writer
-        if path and self._runtime.config.tier != "disk":
-            # No other process knows this place.
-            if writer is not None:
-                erase_tier(writer.tier, notice.marks, reach=notice.reach)
-        elif path and str(Path(path).absolute()) not in notice.folders:
+        """Erase from this engine's tiers, where whoever deleted did not know them."""
+        path, chain = self._runtime.config.store_dir, self._runtime.tiers
+        is_folder = path and self._runtime.config.tier == "disk"
+        if is_folder and str(Path(path).absolute()) not in notice.folders:
             erase_folder(Path(path), notice.marks, reach=notice.reach)
+        for name, tier in ({} if chain is None else chain.tiers).items():
+            if name != "disk":
+                # No other process need know this place.
+                erase_tier(tier, notice.marks, reach=notice.reach)
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
         notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]

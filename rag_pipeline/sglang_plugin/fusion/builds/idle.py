@@ -50,7 +50,8 @@ def take(runtime: FusionRuntime) -> MissingChunk | None:
 def around_idle_sleep(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Wrap ``IdleSleeper.maybe_sleep``: one sleep is up to a second, far more than an idle turn."""
     runtime = get_runtime()
-    if runtime is None or not runtime.missing:
+    is_fetching = runtime is not None and runtime.fetcher is not None and runtime.fetcher.pending
+    if runtime is None or not (runtime.missing or is_fetching):
         original(*args, **kwargs)
 
 

@@ -1,25 +1,75 @@
-"""Chunk KV that outlives the engine: read from a tier at start, written there when it is made.
+"""Chunk KV that outlives the engine: tiers below memory, read at start and on a request's miss, written in the background.
 
-The tier (``fusion.tier``; by default a folder on the disk) is a cache of a cache: whatever goes wrong with it is logged once, counted, and serving goes on.
-Reading fills the memory store up to its budget, the most recently used records first, and evicts nothing. Only
-records that this model, on this rank, can use are read. Writing is a thread's work (:class:`chunk_cache.BackgroundWriter`):
-the scheduler never waits for the disk.
+The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``; a store that several servers share, by
+``fusion.remote``) are a cache of a cache: whatever goes wrong with one is
+logged once, counted, and serving goes on. Reading at start fills the memory store up to its budget, the most recently
+used records first, and evicts nothing. Only records that this model, on this rank, can use are read. Everything else is
+a thread's work: :class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes; the
+scheduler waits for neither.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
-from chunk_cache import TIERS, BackgroundWriter, ChunkKV, Tier, load_store
+from chunk_cache import (
+    TIERS,
+    ChunkKV,
+    Fetcher,
+    Tier,
+    TierChain,
+    load_store,
+)
+from chunk_cache.tiers.remote.connect import connect_remote
+from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 logger = logging.getLogger(__name__)
 
+REMOTE = "remote"
+"""Name of the tier that several servers share, in metrics."""
+
+
+def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callable[[], Tier]]]:
+    """Tiers that the settings name, the nearest first: name, location, and what connects to it.
+
+    Parameters
+    ----------
+    config : FusionConfig
+        The operator's switches.
+    model : str
+        Folder of the tokenizer.
+    """
+    found: dict[str, tuple[str, Callable[[], Tier]]] = {}
+    if config.store_dir:
+        found[config.tier] = config.store_dir, lambda: _connect_folder(config, model)
+    if config.remote:
+        found[REMOTE] = (
+            shown_url(config.remote),
+            lambda: connect_remote(
+                config.remote,
+                byte_budget=config.store_bytes,
+                model=model,
+                codec=config.store_codec,
+            ),
+        )
+    return found
+
+
+def _connect_folder(config: FusionConfig, model: str) -> Tier:
+    tier = TIERS.get(config.tier).connect(
+        config.store_dir, byte_budget=config.store_dir_bytes, model=model
+    )
+    tier.codec = config.store_codec
+    return tier
+
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:
-    """Open the configured folder, read what fits and start the writer; watch for erased text in any case.
+    """Open the configured tiers, read what fits and start their threads; watch for erased text in any case.
 
     Parameters
     ----------
@@ -30,50 +80,85 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
     """
     if not runtime.is_on:
         return
-    # Before the folder is read: what is erased meanwhile is erased from what was read too.
+    # Before a tier is read: what is erased meanwhile is erased from what was read too.
     runtime.erased = erased.ErasedText(runtime, model)
-    path = runtime.config.store_dir
-    if path:
-        _read(runtime, path, model)
+    tiers: dict[str, Tier] = {}
+    for name, (location, connect) in open_tiers(runtime.config, model).items():
+        try:
+            tier = connect()
+            if not tiers:  # those below are shared, and large: a request's miss looks there
+                _load(runtime, name, location, tier)
+        except Exception as error:  # a tier of another distribution may raise anything
+            told = error if isinstance(error, ValueError | OSError) else repr(error)
+            logger.error("Chunk-KV folder %s is not used: %s", location, told)
+            runtime.metrics.count_tier(name, "unusable")
+        else:
+            tiers[name] = tier
+    if tiers:
+        _start(runtime, tiers)
     runtime.erased.watch()
 
 
-def _read(runtime: FusionRuntime, path: str, model: str) -> None:
+def _load(runtime: FusionRuntime, name: str, location: str, tier: Tier) -> None:
+    report = load_store(tier, runtime.store, namespaces=_usable(runtime, tier))
+    for kind, number in report.to_json().items():
+        runtime.metrics.count_tier(name, kind, number)
+    logger.info("Chunk-KV folder %s: %s", location, report.to_json())
+
+
+def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
     assert runtime.erased is not None
-    try:
-        tier = TIERS.get(runtime.config.tier).connect(
-            path, byte_budget=runtime.config.store_dir_bytes, model=model
+    metrics = runtime.metrics
+
+    def failed(name: str, error: Exception) -> None:
+        runtime.say_once(
+            f"tier {name}", "Chunk KV of the tier %s is not available: %s", name, error
         )
-        report = load_store(tier, runtime.store, namespaces=_usable(runtime, tier))
-    except Exception as error:  # a tier of another distribution may raise anything
-        told = error if isinstance(error, ValueError | OSError) else repr(error)
-        logger.error("Chunk-KV folder %s is not used: %s", path, told)
-        runtime.metrics.count("disk", "unusable")
-        return
-    runtime.writer = BackgroundWriter(
-        tier,
-        count=lambda kind: runtime.metrics.count("disk", kind),
-        failed=lambda error: runtime.say_once("disk", "Chunk KV is not written to disk: %s", error),
+
+    def wrote(name: str, num_bytes: int, seconds: float) -> None:
+        metrics.tier_moved(name, "written", num_bytes, seconds)
+        _show_queues(runtime)
+
+    runtime.tiers = TierChain(
+        tiers,
+        count=metrics.count_tier,
+        failed=failed,
         is_erased=runtime.erased.is_in,
         used=runtime.store.used_since,
+        wrote=wrote,
     )
-    for name, number in report.to_json().items():
-        runtime.metrics.count("disk", name, number)
-    logger.info("Chunk-KV folder %s: %s", path, report.to_json())
+    if runtime.record_form is not None:
+        runtime.fetcher = Fetcher(
+            runtime.tiers,
+            runtime.store,
+            runtime.record_form,
+            count=metrics.count_tier,
+            took=lambda name, size, seconds: metrics.tier_moved(name, "read", size, seconds),
+            is_erased=runtime.erased.is_in,
+            timeline=lambda: runtime.timeline,
+        )
 
 
 def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
-    """Have a record written that was just stored; a disk that cannot keep up costs the copy, not the request."""
-    if runtime.writer is None:
+    """Have a record written that was just stored; a tier that cannot keep up costs the copy, not the request."""
+    if runtime.tiers is None:
         return
     prefix = runtime.prefix_of(record.key.namespace)
     if prefix is not None:
-        runtime.writer.put(record, prefix.context, prefix.tenant.owner)
+        runtime.tiers.put(record, context=prefix.context, tenant=prefix.tenant.owner)
+        _show_queues(runtime)
+
+
+def _show_queues(runtime: FusionRuntime) -> None:
+    for name, (records, num_bytes) in (
+        {} if runtime.tiers is None else runtime.tiers.queues()
+    ).items():
+        runtime.metrics.tier_queue(name, records, num_bytes)
 
 
 def pending(runtime: FusionRuntime) -> int:
-    """Records that are not on the disk yet."""
-    return runtime.writer.pending if runtime.writer is not None else 0
+    """Records that some tier does not have yet."""
+    return runtime.tiers.pending if runtime.tiers is not None else 0
 
 
 def _usable(runtime: FusionRuntime, tier: Tier) -> frozenset[str]:

@@ -49,7 +49,7 @@ class FusedForward:
         self._batch = batch
         self._req_to_token = runner.req_to_token_pool.req_to_token
         self._items = {e.index: self._item(e) for e in entries if e.state.is_fused}
-        self._loader = Loader(self._loads(), self._facts.rotary)
+        self._loader = Loader(self._loads(), self._facts.rotary, runtime.timeline)
         self._guard = WriteGuard(
             int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()
         )

@@ -8,12 +8,13 @@ every attention backend and model of the supported families works alike.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from chunk_cache import LayerKV, LayerReader, layout_named
+from chunk_cache import LayerKV, LayerReader, Timeline, layout_named
 from rag_kernels import (
     AttentionCall,
     BlockMask,
@@ -59,7 +60,11 @@ class Loader:
     earlier pass on top of it.
     """
 
-    def __init__(self, loads: Sequence[LoadItem], spec: RotarySpec) -> None:
+    def __init__(
+        self, loads: Sequence[LoadItem], spec: RotarySpec, timeline: Timeline | None = None
+    ) -> None:
+        self._timeline = timeline
+        self._ended = 0.0
         self._loads = list(loads)
         by_layout: dict[str, list[LoadItem]] = {}
         for item in self._loads:
@@ -86,8 +91,13 @@ class Loader:
         if layer_id in self._done:
             return
         self._done.add(layer_id)
+        began = time.perf_counter()
+        if self._timeline is not None and layer_id > 0:
+            self._timeline.add("compute", layer_id - 1, self._ended)
         for layout, items, plan in self._parts:
             layout.load_inplace(k_pool, v_pool, [item.read(layer_id) for item in items], plan)
+        if self._timeline is not None:
+            self._ended = self._timeline.add("wait", layer_id, began)
 
 
 class Observer(Protocol):

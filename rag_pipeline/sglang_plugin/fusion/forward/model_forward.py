@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from chunk_cache import LoadError
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
@@ -128,6 +129,10 @@ def _count_rows(runtime: FusionRuntime, batch: Any, plan: BatchPlan) -> None:
 def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error: Exception) -> None:
     if isinstance(error, BatchRefusedError):
         reason = str(error)
+    elif _is_load_fault(runtime, error):
+        # Damage, or a tier that is too slow: no fault of fusion, however often in a row.
+        reason = "load_failed"
+        runtime.say_once(reason, "Chunk KV of a lower tier did not come: %s", error)
     else:
         if any(entry.state.method is not None for entry in fused):
             # A client named the method: its faults turn nothing off for others.
@@ -141,6 +146,12 @@ def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error:
     for entry in fused:
         # What may be published as exact stays as it is: after a fault nothing is claimed.
         entry.state.forget_spans(reason)
+
+
+def _is_load_fault(runtime: FusionRuntime, error: Exception) -> bool:
+    """Whether a rank failed because a record did not load; every rank is here, and all judge alike."""
+    own = isinstance(error, LoadError) or isinstance(error.__cause__, LoadError)
+    return any(runtime.group.gather(lambda: own))
 
 
 def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:

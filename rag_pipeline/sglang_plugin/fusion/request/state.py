@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import as_prompt_ids
+from chunk_cache import Fetch, as_prompt_ids
 from chunk_cache.policies import Policy
 from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
@@ -61,7 +62,9 @@ class RequestState:
 
     __slots__ = (
         "__weakref__",
+        "_asked_at",
         "_attempt",
+        "_fetches",
         "_found",
         "_row_limit",
         "_spans",
@@ -86,6 +89,8 @@ class RequestState:
         self._spans: tuple[LeasedSpan, ...] = ()
         self._found = Resolved()
         self._row_limit = 0
+        self._fetches: tuple[Fetch, ...] = ()
+        self._asked_at = 0.0
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
@@ -186,7 +191,25 @@ class RequestState:
         holds = bool(self._spans or self._found.captures or self.explicit)
         return self.resolved and not self.done and holds
 
+    @property
+    def fetches(self) -> tuple[Fetch, ...]:
+        """Chunks that are on their way from a lower tier."""
+        return self._fetches
+
+    @property
+    def asked_at(self) -> float:
+        """When the scheduler first considered the request while they were, :func:`time.monotonic`."""
+        return self._asked_at
+
     # -- admission ----------------------------------------------------------------------------
+
+    def await_fetches(self, fetches: Iterable[Fetch]) -> None:
+        """Wait for these chunks, or for none any more."""
+        self._fetches = tuple(fetches)
+
+    def note_asked(self) -> None:
+        """Note :attr:`asked_at`, the first time."""
+        self._asked_at = self._asked_at or time.monotonic()
 
     def begin_attempt(self, radix_len: int, epoch: int) -> None:
         """Let go of all that an earlier attempt held, found or spent."""

@@ -7,6 +7,7 @@ kept as plain integers for ``/server_info``.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any
 
@@ -30,6 +31,7 @@ class FusionMetrics:
         self.counts: Counter[str] = Counter()
         self._labels = dict(labels or {})
         self._families: dict[str, Any] = {}
+        self._lock = threading.Lock()
         if export:
             self._families = _make_families(tuple(self._labels))
 
@@ -39,7 +41,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``drafts``, ``background`` or ``disk``.
+            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``drafts`` or ``background``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -66,9 +68,35 @@ class FusionMetrics:
         if metric is not None:
             metric.labels(**self._labels).set(value)
 
+    def count_tier(self, tier: str, kind: str, amount: float = 1) -> None:
+        """Count an event of a tier below memory, by its name: ``hit``, ``written``, ``dropped`` and so on."""
+        self._add_tier("tiers", tier, kind, f"{tier or 'tiers'}.{kind}", amount)
+
+    def tier_moved(self, tier: str, kind: str, num_bytes: int, seconds: float) -> None:
+        """Note bytes (as they lie in memory) that came from a tier (``read``) or went there (``written``)."""
+        self._add_tier("tier_bytes", tier, kind, f"{tier}.{kind}_bytes", num_bytes)
+        self._add_tier("tier_seconds", tier, kind, f"{tier}.{kind}_us", seconds)
+
+    def tier_queue(self, tier: str, records: int, num_bytes: int) -> None:
+        """Set what waits to be written to a tier."""
+        for kind, value in (("records", records), ("bytes", num_bytes)):
+            self.counts[f"{tier}.queue_{kind}"] = value
+            metric = self._families.get("tier_queue")
+            if metric is not None:
+                metric.labels(**self._labels, tier=tier, kind=kind).set(value)
+
+    def _add_tier(self, family: str, tier: str, kind: str, name: str, amount: float) -> None:
+        if not amount:
+            return
+        with self._lock:  # several threads read, and one per tier writes
+            self.counts[name] += int(amount * 1e6) if family == "tier_seconds" else int(amount)
+        metric = self._families.get(family)
+        if metric is not None:
+            metric.labels(**self._labels, tier=tier, kind=kind).inc(amount)
+
     def to_json(self) -> dict[str, int]:
         """Return all numbers as a JSON-ready dict."""
-        return {key: int(value) for key, value in sorted(self.counts.items())}
+        return {key: int(value) for key, value in sorted(dict(self.counts).items())}
 
 
 def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
@@ -76,14 +104,15 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
     from prometheus_client import Counter as Count
     from prometheus_client import Gauge, Histogram
 
-    def counter(name: str, text: str) -> Any:
-        return Count(f"{METRIC_PREFIX}{name}", text, [*names, "kind"])
+    def counter(name: str, text: str, *more: str) -> Any:
+        return Count(f"{METRIC_PREFIX}{name}", text, [*names, *more, "kind"])
 
     def histogram(name: str, text: str) -> Any:
         return Histogram(f"{METRIC_PREFIX}{name}", text, [*names], buckets=_SECONDS)
 
-    def gauge(name: str, text: str) -> Any:
-        return Gauge(f"{METRIC_PREFIX}{name}", text, [*names], multiprocess_mode="mostrecent")
+    def gauge(name: str, text: str, *more: str) -> Any:
+        labels = [*names, *more]
+        return Gauge(f"{METRIC_PREFIX}{name}", text, labels, multiprocess_mode="mostrecent")
 
     return {
         "requests": counter("requests", "Requests by outcome."),
@@ -93,7 +122,10 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
         "drafts": counter("drafts", "Drafts of an answer that scored tokens, and those left out."),
         "background": counter("background", "Background chunk builds by event."),
-        "disk": counter("disk", "Chunk records read from and written to the disk, by event."),
+        "tiers": counter("tiers", "Chunk records below memory, by tier and event.", "tier"),
+        "tier_bytes": counter("tier_bytes", "Chunk KV read from and written to a tier.", "tier"),
+        "tier_seconds": counter("tier_seconds", "Time that took, in background threads.", "tier"),
+        "tier_queue": gauge("tier_queue", "What waits to be written to a tier.", "tier", "kind"),
         "match_seconds": histogram("match_seconds", "Matching and leasing for one request."),
         "plan_seconds": histogram("plan_seconds", "Planning the rows of one fused forward."),
         "probe_seconds": histogram("probe_seconds", "Probing passes of one fused forward."),

@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chunk_cache import BackgroundWriter, KVContext, MemoryStore, hash_token_ids
+from chunk_cache import (
+    Fetcher,
+    KVContext,
+    MemoryStore,
+    RecordForm,
+    TierChain,
+    Timeline,
+    hash_token_ids,
+)
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -100,8 +108,14 @@ class FusionRuntime:
         self.in_update = False
         self.tree_is_old = False
         self.self_check = "not run"
-        self.writer: BackgroundWriter | None = None
-        """Where finished records go besides memory."""
+        self.record_form: RecordForm | None = None
+        """Shapes of this rank's records."""
+        self.tiers: TierChain | None = None
+        """Where finished records go besides memory, and where missing ones are looked for."""
+        self.fetcher: Fetcher | None = None
+        """Brings them from there into memory."""
+        self.timeline: Timeline | None = None
+        """Where loading and computing of layers are recorded; a benchmark or a test sets it."""
         self.erased: ErasedText | None = None
         self.passage: TokenArray = np.empty(0, dtype=np.int64)
         """Neutral text that chunks are computed behind; empty for none."""
@@ -184,8 +198,10 @@ class FusionRuntime:
         self.in_update, self.tree_is_old = in_update, tree_is_old
         self.missing.clear()
         self._prefixes.clear()
-        if self.writer is not None:
-            self.writer.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
+        if self.fetcher is not None:
+            self.fetcher.clear()
         self.store.reset()
         if self.facts is not None:
             identity = f"{self.facts.fingerprint}+{secrets.token_hex(16)}"
@@ -273,7 +289,7 @@ class FusionRuntime:
             "on": self.is_on,
             "off_reason": self.off_reason,
             "self_check": self.self_check,
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.shown(),
             "store": self.store.stats().to_json(),
             "counts": self.metrics.to_json(),
         }

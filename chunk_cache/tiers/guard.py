@@ -1,0 +1,301 @@
+"""A tier that may hang or be gone: reading it costs one bounded wait, then nothing until it answers again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+from chunk_cache.errors import ChunkCacheError
+from chunk_cache.keys import ChunkKey, KVContext, TokenIds
+from chunk_cache.layouts.base import LayerKV
+from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.base import LayerReader, Tier
+from chunk_cache.tiers.breaker import CircuitBreaker
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 1.0
+"""Longest that a look-up waits for its answer, seconds."""
+_WHOLE_WAITS = 10
+"""A whole record may take so many times as long: nobody's request waits for it."""
+_MOST_CALLS = 16
+"""Calls that may hang at once. What hangs cannot be ended, so no more are begun."""
+
+T = TypeVar("T")
+
+
+class TierDownError(OSError):
+    """A tier is not asked now, because it did not answer lately."""
+
+
+class GuardedTier(Tier):
+    """Any tier behind a :class:`CircuitBreaker`.
+
+    Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `is_pinned`, `used`) never raises and is a miss
+    where the tier fails. Everything else raises :class:`OSError` at once where the tier is known to be down: whoever
+    writes counts it, and whoever erases must hear that nothing was erased.
+
+    Parameters
+    ----------
+    tier : Tier
+        What to guard.
+    name : str
+        For messages; without secrets.
+    breaker : CircuitBreaker, optional
+        One of its own by default.
+    wait_s : float
+        Longest that a look-up waits, seconds. Layers wait as long as the tier's own reader does.
+
+    Attributes
+    ----------
+    counts : Counter of str
+        ``hits``, ``misses``, ``damaged``, ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
+        ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        *,
+        name: str,
+        breaker: CircuitBreaker | None = None,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self.tier = tier
+        self.name = name
+        self.breaker = breaker or CircuitBreaker()
+        self.counts: Counter[str] = Counter()
+        self._wait_s = wait_s
+        self._counting = threading.Lock()
+        self._calls = threading.BoundedSemaphore(_MOST_CALLS)
+
+    @classmethod
+    def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
+        """Guard the tier ``disk``; others are opened first, and then guarded."""
+        from chunk_cache.tiers.base import TIERS
+
+        tier = TIERS.get("disk").connect(location, byte_budget=byte_budget, model=model)
+        return cls(tier, name=location)
+
+    def stats(self) -> dict[str, int | str]:
+        """JSON-ready counts and the breaker's state."""
+        with self._counting:
+            return {"state": self.breaker.state, **self.counts}
+
+    # -- reading: a miss at worst ---------------------------------------------------------------
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Ask; ``False`` where the tier does not answer."""
+        return self._ask(lambda: self.tier.contains(key), False)
+
+    def read(self, key: ChunkKey) -> ChunkKV | None:
+        """Read a whole record; ``None`` where the tier does not answer either."""
+        return self._found(self._ask(lambda: self.tier.read(key), None, waits=_WHOLE_WAITS))
+
+    def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
+        """Read a whole record of these tokens; ``None`` where the tier does not answer either."""
+        return self._found(
+            self._ask(lambda: self.tier.get(key, token_ids), None, waits=_WHOLE_WAITS)
+        )
+
+    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
+        """Begin to read a record; ``None`` where the tier does not answer either."""
+        reader = self._found(self._ask(lambda: self.tier.open(key, token_ids), None))
+        return None if reader is None else GuardedReader(self, reader)
+
+    def token_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids of a record; ``None`` where the tier does not answer either."""
+        return self._ask(lambda: self.tier.token_ids(key), None)
+
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes of a record; 0 where the tier does not answer either."""
+        return self._ask(lambda: self.tier.size_of(key), 0)
+
+    def is_pinned(self, key: ChunkKey) -> bool:
+        """Whether a record is pinned; ``False`` where the tier does not answer either."""
+        return self._ask(lambda: self.tier.is_pinned(key), False)
+
+    def used(self, keys: Iterable[ChunkKey]) -> None:
+        """Note use, if the tier answers."""
+        noted = list(keys)
+        self._ask(lambda: self.tier.used(noted), None)
+
+    # -- the rest: raises where the tier is down ------------------------------------------------
+
+    def put(
+        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
+    ) -> bool:
+        """Write a record.
+
+        Raises
+        ------
+        OSError
+            At once where the tier is known to be down.
+        """
+        return self.demand(lambda: self.tier.put(record, context=context, tenant=tenant))
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Drop a record.
+
+        Raises
+        ------
+        OSError
+            At once where the tier is known to be down: the record is still there.
+        """
+        return self.demand(lambda: self.tier.remove(key))
+
+    def keys(self) -> Iterator[ChunkKey]:
+        """Keys of all records.
+
+        Raises
+        ------
+        OSError
+            Where the tier is down: no keys and no answer are not the same.
+        """
+        return iter(self.demand(lambda: list(self.tier.keys())))
+
+    def keys_by_use(self) -> list[ChunkKey]:
+        """All keys, the longest unused first; raises as :meth:`keys`."""
+        return self.demand(self.tier.keys_by_use)
+
+    def note_context(self, context: KVContext) -> None:
+        """Keep what a namespace stands for; raises as :meth:`put`."""
+        self.demand(lambda: self.tier.note_context(context))
+
+    def describe(self, namespace: str) -> dict[str, Any] | None:
+        """Fields of a namespace's context; raises as :meth:`keys`."""
+        return self.demand(lambda: self.tier.describe(namespace))
+
+    def namespaces(self, fields: Mapping[str, Any]) -> frozenset[str]:
+        """Namespaces with these fields; raises as :meth:`keys`."""
+        return self.demand(lambda: self.tier.namespaces(fields))
+
+    def tenant_of(self, namespace: str) -> str:
+        """Tenant of a namespace; raises as :meth:`keys`."""
+        return self.demand(lambda: self.tier.tenant_of(namespace))
+
+    def sync(self) -> None:
+        """Make removals last; raises as :meth:`remove`."""
+        self.demand(self.tier.sync)
+
+    # -- how ------------------------------------------------------------------------------------
+
+    def count(self, kind: str, number: int = 1) -> None:
+        """Add to :attr:`counts`; from any thread."""
+        with self._counting:
+            self.counts[kind] += number
+
+    def demand(self, call: Callable[[], T]) -> T:
+        """Call in this thread, unless the tier is known to be down.
+
+        Raises
+        ------
+        TierDownError
+            It is not asked now.
+        OSError, ChunkCacheError
+            What the call raised; an :class:`OSError` says that the tier did not answer.
+        """
+        permit = self.breaker.enter()
+        if permit is None:
+            self.count("skipped")
+            raise TierDownError(
+                f"{self.name} did not answer lately; it is tried again in {self.breaker.wait_s:.1f} s"
+            )
+        try:
+            value = call()
+        except ChunkCacheError:
+            self._answered(permit)
+            raise
+        except Exception as error:
+            self.failed(permit, error)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{self.name}: {type(error).__name__}: {error}") from error
+        self._answered(permit)
+        return value
+
+    def failed(self, permit: int, error: Exception) -> None:
+        """Report a failure under a permit, and say so once."""
+        self.count("timeouts" if isinstance(error, TimeoutError) else "failures")
+        if self.breaker.failure(permit):
+            self.count("opened")
+            logger.warning(
+                "%s does not answer (%s); requests do without it meanwhile",
+                self.name,
+                " ".join(str(error).split()) or type(error).__name__,
+            )
+
+    def _answered(self, permit: int) -> None:
+        if self.breaker.success(permit):
+            self.count("closed")
+            logger.info("%s answers again", self.name)
+
+    def _found(self, value: T | None) -> T | None:
+        self.count("misses" if value is None else "hits")
+        return value
+
+    def _ask(self, call: Callable[[], T], otherwise: T, *, waits: int = 1) -> T:
+        """Call in a thread that may be left behind, and wait for it no longer than allowed."""
+        try:
+            return self.demand(lambda: self._within(call, waits * self._wait_s))
+        except ChunkCacheError:
+            self.count("damaged")
+        except OSError:
+            pass
+        return otherwise
+
+    def _within(self, call: Callable[[], T], seconds: float) -> T:
+        if not self._calls.acquire(blocking=False):
+            raise TimeoutError(f"{_MOST_CALLS} calls hang already")
+        done = threading.Event()
+        value: list[T] = []
+        error: list[Exception] = []
+
+        def run() -> None:
+            try:
+                value.append(call())
+            except Exception as raised:  # handed to whoever waits, if anybody still does
+                error.append(raised)
+            finally:
+                self._calls.release()
+                done.set()
+
+        # A daemon: what hangs must not keep the process from ending.
+        threading.Thread(target=run, name="chunk-kv-tier", daemon=True).start()
+        if not done.wait(seconds):
+            raise TimeoutError(f"no answer in {seconds:g} s")
+        if error:
+            raise error[0]
+        return value[0]
+
+
+class GuardedReader:
+    """A :class:`LayerReader` whose failures open the breaker of its tier, and which fails at once while it is open."""
+
+    def __init__(self, guard: GuardedTier, reader: Any) -> None:
+        self._guard = guard
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the reader's own: token ids, layout, numbers."""
+        return getattr(self._reader, name)
+
+    @property
+    def layout(self) -> str:
+        """Name of the record's layout."""
+        layout: str = self._reader.layout
+        return layout
+
+    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
+        """Tokens of one layer; raises as the contract says, at once where the tier is down."""
+        try:
+            layer: LayerKV = self._guard.demand(lambda: self._reader.layer(index, start, end))
+        except ChunkCacheError:
+            self._guard.count("damaged")
+            raise
+        self._guard.count("layers")
+        self._guard.count("bytes", layer.k.nbytes + layer.v.nbytes)
+        return layer

@@ -1,0 +1,1 @@
+"""Chunk KV in a store that several servers share: its address, and one module per kind of server."""

@@ -1,0 +1,54 @@
+"""From an address to a remote tier behind a circuit breaker."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from chunk_cache.tiers.base import Tier
+from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache.tiers.remote.url import VALKEY_SCHEMES, parse_remote_url
+from rag_kernels import Registry
+
+REMOTE_TIERS: Registry[type[Tier]] = Registry(
+    "remote tier",
+    "rag_pipeline.remote_tiers",
+    dict.fromkeys(VALKEY_SCHEMES, "chunk_cache.tiers.remote.valkey:ValkeyTier")
+    # By name only: what it adapts is an engine's, which nothing here imports.
+    | {"hicache": "rag_pipeline.sglang_plugin.hicache.tier:HiCacheTier"},
+    base=Tier,
+)
+"""Remote tiers by the scheme of their address (before a ``+``); ``connect`` takes the whole address."""
+
+
+def connect_remote(url: str, *, byte_budget: int, model: str, codec: str = "plain") -> GuardedTier:
+    """Open the remote tier at an address; it need not answer yet.
+
+    It is asked once whether it answers, for a second or so, so that a fault is told in the log at the start of an
+    engine and the first request does not wait for it.
+
+    Parameters
+    ----------
+    url : str
+        The operator's ``fusion.remote``.
+    byte_budget : int
+        Most bytes of one record.
+    model : str
+        Folder of the model whose records are written.
+    codec : str
+        Codec of what is written.
+
+    Raises
+    ------
+    ChunkCacheError
+        One line: the address is none, or what it needs is not installed. Never because nobody answers.
+    """
+    parsed = parse_remote_url(url)
+    tier: Any = REMOTE_TIERS.get(parsed.kind).connect(url, byte_budget=byte_budget, model=model)
+    tier.codec = codec
+    # A look-up waits a little longer than one read of a socket, whose own words say more.
+    guarded = GuardedTier(tier, name=parsed.shown, wait_s=1.2 * getattr(tier, "wait_s", 1.0))
+    if hasattr(tier, "check"):
+        with contextlib.suppress(OSError):
+            guarded.demand(tier.check)
+    return guarded

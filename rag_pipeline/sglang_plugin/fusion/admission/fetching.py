@@ -1,0 +1,98 @@
+"""Chunks of a request that are not in memory: fetched from lower tiers from its arrival on, waited for a bounded time.
+
+Only explicit spans are fetched: they name their chunks by content. Automatic matching finds chunks by token ids that are
+in memory, and stays with memory.
+
+A request whose chunks are on their way is left in the waiting queue, and those behind it go first. It waits for the
+headers of its records only (so that it is known what there is), and for as many layers as ``fusion.preload_layers``
+says; the other layers load while it is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from chunk_cache import Candidate, ChunkCacheError, ChunkKey, as_token_ids
+from chunk_cache.tiers.fetcher import PATIENCE_S
+from rag_pipeline.sglang_plugin.fusion.builds.variants import variant_at
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+HEADER_WAIT_S = 0.05
+"""Longest that a request waits to hear what there is, seconds; what comes later serves the next one."""
+_NAP_S = 0.005
+"""How long an engine with nothing else to do waits at once: its loop would take the reading threads' time."""
+
+
+def begin_fetches(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
+    """Begin to fetch what a request that has just come would load; touches nothing that other ranks see."""
+    request = state.request
+    fetcher = runtime.fetcher
+    # After an update of the weights no tier holds anything of them.
+    if fetcher is None or not _may_fetch(runtime, state) or runtime.epoch:
+        return
+    tenant = RadixNamespace(req.extra_key, req.cache_salt)
+    prefix = runtime.prefix(state.prompt, request.prefix_len, tenant)
+    with_passage = runtime.behind_passage(prefix) if request.passage is not False else None
+    wanted = []
+    for start, end in request.spans:
+        best = variant_at(start, prefix, with_passage)
+        others = [v for v in (prefix, with_passage) if v is not None and v is not best]
+        try:
+            ids = as_token_ids(state.prompt[start:end])
+        except ChunkCacheError:
+            continue  # an empty span, or ids that the engine made: never stored
+        wanted.append(
+            [
+                Candidate(ChunkKey.of(variant.context, ids), ids, variant.context, tenant.owner)
+                for variant in (best, *others)
+            ]
+        )
+    state.await_fetches(fetcher.begin(wanted))
+
+
+def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
+    """Whether a request stays in the queue for now; a vote where there are several ranks.
+
+    Bounded: each rank says so for :data:`HEADER_WAIT_S`, and for ``PATIENCE_S`` where layers are to be there first,
+    from the first time that it is asked.
+    """
+    if runtime.group.size == 1 and not state.fetches:
+        return False
+    if not _may_fetch(runtime, state):
+        return False
+    return any(runtime.group.gather(lambda: _waits(runtime, adder, state)))
+
+
+def _waits(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
+    fetcher, layers = runtime.fetcher, runtime.config.preload_layers
+    if fetcher is None or not state.fetches:
+        return False
+
+    def is_ready() -> bool:
+        waited = time.monotonic() - state.asked_at
+        if waited >= HEADER_WAIT_S and (waited >= PATIENCE_S or not layers):
+            return True
+        # What has no header by now is a miss, and nothing more is waited for.
+        late = waited >= HEADER_WAIT_S
+        return all(f.has_layers(layers) if f.has_header else late for f in state.fetches)
+
+    state.note_asked()
+    is_busy = bool(adder.can_run_list) or not adder.running_batch.is_empty()
+    if is_ready() or (not is_busy and fetcher.wait(is_ready, _NAP_S)):
+        state.await_fetches(())
+        return False
+    return True
+
+
+def _may_fetch(runtime: FusionRuntime, state: RequestState) -> bool:
+    """The same on every rank."""
+    request = state.request
+    return bool(
+        request.spans
+        and request.mode not in ("off", "build")
+        and runtime.is_on
+        and not state.internal
+    )

@@ -1,0 +1,115 @@
+"""Which records a storage backend of SGLang may be asked for: a folder with one small file per record.
+
+SGLang's storage interface can neither list nor, for most backends, delete. So the header of each record lies here,
+and a record without one does not exist, whatever the backend still holds: it is erased the moment its header is gone.
+
+::
+
+    <namespace>/context.json                        what the namespace stands for (no tenant's salt)
+    <namespace>/<2 hex>/<digest>-<tokens>.header    the header of a record, and the label of its pages
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chunk_cache import ChunkKey, make_private, sync_folder, write_private
+from chunk_cache.tiers.encoding import RecordHeader, read_header
+from chunk_cache.tiers.remote.described import read_description
+
+_NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.header")
+_NAMESPACE = re.compile(r"[0-9a-f]{32}")
+
+
+class Entry(NamedTuple):
+    """One record, as the catalog has it."""
+
+    header: RecordHeader
+    label: str
+    """What its pages are named by: new for each write, so that nobody ever reads pages of another one."""
+
+
+class Catalog:
+    """Headers by key, in a folder that all servers of one store share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_private(folder)
+
+    def find(self, key: ChunkKey) -> Entry | None:
+        """Read an entry; ``None`` where there is none, or it is damaged or cannot be decoded here."""
+        try:
+            data = self._file(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        header = read_header(key, data)
+        if header is None or not header.can_decode:
+            return None
+        return Entry(header, data[header.header_bytes :].decode("ascii", "replace"))
+
+    def has(self, key: ChunkKey) -> bool:
+        """Whether there is a header, good or not."""
+        return self._file(key).is_file()
+
+    def add(self, key: ChunkKey, header: bytes, label: str) -> None:
+        """Make a record exist; its layers must be there, in pages with this label (ASCII)."""
+        write_private(self._file(key), header + label.encode("ascii"))
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Make a record not exist; ``False`` if it did not."""
+        try:
+            self._file(key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def keys(self, *, by_use: bool = False) -> list[ChunkKey]:
+        """All keys; by name, or the longest unused first."""
+        found: list[tuple[float, ChunkKey]] = []
+        for namespace in sorted(self.folder.iterdir()):
+            if not _NAMESPACE.fullmatch(namespace.name):
+                continue
+            for file in sorted(namespace.glob("*/*.header")):
+                if parts := _NAME.fullmatch(file.name):
+                    with contextlib.suppress(OSError):
+                        used = file.stat().st_mtime if by_use else 0.0
+                        key = ChunkKey(namespace.name, parts[1], int(parts[2]))
+                        found.append((used, key))
+        return [key for _, key in sorted(found, key=lambda pair: pair[0])]
+
+    def used(self, keys: Iterable[ChunkKey]) -> None:
+        """Note use."""
+        for key in keys:
+            with contextlib.suppress(OSError):
+                os.utime(self._file(key))
+
+    def tell(self, namespace: str, told: bytes) -> None:
+        """Keep what a namespace stands for."""
+        write_private(self.folder / namespace / "context.json", told)
+
+    def describe(self, namespace: str) -> dict[str, Any] | None:
+        """Read what :meth:`tell` kept."""
+        try:
+            return read_description((self.folder / namespace / "context.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def sync(self) -> None:
+        """Make removals survive a power cut."""
+        for folder in self._folders():
+            with contextlib.suppress(FileNotFoundError):
+                sync_folder(folder)
+
+    def _folders(self) -> Iterator[Path]:
+        yield from self.folder.glob("*/*/")
+        yield self.folder
+
+    def _file(self, key: ChunkKey) -> Path:
+        return (
+            self.folder / key.namespace / key.digest[:2] / f"{key.digest}-{key.num_tokens}.header"
+        )

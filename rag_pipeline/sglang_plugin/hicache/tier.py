@@ -1,0 +1,238 @@
+"""Any storage backend that SGLang ships as a tier: ``hicache+file:///folder``, ``hicache+mooncake://host:port``.
+
+The layers of a record are one run of bytes, cut into pages of one size, because that is what these backends keep. The
+header lies in a :class:`~.catalog.Catalog`, which decides whether the record exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext
+from chunk_cache.keys import TokenIds
+from chunk_cache.tiers.base import LayerReader, Tier
+from chunk_cache.tiers.encoding import encode_record
+from chunk_cache.tiers.prefetch import PrefetchedRecord
+from chunk_cache.tiers.remote.described import describe_context
+from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
+from rag_pipeline.config import home_dir
+from rag_pipeline.sglang_plugin.hicache.backend import PageStore
+from rag_pipeline.sglang_plugin.hicache.catalog import Catalog, Entry
+
+_PAGE_KIB = 256
+_OWN = ("timeout", "catalog", "page_kib")
+"""Options that are not the backend's."""
+
+
+class HiCacheTier(Tier):
+    """Records in a storage backend of SGLang's hierarchical cache: the remote tier ``hicache``.
+
+    Parameters
+    ----------
+    url : RemoteURL
+        Options: ``timeout`` (seconds that a request waits for all layers of a record), ``page_kib``, ``catalog`` (the
+        folder of headers; servers on several machines name one that all of them mount), and the backend's own.
+    byte_budget : int
+        Most bytes of one record; the sum is the backend's own matter.
+    model : str
+        Folder of the model whose records are written, told beside them.
+
+    Raises
+    ------
+    ChunkCacheError, OSError
+        SGLang has no such backend, or the catalog cannot be made. That a server is down shows only in calls.
+    """
+
+    def __init__(self, url: RemoteURL, *, byte_budget: int, model: str = "") -> None:
+        self.url = url
+        self.byte_budget = byte_budget
+        self.model = model
+        self.codec = "plain"
+        self.damaged_records = 0
+        self.wait_s = url.seconds("timeout", 1.0)
+        self._page_bytes = round(1024 * url.seconds("page_kib", _PAGE_KIB))
+        self._store = PageStore(
+            url,
+            page_bytes=self._page_bytes,
+            options={k: v for k, v in url.options.items() if k not in _OWN},
+        )
+        self.catalog = Catalog(_catalog_folder(url))
+        self._gate = threading.Semaphore(2)
+
+    @classmethod
+    def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
+        """Prepare for a backend, whose servers need not be there yet."""
+        return cls(parse_remote_url(location), byte_budget=byte_budget, model=model)
+
+    def check(self) -> None:
+        """Begin to connect, in a thread: a backend may take many seconds for it.
+
+        Until it has, calls wait for it as long as they may.
+        """
+        threading.Thread(target=self._first_call, name="chunk-kv-hicache", daemon=True).start()
+
+    def _first_call(self) -> None:
+        with contextlib.suppress(OSError):  # the next call says why
+            self._store.get(["absent"])
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether the catalog has it; its pages may still be gone."""
+        return self.catalog.has(key)
+
+    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
+        """Read the header from the catalog, and let the layers follow in a thread."""
+        entry = self._find(key)
+        if entry is None or not (entry.header.token_ids == token_ids).all():
+            return None
+        return self._reader(entry, self.wait_s)
+
+    def read(self, key: ChunkKey) -> ChunkKV | None:
+        """Read a whole record whatever its tokens are; ``None`` where it is damaged or gone."""
+        entry = self._find(key)
+        if entry is None:
+            return None
+        try:
+            return self._reader(entry, 10 * self.wait_s).record()
+        except ChunkCacheError:
+            return None
+
+    def token_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids of a record, from its header."""
+        entry = self._find(key)
+        return None if entry is None else entry.header.token_ids
+
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes of a record, from its header."""
+        entry = self._find(key)
+        return 0 if entry is None else entry.header.num_bytes
+
+    def _find(self, key: ChunkKey) -> Entry | None:
+        entry = self.catalog.find(key)
+        if entry is None:
+            self.damaged_records += self.catalog.has(key)
+        elif not entry.label.startswith(f"{self._page_bytes}-"):
+            return None  # of a server that was given another page_kib
+        return entry
+
+    def _reader(self, entry: Entry, wait_s: float) -> PrefetchedRecord:
+        header = entry.header
+        body, size = header.header_bytes, self._page_bytes
+        names = self._names(entry.label, header.num_bytes - body)
+        had: dict[int, bytes] = {}
+
+        def fetch(first: int, last: int) -> Sequence[memoryview | None]:
+            begin, end = header.layer_range(first)[0] - body, header.layer_range(last - 1)[1] - body
+            numbers = range(begin // size, -(-end // size))
+            missing = [number for number in numbers if number not in had]
+            for number, page in zip(
+                missing, self._store.get([names[n] for n in missing]), strict=True
+            ):
+                if page is None:
+                    return [None] * (last - first)
+                had[number] = page
+            run = memoryview(bytearray(b"".join(had[number] for number in numbers)))
+            skipped = numbers[0] * size + body
+            # The last page holds the beginning of the next layer.
+            for number in numbers[:-1]:
+                del had[number]
+            return [
+                run[slice(*(at - skipped for at in header.layer_range(index)))]
+                for index in range(first, last)
+            ]
+
+        return PrefetchedRecord(
+            header,
+            fetch,
+            wait_s=wait_s,
+            gate=self._gate,
+            damaged=lambda: self._discard(header.key),
+        )
+
+    def _discard(self, key: ChunkKey) -> None:
+        """Make a damaged record not exist, so that it can be written anew."""
+        self.damaged_records += 1
+        self.remove(key)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def put(
+        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
+    ) -> bool:
+        """Write a record, unless it is there; ``False`` where the backend declines it."""
+        if context is not None:
+            told = describe_context(context, model=self.model, tenant=tenant)
+            self.catalog.tell(record.key.namespace, told)
+        if self._find(record.key) is not None:
+            return True
+        encoded = encode_record(record, self.codec)
+        if encoded.num_bytes > self.byte_budget:
+            return False
+        run = memoryview(b"".join(encoded.layers))
+        # Backends keep what they have under a name, so each write has names of its own.
+        label = f"{self._page_bytes}-{secrets.token_hex(16)}"
+        names = self._names(label, len(run))
+        size = self._page_bytes
+        if not self._store.put(names, [run[i * size : (i + 1) * size] for i in range(len(names))]):
+            return False
+        self.catalog.add(record.key, encoded.header, label)
+        return True
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Make a record not exist, and delete its pages where the backend can; ``False`` if it did not exist.
+
+        Pages that stay have a name that nobody knows any more; the backend drops them when it needs the room.
+        """
+        entry = self.catalog.find(key)
+        gone = self.catalog.remove(key)
+        if entry is not None:
+            with contextlib.suppress(OSError):
+                header = entry.header
+                self._store.delete(self._names(entry.label, header.num_bytes - header.header_bytes))
+        return gone
+
+    def sync(self) -> None:
+        """Make removals survive a power cut, in the catalog."""
+        self.catalog.sync()
+
+    def _names(self, label: str, num_bytes: int) -> list[str]:
+        return [f"{label}-{i}" for i in range(-(-num_bytes // self._page_bytes))]
+
+    # -- listing ------------------------------------------------------------------------------
+
+    def keys(self) -> Iterator[ChunkKey]:
+        """Keys in the catalog."""
+        return iter(self.catalog.keys())
+
+    def keys_by_use(self) -> list[ChunkKey]:
+        """Keys in the catalog, the longest unused first."""
+        return self.catalog.keys(by_use=True)
+
+    def used(self, keys: Iterable[ChunkKey]) -> None:
+        """Note use in the catalog."""
+        self.catalog.used(keys)
+
+    def note_context(self, context: KVContext) -> None:
+        """Keep what a namespace stands for."""
+        self.catalog.tell(context.namespace, describe_context(context, model=self.model))
+
+    def describe(self, namespace: str) -> dict[str, Any] | None:
+        """Fields of a namespace's context."""
+        return self.catalog.describe(namespace)
+
+
+def _catalog_folder(url: RemoteURL) -> Path:
+    """The folder that was named; beside the pages of a ``file`` backend; else one of this user, by the address."""
+    if "catalog" in url.options:
+        return Path(url.options["catalog"]).absolute()
+    if url.backend == "file":
+        return Path(url.path) / "catalog"
+    name = hashlib.blake2b(url.shown.encode(), digest_size=8).hexdigest()
+    return home_dir() / "remote-catalogs" / f"{url.backend}-{name}"
