@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rag_pipeline.prompts.truncation import NOTHING_CUT, Truncated
 from rag_pipeline.protocol import Usage
 from retrievers.types import Chunk, SearchHit
 
@@ -50,6 +51,8 @@ class PromptLayout:
         The retrieved chunks of `chunk_spans`, in the same order.
     dropped : tuple of SearchHit
         Retrieved chunks that did not fit the context, best first.
+    truncated : Truncated
+        Oldest turns of the conversation that did not fit.
     """
 
     input_ids: tuple[int, ...]
@@ -59,6 +62,7 @@ class PromptLayout:
     text: str
     chunks: tuple[SearchHit, ...] = ()
     dropped: tuple[SearchHit, ...] = ()
+    truncated: Truncated = NOTHING_CUT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +115,8 @@ class Answer:
         Retrieved chunks that did not fit the context.
     finish_reason : str or None
         ``stop``, ``length`` or ``abort`` as the engine reports it.
+    truncated : Truncated
+        Oldest turns of the conversation that did not fit the context.
     """
 
     answer: str
@@ -121,9 +127,10 @@ class Answer:
     ratio: float | None
     dropped_sources: tuple[Source, ...] = ()
     finish_reason: str | None = None
+    truncated: Truncated = NOTHING_CUT
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``."""
+        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``, and ``truncated`` if any."""
         return {
             "answer": self.answer,
             "sources": [source.to_json() for source in self.sources],
@@ -132,4 +139,5 @@ class Answer:
             "policy": self.policy,
             "ratio": self.ratio,
             "dropped_sources": [source.to_json() for source in self.dropped_sources],
+            **({"truncated": self.truncated.to_json()} if self.truncated.turns else {}),
         }
