@@ -413,9 +413,9 @@ def test_turns_behind_a_cut_are_moved_alike_on_both_ranks(make_pair, lost):
     pair.ask(prompt_of([2])[0], fusion)
     whole = [*prompt_of([2])[0], *CHUNKS[3], *QUESTION]
     pair.ask(whole, fusion)
-    table = pair.ranks[0].conversations.table
-    (turns,) = table._spaces.of("")
-    assert [turn.exact for turn in turns] == [True, True]
+    (turns,) = pair.ranks[lost or 0].conversations.table._spaces.of("")
+    # Without a radix tree the second turn is computed over the first one as it is stored.
+    assert [turn.exact for turn in turns] == [True, False]
     if lost is not None:
         assert pair.ranks[lost].store.evict(turns[1].key)
     cut = [*PREFIX, *CHUNKS[3], *QUESTION, 211, 212, 213]

@@ -194,12 +194,15 @@ def tree_is_exact(server: Any) -> None:
 def exact_turns_are_exact(server: Any) -> None:
     """(c) A stored turn that is marked exact holds what plain prefill computes, its chain of exact turns in front."""
     table, store = server.runtime.conversations.table, server.runtime.store
+    prefixes = {hash_token_ids(prefix): prefix for prefix in PREFIXES}
     for turns in table._spaces.values():
-        whole = {0: next(p for p in PREFIXES if hash_token_ids(p) == turns[0].before)}
+        whole: dict[int, tuple[int, ...]] = {}
         for turn in turns:
             if not turn.exact:
                 continue
-            ids = (*whole[turn.parent][: turn.start], *turn.ids.tolist())
+            # What stands in front of a first turn is one of the prefixes.
+            front = whole[turn.parent] if turn.parent else prefixes[turn.before]
+            ids = (*front[: turn.start], *turn.ids.tolist())
             whole[turn.number] = ids
             assert turn.before == hash_token_ids(ids[: turn.start])
             with store.borrow(turn.key) as record:
