@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from rag_pipeline.prompts.truncation import NOTHING_CUT, Truncated
 from rag_pipeline.protocol import Usage
 from retrievers.types import Chunk, SearchHit
 
@@ -28,6 +27,29 @@ class Span:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+
+class Truncated(NamedTuple):
+    """What was cut of a conversation.
+
+    Attributes
+    ----------
+    turns : int
+        Oldest turns, each a question with its answer.
+    tokens : int
+        About so many; that of a long turn is estimated by its beginning.
+    """
+
+    turns: int = 0
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """Keys ``turns`` and ``tokens``."""
+        return self._asdict()
+
+
+NOTHING_CUT = Truncated()
+"""Of a conversation that fits, or of none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

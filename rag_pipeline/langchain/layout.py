@@ -25,15 +25,13 @@ from rag_pipeline.prompts.chat_template import (
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.prompts.truncation import (
     CUT_SHARE,
-    NOTHING_CUT,
-    Truncated,
     Truncation,
     check_truncation,
     estimated_tokens,
     first_that_fits,
     truncated,
 )
-from rag_pipeline.types import Span
+from rag_pipeline.types import NOTHING_CUT, Span, Truncated
 
 DOCUMENT_BLOCK = "text-plain"
 """LangChain's content block for a plain text; in a message it is a chunk at that place."""

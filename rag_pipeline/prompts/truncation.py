@@ -10,9 +10,10 @@ Two prompts of one conversation are then cut at the same place, or one of them a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.types import Truncated
 
 T = TypeVar("T")
 
@@ -24,29 +25,6 @@ CUT_SHARE = 0.5
 
 _SAMPLE = 512
 """Characters of a turn that its length is estimated by: the places of cuts need no more, and a request may be long."""
-
-
-class Truncated(NamedTuple):
-    """What was cut of a conversation.
-
-    Attributes
-    ----------
-    turns : int
-        Oldest turns, each a question with its answer.
-    tokens : int
-        About so many; that of a long turn is estimated by its beginning.
-    """
-
-    turns: int = 0
-    tokens: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        """Keys ``turns`` and ``tokens``."""
-        return self._asdict()
-
-
-NOTHING_CUT = Truncated()
-"""Of a conversation that fits, or of none."""
 
 
 def check_truncation(truncation: str, share: float = CUT_SHARE) -> None:

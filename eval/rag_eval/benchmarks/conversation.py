@@ -128,8 +128,12 @@ def past_the_window(
 
     Parameters
     ----------
-    session, encoder, chat
-        As for :func:`turn_after_eviction`, behind it.
+    session : EngineSession
+        As for :func:`turn_after_eviction`.
+    encoder : SegmentEncoder
+        Of its model.
+    chat : LongChat
+        As :func:`turn_after_eviction` was given it.
     answer_tokens : int
         Tokens of the answer at most.
 

@@ -147,8 +147,12 @@ class TurnTable:
 
         Parameters
         ----------
-        namespace, prompt, tenant
-            As for :meth:`find`.
+        namespace : str
+            Of the conversation.
+        prompt : ndarray
+            int64 token ids.
+        tenant : str
+            Whose conversation it is.
         at_least : int
             Shortest run that is worth it, tokens.
         """
