@@ -60,7 +60,8 @@ class RagPipeline:
         question : str
             The question.
         **options : QuestionOptions
-            ``top_k``, ``sampling``, ``where``, ``policy``, ``ratio``, ``attention``; see
+            ``top_k``, ``sampling``, ``where``, ``history``, ``truncation``, ``policy``, ``ratio``,
+            ``attention``; see
             :class:`~rag_pipeline.question_run.QuestionOptions`.
 
         Returns

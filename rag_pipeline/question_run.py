@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.prompts.builder import PromptBuilder
+from rag_pipeline.prompts.history import HistoryMessage, Turn, turns_of
+from rag_pipeline.prompts.truncation import Truncation, check_truncation
 from rag_pipeline.protocol import (
     FusionChoice,
     FusionFields,
@@ -34,6 +36,11 @@ class QuestionOptions(FusionFields, total=False):
         How to decode; greedy, 128 tokens when None.
     where : mapping or None
         Filter on chunk metadata, handed to the retriever.
+    history : sequence or None
+        Earlier messages of the conversation, the oldest first: mappings of OpenAI's ``role`` (user or assistant) and
+        ``content``. Only the question is retrieved by.
+    truncation : str
+        ``auto`` cuts the oldest turns of a history that does not fit the context, ``disabled`` refuses it.
     policy, ratio, attention : str, float or None, str
         See :class:`~rag_pipeline.protocol.FusionChoice`.
     """
@@ -41,6 +48,8 @@ class QuestionOptions(FusionFields, total=False):
     top_k: int | None
     sampling: SamplingOptions | None
     where: Mapping[str, object] | None
+    history: Sequence[HistoryMessage | Mapping[str, object]] | None
+    truncation: Truncation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,6 +118,7 @@ class AnswerRun:
             ratio=self.fusion.ratio,
             dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
             finish_reason=self.finish,
+            truncated=self.layout.truncated,
         )
 
 
@@ -122,6 +132,8 @@ class QuestionRun:
     where: Mapping[str, object] | None
     fusion: FusionChoice
     started: float
+    history: tuple[Turn, ...] = ()
+    truncation: Truncation = "auto"
 
     @classmethod
     def start(
@@ -132,6 +144,8 @@ class QuestionRun:
         top_k: int | None = None,
         sampling: SamplingOptions | None = None,
         where: Mapping[str, object] | None = None,
+        history: Sequence[HistoryMessage | Mapping[str, object]] | None = None,
+        truncation: Truncation = "auto",
         **fusion: Unpack[FusionFields],
     ) -> QuestionRun:
         """Check everything that can be checked before any work."""
@@ -140,6 +154,8 @@ class QuestionRun:
             raise RagPipelineError("the question is empty; give at least one word")
         top_k = default_top_k if top_k is None else top_k
         check_top_k(top_k)
+        check_truncation(truncation)
+        turns = turns_of(HistoryMessage.read(message) for message in history or ())
         choice = FusionChoice(**fusion)
         choice.check()
         return cls(
@@ -149,6 +165,8 @@ class QuestionRun:
             where=where,
             fusion=choice,
             started=started,
+            history=turns,
+            truncation=truncation,
         )
 
     def lay_out(
@@ -164,6 +182,8 @@ class QuestionRun:
             hits,
             max_new_tokens=sampling.max_new_tokens,
             context_length=context_length,
+            history=self.history,
+            truncation=self.truncation,
         )
         return AnswerRun(
             layout=layout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rag_pipeline.protocol import Usage
 from retrievers.types import Chunk, SearchHit
@@ -29,6 +29,29 @@ class Span:
         return self.end - self.start
 
 
+class Truncated(NamedTuple):
+    """What was cut of a conversation.
+
+    Attributes
+    ----------
+    turns : int
+        Oldest turns, each a question with its answer.
+    tokens : int
+        About so many; that of a long turn is estimated by its beginning.
+    """
+
+    turns: int = 0
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """Keys ``turns`` and ``tokens``."""
+        return self._asdict()
+
+
+NOTHING_CUT = Truncated()
+"""Of a conversation that fits, or of none."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLayout:
     """A prompt as token ids, with the place of every part.
@@ -50,6 +73,8 @@ class PromptLayout:
         The retrieved chunks of `chunk_spans`, in the same order.
     dropped : tuple of SearchHit
         Retrieved chunks that did not fit the context, best first.
+    truncated : Truncated
+        Oldest turns of the conversation that did not fit.
     """
 
     input_ids: tuple[int, ...]
@@ -59,6 +84,7 @@ class PromptLayout:
     text: str
     chunks: tuple[SearchHit, ...] = ()
     dropped: tuple[SearchHit, ...] = ()
+    truncated: Truncated = NOTHING_CUT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +137,8 @@ class Answer:
         Retrieved chunks that did not fit the context.
     finish_reason : str or None
         ``stop``, ``length`` or ``abort`` as the engine reports it.
+    truncated : Truncated
+        Oldest turns of the conversation that did not fit the context.
     """
 
     answer: str
@@ -121,9 +149,10 @@ class Answer:
     ratio: float | None
     dropped_sources: tuple[Source, ...] = ()
     finish_reason: str | None = None
+    truncated: Truncated = NOTHING_CUT
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``."""
+        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``, and ``truncated`` if any."""
         return {
             "answer": self.answer,
             "sources": [source.to_json() for source in self.sources],
@@ -132,4 +161,5 @@ class Answer:
             "policy": self.policy,
             "ratio": self.ratio,
             "dropped_sources": [source.to_json() for source in self.dropped_sources],
+            **({"truncated": self.truncated.to_json()} if self.truncated.turns else {}),
         }

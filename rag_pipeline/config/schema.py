@@ -183,7 +183,7 @@ class FusionSettings(_Section):
     )
     conversation_memory: str = Field(
         default="turns",
-        description="What turns of a conversation leave for the following ones; turns keeps them whole.",
+        description="What turns of a conversation leave: turns (loaded in place), cached_attention (also past the window).",
     )
     passage_tokens: int = Field(
         default=768,

@@ -37,6 +37,7 @@ from rag_pipeline.langchain.wire import (
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.prompts.segments import SegmentEncoder
+from rag_pipeline.prompts.truncation import CUT_SHARE, Truncation
 from rag_pipeline.protocol import DENSE_ATTENTION, FusionChoice
 
 DEFAULT_ANSWER_TOKENS = 512
@@ -58,7 +59,8 @@ class ChatSGLangRag(ChatOpenAI):
     Documents are given with a call (``invoke(messages, documents=[...])``), bound
     (``model.bind(documents=[...])``), or stand in a message as content blocks
     ``{"type": "text-plain", "text": ..., "title": ..., "id": ...}``. With ``conversation="NAME"``
-    beside them, what this turn computed over reused chunks is kept for the next turn of that name.
+    beside them or without them, what this turn computed is kept for the next turn of that name, as
+    far as the server's ``fusion.conversation_memory`` keeps it.
 
     Parameters
     ----------
@@ -77,6 +79,11 @@ class ChatSGLangRag(ChatOpenAI):
         then lie on this machine.
     chunk_template, context_header : str
         How a document stands in the prompt; as for :class:`rag_pipeline.PromptBuilder`.
+    truncation, cut_share : str, float
+        What becomes of a conversation that does not fit the context: ``auto`` cuts its oldest
+        turns, that share of the context at once, and says so in
+        ``response_metadata["rag"]["truncated"]``; ``disabled`` refuses it. For requests that are
+        laid out here: with documents or a conversation's name.
     temperature, top_p : float or None
         Greedy by default.
 
@@ -105,6 +112,8 @@ class ChatSGLangRag(ChatOpenAI):
     tokenizer: str | None = None
     chunk_template: str = DEFAULT_CHUNK_TEMPLATE
     context_header: str = DEFAULT_CONTEXT_HEADER
+    truncation: Truncation = "auto"
+    cut_share: float = CUT_SHARE
 
     _lock: Lock = PrivateAttr(default_factory=Lock)
     _served: ServedModel | None = PrivateAttr(default=None)
@@ -223,19 +232,21 @@ class ChatSGLangRag(ChatOpenAI):
         documents: Sequence[Document] | None = kwargs.pop("documents", None)
         conversation: str = kwargs.pop("conversation", None) or ""
         body = {**(self.extra_body or {}), **(kwargs.get("extra_body") or {})}
-        if documents is None and not has_documents(messages):
+        if documents is None and not conversation and not has_documents(messages):
             if not stream:  # SGLang refuses it in a stream
                 body.setdefault("return_meta_info", True)
             return None, messages, {**kwargs, "extra_body": body}
         if kwargs.get("tools"):
             raise RagPipelineError(
-                "tools and documents in one request: the prompt with documents is laid out "
+                "tools and documents, or a conversation, in one request: such a prompt is laid out "
                 "without tools; ask the two in separate requests"
             )
         room = kwargs.get("max_tokens") or kwargs.get("max_completion_tokens") or self.max_tokens
         if room is None:
             room = kwargs["max_tokens"] = DEFAULT_ANSWER_TOKENS
-        layout = self._layouts().build(messages, documents or (), max_new_tokens=room)
+        layout = self._layouts().build(
+            messages, documents or (), max_new_tokens=room, truncation=self.truncation
+        )
         fusion = FusionChoice.of(self).request(
             layout.spans, prefix_len=layout.prefix_len, conversation=conversation
         )
@@ -244,7 +255,7 @@ class ChatSGLangRag(ChatOpenAI):
         body = {**said, "input_ids": list(layout.input_ids), "custom_params": custom}
         if not stream:
             body["return_meta_info"] = True
-        return layout, without_documents(messages), {**kwargs, "extra_body": body}
+        return layout, without_documents(layout.messages), {**kwargs, "extra_body": body}
 
     def _generate_body(
         self,
@@ -267,7 +278,7 @@ class ChatSGLangRag(ChatOpenAI):
         return ChunkReader(
             model_name=self.model_name,
             incremental=self._server().incremental,
-            facts={"documents": list(layout.documents), "dropped": list(layout.dropped)},
+            facts=layout.facts,
         )
 
     def _server(self) -> ServedModel:
@@ -290,6 +301,7 @@ class ChatSGLangRag(ChatOpenAI):
                     context_length=server.context_length,
                     chunk_template=self.chunk_template,
                     context_header=self.context_header,
+                    cut_share=self.cut_share,
                 )
             return self._layouter
 
@@ -298,5 +310,5 @@ def _noted(result: ChatResult, layout: ChatLayout | None) -> ChatResult:
     if layout is not None:
         for generation in result.generations:
             report = generation.message.response_metadata.setdefault(RAG_KEY, {})
-            report |= {"documents": list(layout.documents), "dropped": list(layout.dropped)}
+            report |= layout.facts
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,15 @@ from rag_pipeline.prompts.chat_template import (
     shared_prefix_len,
 )
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
-from rag_pipeline.types import Span
+from rag_pipeline.prompts.truncation import (
+    CUT_SHARE,
+    Truncation,
+    check_truncation,
+    estimated_tokens,
+    first_that_fits,
+    truncated,
+)
+from rag_pipeline.types import NOTHING_CUT, Span, Truncated
 
 DOCUMENT_BLOCK = "text-plain"
 """LangChain's content block for a plain text; in a message it is a chunk at that place."""
@@ -48,6 +57,10 @@ class ChatLayout:
         Ids of the documents in the prompt, in order.
     dropped : tuple of str
         Ids of documents that did not fit, in the order given.
+    messages : tuple of BaseMessage
+        Those that stand in the prompt.
+    truncated : Truncated
+        Oldest turns that did not fit.
     """
 
     input_ids: tuple[int, ...]
@@ -55,6 +68,14 @@ class ChatLayout:
     prefix_len: int
     documents: tuple[str, ...]
     dropped: tuple[str, ...]
+    messages: tuple[BaseMessage, ...] = ()
+    truncated: Truncated = NOTHING_CUT
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a client is told of the prompt."""
+        facts: dict[str, Any] = {"documents": list(self.documents), "dropped": list(self.dropped)}
+        return facts | ({"truncated": self.truncated.to_json()} if self.truncated.turns else {})
 
 
 class ChatLayouter:
@@ -68,6 +89,8 @@ class ChatLayouter:
         Most tokens of prompt and answer together.
     chunk_template, context_header : str
         As for :class:`rag_pipeline.PromptBuilder`.
+    cut_share : float
+        As for :class:`rag_pipeline.PromptBuilder`.
     """
 
     def __init__(
@@ -77,11 +100,14 @@ class ChatLayouter:
         context_length: int,
         chunk_template: str = DEFAULT_CHUNK_TEMPLATE,
         context_header: str = DEFAULT_CONTEXT_HEADER,
+        cut_share: float = CUT_SHARE,
     ) -> None:
+        check_truncation("auto", cut_share)
         self.encoder = encoder
         self.context_length = context_length
         self._template = chunk_template
         self._header = context_header
+        self._cut_share = cut_share
 
     def build(
         self,
@@ -89,6 +115,7 @@ class ChatLayouter:
         documents: Sequence[Document],
         *,
         max_new_tokens: int,
+        truncation: Truncation = "auto",
     ) -> ChatLayout:
         """Lay out one request.
 
@@ -101,11 +128,16 @@ class ChatLayouter:
             Put before the text of the last human message, best first.
         max_new_tokens : int
             Room to leave for the answer, tokens.
+        truncation : str
+            ``auto`` cuts the oldest turns of a conversation that does not fit
+            (:mod:`rag_pipeline.prompts.truncation`): the system messages at its head and the last
+            turn stay. ``disabled`` refuses it.
 
         Returns
         -------
         ChatLayout
-            Documents are taken in order, each that still fits; the others are in `dropped`.
+            Documents are taken in order, each that still fits; the others are in `dropped`. Turns
+            are cut for documents until those have half of the context.
 
         Raises
         ------
@@ -113,22 +145,63 @@ class ChatLayouter:
             Messages that are no text, a conversation that the chat template refuses, or one that
             does not fit even without documents.
         """
+        check_truncation(truncation, self._cut_share)
         given = [self._segment(document) for document in documents]
+        limit = self.context_length - max_new_tokens
+        kept, cut = self._cut(messages, given, limit, truncation)
+        layout = self._fit(kept, given, limit)
+        return dataclasses.replace(layout, messages=tuple(kept), truncated=cut)
+
+    def _cut(
+        self,
+        messages: Sequence[BaseMessage],
+        documents: Sequence[Segment],
+        limit: int,
+        truncation: Truncation,
+    ) -> tuple[Sequence[BaseMessage], Truncated]:
+        """Leave out the oldest turns until the others and their documents have room."""
+        head, turns = _turns_of(messages)
+        if truncation == "disabled" or len(turns) < 2:
+            return messages, NOTHING_CUT
+        lengths = [self._tokens_of(turn) for turn in turns[:-1]]
+        wanted = sum(len(self.encoder.chunk_ids(part.text)) for part in documents)
+        room = limit - min(wanted, self.context_length // 2)
+
+        def left(cut: int) -> list[BaseMessage]:
+            return [*head, *(message for turn in turns[cut:] for message in turn)]
+
+        kept, cut = first_that_fits(
+            lengths,
+            left,
+            lambda kept: len(self._lay_out(kept, (), []).input_ids) <= room,
+            context_length=self.context_length,
+            share=self._cut_share,
+        )
+        return kept, truncated(lengths, cut)
+
+    def _fit(
+        self, messages: Sequence[BaseMessage], given: Sequence[Segment], limit: int
+    ) -> ChatLayout:
+        """Lay out with as many documents as fit."""
         kept = list(range(len(given)))
         while True:
             dropped = [str(part.chunk_id) for i, part in enumerate(given) if i not in kept]
             layout = self._lay_out(messages, [given[i] for i in kept], dropped)
-            excess = len(layout.input_ids) + max_new_tokens - self.context_length
+            excess = len(layout.input_ids) - limit
             if excess <= 0:
                 return layout
             if not kept:
                 raise RagPipelineError(
-                    f"the conversation has {len(layout.input_ids)} tokens and {max_new_tokens} are "
-                    f"kept for the answer; the context holds {self.context_length}: shorten it, or "
-                    "lower max_tokens"
+                    f"the conversation has {len(layout.input_ids)} tokens and "
+                    f"{self.context_length - limit} are kept for the answer; the context holds "
+                    f"{self.context_length}: shorten it, or lower max_tokens"
                 )
             lengths = [len(self.encoder.chunk_ids(given[i].text)) for i in kept]
             kept = [kept[place] for place in fitting(lengths, sum(lengths) - excess)]
+
+    def _tokens_of(self, turn: Sequence[BaseMessage]) -> int:
+        parts = (part.text for message in turn for part in self._parts(message))
+        return sum(estimated_tokens(text, self.encoder.tokenizer.encode) for text in parts)
 
     def _lay_out(
         self, messages: Sequence[BaseMessage], documents: Sequence[Segment], dropped: list[str]
@@ -156,7 +229,7 @@ class ChatLayouter:
         return ChatLayout(
             input_ids=ids,
             spans=spans,
-            prefix_len=min(prefix_len, spans[0].start) if spans else 0,
+            prefix_len=min(prefix_len, spans[0].start) if spans else prefix_len,
             documents=tuple(str(span.chunk_id) for span in spans),
             dropped=tuple(dropped),
         )
@@ -219,6 +292,20 @@ def without_documents(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         else message
         for message in messages
     ]
+
+
+def _turns_of(
+    messages: Sequence[BaseMessage],
+) -> tuple[list[BaseMessage], list[list[BaseMessage]]]:
+    """Split into the system messages at the head, and turns that begin with a human message behind an answer."""
+    size = next((i for i, m in enumerate(messages) if not isinstance(m, SystemMessage)), 0)
+    turns: list[list[BaseMessage]] = []
+    for message in messages[size:]:
+        begins = isinstance(message, HumanMessage)
+        if not turns or (begins and not isinstance(turns[-1][-1], HumanMessage)):
+            turns.append([])
+        turns[-1].append(message)
+    return list(messages[:size]), turns
 
 
 def _role(message: BaseMessage) -> str:

@@ -16,8 +16,17 @@ from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.models.context_length import model_context_length
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.chat_template import template_parts
+from rag_pipeline.prompts.history import Turn, question_part, write_turn
 from rag_pipeline.prompts.token_cache import TokenCache
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.truncation import (
+    CUT_SHARE,
+    Truncation,
+    check_truncation,
+    estimated_tokens,
+    first_that_fits,
+    truncated,
+)
 from rag_pipeline.types import PromptLayout, Span
 from retrievers.types import Chunk, SearchHit
 
@@ -55,11 +64,13 @@ class PromptBuilder:
         Most tokens of prompt and answer together; None reads it from the model's folder.
     chunk_cache_size : int
         Number of chunks whose token ids are kept.
+    cut_share : float
+        Part of the context that is cut at once from a conversation that does not fit, above 0 to 1.
 
     Raises
     ------
     RagPipelineError
-        A template without its field, or an unknown field.
+        A template without its field, an unknown field, or a share that cannot be cut.
     """
 
     def __init__(
@@ -72,7 +83,9 @@ class PromptBuilder:
         question_template: str = DEFAULT_QUESTION_TEMPLATE,
         context_length: int | None = None,
         chunk_cache_size: int = 4096,
+        cut_share: float = CUT_SHARE,
     ) -> None:
+        check_truncation("auto", cut_share)
         _check_template("chunk_template", chunk_template, needed="text", allowed=("title", "text"))
         _check_template(
             "question_template", question_template, needed="question", allowed=("question",)
@@ -92,6 +105,7 @@ class PromptBuilder:
         self.context_length = context_length
         self._chunk_template = chunk_template
         self._question_template = question_template
+        self._cut_share = cut_share
         self._texts = TokenCache(tokenizer, chunk_cache_size)
         self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
@@ -135,6 +149,9 @@ class PromptBuilder:
         *,
         max_new_tokens: int,
         context_length: int | None = None,
+        history: Sequence[Turn] = (),
+        rules: str = "",
+        truncation: Truncation = "auto",
     ) -> PromptLayout:
         """Lay out one prompt.
 
@@ -148,11 +165,19 @@ class PromptBuilder:
             Room to leave for the answer, tokens.
         context_length : int, optional
             Overrides the builder's limit, for a backend with a smaller one.
+        history : sequence
+            Earlier turns of the conversation (:func:`~.history.turns_of`), the oldest first; they stand behind the
+            chunks, before the question.
+        rules : str
+            Stands in front of both, and is never cut.
+        truncation : str
+            ``auto`` cuts the oldest turns of a history that does not fit (:mod:`.truncation`); ``disabled`` refuses it.
 
         Returns
         -------
         PromptLayout
-            Chunks are taken best first, each that still fits; the others are in `dropped`.
+            Chunks are taken best first, each that still fits; the others are in `dropped`. Turns are cut for chunks
+            until those have half of the context, and further only for the question. What was cut is in `truncated`.
 
         Raises
         ------
@@ -162,17 +187,38 @@ class PromptBuilder:
         question = question.strip()
         if not question:
             raise RagPipelineError("the question is empty; give at least one word")
+        check_truncation(truncation, self._cut_share)
         limit = min(self.context_length, context_length or self.context_length)
-        if len(question) > _MOST_CHARACTERS * limit:
+        alone = len(question) + len(rules)
+        if truncation == "disabled":
+            alone += sum(len(message.text) for turn in history for message in turn)
+        if alone > _MOST_CHARACTERS * limit:
             # Before it is tokenised, which takes the longer the longer it is.
             raise RagPipelineError(
-                f"the question does not fit: {len(question)} characters, of at most {_MOST_CHARACTERS} "
+                f"the question does not fit: {alone} characters, of at most {_MOST_CHARACTERS} "
                 f"per token of the context of {limit}; shorten it"
             )
         note = self.tokenizer.date_note()
-        question_text = note + self._question_template.format(question=question)
-        question_ids = self.tokenizer.encode_runs([(question_text, False), *self._tail])
-        room = limit - max_new_tokens - len(self._system_ids) - len(question_ids)
+        asked = self._question_template.format(question=question)
+        lengths = [estimated_tokens(write_turn(turn), self.tokenizer.encode) for turn in history]
+        for_chunks = 0
+        if history and truncation == "auto":
+            wanted = sum(len(self.chunk_ids(hit.chunk)) for hit in hits)
+            for_chunks = min(wanted, limit // 2)
+
+        def lay_out(cut: int) -> tuple[str, list[int], int]:
+            text = note + question_part(asked, history[cut:], rules)
+            ids = self.tokenizer.encode_runs([(text, False), *self._tail])
+            return text, ids, limit - max_new_tokens - len(self._system_ids) - len(ids)
+
+        (question_text, question_ids, room), cut = first_that_fits(
+            lengths,
+            lay_out,
+            lambda made: made[2] >= for_chunks,
+            context_length=limit,
+            truncation=truncation,
+            share=self._cut_share,
+        )
         if room < 0:
             raise RagPipelineError(
                 f"the question does not fit: {len(question_ids)} tokens with "
@@ -201,6 +247,7 @@ class PromptBuilder:
             ),
             chunks=tuple(kept),
             dropped=tuple(dropped),
+            truncated=truncated(lengths, cut),
         )
 
     def _fit(self, hits: Sequence[SearchHit], room: int) -> tuple[list[SearchHit], list[SearchHit]]:

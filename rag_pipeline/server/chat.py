@@ -113,6 +113,8 @@ class ChatRun(AnswerRun):
                 citation(number, hit, with_text=False)
                 for number, hit in enumerate(self.layout.dropped, start=1)
             ],
+            # Oldest turns of the conversation that did not fit any more.
+            "truncated": self.layout.truncated.to_json(),
             "timing": {
                 "retrieve_s": round(timing.retrieve_s, 6),
                 # An answer that comes as one piece shows no first token.
@@ -153,10 +155,13 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
     )
     retrieved = time.perf_counter()
     layout = service.builder.build(
-        talk.question,
+        talk.asked,
         distinct(hits, wanted),
         max_new_tokens=sampling.max_new_tokens,
         context_length=service.engine.context_length,
+        history=talk.turns,
+        rules=talk.rules,
+        truncation=options.truncation,
     )
     sampling = sampling.filled(
         repetition_penalty=service.builder.repetition_penalty, stop=talk.echo

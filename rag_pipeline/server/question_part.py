@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rag_pipeline.prompts.builder import DEFAULT_QUESTION_TEMPLATE, echo_of
+from rag_pipeline.prompts.history import NAMES, HistoryMessage, Turn, turns_of
 from rag_pipeline.server.schemas import MAX_QUERY, Message
 
 QUESTION_TEMPLATE = "{question}"
-"""Template for the builder: :func:`read_conversation` writes the whole part."""
+"""Template for the builder: :func:`read_conversation` writes how the answer shall be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,31 +25,37 @@ class Conversation:
     ----------
     query : str
         The beginning of the last user message: what is retrieved by.
-    question : str
-        The question part of the prompt.
+    rules : str
+        What the client's system messages say.
+    turns : tuple
+        Earlier turns, the oldest first.
+    asked : str
+        The question, with how it is to be answered.
     echo : str
         Text at which the answer ends: the question over again.
     """
 
     query: str
-    question: str
+    rules: str
+    turns: tuple[Turn, ...]
+    asked: str
     echo: str
 
 
 def read_conversation(messages: Sequence[Message]) -> Conversation:
-    """Turn messages, the last one a user's, into query and question part."""
+    """Turn messages, the last one a user's, into query and the parts of the question part."""
     query = messages[-1].text().strip()
     rules = [m.text().strip() for m in messages if m.role in ("system", "developer")]
-    earlier = [m for m in messages[:-1] if m.role in ("user", "assistant") and m.text().strip()]
     rules = [rule for rule in rules if rule]
-    parts = ["\n".join(rules)] if rules else []
-    if earlier:
-        names = {"user": "User", "assistant": "Assistant"}
-        turns = "\n".join(f"{names[m.role]}: {m.text().strip()}" for m in earlier)
-        parts.append(f"The conversation so far:\n{turns}")
+    earlier = [HistoryMessage(role=m.role, text=m.text()) for m in messages[:-1] if m.role in NAMES]
     # A client with rules of its own says itself how long an answer is to be.
     template = "Question: {question}" if rules else DEFAULT_QUESTION_TEMPLATE
     asked = template.format(question=query)
-    parts.append(asked)
     # A long message is no mistake, and no embedder reads all of it; a search costs by its length.
-    return Conversation(query=query[:MAX_QUERY], question="\n\n".join(parts), echo=echo_of(asked))
+    return Conversation(
+        query=query[:MAX_QUERY],
+        rules="\n".join(rules),
+        turns=turns_of(earlier),
+        asked=asked,
+        echo=echo_of(asked),
+    )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rag_pipeline.prompts.truncation import Truncation
 from rag_pipeline.protocol.fields import MAX_ATTENTION
 from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
 
@@ -92,6 +93,10 @@ class RagOptions(Strict):
     attention: Annotated[str, Field(max_length=MAX_ATTENTION)] | None = Field(
         default=None,
         description="Which keys computed rows read: `dense` (all), or another method.",
+    )
+    truncation: Truncation = Field(
+        default="auto",
+        description="`auto` cuts the oldest turns of a conversation that does not fit the context, `disabled` refuses it.",
     )
     include_text: bool = Field(
         default=True, description="Whether citations carry their chunk's text."

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.conversations.cached_attention import CachedAttentionMemory
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 DISTURBANCES = (
@@ -47,10 +49,11 @@ class Machine(RuleBasedStateMachine):
     """Steps in any order; every rank takes each of them."""
 
     size = 1
+    memory: type[TurnMemory] = TurnMemory
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranks = Ranks(self.size)
+        self.ranks = Ranks(self.size, self.memory)
         self.count = 0
 
     @property
@@ -210,6 +213,40 @@ class TwoRanks(Machine):
     size = 2
 
 
+class Cutting(Machine):
+    """With a memory that keeps exact turns too, and loads turns elsewhere where the oldest ones were cut."""
+
+    memory = CachedAttentionMemory
+
+    @rule(request=requests(), cut=st.integers(0, 12))
+    def talk(self, request: Any, cut: int) -> None:
+        """Go on with a conversation, once whole and once without a piece behind the shared prefix."""
+        ids, fusion, tenant = request
+        if len(self.first.waiting_queue) > 3 or not fusion or fusion.get("mode", "fuse") != "fuse":
+            return
+        at = fusion["prefix_len"]
+        fusion = {
+            "prefix_len": at,
+            "policy": fusion["policy"],
+            "conversation": "c",
+            "passage": False,
+        }
+        self._ask(ids, fusion, tenant)
+        self.ranks.each(lambda server: server.tree.evict(0))
+        self._ask([*ids[:at], *ids[at + cut :], 44, 43], fusion, tenant)
+
+    @invariant()
+    def turns_called_exact_are(self) -> None:
+        for server in self.ranks.servers:
+            checks.exact_turns_are_exact(server)
+
+
+class CuttingOnTwoRanks(Cutting):
+    """The same on two ranks."""
+
+    size = 2
+
+
 @pytest.fixture(autouse=True)
 def _plain_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)
@@ -217,7 +254,7 @@ def _plain_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
 
 
-@pytest.mark.parametrize("machine", [Machine, TwoRanks])
+@pytest.mark.parametrize("machine", [Machine, TwoRanks, Cutting, CuttingOnTwoRanks])
 def test_nothing_called_exact_is_approximate_and_nothing_is_left_behind(machine: Any) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 

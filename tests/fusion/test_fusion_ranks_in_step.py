@@ -7,6 +7,7 @@ it is a function of, that of a conversation's turn from the request that compute
 from __future__ import annotations
 
 import concurrent.futures
+import operator
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ class Request:
         return False
 
 
-def make_runtime(meeting, rank):
+def make_runtime(meeting, rank, memory="turns"):
     facts = ModelFacts(
         layers=(None,),
         num_q_heads=1,
@@ -108,7 +109,11 @@ def make_runtime(meeting, rank):
         qkv_share=0.1,
     )
     config = FusionConfig(
-        automatic=True, min_reused_tokens=4, max_background=4, store_bytes=1 << 20
+        automatic=True,
+        min_reused_tokens=4,
+        max_background=4,
+        store_bytes=1 << 20,
+        conversation_memory=memory,
     )
     runtime = FusionRuntime(config, facts, group=Rank(meeting, rank))
     runtime.passage = np.array(PASSAGE)
@@ -119,9 +124,9 @@ def make_runtime(meeting, rank):
 class Pair:
     """Two ranks, driven by the same script."""
 
-    def __init__(self, threads):
+    def __init__(self, threads, memory="turns"):
         self.meeting = Meeting()
-        self.ranks = [make_runtime(self.meeting, rank) for rank in range(2)]
+        self.ranks = [make_runtime(self.meeting, rank, memory) for rank in range(2)]
         self.clocks = [0.0, 0.0]
         for rank, runtime in enumerate(self.ranks):
             runtime.store._clock = lambda rank=rank: self.clocks[rank]
@@ -197,8 +202,9 @@ class Pair:
 
 
 def break_at(runtime, at):
-    place, name = at.split(".")
-    target = getattr(runtime, place)
+    place, _, name = at.rpartition(".")
+    target = operator.attrgetter(place)(runtime)
+    assert callable(getattr(target, name))
 
     def fails(*args, **kwargs):
         raise RuntimeError("injected")
@@ -257,7 +263,7 @@ def make_pair(monkeypatch):
     monkeypatch.setattr(background.internal_requests, "submit", submit)
     monkeypatch.setattr(background, "_IDLE_TURNS", 1)
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        yield lambda: Pair(threads)
+        yield lambda memory="turns": Pair(threads, memory)
 
 
 def prompt_of(order, question=QUESTION):
@@ -279,8 +285,9 @@ FAULTS = (
     "store.acquire",
     "store.begin_build",
     "store.state",
-    "conversations.find",
-    "conversations.has_room",
+    "conversations.table.find",
+    "conversations.table.has_room",
+    "conversations.table.add",
 )
 RANK = st.integers(0, 1)
 TRIGGERS = st.one_of(
@@ -290,7 +297,12 @@ TRIGGERS = st.one_of(
 )
 ORDERS = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
 STEPS = st.one_of(
-    st.tuples(st.just("ask"), ORDERS, st.sampled_from(["spans", "automatic", "talk"]), TRIGGERS),
+    st.tuples(
+        st.just("ask"),
+        ORDERS,
+        st.sampled_from(["spans", "automatic", "talk", "plain talk"]),
+        TRIGGERS,
+    ),
     st.tuples(st.sampled_from(["idle", "busy"]), TRIGGERS),
     st.tuples(st.just("lose"), RANK, st.integers(0, 9)),
     st.tuples(st.just("full"), RANK),
@@ -302,6 +314,10 @@ def play(pair, step):
     match step:
         case ("ask", order, "automatic", trigger):
             pair.ask(prompt_of(order)[0], FusionRequest(), trigger)
+        case ("ask", order, "plain talk", trigger):
+            # Of a shorter order, its chunks stand at other places: the oldest turns were cut.
+            fusion = FusionRequest(prefix_len=len(PREFIX), conversation="c", passage=False)
+            pair.ask(prompt_of(order)[0], fusion, trigger)
         case ("ask", order, how, trigger):
             ids, fusion = fuse(order, conversation="c" if how == "talk" else "")
             pair.ask(ids, fusion, trigger)
@@ -322,11 +338,12 @@ def play(pair, step):
             pair.clocks[rank] += 1000.0
 
 
-def test_ranks_stay_in_step_whatever_befalls_one_of_them(make_pair):
+@pytest.mark.parametrize("memory", ["turns", "cached_attention"])
+def test_ranks_stay_in_step_whatever_befalls_one_of_them(make_pair, memory):
     @settings(max_examples=60, deadline=None)
     @given(st.lists(STEPS, max_size=12))
     def run(steps):
-        pair = make_pair()
+        pair = make_pair(memory)
         for step in steps:
             play(pair, step)
 
@@ -408,6 +425,31 @@ def test_a_turn_that_one_rank_could_not_keep_is_kept_by_none(make_pair):
     # Had rank 0 counted it, the ranks would number their turns differently from here on.
     assert pair.ask(ids, fusion)[1][2] == 0
     assert pair.ask(ids, fusion)[1][2] > len(PREFIX)
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_turns_behind_a_cut_are_moved_alike_on_both_ranks(make_pair, lost):
+    pair = make_pair("cached_attention")
+    fusion = FusionRequest(prefix_len=len(PREFIX), conversation="c", passage=False)
+    pair.ask(prompt_of([2])[0], fusion)
+    whole = [*prompt_of([2])[0], *CHUNKS[3], *QUESTION]
+    pair.ask(whole, fusion)
+    (turns,) = pair.ranks[lost or 0].conversations.table._spaces.of("")
+    # Without a radix tree the second turn is computed over the first one as it is stored.
+    assert [turn.exact for turn in turns] == [True, False]
+    if lost is not None:
+        assert pair.ranks[lost].store.evict(turns[1].key)
+    cut = [*PREFIX, *CHUNKS[3], *QUESTION, 211, 212, 213]
+    loaded, told = pair.ask(cut, fusion)
+    start = len(PREFIX)
+    if lost is None:
+        distance = len(CHUNKS[2]) + len(QUESTION)
+        assert [(s, e, d, turn) for s, e, d, turn, *_ in loaded] == [
+            (start, len(cut) - 3, -distance, True)
+        ]
+        assert told[2] == len(cut) - 3
+    else:
+        assert told[2] == 0
 
 
 @pytest.mark.parametrize("comes", [True, False])

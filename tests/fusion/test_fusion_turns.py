@@ -104,3 +104,59 @@ def test_the_least_recently_used_conversation_is_forgotten_with_its_records(monk
     store.clear()
     assert conversations.find("a", ids) == []
     assert conversations.has_room("a")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.integers(0, 20),
+    st.lists(st.integers(0, 2), max_size=5),
+    st.integers(1, 4),
+)
+def test_the_longest_moved_run_is_found_and_its_tokens_are_those_of_the_turns(
+    prefix, turns, cut, new, least
+):
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store)
+    whole, parent, held = list(prefix), 0, {}
+    for index, turn in enumerate(turns):
+        start = len(whole)
+        whole = [*whole, *turn]
+        key = put(store, turn, (index, parent))
+        parent = table.add("space", np.array(whole), start, parent, key).number
+        held[key] = (start, turn)
+    content = whole[len(prefix) :]
+    prompt = [*prefix, *content[cut:], *new]
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+        min(len(prompt), len(whole)),
+    )
+    rest = prompt[same:]
+    lengths = [
+        next(
+            (i for i, (a, b) in enumerate(zip(rest, tail, strict=False)) if a != b),
+            min(len(rest), len(tail)),
+        )
+        for place in range(same - len(prefix) + 1, len(content))
+        if (tail := content[place:])
+    ]
+    wanted = max(lengths, default=0)
+    found = table.find_moved("space", np.array(prompt), at_least=least)
+    if wanted < least:
+        assert found is None
+        return
+    assert found is not None
+    assert found.distance > 0
+    assert found.number == parent
+    assert found.matches[0].prompt_start == same
+    at = same
+    for match in found.matches:
+        start, turn = held[match.key]
+        assert match.prompt_start == at
+        assert match.prompt_start + found.distance == start + match.chunk_offset
+        assert turn[match.chunk_offset : match.chunk_end] == prompt[at : match.prompt_end]
+        at = match.prompt_end
+    # Where a run stands at very many places, the first ones are compared.
+    assert at - same <= wanted
+    assert at - same == wanted or len(lengths) > 8

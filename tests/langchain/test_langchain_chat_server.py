@@ -175,6 +175,24 @@ def test_the_next_turn_of_a_conversation_loads_the_one_before(
     assert loaded["fresh_tokens"] <= behind < alone["fresh_tokens"]
 
 
+def test_a_long_conversation_loses_its_oldest_turns_and_says_so(model: ChatSGLangRag) -> None:
+    said: list[Any] = [SystemMessage("Be brief.")]
+    for turn in range(30):
+        said += [HumanMessage(f"{turn} " + "word " * 200), AIMessage(f"{turn} " + "yes " * 200)]
+    asked = [*said, HumanMessage("And now?")]
+    message = model.invoke(asked, conversation="long")
+    report = message.response_metadata["rag"]
+    assert 0 < report["truncated"]["turns"] < 30
+    assert report["documents"] == []
+    limit = model._layouts().context_length
+    assert report["usage"]["prompt_tokens"] <= limit
+    *_, last = model.stream(asked, conversation="long")
+    assert last.response_metadata["rag"]["truncated"] == report["truncated"]
+    strict = model.model_copy(update={"truncation": "disabled"})
+    with pytest.raises(RagPipelineError, match="shorten it"):
+        strict.invoke(asked, conversation="long")
+
+
 def test_documents_bound_and_in_messages(model: ChatSGLangRag, documents: list[Document]) -> None:
     bound = model.bind(documents=documents[:1])
     block = {"type": "text-plain", "text": documents[0].page_content, "title": "with", "id": "with"}

@@ -210,3 +210,29 @@ def test_the_page_needs_no_key_and_lets_nothing_in(rag_server: Any) -> None:
     for path in ("/rag/../server_info", "/rag/x", "/rag/rag.js/x", "/rag/%2e%2e/server_info"):
         found = httpx.get(f"{rag_server.url}{path}", trust_env=False).status_code
         assert found in (401, 404)
+
+
+def test_a_chat_past_the_context_loses_its_oldest_turns_and_says_so(rag_server: Any) -> None:
+    ask = "/v1/rag/chat/completions"
+    said = [
+        {"role": role, "content": f"{role} {turn} " + "word " * 200}
+        for turn in range(30)
+        for role in ("user", "assistant")
+    ]
+    rules = {"role": "system", "content": "Be brief."}
+    options = {"k": 2, "search": "bm25", "policy": "prefix"}
+    body = chat(rag=options)
+    body["messages"] = [rules, *said, *body["messages"]]
+    answer = rag_server.post(ask, body)
+    assert answer.status_code == 200, answer.text
+    cut = answer.json()["rag"]["truncated"]
+    assert 0 < cut["turns"] < 30
+    assert cut["tokens"] > 400 * cut["turns"]
+    assert len(answer.json()["rag"]["citations"]) == 2
+    assert adds_up(answer.json())
+    body["rag"] = options | {"truncation": "disabled"}
+    refused = rag_server.post(ask, body)
+    assert refused.status_code == 400
+    assert "does not fit" in refused.json()["error"]["message"]
+    short = rag_server.post(ask, chat(rag=options)).json()
+    assert short["rag"]["truncated"] == {"turns": 0, "tokens": 0}

@@ -8,6 +8,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from rag_pipeline.prompts.history import question_part
 from rag_pipeline.protocol import Usage
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.errors import refusal_of
@@ -20,7 +21,8 @@ from rag_pipeline.types import PromptLayout, Span
 def test_a_conversation_stands_behind_the_chunks() -> None:
     plain = read_conversation([Message(role="user", content=" Why? ")])
     assert plain.query == "Why?"
-    assert plain.question.startswith("Question: Why?")
+    assert plain.asked.startswith("Question: Why?")
+    assert question_part(plain.asked, plain.turns, plain.rules) == plain.asked
     talk = read_conversation(
         [
             Message(role="system", content="Answer in French."),
@@ -30,16 +32,17 @@ def test_a_conversation_stands_behind_the_chunks() -> None:
         ]
     )
     assert talk.query == "And why?"
-    assert talk.question.startswith("Answer in French.\n\n")
-    assert "User: Who?\nAssistant: He." in talk.question
-    assert talk.question.endswith("Question: And why?")
+    question = question_part(talk.asked, talk.turns, talk.rules)
+    assert question == (
+        "Answer in French.\n\nThe conversation so far:\nUser: Who?\nAssistant: He.\n\nQuestion: And why?"
+    )
 
 
 def test_of_a_long_message_the_beginning_is_searched_for_and_all_of_it_is_asked() -> None:
     text = "why? " * 30_000 + "Now you know."
     talk = read_conversation([Message(role="user", content=text)])
     assert talk.query == text[:8000]
-    assert text in talk.question
+    assert text in talk.asked
 
 
 def layout() -> PromptLayout:

@@ -199,26 +199,50 @@ class EngineSession:
         dict
             Usage of this request.
         """
-        gold = list(prompt.gold_ids)
+        fusion = None if without_hints else mode_request(prompt, mode)
+        logits, meta = self.force(prompt.input_ids, prompt.gold_ids, fusion)
+        return logits, self._usage(meta, mode)
+
+    def force(
+        self, input_ids: Sequence[int], answer_ids: Sequence[int], fusion: FusionRequest | None
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Logits that predict each token of a given answer, with those before it forced.
+
+        Parameters
+        ----------
+        input_ids : sequence of int
+            The prompt.
+        answer_ids : sequence of int
+            The answer, at least one token.
+        fusion : FusionRequest or None
+            What the request asks of fusion; None sends no fusion fields at all.
+
+        Returns
+        -------
+        ndarray
+            ``(answer tokens, vocabulary)``, float32, as the engine sampled from them.
+        dict
+            ``meta_info`` of the request.
+        """
+        forced = list(answer_ids)
         file = Path(self._scratch.name) / "logits.bin"
         answer = self._engine.generate(
-            input_ids=prompt.input_ids,
+            input_ids=list(input_ids),
             sampling_params={
                 "temperature": 0.0,
-                "max_new_tokens": len(gold),
+                "max_new_tokens": len(forced),
                 "ignore_eos": True,
-                "custom_params": forcing_params(gold, file),
+                "custom_params": forcing_params(forced, file),
             },
             custom_logit_processor=self._processor,
-            kv_hints=None if without_hints else mode_request(prompt, mode).to_kv_hints(),
+            kv_hints=None if fusion is None else fusion.to_kv_hints(),
         )
-        if list(answer["output_ids"]) != gold:
+        if list(answer["output_ids"]) != forced:
             raise RuntimeError(
-                f"forced answer of {prompt.example.id} came out as {answer['output_ids']}, "
-                f"expected {gold}: the engine sampled in the middle of the prompt"
+                f"a forced answer came out as {answer['output_ids']}, expected {forced}: "
+                "the engine sampled in the middle of the prompt"
             )
-        logits = read_logits(file, len(gold))[:, : self._vocabulary]
-        return logits, self._usage(answer["meta_info"], mode)
+        return read_logits(file, len(forced))[:, : self._vocabulary], answer["meta_info"]
 
     def _usage(self, meta: dict[str, Any], mode: Mode) -> dict[str, Any]:
         prompt_tokens, cached = int(meta["prompt_tokens"]), int(meta["cached_tokens"])

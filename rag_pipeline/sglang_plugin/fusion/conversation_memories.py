@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 CONVERSATION_MEMORIES: Registry[type[ConversationMemory]] = Registry(
     "conversation memory",
     "rag_pipeline.conversation_memories",
-    {"turns": "rag_pipeline.sglang_plugin.fusion.conversations.turns:TurnMemory"},
+    {
+        "turns": "rag_pipeline.sglang_plugin.fusion.conversations.turns:TurnMemory",
+        "cached_attention": "rag_pipeline.sglang_plugin.fusion.conversations.cached_attention:CachedAttentionMemory",
+    },
 )
 """Classes of :class:`~.conversations.base.ConversationMemory`; the setting ``fusion.conversation_memory`` names one."""

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunk_cache import hash_token_ids
 from fusion_world import model
+from fusion_world.recipes import PREFIXES
 from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
@@ -187,6 +189,31 @@ def tree_is_exact(server: Any) -> None:
         slots = torch.tensor([node.slot for node in path])
         found = server.pool.keys[:, slots], server.pool.values[:, slots]
         assert _same(found, model.truth(server.epoch, ids)), "approximate KV was published as exact"
+
+
+def exact_turns_are_exact(server: Any) -> None:
+    """(c) A stored turn that is marked exact holds what plain prefill computes, its chain of exact turns in front."""
+    table, store = server.runtime.conversations.table, server.runtime.store
+    prefixes = {hash_token_ids(prefix): prefix for prefix in PREFIXES}
+    for turns in table._spaces.values():
+        whole: dict[int, tuple[int, ...]] = {}
+        for turn in turns:
+            if not turn.exact:
+                continue
+            # What stands in front of a first turn is one of the prefixes.
+            front = whole[turn.parent] if turn.parent else prefixes[turn.before]
+            ids = (*front[: turn.start], *turn.ids.tolist())
+            whole[turn.number] = ids
+            assert turn.before == hash_token_ids(ids[: turn.start])
+            with store.borrow(turn.key) as record:
+                if record is None or turn.key in server.proven:
+                    continue
+                keys, values = model.truth(server.epoch, ids)
+                found, part = (record.k, record.v), slice(turn.start, len(ids))
+                assert _same(found, (keys[:, part], values[:, part])), (
+                    "an approximate turn is exact"
+                )
+                server.proven.add(turn.key)
 
 
 def nothing_is_held(server: Any) -> None:

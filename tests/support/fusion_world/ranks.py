@@ -12,6 +12,7 @@ import torch
 
 from fusion_world.server import Server
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.runtime import runtime
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
@@ -37,9 +38,11 @@ class Ranks:
     ----------
     size : int
         How many; with one, nothing is exchanged.
+    memory : type
+        Conversation memory.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, memory: type[TurnMemory] = TurnMemory) -> None:
         self._turn = threading.Condition()
         self._boxes: list[list[Any]] = [[] for _ in range(size)]
         self._ended = [False] * size
@@ -60,7 +63,7 @@ class Ranks:
             )
             for rank in range(size)
         ]
-        self.servers = [Server(group, rank, size) for rank, group in enumerate(groups)]
+        self.servers = [Server(group, rank, size, memory) for rank, group in enumerate(groups)]
         for modules, server in zip(self._modules, self.servers, strict=True):
             modules[runtime, "_RUNTIME"] = server.runtime
 

@@ -101,9 +101,17 @@ class Server:
         Of this rank.
     rank, size : int
         Its place in the group.
+    memory : type
+        Conversation memory.
     """
 
-    def __init__(self, group: RankGroup | None = None, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self,
+        group: RankGroup | None = None,
+        rank: int = 0,
+        size: int = 1,
+        memory: type[TurnMemory] = TurnMemory,
+    ) -> None:
         self.epoch = 0
         self.pool = model.Pool(SLOTS)
         self.tree = Tree(list(range(1, SLOTS)))
@@ -115,6 +123,7 @@ class Server:
         self.trace: list[Any] = []
         self.known: dict[Any, checks.Made] = {}
         self.seen: list[Any] = []
+        self.proven: set[Any] = set()
         self.fails_at: int | None = None
         self.broken: AssertionError | None = None
         facts = ModelFacts(
@@ -142,7 +151,7 @@ class Server:
         self.runtime.store = MemoryStore(
             4 << 20, matcher=ChunkMatcher(min_match=LEAST, min_piece=LEAST)
         )
-        self.runtime.conversations = TurnMemory(self.runtime)
+        self.runtime.conversations = memory(self.runtime)
         self.runtime.max_prompt = MAX_LENGTH - 20
         self.runtime.passage = torch.tensor(PASSAGE).numpy()
         allocator = SimpleNamespace(

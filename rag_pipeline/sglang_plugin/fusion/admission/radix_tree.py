@@ -18,6 +18,9 @@ from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
+_NO_FAULTS = ("miss", "in_exact_prefix")
+"""Reasons to prefill as usual that say nothing against the KV that was computed."""
+
 
 def around_checkpoint(
     original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **kwargs: Any
@@ -64,7 +67,10 @@ def finished_turn(
     """
     if not state.request.conversation or not state.done:
         return None
-    if state.report.fallback or _was_aborted(req):
+    told = state.report.fallback
+    if told and (told not in _NO_FAULTS or state.exact_limit is not None):
+        return None
+    if _was_aborted(req):
         return None
     # With overlapped scheduling the last token's KV may still be on its way: the next turn computes it.
     written = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1

@@ -35,6 +35,31 @@ def namespace_of(state: RequestState, tenant: RadixNamespace) -> str:
     return repr(own if method is None else (*own, method.identity))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TurnPlace:
+    """Where a turn begins that is to be kept, and what it was computed behind.
+
+    Attributes
+    ----------
+    start : int
+        First position that is kept.
+    parent : int
+        Number of the stored turn in front of it; 0 for the exact prefix alone.
+    behind : tuple
+        What its KV depends on besides the namespace and the tokens in front; goes into the key.
+    is_exact : bool
+        Plain prefill computed it, and all in front of it.
+    is_alone : bool
+        The conversation goes on from this turn only: all others of it are let go of.
+    """
+
+    start: int
+    parent: int
+    behind: tuple[object, ...]
+    is_exact: bool = False
+    is_alone: bool = False
+
+
 class TurnMemory(ConversationMemory):
     """Every turn whole, as a tree: a turn was computed behind another one, or behind the exact prefix alone."""
 
@@ -87,24 +112,23 @@ class TurnMemory(ConversationMemory):
     def keep(self, turn: FinishedTurn) -> bool:
         """Store what the turn computed behind its exact prefix and behind the turns that it loaded."""
         runtime, state, facts = self.runtime, turn.state, self.runtime.facts
-        if state.exact_limit is None:
-            return False
         assert facts is not None
         owner, ids, end = turn.tenant.owner, turn.ids, turn.kv_len
         namespace = namespace_of(state, turn.tenant)
-        start = max(state.exact_limit, state.turns_end)
-        if end - start < runtime.config.min_reused_tokens:
+        place = self.place_of(turn, namespace)
+        if place is None or end - place.start < runtime.config.min_reused_tokens:
             return False
+        start = place.start
         key: ChunkKey | None = None
 
         def store() -> str:
             nonlocal key
             if not runtime.may_store(state.epoch, state.radix_len):
                 return "not_stored"
-            if not self.table.has_room(namespace, tenant=owner):
+            if not (place.is_alone or self.table.has_room(namespace, tenant=owner)):
                 return "not_stored"
             context = facts.context(
-                prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, state.turn))
+                prefix_digest=hash_token_ids(ids[:start]), tenant=repr((namespace, *place.behind))
             )
             own = ChunkKey.of(context, ids[start:])
             build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=owner)
@@ -132,9 +156,19 @@ class TurnMemory(ConversationMemory):
             runtime.metrics.count("turns", "not_stored")
             return False
         assert key is not None
-        self.table.add(namespace, ids, start, state.turn, key, tenant=owner)
+        if place.is_alone:
+            self.table.drop(namespace, tenant=owner)
+        self.table.add(namespace, ids, start, place.parent, key, tenant=owner, exact=place.is_exact)
         runtime.metrics.count("turns", "stored")
         return True
+
+    def place_of(self, turn: FinishedTurn, namespace: str) -> TurnPlace | None:
+        """Where the part of a finished turn begins that is kept; None to keep nothing. The same on every rank."""
+        state = turn.state
+        if state.exact_limit is None:
+            return None
+        start = max(state.exact_limit, state.turns_end)
+        return TurnPlace(start=start, parent=state.turn, behind=(state.turn,))
 
     def forget(self, keys: Collection[ChunkKey] | None = None) -> None:
         """Forget all; of single records the table finds out by itself that they are gone."""

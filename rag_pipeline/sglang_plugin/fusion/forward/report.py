@@ -34,6 +34,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.fresh_tokens = report.prompt_tokens - report.exact_prefix_tokens - loaded
     turns = sum(span.end - span.start for span in state.spans if span.is_turn)
     report.conversation_tokens = min(turns, report.reused_tokens)
+    moved = sum(span.end - span.start for span in state.spans if span.is_turn and span.delta)
+    report.moved_tokens = min(moved, report.conversation_tokens)
     if loaded:
         report.policy = state.policy.name
         report.ratio = round(state.planned_ratio, 6)

@@ -75,7 +75,7 @@ class Resolved:
         Where the KV of earlier turns ends; 0 without.
     turn : int
         What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the turn
-        that ends there.
+        that ends there, negative where a cut has moved it.
     method : AttentionMethod or None
         Says which keys the computed rows read; None for all.
     """

@@ -28,6 +28,8 @@ class UsageReport:
         Share of the reused tokens that it planned for: its nominal ratio, more where it goes by what loading takes.
     conversation_tokens : int
         Of the reused tokens, those that earlier turns of the conversation left.
+    moved_tokens : int
+        Of those, what stands at another position since the oldest turns were cut; not in the report where none does.
     fallback : str
         Why the prompt, or a part of it, was prefilled as usual; empty if it was not.
     runs : list of [int, int]
@@ -50,10 +52,13 @@ class UsageReport:
     conversation_tokens: int = 0
     runs: list[list[int]] = dataclasses.field(default_factory=list)
     attention: str = ""
+    moved_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
         fields = dataclasses.asdict(self)
         if not self.attention:
             del fields["attention"]
+        if not self.moved_tokens:
+            del fields["moved_tokens"]
         return fields

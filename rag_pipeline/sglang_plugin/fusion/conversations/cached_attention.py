@@ -1,0 +1,106 @@
+"""Conversations that go on past the context window with their KV (CachedAttention, arXiv 2403.19708, section 3.4).
+
+Past the window a client cuts the oldest turns. Every token behind the cut then stands at a smaller position, so the
+radix tree and a store that compares positions find nothing. Here the turns that stay are found at their old place and
+loaded at the new one: keys are rotated by the difference, values are taken as they are ("decoupled KV cache
+truncation"). For that exact turns are kept as well, which the tree alone would hold otherwise.
+
+Deviations from the paper: keys are stored rotated and moved by the difference of positions, which is the same rotation
+up to rounding; the part in front of the first turn stays, so that the first tokens of the prompt, which attract
+attention, are those that the model saw; what was moved is stored once more where it stands now, and the turns from
+before the cut are let go of.
+
+Moved KV is approximate: behind layer 0 it still holds something of the turns that were cut. It is never marked exact,
+and the radix tree gets nothing behind its first token.
+"""
+
+from __future__ import annotations
+
+from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import MovedRun
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import (
+    TurnMemory,
+    TurnPlace,
+    namespace_of,
+)
+from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+
+
+class CachedAttentionMemory(TurnMemory):
+    """Every turn whole, exact ones too; a prompt whose oldest turns were cut loads the others moved."""
+
+    name = "cached_attention"
+
+    def lease(self, state: RequestState, tenant: RadixNamespace) -> None:
+        """Lease turns where they stand; behind them, or instead of them, turns that a cut has moved."""
+        super().lease(state, tenant)
+        runtime, held = self.runtime, state.spans
+        low = max(state.radix_len, state.turns_end)
+        least = runtime.config.min_reused_tokens
+        if state.prompt.size - low < least:
+            return  # alike on every rank, as all of it is
+        moved: list[LeasedSpan] = []
+
+        def offer() -> tuple[int, int, int, int] | None:
+            run = self._find(state, tenant, low)
+            if run is None:
+                return None
+            for match in run.matches:
+                if match.prompt_end <= low:
+                    continue
+                clipped = match.clipped(low, match.prompt_end)
+                found = runtime.store.acquire_matches(state.prompt, [clipped])
+                if not found:
+                    break
+                span = LeasedSpan(match=clipped, lease=found[0][1], is_turn=True)
+                state.lease([span])
+                moved.append(span)
+            if not moved:
+                return None
+            return run.number, run.distance, moved[0].start, moved[-1].end
+
+        offers = runtime.group.gather(offer)
+        agreed = offers[0] if len(set(offers)) == 1 else None
+        if agreed is None or agreed[3] - agreed[2] < least:
+            state.retain(held)
+            return
+        state.set_turns([*held, *moved], end=agreed[3], turn=-agreed[0])
+        runtime.metrics.count("turns", "tokens_moved", agreed[3] - agreed[2])
+
+    def _find(self, state: RequestState, tenant: RadixNamespace, low: int) -> MovedRun | None:
+        namespace = namespace_of(state, tenant)
+        run = self.table.find_moved(
+            namespace,
+            state.prompt,
+            tenant=tenant.owner,
+            at_least=self.runtime.config.min_reused_tokens,
+        )
+        return run if run is not None and run.matches[-1].prompt_end > low else None
+
+    def place_of(self, turn: FinishedTurn, namespace: str) -> TurnPlace | None:
+        """Behind the stored turns that the turn goes on from; of a cut conversation all that is left of it."""
+        state = turn.state
+        if state.turn > 0:
+            return super().place_of(turn, namespace)
+        # The part that conversations share is never cut, and many would store it.
+        first = state.request.prefix_len
+        if state.turn < 0:
+            return TurnPlace(start=first, parent=0, behind=("moved", -state.turn), is_alone=True)
+
+        def exact_end() -> tuple[int, int]:
+            chain = self.table.find(namespace, turn.ids, tenant=turn.tenant.owner, exact=True)
+            limit = turn.kv_len if state.exact_limit is None else state.exact_limit
+            chain = [(stored, match) for stored, match in chain if stored.start < limit]
+            if not chain:
+                return first, 0
+            return min(chain[-1][1].prompt_end, limit), chain[-1][0].number
+
+        ends = set(self.runtime.group.gather(exact_end))
+        if len(ends) > 1:
+            return None
+        ((start, parent),) = ends
+        is_exact = state.exact_limit is None
+        # Exact and approximate KV of the same tokens have different keys.
+        return TurnPlace(start=start, parent=parent, behind=(parent, is_exact), is_exact=is_exact)
