@@ -79,11 +79,12 @@ class ChatSGLangRag(ChatOpenAI):
         then lie on this machine.
     chunk_template, context_header : str
         How a document stands in the prompt; as for :class:`rag_pipeline.PromptBuilder`.
-    truncation, cut_share : str, float
+    chat_truncation, cut_share : str, float
         What becomes of a conversation that does not fit the context: ``auto`` cuts its oldest
         turns, that share of the context at once, and says so in
         ``response_metadata["rag"]["truncated"]``; ``disabled`` refuses it. For requests that are
-        laid out here: with documents or a conversation's name.
+        laid out here: with documents or a conversation's name. (``truncation`` is a field of
+        ``ChatOpenAI``, for OpenAI's Responses API.)
     temperature, top_p : float or None
         Greedy by default.
 
@@ -112,7 +113,7 @@ class ChatSGLangRag(ChatOpenAI):
     tokenizer: str | None = None
     chunk_template: str = DEFAULT_CHUNK_TEMPLATE
     context_header: str = DEFAULT_CONTEXT_HEADER
-    truncation: Truncation = "auto"
+    chat_truncation: Truncation = "auto"
     cut_share: float = CUT_SHARE
 
     _lock: Lock = PrivateAttr(default_factory=Lock)
@@ -245,7 +246,7 @@ class ChatSGLangRag(ChatOpenAI):
         if room is None:
             room = kwargs["max_tokens"] = DEFAULT_ANSWER_TOKENS
         layout = self._layouts().build(
-            messages, documents or (), max_new_tokens=room, truncation=self.truncation
+            messages, documents or (), max_new_tokens=room, truncation=self.chat_truncation
         )
         fusion = FusionChoice.of(self).request(
             layout.spans, prefix_len=layout.prefix_len, conversation=conversation

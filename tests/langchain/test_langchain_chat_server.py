@@ -188,7 +188,7 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(model: ChatSGLan
     assert report["usage"]["prompt_tokens"] <= limit
     *_, last = model.stream(asked, conversation="long")
     assert last.response_metadata["rag"]["truncated"] == report["truncated"]
-    strict = model.model_copy(update={"truncation": "disabled"})
+    strict = model.model_copy(update={"chat_truncation": "disabled"})
     with pytest.raises(RagPipelineError, match="shorten it"):
         strict.invoke(asked, conversation="long")
 

@@ -195,3 +195,16 @@ def test_the_suite_is_installed() -> None:
     """Without it the classes above would collect nothing."""
     assert importlib.util.find_spec("langchain_tests") is not None
     assert sum(name.startswith("test_") for name in dir(TestChatSGLangRagUnit)) >= 9
+
+
+def test_what_is_done_here_is_not_sent_to_the_chat_endpoint() -> None:
+    """The fields of this class must be none of those that ``ChatOpenAI`` puts into a request."""
+    sent = ChatSGLangRag(max_tokens=8)._get_request_payload([HumanMessage("Q")])
+    assert set(sent) == {
+        "model",
+        "messages",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "stream",
+    }
