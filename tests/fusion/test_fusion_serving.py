@@ -25,8 +25,9 @@ def turn(local, times):
         local.step()
 
 
-def test_a_miss_is_served_as_usual_and_built_when_the_engine_is_idle(engine):
+def test_a_miss_is_served_as_usual_and_built_when_the_engine_is_idle(engine, monkeypatch):
     local = engine("llama")
+    monkeypatch.setattr(local.runtime, "build_share", BuildShare(0.0))
     ids, spans = lay_out(CHUNKS, tokens(9, 3))
     plain = local.ask(ids, 4, fusion={"mode": "off"})
     local.flush()

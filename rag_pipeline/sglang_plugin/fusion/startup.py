@@ -114,7 +114,7 @@ def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any
     """Run after ``get_internal_state``: ``/server_info`` shows what fusion is doing."""
     runtime = get_runtime()
     if runtime is not None:
-        order = CacheOrder.decode(args[0].rid if args else None)
+        order = CacheOrder.decode(getattr(args[0], "rid", None) if args else None)
         if order is not None:
             result.internal_state[CACHE_KEY] = _desk(runtime).take(order)
         # Where fusion is off nobody serves the queue, and nobody need wait for it.
