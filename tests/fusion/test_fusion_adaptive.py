@@ -67,7 +67,7 @@ def test_the_ratio_rises_where_loading_is_the_longer_part(below):
     assert memory < throttled <= 0.5
     assert memory <= disk <= throttled
     counts = below.runtime.metrics.to_json()
-    assert counts["planned_ratio.count"] > 30
+    assert counts["planned_ratio.count"] == 1  # since memory was emptied
     assert below.runtime.status()["rates"]["bytes_per_s"].keys() == {MEMORY, "slow"}
 
 

@@ -50,7 +50,10 @@ def small_engine(engine, monkeypatch, folder, eviction, room):
     monkeypatch.setattr(local.runtime, "store", MemoryStore(budget, eviction=policy))
     with (
         opened(local, monkeypatch, "disk", folder) as below,
-        attribute(local.scheduler, "max_running_requests", 1),
+        # One request runs at a time.
+        attribute(
+            local.scheduler, "get_num_allocatable_reqs", lambda running, *_, **__: 1 - running
+        ),
     ):
         yield Small(below)
 
@@ -76,14 +79,14 @@ def test_what_a_waiting_request_needs_is_not_evicted(
 def test_chunks_of_the_next_requests_are_fetched_ahead_within_the_window(
     engine, monkeypatch, tmp_path
 ):
-    with small_engine(engine, monkeypatch, tmp_path / "kv", "lookahead", 2.5) as small:
+    with small_engine(engine, monkeypatch, tmp_path / "kv", "lookahead", 3.5) as small:
         small.runtime.store.clear()
         before = small.below.counts("disk").get("opened", 0)
         first = small.building(MORE[0])
         reqs = [small.waiting(chunk) for chunk in CHUNKS[:3]]
         assert not any(req.rag_fusion.has_begun for req in reqs)
         small.local.step()
-        # Memory holds two jobs of one chunk each.
+        # A job reads 1.5 chunks on average (one of three came before these): memory holds two of them.
         assert [req.rag_fusion.has_begun for req in reqs] == [True, True, False]
         assert small.below.counts("tiers")["fetched_ahead"] == 2
         small.local.run(first, *reqs)

@@ -101,15 +101,14 @@ def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
     """
     if not _may_fetch(runtime, state):
         return False
-    by_queue = runtime.store.uses_queue
-    if runtime.group.size == 1 and not state.fetches and not by_queue:
+    if runtime.group.size == 1 and not state.wanted:
         return False
     return any(runtime.group.gather(lambda: _waits(runtime, adder, state)))
 
 
 def _waits(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
     fetcher, layers = runtime.fetcher, runtime.config.preload_layers
-    if fetcher is not None and runtime.store.uses_queue:
+    if fetcher is not None:
         _begin_late(runtime, fetcher, state)
     if fetcher is None or not state.fetches:
         return False
