@@ -71,7 +71,8 @@ class Below:
         for chunk in CHUNKS[:3]:
             local.build(PREFIX_IDS, chunk)
             # A small memory gives up what was built before: the folder has it.
-            self.keys += [key for key in self.runtime.store.keys() if key not in self.keys]
+            stored = self.runtime.store.keys()
+            self.keys += [key for key in stored if key not in self.keys]
         assert len(self.keys) == 3
         local.flush()
         assert self.runtime.tiers.drain(60)
