@@ -186,8 +186,11 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(model: ChatSGLan
     assert report["documents"] == []
     limit = model._layouts().context_length
     assert report["usage"]["prompt_tokens"] <= limit
-    *_, last = model.stream(asked, conversation="long")
-    assert last.response_metadata["rag"]["truncated"] == report["truncated"]
+    first, *others = model.stream(asked, conversation="long")
+    streamed: Any = first
+    for piece in others:
+        streamed += piece
+    assert streamed.response_metadata["rag"]["truncated"] == report["truncated"]
     strict = model.model_copy(update={"chat_truncation": "disabled"})
     with pytest.raises(RagPipelineError, match="shorten it"):
         strict.invoke(asked, conversation="long")
@@ -220,7 +223,9 @@ def test_without_documents_it_is_an_ordinary_chat_model(
 def test_what_cannot_be_is_refused(
     model: ChatSGLangRag, model_server: str, documents: list[Document]
 ) -> None:
-    with pytest.raises(RagPipelineError, match="tools and documents in one request"):
+    with pytest.raises(
+        RagPipelineError, match="tools and documents, or a conversation, in one request"
+    ):
         model.invoke("Q", documents=documents, tools=[{"type": "function"}])
     with pytest.raises(RagPipelineError, match="the context holds"):
         model.invoke("word " * 9000, documents=[])
