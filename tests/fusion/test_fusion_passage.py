@@ -142,8 +142,8 @@ def test_ranks_must_have_the_same_variant(local, monkeypatch):
         def _exchange(self, vote):
             is_fine, value = vote
             if isinstance(value, tuple):
-                runs, missing = value
-                value = [run for run in runs if not run[4]], missing
+                runs, *others = value
+                value = [run for run in runs if not run[4]], *others
             return [vote, (is_fine, value)]
 
     monkeypatch.setattr(local.runtime, "group", Group())
