@@ -34,6 +34,7 @@ def batch_of(mode: ForwardMode) -> Any:
         extend_prefix_lens_cpu=[0],
         model_specific_states=None,
         batch_size=1,
+        extend_num_tokens=60,
     )
 
 
