@@ -108,9 +108,9 @@ def test_an_attention_method(ask, layout) -> None:
     fusion = FusionRequest(attention="sink_window:block=16+recent=2", policy="reuse")
     first = told(ask(layout["ids"], fusion))
     assert first["attention"].startswith("sink_window")
-    # What it computed is approximate: nobody else finds it.
+    # What it computed is approximate: nobody else finds it. The system part may have come from a build since.
     second = told(ask(layout["ids"], FusionRequest(spans=layout["spans"], policy="full")))
-    assert second["exact_prefix_tokens"] == 0
+    assert second["exact_prefix_tokens"] in (0, layout["system"])
     assert "attention" not in second
 
 
