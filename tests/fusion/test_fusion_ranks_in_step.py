@@ -456,7 +456,9 @@ def test_turns_behind_a_cut_are_moved_alike_on_both_ranks(make_pair, lost):
 def test_a_request_waits_on_both_ranks_while_one_of_them_fetches(make_pair, monkeypatch, comes):
     """Rank 1 has its chunk in memory, rank 0 hears of its own later, or not in time."""
     pair = make_pair()
-    fetch = SimpleNamespace(has_header=False, has_layers=lambda number: True)
+    fetch = SimpleNamespace(
+        has_header=False, has_layers=lambda number: True, is_ended=False, loading=None
+    )
     fusion = FusionRequest(spans=((4, 86),), prefix_len=4)
     reqs = [Request([*PREFIX, *CHUNKS[0], *QUESTION], fusion) for _ in range(2)]
     state_of(reqs[0]).await_fetches([fetch])
