@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from chunk_cache.errors import ChunkCacheError
-from chunk_cache.keys import ChunkKey, KVContext, TokenIds
+from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
-from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.encoding import (
     DamagedRecordError,
     EncodedRecord,
@@ -31,11 +29,13 @@ from chunk_cache.tiers.encoding import (
     encode_record,
     read_header,
 )
-from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
 from chunk_cache.tiers.remote.described import describe_context, read_description
+from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
+from chunk_cache.tiers.remote.valkey_durability import Durability
 
 _PREFIX = "ragkv:2:"
+_SCRATCH = f"{_PREFIX}w:"
 _TIMEOUT_S = 1.0
 """Longest that one read of the socket waits, by default; also what a request waits for all layers of a record."""
 _WRITING_S = 300
@@ -46,14 +46,10 @@ _READ_BYTES = 1 << 20
 """Bytes per read of the socket."""
 _FETCHES = 2
 """Calls for layers that run at once."""
-_SAVE_S = 60.0
-"""Longest that :meth:`ValkeyTier.sync` waits for the server's disk."""
-_LOG_S = 5.0
-"""The same where it only has to sync its log, which it does every second."""
 _BATCH = 1000
 
 
-class ValkeyTier(Tier):
+class ValkeyTier(HeaderFirstTier):
     """Records in a server that several engines share: the remote tier ``valkey``.
 
     Parameters
@@ -72,27 +68,23 @@ class ValkeyTier(Tier):
     ------
     ChunkCacheError
         If the client is not installed.
-
-    Attributes
-    ----------
-    damaged_records : int
-        Records that were not what was written; they are deleted, so that they can be written anew.
     """
 
     def __init__(
         self, url: RemoteURL, *, byte_budget: int, model: str = "", codec: str = "plain"
     ) -> None:
+        super().__init__(wait_s=url.seconds("timeout", _TIMEOUT_S), calls=_FETCHES)
         self.url = url
         self.byte_budget = byte_budget
         self.model = model
         self.codec = codec
-        self.damaged_records = 0
-        self.wait_s = url.seconds("timeout", _TIMEOUT_S)
         self._ttl_ms = (
             round(1000 * url.seconds("ttl", _TIMEOUT_S)) if "ttl" in url.options else None
         )
-        self._gate = FetchGate(_FETCHES)
         self._client, self._errors = _client(url, self.wait_s)
+        self._durability = Durability(
+            self._client, shown=url.shown, wait_s=self.wait_s, scratch=_SCRATCH
+        )
         self._removed = False
         """Whether anything was removed since the last :meth:`sync`."""
 
@@ -119,32 +111,18 @@ class ValkeyTier(Tier):
         with self._answers():
             return bool(self._client.exists(_record(key)))
 
-    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
-        """Read the header in one round trip, and let the layers follow in a thread."""
+    def find(self, key: ChunkKey) -> FoundRecord | None:
+        """Read the header in one round trip."""
         header = self._header(key)
-        if header is None or not (header.token_ids == token_ids).all():
-            return None
-        return self._reader(header, self.wait_s)
 
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        """Read a whole record whatever its tokens are; ``None`` where it is damaged or gone."""
-        header = self._header(key)
-        if header is None:
-            return None
-        try:
-            return self._reader(header, 10 * self.wait_s).record()
-        except ChunkCacheError:  # counted where it was found
-            return None
+        def fetch(first: int, last: int) -> Sequence[bytes | None]:
+            with self._answers():
+                found: list[bytes | None] = self._client.hmget(
+                    _record(key), list(range(first, last))
+                )
+            return found
 
-    def token_ids(self, key: ChunkKey) -> TokenIds | None:
-        """Token ids of a record, from its header."""
-        header = self._header(key)
-        return None if header is None else header.token_ids
-
-    def size_of(self, key: ChunkKey) -> int:
-        """Bytes of a record, from its header."""
-        header = self._header(key)
-        return 0 if header is None else header.num_bytes
+        return None if header is None else FoundRecord(header, fetch)
 
     def _header(self, key: ChunkKey) -> RecordHeader | None:
         with self._answers():
@@ -158,30 +136,8 @@ class ValkeyTier(Tier):
             return None
         header = read_header(key, data)
         if header is None:
-            self._discard(key)
+            self.discard(key)
         return header if header is not None and header.can_decode else None
-
-    def _reader(self, header: RecordHeader, wait_s: float) -> PrefetchedRecord:
-        def fetch(first: int, last: int) -> Sequence[bytes | None]:
-            with self._answers():
-                found: list[bytes | None] = self._client.hmget(
-                    _record(header.key), list(range(first, last))
-                )
-            return found
-
-        return PrefetchedRecord(
-            header,
-            fetch,
-            wait_s=wait_s,
-            gate=self._gate,
-            damaged=lambda: self._discard(header.key),
-        )
-
-    def _discard(self, key: ChunkKey) -> None:
-        """Drop what is damaged: as long as it is there, nobody would write the record anew."""
-        self.damaged_records += 1
-        with contextlib.suppress(OSError), self._answers():
-            self._client.unlink(_record(key))
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -203,7 +159,7 @@ class ValkeyTier(Tier):
             encoded = encode_record(record, self.codec)
             if encoded.num_bytes > self.byte_budget:
                 return False
-            temporary = f"{_PREFIX}w:{secrets.token_hex(12)}"
+            temporary = f"{_SCRATCH}{secrets.token_hex(12)}"
             with self._answers():
                 try:
                     if not self._upload(temporary, encoded, told):
@@ -264,48 +220,8 @@ class ValkeyTier(Tier):
         if not self._removed:
             return
         with self._answers():
-            state = self._client.info("persistence")
-            if state.get("aof_enabled"):
-                self._wait_for_log()
-            elif self._client.config_get("save").get("save"):
-                self._save(state)
+            self._durability.settle()
         self._removed = False
-
-    def _wait_for_log(self) -> None:
-        """Have the log synced up to now."""
-        until = time.monotonic() + _LOG_S
-        # The server waits for what came before on the same connection, hence one connection and a write.
-        with self._client.client() as connection:
-            connection.set(f"{_PREFIX}w:{secrets.token_hex(12)}", b"", ex=1)
-            # In steps that are shorter than a read of the socket may last.
-            while not connection.execute_command("WAITAOF", 1, 0, max(1, int(500 * self.wait_s)))[
-                0
-            ]:
-                if time.monotonic() > until:
-                    raise ChunkCacheError(
-                        f"{self.url.shown} has not written its log to disk in {_LOG_S:g} s; "
-                        "give it appendfsync everysec or always"
-                    )
-
-    def _save(self, state: dict[str, Any]) -> None:
-        """Have a snapshot made that begins now."""
-        until = time.monotonic() + _SAVE_S
-        while state["rdb_bgsave_in_progress"]:
-            # It holds what was there when it began.
-            state = self._after_a_moment(until)
-        before = state["rdb_saves"]
-        self._client.bgsave()
-        while state["rdb_saves"] == before:
-            state = self._after_a_moment(until)
-            if not state["rdb_bgsave_in_progress"] and state["rdb_last_bgsave_status"] != "ok":
-                raise OSError(f"{self.url.shown} could not save its data")
-
-    def _after_a_moment(self, until: float) -> dict[str, Any]:
-        if time.monotonic() > until:
-            raise ChunkCacheError(f"{self.url.shown} has not saved its data in {_SAVE_S:g} s")
-        time.sleep(0.02)
-        state: dict[str, Any] = self._client.info("persistence")
-        return state
 
     # -- listing ------------------------------------------------------------------------------
 

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext
-from chunk_cache.keys import TokenIds
-from chunk_cache.tiers.base import LayerReader, Tier
+from chunk_cache import ChunkKey, ChunkKV, KVContext
 from chunk_cache.tiers.encoding import encode_record
-from chunk_cache.tiers.prefetch import FetchGate, PrefetchedRecord
+from chunk_cache.tiers.prefetch import Fetch
 from chunk_cache.tiers.remote.described import describe_context
+from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 from rag_pipeline.config import home_dir
 from rag_pipeline.sglang_plugin.hicache.backend import PageStore
@@ -30,7 +29,7 @@ _OWN = ("timeout", "catalog", "page_kib")
 """Options that are not the backend's."""
 
 
-class HiCacheTier(Tier):
+class HiCacheTier(HeaderFirstTier):
     """Records in a storage backend of SGLang's hierarchical cache: the remote tier ``hicache``.
 
     Parameters
@@ -50,12 +49,11 @@ class HiCacheTier(Tier):
     """
 
     def __init__(self, url: RemoteURL, *, byte_budget: int, model: str = "") -> None:
+        super().__init__(wait_s=url.seconds("timeout", 1.0), calls=2)
         self.url = url
         self.byte_budget = byte_budget
         self.model = model
         self.codec = "plain"
-        self.damaged_records = 0
-        self.wait_s = url.seconds("timeout", 1.0)
         self._page_bytes = round(1024 * url.seconds("page_kib", _PAGE_KIB))
         self._store = PageStore(
             url,
@@ -63,7 +61,6 @@ class HiCacheTier(Tier):
             options={k: v for k, v in url.options.items() if k not in _OWN},
         )
         self.catalog = Catalog(_catalog_folder(url))
-        self._gate = FetchGate(2)
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
@@ -87,32 +84,10 @@ class HiCacheTier(Tier):
         """Whether the catalog has it; its pages may still be gone."""
         return self.catalog.has(key)
 
-    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
-        """Read the header from the catalog, and let the layers follow in a thread."""
+    def find(self, key: ChunkKey) -> FoundRecord | None:
+        """Read the header from the catalog."""
         entry = self._find(key)
-        if entry is None or not (entry.header.token_ids == token_ids).all():
-            return None
-        return self._reader(entry, self.wait_s)
-
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        """Read a whole record whatever its tokens are; ``None`` where it is damaged or gone."""
-        entry = self._find(key)
-        if entry is None:
-            return None
-        try:
-            return self._reader(entry, 10 * self.wait_s).record()
-        except ChunkCacheError:
-            return None
-
-    def token_ids(self, key: ChunkKey) -> TokenIds | None:
-        """Token ids of a record, from its header."""
-        entry = self._find(key)
-        return None if entry is None else entry.header.token_ids
-
-    def size_of(self, key: ChunkKey) -> int:
-        """Bytes of a record, from its header."""
-        entry = self._find(key)
-        return 0 if entry is None else entry.header.num_bytes
+        return None if entry is None else FoundRecord(entry.header, self._fetch_of(entry))
 
     def _find(self, key: ChunkKey) -> Entry | None:
         entry = self.catalog.find(key)
@@ -122,7 +97,7 @@ class HiCacheTier(Tier):
             return None  # of a server that was given another page_kib
         return entry
 
-    def _reader(self, entry: Entry, wait_s: float) -> PrefetchedRecord:
+    def _fetch_of(self, entry: Entry) -> Fetch:
         header = entry.header
         body, size = header.header_bytes, self._page_bytes
         names = self._names(entry.label, header.num_bytes - body)
@@ -148,18 +123,7 @@ class HiCacheTier(Tier):
                 for index in range(first, last)
             ]
 
-        return PrefetchedRecord(
-            header,
-            fetch,
-            wait_s=wait_s,
-            gate=self._gate,
-            damaged=lambda: self._discard(header.key),
-        )
-
-    def _discard(self, key: ChunkKey) -> None:
-        """Make a damaged record not exist, so that it can be written anew."""
-        self.damaged_records += 1
-        self.remove(key)
+        return fetch
 
     # -- writing ------------------------------------------------------------------------------
 
