@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from shelf import Shelf
 
 from chunk_cache import (
     Build,
@@ -21,75 +22,47 @@ from chunk_cache import (
     DamagedRecordError,
     Fetcher,
     KVContext,
-    LayerKV,
     LoadError,
     MemoryStore,
     RecordForm,
-    Tier,
     TierChain,
     Timeline,
     layer_wise_seconds,
 )
+from rag_eval.slow_reader import SlowReader
 
 Make = Callable[..., ChunkKV]
 LAYERS = 4
 
 
-class GatedReader:
-    """A record of which a layer is read when the test lets it."""
+class GatedReader(SlowReader):
+    """A record of which a layer is read when the test lets it, and whose end the test hears of."""
 
     def __init__(self, tier: GatedTier, record: ChunkKV) -> None:
-        self.tier, self.record = tier, record
-        self.token_ids, self.base_position = record.token_ids, record.base_position
-        self.layout, self.num_layers = record.layout, record.num_layers
-        self.num_tokens = record.num_tokens
-        self.codec, self.is_lossless = record.codec, record.is_lossless
-
-    def close(self) -> None:
-        self.tier.closed.append(self.record.key)
-
-    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
-        self.tier.asked.append((self.record.key, index))
-        assert self.tier.gate.acquire(timeout=60)
-        if self.tier.fault is not None and index == self.tier.fault_at:
-            raise self.tier.fault
-        return self.record.layer(index, start, end)
+        super().__init__(record, lambda index: tier.wait_for(record.key, index))
+        self.close = lambda: tier.closed.append(record.key)
 
 
-class GatedTier(Tier):
-    """A dict whose records are read layer by layer."""
+class GatedTier(Shelf):
+    """A shelf whose records are read layer by layer."""
 
     def __init__(self) -> None:
-        self.records: dict[ChunkKey, ChunkKV] = {}
+        super().__init__()
         self.gate = threading.Semaphore(0)
         self.asked: list[tuple[ChunkKey, int]] = []
         self.closed: list[ChunkKey] = []
         self.fault: Exception | None = None
         self.fault_at = 1
 
-    @classmethod
-    def connect(cls, location: str, *, byte_budget: int, model: str) -> GatedTier:
-        return cls()
-
     def open(self, key: ChunkKey, token_ids: Any) -> GatedReader | None:
         record = self.get(key, token_ids)
         return None if record is None else GatedReader(self, record)
 
-    def contains(self, key: ChunkKey) -> bool:
-        return key in self.records
-
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        return self.records.get(key)
-
-    def put(self, record: ChunkKV, *, context: Any = None, tenant: Any = None) -> bool:
-        self.records[record.key] = record
-        return True
-
-    def remove(self, key: ChunkKey) -> bool:
-        return self.records.pop(key, None) is not None
-
-    def keys(self) -> Iterator[ChunkKey]:
-        return iter(list(self.records))
+    def wait_for(self, key: ChunkKey, layer: int) -> None:
+        self.asked.append((key, layer))
+        assert self.gate.acquire(timeout=60)
+        if self.fault is not None and layer == self.fault_at:
+            raise self.fault
 
 
 class World:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from shelf import Shelf
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext, MemoryStore, Tier, TierChain
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, KVContext, MemoryStore, TierChain
 
 Make = Callable[..., ChunkKV]
 
 
-class Shelf(Tier):
-    """A dict that can be told to fail, or to hang in a write."""
+class UnreliableShelf(Shelf):
+    """A shelf that can be told to fail, or to hang in a write."""
 
     def __init__(self) -> None:
-        self.records: dict[ChunkKey, ChunkKV] = {}
+        super().__init__()
         self.is_broken = False
         self.answers_late = False
         self.removals: list[ChunkKey] = []
@@ -27,30 +28,26 @@ class Shelf(Tier):
         self.may_write.set()
         self.writes = threading.Event()
 
-    @classmethod
-    def connect(cls, location: str, *, byte_budget: int, model: str) -> Shelf:
-        return cls()
-
     def _work(self) -> None:
         if self.is_broken:
             raise RuntimeError("no shelf")
 
     def contains(self, key: ChunkKey) -> bool:
         self._work()
-        return key in self.records
+        return super().contains(key)
 
     def read(self, key: ChunkKey) -> ChunkKV | None:
         self._work()
-        return self.records.get(key)
+        return super().read(key)
 
     def put(self, record: ChunkKV, *, context: Any = None, tenant: Any = None) -> bool:
         self._work()
         self.writes.set()
         assert self.may_write.wait(60)
-        self.records[record.key] = record
+        stored = super().put(record)
         if self.answers_late:
             raise TimeoutError("no answer")
-        return True
+        return stored
 
     def remove(self, key: ChunkKey) -> bool:
         self._work()
@@ -58,17 +55,14 @@ class Shelf(Tier):
         if self.refusals:
             self.refusals -= 1
             raise OSError("not now")
-        return self.records.pop(key, None) is not None
-
-    def keys(self) -> Iterator[ChunkKey]:
-        return iter(list(self.records))
+        return super().remove(key)
 
 
 class Shelves:
     """A chain of two shelves, and what it counted."""
 
     def __init__(self, **options: Any) -> None:
-        self.near, self.far = Shelf(), Shelf()
+        self.near, self.far = UnreliableShelf(), UnreliableShelf()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.failed: list[str] = []
         self.erased: set[ChunkKey] = set()

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+from shelf import Shelf
 
 from chunk_cache import (
     BackgroundWriter,
-    ChunkKey,
     ChunkKV,
     KVContext,
     MemoryStore,
-    Tier,
     load_store,
 )
 from chunk_cache.tiers import background_writer
 
 Make = Callable[..., ChunkKV]
-
-
-class Shelf(Tier):
-    """A dict, so that each test can spoil it."""
-
-    def __init__(self) -> None:
-        self.records: dict[ChunkKey, ChunkKV] = {}
-
-    @classmethod
-    def connect(cls, location: str, *, byte_budget: int, model: str) -> Shelf:
-        return cls()
-
-    def contains(self, key: ChunkKey) -> bool:
-        return key in self.records
-
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        return self.records.get(key)
-
-    def put(
-        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
-    ) -> bool:
-        self.records[record.key] = record
-        return True
-
-    def remove(self, key: ChunkKey) -> bool:
-        return self.records.pop(key, None) is not None
-
-    def keys(self) -> Iterator[ChunkKey]:
-        return iter(list(self.records))
 
 
 def test_a_record_of_another_key_is_damage(make_record: Make) -> None:

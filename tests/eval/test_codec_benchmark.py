@@ -8,6 +8,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkKV, StoreFolder, codec_named
 from rag_eval.benchmarks.codec_store import copy_with_codec
+from rag_eval.benchmarks import codecs
 from rag_eval.benchmarks.codecs import CodecBenchConfig
 from rag_eval.errors import EvalError
 
@@ -15,7 +16,7 @@ from rag_eval.errors import EvalError
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"limit": 0}, "--limit 0"),
+        ({"limit": 0}, "limit is 0"),
         ({"codecs": "fp8,plain"}, "give plain first"),
         ({"codecs": "plain,zip"}, "give plain first"),
         ({"modes": "full"}, "at least one that reuses"),
@@ -57,3 +58,24 @@ def test_a_record_that_the_codec_refuses_is_not_measured_as_if_it_had_been(tmp_p
     )
     with pytest.raises(EvalError, match="fp8 refused"):
         copy_with_codec(tmp_path / "source", tmp_path / "fp8", "fp8")
+
+
+@pytest.mark.parametrize(("words", "begins"), [(["--json"], "{"), ([], "plain ")])
+def test_the_command_prints_a_table_or_json(monkeypatch, capsys, words, begins):
+    distances = {"mean": 0.1, "se": 0.01}
+    row = {"bytes_per_token": 23040.0, "encode_mb_s": 1.0, "decode_mb_s": 1.0}
+    row["reuse"] = {"kl_to_plain": distances, "kl_to_full": distances}
+
+    def run(config, progress):
+        return {"codecs": {"plain": row}, "config": {"modes": config.modes}, "n": 8}
+
+    monkeypatch.setattr(codecs, "run", run)
+    assert codecs.main([*words, "--modes", "reuse", "--codecs", "plain"]) == 0
+    assert capsys.readouterr().out.startswith(begins)
+
+
+def test_a_wrong_number_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        codecs.main(["--limit", "0"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "limit is 0" in line

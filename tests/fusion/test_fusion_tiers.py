@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from fusion_helpers import CHUNKS, PREFIX, PREFIX_IDS, lay_out, registered, report, tokens
 
-from chunk_cache import TIERS, ChunkState, LayerKV, StoreFolder, Timeline
+from chunk_cache import TIERS, ChunkState, StoreFolder, Timeline
+from rag_eval.slow_reader import SlowReader
 from rag_pipeline.sglang_plugin.fusion.admission import fetching
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.runtime.rates import Rates
@@ -19,23 +20,6 @@ from rag_pipeline.sglang_plugin.fusion.runtime.rates import Rates
 PROMPT, SPANS = lay_out([CHUNKS[1], CHUNKS[0], CHUNKS[2]], tokens(9, 2))
 FUSE = {"spans": SPANS, "policy": "epic:0.3", "prefix_len": PREFIX}
 LAYERS = 5
-
-
-class SlowReader:
-    """A record whose layers are let through one by one, or come after a while."""
-
-    def __init__(self, record, tier):
-        self.record, self.tier = record, tier
-        self.token_ids, self.base_position = record.token_ids, record.base_position
-        self.layout, self.num_layers = record.layout, record.num_layers
-        self.num_tokens = record.num_tokens
-        self.codec, self.is_lossless = record.codec, record.is_lossless
-
-    def layer(self, index, start=0, end=None):
-        assert self.tier.opens.wait(60)
-        time.sleep(self.tier.layer_s)
-        found = self.record.layer(index, start, end)
-        return LayerKV(found.k.clone(), found.v.clone())
 
 
 class SlowFolder(StoreFolder):
@@ -48,7 +32,11 @@ class SlowFolder(StoreFolder):
     def open(self, key, token_ids):
         time.sleep(self.header_s)
         record = super().open(key, token_ids)
-        return None if record is None else SlowReader(record, self)
+        return None if record is None else SlowReader(record, self.wait_for_layer)
+
+    def wait_for_layer(self, index):
+        assert self.opens.wait(60)
+        time.sleep(self.layer_s)
 
 
 def outcome(req):

@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 from fusion_helpers import registered, report, tokens
+from shelf import Shelf
 
-from chunk_cache import KV_LAYOUTS, TIERS, LayerKV, Tier
+from chunk_cache import KV_LAYOUTS, TIERS, LayerKV
 from chunk_cache.layouts.heads import HeadsLayout
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.forward import fused_forward
@@ -70,36 +71,24 @@ def test_a_kv_layout(engine, monkeypatch):
         local.fresh()
 
 
-class DictTier(Tier):
-    """Records in a dictionary that outlives the engine, by location."""
+class DictTier(Shelf):
+    """A shelf that outlives the engine, by location, and keeps what its namespaces stand for."""
 
     name = "dict"
     places: ClassVar[dict[str, DictTier]] = {}
 
     def __init__(self):
-        self.records, self.told = {}, {}
+        super().__init__()
+        self.told = {}
 
     @classmethod
     def connect(cls, location, *, byte_budget, model):
         return cls.places.setdefault(location, cls())
 
-    def contains(self, key):
-        return key in self.records
-
-    def read(self, key):
-        return self.records.get(key)
-
     def put(self, record, *, context=None, tenant=None):
-        self.records[record.key] = record
         if context is not None:
             self.told[context.namespace] = dataclasses.asdict(context) | {"tenant": tenant or ""}
-        return True
-
-    def remove(self, key):
-        return self.records.pop(key, None) is not None
-
-    def keys(self):
-        return iter(list(self.records))
+        return super().put(record)
 
     def describe(self, namespace):
         return self.told.get(namespace)

@@ -13,13 +13,12 @@ recomputes nothing, and shows the codec at its worst.
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ import numpy as np
 import torch
 
 from chunk_cache import CODECS, LOSSLESS
-from rag_eval.arguments import OneLineParser, parse_config
+from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.codec_store import copy_with_codec, fill_folder
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark
+from rag_eval.command import Progress, no_progress
 from rag_eval.datasets import DatasetOptions, load_dataset
 from rag_eval.errors import EvalError
 from rag_eval.metrics import kl_divergence, log_softmax
@@ -65,11 +66,7 @@ class CodecBenchConfig:
     """Order of chunks, distractors, generators."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "chunks", "chunk_tokens", "gold_tokens"):
-            if getattr(self, name) < 1:
-                raise EvalError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is >= 1"
-                )
+        require_at_least(self, 1, "limit", "chunks", "chunk_tokens", "gold_tokens")
         unknown = [name for name in self.codec_names if name not in CODECS.names()]
         if unknown or self.codec_names[0] != LOSSLESS:
             raise EvalError(
@@ -89,9 +86,7 @@ class CodecBenchConfig:
         return [mode for mode in parse_modes(self.modes) if mode.fused]
 
 
-def run(
-    config: CodecBenchConfig, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def run(config: CodecBenchConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Run the benchmark; starts one engine more than there are codecs, one after another.
 
     Parameters
@@ -214,32 +209,28 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.codecs", description=(__doc__ or "").splitlines()[0]
-    )
-    config, as_json = parse_config(parser, CodecBenchConfig, argv)
-    try:
-        report = run(config, lambda line: print(line, file=sys.stderr, flush=True))
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if as_json:
-        print(json.dumps(report))
-        return 0
+def table(report: dict[str, Any]) -> str:
+    """Format the report as text, a block per codec."""
+    lines = []
     for codec, row in report["codecs"].items():
-        print(
+        lines.append(
             f"{codec:6} {row['bytes_per_token']:9.0f} bytes/token   encode {row['encode_mb_s']:7.0f} MB/s"
             f"   decode {row['decode_mb_s']:7.0f} MB/s"
         )
-        for mode in config.fused_modes:
-            plain, full = row[mode.name]["kl_to_plain"], row[mode.name]["kl_to_full"]
-            print(
-                f"       {mode.name:12} KL to plain {plain['mean']:.5f} (s.e. {plain['se']:.5f})"
-                f"   KL to full {full['mean']:.5f} (s.e. {full['se']:.5f})   n={report['n']}"
-            )
-    return 0
+        for mode in parse_modes(report["config"]["modes"]):
+            if mode.fused:
+                plain, full = row[mode.name]["kl_to_plain"], row[mode.name]["kl_to_full"]
+                lines.append(
+                    f"       {mode.name:12} KL to plain {plain['mean']:.5f} (s.e. {plain['se']:.5f})"
+                    f"   KL to full {full['mean']:.5f} (s.e. {full['se']:.5f})   n={report['n']}"
+                )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Command line of the benchmark; progress on stderr, one JSON object or a table on stdout."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.codecs", __doc__)
+    return run_benchmark(parser, CodecBenchConfig, run, table, words)
 
 
 if __name__ == "__main__":

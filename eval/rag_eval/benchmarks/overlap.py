@@ -25,7 +25,6 @@ from chunk_cache import (
     ChunkKV,
     Fetcher,
     KVContext,
-    LayerKV,
     LayerReader,
     MemoryStore,
     RecordForm,
@@ -38,27 +37,13 @@ from chunk_cache import (
 from chunk_cache.keys import TokenIds
 from rag_eval.arguments import OneLineParser
 from rag_eval.benchmarks.store_config import CONTEXT, SYSTEM_TOKENS
+from rag_eval.slow_reader import SlowReader
 from rag_kernels import RotarySpec
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader, LoadItem
 
 _HEADS, _HEAD_DIM, _HIDDEN, _ROWS = 3, 64, 576, 256
 """Of SmolLM2-135M, and the rows that a forward computes."""
 _WAIT_S = 60.0
-
-
-class _Throttled:
-    """A record that arrives at so many seconds per layer."""
-
-    def __init__(self, record: ChunkKV, layer_s: float) -> None:
-        self._record, self._layer_s = record, layer_s
-        self.token_ids, self.base_position = record.token_ids, record.base_position
-        self.layout, self.num_layers = record.layout, record.num_layers
-        self.num_tokens = record.num_tokens
-        self.codec, self.is_lossless = record.codec, record.is_lossless
-
-    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
-        time.sleep(self._layer_s)
-        return self._record.layer(index, start, end)
 
 
 class _ThrottledTier(Tier):
@@ -72,7 +57,9 @@ class _ThrottledTier(Tier):
         raise NotImplementedError
 
     def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
-        return _Throttled(self.record, self.layer_s) if self.contains(key) else None
+        if not self.contains(key):
+            return None
+        return SlowReader(self.record, lambda index: time.sleep(self.layer_s))
 
     def contains(self, key: ChunkKey) -> bool:
         return key == self.record.key
