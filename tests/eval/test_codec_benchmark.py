@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chunk_cache import ChunkKey, ChunkKV, StoreFolder, codec_named
-from rag_eval.benchmarks.codec_store import copy_with_codec
 from rag_eval.benchmarks import codecs
+from rag_eval.benchmarks.codec_store import copy_with_codec
 from rag_eval.benchmarks.codecs import CodecBenchConfig
 from rag_eval.errors import EvalError
 
