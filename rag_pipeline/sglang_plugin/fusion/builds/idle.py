@@ -69,10 +69,15 @@ def before_idle(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     if _idle < _IDLE_TURNS:
         return
     _idle = 0
+    start_next(runtime, scheduler)
+
+
+def start_next(runtime: FusionRuntime, scheduler: Any) -> None:
+    """Start the next build that is worth it; all ranks call it in the same turn of the loop."""
     try:
         chunk = take(runtime)
     except Exception as error:
-        # Every rank is here: with all queues empty they are in step again.
+        # A vote that fails, fails on every rank: they stay in step.
         runtime.missing.clear()
         runtime.say_fault("background", error)
         return

@@ -24,22 +24,9 @@ def start_build(runtime: FusionRuntime, scheduler: Any, running_batch: Any) -> N
         return
     if internal_requests.running(scheduler):
         return
-    start_next(runtime, scheduler)
+    idle.start_next(runtime, scheduler)
 
 
 def _is_busy(scheduler: Any, running_batch: Any) -> bool:
     """Whether clients' requests are served; without any the idle engine builds at its own pace."""
     return bool(running_batch.reqs or scheduler.waiting_queue or scheduler.chunked_req)
-
-
-def start_next(runtime: FusionRuntime, scheduler: Any) -> None:
-    """Start the next build that is worth it."""
-    try:
-        chunk = idle.take(runtime)
-    except Exception as error:
-        # A vote that fails, fails on every rank: they stay in step.
-        runtime.missing.clear()
-        runtime.say_fault("background", error)
-        return
-    if chunk is not None:
-        idle.start(runtime, scheduler, chunk)
