@@ -148,11 +148,16 @@ def _choose_automatic(tenants: Tenants, given: bool | None) -> None:
 
 def _choose_remote(given: str | None) -> None:
     """Tell the engine its remote tier: the flag, else the setting. A bad address ends the command here."""
+    from chunk_cache.tiers.remote.url import parse_remote_url
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()
     if given is None:
         return
+    try:
+        parse_remote_url(given)
+    except ValueError as error:
+        raise RagPipelineError(f"--kv-remote: {error}") from None
     config = dataclasses.replace(config, remote=given)
     os.environ[FUSION_VARIABLE] = config.to_env()
     if "@" in given:

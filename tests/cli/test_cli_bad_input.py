@@ -174,5 +174,5 @@ def test_a_remote_tier_without_a_proper_address(
 ) -> None:
     words = ["serve", "--index", str(small_index), "--kv-remote", "valkey://:hunter22@h:port"]
     line = refused(words, capsys)
-    assert "remote tier 'valkey://h:port' is no address" in line
+    assert "--kv-remote: remote tier 'valkey://h:port' is no address" in line
     assert "hunter22" not in line
