@@ -66,7 +66,7 @@ def check_manifest(folder: Path) -> None:
     try:
         found = json.loads(manifest.read_bytes())
         kind, version = found["format"], found["version"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ChunkCacheError(
             f"{folder} is not a chunk store (no store.json): export one there first"
         ) from None
