@@ -10,6 +10,8 @@ import json
 import torch
 
 from rag_kernels import (
+    BlockMask,
+    RequestBlocks,
     RotarySpec,
     plan_position_causal,
     plan_span_load,
@@ -19,7 +21,22 @@ from rag_kernels import (
 from rag_kernels.load_triton import load_spans_triton
 
 
-def reference(q, k, v, positions, slots, scale, window=None, cap=None):
+def readable(blocks, heads, positions, keys):
+    """Keys that the blocks leave to each row; bool ``[heads, R, keys]``, one key and row at a time."""
+    seen = torch.ones(heads, positions.numel(), keys, dtype=torch.bool)
+    if blocks is None:
+        return seen
+    for row, position in enumerate(positions.tolist()):
+        for key in range(keys):
+            block, own = key // blocks.key_block, position // blocks.key_block
+            if block < own:
+                at = position // blocks.query_block - blocks.first_query_block
+                allowed = blocks.allowed[:, at, block]
+                seen[:, row, key] = allowed.repeat_interleave(heads // allowed.numel())
+    return seen
+
+
+def reference(q, k, v, positions, slots, scale, window=None, cap=None, blocks=None):
     """Plain fp32 attention of one request, mask written out."""
     group = q.shape[1] // k.shape[1]
     kk = k[slots].float().repeat_interleave(group, 1)
@@ -31,6 +48,7 @@ def reference(q, k, v, positions, slots, scale, window=None, cap=None):
     hidden = key > positions[:, None]
     if window:
         hidden |= key <= positions[:, None] - window
+    hidden = hidden | ~readable(blocks, q.shape[1], positions, slots.numel())
     return torch.einsum("hrt,thd->rhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), vv)
 
 
@@ -39,13 +57,17 @@ def attention_cases() -> dict[str, float]:
     torch.manual_seed(0)
     errors = {}
     cases = [
-        ("fp32 scattered", torch.float32, 4, 2, 32, None, None, 32),
-        ("fp32 head_dim 24 one kv head", torch.float32, 3, 1, 24, None, None, 32),
-        ("fp16 scattered", torch.float16, 4, 2, 32, None, None, 32),
-        ("fp32 window", torch.float32, 2, 2, 16, 20, None, 16),
-        ("fp32 cap", torch.float32, 2, 1, 16, None, 5.0, 64),
+        ("fp32 scattered", torch.float32, 4, 2, 32, None, None, 32, None),
+        ("fp32 head_dim 24 one kv head", torch.float32, 3, 1, 24, None, None, 32, None),
+        ("fp16 scattered", torch.float16, 4, 2, 32, None, None, 32, None),
+        ("fp32 window", torch.float32, 2, 2, 16, 20, None, 16, None),
+        ("fp32 cap", torch.float32, 2, 1, 16, None, 5.0, 64, None),
+        ("fp32 mask all heads", torch.float32, 2, 2, 16, None, None, 64, (1, 16, 16)),
+        ("fp32 mask key heads", torch.float32, 4, 2, 16, None, None, 64, (2, 64, 32)),
+        ("fp32 mask query heads window cap", torch.float32, 6, 2, 16, 70, 5.0, 16, (6, 24, 64)),
+        ("fp16 mask query heads", torch.float16, 3, 1, 32, None, None, 32, (3, 64, 32)),
     ]
-    for name, dtype, q_heads, kv_heads, dim, window, cap, block_rows in cases:
+    for name, dtype, q_heads, kv_heads, dim, window, cap, block_rows, shape in cases:
         positions = [
             torch.randperm(150)[:40],
             torch.tensor([70]),
@@ -69,10 +91,24 @@ def attention_cases() -> dict[str, float]:
             kernel="triton",
             block_rows=block_rows,
         )
-        got = position_causal_attention(q, k, v, plan, 0.3, window, cap)
+        masks = [None] * len(lengths)
+        if shape is not None:
+            heads, query_block, key_block = shape
+            for request, n in enumerate(lengths[:3]):  # the last request reads everything
+                skipped = int(positions[request].min()) // query_block if request == 1 else 0
+                rows = -(-n // query_block) - skipped
+                masks[request] = RequestBlocks(
+                    allowed=torch.rand(heads, rows, -(-n // key_block)) < 0.4,
+                    query_block=query_block,
+                    key_block=key_block,
+                    first_query_block=skipped,
+                )
+        mask = BlockMask(requests=tuple(masks)) if shape else None
+        got = position_causal_attention(q, k, v, plan, 0.3, window, cap, mask=mask)
         parts, row = [], 0
-        for p, s in zip(positions, slots, strict=True):
-            parts.append(reference(q[row : row + p.numel()], k, v, p, s, 0.3, window, cap))
+        for p, s, blocks in zip(positions, slots, masks, strict=True):
+            rows = q[row : row + p.numel()]
+            parts.append(reference(rows, k, v, p, s, 0.3, window, cap, blocks))
             row += p.numel()
         errors[name] = float((got.float() - torch.cat(parts)).abs().max())
     return errors

@@ -38,7 +38,7 @@ def run(script: str, **extra: str) -> dict:
 
 def test_interpreted_kernels_agree_with_plain_torch():
     errors = run("interpreted_cases.py", TRITON_INTERPRET="1")
-    assert len(errors) == 19
+    assert len(errors) == 23
     limits = {
         name: 0.0
         if "bf16" in name or "values" in name or "bits" in name
@@ -54,10 +54,11 @@ def test_kernels_compile_for_hopper(tmp_path):
     built = run("compiled_cases.py", TRITON_CACHE_DIR=str(tmp_path))
     assert all(case["target"] and case["cubin_bytes"] > 0 for case in built.values())
     assert all(
-        built[name]["wgmma"] > 0
-        for name in built
-        if name.endswith(("128", "64", "window")) and "load" not in name
+        built[name]["wgmma"] > 0 for name in built if "attention" in name and "16 rows" not in name
     )
+    assert {
+        name: case["spilled_bytes"] for name, case in built.items() if case["spilled_bytes"]
+    } == {}
     # Two blocks fit on a Hopper multiprocessor (227 KiB); the gather of K and V is pipelined.
-    assert built["attention bf16 128"]["shared_bytes"] <= 113 * 1024
-    assert built["attention bf16 128"]["async_copies"] > 0
+    assert all(case["shared_bytes"] <= 113 * 1024 for case in built.values())
+    assert all(case["async_copies"] > 0 for name, case in built.items() if "attention" in name)
