@@ -226,12 +226,13 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=_FORWARD)
 def bench(context: typer.Context) -> None:
-    """Measure speed (ttft, throughput, store, tiers) or reliability; nothing of answer quality."""
+    """Measure speed (ttft, throughput, store, tiers, attention) or reliability; nothing of answer quality."""
     benchmarks = {
         "ttft": "rag_eval.benchmarks.ttft",
         "throughput": "rag_eval.benchmarks.throughput",
         "store": "rag_eval.benchmarks.store",
         "tiers": "rag_eval.benchmarks.tiers",
+        "attention": "rag_eval.benchmarks.prefill_methods",
         "reliability": "rag_eval.reliability.command",
     }
     _run_named("bench", "benchmark", benchmarks, context.args)

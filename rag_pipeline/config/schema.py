@@ -181,6 +181,10 @@ class FusionSettings(_Section):
         default="auto",
         description="Attention kernel of fused passes; auto takes the best for the device.",
     )
+    time_attention: bool = Field(
+        default=False,
+        description="Measure the attention of prompts: seconds and keys read, in `/server_info`; for benchmarks.",
+    )
     conversation_memory: str = Field(
         default="turns",
         description="What turns of a conversation leave: turns (loaded in place), cached_attention (also past the window).",

@@ -113,7 +113,7 @@ INTERNALS = (
     _row(
         "model_executor.forward_batch_info.ForwardMode",
         "which batches may be fused",
-        has="is_decode is_extend_without_speculative is_idle",
+        has="is_decode is_extend is_extend_without_speculative is_idle",
     ),
     _row("model_executor.forward_context.get_token_to_kv_pool", "the pool that a layer writes"),
     _row(

@@ -56,6 +56,10 @@ class AttentionCall:
         return out if inverse is None else out.index_select(0, inverse)
 
 
+class KernelUnavailableError(RuntimeError):
+    """A kernel cannot run here after all; it refuses every call from now on, and another one computes them."""
+
+
 class AttentionKernel(ABC):
     """Computes :func:`rag_kernels.position_causal_attention` on some devices.
 
@@ -98,4 +102,9 @@ class AttentionKernel(ABC):
         -------
         Tensor
             ``[R, Hq, D]`` in the type of the queries, rows in their order.
+
+        Raises
+        ------
+        KernelUnavailableError
+            It cannot run here, which only its first use showed; nothing was written.
         """

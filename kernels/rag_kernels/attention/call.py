@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall
+from rag_kernels.attention.base import AttentionCall, KernelUnavailableError
 from rag_kernels.attention.choice import kernel_of_call
 from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
+
+logger = logging.getLogger(__name__)
 
 
 def position_causal_attention(
@@ -79,4 +83,8 @@ def position_causal_attention(
         logit_cap=logit_cap,
         mask=mask,
     )
-    return kernel_of_call(call).attend(call)
+    while True:
+        try:
+            return kernel_of_call(call).attend(call)
+        except KernelUnavailableError as error:
+            logger.warning("%s; the next best kernel takes its place", error)

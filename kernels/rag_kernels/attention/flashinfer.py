@@ -10,13 +10,13 @@ Speed and numerics on a GPU: unmeasured.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall, AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel, KernelUnavailableError
+from rag_kernels.attention.flashinfer_rows import PagedLayout, RowGroups, group_rows
 from rag_kernels.attention.plan import PositionCausalPlan
 
 _WORKSPACE_BYTES = 128 << 20  # the least that FlashInfer's split-KV asks for
@@ -45,46 +45,6 @@ struct PositionCausal : AttentionVariantBase {
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PagedLayout:
-    """Arguments of the wrapper's ``plan``: host index pointers, device page lists, page size 1.
-
-    Attributes
-    ----------
-    qo_indptr, kv_indptr : Tensor
-        int32 ``[pseudo-requests + 1]`` on the host, so that planning does not wait for the device.
-    kv_indices : Tensor
-        int32 ``[sum of kv_len]`` on the device.
-    last_page_len : Tensor
-        int32 ``[pseudo-requests]`` ones, on the host.
-    q_pos : Tensor
-        int32 ``[rows]`` on the device, in sorted order.
-    """
-
-    qo_indptr: Tensor
-    kv_indptr: Tensor
-    kv_indices: Tensor
-    last_page_len: Tensor
-    q_pos: Tensor
-
-
-def paged_layout(plan: PositionCausalPlan) -> PagedLayout:
-    """Pseudo-requests of a plan: one per block, keys cut at the block's last position."""
-    rows, keys = [0], [0]
-    pages = []
-    for block in plan.blocks:
-        rows.append(block.row_hi)
-        keys.append(keys[-1] + block.kv_len)
-        pages.append(plan.slots[block.request][: block.kv_len])
-    return PagedLayout(
-        qo_indptr=torch.tensor(rows, dtype=torch.int32),
-        kv_indptr=torch.tensor(keys, dtype=torch.int32),
-        kv_indices=torch.cat(pages).to(torch.int32),
-        last_page_len=torch.ones(len(plan.blocks), dtype=torch.int32),
-        q_pos=plan.sorted_positions,
-    )
-
-
 def variant_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
     """``jit_args`` of the wrapper for one element type and head size."""
     name = f"rag_position_causal_{str(dtype).removeprefix('torch.')}_{head_dim}"
@@ -105,51 +65,72 @@ def variant_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
     ]
 
 
-class _Holder:
-    """One wrapper per element type, head size and device; it remembers whose plan it holds."""
+class _Planned:
+    """A wrapper of FlashInfer's; it remembers whose plan it holds.
+
+    Parameters
+    ----------
+    wrapper : object
+        ``BatchPrefillWithPagedKVCacheWrapper``.
+    is_causal : bool
+        For runs of rows; the variant masks by position instead.
+    """
+
+    def __init__(self, wrapper: Any, is_causal: bool) -> None:
+        self._wrapper = wrapper
+        self._is_causal = is_causal
+        self._planned: tuple[PositionCausalPlan, float] | None = None
+
+    def attend(self, call: AttentionCall, layout: PagedLayout, q: Tensor) -> Tensor:
+        """Compute the rows of a layout; planned anew unless this very plan is held, as layers of one pass share it."""
+        plan, dtype = call.plan, q.dtype
+        if self._planned is None or self._planned[0] is not plan or self._planned[1] != call.scale:
+            self._wrapper.plan(
+                layout.qo_indptr,
+                layout.kv_indptr,
+                layout.kv_indices,
+                layout.last_page_len,
+                plan.num_q_heads,
+                plan.num_kv_heads,
+                plan.head_dim,
+                1,
+                causal=self._is_causal,
+                sm_scale=call.scale,
+                q_data_type=dtype,
+                kv_data_type=dtype,
+            )
+            self._planned = (plan, call.scale)
+        # Page size 1: a slot is a page.
+        pools = (call.k_pool.unsqueeze(1), call.v_pool.unsqueeze(1))
+        extra = () if self._is_causal else (layout.q_pos,)
+        out: Tensor = self._wrapper.run(q.contiguous(), pools, *extra)
+        return out
+
+
+class _Wrappers:
+    """The two wrappers for one element type, head size and device; they share a workspace."""
 
     def __init__(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
 
-        self.wrapper = BatchPrefillWithPagedKVCacheWrapper(
-            torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
-            "NHD",
-            backend="fa2",
-            jit_args=variant_arguments(dtype, head_dim),
-            variant_owns_mask=True,
-        )
-        self.planned: tuple[PositionCausalPlan, float] | None = None
-        self.q_pos: Tensor | None = None
-
-    def plan(self, plan: PositionCausalPlan, scale: float, dtype: torch.dtype) -> None:
-        """Plan unless this very plan is held; layers of one forward pass share it."""
-        if self.planned is not None and self.planned[0] is plan and self.planned[1] == scale:
-            return
-        layout = paged_layout(plan)
-        self.wrapper.plan(
-            layout.qo_indptr,
-            layout.kv_indptr,
-            layout.kv_indices,
-            layout.last_page_len,
-            plan.num_q_heads,
-            plan.num_kv_heads,
-            plan.head_dim,
-            1,
-            causal=False,
-            sm_scale=scale,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-        )
-        self.planned, self.q_pos = (plan, scale), layout.q_pos
-
-
-_HOLDERS: dict[tuple[torch.dtype, int, torch.device], _Holder] = {}
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        variant = {
+            "backend": "fa2",
+            "jit_args": variant_arguments(dtype, head_dim),
+            "variant_owns_mask": True,
+        }
+        self.runs = _Planned(Wrapper(workspace, "NHD", backend="auto"), is_causal=True)
+        self.scattered = _Planned(Wrapper(workspace, "NHD", **variant), is_causal=False)
 
 
 class FlashInferKernel(AttentionKernel):
-    """FlashInfer's fa2 kernels with a mask of their own; no sliding window, no logit cap."""
+    """FlashInfer's kernels; no sliding window, no logit cap."""
 
     name = "flashinfer"
+
+    def __init__(self) -> None:
+        self._wrappers: dict[tuple[torch.dtype, int, torch.device], _Wrappers] = {}
+        self._broken = ""
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Refuse everything but CUDA."""
@@ -160,8 +141,10 @@ class FlashInferKernel(AttentionKernel):
         return device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
 
     def refuse(self, call: AttentionCall) -> str | None:
-        """Refuse what the fa2 kernels do not cover."""
+        """Refuse what the kernels do not cover, and everything once they could not be built."""
         dtype, pool_dtype = call.q_RNH.dtype, call.k_pool.dtype
+        if self._broken:
+            return self._broken
         if call.sliding_window is not None or call.logit_cap:
             return "no sliding window and no logit cap"
         if dtype not in (torch.float16, torch.bfloat16) or pool_dtype != dtype:
@@ -172,13 +155,38 @@ class FlashInferKernel(AttentionKernel):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Compute the call."""
-        dtype = call.q_RNH.dtype
-        key = (dtype, call.plan.head_dim, call.q_RNH.device)
-        holder = _HOLDERS.get(key)
-        if holder is None:
-            holder = _HOLDERS[key] = _Holder(*key)
-        holder.plan(call.plan, call.scale, dtype)
-        # Page size 1: a slot is a page.
-        pools = (call.k_pool.unsqueeze(1), call.v_pool.unsqueeze(1))
-        out: Tensor = holder.wrapper.run(call.sorted_q.contiguous(), pools, holder.q_pos)
-        return call.unsorted(out)
+        plan, q = call.plan, call.sorted_q
+        groups: RowGroups | None = plan.memo.get("flashinfer rows")
+        if groups is None:
+            groups = plan.memo["flashinfer rows"] = group_rows(plan)
+        try:
+            return call.unsorted(self._attend(call, groups, q))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # They are compiled at their first use: no compiler, no headers, an unknown device end here.
+            self._broken = f"failed: {' '.join(str(error).split())[:200] or repr(error)}"
+            raise KernelUnavailableError(f"attention kernel {self.name} {self._broken}") from error
+
+    def _attend(self, call: AttentionCall, groups: RowGroups, q: Tensor) -> Tensor:
+        key = (q.dtype, call.plan.head_dim, q.device)
+        wrappers = self._wrappers.get(key)
+        if wrappers is None:
+            wrappers = self._wrappers[key] = _Wrappers(*key)
+        parts = [
+            (layout, planned)
+            for layout, planned in (
+                (groups.runs, wrappers.runs),
+                (groups.scattered, wrappers.scattered),
+            )
+            if layout is not None
+        ]
+        out: Tensor | None = None
+        for layout, planned in parts:
+            if layout.rows is None:
+                return planned.attend(call, layout, q)
+            part = planned.attend(call, layout, q.index_select(0, layout.rows))
+            out = torch.empty_like(q) if out is None else out
+            out.index_copy_(0, layout.rows, part)
+        assert out is not None
+        return out

@@ -49,6 +49,22 @@ class RequestBlocks:
         allowed = self.allowed[:, at // self.query_block - self.first_query_block]
         return (allowed & (block <= own)) | (block == own)
 
+    def keys_read(self, positions: Tensor) -> float:
+        """Keys that rows at these positions read, all together, the mean over the heads; waits for the device.
+
+        Parameters
+        ----------
+        positions : Tensor
+            Integer ``[R]``.
+        """
+        at = positions.to(self.allowed.device, torch.int64)
+        own = at // self.key_block
+        before = torch.nn.functional.pad(self.allowed.to(torch.int64).cumsum(2), (1, 0))
+        blocks = before[:, at // self.query_block - self.first_query_block, own]
+        inside = int((at - own * self.key_block + 1).sum())
+        read: float = blocks.sum().item() * self.key_block / self.allowed.shape[0]
+        return read + inside
+
     def refuse(self, plan: PositionCausalPlan, request: int) -> str | None:
         """Reason why these blocks do not fit a request of a plan, or None."""
         if self.query_block < 1 or self.key_block < 1:

@@ -57,6 +57,8 @@ class FusionConfig:
         Prove the path on the loaded model at start, before the first request is fused.
     attention_kernel : str
         Attention kernel of fused passes (:data:`rag_kernels.ATTENTION_KERNELS`); ``auto`` for the best on the device.
+    time_attention : bool
+        Measure how long the attention of prompts takes and how many keys it reads; for benchmarks.
     conversation_memory : str
         What turns leave for the following ones (:data:`~.conversations.CONVERSATION_MEMORIES`).
     passage_tokens : int
@@ -95,6 +97,7 @@ class FusionConfig:
     checksums: bool = False
     self_check: bool = True
     attention_kernel: str = "auto"
+    time_attention: bool = False
     conversation_memory: str = "turns"
     passage_tokens: int = 768
     passage_file: str = ""

@@ -119,6 +119,7 @@ def make_pass(
         observer=observer,
         holds_faults=runtime.group.size > 1,
         methods=MethodsOfPass(plan, methods) if any(m is not None for m in methods) else None,
+        clock=runtime.attention_clock,
     )
 
 

@@ -27,7 +27,9 @@ from rag_kernels import (
     plan_span_load,
     position_causal_attention,
 )
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
 PASS_KEY = "rag_fused_pass"
 _SAMPLED = 4
@@ -178,6 +180,8 @@ class FusedPass:
         Say which keys the rows read; None for every key up to their own.
     attend : callable, optional
         Replaces the attention function in tests.
+    clock : AttentionClock or None
+        Measures the attention of each layer.
     """
 
     row_slots: Tensor
@@ -190,6 +194,7 @@ class FusedPass:
     fault: Exception | None = None
     methods: MethodsOfPass | None = None
     attend: Callable[..., Tensor] = position_causal_attention
+    clock: AttentionClock | None = None
 
     def run_layer(
         self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool
@@ -244,8 +249,16 @@ class FusedPass:
             v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        masked = {} if self.methods is None else {"mask": self._mask(index, q, k_pool, v_pool)}
+        began = None if self.clock is None else self.clock.begin()
+        mask = None if self.methods is None else self._mask(index, q, k_pool, v_pool)
+        masked = {} if self.methods is None else {"mask": mask}
+        if self.clock is not None:
+            self.clock.end(began, "mask")
+            self.clock.count(mask, self.attention)
+            began = self.clock.begin()
         out = self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked)
+        if self.clock is not None:
+            self.clock.end(began, "rows")
         return out.reshape(out.shape[0], -1)
 
     def _mask(self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> BlockMask | None:
@@ -275,14 +288,25 @@ def around_radix_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Wrap ``RadixAttention.forward``: ordinary batches pass through untouched."""
-    if forward_batch.model_specific_states is None:
-        return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
-    fused = find_pass(forward_batch)
+    fused = None if forward_batch.model_specific_states is None else find_pass(forward_batch)
     if fused is None:
-        return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
+        clock = _clock_of(forward_batch)
+        if clock is None:
+            return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
+        began = clock.begin()
+        out = original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
+        clock.end(began, "ordinary")
+        return out
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
     return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, save_kv_cache)
+
+
+def _clock_of(forward_batch: Any) -> AttentionClock | None:
+    """Return the clock of an engine that measures attention, for batches of prompts."""
+    runtime = get_runtime()
+    clock = None if runtime is None else runtime.attention_clock
+    return clock if clock is not None and forward_batch.forward_mode.is_extend() else None
 
 
 def around_can_run_graph(

@@ -23,6 +23,7 @@ from chunk_cache import (
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
@@ -109,6 +110,8 @@ class FusionRuntime:
         self.rates = Rates()
         """How fast this rank computes, and loads from each tier."""
         self.timer = DeviceTimer(torch.cuda.is_available())
+        self.attention_clock = AttentionClock(self.timer) if config.time_attention else None
+        """Measures the attention of prompts, where that is asked for."""
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
         self.in_update = False
@@ -303,6 +306,11 @@ class FusionRuntime:
             "store": self.store.stats().to_json(),
             "rates": self.rates.to_json(),
             "counts": self.metrics.to_json(),
+            **(
+                {}
+                if self.attention_clock is None
+                else {"attention": self.attention_clock.to_json()}
+            ),
         }
 
 
