@@ -6,6 +6,7 @@ last row with the last key, is exact, so they may go to its fastest kernels. All
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def group_rows(plan: PositionCausalPlan) -> RowGroups:
         breaks = ((at[1:] - at[:-1] != 1).nonzero().flatten() + 1).tolist()
         edges = [0, *breaks, high - low]
         open_from = 0
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             if end - start >= LEAST_RUN:
                 scattered += _cut(request, low + open_from, low + start, limit)
                 runs.append((request, low + start, low + end))
