@@ -251,7 +251,8 @@ class _Prompts:
                 load.layer(index, llama.k_pools[index], llama.v_pools[index])
 
         taken: float = time_calls(all_layers, llama.device, repeats)["ms"]
-        return load.num_bytes / taken / 1e6
+        rate: float = load.num_bytes / taken / 1e6
+        return rate
 
     def _load(self) -> Load:
         reused = self.length - self.question
