@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kept_fork_server import keep_fork_server
 from warm import WarmStart
 
 # One thread per process: several processes with one thread per core each wait for one another at every
@@ -89,6 +90,7 @@ def engine(smollm2_path: Path) -> Iterator[Any]:
     """
     from rag_pipeline.sglang_plugin import create_engine
 
+    keep_fork_server()
     # The harness forces gold answers on it; requests that force nothing are none the wiser.
     running = create_engine(
         str(smollm2_path), max_total_tokens=16384, enable_custom_logit_processor=True
@@ -207,5 +209,7 @@ def model_server(
 ) -> Iterator[str]:
     """URL of a real SGLang server with the packaged model, shared by the whole session."""
     log = tmp_path_factory.mktemp("model-server") / "log.txt"
-    with sglang_server(smollm2_path, log, max_total_tokens=8192, sleep_on_idle=True) as url:
+    # A test fills the context: on a CPU the model's own of 8,192 tokens takes a minute.
+    options = {"max_total_tokens": 8192, "context_length": 4096}
+    with sglang_server(smollm2_path, log, sleep_on_idle=True, **options) as url:
         yield url

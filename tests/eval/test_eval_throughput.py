@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmProcess, WarmStart
 
 from rag_eval import EvalError
 from rag_eval.benchmarks import throughput
@@ -72,7 +73,14 @@ def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
     tiny_path: Path,
     capsys: pytest.CaptureFixture[str],
     interrupt_at: Callable[[str], Callable[[str], None]],
+    warm_start: WarmStart,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def start(words: list[str], environment: dict[str, str], log: Path) -> WarmProcess:
+        return warm_start.popen(words, environment=environment, stdout=log)
+
+    # The test above starts one as a user does.
+    monkeypatch.setattr("rag_eval.benchmarks.local_server._start", start)
     with local_server(tiny_path, {"max_total_tokens": 8192}) as server:
         config = ThroughputConfig(
             model=str(tiny_path),

@@ -110,10 +110,22 @@ def become(order: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if order["fork_children"]:
+        _fork_what_spawns()
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = _text(1, line_buffering=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text(2, line_buffering=True)  # type: ignore[misc]
     _fork_server_ahead()
+
+
+def _fork_what_spawns() -> None:
+    """Start children from the fork server where the program, as stock SGLang, forces them to be spawned."""
+    set_start_method = multiprocessing.set_start_method
+
+    def set_other(method: str | None, force: bool = False) -> None:
+        set_start_method("forkserver" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = set_other  # type: ignore[assignment]
 
 
 def _text(fd: int, *, line_buffering: bool) -> io.TextIOWrapper:
