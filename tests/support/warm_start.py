@@ -119,13 +119,23 @@ def become(order: dict[str, Any]) -> None:
 
 
 def _fork_what_spawns() -> None:
-    """Start children from the fork server where the program, as stock SGLang, forces them to be spawned."""
-    set_start_method = multiprocessing.set_start_method
+    """Start children from the fork server where the program, as stock SGLang, forces them to be spawned.
+
+    They get the environment that they would have: that of their parent when they start.
+    """
+    from rag_pipeline.sglang_plugin.launch.fork_server import WithEnvironment
+
+    set_start_method, start = multiprocessing.set_start_method, multiprocessing.Process.start
 
     def set_other(method: str | None, force: bool = False) -> None:
         set_start_method("forkserver" if method == "spawn" else method, force)
 
+    def start_there(process: Any) -> None:
+        process._target = WithEnvironment(process._target)
+        start(process)
+
     multiprocessing.set_start_method = set_other  # type: ignore[assignment]
+    multiprocessing.Process.start = start_there  # type: ignore[method-assign]
 
 
 def _text(fd: int, *, line_buffering: bool) -> io.TextIOWrapper:
