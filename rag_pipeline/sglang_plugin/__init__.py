@@ -85,7 +85,7 @@ def register() -> None:
 
     with fail_hard():
         from rag_pipeline.sglang_plugin import activation, fusion, integrity, request_check
-        from rag_pipeline.sglang_plugin.launch import hook_walks, launch_hooks, noise
+        from rag_pipeline.sglang_plugin.launch import launch_hooks, noise
 
         noise.hide_bars()
         activation.register()
@@ -94,7 +94,6 @@ def register() -> None:
         integrity.register()
         request_check.register()
         verify_targets()
-        hook_walks.leave_out()
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -20,12 +20,6 @@ _SCHEDULER = "managers.scheduler.Scheduler"
 _RUNNER = "model_executor.model_runner.ModelRunner"
 
 INTERNALS = (
-    HookTarget(
-        path=_SRT + "plugins.hook_registry._propagate_patch",
-        kind="assigned",
-        why="no search for imported copies of a method",
-        params=("original", "wrapped", "source_module"),
-    ),
     # -- the scheduler's turn, as the self-check takes it, and requests of our own
     _row(
         _SCHEDULER,
