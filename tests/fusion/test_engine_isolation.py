@@ -82,6 +82,7 @@ def seen(tiny_model, tmp_path_factory, warm_start):
             [sys.executable, program, *words],
             environment=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             stdout=folder / f"{mode}.log",
+            fork_children=mode == "stock",
         )
     try:
         for mode, process in runs.items():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFWriter, TokenType
+from warm import WarmStart
 
 from rag_pipeline.errors import ModelError
 from rag_pipeline.models import resolve_llm, verify_model
@@ -193,39 +192,35 @@ else:
 """
 
 
-def test_disk_that_fills_up_midway_leaves_nothing_behind(tmp_path: Path, home: Path) -> None:
+# Every write beyond 64 kB fails as on a full disk; the weights are larger.
+SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, 64_000))"
+
+
+def test_disk_that_fills_up_midway_leaves_nothing_behind(
+    tmp_path: Path, home: Path, warm_start: WarmStart
+) -> None:
     source = write_llama(tmp_path / "t.gguf")
-
-    def small_files() -> None:
-        # Every write beyond 64 kB fails as on a full disk; the weights are larger.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, 64_000))
-
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=small_files,
-    )
+    words = [sys.executable, "-c", f"{SMALL_FILES}\n{CONVERT}", source]
+    done = warm_start.run(words, environment=os.environ)
     assert done.stdout.startswith("ERROR no disk space left in"), done.stdout + done.stderr
     assert "nothing was kept" in done.stdout
     assert left_behind(home) == []
 
 
-def test_two_processes_share_one_conversion(tmp_path: Path, home: Path) -> None:
+def test_two_processes_share_one_conversion(
+    tmp_path: Path, home: Path, warm_start: WarmStart
+) -> None:
     source = write_llama(tmp_path / "t.gguf")
     # What a process that was killed while converting leaves; the next one clears it away.
+    words = [sys.executable, "-c", CONVERT, source]
+    outputs = [tmp_path / name for name in ("one.txt", "two.txt")]
     pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", CONVERT, str(source)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
+        warm_start.popen(words, environment=os.environ, stdout=out, stderr=out.with_suffix(".err"))
+        for out in outputs
     ]
-    outputs = [process.communicate(timeout=240) for process in pair]
-    lines = [out.split() for out, _ in outputs]
+    for process in pair:
+        process.wait(timeout=240)
+    lines = [out.read_text().split() for out in outputs]
     assert [line[0] for line in lines] == ["OK", "OK"], outputs
     assert lines[0][1] == lines[1][1]
     assert sorted(line[2] for line in lines) == ["False", "True"]

@@ -108,7 +108,7 @@ def wait_idle(url: str) -> None:
 def test_real_server(model_server: str, smollm2_path: Path, tmp_path: Path) -> None:
     backend = ServerBackend(model_server.removeprefix("http://"))
     assert backend.model_path == str(smollm2_path)
-    assert 8000 < backend.context_length <= 8192
+    assert 4000 < backend.context_length <= 4096
     backend.check_model(smollm2_path)
 
     layout = PromptBuilder(smollm2_path).build("What is two plus two?", [], max_new_tokens=12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import WarmStart
 
 from rag_pipeline.server.embedders import EmbedderPool, SharedEmbedder
 from rag_pipeline.server.errors import ApiError, line_of, without_paths
@@ -297,7 +297,9 @@ def test_a_long_query_does_not_make_the_others_as_wide(
     assert passes == [short[:2], [long], short[2:]]
 
 
-def test_passages_still_come_while_the_interpreter_ends(minilm_path: Path) -> None:
+def test_passages_still_come_while_the_interpreter_ends(
+    minilm_path: Path, warm_start: WarmStart
+) -> None:
     # An executor's threads take no more work by then, and the upload would have failed.
     program = f"""
 import threading, time
@@ -313,9 +315,7 @@ def ingest():
 threading.Thread(target=ingest).start()
 begun.wait(120)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm_start.run([sys.executable, "-c", program], environment=os.environ)
     assert (done.returncode, done.stdout) == (0, "came to its end\n"), done.stderr
 
 

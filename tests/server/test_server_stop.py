@@ -96,7 +96,7 @@ def test_an_engine_on_the_same_cores_gives_way_to_the_http_process(lone_server: 
 def test_the_route_matrix_of_a_server_without_a_key(lone_server: Any) -> None:
     async def run() -> Any:
         async with httpx.AsyncClient(trust_env=False, timeout=120) as asking:
-            return await run_matrix(asking, MatrixTarget(url=lone_server[0]))
+            return await run_matrix(asking, MatrixTarget(url=lone_server[0]), at_once=8)
 
     report = asyncio.run(run())
     assert report.failed == 0, report.to_json()

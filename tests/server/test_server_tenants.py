@@ -204,7 +204,7 @@ def test_the_route_matrix_of_a_running_server(rag_server: Any) -> None:
 
     async def run() -> Any:
         async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
-            return await run_matrix(client, target)
+            return await run_matrix(client, target, at_once=8)
 
     report = asyncio.run(run())
     assert report.failed == 0, report.to_json()

@@ -52,6 +52,7 @@ def stock(smollm2_path: Path, warm_start: WarmStart) -> dict[str, Any]:
             [sys.executable, str(program), json.dumps(request)],
             environment=os.environ | {"SGLANG_PLUGINS": "rag_cpu"},
             timeout=1100,
+            fork_children=True,
         )
         assert out.exists(), done.stderr[-2000:]
         found: dict[str, Any] = json.loads(out.read_text())

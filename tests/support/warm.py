@@ -46,8 +46,12 @@ class WarmStart:
         stdout: Path,
         stderr: Path | None = None,
         cwd: Path | None = None,
+        fork_children: bool = False,
     ) -> WarmProcess:
-        """Start a program in a session of its own; what it says is appended to files."""
+        """Start a program in a session of its own; what it says is appended to files.
+
+        ``fork_children`` is for stock SGLang: its children too start without their imports.
+        """
         for file in (stdout, stderr or stdout):
             file.touch(mode=0o600)  # whoever waits may look into it at once
         order: dict[str, object] = {
@@ -56,6 +60,7 @@ class WarmStart:
             "stdout": str(stdout),
             "stderr": str(stderr or stdout),
             "cwd": str(cwd or Path.cwd()),
+            "fork_children": fork_children,
         }
         pid = self._ask(order)
         assert pid is not None
@@ -68,11 +73,19 @@ class WarmStart:
         environment: Mapping[str, str],
         cwd: Path | None = None,
         timeout: float = 500,
+        fork_children: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run a program to its end; one that takes too long is killed with all that it started."""
         with tempfile.TemporaryDirectory() as name:
             out, err = Path(name) / "out", Path(name) / "err"
-            process = self.popen(words, environment=environment, stdout=out, stderr=err, cwd=cwd)
+            process = self.popen(
+                words,
+                environment=environment,
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                fork_children=fork_children,
+            )
             try:
                 code = process.wait(timeout)
             finally:

@@ -110,10 +110,32 @@ def become(order: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if order["fork_children"]:
+        _fork_what_spawns()
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = _text(1, line_buffering=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text(2, line_buffering=True)  # type: ignore[misc]
     _fork_server_ahead()
+
+
+def _fork_what_spawns() -> None:
+    """Start children from the fork server where the program, as stock SGLang, forces them to be spawned.
+
+    They get the environment that they would have: that of their parent when they start.
+    """
+    from rag_pipeline.sglang_plugin.launch.fork_server import WithEnvironment
+
+    set_start_method, start = multiprocessing.set_start_method, multiprocessing.Process.start
+
+    def set_other(method: str | None, force: bool = False) -> None:
+        set_start_method("forkserver" if method == "spawn" else method, force)
+
+    def start_there(process: Any) -> None:
+        process._target = WithEnvironment(process._target)
+        start(process)
+
+    multiprocessing.set_start_method = set_other  # type: ignore[assignment]
+    multiprocessing.Process.start = start_there  # type: ignore[method-assign]
 
 
 def _text(fd: int, *, line_buffering: bool) -> io.TextIOWrapper:

@@ -74,15 +74,8 @@ def local_server(
     with tempfile.TemporaryDirectory(prefix="rag-bench-") as scratch:
         log = Path(scratch) / "server.log"
         port = _free_port()
-        with log.open("wb") as out:
-            # A process group of its own: SGLang's children end with it.
-            process = subprocess.Popen(
-                _command(folder, port, engine_args),
-                env={**os.environ, **(environment or {})},
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        command = _command(folder, port, engine_args)
+        process = _start(command, {**os.environ, **(environment or {})}, log)
         server = LocalServer(url=f"http://127.0.0.1:{port}", pid=process.pid)
         try:
             _wait(server.url, process, log)
@@ -91,6 +84,14 @@ def local_server(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _start(words: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        # A process group of its own: SGLang's children end with it.
+        return subprocess.Popen(
+            words, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ not asked of the guard.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +131,9 @@ async def run_matrix(
     *,
     routes: Mapping[str, Access] = ROUTES,
     reach: Callable[[Cell], bool] = harmless,
+    at_once: int = 1,
 ) -> MatrixReport:
-    """Send the matrix, one request after the other.
+    """Send the matrix.
 
     Parameters
     ----------
@@ -143,19 +145,26 @@ async def run_matrix(
         Path templates and what opens them.
     reach : callable
         Whether a request that is to be let through may be sent at all.
+    at_once : int
+        Requests in flight. A route that asks the engine waits a second for it.
     """
     report = MatrixReport()
-    for cell in cells(target, routes):
-        wanted = cell.wanted(target)
-        if not wanted and not reach(cell):
-            report.skipped += 1
-            continue
+    asked = [(cell, cell.wanted(target)) for cell in cells(target, routes)]
+    sent = [(cell, wanted) for cell, wanted in asked if wanted or reach(cell)]
+    report.skipped = len(asked) - len(sent)
+    limit = asyncio.Semaphore(at_once)
+
+    async def status_of(cell: Cell) -> int:
         url = target.url + _filled(cell.route)
         body = b"{}" if cell.method == "POST" else None
         request = client.build_request(cell.method, url, content=body)
         request.headers = httpx.Headers([*cell.headers(target), *_length(body)])
-        status = (await client.send(request)).status_code
-        report.tried += 1
+        async with limit:
+            return (await client.send(request)).status_code
+
+    statuses = await asyncio.gather(*(status_of(cell) for cell, _ in sent))
+    report.tried = len(statuses)
+    for (cell, wanted), status in zip(sent, statuses, strict=True):
         line = f"{cell.method} {cell.route} key={cell.key} origin={cell.origin}: {status}"
         if status >= 500:
             report.server_errors.append(line)

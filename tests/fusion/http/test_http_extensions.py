@@ -16,6 +16,8 @@ from extension_pages import PAGES, install, read_page
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin import FUSION_VARIABLE
 
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
     "attention_kernel": "fp64",

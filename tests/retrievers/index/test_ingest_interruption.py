@@ -6,12 +6,15 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
+from warm import WarmProcess, WarmStart
 
 from retrievers import Embedder, Index, Manifest, RetrievalError, ingest
 
@@ -21,19 +24,45 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 pytestmark = pytest.mark.slow
 
 
-def start(index: Path, model: Path, *extra: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", str(CHILD), str(index), str(model), *extra]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+class Child(NamedTuple):
+    """A running ingest, and the files of what it says."""
+
+    process: WarmProcess
+    out: Path
+    err: Path
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Its whole lines so far."""
+        return [
+            json.loads(line) for line in self.out.read_text().splitlines(True) if line[-1:] == "\n"
+        ]
+
+    def result(self) -> dict[str, Any]:
+        assert self.process.wait(timeout=300) == 0, self.err.read_text()
+        final = self.reports()[-1]
+        assert final["stage"] == "done"
+        return final
 
 
-def result(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    final: dict[str, object] = json.loads(out.splitlines()[-1])
-    assert final["stage"] == "done"
-    return final
+Start = Callable[..., Child]
+
+
+@pytest.fixture
+def start(warm_start: WarmStart, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts an ingest: ``start(index, model, *extra)``."""
+    started: list[Child] = []
+
+    def make(index: Path, model: Path, *extra: str) -> Child:
+        folder = tmp_path_factory.mktemp("child")
+        out, err = folder / "out", folder / "err"
+        words = [sys.executable, CHILD, index, model, *extra]
+        process = warm_start.popen(words, environment=ENVIRONMENT, stdout=out, stderr=err)
+        started.append(Child(process, out, err))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.process.kill_group()
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +75,17 @@ def child() -> ModuleType:
     return module
 
 
-def strike(index: Path, model: Path, number: signal.Signals, minimum: int) -> str:
+def strike(start: Start, index: Path, model: Path, number: signal.Signals, minimum: int) -> str:
     """Send a signal once this many texts are embedded; returns what went to stderr."""
-    process = start(index, model, str(minimum))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if json.loads(line)["embedded"] >= minimum:
-            break
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    return err
+    one = start(index, model, str(minimum))
+    deadline = time.monotonic() + 300
+    while not any(report["embedded"] >= minimum for report in one.reports()):
+        assert one.process.poll() is None, one.err.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    one.process.send_signal(number)
+    assert one.process.wait(timeout=120) != 0
+    return one.err.read_text()
 
 
 def test_signals_while_embedding(
@@ -65,6 +94,7 @@ def test_signals_while_embedding(
     real_embedder: Embedder,
     make_splitter: type,
     child: ModuleType,
+    start: Start,
 ) -> None:
     index = tmp_path / "index"
     documents = child.documents()
@@ -74,7 +104,7 @@ def test_signals_while_embedding(
     journal = index / ".work" / "journal"
     counts = [0]
     for number in (signal.SIGINT, signal.SIGKILL):
-        err = strike(index, embedder_folder, number, 2 * child.SHARD_CHUNKS)
+        err = strike(start, index, embedder_folder, number, 2 * child.SHARD_CHUNKS)
         if number is signal.SIGINT:
             assert "KeyboardInterrupt" in err
         assert Manifest.read(index) == before
@@ -88,7 +118,7 @@ def test_signals_while_embedding(
     # A shard cut off by a power failure is not believed.
     shards = sorted(journal.rglob("*.npy"))
     shards[-1].write_bytes(shards[-1].read_bytes()[:-100])
-    final = result(start(index, embedder_folder))
+    final = start(index, embedder_folder).result()
     resumed = child.SHARD_CHUNKS * (counts[-1] - 1)
     assert final["chunks_resumed"] == resumed
     assert final["chunks_embedded"] == child.NUM_DOCUMENTS - 5 - resumed
@@ -102,15 +132,13 @@ def test_signals_while_embedding(
             assert hits[0].chunk.text == document.text
 
 
-def test_killed_during_the_commit(tmp_path: Path, child: ModuleType) -> None:
+def test_killed_during_the_commit(tmp_path: Path, child: ModuleType, start: Start) -> None:
     index = tmp_path / "index"
-    process = start(index, Path("hash"), "write")
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
+    assert start(index, Path("hash"), "write").process.wait(timeout=300) == -signal.SIGKILL
     assert [path.name for path in index.glob("gen-*")] == ["gen-000001"]
     with pytest.raises(RetrievalError, match="holds no index"):
         Index.open(index)
-    final = result(start(index, Path("hash")))
+    final = start(index, Path("hash")).result()
     assert final["chunks_embedded"] == 0
     assert final["chunks_resumed"] == child.NUM_DOCUMENTS
     with Index.open(index) as opened:
