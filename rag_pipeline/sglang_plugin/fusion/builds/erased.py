@@ -1,12 +1,14 @@
 """Text that was deleted goes from this engine's chunk KV: the memory store, what waits for the disk, the folder.
 
 Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for them every few seconds
-and goes through the records by their text. A notice stays in force for a few minutes: a request that found the text
+and goes through the records by their text. Where several servers share a store, notices of other machines come by way of it
+(:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text
 before it was deleted may compute its chunk only then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -21,14 +23,15 @@ from chunk_cache import Candidate, ChunkKey, ChunkKV
 from rag_pipeline.erasure import (
     NOTICE_S,
     Decode,
-    Notice,
     decoder_of,
-    erase_folder,
-    erase_tier,
     notices,
+    sweep,
+    sweep_folder,
 )
 
 if TYPE_CHECKING:
+    from rag_pipeline.notices import Notice
+    from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import NoticeExchange
     from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -47,14 +50,25 @@ class ErasedText:
         Of this process.
     model : str
         Folder of the tokenizer.
+    exchange : NoticeExchange, optional
+        With other machines.
     """
 
-    def __init__(self, runtime: FusionRuntime, model: str) -> None:
+    def __init__(
+        self, runtime: FusionRuntime, model: str, exchange: NoticeExchange | None = None
+    ) -> None:
         self._runtime = runtime
         self._model = model
+        self._exchange = exchange
+        self._taking = threading.Lock()
+        """Held while notices are taken in, which threads that write do too."""
+        self._new: list[Notice] = []
+        """Notices that are in force, and that no look has taken in yet."""
         self._decode: Decode | None = None
         self._seen: set[str] = set()
         self._in_force: list[tuple[float, Notice]] = []
+        self._unpassed: list[Notice] = []
+        """Those of this machine that others may not have been told of."""
         self._unfinished: list[Notice] = []
         """What the folder and the passage were not gone through for."""
         self._checked: set[ChunkKey] = set()
@@ -70,6 +84,11 @@ class ErasedText:
         self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
         """What was written to a tier since notices were looked for last, and whose: memory may have lost it since."""
 
+    def begin(self) -> None:
+        """Take in the notices that there are, and erase from memory what an engine has read at its start."""
+        if self._take_in():
+            self._from_memory()
+
     def watch(self) -> None:
         """Look for notices from now on, in a thread."""
         threading.Thread(target=self._run, name="chunk-kv-erasure", daemon=True).start()
@@ -84,8 +103,11 @@ class ErasedText:
         """As :meth:`is_in`, for a record that is just being written to a tier.
 
         It may have been written behind somebody who deletes and went through the folder already, before this engine
-        has seen the notice; so it is looked at once more then.
+        has seen the notice; so it is looked at once more then. Notices of other machines are read for each: one of them
+        may be going through the store that they share, and this record would be written behind it.
         """
+        if self._exchange is not None:
+            self._hear()
         self._written[record.key] = record.token_ids, tenant
         return self.is_in(record, tenant)
 
@@ -102,10 +124,27 @@ class ErasedText:
         now = time.monotonic()
         # Before notices are looked for: what is written from now on is asked about with them in force.
         written, self._written = self._written, {}
-        new = list(notices(self._seen))
-        self._unfinished += new
-        held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
-        self._in_force = held + [(now + NOTICE_S, notice) for notice in new]
+        self._take_in()
+        told = self._pass_on()
+        self._condemn(now)
+        self._files.update(self._written_meanwhile(written))
+        held_on = self._in_force or self._condemned or self._unforgotten
+        gone = self._from_memory() if held_on else 0
+        # One tier may be down for hours: what the others hold goes meanwhile.
+        refused = [*told, *self._from_tiers(), *self._finish_notices()]
+        if refused:
+            raise refused[0]
+        return gone
+
+    def _take_in(self) -> bool:
+        """Take in new notices of this machine and of others; whether there are any."""
+        self._hear()
+        now = time.monotonic()
+        with self._taking:
+            new, self._new = self._new, []
+            self._unfinished += new
+            kept = {id(notice) for notice in self._unfinished}
+            self._in_force = [(t, n) for t, n in self._in_force if t > now or id(n) in kept]
         tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
         if new:
             self._checked.clear()
@@ -113,15 +152,40 @@ class ErasedText:
                 tiers.erase()
             if fetcher is not None:
                 fetcher.erase()
-        self._condemn(now)
-        self._files.update(self._written_meanwhile(written))
-        held_on = self._in_force or self._condemned or self._unforgotten
-        gone = self._from_memory() if held_on else 0
-        # One tier may be down for hours: what the others hold goes meanwhile.
-        refused = [*self._from_tiers(), *self._finish_notices()]
-        if refused:
-            raise refused[0]
-        return gone
+        return bool(new)
+
+    def _hear(self) -> None:
+        """Put new notices in force; those of other machines where the store that they share answers."""
+        with self._taking:
+            # Those of this machine first: they say which folders were gone through.
+            new = list(notices(self._seen))
+            self._unpassed += new
+            try:
+                new += self._from_others()
+            except Exception as error:
+                self._runtime.say_once(
+                    "notices", "Notices of erasure of other servers cannot be read: %s", error
+                )
+            until = time.monotonic() + NOTICE_S
+            self._in_force = self._in_force + [(until, notice) for notice in new]
+            self._new += new
+
+    def _from_others(self) -> list[Notice]:
+        found = [] if self._exchange is None else self._exchange.read()
+        new = [notice for notice in found if notice.name not in self._seen]
+        self._seen.update(notice.name for notice in new)
+        return new
+
+    def _pass_on(self) -> list[Exception]:
+        """Tell other machines, before the store that they share is gone through; returns what failed."""
+        if self._exchange is None:
+            return []
+        new, self._unpassed = self._unpassed, []
+        try:
+            self._exchange.pass_on(new)
+        except Exception as error:
+            return [error]
+        return []
 
     def _written_meanwhile(
         self, written: dict[ChunkKey, tuple[npt.NDArray[Any], str]]
@@ -161,14 +225,17 @@ class ErasedText:
         return refused
 
     def _finish_notices(self) -> list[Exception]:
-        """Go through the folder, the tiers and the passage for each notice; returns what failed."""
-        refused: list[Exception] = []
-        for notice in list(self._unfinished):
-            failed = self._from_folder(notice)
+        """Go through the folder, the tiers and the passage, once for all notices; returns what failed."""
+        told = list(self._unfinished)
+        if not told:
+            return []
+        for notice in told:
             self._runtime.forget_passage(notice)
-            if not failed:
-                self._unfinished.remove(notice)
-            refused += failed
+        refused = self._sweep(told)
+        if not refused:
+            self._unfinished = [notice for notice in self._unfinished if notice not in told]
+            if self._exchange is not None:
+                self._exchange.done(told)
         return refused
 
     def _condemn(self, now: float) -> None:
@@ -214,16 +281,22 @@ class ErasedText:
         self._runtime.metrics.count_tier("memory", "erased", len(gone))
         return len(gone)
 
-    def _from_folder(self, notice: Notice) -> list[Exception]:
+    def _sweep(self, told: list[Notice]) -> list[Exception]:
         """Erase from this engine's tiers, where whoever deleted did not know them; returns what refused."""
         path, chain = self._runtime.config.store_dir, self._runtime.tiers
-        is_folder = path and self._runtime.config.tier == "disk"
         erasures: list[Callable[[], int]] = []
-        if is_folder and str(Path(path).absolute()) not in notice.folders:
-            erasures.append(lambda: erase_folder(Path(path), notice.marks, reach=notice.reach))
+        if path and self._runtime.config.tier == "disk":
+            here = [n for n in told if str(Path(path).absolute()) not in n.folders]
+            if here:
+                erasures.append(lambda: sweep_folder(Path(path), here))
         # No other process need know the other places.
+        everywhere = [dataclasses.replace(n, reach=n.reach.among_servers()) for n in told]
+        facts = self._runtime.facts
+        models = (
+            {} if facts is None else {str(facts.context_fields["model_fingerprint"]): self._model}
+        )
         erasures += [
-            functools.partial(erase_tier, tier, notice.marks, reach=notice.reach)
+            functools.partial(sweep, tier, everywhere, models=models)
             for name, tier in ({} if chain is None else chain.tiers).items()
             if name != "disk"
         ]
