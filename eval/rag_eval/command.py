@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
+from rag_eval.arguments import INTERRUPTED
 from rag_pipeline.errors import RagPipelineError
 from retrievers.errors import RetrievalError
 
@@ -38,6 +39,13 @@ def refusals_in_one_line(main: Callable[_P, int]) -> Callable[_P, int]:
             return 1
 
     return told
+
+
+def broken_off(*, measured: bool) -> int:
+    """Say in one line that a run was interrupted, behind what it printed; returns the exit code."""
+    what = "what was measured until then is printed" if measured else "nothing was measured yet"
+    say_progress(f"error: interrupted; {what}")
+    return INTERRUPTED
 
 
 def json_line(report: Mapping[str, Any]) -> str:

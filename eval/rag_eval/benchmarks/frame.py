@@ -23,15 +23,17 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rag_eval.arguments import INTERRUPTED, OneLineParser, parse_config
+from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.command import (
     Progress,
+    broken_off,
     json_line,
     no_progress,
     refusals_in_one_line,
     say_progress,
 )
+from rag_pipeline.interrupts import one_interrupt
 
 if TYPE_CHECKING:
     import argparse
@@ -78,13 +80,17 @@ def run_benchmark(
         Exit code; a mistake in the options ends the program with 2.
     """
     config, given = parse_config(parser, kind, words)
-    return print_report(run(config, say_progress), table, as_json=given.json)
+    try:
+        with one_interrupt():
+            return print_report(run(config, say_progress), table, as_json=given.json)
+    except KeyboardInterrupt:
+        return broken_off(measured=False)
 
 
 def print_report(report: Report, table: Callable[[Report], str], *, as_json: bool) -> int:
     """Print a report on stdout, and return the exit code that goes with it."""
-    print(json_line(report) if as_json else table(report))
-    return INTERRUPTED if report.get("interrupted") else 0
+    print(json_line(report) if as_json else table(report), flush=True)
+    return broken_off(measured=True) if report.get("interrupted") else 0
 
 
 def versions_of(*names: str) -> dict[str, str]:
