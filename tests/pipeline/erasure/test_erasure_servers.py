@@ -189,7 +189,7 @@ def test_a_store_that_is_down_is_told_when_it_comes_back(
     with pytest.raises(OSError, match="valkey://"):
         one.look()
     server.start()
-    for one_again in (one.watch._exchange, two.watch._exchange):
+    for one_again in (one.watch.notices.exchange, two.watch.notices.exchange):
         assert one_again is not None
         monkeypatch.setattr(one_again._board.breaker, "enter", lambda: 0)  # type: ignore[attr-defined]
     monkeypatch.setattr(one.remote.breaker, "enter", lambda: 0)  # type: ignore[attr-defined]

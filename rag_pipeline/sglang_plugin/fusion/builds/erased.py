@@ -24,10 +24,10 @@ from rag_pipeline.erasure import (
     NOTICE_S,
     Decode,
     decoder_of,
-    notices,
     sweep,
     sweep_folder,
 )
+from rag_pipeline.sglang_plugin.fusion.builds.notices_in_force import NoticesInForce
 
 if TYPE_CHECKING:
     from rag_pipeline.notices import Notice
@@ -59,18 +59,8 @@ class ErasedText:
     ) -> None:
         self._runtime = runtime
         self._model = model
-        self._exchange = exchange
-        self._taking = threading.Lock()
-        """Held while notices are taken in, which threads that write do too."""
-        self._new: list[Notice] = []
-        """Notices that are in force, and that no look has taken in yet."""
+        self.notices = NoticesInForce(exchange, deaf=self._deaf)
         self._decode: Decode | None = None
-        self._seen: set[str] = set()
-        self._in_force: list[tuple[float, Notice]] = []
-        self._unpassed: list[Notice] = []
-        """Those of this machine that others may not have been told of."""
-        self._unfinished: list[Notice] = []
-        """What the folder and the passage were not gone through for."""
         self._checked: set[ChunkKey] = set()
         """Chunks without erased text, as far as the notices until now say."""
         self._files: set[ChunkKey] = set()
@@ -106,8 +96,8 @@ class ErasedText:
         has seen the notice; so it is looked at once more then. Notices of other machines are read for each: one of them
         may be going through the store that they share, and this record would be written behind it.
         """
-        if self._exchange is not None:
-            self._hear()
+        if self.notices.exchange is not None:
+            self.notices.hear()
         self._written[record.key] = record.token_ids, tenant
         return self.is_in(record, tenant)
 
@@ -125,10 +115,10 @@ class ErasedText:
         # Before notices are looked for: what is written from now on is asked about with them in force.
         written, self._written = self._written, {}
         self._take_in()
-        told = self._pass_on()
+        told = self.notices.pass_on()
         self._condemn(now)
         self._files.update(self._written_meanwhile(written))
-        held_on = self._in_force or self._condemned or self._unforgotten
+        held_on = self.notices.in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
         # One tier may be down for hours: what the others hold goes meanwhile.
         refused = [*told, *self._from_tiers(), *self._finish_notices()]
@@ -137,61 +127,27 @@ class ErasedText:
         return gone
 
     def _take_in(self) -> bool:
-        """Take in new notices of this machine and of others; whether there are any."""
-        self._hear()
-        now = time.monotonic()
-        with self._taking:
-            new, self._new = self._new, []
-            self._unfinished += new
-            kept = {id(notice) for notice in self._unfinished}
-            self._in_force = [(t, n) for t, n in self._in_force if t > now or id(n) in kept]
+        """Take in new notices, and forget what is on its way and erased; whether there are any."""
         tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
-        if new:
-            self._checked.clear()
-            if tiers is not None:
-                tiers.erase()
-            if fetcher is not None:
-                fetcher.erase()
-        return bool(new)
+        if not self.notices.take():
+            return False
+        self._checked.clear()
+        if tiers is not None:
+            tiers.erase()
+        if fetcher is not None:
+            fetcher.erase()
+        return True
 
-    def _hear(self) -> None:
-        """Put new notices in force; those of other machines where the store that they share answers."""
-        with self._taking:
-            # Those of this machine first: they say which folders were gone through.
-            new = list(notices(self._seen))
-            self._unpassed += new
-            try:
-                new += self._from_others()
-            except Exception as error:
-                self._runtime.say_once(
-                    "notices", "Notices of erasure of other servers cannot be read: %s", error
-                )
-            until = time.monotonic() + NOTICE_S
-            self._in_force = self._in_force + [(until, notice) for notice in new]
-            self._new += new
-
-    def _from_others(self) -> list[Notice]:
-        found = [] if self._exchange is None else self._exchange.read()
-        new = [notice for notice in found if notice.name not in self._seen]
-        self._seen.update(notice.name for notice in new)
-        return new
-
-    def _pass_on(self) -> list[Exception]:
-        """Tell other machines, before the store that they share is gone through; returns what failed."""
-        if self._exchange is None:
-            return []
-        new, self._unpassed = self._unpassed, []
-        try:
-            self._exchange.pass_on(new)
-        except Exception as error:
-            return [error]
-        return []
+    def _deaf(self, error: Exception) -> None:
+        self._runtime.say_once(
+            "notices", "Notices of erasure of other servers cannot be read: %s", error
+        )
 
     def _written_meanwhile(
         self, written: dict[ChunkKey, tuple[npt.NDArray[Any], str]]
     ) -> list[ChunkKey]:
         """Erased ones among records that were written since the last look."""
-        if not (self._in_force or self._condemned):
+        if not (self.notices.in_force or self._condemned):
             return []
         try:
             return [
@@ -226,21 +182,19 @@ class ErasedText:
 
     def _finish_notices(self) -> list[Exception]:
         """Go through the folder, the tiers and the passage, once for all notices; returns what failed."""
-        told = list(self._unfinished)
+        told = list(self.notices.unfinished)
         if not told:
             return []
         for notice in told:
             self._runtime.forget_passage(notice)
         refused = self._sweep(told)
         if not refused:
-            self._unfinished = [notice for notice in self._unfinished if notice not in told]
-            if self._exchange is not None:
-                self._exchange.done(told)
+            self.notices.finish(told)
         return refused
 
     def _condemn(self, now: float) -> None:
         """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""
-        if not (self._in_force or self._condemned):
+        if not (self.notices.in_force or self._condemned):
             return
         condemned = {key: until for key, until in self._condemned.items() if until > now}
         for chunk in self._waiting():
@@ -309,7 +263,7 @@ class ErasedText:
         return refused
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
-        notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]
+        notices_now = [n for _, n in self.notices.in_force if not n.reach.spares(tenant)]
         if not notices_now:
             return False
         text = self._text(token_ids)
