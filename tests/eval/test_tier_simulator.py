@@ -325,7 +325,7 @@ def test_an_interrupted_simulation_prints_what_it_has(
     assert said.err == "error: interrupted; what was measured until then is printed\n"
     assert main(["--trace", str(chats), "--policy", "lru"]) == 130
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "error: interrupted; nothing was measured yet\n")
+    assert (said.out, said.err) == ("", "error: interrupted; there is no report yet\n")
 
 
 def test_a_simulation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

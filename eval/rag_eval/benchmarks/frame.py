@@ -33,7 +33,6 @@ from rag_eval.command import (
     refusals_in_one_line,
     say_progress,
 )
-from rag_pipeline.interrupts import one_interrupt
 
 if TYPE_CHECKING:
     import argparse
@@ -80,11 +79,7 @@ def run_benchmark(
         Exit code; a mistake in the options ends the program with 2.
     """
     config, given = parse_config(parser, kind, words)
-    try:
-        with one_interrupt():
-            return print_report(run(config, say_progress), table, as_json=given.json)
-    except KeyboardInterrupt:
-        return broken_off(measured=False)
+    return print_report(run(config, say_progress), table, as_json=given.json)
 
 
 def print_report(report: Report, table: Callable[[Report], str], *, as_json: bool) -> int:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import glob
 import os
-import signal
 import sys
 from collections.abc import Callable
-from multiprocessing import forkserver, parent_process
+from multiprocessing import forkserver
 from typing import Any
 
 __all__ = ["FAST_START", "WithEnvironment", "fast_start_wanted", "start"]
@@ -95,10 +94,6 @@ class WithEnvironment:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the entry function."""
-        if parent_process() is not None:
-            # Ctrl-C and `timeout` signal a whole process group. The parent ends its children in good order; if one went by
-            # itself, SGLang would kill the parent before it has told what it has.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return self._function(*args, **kwargs)
 
     def __getstate__(self) -> tuple[dict[str, str], Callable[..., Any]]:
