@@ -76,8 +76,11 @@ class ErasedText:
 
     def begin(self) -> None:
         """Take in the notices that there are, and erase from memory what an engine has read at its start."""
-        if self._take_in():
-            self._from_memory()
+        try:
+            if self._take_in():
+                self._from_memory()
+        except Exception as error:
+            self._say(error)
 
     def watch(self) -> None:
         """Look for notices from now on, in a thread."""
@@ -280,5 +283,8 @@ class ErasedText:
                 self.look()
             except Exception as error:
                 # The thread goes on: the next look does it again, and nothing else erases.
-                self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)
+                self._say(error)
             time.sleep(LOOK_S)
+
+    def _say(self, error: Exception) -> None:
+        self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)
