@@ -3,7 +3,8 @@
 Who deletes posts a notice first, a file in the project's folder that every engine of this user looks
 at every few seconds, and then goes through the files of the chunk stores that it knows. An engine goes
 through its memory, and through its own folder where that was not among them. A notice holds hashes of
-the text, not the text (:class:`chunk_cache.TextMarks`).
+the text, not the text (:class:`chunk_cache.TextMarks`). Engines that share a remote store pass it on in that store,
+so that those of other machines hear of it (:mod:`chunk_cache.tiers.remote.notices`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.config import home_dir
+from rag_pipeline.notices import EVERYBODY, Notice, Reach
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 
 if TYPE_CHECKING:
@@ -47,61 +48,12 @@ surely meant may go, fewer runs are marked, so that the marks of chunks of 1,500
 Decode = Callable[["npt.NDArray[Any]"], str]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
-    """Whose chunk KV a deletion goes through: everybody's, unless a server's tenant deletes.
-
-    A tenant does not see the index of another, so what it deletes is never looked for there: it could empty the
-    other's chunk KV by deleting a text that holds one letter. It is looked for in its own, in that of nobody in
-    particular, which whoever runs the server fills from any index, and where nobody knows whose it is. Of what is
-    nobody's only that goes which is surely meant.
-
-    Parameters
-    ----------
-    tenant : str
-        :func:`chunk_cache.tenant_mark` of who deletes; empty for whoever runs the server.
-    spared : frozenset of str
-        Marks of the server's other tenants.
-    """
-
-    tenant: str = ""
-    spared: frozenset[str] = frozenset()
-
-    def spares(self, tenant: str) -> bool:
-        """Whether nothing of a tenant goes."""
-        return tenant in self.spared
-
-    def covers(self, marks: TextMarks, text: str | None, tenant: str) -> bool:
-        """Whether a text of a tenant has to go; None is a text that cannot be read."""
-        if self.spares(tenant):
-            return False
-        return text is None or marks.are_in(text, strict=bool(self.tenant) and not tenant)
-
-
-EVERYBODY = Reach()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Notice:
-    """What was erased, and where already."""
-
-    name: str
-    marks: TextMarks
-    folders: tuple[str, ...]
-    """Chunk stores that whoever deleted goes through."""
-    reach: Reach
-
-    def is_about(self, text: str | None, tenant: str) -> bool:
-        """Whether a text of a tenant (:func:`chunk_cache.tenant_mark`), None for one that cannot be read, has to go."""
-        return self.reach.covers(self.marks, text, tenant)
-
-
 def board() -> Path:
     """Folder of the notices."""
     return home_dir() / "erased"
 
 
-def make_eraser(*stores: Path, reach: Reach = EVERYBODY) -> Erase:
+def make_eraser(*stores: Path, reach: Reach = EVERYBODY, remote: str = "") -> Erase:
     """Erase what leaves an index from chunk KV; to be passed to ``ingest`` and ``delete_documents``.
 
     Parameters
@@ -110,19 +62,27 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY) -> Erase:
         Folders of chunk KV; one that is no store, or not there, is passed over.
     reach : Reach
         Whose chunk KV.
+    remote : str
+        Address of a store whose servers are told at once, by whoever has no engine that would pass the notice on.
+        Where it does not answer, erasing raises :class:`OSError` when all else is done.
     """
 
     def erase(removal: Removal) -> None:
+        from chunk_cache.tiers.remote.connect import connect_board
+
         marks = marks_of(removal)
         if not marks:
             return
-        post(marks, stores, reach)
+        notice = post(marks, stores, reach)
         passage = removal.old.parent / PASSAGE_NAME
         if passage.exists() and marks.are_in(passage.read_text("utf-8", "replace")):
             # A new sample is drawn at the next start of an engine.
             passage.unlink(missing_ok=True)
         for store in stores:
             erase_folder(store, marks, reach=reach)
+        told = connect_board(remote) if remote else None
+        if told is not None:
+            told.post(notice.name, notice.to_bytes())
 
     return erase
 
@@ -141,8 +101,8 @@ def marks_of(removal: Removal) -> TextMarks:
     return TextMarks.of(texts, step=step, most=_MOST_CHUNKS)
 
 
-def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) -> None:
-    """Tell the engines that are running.
+def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) -> Notice:
+    """Tell the engines that are running on this machine.
 
     Raises
     ------
@@ -161,6 +121,14 @@ def post(marks: TextMarks, folders: Sequence[Path], reach: Reach = EVERYBODY) ->
     write_private(board() / f"{name}.json", json.dumps(meta).encode())
     # Read by its presence, so it comes last.
     write_private(board() / f"{name}.marks", marks.to_bytes())
+    return Notice(name=name, marks=marks, folders=tuple(map(str, folders)), reach=reach)
+
+
+def keep(name: str) -> None:
+    """Keep a notice of this machine for as long again, if it is still there: somebody was not told yet."""
+    for suffix in ("json", "marks"):
+        with contextlib.suppress(OSError):
+            os.utime(board() / f"{name}.{suffix}")
 
 
 def notices(seen: set[str]) -> Iterator[Notice]:
@@ -201,27 +169,49 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
     OSError
         Where a file cannot be deleted.
     """
+    return sweep_folder(path, [Notice(name="", marks=marks, folders=(), reach=reach)])
+
+
+def sweep_folder(path: Path, told: Sequence[Notice]) -> int:
+    """Do what several notices say in one pass through a folder, as :func:`erase_folder` does for one."""
     from chunk_cache import ChunkCacheError, StoreFolder
 
     try:
         store = StoreFolder(path)
     except ChunkCacheError:
         return 0
-    return erase_tier(store, marks, reach=reach)
+    return sweep(store, told)
 
 
-def erase_tier(store: Tier, marks: TextMarks, *, reach: Reach = EVERYBODY) -> int:
-    """Delete the records of any tier that hold text that is gone, as :func:`erase_folder` does; returns how many."""
+def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | None = None) -> int:
+    """Delete the records of any tier that hold text that is gone; returns how many.
+
+    Parameters
+    ----------
+    store : Tier
+        What to go through, once for all notices.
+    told : sequence of Notice
+        What is gone, and whose records.
+    models : mapping of str to str, optional
+        Folders of models by their fingerprint: who wrote a record on another machine tells a folder of that one.
+
+    Raises
+    ------
+    OSError, ChunkCacheError
+        Where a record cannot be deleted.
+    """
     namespaces: dict[str, tuple[str, str]] = {}
     decoders: dict[str, Decode | None] = {"": None}
     gone = 0
     for key in store.keys():  # noqa: SIM118 - not a mapping
         space = key.namespace
         if space not in namespaces:
-            model = (store.describe(space) or {}).get("model")
-            namespaces[space] = store.tenant_of(space), str(model or "")
+            fields = store.describe(space) or {}
+            own = (models or {}).get(str(fields.get("model_fingerprint")))
+            namespaces[space] = store.tenant_of(space), str(own or fields.get("model") or "")
         tenant, folder = namespaces[space]
-        if reach.spares(tenant):
+        asking = [notice for notice in told if not notice.reach.spares(tenant)]
+        if not asking:
             continue
         if folder not in decoders:
             decoders[folder] = decoder_of(Path(folder))
@@ -229,7 +219,7 @@ def erase_tier(store: Tier, marks: TextMarks, *, reach: Reach = EVERYBODY) -> in
         ids = store.token_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
         text = None if read is None or ids is None else read(ids)
-        if reach.covers(marks, text, tenant):
+        if any(notice.is_about(text, tenant) for notice in asking):
             gone += store.remove(key)
     # Also where nothing was found: an earlier attempt may have removed it and failed to make that last.
     store.sync()

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
+from rag_eval.arguments import INTERRUPTED
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.interrupts import one_interrupt
 from retrievers.errors import RetrievalError
 
 _P = ParamSpec("_P")
@@ -27,17 +29,27 @@ def no_progress(line: str) -> None:
 
 
 def refusals_in_one_line(main: Callable[_P, int]) -> Callable[_P, int]:
-    """Let a command end with 1 and one line on stderr where the user's input is refused."""
+    """Let a command end with one line on stderr where the user's input is refused (1), or it is interrupted (130)."""
 
     @functools.wraps(main)
     def told(*args: _P.args, **kwargs: _P.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with one_interrupt():
+                return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            return broken_off(measured=False)
         except (RagPipelineError, RetrievalError) as error:
             say_progress(f"error: {error}")
             return 1
 
     return told
+
+
+def broken_off(*, measured: bool) -> int:
+    """Say in one line that a run was interrupted, behind what it printed; returns the exit code."""
+    what = "what was measured until then is printed" if measured else "there is no report yet"
+    say_progress(f"error: interrupted; {what}")
+    return INTERRUPTED
 
 
 def json_line(report: Mapping[str, Any]) -> str:

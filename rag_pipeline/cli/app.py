@@ -258,4 +258,5 @@ def _run_named(command: str, kind: str, modules: dict[str, str], given: list[str
         raise RagPipelineError(f"no {kind} {name!r}; choose one of {', '.join(modules)}")
     from importlib import import_module
 
-    raise typer.Exit(import_module(modules[name]).main(words))
+    # Not typer's own exit: one that was interrupted has said so.
+    raise SystemExit(import_module(modules[name]).main(words))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 
 import typer
 
 from rag_pipeline.cli.app import app
+from rag_pipeline.interrupts import one_interrupt
 
 # typer carries its own copy of click and exports only the leaves; the base of `BadParameter` is
 # what every parsing mistake (unknown option, missing argument, bad value) is an instance of.
@@ -41,19 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     # Progress is shown by this program; the bars that libraries draw, in child processes too, are not.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if threading.current_thread() is threading.main_thread():
-        # What Ctrl-C ends in good order (an engine's processes, files under way), a supervisor can too.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if VERBOSE in words:  # stands behind the command as well as before it
         words = [VERBOSE, *(word for word in words if word != VERBOSE)]
     try:
-        result = command.main(
-            args=words or ["--help"],
-            prog_name="rag-pipeline",
-            standalone_mode=False,
-            obj=words,  # the app's callback looks there for a call for help
-        )
+        with one_interrupt():
+            result = command.main(
+                args=words or ["--help"],
+                prog_name="rag-pipeline",
+                standalone_mode=False,
+                obj=words,  # the app's callback looks there for a call for help
+            )
     except _UsageError as error:
         # Formatted by hand: typer's own rendering is a box of several lines.
         return _fail(_usage_line(error), code=2)

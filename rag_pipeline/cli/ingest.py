@@ -74,6 +74,7 @@ def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
             f"--overlap is {options.overlap}; it must be below --chunk-tokens "
             f"({options.chunk_tokens})"
         )
+    fusion = FusionConfig.from_env()
     embedder_name = options.embedder
     if embedder_name is None:
         try:
@@ -108,7 +109,7 @@ def ingest_paths(options: IngestOptions) -> tuple[IngestReport, LoadReport]:
             embedder=embedder,
             factory=options.factory,
             sync=options.sync,
-            erase=make_eraser(*FusionConfig.from_env().store_folders(options.store)),
+            erase=make_eraser(*fusion.store_folders(options.store), remote=fusion.remote),
             progress=show,
         )
     return report, loaded

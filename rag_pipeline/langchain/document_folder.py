@@ -55,7 +55,8 @@ class DocumentFolder:
         self._embedder = embedder
         self._factory = factory
         self._change = threading.Lock()
-        self._erase = make_eraser(*FusionConfig.from_env().store_folders())
+        fusion = FusionConfig.from_env()
+        self._erase = make_eraser(*fusion.store_folders(), remote=fusion.remote)
         self._live = LiveIndex(path, embedder=embedder)
         self._live.current()
 

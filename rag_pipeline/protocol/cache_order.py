@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol.cache_replicas import merge_replicas
 
 CACHE_KEY = "rag_cache"
 """Where the answer stands in each of SGLang's ``internal_states``."""
@@ -101,7 +102,7 @@ def read_answer(states: list[Mapping[str, Any]], ticket: str) -> dict[str, Any] 
     Returns
     -------
     dict or None
-        What the first replica that carried it out says; of several all under ``replicas``.
+        What the replicas that carried it out say together (:func:`.cache_replicas.merge_replicas`).
 
     Raises
     ------
@@ -116,4 +117,4 @@ def read_answer(states: list[Mapping[str, Any]], ticket: str) -> dict[str, Any] 
     if not results:
         raise CacheOrderError(str(answers[0]["error"]), int(answers[0]["status"]))
     # A replica that has none of the chunks refuses, and the others do what they can.
-    return results[0] if len(answers) == 1 else results[0] | {"replicas": results}
+    return results[0] if len(answers) == 1 else merge_replicas(results)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 
 from chunk_cache import tenant_mark
-from rag_pipeline.erasure import Reach, make_eraser
+from rag_pipeline.erasure import make_eraser
+from rag_pipeline.notices import Reach
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.server.cache_routes import make_cache_router
 from rag_pipeline.server.embedders import EmbedderPool

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from valkey_server import Server
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore
 
@@ -20,6 +22,14 @@ def context() -> KVContext:
         rope='{"base":10000.0}',
         prefix_digest="none",
     )
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A real Valkey server without a password."""
+    server = Server(tmp_path)
+    yield server
+    server.kill()
 
 
 @pytest.fixture

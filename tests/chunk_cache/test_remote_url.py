@@ -31,6 +31,15 @@ def test_what_an_address_leaves_out() -> None:
     assert url.shown == "redis://[::1]:6379"
 
 
+def test_an_address_of_a_socket_is_read() -> None:
+    url = parse_remote_url("valkey+unix://me:p%2Fss@/run/kv%20one.sock?db=3&timeout=2")
+    assert (url.is_socket, url.path, url.database, url.port) == (True, "/run/kv one.sock", 3, None)
+    assert (url.user, url.password) == ("me", "p/ss")
+    assert url.shown == "valkey+unix:///run/kv one.sock"
+    assert shown_url("valkey://h:1/0?password_file=/a@b") == "valkey://h:1/0"
+    assert not parse_remote_url("hicache+unix:///run/x").is_socket
+
+
 def test_a_password_may_stand_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter22\n")
@@ -57,6 +66,22 @@ def test_addresses_of_sglangs_backends() -> None:
         ("valkey://:hunter22@h:port", "is no address"),
         ("valkey://:hunter22@h:99999", "is no address"),
         ("valkey://:hunter22@h/zero", "no number of a database"),
+        ("valkey://:hunter22@h/99999", "no number of a database"),
+        ("valkey://:hun/hunter22@h:1", "as %2F"),
+        ("valkey://:6/hunter22@h:1", "as %2F"),
+        ("valkey://user:6?hunter22@h=1", "as %2F"),
+        ("valkey://a?hunter22@h:1/0", "as %3F"),
+        ("valkey://:hun#hunter22@h:1", "as %23"),
+        ("valkey://6#hunter22@h:1", "as %23"),
+        ("valkey://:hunter22@h?ca_file=/x", "ca_file is for TLS"),
+        ("valkey://:hunter22@h?db=3", "no option 'db'"),
+        ("valkey+unix://:hunter22@", "names no socket"),
+        ("valkey+unix://:hunter22@host/run/kv.sock", "names no socket"),
+        ("valkey+unix://:hunter22@/run/kv.sock?db=x", "no number of a database"),
+        ("valkey+sentinel://:hunter22@h:26379/primary", "sentinels are not served"),
+        ("rediss+cluster://:hunter22@h", "clusters and sentinels are not served"),
+        ("redis-sentinel://:hunter22@h", "of no known kind"),
+        ("valkey://:hunter22@a,b", "several hosts"),
         ("valkey://:hunter22@h?tls=hunter22", "no option 'tls'; allowed: timeout, ttl"),
         ("valkey://:hunter22@h?timeout=soon", "give seconds above 0"),
         ("valkey://:hunter22@h?timeout=-1", "give seconds above 0"),

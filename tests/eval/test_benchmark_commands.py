@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,6 +22,7 @@ from rag_eval.benchmarks import store
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, time_in_turns
 from rag_eval.errors import EvalError
+from rag_pipeline import interrupts
 
 COMMANDS = [
     found.name
@@ -84,9 +88,20 @@ class Outer:
 
 def measure(config: Outer, progress: Callable[[str], None]) -> dict[str, Any]:
     progress("measuring")
+    if config.name == "interrupted":
+        raise KeyboardInterrupt
+    if config.name == "twice":
+        # As `timeout -s INT` does it: the process, then its group, while the engine is being closed.
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
     if config.name == "absent":
         raise EvalError("name is absent; take another")
-    return {"n": config.count, "of": asdict(config), "interrupted": config.name == "cut"}
+    return {"n": config.count, "of": asdict(config), "interrupted": config.name in ("cut", "twice")}
 
 
 def command(*words: str) -> int:
@@ -123,6 +138,31 @@ def test_a_benchmark_that_is_told_nonsense_says_so_in_one_line(
     words: list[str], named: str, refusal: Callable[..., str]
 ) -> None:
     assert named in refusal(lambda given: command(*given), words)
+
+
+@pytest.mark.parametrize("name", ["twice", "interrupted"])
+def test_an_interrupted_benchmark_says_so_in_one_line_behind_what_it_has(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "_last", float("-inf"))
+    before = signal.getsignal(signal.SIGINT)
+    assert command("--name", name) == 130
+    said = capsys.readouterr()
+    assert said.out == ("table 2\n" if name == "twice" else "")
+    assert said.err.count("error: interrupted; ") == said.err.count("\n") - 1 == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["twice", "interrupted"])
+def test_the_command_line_adds_no_second_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rag_pipeline.cli import main
+
+    monkeypatch.setattr(interrupts, "_last", float("-inf"))
+    monkeypatch.setattr("rag_eval.benchmarks.ttft.main", lambda words: command("--name", name))
+    assert main(["bench", "ttft"]) == 130
+    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_calls_are_timed_in_turns_behind_a_warm_up() -> None:

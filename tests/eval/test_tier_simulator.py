@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,6 +300,32 @@ def test_a_mistake_is_one_line(
     assert told in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("error: ")
+
+
+def test_an_interrupted_simulation_prints_what_it_has(
+    chats: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def player(label: str, *given: Any, **options: Any) -> Any:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(label)
+        return make_player(label, *given, **options)
+
+    monkeypatch.setattr(import_module("rag_eval.simulator.measure"), "make_player", player)
+    assert main(["--trace", str(chats), "--policy", "lru", "--policy", "fifo", "--json"]) == 130
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert [list(row["policies"]) for row in report["regimes"].values()] == [
+        ["lru", "fifo"],
+        ["lru"],
+    ]
+    assert report["interrupted"] is True
+    assert said.err == "error: interrupted; what was measured until then is printed\n"
+    assert main(["--trace", str(chats), "--policy", "lru"]) == 130
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: interrupted; there is no report yet\n")
 
 
 def test_a_simulation_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

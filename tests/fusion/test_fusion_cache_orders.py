@@ -221,6 +221,55 @@ def test_replicas_answer_together() -> None:
         read_answer([refused, refused], "t")
 
 
+def test_two_replicas_with_one_folder_answer_as_one_cache(tmp_path: Path) -> None:
+    """`--dp-size 2`: every order reaches both, and what they say is added up where it is not the same."""
+    replicas = [Process(tmp_path / "kv") for _ in range(2)]
+
+    def ask(action: str, **fields: Any) -> dict[str, Any]:
+        order = CacheOrder(action=action, ticket=f"{action}-{time.monotonic_ns()}", **fields)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            states = [{CACHE_KEY: replica.desk.take(order)} for replica in replicas]
+            if (answer := read_answer(states, order.ticket)) is not None:
+                return answer
+            time.sleep(0.01)
+        raise AssertionError("no answer")
+
+    one, two, three = replicas[0].digests
+    first, second = (replica.runtime.store for replica in replicas)
+    assert second.evict(replicas[1].records[2].key)
+    size = replicas[0].records[0].num_bytes
+    memory, disk = ask("stats")["tiers"]
+    assert (memory["chunks"], memory["bytes"]) == (5, 5 * size)
+    assert memory["byte_budget"] == first.stats().byte_budget + second.stats().byte_budget
+    assert disk["chunks"] == 3, "one folder"
+    assert disk["bytes"] == sum(replicas[0].folder.size_of(k.key) for k in replicas[0].records)
+    assert ask("pin", keys=(one, three), ttl_s=3600)["pinned"] == [one, three]
+    assert [info.pinned for info in (*first.ls(), *second.ls())].count(True) == 3
+    listed = ask("ls")
+    assert listed["total"] == len(listed["entries"]) == 3
+    rows = {row["key"]: row for row in listed["entries"]}
+    assert rows[two]["bytes"]["memory"] == 2 * rows[three]["bytes"]["memory"] == 2 * size
+    assert [rows[key]["pinned"] for key in (one, two, three)] == [True, False, True]
+    lease = second.acquire(replicas[1].records[1].key, IDS[1])
+    assert lease is not None
+    told = ask("evict", keys=(one, two), tier="memory")
+    assert (told["evicted"], told["in_use_kept"], told["pinned_kept"]) == ([two], [two], [one])
+    lease.release()
+    for replica in replicas:
+        replica.runtime.facts.context = lambda **given: context()  # type: ignore[union-attr, method-assign]
+    told = ask("prefetch", keys=(two, three))
+    assert sorted(told["fetched"]) == sorted([two, three])
+    assert (told["already_there"], told["not_fetched"]) == ([], [])
+    assert ask("unpin", keys=(one, three))["unpinned"] == [one, three]
+    assert ask("evict", keys=(three,))["evicted"] == [three]
+    assert ask("verify")["damaged_removed"] == {"memory": [], "disk": []}
+    assert [len(store.keys()) for store in (first, second)] == [2, 2]
+    assert len(ask("stats")["replicas"]) == 2
+    for replica in replicas:
+        replica.close()
+
+
 class Rank(RankGroup):
     """One of two ranks; both exchange what they vote."""
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +196,26 @@ def test_an_index_is_warmed_piece_by_piece(rag_server: Any) -> None:
     assert refusal.status_code == 404
     assert rag_server.is_one_line(refusal)
     assert rag_server.post(f"{CACHE}/warm", {}, "acme").status_code == 403
+
+
+def test_the_command_line_warms_a_running_server(
+    rag_server: Any,
+    tiny_llm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["cache", "warm", "--index", str(rag_server.folder / "acme"), "--model", str(tiny_llm)]
+    words += ["--url", rag_server.url, "--limit", "1", "--json"]
+    before = set(entries(rag_server))
+    monkeypatch.setenv(API_KEY_VARIABLE, "not-the-key-of-anybody-here")
+    assert main(words) == 1
+    assert capsys.readouterr().err.count("error: ") == 1
+    monkeypatch.setenv(API_KEY_VARIABLE, rag_server.keys["operator"])
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["warmed"] == 1
+    new = set(entries(rag_server)) - before
+    assert len(new) >= 1
+    assert {row["tenant"] for key, row in entries(rag_server).items() if key in new} == {""}
 
 
 def test_a_damaged_file_is_found_and_removed(rag_server: Any, built: list[str]) -> None:

@@ -210,6 +210,16 @@ def test_who_opens_what() -> None:
     # With an administrator's key alone the rest is as without any.
     assert status("/v1/models", "EMPTY", key=None, **admin) == 200
     assert status("/flush_cache", "EMPTY", key=None, **admin) == 401
+    # The chunk cache: its figures are for any key, listing and changing it for the administrator's alone.
+    orders = ["entries", "pin", "unpin", "prefetch", "evict", "verify", "warm"]
+    for path in (f"/v1/rag/cache/{order}" for order in orders):
+        assert [status(path, key) for key in (OPERATOR, TENANT, ADMIN)] == [200, 403, 401], path
+        assert [status(path, key, **admin) for key in (OPERATOR, TENANT, ADMIN)] == [401, 401, 200]
+    assert [status("/v1/rag/cache", key, **admin) for key in (OPERATOR, TENANT, ADMIN)] == [
+        200,
+        200,
+        401,
+    ]
     assert ask(guard(), headers=bearer(TENANT)).json()["tenant"] == "acme"
     assert ask(guard(), "/health").json()["tenant"] is None
 

@@ -201,6 +201,29 @@ def test_upload_with_progress_and_delete(page: Page, tmp_path: Path) -> None:
     assert "is empty" in page.find("#problem").text
 
 
+def test_the_chunk_cache_by_tier(page: Page) -> None:
+    page.open()
+    page.give_key()
+    page.find("#cache summary").click()
+    page.until(lambda: page.all("#cache-rows tr"), "no tiers")
+    names = [cell.text for cell in page.all("#cache-names th")]
+    assert names == ["Tier", "Chunks", "Size", "Hits", "Misses", "Dropped", "Failed"]
+    rows = [row.text.split() for row in page.all("#cache-rows tr")]
+    assert [row[0] for row in rows] == ["memory", "disk"]
+    with page.server.client("operator") as client:
+        told = client.get("/v1/rag/cache").json()["tiers"]
+    assert rows[1][1] == f"{told[1]['chunks']:,}"
+    assert {cell.get_attribute("scope") for cell in page.all("#cache th")} == {"col", "row"}
+    assert page.overflow() == 0
+    assert page.faults() == []
+    # A tenant sees its own chunks, and no column that is everybody's.
+    page.open()
+    page.give_key("acme")
+    page.find("#cache summary").click()
+    page.until(lambda: page.all("#cache-rows tr"), "no tiers")
+    assert [cell.text for cell in page.all("#cache-names th")] == ["Tier", "Chunks", "Size", "Hits"]
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_narrow_screen_needs_no_sideways_scrolling(page: Page, dark: bool) -> None:
     page.open(width=340, dark=dark)

@@ -158,6 +158,7 @@ def _fork_server_ahead() -> None:
     if pid == 0:
         os.close(alive_write)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the preloaded module does there
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         forkserver.main(listener.fileno(), alive_read, [])
         os._exit(0)
     listener.close()

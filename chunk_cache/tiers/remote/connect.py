@@ -7,6 +7,7 @@ from typing import Any
 
 from chunk_cache.tiers.base import Tier
 from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache.tiers.remote.notices import GuardedBoard
 from chunk_cache.tiers.remote.url import VALKEY_SCHEMES, parse_remote_url
 from rag_kernels import Registry
 
@@ -52,3 +53,19 @@ def connect_remote(url: str, *, byte_budget: int, model: str, codec: str = "plai
         with contextlib.suppress(OSError):
             guarded.demand(tier.check)
     return guarded
+
+
+def connect_board(url: str) -> GuardedBoard | None:
+    """Open the board of notices of the store at an address; ``None`` where stores of its kind have none.
+
+    Those whose tier has a class method ``connect_board`` (of the address, to a
+    :class:`~chunk_cache.tiers.remote.notices.NoticeBoard`) have one. The store need not answer yet.
+
+    Raises
+    ------
+    ChunkCacheError, OSError
+        The address is none, what it needs is not installed, or a folder cannot be made.
+    """
+    parsed = parse_remote_url(url)
+    connect = getattr(REMOTE_TIERS.get(parsed.kind), "connect_board", None)
+    return None if connect is None else GuardedBoard(connect(url), name=parsed.shown)

@@ -5,6 +5,7 @@
     ragkv:2:r:<namespace>:<digest>:<tokens>    hash: h = header, 0, 1, ... = layers, c = context
     ragkv:2:n:<namespace>                      what the namespace stands for, JSON
     ragkv:2:w:<random>                         a record that is being written; the server drops what a crash left
+    ragkv:2:e:...                              notices of erasure, see ``valkey_notices``
 
 One hash per record, because a server evicts, expires and deletes by key: a record goes whole or stays whole. It is
 written under another name and renamed, so a reader sees all of it or nothing. Records are named by their content and
@@ -19,11 +20,9 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
-from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.encoding import (
-    DamagedRecordError,
     EncodedRecord,
     RecordHeader,
     encode_record,
@@ -31,19 +30,17 @@ from chunk_cache.tiers.encoding import (
 )
 from chunk_cache.tiers.remote.described import describe_context, read_description
 from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
+from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
+from chunk_cache.tiers.remote.valkey_client import PREFIX, TIMEOUT_S, ValkeyServer
 from chunk_cache.tiers.remote.valkey_durability import Durability
+from chunk_cache.tiers.remote.valkey_notices import ValkeyNotices
 
-_PREFIX = "ragkv:2:"
-_SCRATCH = f"{_PREFIX}w:"
-_TIMEOUT_S = 1.0
-"""Longest that one read of the socket waits, by default; also what a request waits for all layers of a record."""
+_SCRATCH = f"{PREFIX}w:"
 _WRITING_S = 300
 """What is being written is dropped by the server so long after its last layer."""
 _WRITE_BYTES = 8 << 20
 """Bytes per round trip of a write."""
-_READ_BYTES = 1 << 20
-"""Bytes per read of the socket."""
 _FETCHES = 2
 """Calls for layers that run at once."""
 _BATCH = 1000
@@ -73,15 +70,14 @@ class ValkeyTier(HeaderFirstTier):
     def __init__(
         self, url: RemoteURL, *, byte_budget: int, model: str = "", codec: str = "plain"
     ) -> None:
-        super().__init__(wait_s=url.seconds("timeout", _TIMEOUT_S), calls=_FETCHES)
+        self._server = ValkeyServer(url)
+        super().__init__(wait_s=self._server.wait_s, calls=_FETCHES)
         self.url = url
         self.byte_budget = byte_budget
         self.model = model
         self.codec = codec
-        self._ttl_ms = (
-            round(1000 * url.seconds("ttl", _TIMEOUT_S)) if "ttl" in url.options else None
-        )
-        self._client, self._errors = _client(url, self.wait_s)
+        self._ttl_ms = round(1000 * url.seconds("ttl", TIMEOUT_S)) if "ttl" in url.options else None
+        self._client = self._server.client
         self._durability = Durability(
             self._client, shown=url.shown, wait_s=self.wait_s, scratch=_SCRATCH
         )
@@ -94,21 +90,19 @@ class ValkeyTier(HeaderFirstTier):
         return cls(parse_remote_url(location), byte_budget=byte_budget, model=model)
 
     def check(self) -> None:
-        """Ask whether the server answers and lets us in.
+        """Ask whether the server answers; raises as :meth:`ValkeyServer.check`."""
+        self._server.check()
 
-        Raises
-        ------
-        OSError
-            If not.
-        """
-        with self._answers():
-            self._client.ping()
+    @classmethod
+    def connect_board(cls, location: str) -> NoticeBoard:
+        """Where the servers of this store tell one another what was erased."""
+        return ValkeyNotices(ValkeyServer(parse_remote_url(location)))
 
     # -- reading ------------------------------------------------------------------------------
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether there is a record of this name."""
-        with self._answers():
+        with self._server.answers():
             return bool(self._client.exists(_record(key)))
 
     def find(self, key: ChunkKey) -> FoundRecord | None:
@@ -116,7 +110,7 @@ class ValkeyTier(HeaderFirstTier):
         header = self._header(key)
 
         def fetch(first: int, last: int) -> Sequence[bytes | None]:
-            with self._answers():
+            with self._server.answers():
                 found: list[bytes | None] = self._client.hmget(
                     _record(key), list(range(first, last))
                 )
@@ -125,10 +119,10 @@ class ValkeyTier(HeaderFirstTier):
         return None if header is None else FoundRecord(header, fetch)
 
     def _header(self, key: ChunkKey) -> RecordHeader | None:
-        with self._answers():
+        with self._server.answers():
             try:
                 data = self._client.hget(_record(key), "h")
-            except self._errors.ResponseError as error:
+            except self._server.errors.ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 data = b""
@@ -160,7 +154,7 @@ class ValkeyTier(HeaderFirstTier):
             if encoded.num_bytes > self.byte_budget:
                 return False
             temporary = f"{_SCRATCH}{secrets.token_hex(12)}"
-            with self._answers():
+            with self._server.answers():
                 try:
                     if not self._upload(temporary, encoded, told):
                         return False
@@ -169,12 +163,12 @@ class ValkeyTier(HeaderFirstTier):
                         name, "h"
                     ):
                         self._client.rename(temporary, name)  # what is there can be read by nobody
-                except self._errors.OutOfMemoryError:
+                except self._server.errors.OutOfMemoryError:
                     return False
                 finally:
-                    with contextlib.suppress(self._errors.ValkeyError):
+                    with contextlib.suppress(self._server.errors.ValkeyError):
                         self._client.unlink(temporary)
-        with self._answers():
+        with self._server.answers():
             if self._ttl_ms is None:
                 self._client.persist(name)
             else:
@@ -204,7 +198,7 @@ class ValkeyTier(HeaderFirstTier):
     def remove(self, key: ChunkKey) -> bool:
         """Delete a record whatever holds it; ``False`` if it was not there."""
         self._removed = True
-        with self._answers():
+        with self._server.answers():
             return bool(self._client.unlink(_record(key)))
 
     def sync(self) -> None:
@@ -219,7 +213,7 @@ class ValkeyTier(HeaderFirstTier):
         """
         if not self._removed:
             return
-        with self._answers():
+        with self._server.answers():
             self._durability.settle()
         self._removed = False
 
@@ -231,9 +225,9 @@ class ValkeyTier(HeaderFirstTier):
 
     def _keys(self, namespace: str, most: int | None = None) -> list[ChunkKey]:
         found: dict[ChunkKey, None] = {}
-        with self._answers():
-            for name in self._client.scan_iter(f"{_PREFIX}r:{namespace}:*", count=_BATCH):
-                parts = name.decode("ascii", "replace").removeprefix(f"{_PREFIX}r:").split(":")
+        with self._server.answers():
+            for name in self._client.scan_iter(f"{PREFIX}r:{namespace}:*", count=_BATCH):
+                parts = name.decode("ascii", "replace").removeprefix(f"{PREFIX}r:").split(":")
                 # What is not named as we name records is none.
                 with contextlib.suppress(ValueError):
                     space, digest, tokens = parts
@@ -249,7 +243,7 @@ class ValkeyTier(HeaderFirstTier):
         idle: list[int] = []
         try:
             for first in range(0, len(keys), _BATCH):
-                with self._answers():
+                with self._server.answers():
                     pipeline = self._client.pipeline(transaction=False)
                     for key in keys[first : first + _BATCH]:
                         pipeline.object("IDLETIME", _record(key))
@@ -261,7 +255,7 @@ class ValkeyTier(HeaderFirstTier):
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note use: the server evicts these last, and a ``ttl`` begins anew."""
         names = [_record(key) for key in keys]
-        with contextlib.suppress(OSError), self._answers():
+        with contextlib.suppress(OSError), self._server.answers():
             for first in range(0, len(names), _BATCH):
                 pipeline = self._client.pipeline(transaction=False)
                 pipeline.touch(*names[first : first + _BATCH])
@@ -275,66 +269,18 @@ class ValkeyTier(HeaderFirstTier):
 
     def _tell(self, namespace: str, told: bytes) -> None:
         # With each record: a server that evicts may have dropped it.
-        with contextlib.suppress(self._errors.OutOfMemoryError), self._answers():
-            self._client.set(f"{_PREFIX}n:{namespace}", told)
+        with contextlib.suppress(self._server.errors.OutOfMemoryError), self._server.answers():
+            self._client.set(f"{PREFIX}n:{namespace}", told)
 
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of a namespace's context: its own entry's, else those that came with one of its records."""
-        with self._answers():
-            found = read_description(self._client.get(f"{_PREFIX}n:{namespace}"))
+        with self._server.answers():
+            found = read_description(self._client.get(f"{PREFIX}n:{namespace}"))
             if found is None:
                 for key in self._keys(namespace, most=1):
                     found = read_description(self._client.hget(_record(key), "c"))
         return found
 
-    @contextlib.contextmanager
-    def _answers(self) -> Iterator[None]:
-        """Turn whatever the client raises into :class:`OSError`, without what is secret."""
-        try:
-            yield
-        except (self._errors.OutOfMemoryError, DamagedRecordError):
-            raise
-        except self._errors.TimeoutError as error:
-            raise TimeoutError(f"{self.url.shown}: {error}") from None
-        except self._errors.ValkeyError as error:
-            raise OSError(f"{self.url.shown}: {error}") from None
-
 
 def _record(key: ChunkKey) -> str:
-    return f"{_PREFIX}r:{key.namespace}:{key.digest}:{key.num_tokens}"
-
-
-def _client(url: RemoteURL, wait_s: float) -> tuple[Any, Any]:
-    """A client that has sent nothing yet, and the module of its exceptions."""
-    try:
-        import valkey
-        from valkey.backoff import NoBackoff
-        from valkey.retry import Retry
-    except ImportError:
-        raise ChunkCacheError(
-            f'{url.shown} needs the package valkey: pip install "rag-pipeline[valkey]"'
-        ) from None
-    # Once more at once: a server that was restarted closed the connections of before. Not after a time-out.
-    gone = (valkey.exceptions.ConnectionError,)
-    secure: dict[str, Any] = {}
-    if url.kind in ("valkeys", "rediss"):
-        secure["connection_class"] = valkey.SSLConnection
-        if "ca_file" in url.options:
-            secure["ssl_ca_certs"] = url.options["ca_file"]
-    pool = valkey.ConnectionPool(
-        host=url.host,
-        port=url.port,
-        db=url.database,
-        username=url.user,
-        password=url.password,
-        socket_timeout=wait_s,
-        socket_connect_timeout=wait_s,
-        socket_keepalive=True,
-        # Layers are long: the default of 64 KiB spends more time in Python than in the network.
-        socket_read_size=_READ_BYTES,
-        retry=Retry(NoBackoff(), 1, gone),
-        retry_on_error=list(gone),
-        **secure,
-    )
-    client = valkey.Valkey(connection_pool=pool)
-    return client, valkey.exceptions
+    return f"{PREFIX}r:{key.namespace}:{key.digest}:{key.num_tokens}"

@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rag_eval.arguments import INTERRUPTED, OneLineParser, parse_config
+from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.command import (
     Progress,
+    broken_off,
     json_line,
     no_progress,
     refusals_in_one_line,
@@ -83,8 +84,8 @@ def run_benchmark(
 
 def print_report(report: Report, table: Callable[[Report], str], *, as_json: bool) -> int:
     """Print a report on stdout, and return the exit code that goes with it."""
-    print(json_line(report) if as_json else table(report))
-    return INTERRUPTED if report.get("interrupted") else 0
+    print(json_line(report) if as_json else table(report), flush=True)
+    return broken_off(measured=True) if report.get("interrupted") else 0
 
 
 def versions_of(*names: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ def run(
         ``points`` (a list, one per prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
         ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
         ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well. A run
-        that is interrupted behind its first prompt returns what it has, with ``interrupted`` true.
+        that is interrupted behind its first round returns what it has, with ``interrupted`` true.
     """
     from rag_eval.runner.engine import start_session
     from rag_eval.runner.modes import parse_modes
@@ -144,8 +144,15 @@ def run(
     try:
         for point, (seen, asked) in prompts:
             size = f"{len(asked.input_ids)} tokens in {point.chunks} chunks"
-            runs = _measure(opened, seen, asked, modes, config.repeats)
-            rows = summary(runs)
+            runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
+            try:
+                _measure(opened, seen, asked, modes, config.repeats, runs)
+            except KeyboardInterrupt:
+                interrupted = True  # the rounds that were whole count
+            rounds = min(map(len, runs.values()))
+            if not rounds:
+                raise KeyboardInterrupt
+            rows = summary({name: served[:rounds] for name, served in runs.items()})
             points.append(
                 {
                     "prompt_tokens": len(asked.input_ids),
@@ -156,6 +163,8 @@ def run(
             )
             medians = {name: row["ttft_p50_s"] for name, row in rows.items()}
             progress(f"{size}: TTFT {medians}")
+            if interrupted:
+                break
     except KeyboardInterrupt:
         if not points:
             raise
@@ -167,12 +176,16 @@ def run(
 
 
 def _measure(
-    session: Any, seen: Any, asked: Any, modes: list[Any], repeats: int
-) -> dict[str, list[Any]]:
-    """Serve one prompt in every mode, in turns; the first round is the warm-up."""
+    session: Any,
+    seen: Any,
+    asked: Any,
+    modes: list[Any],
+    repeats: int,
+    runs: dict[str, list[Any]],
+) -> None:
+    """Serve one prompt in every mode, in turns, into lists by mode; the first round is the warm-up."""
     session.flush()
     session.build_chunks(seen, store=True)
-    runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
     for turn in range(repeats + 1):
         for mode in modes:
             session.flush()
@@ -180,7 +193,6 @@ def _measure(
             served = session.serve(asked, mode, max_new_tokens=1)
             if turn:
                 runs[mode.name].append(served)
-    return runs
 
 
 def summary(runs: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rag_eval.arguments import OneLineParser
+from rag_eval.command import broken_off
 from rag_eval.errors import EvalError
 from rag_eval.simulator.measure import DISK_SPEED, measure
 from rag_eval.simulator.regimes import POLICIES, REGIMES, Regime
 from rag_eval.simulator.traces import Trace, read_trace
 from rag_eval.simulator.zipf import zipf_trace
+from rag_pipeline.interrupts import one_interrupt
 
 ZIPF = "zipf"
 
@@ -62,17 +64,21 @@ def main(words: Sequence[str] | None = None) -> int:
     if any(sizes) and given.regime:
         parser.error("--regime names sizes and load; leave out --memory, --disk and --load")
     try:
-        report = measure(
-            _trace(given.trace, given.limit, given.seed),
-            regimes=_custom(*sizes) if any(sizes) else _named(given.regime),
-            policies=given.policy or POLICIES,
-            ttl_s=given.ttl,
-            disk_speed=given.disk_speed,
-        )
+        with one_interrupt():
+            report = measure(
+                _trace(given.trace, given.limit, given.seed),
+                regimes=_custom(*sizes) if any(sizes) else _named(given.regime),
+                policies=given.policy or POLICIES,
+                ttl_s=given.ttl,
+                disk_speed=given.disk_speed,
+            )
     except EvalError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return broken_off(measured=False)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if given.json else _table(report))
-    return 0
+    sys.stdout.flush()
+    return broken_off(measured=True) if report["interrupted"] else 0
 
 
 def _trace(name: str, limit: int | None, seed: int) -> Trace:

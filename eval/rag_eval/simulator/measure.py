@@ -50,7 +50,8 @@ def measure(
         in the first regime, ``spread`` its smallest and largest value over fifths of the requests; both ``None`` where
         these policies were not asked for or LRU found nothing. ``n``: requests. ``trace``: what it is. ``regimes``: by
         name the sizes, the load, the mean queue, and by policy the shares ``memory``, ``disk``, ``hits`` (both) of the
-        tokens asked for, and ``fetched``, ``demoted``, ``dropped``, ``expired`` as shares of the same.
+        tokens asked for, and ``fetched``, ``demoted``, ``dropped``, ``expired`` as shares of the same. A run that is
+        interrupted behind its first replay returns what it has, with ``interrupted`` true.
 
     Raises
     ------
@@ -59,40 +60,50 @@ def measure(
     """
     found: dict[str, Any] = {}
     headline: dict[str, Hits] = {}
-    for name, regime in regimes.items():
-        row: dict[str, Any] = {
-            "memory_tokens": max(1, int(regime.memory * trace.distinct_tokens)),
-            "disk_tokens": int(regime.disk * trace.distinct_tokens),
-            "load": regime.load,
-        }
-        shares: dict[str, dict[str, float]] = {}
-        for label in policies:
-            begun = time.perf_counter()
-            player = make_player(
-                label, trace, row["memory_tokens"], row["disk_tokens"], ttl_s=ttl_s
-            )
-            tiers = TwoTiers(
-                row["memory_tokens"],
-                row["disk_tokens"],
-                player.policy,
-                drops_expired=ttl_s is not None,
-            )
-            hits = Replay(
-                trace,
-                tiers,
-                load=regime.load,
-                prefetcher=player.prefetcher,
-                disk_speed=disk_speed,
-            ).run()
-            row["mean_queue"] = round(hits.waiting / len(trace.jobs), 1)  # the same for all
-            shares[label] = _shares(hits, tiers)
-            if not found:
-                headline[label] = hits
-            progress(
-                f"{name}: {label}: memory {shares[label]['memory']:.3f}, all {shares[label]['hits']:.3f}, "
-                f"{time.perf_counter() - begun:.1f} s"
-            )
-        found[name] = row | {"policies": shares}
+    interrupted = False
+    shares: dict[str, dict[str, float]] = {}
+    row: dict[str, Any] = {}
+    try:
+        for name, regime in regimes.items():
+            row = {
+                "memory_tokens": max(1, int(regime.memory * trace.distinct_tokens)),
+                "disk_tokens": int(regime.disk * trace.distinct_tokens),
+                "load": regime.load,
+            }
+            shares = {}
+            for label in policies:
+                begun = time.perf_counter()
+                player = make_player(
+                    label, trace, row["memory_tokens"], row["disk_tokens"], ttl_s=ttl_s
+                )
+                tiers = TwoTiers(
+                    row["memory_tokens"],
+                    row["disk_tokens"],
+                    player.policy,
+                    drops_expired=ttl_s is not None,
+                )
+                hits = Replay(
+                    trace,
+                    tiers,
+                    load=regime.load,
+                    prefetcher=player.prefetcher,
+                    disk_speed=disk_speed,
+                ).run()
+                row["mean_queue"] = round(hits.waiting / len(trace.jobs), 1)  # the same for all
+                shares[label] = _shares(hits, tiers)
+                if not found:
+                    headline[label] = hits
+                progress(
+                    f"{name}: {label}: memory {shares[label]['memory']:.3f}, all {shares[label]['hits']:.3f}, "
+                    f"{time.perf_counter() - begun:.1f} s"
+                )
+            found[name] = row | {"policies": shares}
+    except KeyboardInterrupt:
+        interrupted = True
+        if shares and name not in found:
+            found[name] = row | {"policies": shares}
+        if not found:
+            raise
     ratio, spread = _lookahead_vs_lru(headline)
     return {
         "dram_hits_lookahead_vs_lru": ratio,
@@ -109,6 +120,7 @@ def measure(
         "disk_speed": disk_speed,
         "ttl_s": ttl_s,
         "regimes": found,
+        "interrupted": interrupted,
     }
 
 

@@ -296,6 +296,60 @@ async function upload(files) {
   await showDocuments();
 }
 
+// ---- the chunk cache ------------------------------------------------------------------------
+
+const count = (value) => (value === undefined || value === null ? "–" : value.toLocaleString("en"));
+
+function size(bytes) {
+  if (bytes === undefined || bytes === null) return "–";
+  const steps = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const step = Math.min(steps.length - 1, bytes > 0 ? Math.floor(Math.log2(bytes) / 10) : 0);
+  return `${(bytes / 2 ** (10 * step)).toFixed(step ? 1 : 0)} ${steps[step]}`;
+}
+
+// Tiers that are shared tell no chunks and bytes, a tenant's own figures no misses and drops.
+const COLUMNS = [
+  ["Chunks", (tier) => count(tier.chunks)],
+  ["Size", (tier) => size(tier.bytes)],
+  ["Hits", (tier) => count(tier.hits)],
+  ["Misses", (tier) => count(tier.misses)],
+  ["Dropped", (tier) => count(tier.dropped)],
+  ["Failed", (tier) => count(tier.failed)],
+];
+
+async function showCache() {
+  if (!$("cache").open) return;
+  try {
+    const told = await (await call("cache")).json();
+    const shown = COLUMNS.filter(([, read]) => told.tiers.some((tier) => read(tier) !== "–"));
+    $("cache-names").replaceChildren(
+      ...["Tier", ...shown.map(([name]) => name)].map((name) => {
+        const head = make("th", name);
+        head.scope = "col";
+        return head;
+      }),
+    );
+    $("cache-rows").replaceChildren(
+      ...told.tiers.map((tier) => {
+        const row = make("tr");
+        const head = make("th", tier.name);
+        head.scope = "row";
+        row.append(head);
+        for (const [name, read] of shown) {
+          const text = read(tier);
+          const isBad = (name === "Dropped" || name === "Failed") && !["0", "–"].includes(text);
+          row.append(make("td", text, isBad ? "bad" : ""));
+        }
+        return row;
+      }),
+    );
+    const down = told.tiers.filter((tier) => tier.guard && tier.guard.state !== "closed");
+    $("cache-note").textContent = down.map((tier) => `${tier.name} does not answer`).join("; ");
+  } catch (error) {
+    $("cache-note").textContent = error.message;
+  }
+}
+
 // ---- state and wiring -----------------------------------------------------------------------
 
 async function showHealth() {
@@ -326,7 +380,8 @@ $("question").addEventListener("keydown", (event) => {
     $("ask").requestSubmit();
   }
 });
-$("key").addEventListener("change", () => showHealth().then(showDocuments));
+$("key").addEventListener("change", () => showHealth().then(showDocuments).then(showCache));
+$("cache").addEventListener("toggle", showCache);
 $("index").addEventListener("change", showDocuments);
 $("more").addEventListener("click", () => {
   shown += 4 * PAGE;
@@ -354,4 +409,4 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => last
 
 await showHealth();
 await showDocuments();
-setInterval(() => running || document.hidden || showHealth(), 15000);
+setInterval(() => running || document.hidden || showHealth().then(showCache), 15000);

@@ -19,10 +19,12 @@ from chunk_cache.tiers.encoding import encode_record
 from chunk_cache.tiers.prefetch import Fetch
 from chunk_cache.tiers.remote.described import describe_context
 from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
+from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 from rag_pipeline.config import home_dir
 from rag_pipeline.sglang_plugin.hicache.backend import PageStore
 from rag_pipeline.sglang_plugin.hicache.catalog import Catalog, Entry
+from rag_pipeline.sglang_plugin.hicache.notices import FolderNotices
 
 _PAGE_KIB = 256
 _OWN = ("timeout", "catalog", "page_kib")
@@ -66,6 +68,18 @@ class HiCacheTier(HeaderFirstTier):
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
         """Prepare for a backend, whose servers need not be there yet."""
         return cls(parse_remote_url(location), byte_budget=byte_budget, model=model)
+
+    @classmethod
+    def connect_board(cls, location: str) -> NoticeBoard:
+        """Where the servers of this store tell one another what was erased: beside the catalog that they share."""
+        url = parse_remote_url(location)
+        is_shared = "catalog" in url.options or url.backend == "file"
+        limits = (
+            "notices of erasure reach the servers of this machine only, as its catalog does; for several machines name a "
+            "folder that all of them mount: ?catalog=FOLDER"
+        )
+        folder = _catalog_folder(url) / "erased"
+        return FolderNotices(folder, limits="" if is_shared else limits)
 
     def check(self) -> None:
         """Begin to connect, in a thread: a backend may take many seconds for it.

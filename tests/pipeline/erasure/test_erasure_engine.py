@@ -189,7 +189,7 @@ def test_what_waits_for_a_disk_that_hangs_never_reaches_it(
     with monkeypatch.context() as later:
         later.setattr(time, "monotonic", lambda: now + erasure.NOTICE_S + 1)
         watched.look()
-    assert watched._in_force == []
+    assert watched.notices.in_force == []
     goes_on.set()
     assert writer.close(60)
     assert list(folder.keys()) == [record(OTHER).key]
@@ -251,9 +251,9 @@ def test_a_tier_that_is_down_keeps_nothing_in_the_others(
             watched.look()
         assert set(folder.keys()) == {other.key}
         assert runtime.passage.size == 0
-    assert watched._unfinished
+    assert watched.notices.unfinished
     watched.look()
-    assert not watched._unfinished
+    assert not watched.notices.unfinished
 
 
 def test_what_was_written_before_the_notice_was_seen_goes_though_memory_has_lost_it(

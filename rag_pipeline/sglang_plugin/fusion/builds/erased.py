@@ -1,12 +1,14 @@
 """Text that was deleted goes from this engine's chunk KV: the memory store, what waits for the disk, the folder.
 
 Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for them every few seconds
-and goes through the records by their text. A notice stays in force for a few minutes: a request that found the text
+and goes through the records by their text. Where several servers share a store, notices of other machines come by way of it
+(:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text
 before it was deleted may compute its chunk only then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -21,14 +23,15 @@ from chunk_cache import Candidate, ChunkKey, ChunkKV
 from rag_pipeline.erasure import (
     NOTICE_S,
     Decode,
-    Notice,
     decoder_of,
-    erase_folder,
-    erase_tier,
-    notices,
+    sweep,
+    sweep_folder,
 )
+from rag_pipeline.sglang_plugin.fusion.builds.notices_in_force import NoticesInForce
 
 if TYPE_CHECKING:
+    from rag_pipeline.notices import Notice
+    from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import NoticeExchange
     from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import MissingChunk
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -47,16 +50,17 @@ class ErasedText:
         Of this process.
     model : str
         Folder of the tokenizer.
+    exchange : NoticeExchange, optional
+        With other machines.
     """
 
-    def __init__(self, runtime: FusionRuntime, model: str) -> None:
+    def __init__(
+        self, runtime: FusionRuntime, model: str, exchange: NoticeExchange | None = None
+    ) -> None:
         self._runtime = runtime
         self._model = model
+        self.notices = NoticesInForce(exchange, deaf=self._deaf)
         self._decode: Decode | None = None
-        self._seen: set[str] = set()
-        self._in_force: list[tuple[float, Notice]] = []
-        self._unfinished: list[Notice] = []
-        """What the folder and the passage were not gone through for."""
         self._checked: set[ChunkKey] = set()
         """Chunks without erased text, as far as the notices until now say."""
         self._files: set[ChunkKey] = set()
@@ -69,6 +73,14 @@ class ErasedText:
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
         self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
         """What was written to a tier since notices were looked for last, and whose: memory may have lost it since."""
+
+    def begin(self) -> None:
+        """Take in the notices that there are, and erase from memory what an engine has read at its start."""
+        try:
+            if self._take_in():
+                self._from_memory()
+        except Exception as error:
+            self._say(error)
 
     def watch(self) -> None:
         """Look for notices from now on, in a thread."""
@@ -84,8 +96,11 @@ class ErasedText:
         """As :meth:`is_in`, for a record that is just being written to a tier.
 
         It may have been written behind somebody who deletes and went through the folder already, before this engine
-        has seen the notice; so it is looked at once more then.
+        has seen the notice; so it is looked at once more then. Notices of other machines are read for each: one of them
+        may be going through the store that they share, and this record would be written behind it.
         """
+        if self.notices.exchange is not None:
+            self.notices.hear()
         self._written[record.key] = record.token_ids, tenant
         return self.is_in(record, tenant)
 
@@ -102,32 +117,40 @@ class ErasedText:
         now = time.monotonic()
         # Before notices are looked for: what is written from now on is asked about with them in force.
         written, self._written = self._written, {}
-        new = list(notices(self._seen))
-        self._unfinished += new
-        held = [(until, n) for until, n in self._in_force if until > now or n in self._unfinished]
-        self._in_force = held + [(now + NOTICE_S, notice) for notice in new]
-        tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
-        if new:
-            self._checked.clear()
-            if tiers is not None:
-                tiers.erase()
-            if fetcher is not None:
-                fetcher.erase()
+        self._take_in()
+        told = self.notices.pass_on()
         self._condemn(now)
         self._files.update(self._written_meanwhile(written))
-        held_on = self._in_force or self._condemned or self._unforgotten
+        held_on = self.notices.in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
         # One tier may be down for hours: what the others hold goes meanwhile.
-        refused = [*self._from_tiers(), *self._finish_notices()]
+        refused = [*told, *self._from_tiers(), *self._finish_notices()]
         if refused:
             raise refused[0]
         return gone
+
+    def _take_in(self) -> bool:
+        """Take in new notices, and forget what is on its way and erased; whether there are any."""
+        tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
+        if not self.notices.take():
+            return False
+        self._checked.clear()
+        if tiers is not None:
+            tiers.erase()
+        if fetcher is not None:
+            fetcher.erase()
+        return True
+
+    def _deaf(self, error: Exception) -> None:
+        self._runtime.say_once(
+            "notices", "Notices of erasure of other servers cannot be read: %s", error
+        )
 
     def _written_meanwhile(
         self, written: dict[ChunkKey, tuple[npt.NDArray[Any], str]]
     ) -> list[ChunkKey]:
         """Erased ones among records that were written since the last look."""
-        if not (self._in_force or self._condemned):
+        if not (self.notices.in_force or self._condemned):
             return []
         try:
             return [
@@ -161,19 +184,20 @@ class ErasedText:
         return refused
 
     def _finish_notices(self) -> list[Exception]:
-        """Go through the folder, the tiers and the passage for each notice; returns what failed."""
-        refused: list[Exception] = []
-        for notice in list(self._unfinished):
-            failed = self._from_folder(notice)
+        """Go through the folder, the tiers and the passage, once for all notices; returns what failed."""
+        told = list(self.notices.unfinished)
+        if not told:
+            return []
+        for notice in told:
             self._runtime.forget_passage(notice)
-            if not failed:
-                self._unfinished.remove(notice)
-            refused += failed
+        refused = self._sweep(told)
+        if not refused:
+            self.notices.finish(told)
         return refused
 
     def _condemn(self, now: float) -> None:
         """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""
-        if not (self._in_force or self._condemned):
+        if not (self.notices.in_force or self._condemned):
             return
         condemned = {key: until for key, until in self._condemned.items() if until > now}
         for chunk in self._waiting():
@@ -214,16 +238,22 @@ class ErasedText:
         self._runtime.metrics.count_tier("memory", "erased", len(gone))
         return len(gone)
 
-    def _from_folder(self, notice: Notice) -> list[Exception]:
+    def _sweep(self, told: list[Notice]) -> list[Exception]:
         """Erase from this engine's tiers, where whoever deleted did not know them; returns what refused."""
         path, chain = self._runtime.config.store_dir, self._runtime.tiers
-        is_folder = path and self._runtime.config.tier == "disk"
         erasures: list[Callable[[], int]] = []
-        if is_folder and str(Path(path).absolute()) not in notice.folders:
-            erasures.append(lambda: erase_folder(Path(path), notice.marks, reach=notice.reach))
+        if path and self._runtime.config.tier == "disk":
+            here = [n for n in told if str(Path(path).absolute()) not in n.folders]
+            if here:
+                erasures.append(lambda: sweep_folder(Path(path), here))
         # No other process need know the other places.
+        everywhere = [dataclasses.replace(n, reach=n.reach.among_servers()) for n in told]
+        facts = self._runtime.facts
+        models = (
+            {} if facts is None else {str(facts.context_fields["model_fingerprint"]): self._model}
+        )
         erasures += [
-            functools.partial(erase_tier, tier, notice.marks, reach=notice.reach)
+            functools.partial(sweep, tier, everywhere, models=models)
             for name, tier in ({} if chain is None else chain.tiers).items()
             if name != "disk"
         ]
@@ -236,7 +266,7 @@ class ErasedText:
         return refused
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
-        notices_now = [n for _, n in self._in_force if not n.reach.spares(tenant)]
+        notices_now = [n for _, n in self.notices.in_force if not n.reach.spares(tenant)]
         if not notices_now:
             return False
         text = self._text(token_ids)
@@ -253,5 +283,8 @@ class ErasedText:
                 self.look()
             except Exception as error:
                 # The thread goes on: the next look does it again, and nothing else erases.
-                self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)
+                self._say(error)
             time.sleep(LOOK_S)
+
+    def _say(self, error: Exception) -> None:
+        self._runtime.say_once("erased", "Erased text may still be in chunk KV: %s", error)

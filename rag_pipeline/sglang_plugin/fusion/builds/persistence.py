@@ -25,6 +25,7 @@ from chunk_cache import (
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
+from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import open_exchange
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -81,7 +82,7 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
     if not runtime.is_on:
         return
     # Before a tier is read: what is erased meanwhile is erased from what was read too.
-    runtime.erased = erased.ErasedText(runtime, model)
+    runtime.erased = erased.ErasedText(runtime, model, open_exchange(runtime.config))
     tiers: dict[str, Tier] = {}
     for name, (location, connect) in open_tiers(runtime.config, model).items():
         try:
@@ -98,6 +99,8 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
             tiers[name] = tier
     if tiers:
         _start(runtime, tiers)
+    # What lay in a folder while this server was off may have been erased by another.
+    runtime.erased.begin()
     runtime.erased.watch()
 
 

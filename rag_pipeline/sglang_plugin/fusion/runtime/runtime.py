@@ -34,7 +34,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 from rag_pipeline.sglang_plugin.fusion.runtime.rates import Rates
 
 if TYPE_CHECKING:
-    from rag_pipeline.erasure import Notice
+    from rag_pipeline.notices import Notice
     from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
     from rag_pipeline.sglang_plugin.fusion.conversations.base import ConversationMemory
     from rag_pipeline.sglang_plugin.fusion.management.desk import CacheDesk
