@@ -299,26 +299,23 @@ class StoreFolder(Tier):
 
     # -- inspecting ---------------------------------------------------------------------------
 
-    def verify(self, *, remove: bool = False) -> list[ChunkKey]:
-        """Read every file and return the keys of damaged ones, deleting them if ``remove``.
-
-        What crashes left goes with them.
-        """
-        bad = []
-        for key in self.keys():
-            try:
-                reader = FileReader(chunk_path(self.path, key), key)
-                reader.check()
-                reader.close()
-            except FileNotFoundError:
-                continue
-            except (OSError, DamagedRecordError):
-                bad.append(key)
-        if remove:
-            self.sweep()
-            for key in bad:
-                self.remove(key)
-        return bad
+    def is_damaged(self, key: ChunkKey) -> bool:
+        """Read a file for its checksums; one that the disk refuses to read is damaged too. It stays."""
+        try:
+            reader = FileReader(chunk_path(self.path, key), key)
+        except FileNotFoundError:
+            return False
+        except (OSError, DamagedRecordError):
+            return True
+        try:
+            reader.check()
+        except FileNotFoundError:
+            return False
+        except (OSError, DamagedRecordError):
+            return True
+        finally:
+            reader.close()
+        return False
 
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of ``context.json`` of a namespace, or ``None`` if there is none to read."""

@@ -2,7 +2,7 @@
 
 The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``; a store that several servers share, by
 ``fusion.remote``) are a cache of a cache: whatever goes wrong with one is
-logged once, counted, and serving goes on. Reading at start fills the memory store up to its budget, the most recently
+logged once, counted, and serving goes on; each stands behind a guard, since a disk may hang as a network does. Reading at start fills the memory store up to its budget, the most recently
 used records first, and evicts nothing. Only records that this model, on this rank, can use are read. Everything else is
 a thread's work: :class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes; the
 scheduler waits for neither.
@@ -22,6 +22,8 @@ from chunk_cache import (
     TierChain,
     load_store,
 )
+from chunk_cache.tiers.deadline import BoundedCalls
+from chunk_cache.tiers.guard import HANG_S, GuardedTier
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 REMOTE = "remote"
 """Name of the tier that several servers share, in metrics."""
+CONNECT_S = 120.0
+"""Longest that an engine's start waits for its folder to be opened and listed, seconds; 100,000 records take three."""
 
 
 def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callable[[], Tier]]]:
@@ -61,11 +65,14 @@ def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callabl
 
 
 def _connect_folder(config: FusionConfig, model: str) -> Tier:
-    tier = TIERS.get(config.tier).connect(
-        config.store_dir, byte_budget=config.store_dir_bytes, model=model
+    """Open the folder behind a guard: a disk that hangs has no time-outs of its own."""
+    kind = TIERS.get(config.tier)
+    tier = BoundedCalls(1).run(
+        lambda: kind.connect(config.store_dir, byte_budget=config.store_dir_bytes, model=model),
+        CONNECT_S,
     )
     tier.codec = config.store_codec
-    return tier
+    return GuardedTier(tier, name=config.store_dir, wait_s=HANG_S, may_hang=True, is_shared=False)
 
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:

@@ -22,7 +22,7 @@ def listed_tiers(runtime: FusionRuntime) -> dict[str, Tier]:
     return {
         name: tier
         for name, tier in ({} if chain is None else chain.tiers).items()
-        if not isinstance(tier, GuardedTier)
+        if not tier.is_shared
     }
 
 
@@ -76,9 +76,9 @@ def figures(runtime: FusionRuntime, tenant: str | None) -> dict[str, Any]:
             keys, pins = list(tier.keys()), tier.pins()
             row |= {
                 "chunks": len(keys),
-                "bytes": sum(map(tier.size_of, keys)),
+                "bytes": sum(tier.sizes_of(keys)),
                 "pinned_chunks": len(pins),
-                "pinned_bytes": sum(map(tier.size_of, pins)),
+                "pinned_bytes": sum(tier.sizes_of(list(pins))),
             }
         if isinstance(tier, GuardedTier):
             row["guard"] = tier.stats()
@@ -124,7 +124,7 @@ def _below_of(runtime: FusionRuntime, tenant: str) -> list[dict[str, Any]]:
         keys = list(tier.keys())
         owners = tenants_of(tier, {key.namespace for key in keys})
         mine = [key for key in keys if owners[key.namespace] == tenant]
-        rows.append({"name": name, "chunks": len(mine), "bytes": sum(map(tier.size_of, mine))})
+        rows.append({"name": name, "chunks": len(mine), "bytes": sum(tier.sizes_of(mine))})
     return rows
 
 
@@ -160,9 +160,9 @@ def rows(runtime: FusionRuntime, *, tier: str, keys: list[ChunkKey]) -> list[dic
             continue
         held = [key for key in place.keys() if not wanted or key in wanted]  # noqa: SIM118 - not a mapping
         owners, pins = tenants_of(place, {key.namespace for key in held}), place.pins()
-        for key in held:
+        for key, size in zip(held, place.sizes_of(held), strict=True):
             one = row(key, owners[key.namespace])
-            one["bytes"][name] = place.size_of(key)
+            one["bytes"][name] = size
             if key in pins:
                 _note_pin(one, None if math.isinf(pins[key]) else pins[key] - time.time())
     for one in found.values():
