@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -64,7 +64,7 @@ class GuardedTier(Tier):
     Attributes
     ----------
     counts : Counter of str
-        ``hits``, ``misses``, ``damaged``, ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
+        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
         ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
     """
 
@@ -332,8 +332,8 @@ class GuardedReader:
         """Tokens of one layer; raises as the contract says, at once where the tier is down."""
         try:
             layer: LayerKV = self._guard.demand_layer(lambda: self._reader.layer(index, start, end))
-        except ChunkCacheError:
-            self._guard.count("damaged")
+        except ChunkCacheError as error:
+            self._guard.count("gone" if isinstance(error, GoneRecordError) else "damaged")
             raise
         except TimeoutError:
             self._hangs = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -269,6 +270,12 @@ class TierChain(Tier):
         return all(done)
 
     def close(self, timeout_s: float) -> bool:
-        """Take nothing more, write what waits, and end; ``False`` where the time per tier was too short."""
-        ended = [link.writer.close(timeout_s) for link in self._links]
+        """Take nothing more, write what waits, and end; ``False`` where the time for all tiers together was too short.
+
+        What was not written until then is in :meth:`queues`.
+        """
+        deadline = time.monotonic() + timeout_s
+        for link in self._links:
+            link.writer.close(0.0)
+        ended = [link.writer.close(max(0.0, deadline - time.monotonic())) for link in self._links]
         return all(ended)

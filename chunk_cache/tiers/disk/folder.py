@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import Tier
@@ -261,7 +261,7 @@ class StoreFolder(Tier):
         """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone, and it stays."""
         try:
             reader = FileReader(chunk_path(self.path, key), key)
-        except (OSError, DamagedRecordError):
+        except (OSError, ChunkCacheError):
             return None
         reader.close()
         return reader.token_ids
@@ -303,13 +303,13 @@ class StoreFolder(Tier):
         """Read a file for its checksums; one that the disk refuses to read is damaged too. It stays."""
         try:
             reader = FileReader(chunk_path(self.path, key), key)
-        except FileNotFoundError:
+        except (FileNotFoundError, GoneRecordError):
             return False
         except (OSError, DamagedRecordError):
             return True
         try:
             reader.check()
-        except FileNotFoundError:
+        except (FileNotFoundError, GoneRecordError):
             return False
         except (OSError, DamagedRecordError):
             return True
@@ -345,7 +345,7 @@ class StoreFolder(Tier):
 
         try:
             reader = FileReader(chunk_path(self.path, key), key, damaged)
-        except FileNotFoundError:
+        except (FileNotFoundError, GoneRecordError):
             self.budget.forget(key)
             return None
         except OSError:

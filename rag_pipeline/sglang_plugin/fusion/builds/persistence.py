@@ -28,12 +28,15 @@ from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
 
 logger = logging.getLogger(__name__)
 
 REMOTE = "remote"
 """Name of the tier that several servers share, in metrics."""
+FLUSH_S = 5.0
+"""Longest that an engine which stops goes on writing what waits for its tiers, seconds: SGLang kills a scheduler that
+takes 15, and a full queue of 256 MiB is written in less by any disk that is worth having."""
 CONNECT_S = 120.0
 """Longest that an engine's start waits for its folder to be opened and listed, seconds; 100,000 records take three."""
 
@@ -162,6 +165,30 @@ def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
     if prefix is not None:
         runtime.tiers.put(record, context=prefix.context, tenant=prefix.tenant.owner)
         _show_queues(runtime)
+
+
+def before_release(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Run before ``Scheduler.release_host_resources``, the end of an orderly stop: write what waits for a tier."""
+    runtime = get_runtime()
+    if runtime is not None:
+        close(runtime)
+
+
+def close(runtime: FusionRuntime) -> None:
+    """Write what waits, for a bounded time, and end the tiers' threads; what is lost is counted and said."""
+    if runtime.fetcher is not None:
+        runtime.fetcher.close(0.0)
+    if runtime.tiers is None or runtime.tiers.close(FLUSH_S):
+        return
+    for name, (number, _) in runtime.tiers.queues().items():
+        runtime.metrics.count_tier(name, "dropped", number)
+        if number:
+            logger.warning(
+                "The engine stops: %d records of chunk KV were not written to the tier %s in %g s",
+                number,
+                name,
+                FLUSH_S,
+            )
 
 
 def _show_queues(runtime: FusionRuntime) -> None:
