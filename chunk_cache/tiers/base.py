@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from chunk_cache.errors import ChunkCacheError
@@ -230,6 +230,17 @@ class Tier(abc.ABC):
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note that records were used just now, for :meth:`keys_by_use`; never raises."""
+        return
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say what is evicted last, where a tier chooses that itself; by default none does.
+
+        Parameters
+        ----------
+        awaited : callable
+            Asked at each eviction, from the thread that makes room: keys that waiting requests will read, the next
+            first. A hint: a wrong one costs hits only.
+        """
         return
 
     def note_context(self, context: KVContext) -> None:

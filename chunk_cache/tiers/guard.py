@@ -143,6 +143,10 @@ class GuardedTier(Tier):
         noted = list(keys)
         self._ask(lambda: self.tier.used(noted), None, waits=_LONG_WAITS)
 
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say what is evicted last; asks nobody now."""
+        self.tier.heed_queue(awaited)
+
     # -- the rest: raises where the tier is down ------------------------------------------------
 
     def put(

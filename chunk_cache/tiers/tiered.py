@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from chunk_cache.errors import ChunkCacheError
@@ -237,6 +237,11 @@ class TierChain(Tier):
         for link in self._links:
             with contextlib.suppress(Exception):
                 link.tier.used(noted)
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Tell every tier."""
+        for link in self._links:
+            link.tier.heed_queue(awaited)
 
     def note_context(self, context: KVContext) -> None:
         """Tell every tier what a namespace stands for."""

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +55,7 @@ class StoreFolder(Tier):
 
     **Room.** All files, temporary ones included, never weigh more than the budget, whoever writes. Room belongs to
     shares: one per tenant, model and rank. While there is room everybody takes it. Then whoever holds most loses its
-    longest unused record, so each of n shares that want it has 1/n of the budget, and no share can push another below
+    longest unused record, one that no waiting request needs if there is any (:meth:`heed_queue`), so each of n shares that want it has 1/n of the budget, and no share can push another below
     that. A share that nobody used for a week is emptied first. Use is noted on the files' times, which survive a
     restart, and go on where the clock goes back.
 
@@ -270,6 +270,10 @@ class StoreFolder(Tier):
         """Note that records were used just now: they are evicted last, and loaded first."""
         for key in keys:
             self.budget.used(key)
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say which records of a share are evicted last."""
+        self.budget.awaited = awaited
 
     # -- order --------------------------------------------------------------------------------
 

@@ -144,6 +144,8 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         wrote=wrote,
         order=lambda names: runtime.rates.by_cost(names),
     )
+    if runtime.store.uses_queue:
+        runtime.tiers.heed_queue(runtime.store.awaited_keys)
     if runtime.record_form is not None:
         runtime.fetcher = Fetcher(
             runtime.tiers,

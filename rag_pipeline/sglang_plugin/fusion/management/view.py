@@ -6,7 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import ChunkKey, ChunkState, Tier
+from chunk_cache import ChunkKey, ChunkState, Tier, codec_named
 from chunk_cache.tiers.guard import GuardedTier
 
 if TYPE_CHECKING:
@@ -89,17 +89,24 @@ def figures(runtime: FusionRuntime, tenant: str | None) -> dict[str, Any]:
 
 def _memory(runtime: FusionRuntime) -> dict[str, Any]:
     stats = runtime.store.stats()
+    listed = runtime.store.ls()
+    lossy = sum(
+        info.state is ChunkState.READY and not codec_named(info.codec).is_lossless
+        for info in listed
+    )
     return {
         "name": MEMORY,
         **_rates(stats.hits, stats.misses),
         "chunks": stats.chunks_now,
         "bytes": stats.bytes_now,
         "byte_budget": stats.byte_budget,
-        "pinned_chunks": sum(info.pinned for info in runtime.store.ls()),
+        "pinned_chunks": sum(info.pinned for info in listed),
         "pinned_bytes": stats.pinned_bytes_now,
         "pins_expired": stats.pins_expired,
         "in_use": stats.in_use_now,
         "stored": stats.inserted,
+        "approximate_chunks": lossy,
+        "upgraded": stats.upgraded,
         "evicted": stats.evicted,
         "damaged": stats.corrupt,
     }
@@ -153,6 +160,7 @@ def rows(runtime: FusionRuntime, *, tier: str, keys: list[ChunkKey]) -> list[dic
                 one = row(info.key, runtime.store.tenant_of(info.key))
                 one["bytes"][MEMORY] = info.num_bytes
                 one |= {"hits": info.hits, "in_use": info.in_use, "idle_s": round(info.idle_s, 3)}
+                one["approximate"] = not codec_named(info.codec).is_lossless
                 if info.pinned:
                     _note_pin(one, info.pin_ttl_s)
     for name, place in listed_tiers(runtime).items():
