@@ -13,7 +13,7 @@ from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.index import Describe, FolderIndex
 from chunk_cache.tiers.disk.layout import chunk_path, pin_path, usage_path
 from chunk_cache.tiers.disk.listing import Listing, StoredFile, list_folder
-from chunk_cache.tiers.disk.pins import read_pin
+from chunk_cache.tiers.disk.pins import is_over, read_pin
 from chunk_cache.tiers.disk.private_files import Draft, make_private
 from chunk_cache.tiers.disk.usage import Usage, changes_of, locked_usage
 
@@ -295,7 +295,7 @@ class FolderBudget:
 
         awaited = {key: turn for turn, key in enumerate(self.awaited())}
         with self._indexing:
-            self._index.end_pins(time.time())
+            self._index.end_pins(time.time(), lambda key: is_over(pin_path(self._folder, key)))
             chosen = self._index.victims(
                 num_bytes + slack, may_go, claim=claim, now_ns=time.time_ns(), awaited=awaited
             )

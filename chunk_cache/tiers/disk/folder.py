@@ -203,8 +203,8 @@ class StoreFolder(Tier):
     def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
         """Keep a record until :meth:`unpin`, or for `ttl_s`; ``False`` if it is not in the folder.
 
-        The end is written down as a moment of the wall clock, so a restart changes nothing, and a clock that is set
-        shifts it.
+        The end is written down as a moment of the wall clock, so a restart changes nothing. A clock that is set shifts
+        it for other processes only (:mod:`~chunk_cache.tiers.disk.pins`).
         """
         if not chunk_path(self.path, key).exists():
             return False

@@ -98,9 +98,9 @@ class FolderIndex:
         """Records that are pinned, and until when (seconds since the epoch)."""
         return {key: file.pinned_until for key, file in self._files.items() if file.is_pinned}
 
-    def end_pins(self, now: float) -> None:
+    def end_pins(self, now: float, is_over: Callable[[ChunkKey], bool]) -> None:
         """Take records whose pins ended into the turns again, as used last; those of others' turns stay before them."""
-        for key in [key for key, until in self._pin_ends.items() if until <= now]:
+        for key in [k for k, until in self._pin_ends.items() if until <= now or is_over(k)]:
             self.set_pinned(key, 0.0)
 
     def regroup(self, namespace: str) -> None:
