@@ -15,7 +15,7 @@ Make = Callable[..., ChunkKV]
 
 @pytest.fixture
 def exact(make_record: Make) -> ChunkKV:
-    return make_record(range(20))
+    return make_record(range(100))
 
 
 @pytest.fixture
