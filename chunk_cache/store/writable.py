@@ -16,7 +16,7 @@ from chunk_cache.keys import ChunkKey, as_token_ids
 from chunk_cache.matching import ChunkMatcher
 from chunk_cache.records import ChunkKV
 from chunk_cache.store.builds import Build, BuildTable, ChunkState
-from chunk_cache.store.ledger import Entry, Ledger
+from chunk_cache.store.ledger import Ledger
 from chunk_cache.store.loading import LoadingChunk
 from chunk_cache.store.slab import Slab
 from chunk_cache.store.stats import StoreStats
@@ -199,9 +199,8 @@ class WritableStore:
             self._expire_builds()
             if not self._builds.end(build):
                 return False
-            old = self._ledger.entries.get(build.key)
-            if old is not None:
-                return record.is_lossless and self._upgrade(build, old, record, pin)
+            if build.key in self._ledger.entries:
+                return record.is_lossless and self._upgrade(build, record, pin)
             entry = build.loading
             if entry is None and record.num_bytes > self._ledger.byte_budget:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
@@ -220,12 +219,14 @@ class WritableStore:
             self._stats.inserted += 1
             return True
 
-    def _upgrade(self, build: Build, old: Entry, record: ChunkKV, pin: bool) -> bool:
+    def _upgrade(self, build: Build, record: ChunkKV, pin: bool) -> bool:
         """Put an exact record in the place of an approximate one, whose users keep it; its pin goes over."""
         key, until = build.key, self._ledger.pin_ends.get(build.key)
+        old = self._ledger.entries[key]
         is_pinned, hits = old.pinned, old.hits
         if not old.refs and record.num_bytes <= old.record.num_bytes:
-            self._drop(key)  # its own room is enough
+            del old  # a slab has the room when nobody holds a tensor in it
+            self._drop(key)
             stored = self._make_room(build, record)
         else:
             self._ledger.take(old)  # nobody's victim meanwhile

@@ -172,8 +172,12 @@ def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
 def before_release(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Run before ``Scheduler.release_host_resources``, the end of an orderly stop: write what waits for a tier."""
     runtime = get_runtime()
-    if runtime is not None:
+    if runtime is None:
+        return
+    try:
         close(runtime)
+    except Exception:  # what SGLang releases behind this must be released in any case
+        logger.exception("What waits for the tiers was not written")
 
 
 def close(runtime: FusionRuntime) -> None:
