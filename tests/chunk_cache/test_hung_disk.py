@@ -27,6 +27,8 @@ from chunk_cache import (
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
 from chunk_cache.tiers.guard import GuardedTier, TierDownError
+from rag_pipeline.sglang_plugin.fusion.builds import persistence
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 
 Make = Callable[..., ChunkKV]
 NUM_RECORDS = 4
@@ -160,6 +162,23 @@ def test_a_disk_that_refuses_to_write_is_still_read(
         stack.disk.put(stack.records[1], context=stack.context)
     assert stack.disk.stats()["state"] == "closed"
     assert stack.disk.open(record.key, record.token_ids) is not None
+
+
+def test_an_engine_starts_without_a_folder_that_never_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StoreFolder(tmp_path / "kv", create=True)
+    (manifest,) = (path for path in (tmp_path / "kv").iterdir() if path.suffix == ".json")
+    manifest.unlink()
+    os.mkfifo(manifest)
+    monkeypatch.setattr(persistence, "CONNECT_S", 0.1)
+    config = FusionConfig(store_dir=str(tmp_path / "kv"))
+    _, connect = persistence.open_tiers(config, "no-model")["disk"]
+    try:
+        with pytest.raises(TimeoutError, match="no answer"):
+            connect()
+    finally:
+        os.close(os.open(manifest, os.O_RDWR))
 
 
 def test_calls_share_threads_and_those_that_hang_are_bounded() -> None:
