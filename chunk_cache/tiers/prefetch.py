@@ -164,7 +164,9 @@ class PrefetchedRecord(HeaderReader):
                     raise GoneRecordError(f"chunk {self.header.key} went while it was read")
                 for index, data in enumerate(found, first):
                     if data is None:
-                        raise DamagedRecordError(f"chunk {self.header.key} has no layer {index}")
+                        raise DamagedRecordError(
+                            f"chunk {self.header.key}: layer {index} is missing"
+                        )
                     layer = decode_layer(self.header, index, data)
                     with self._changed:
                         self._layers[index] = layer
