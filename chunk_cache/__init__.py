@@ -18,7 +18,13 @@ if TYPE_CHECKING:
         codec_named,
         encode_layers,
     )
-    from chunk_cache.errors import ChunkCacheError, DamagedRecordError, IntegrityError, LoadError
+    from chunk_cache.errors import (
+        ChunkCacheError,
+        DamagedRecordError,
+        GoneRecordError,
+        IntegrityError,
+        LoadError,
+    )
     from chunk_cache.keys import (
         STORE_FORMAT_VERSION,
         ChunkKey,
@@ -65,6 +71,7 @@ _HOME = {
     "DISK_BYTES": "tiers.disk.budget",
     "EntryInfo": "store.listing",
     "DamagedRecordError": "errors",
+    "GoneRecordError": "errors",
     "Fetch": "tiers.fetcher",
     "Fetcher": "tiers.fetcher",
     "IntegrityError": "errors",
@@ -132,6 +139,7 @@ __all__ = [
     "EntryInfo",
     "Fetch",
     "Fetcher",
+    "GoneRecordError",
     "IntegrityError",
     "KVContext",
     "KVLayout",

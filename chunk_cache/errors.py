@@ -17,3 +17,7 @@ class LoadError(ChunkCacheError):
 
 class DamagedRecordError(ChunkCacheError):
     """Stored bytes are not what was written; the record is a miss, and whoever finds out removes it."""
+
+
+class GoneRecordError(ChunkCacheError):
+    """A record was evicted or removed by somebody else while it was read: a plain miss, of which nothing is wrong."""

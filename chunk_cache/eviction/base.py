@@ -277,6 +277,10 @@ class EvictionPolicy(abc.ABC):
         never correctness. By default nothing is done, and the jobs are not even looked at.
         """
 
+    def awaited(self) -> Iterator[Any]:
+        """Keys that jobs of the queue will read, stored or not, the next first; by default none."""
+        return iter(())
+
     def jobs_to_prefetch(self) -> Iterator[WaitingJob]:
         """Jobs whose items are worth fetching into memory ahead of them, the next first; by default none."""
         return iter(())

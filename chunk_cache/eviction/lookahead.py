@@ -194,6 +194,10 @@ class LookAheadPolicy(EvictionPolicy):
         item = self.items.get(key)
         return self._item_bytes.value if item is None else item.num_bytes
 
+    def awaited(self) -> Iterator[Any]:
+        """Keys of the jobs of the window, the next first."""
+        return (key for job in self._queue.jobs() for key in job.keys)
+
     def jobs_to_prefetch(self) -> Iterator[WaitingJob]:
         """The first ``L_pw`` jobs."""
         return itertools.islice(self._queue.jobs(), self.prefetch_jobs)

@@ -35,7 +35,17 @@ class Build:
     the right: its late ``commit`` returns ``False`` and changes nothing.
     """
 
-    __slots__ = ("_abort", "_commit", "deadline", "key", "loading", "owner", "tenant", "token_ids")
+    __slots__ = (
+        "_abort",
+        "_commit",
+        "deadline",
+        "is_upgrade",
+        "key",
+        "loading",
+        "owner",
+        "tenant",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -46,12 +56,16 @@ class Build:
         commit: Callable[[Build, ChunkKV, bool], bool],
         abort: Callable[[Build, str, bool], bool],
         tenant: str = "",
+        *,
+        is_upgrade: bool = False,
     ) -> None:
         self.key = key
         self.token_ids = token_ids
         self.owner = owner
         self.tenant = tenant
         self.deadline = deadline
+        self.is_upgrade = is_upgrade
+        """Whether an approximate record of the key was READY when it began, and stays so until the commit."""
         self.loading: Entry | None = None
         """Room that is taken already, and who leases it (:meth:`MemoryStore.begin_load`); the store's."""
         self._commit = commit
@@ -154,6 +168,8 @@ class BuildTable:
         late = [build for build in self.building.values() if build.deadline <= now]
         for build in late:
             del self.building[build.key]
+            if build.is_upgrade:
+                continue  # what it would have replaced serves on
             self.fail(build.key, f"build of {build.owner or 'an unnamed owner'} timed out", now)
         while self.failed and next(iter(self.failed.values()))[0] <= now:
             self.failed.popitem(last=False)
@@ -162,6 +178,7 @@ class BuildTable:
     def check(self, ready: set[ChunkKey], *, expect_idle: bool) -> None:
         """Check that states exclude each other; see :meth:`MemoryStore.check_integrity`."""
         building, failed = set(self.building), set(self.failed)
+        ready = ready - {key for key, build in self.building.items() if build.is_upgrade}
         for one, two in ((ready, building), (ready, failed), (building, failed)):
             if one & two:
                 raise IntegrityError(f"store: in two states: {[str(key) for key in one & two]}")

@@ -33,6 +33,8 @@ class EntryInfo:
     """Seconds that its pin still holds; None for one without an end."""
     in_use: int = 0
     hits: int = 0
+    codec: str = ""
+    """What a READY record's KV went through; a lossy one makes it approximate."""
     idle_s: float = 0.0
     """Seconds since the last use."""
     detail: str = ""
@@ -51,6 +53,7 @@ class EntryInfo:
             "pin_ttl_s": None if self.pin_ttl_s is None else round(self.pin_ttl_s, 3),
             "in_use": self.in_use,
             "hits": self.hits,
+            "codec": self.codec,
             "idle_s": round(self.idle_s, 3),
             "detail": self.detail,
         }
@@ -68,6 +71,7 @@ def list_entries(ledger: Ledger, builds: BuildTable, now: float) -> list[EntryIn
             pin_ttl_s=None if key not in ledger.pin_ends else ledger.pin_ends[key] - now,
             in_use=entry.refs,
             hits=entry.hits,
+            codec=entry.record.codec,
             idle_s=now - entry.used_at,
         )
         for key, entry in ledger.entries.items()

@@ -28,6 +28,8 @@ class StoreStats:
     tokens_hit: int = 0
 
     inserted: int = 0
+    upgraded: int = 0
+    """Records that came back from a tier approximate, and gave way to the exact one."""
     evicted: int = 0
     evicted_bytes: int = 0
     evicted_by_hand: int = 0

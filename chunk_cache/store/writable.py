@@ -82,6 +82,7 @@ class WritableStore:
         owner: str = "",
         tenant: str = "",
         timeout_s: float | None = None,
+        exact: bool = False,
     ) -> Build | ChunkState:
         """Ask for the right to build a key.
 
@@ -95,6 +96,10 @@ class WritableStore:
             Whose share of the budget the record takes: a name, such as :func:`~.tenant_mark` of a salt.
         timeout_s : float, optional
             As ``build_timeout_s`` of the store, for this build.
+        exact : bool
+            The record will be lossless. Then the right is given too where one is READY that came back from a tier
+            approximate. That one is found and leased until the commit puts the exact one in its place; whoever has
+            leased it keeps it. It stays where the exact one has no room beside it.
 
         Returns
         -------
@@ -113,12 +118,17 @@ class WritableStore:
         with self._lock:
             self._expire_builds()
             now = self._clock()
-            against = ChunkState.READY if key in self._ledger.entries else self._builds.state(key)
+            entry = self._ledger.entries.get(key)
+            is_upgrade = exact and entry is not None and not entry.record.is_lossless
+            is_ready = entry is not None and not is_upgrade
+            against = ChunkState.READY if is_ready else self._builds.state(key)
             if against is not None:
                 self._stats.builds_refused += 1
                 return against
             deadline = now + (self._build_timeout_s if timeout_s is None else timeout_s)
-            build = Build(key, ids, owner, deadline, self._commit, self._abort, tenant)
+            build = Build(
+                key, ids, owner, deadline, self._commit, self._abort, tenant, is_upgrade=is_upgrade
+            )
             self._builds.begin(build)
             self._stats.builds_begun += 1
             return build
@@ -147,6 +157,8 @@ class WritableStore:
             self._expire_builds()
             if self._builds.building.get(build.key) is not build or build.loading is not None:
                 return False
+            if build.key in self._ledger.entries:
+                return False  # what is READY is not loaded over
             stored = self._make_room(build, loading.record)
             if stored is None:
                 return False
@@ -173,7 +185,9 @@ class WritableStore:
         """
         with self._lock:
             self._builds.failed.pop(record.key, None)  # here it is: no reason to wait any longer
-        build = self.begin_build(record.key, record.token_ids, owner="put", tenant=tenant)
+        build = self.begin_build(
+            record.key, record.token_ids, owner="put", tenant=tenant, exact=record.is_lossless
+        )
         return isinstance(build, Build) and build.commit(record, pin=pin)
 
     def _commit(self, build: Build, record: ChunkKV, pin: bool) -> bool:
@@ -185,6 +199,8 @@ class WritableStore:
             self._expire_builds()
             if not self._builds.end(build):
                 return False
+            if build.key in self._ledger.entries:
+                return record.is_lossless and self._upgrade(build, record, pin)
             entry = build.loading
             if entry is None and record.num_bytes > self._ledger.byte_budget:
                 reason = f"{record.num_bytes} bytes, the budget is {self._ledger.byte_budget}"
@@ -202,6 +218,33 @@ class WritableStore:
                 self._ledger.set_pinned(entry, pin, self._clock())
             self._stats.inserted += 1
             return True
+
+    def _upgrade(self, build: Build, record: ChunkKV, pin: bool) -> bool:
+        """Put an exact record in the place of an approximate one, whose users keep it; its pin goes over."""
+        key, until = build.key, self._ledger.pin_ends.get(build.key)
+        old = self._ledger.entries[key]
+        is_pinned, hits = old.pinned, old.hits
+        if not old.refs and record.num_bytes <= old.record.num_bytes:
+            del old  # a slab has the room when nobody holds a tensor in it
+            self._drop(key)
+            stored = self._make_room(build, record)
+        else:
+            self._ledger.take(old)  # nobody's victim meanwhile
+            stored = self._make_room(build, record)
+            self._ledger.give_back(old, self._clock())
+            if stored is not None:
+                self._drop(key)
+        if stored is None:
+            return False
+        self.matcher.add(key, stored.token_ids)
+        self._ledger.insert(stored, pin or is_pinned, self._clock(), build.tenant)
+        entry = self._ledger.entries[key]
+        entry.hits = hits
+        if is_pinned and not pin and until is not None:
+            self._ledger.pin_ends[key] = until
+        self._stats.inserted += 1
+        self._stats.upgraded += 1
+        return True
 
     def _victims(self, record: ChunkKV, tenant: str) -> list[ChunkKey] | None:
         """Keys to drop so that a record fits; with a slab, as few more as leave it room in one piece."""
@@ -254,7 +297,7 @@ class WritableStore:
                 return False
             self._end_load(build)
             self._stats.builds_aborted += 1
-            if failed:
+            if failed and not build.is_upgrade:
                 self._builds.fail(build.key, reason, self._clock())
             return True
 
@@ -312,6 +355,11 @@ class WritableStore:
                 for key in dict.fromkeys(k for job in policy.jobs_to_prefetch() for k in job.keys)
                 if key not in ready and key not in building
             ]
+
+    def awaited_keys(self) -> list[ChunkKey]:
+        """Keys that waiting requests will read, READY or not, the next first: as of the last :meth:`note_waiting`."""
+        with self._lock:
+            return list(dict.fromkeys(self._ledger.policy.awaited()))
 
     def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
         """Keep a READY record until :meth:`unpin`, or for so many seconds; ``False`` if it is not READY.

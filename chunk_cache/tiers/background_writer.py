@@ -171,6 +171,7 @@ class BackgroundWriter:
             for key in list(self._to_remove):
                 self._report(self._remove(key))
             if is_last:
+                self._note_use()
                 return
             if waiting is not None:
                 kind, wrote = self._write(waiting)
@@ -183,11 +184,14 @@ class BackgroundWriter:
                     self._current = None
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
-                since, self._noted = self._noted, time.monotonic()
-                try:
-                    self.tier.used(self._used(since))
-                except Exception as error:  # the thread goes on: only the order of eviction suffers
-                    self._say(error)
+                self._note_use()
+
+    def _note_use(self) -> None:
+        since, self._noted = self._noted, time.monotonic()
+        try:
+            self.tier.used(self._used(since))
+        except Exception as error:  # the thread goes on: only the order of eviction suffers
+            self._say(error)
 
     def _write(self, waiting: _Waiting) -> tuple[str, tuple[int, float] | None]:
         """Write a record; return what to count, and its bytes and the seconds where the tier answered."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
+from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -79,6 +80,8 @@ class Tier(abc.ABC):
     An implementation needs the abstract methods, and :meth:`describe` if engines shall read from it at their start.
     """
 
+    is_shared: bool = False
+    """Whether several servers share the place: then it is not one engine's to list, and may hold millions."""
     codec: str = "plain"
     """Name of the :class:`~chunk_cache.Codec` that :meth:`put` writes with, where a tier encodes; who connects sets it."""
 
@@ -168,6 +171,10 @@ class Tier(abc.ABC):
         """Bytes that a record takes there; 0 if it is absent, or as long as nobody knows."""
         return 0
 
+    def sizes_of(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """:meth:`size_of` of many records, in one call."""
+        return [self.size_of(key) for key in keys]
+
     def pinned_until(self, key: ChunkKey) -> float:
         """When a record's pin ends, seconds since the epoch: infinite for one without an end, 0 where there is none."""
         return 0.0
@@ -191,19 +198,49 @@ class Tier(abc.ABC):
         """Make a record evictable again; ``False`` if it was not pinned."""
         return False
 
-    def verify(self, *, remove: bool = False) -> list[ChunkKey]:
-        """Read every record and return the keys of damaged ones, deleting them if ``remove``.
+    def trim(self, byte_budget: int) -> list[ChunkKey]:
+        """Remove records that are not pinned until the rest fits; returns what went.
 
-        By default what cannot be read and is still there is damaged.
+        Raises
+        ------
+        ChunkCacheError
+            If the tier cannot: by default none can.
         """
-        bad = [key for key in self.keys() if self.read(key) is None and self.contains(key)]
+        raise ChunkCacheError("this tier keeps its budget itself: it cannot be trimmed")
+
+    def sweep(self) -> int:
+        """Remove what crashes left; returns how many. By default nothing is."""
+        return 0
+
+    def is_damaged(self, key: ChunkKey) -> bool:
+        """Whether a record is there and cannot be read whole; it stays as it is."""
+        return self.read(key) is None and self.contains(key)
+
+    def verify(self, *, remove: bool = False) -> list[ChunkKey]:
+        """Read every record and return the keys of damaged ones (:meth:`is_damaged`).
+
+        With ``remove`` they are deleted, and what crashes left goes with them.
+        """
+        bad = [key for key in self.keys() if self.is_damaged(key)]
         if remove:
+            self.sweep()
             for key in bad:
                 self.remove(key)
         return bad
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note that records were used just now, for :meth:`keys_by_use`; never raises."""
+        return
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say what is evicted last, where a tier chooses that itself; by default none does.
+
+        Parameters
+        ----------
+        awaited : callable
+            Asked at each eviction, from the thread that makes room: keys that waiting requests will read, the next
+            first. A hint: a wrong one costs hits only.
+        """
         return
 
     def note_context(self, context: KVContext) -> None:

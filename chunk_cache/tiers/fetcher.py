@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chunk_cache.errors import DamagedRecordError
+from chunk_cache.errors import DamagedRecordError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.store.builds import Build, ChunkState
 from chunk_cache.store.loading import LoadingChunk, Patience, RecordForm
@@ -87,7 +87,7 @@ class Fetcher:
     """Threads that read records into a memory store.
 
     Whatever goes wrong in a tier is a miss, counted by ``count``: ``opened`` (its header was there), ``fetched``,
-    ``damaged``, ``fetch_failed``, ``no_memory``, ``superseded`` (somebody computes it, or the store was reset),
+    ``damaged``, ``gone`` (somebody evicted or removed it meanwhile), ``fetch_failed``, ``no_memory``, ``superseded`` (somebody computes it, or the store was reset),
     ``cancelled``, ``erased``, ``too_slow``; and ``fetch_dropped`` for what the queue had no room for.
 
     **Erasure.** A record is asked about before it can be leased and before it becomes READY; :meth:`erase` looks at
@@ -369,7 +369,8 @@ class Fetcher:
                 self._chain.tiers[fetch.tier].remove(fetch.chosen.key)
             except Exception:
                 self._count(fetch.tier, "remove_failed")
-        self._end(fetch, "damaged" if is_damage else "fetch_failed")
+        is_gone = isinstance(error, GoneRecordError)
+        self._end(fetch, "damaged" if is_damage else "gone" if is_gone else "fetch_failed")
 
     def _end(self, fetch: Fetch, kind: str = "") -> None:
         if fetch.loading is not None:

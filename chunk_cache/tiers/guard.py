@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.breaker import CircuitBreaker
+from chunk_cache.tiers.deadline import BoundedCalls
 
 logger = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 """Longest that a look-up waits for its answer, seconds."""
-_WHOLE_WAITS = 10
-"""A whole record may take so many times as long: nobody's request waits for it."""
-_MOST_CALLS = 16
-"""Calls that may hang at once. What hangs cannot be ended, so no more are begun."""
+HANG_S = 2.0
+"""The same for a folder, which a busy disk may keep waiting: as long as forwards wait for all records of a request."""
+_LONG_WAITS = 10
+"""What no request waits for, such as a whole record or a listing, may take so many times as long."""
 
 T = TypeVar("T")
 
@@ -34,9 +35,15 @@ class TierDownError(OSError):
 class GuardedTier(Tier):
     """Any tier behind a :class:`CircuitBreaker`.
 
-    Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `is_pinned`, `used`) never raises and is a miss
-    where the tier fails. Everything else raises :class:`OSError` at once where the tier is known to be down: whoever
-    writes counts it, and whoever erases must hear that nothing was erased.
+    Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `sizes_of`, `pinned_until`, `used`) never raises
+    and is a miss where the tier fails. Everything else raises :class:`OSError` at once where the tier is known to be
+    down: whoever writes counts it, and whoever erases must hear that nothing was erased.
+
+    **A place that hangs.** A server's client has time-outs of its own; a folder has none (a network folder, a disk that
+    dies). With `may_hang` every call but :meth:`put` runs in a thread that may be left behind. Then only a call that
+    does not return, or a time-out of the system, opens the breaker: a disk that is full, or refuses one file, still
+    answers for the others. A hung :meth:`put` holds up the one thread that writes, and nobody else: if it were given up,
+    it might still write, later, what was erased meanwhile.
 
     Parameters
     ----------
@@ -47,12 +54,17 @@ class GuardedTier(Tier):
     breaker : CircuitBreaker, optional
         One of its own by default.
     wait_s : float
-        Longest that a look-up waits, seconds. Layers wait as long as the tier's own reader does.
+        Longest that a look-up waits, seconds. Layers wait as long as the tier's own reader does, and no longer than
+        this where it may hang.
+    may_hang : bool
+        Whether its calls need a bound from outside.
+    is_shared : bool
+        Whether it is a place that several servers share, which is not this engine's to list.
 
     Attributes
     ----------
     counts : Counter of str
-        ``hits``, ``misses``, ``damaged``, ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
+        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
         ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
     """
 
@@ -63,14 +75,18 @@ class GuardedTier(Tier):
         name: str,
         breaker: CircuitBreaker | None = None,
         wait_s: float = WAIT_S,
+        may_hang: bool = False,
+        is_shared: bool = True,
     ) -> None:
         self.tier = tier
+        self.is_shared = is_shared
         self.name = name
         self.breaker = breaker or CircuitBreaker()
         self.counts: Counter[str] = Counter()
         self._wait_s = wait_s
+        self._may_hang = may_hang
         self._counting = threading.Lock()
-        self._calls = threading.BoundedSemaphore(_MOST_CALLS)
+        self._calls = BoundedCalls()
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
@@ -78,7 +94,7 @@ class GuardedTier(Tier):
         from chunk_cache.tiers.base import TIERS
 
         tier = TIERS.get("disk").connect(location, byte_budget=byte_budget, model=model)
-        return cls(tier, name=location)
+        return cls(tier, name=location, wait_s=HANG_S, may_hang=True, is_shared=False)
 
     def stats(self) -> dict[str, int | str]:
         """JSON-ready counts and the breaker's state."""
@@ -93,12 +109,12 @@ class GuardedTier(Tier):
 
     def read(self, key: ChunkKey) -> ChunkKV | None:
         """Read a whole record; ``None`` where the tier does not answer either."""
-        return self._found(self._ask(lambda: self.tier.read(key), None, waits=_WHOLE_WAITS))
+        return self._found(self._ask(lambda: self.tier.read(key), None, waits=_LONG_WAITS))
 
     def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
         """Read a whole record of these tokens; ``None`` where the tier does not answer either."""
         return self._found(
-            self._ask(lambda: self.tier.get(key, token_ids), None, waits=_WHOLE_WAITS)
+            self._ask(lambda: self.tier.get(key, token_ids), None, waits=_LONG_WAITS)
         )
 
     def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
@@ -114,14 +130,22 @@ class GuardedTier(Tier):
         """Bytes of a record; 0 where the tier does not answer either."""
         return self._ask(lambda: self.tier.size_of(key), 0)
 
-    def is_pinned(self, key: ChunkKey) -> bool:
-        """Whether a record is pinned; ``False`` where the tier does not answer either."""
-        return self._ask(lambda: self.tier.is_pinned(key), False)
+    def sizes_of(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Bytes of records; 0 for all where the tier does not answer."""
+        return self._ask(lambda: self.tier.sizes_of(keys), [0] * len(keys), waits=_LONG_WAITS)
+
+    def pinned_until(self, key: ChunkKey) -> float:
+        """When a record's pin ends; 0 where the tier does not answer either."""
+        return self._ask(lambda: self.tier.pinned_until(key), 0.0)
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note use, if the tier answers."""
         noted = list(keys)
-        self._ask(lambda: self.tier.used(noted), None)
+        self._ask(lambda: self.tier.used(noted), None, waits=_LONG_WAITS)
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say what is evicted last; asks nobody now."""
+        self.tier.heed_queue(awaited)
 
     # -- the rest: raises where the tier is down ------------------------------------------------
 
@@ -135,7 +159,7 @@ class GuardedTier(Tier):
         OSError
             At once where the tier is known to be down.
         """
-        return self.demand(lambda: self.tier.put(record, context=context, tenant=tenant))
+        return self._call(lambda: self.tier.put(record, context=context, tenant=tenant), None)
 
     def remove(self, key: ChunkKey) -> bool:
         """Drop a record.
@@ -181,6 +205,30 @@ class GuardedTier(Tier):
         """Make removals last; raises as :meth:`remove`."""
         self.demand(self.tier.sync)
 
+    def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
+        """Keep a record; raises as :meth:`put`."""
+        return self.demand(lambda: self.tier.pin(key, ttl_s=ttl_s))
+
+    def unpin(self, key: ChunkKey) -> bool:
+        """Make a record evictable again; raises as :meth:`put`."""
+        return self.demand(lambda: self.tier.unpin(key))
+
+    def pins(self) -> dict[ChunkKey, float]:
+        """Records that are pinned; raises as :meth:`keys`."""
+        return self.demand(self.tier.pins)
+
+    def is_damaged(self, key: ChunkKey) -> bool:
+        """Read a record for its checksums; raises as :meth:`keys`."""
+        return self.demand(lambda: self.tier.is_damaged(key))
+
+    def sweep(self) -> int:
+        """Remove what crashes left; raises as :meth:`remove`."""
+        return self.demand(self.tier.sweep)
+
+    def trim(self, byte_budget: int) -> list[ChunkKey]:
+        """Remove records until the rest fits; raises as :meth:`remove`."""
+        return self.demand(lambda: self.tier.trim(byte_budget))
+
     # -- how ------------------------------------------------------------------------------------
 
     def count(self, kind: str, number: int = 1) -> None:
@@ -189,7 +237,7 @@ class GuardedTier(Tier):
             self.counts[kind] += number
 
     def demand(self, call: Callable[[], T]) -> T:
-        """Call in this thread, unless the tier is known to be down.
+        """Call, unless the tier is known to be down; a tier that may hang is waited for as long as for a listing.
 
         Raises
         ------
@@ -198,6 +246,14 @@ class GuardedTier(Tier):
         OSError, ChunkCacheError
             What the call raised; an :class:`OSError` says that the tier did not answer.
         """
+        return self._call(call, _LONG_WAITS * self._wait_s if self._may_hang else None)
+
+    def demand_layer(self, call: Callable[[], T]) -> T:
+        """As :meth:`demand`, for what a request waits for: no longer than for a look-up where the tier may hang."""
+        return self._call(call, self._wait_s if self._may_hang else None)
+
+    def _call(self, call: Callable[[], T], seconds: float | None) -> T:
+        """Call under a permit: in a thread that may be left behind after so many seconds, or in this one (None)."""
         permit = self.breaker.enter()
         if permit is None:
             self.count("skipped")
@@ -205,12 +261,16 @@ class GuardedTier(Tier):
                 f"{self.name} did not answer lately; it is tried again in {self.breaker.wait_s:.1f} s"
             )
         try:
-            value = call()
+            value = call() if seconds is None else self._calls.run(call, seconds)
         except ChunkCacheError:
             self._answered(permit)
             raise
         except Exception as error:
-            self.failed(permit, error)
+            if self._may_hang and not isinstance(error, TimeoutError):
+                self.count("failures")
+                self._answered(permit)
+            else:
+                self.failed(permit, error)
             if isinstance(error, OSError):
                 raise
             raise OSError(f"{self.name}: {type(error).__name__}: {error}") from error
@@ -240,36 +300,12 @@ class GuardedTier(Tier):
     def _ask(self, call: Callable[[], T], otherwise: T, *, waits: int = 1) -> T:
         """Call in a thread that may be left behind, and wait for it no longer than allowed."""
         try:
-            return self.demand(lambda: self._within(call, waits * self._wait_s))
+            return self._call(call, waits * self._wait_s)
         except ChunkCacheError:
             self.count("damaged")
         except OSError:
             pass
         return otherwise
-
-    def _within(self, call: Callable[[], T], seconds: float) -> T:
-        if not self._calls.acquire(blocking=False):
-            raise TimeoutError(f"{_MOST_CALLS} calls hang already")
-        done = threading.Event()
-        value: list[T] = []
-        error: list[Exception] = []
-
-        def run() -> None:
-            try:
-                value.append(call())
-            except Exception as raised:  # handed to whoever waits, if anybody still does
-                error.append(raised)
-            finally:
-                self._calls.release()
-                done.set()
-
-        # A daemon: what hangs must not keep the process from ending.
-        threading.Thread(target=run, name="chunk-kv-tier", daemon=True).start()
-        if not done.wait(seconds):
-            raise TimeoutError(f"no answer in {seconds:g} s")
-        if error:
-            raise error[0]
-        return value[0]
 
 
 class GuardedReader:
@@ -278,10 +314,17 @@ class GuardedReader:
     def __init__(self, guard: GuardedTier, reader: Any) -> None:
         self._guard = guard
         self._reader = reader
+        self._hangs = False
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the reader's own: token ids, layout, numbers."""
         return getattr(self._reader, name)
+
+    def close(self) -> None:
+        """Read no more. A file that hangs is closed when its call returns, if ever: nobody waits for that."""
+        close = getattr(self._reader, "close", None)
+        if close is not None and not self._hangs:
+            close()
 
     @property
     def layout(self) -> str:
@@ -292,9 +335,12 @@ class GuardedReader:
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Tokens of one layer; raises as the contract says, at once where the tier is down."""
         try:
-            layer: LayerKV = self._guard.demand(lambda: self._reader.layer(index, start, end))
-        except ChunkCacheError:
-            self._guard.count("damaged")
+            layer: LayerKV = self._guard.demand_layer(lambda: self._reader.layer(index, start, end))
+        except ChunkCacheError as error:
+            self._guard.count("gone" if isinstance(error, GoneRecordError) else "damaged")
+            raise
+        except TimeoutError:
+            self._hangs = True
             raise
         self._guard.count("layers")
         self._guard.count("bytes", layer.k.nbytes + layer.v.nbytes)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.encoding import (
@@ -26,7 +26,7 @@ _UNREAD_S = 120.0
 """A record that nobody reads for so long is let go, seconds."""
 
 Fetch = Callable[[int, int], Sequence[Buffer | None]]
-"""Bytes of the layers ``[first, last)``; ``None`` for one that is gone. Raises :class:`OSError`."""
+"""Bytes of the layers ``[first, last)``; ``None`` for all where the record is gone. Raises :class:`OSError`."""
 
 
 class FetchGate:
@@ -70,7 +70,9 @@ class PrefetchedRecord(HeaderReader):
     gate : FetchGate
         Taken for each call of `fetch`: so many run at once, whatever number of records is read.
     damaged : callable
-        Called from the thread where a layer is not what was written, or gone.
+        Called from the thread where a layer is not what was written, or one of several is missing.
+    gone : callable
+        Called from the thread where the record is not there any more.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PrefetchedRecord(HeaderReader):
         wait_s: float,
         gate: FetchGate,
         damaged: Callable[[], None] = lambda: None,
+        gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.header = header
         self._fetch = fetch
@@ -88,6 +91,7 @@ class PrefetchedRecord(HeaderReader):
         self._is_fetching = False
         self._gate = gate
         self._damaged = damaged
+        self._gone = gone
         self._layers: dict[int, LayerKV] = {}
         """What is here and was not read yet."""
         self._num_fetched = 0
@@ -107,7 +111,8 @@ class PrefetchedRecord(HeaderReader):
         OSError
             The place failed.
         ChunkCacheError
-            The layer is damaged or gone.
+            The layer is damaged (:class:`~chunk_cache.DamagedRecordError`), or the record is gone
+            (:class:`~chunk_cache.GoneRecordError`).
         """
         if not 0 <= index < self.num_layers:
             raise ChunkCacheError(
@@ -155,9 +160,13 @@ class PrefetchedRecord(HeaderReader):
                 self._note_fetching(False)
                 if len(found) != last - first:
                     raise DamagedRecordError(f"chunk {self.header.key}: {len(found)} layers came")
+                if all(data is None for data in found):
+                    raise GoneRecordError(f"chunk {self.header.key} went while it was read")
                 for index, data in enumerate(found, first):
                     if data is None:
-                        raise DamagedRecordError(f"chunk {self.header.key}: layer {index} is gone")
+                        raise DamagedRecordError(
+                            f"chunk {self.header.key}: layer {index} is missing"
+                        )
                     layer = decode_layer(self.header, index, data)
                     with self._changed:
                         self._layers[index] = layer
@@ -169,9 +178,12 @@ class PrefetchedRecord(HeaderReader):
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-            if isinstance(error, DamagedRecordError):
-                with contextlib.suppress(OSError):
-                    self._damaged()
+            found_out: dict[type[Exception], Callable[[], None]] = {
+                DamagedRecordError: self._damaged,
+                GoneRecordError: self._gone,
+            }
+            with contextlib.suppress(OSError):
+                found_out.get(type(error), lambda: None)()
 
     def _wait_for_a_reader(self) -> None:
         with self._changed:

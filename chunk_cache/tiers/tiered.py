@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from chunk_cache.errors import ChunkCacheError
@@ -237,6 +238,11 @@ class TierChain(Tier):
             with contextlib.suppress(Exception):
                 link.tier.used(noted)
 
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Tell every tier."""
+        for link in self._links:
+            link.tier.heed_queue(awaited)
+
     def note_context(self, context: KVContext) -> None:
         """Tell every tier what a namespace stands for."""
         for link in self._links:
@@ -269,6 +275,12 @@ class TierChain(Tier):
         return all(done)
 
     def close(self, timeout_s: float) -> bool:
-        """Take nothing more, write what waits, and end; ``False`` where the time per tier was too short."""
-        ended = [link.writer.close(timeout_s) for link in self._links]
+        """Take nothing more, write what waits, and end; ``False`` where the time for all tiers together was too short.
+
+        What was not written until then is in :meth:`queues`.
+        """
+        deadline = time.monotonic() + timeout_s
+        for link in self._links:
+            link.writer.close(0.0)
+        ended = [link.writer.close(max(0.0, deadline - time.monotonic())) for link in self._links]
         return all(ended)

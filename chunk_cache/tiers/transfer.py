@@ -98,18 +98,21 @@ def load_store(
     """
     counts = dict.fromkeys((field.name for field in dataclasses.fields(StoreLoadReport)), 0)
     wanted: list[tuple[bool, ChunkKey]] = []
+    now = time.time()
+    pins = {key for key, until in tier.pins().items() if until > now}
     for key in reversed(tier.keys_by_use()):
         if namespaces is None or key.namespace in namespaces:
-            wanted.append((not tier.is_pinned(key), key))
+            wanted.append((key not in pins, key))
         else:
             counts["foreign"] += 1
     wanted.sort(key=lambda row: row[0])
-    for done, (loose, key) in enumerate(wanted, start=1):
+    sizes = tier.sizes_of([key for _, key in wanted])
+    for done, ((loose, key), size) in enumerate(zip(wanted, sizes, strict=True), start=1):
         if store.state(key) in (ChunkState.READY, ChunkState.BUILDING):
             counts["already_there"] += 1
             if not loose:
                 pin_as_in(tier, store, key)
-        elif tier.size_of(key) > store.free_bytes:
+        elif size > store.free_bytes:
             counts["no_room"] += 1
         else:
             record = tier.read(key)

@@ -162,7 +162,8 @@ def _line(entry: Mapping[str, Any]) -> str:
     pin = "  pinned" if entry["pinned"] else ""
     left = entry["pin_ttl_s"]
     ends = "" if left is None else f" for {left:.0f} s"
-    return f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {size:12} bytes{where}{pin}{ends}"
+    rough = "  approximate in memory" if entry.get("approximate") else ""
+    return f"{entry['key'][:16]}  {entry['num_tokens']:6} tokens  {size:12} bytes{where}{pin}{ends}{rough}"
 
 
 def _figure(value: object) -> str:

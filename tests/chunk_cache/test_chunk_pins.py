@@ -33,6 +33,15 @@ def folder(tmp_path: Path, records: list[ChunkKV]) -> StoreFolder:
     return made
 
 
+def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float, *, jump_s: float = 0.0) -> None:
+    """Let so many seconds pass on every clock, and the wall clock be set besides."""
+    wall, wall_ns, monotonic = time.time, time.time_ns, time.monotonic
+    shift = seconds + jump_s
+    monkeypatch.setattr(time, "time", lambda: wall() + shift)
+    monkeypatch.setattr(time, "time_ns", lambda: wall_ns() + int(shift * 1e9))
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + seconds)
+
+
 def keys_of(folder: StoreFolder) -> set[ChunkKey]:
     return set(folder.keys())
 
@@ -182,13 +191,53 @@ def test_a_pin_that_has_ended_holds_nothing_and_no_process_has_to_be_awake_for_i
     folder.pin(other)
     assert folder.trim(0) == [record.key for record in records[2:]]
     assert now + 50 < folder.pinned_until(one) < now + 70
-    monkeypatch.setattr(time, "time", lambda: now + 61)
+    pass_time(monkeypatch, 61)
     reopened = StoreFolder(folder.path)
     assert [key for key in (one, other) if reopened.is_pinned(key)] == [other]
     # Both the process that pinned it and one that found the pin evict the record now.
     assert folder.trim(size) == [one]
     assert reopened.trim(0) == []
     assert [path.stem[:64] for path in folder.path.rglob("*.pinned")] == [other.digest]
+
+
+DAY_S = 24 * 3600.0
+
+
+@pytest.mark.parametrize("jump_s", [-DAY_S, DAY_S])
+def test_a_wall_clock_that_jumps_ends_no_pin_early_and_keeps_none_for_longer(
+    jump_s: float,
+    folder: StoreFolder,
+    records: list[ChunkKV],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    one = records[0].key
+    folder.pin(one, ttl_s=3600)
+    pass_time(monkeypatch, 0, jump_s=jump_s)
+    assert folder.is_pinned(one)
+    assert one not in folder.trim(0)
+    assert folder.pinned_until(one) - time.time() == pytest.approx(3600, abs=60)
+    pass_time(monkeypatch, 3700)
+    assert not folder.is_pinned(one)
+    assert folder.trim(0) == [one]
+
+
+@pytest.mark.parametrize("jump_s", [-DAY_S, DAY_S])
+def test_what_was_used_last_stays_though_the_wall_clock_jumps(
+    jump_s: float,
+    tmp_path: Path,
+    records: list[ChunkKV],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = StoreFolder(tmp_path / "new", create=True)
+    for record in records[:3]:
+        folder.put(record)
+    pass_time(monkeypatch, 1, jump_s=jump_s)
+    folder.used([records[0].key])
+    folder.put(records[3])
+    expected = [records[n].key for n in (1, 2, 0, 3)]
+    assert folder.keys_by_use() == expected
+    assert StoreFolder(folder.path).keys_by_use() == expected, "after a restart too"
+    assert folder.trim(2 * folder.size_of(records[0].key)) == expected[:2]
 
 
 def test_a_pin_ends_in_memory_when_it_ends_on_the_disk(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_a_tier_that_hangs_is_waited_for_once(
     assert guarded.contains(record.key), "it is tried again"
     assert guarded.stats()["state"] == "closed"
     assert guarded.counts["closed"] == 1
+
+
+@pytest.mark.parametrize("jump_s", [-24 * 3600, 24 * 3600])
+def test_a_wall_clock_that_jumps_neither_closes_nor_holds_the_breaker(
+    jump_s: int, spoilt: Spoilt, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = GuardedTier(
+        spoilt, name="shelf", breaker=CircuitBreaker(first_wait_s=30.0), wait_s=0.05
+    )
+    record, real, monotonic = make_record(range(8)), time.time, time.monotonic
+    spoilt.error = OSError("gone")
+    assert not guarded.contains(record.key)
+    spoilt.error = None
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    assert not guarded.contains(record.key), "a day has not passed"
+    guarded.breaker._clock = lambda: monotonic() + 31
+    assert guarded.contains(record.key)
 
 
 def test_who_writes_or_erases_hears_that_it_is_down(

@@ -195,6 +195,23 @@ def test_a_disk_that_fails_in_the_middle_is_a_miss_and_keeps_the_file(
     assert chain.fetch()
 
 
+def test_a_file_that_a_network_folder_lost_while_it_is_read_is_gone_and_not_damaged(
+    chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        chain.fault = lambda: patch.setattr(os, "preadv", stale)
+        assert not chain.fetch()
+        assert chain.counts == {"disk.hit": 1, "disk.opened": 1, "disk.gone": 1}
+        assert not chain.fetch(), "what is gone when it is opened is a plain miss"
+        assert chain.counts["disk.miss"] == 1
+    assert folder.corrupt_files == folder.failed_reads == 0
+    assert chain.may_be_computed()
+    assert chain.fetch()
+
+
 def test_a_folder_that_may_not_be_read_any_more_is_a_miss_and_comes_back(
     chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,8 +323,10 @@ def test_a_remote_that_goes_in_mid_request_is_a_miss_and_the_disk_goes_on(
     remote.tier._gate = StrikingGate(1)  # type: ignore[attr-defined]
     try:
         assert not chain.fetch()
-        event = "damaged" if how == "emptied" else "fetch_failed"
+        event = "gone" if how == "emptied" else "fetch_failed"
         assert chain.counts["remote.opened"] == chain.counts[f"remote.{event}"] == 1
+        assert chain.counts["remote.damaged"] == remote.counts["damaged"] == 0
+        assert remote.tier.damaged_records == 0  # type: ignore[attr-defined]
         assert chain.may_be_computed()
         for _ in range(3):  # nobody waits for a server that is known to be down
             assert not chain.fetch()

@@ -33,7 +33,15 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
     ]
     case = tmp_path / "case.json"
     case.write_text(
-        json.dumps({"prefix": prefix, "chunks": chunks, "ids": ids, "policies": policies})
+        json.dumps(
+            {
+                "prefix": prefix,
+                "chunks": chunks,
+                "ids": ids,
+                "policies": policies,
+                "store_dir": str(tmp_path / "kv"),
+            }
+        )
     )
     folder, port = tiny_model("llama"), free_port()
     outs = [tmp_path / f"rank{rank}.json" for rank in range(2)]
@@ -87,3 +95,13 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
         assert (run["ids"], run["logprobs"]) == (plain["ids"], plain["logprobs"])
     # The chunk that rank 1 had lost was missing on both.
     assert seen[0]["runs"][-1]["report"]["reused_tokens"] == 2 * CHUNK
+    # Each rank finds its own shards again: in memory after a restart, and in the folder for a request.
+    built, after, fetched = seen[0]["tiers"]
+    assert seen[1]["tiers"] == seen[0]["tiers"]
+    assert len(list((tmp_path / "kv").rglob("*.safetensors"))) == 2 * len(chunks)
+    assert (built["loaded"], after["loaded"], fetched["loaded"]) == (0, len(chunks), 0)
+    assert (built["fetched"], after["fetched"], fetched["fetched"]) == (0, 0, len(chunks))
+    for run in (built, after, fetched):
+        assert run["report"]["reused_tokens"] == len(chunks) * CHUNK
+        assert (run["ids"], run["logprobs"]) == (built["ids"], built["logprobs"])
+    assert built["ids"] == seen[0]["runs"][1]["ids"]

@@ -5,6 +5,7 @@ Usage: two_ranks.py RANK PORT MODEL_FOLDER CASE.json OUT.json
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -25,15 +26,16 @@ def main() -> None:
     engine = local.LocalEngine(folder, tp_size=2, nccl_port=int(port), world_rank=int(rank))
     seen = {"on": engine.runtime.is_on, "self_check": engine.runtime.self_check, "runs": []}
 
-    def note(req):
+    def told(req):
         info = (req.customized_info or {}).get("rag_fusion", [None])[0]
-        seen["runs"].append(
-            {
-                "ids": list(req.output_ids),
-                "logprobs": list(req.logprob.output_token_logprobs_val),
-                "report": info,
-            }
-        )
+        return {
+            "ids": list(req.output_ids),
+            "logprobs": list(req.logprob.output_token_logprobs_val),
+            "report": info,
+        }
+
+    def note(req):
+        seen["runs"].append(told(req))
 
     prefix, chunks = case["prefix"], case["chunks"]
     for chunk in chunks:
@@ -79,7 +81,43 @@ def main() -> None:
         assert store.evict(lost)
     engine.flush()
     note(engine.ask(case["ids"], 4, fusion=case["policies"][1]))
+    seen["tiers"] = restarted(engine, case, told)
     Path(out_file).write_text(json.dumps(seen))
+
+
+def restarted(engine, case, told):
+    """A folder that both ranks share, each for its own head shards: before a restart, after it, and from the folder."""
+    from rag_pipeline.sglang_plugin.fusion.admission import fetching
+    from rag_pipeline.sglang_plugin.fusion.builds import persistence
+
+    # Two busy processes: neither may give up on a header before it has come.
+    fetching.HEADER_WAIT_S = 60.0
+    runtime = engine.runtime
+    runtime.config = dataclasses.replace(runtime.config, store_dir=case["store_dir"])
+
+    def ask():
+        engine.flush()
+        run = told(engine.ask(case["ids"], 4, fusion=case["policies"][1]))
+        assert runtime.fetcher.drain(60)
+        counts = runtime.metrics.to_json()
+        return run | {
+            "loaded": counts.get("disk.loaded", 0),
+            "fetched": counts.get("disk.fetched", 0),
+        }
+
+    engine.fresh()
+    persistence.open_folder(runtime, "no-model")
+    for chunk in case["chunks"]:
+        engine.build(case["prefix"], chunk)
+    runs = [ask()]
+    persistence.close(runtime)
+    engine.fresh()
+    persistence.open_folder(runtime, "no-model")
+    runs.append(ask())
+    engine.fresh()
+    runs.append(ask())
+    persistence.close(runtime)
+    return runs
 
 
 main()

@@ -32,6 +32,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def import_everything() -> None:
     """Import what programs of the suite import, as far as it is there."""
+    import setproctitle
+
+    # As the fork server's preloaded module does, before a program's environment is taken over.
+    setproctitle.getproctitle()
     import faiss  # noqa: F401
     import sentence_transformers  # noqa: F401
     import sglang.launch_server

@@ -6,13 +6,14 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.index import Describe, FolderIndex
 from chunk_cache.tiers.disk.layout import chunk_path, pin_path, usage_path
 from chunk_cache.tiers.disk.listing import Listing, StoredFile, list_folder
-from chunk_cache.tiers.disk.pins import read_pin
+from chunk_cache.tiers.disk.pins import is_over, read_pin
 from chunk_cache.tiers.disk.private_files import Draft, make_private
 from chunk_cache.tiers.disk.usage import Usage, changes_of, locked_usage
 
@@ -48,6 +49,8 @@ class FolderBudget:
         self._folder = folder
         self.byte_budget = byte_budget
         self._describe = describe
+        self.awaited: Callable[[], Sequence[ChunkKey]] = tuple
+        """Keys that waiting requests of this process will read, the next first; asked at each eviction."""
         self._index = FolderIndex(describe)
         self._changes: int | None = None
         """Number of changes that the index knows of."""
@@ -290,10 +293,11 @@ class FolderBudget:
                 return False
             return True
 
+        awaited = {key: turn for turn, key in enumerate(self.awaited())}
         with self._indexing:
-            self._index.end_pins(time.time())
+            self._index.end_pins(time.time(), lambda key: is_over(pin_path(self._folder, key)))
             chosen = self._index.victims(
-                num_bytes + slack, may_go, claim=claim, now_ns=time.time_ns()
+                num_bytes + slack, may_go, claim=claim, now_ns=time.time_ns(), awaited=awaited
             )
             for file in sorted(stay):
                 self._index.put(file)

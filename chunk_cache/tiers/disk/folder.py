@@ -12,13 +12,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from chunk_cache.errors import ChunkCacheError
+from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import Tier
@@ -55,7 +55,7 @@ class StoreFolder(Tier):
 
     **Room.** All files, temporary ones included, never weigh more than the budget, whoever writes. Room belongs to
     shares: one per tenant, model and rank. While there is room everybody takes it. Then whoever holds most loses its
-    longest unused record, so each of n shares that want it has 1/n of the budget, and no share can push another below
+    longest unused record, one that no waiting request needs if there is any (:meth:`heed_queue`), so each of n shares that want it has 1/n of the budget, and no share can push another below
     that. A share that nobody used for a week is emptied first. Use is noted on the files' times, which survive a
     restart, and go on where the clock goes back.
 
@@ -203,8 +203,8 @@ class StoreFolder(Tier):
     def pin(self, key: ChunkKey, *, ttl_s: float | None = None) -> bool:
         """Keep a record until :meth:`unpin`, or for `ttl_s`; ``False`` if it is not in the folder.
 
-        The end is written down as a moment of the wall clock, so a restart changes nothing, and a clock that is set
-        shifts it.
+        The end is written down as a moment of the wall clock, so a restart changes nothing. A clock that is set shifts
+        it for other processes only (:mod:`~chunk_cache.tiers.disk.pins`).
         """
         if not chunk_path(self.path, key).exists():
             return False
@@ -261,7 +261,7 @@ class StoreFolder(Tier):
         """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone, and it stays."""
         try:
             reader = FileReader(chunk_path(self.path, key), key)
-        except (OSError, DamagedRecordError):
+        except (OSError, ChunkCacheError):
             return None
         reader.close()
         return reader.token_ids
@@ -270,6 +270,10 @@ class StoreFolder(Tier):
         """Note that records were used just now: they are evicted last, and loaded first."""
         for key in keys:
             self.budget.used(key)
+
+    def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
+        """Let the waiting queue say which records of a share are evicted last."""
+        self.budget.awaited = awaited
 
     # -- order --------------------------------------------------------------------------------
 
@@ -299,26 +303,23 @@ class StoreFolder(Tier):
 
     # -- inspecting ---------------------------------------------------------------------------
 
-    def verify(self, *, remove: bool = False) -> list[ChunkKey]:
-        """Read every file and return the keys of damaged ones, deleting them if ``remove``.
-
-        What crashes left goes with them.
-        """
-        bad = []
-        for key in self.keys():
-            try:
-                reader = FileReader(chunk_path(self.path, key), key)
-                reader.check()
-                reader.close()
-            except FileNotFoundError:
-                continue
-            except (OSError, DamagedRecordError):
-                bad.append(key)
-        if remove:
-            self.sweep()
-            for key in bad:
-                self.remove(key)
-        return bad
+    def is_damaged(self, key: ChunkKey) -> bool:
+        """Read a file for its checksums; one that the disk refuses to read is damaged too. It stays."""
+        try:
+            reader = FileReader(chunk_path(self.path, key), key)
+        except (FileNotFoundError, GoneRecordError):
+            return False
+        except (OSError, DamagedRecordError):
+            return True
+        try:
+            reader.check()
+        except (FileNotFoundError, GoneRecordError):
+            return False
+        except (OSError, DamagedRecordError):
+            return True
+        finally:
+            reader.close()
+        return False
 
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of ``context.json`` of a namespace, or ``None`` if there is none to read."""
@@ -348,7 +349,7 @@ class StoreFolder(Tier):
 
         try:
             reader = FileReader(chunk_path(self.path, key), key, damaged)
-        except FileNotFoundError:
+        except (FileNotFoundError, GoneRecordError):
             self.budget.forget(key)
             return None
         except OSError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from chunk_cache.keys import ChunkKey
@@ -97,9 +98,9 @@ class FolderIndex:
         """Records that are pinned, and until when (seconds since the epoch)."""
         return {key: file.pinned_until for key, file in self._files.items() if file.is_pinned}
 
-    def end_pins(self, now: float) -> None:
+    def end_pins(self, now: float, is_over: Callable[[ChunkKey], bool]) -> None:
         """Take records whose pins ended into the turns again, as used last; those of others' turns stay before them."""
-        for key in [key for key, until in self._pin_ends.items() if until <= now]:
+        for key in [k for k, until in self._pin_ends.items() if until <= now or is_over(k)]:
             self.set_pinned(key, 0.0)
 
     def regroup(self, namespace: str) -> None:
@@ -137,6 +138,7 @@ class FolderIndex:
         *,
         claim: tuple[str, int] | None = None,
         now_ns: int = 0,
+        awaited: Mapping[ChunkKey, int] = MappingProxyType({}),
     ) -> list[StoredFile]:
         """Choose records to remove.
 
@@ -153,6 +155,9 @@ class FolderIndex:
             Namespace and bytes of the record that room is made for.
         now_ns : int
             The time, nanoseconds.
+        awaited : mapping of ChunkKey to int
+            Records that waiting requests will read, and in which turn. Within a share they go last, the last turn
+            first.
 
         Returns
         -------
@@ -163,7 +168,7 @@ class FolderIndex:
         held = {share: self._bytes_of[share] for share in self._turns}
         if claiming is not None:
             held[claiming] = self._bytes_of.get(claiming, 0) + wanted
-        rows = {share: iter(turns) for share, turns in self._turns.items()}
+        rows = {share: _in_order(turns, awaited) for share, turns in self._turns.items()}
         stale = [
             share
             for share, turns in self._turns.items()
@@ -185,3 +190,11 @@ class FolderIndex:
                 del held[most]
                 stale = [share for share in stale if share != most]
         return chosen
+
+
+def _in_order(
+    turns: Mapping[ChunkKey, None], awaited: Mapping[ChunkKey, int]
+) -> Iterator[ChunkKey]:
+    """Records of a share, the first to go first."""
+    yield from (key for key in turns if key not in awaited)
+    yield from sorted((key for key in awaited if key in turns), key=lambda key: -awaited[key])

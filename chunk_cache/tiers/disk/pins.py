@@ -2,6 +2,9 @@
 
 The file is empty for a pin without an end. One whose end has passed counts as none, wherever it is met; the next
 walk that tidies the folder removes it. So nobody has to wake up for it, and a restart changes nothing.
+
+The process that pinned also knows the end on a clock that nobody sets, and goes by that: a wall clock that jumps ends
+none of its pins early, and keeps none for longer. For other processes, and after a restart, the file is all there is.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from pathlib import Path
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.tiers.disk.private_files import write_private
+
+_own: dict[Path, tuple[float, float]] = {}
+"""Pins with an end that this process set: what their files say, and their end by :func:`time.monotonic`."""
 
 
 def write_pin(path: Path, until: float) -> None:
@@ -34,6 +40,15 @@ def write_pin(path: Path, until: float) -> None:
     if math.isnan(until):
         raise ChunkCacheError(f"pin until {until}: give seconds since the epoch, or infinity")
     write_private(path, b"" if math.isinf(until) else repr(float(until)).encode())
+    if math.isinf(until):
+        _own.pop(path, None)
+    else:
+        _own[path] = until, time.monotonic() + until - time.time()
+
+
+def is_over(path: Path) -> bool:
+    """Whether a pin that this process set has ended, whatever the wall clock says; the disk is not asked."""
+    return path in _own and _own[path][1] <= time.monotonic()
 
 
 def read_pin(path: Path) -> float:
@@ -44,6 +59,7 @@ def read_pin(path: Path) -> float:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
+        _own.pop(path, None)
         return 0.0
     except OSError:
         return math.inf
@@ -51,4 +67,7 @@ def read_pin(path: Path) -> float:
         until = float(text) if text else math.inf
     except ValueError:
         return math.inf
-    return until if until > time.time() else 0.0
+    now, own = time.time(), _own.get(path)
+    if own is not None and own[0] == until:
+        until = now + own[1] - time.monotonic()
+    return until if until > now else 0.0

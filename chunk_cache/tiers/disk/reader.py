@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chunk_cache.errors import GoneRecordError
 from chunk_cache.keys import ChunkKey
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
@@ -25,6 +27,8 @@ from chunk_cache.tiers.header_reader import HeaderReader
 
 _FIRST_BYTES = 16 << 10
 """Read at once; most headers are shorter."""
+_GONE = (errno.ESTALE, errno.ENOENT)
+"""What a network file system says of an open file that another machine removed."""
 
 
 class FileReader(HeaderReader):
@@ -47,6 +51,8 @@ class FileReader(HeaderReader):
     ------
     OSError
         If it cannot be read.
+    GoneRecordError
+        If it was removed meanwhile and the file system does not keep what is open, as a network's does not.
     DamagedRecordError
         If the header is not of this record, or the file is not as long as the header says.
     """
@@ -92,6 +98,8 @@ class FileReader(HeaderReader):
         ------
         OSError
             If the disk refuses.
+        GoneRecordError
+            If it was removed meanwhile.
         DamagedRecordError
             If it is not what was written.
         """
@@ -123,7 +131,12 @@ class FileReader(HeaderReader):
         view = np.empty(end - start, dtype=np.uint8).data
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise GoneRecordError(f"a file went while it was read: {error}") from None
+                raise
             if not count:
                 break
             done += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import threading
 
@@ -68,10 +69,12 @@ class HeaderFirstTier(Tier):
         """Count a damaged record and drop it: as long as it is there, nobody would write it anew. Never raises."""
         with self._counting:
             self.damaged_records += 1
-        try:
+        self._drop(key)
+
+    def _drop(self, key: ChunkKey) -> None:
+        """Remove what is left of a record, such as its header without its layers. Never raises."""
+        with contextlib.suppress(OSError):  # it is found so again
             self.remove(key)
-        except OSError:
-            return  # what is damaged is found so again
 
     def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
         """Read the header, compare the token ids, and let the layers follow in a thread."""
@@ -107,4 +110,5 @@ class HeaderFirstTier(Tier):
             wait_s=wait_s,
             gate=self._gate,
             damaged=lambda: self.discard(found.header.key),
+            gone=lambda: self._drop(found.header.key),
         )

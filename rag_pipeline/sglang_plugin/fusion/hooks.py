@@ -11,6 +11,7 @@ from rag_pipeline.sglang_plugin.fusion.admission import next_batch
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.admission import radix_tree as radix
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
+from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 from rag_pipeline.sglang_plugin.fusion.forward import report as usage
@@ -189,6 +190,12 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "a fused batch has rows of its own and runs eagerly",
             attention.around_can_run_graph,
             "forward_batch",
+        ),
+        _row(
+            _SCHEDULER + "release_host_resources",
+            "before",
+            "an engine that is stopped in order writes what waits for its tiers",
+            persistence.before_release,
         ),
         *(
             _row(

@@ -9,6 +9,8 @@ import contextlib
 import gc
 import signal
 
+import setproctitle
+
 
 def _import_engine_modules() -> None:
     """Import what the child processes import first. A fault here surfaces again in the child."""
@@ -26,6 +28,11 @@ with contextlib.suppress(ValueError):  # not the main thread: nobody's fork serv
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+
+# A child takes over its parent's environment, and then it is too late to find where the title of a process lies.
+# SGLang knows its schedulers by their titles: without one it ends them at a stop without waiting for them.
+with contextlib.suppress(Exception):
+    setproctitle.getproctitle()
 
 with contextlib.suppress(Exception):
     _import_engine_modules()

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.launch import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.launch.fault_report import FAULT_FILE, run_and_report
+from rag_pipeline.sglang_plugin.launch.orderly_stop import end_schedulers
 from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
 if TYPE_CHECKING:
@@ -158,8 +160,11 @@ def _keep_handler(terminate: Any) -> None:
 def _engine_class(fast: bool) -> Callable[..., Any]:
     from sglang.srt.entrypoints.engine import Engine
 
+    config = FusionConfig.from_env()
+    has_tiers = bool(config.store_dir or config.remote) and not plugin_is_off()
+
     class ReportingEngine(Engine):  # type: ignore[misc]
-        """Stock engine; its scheduler leaves a note when it fails."""
+        """Stock engine; its scheduler leaves a note when it fails, and writes what waits for its tiers when it ends."""
 
         run_scheduler_process_func = staticmethod(
             wrap_child(Engine.run_scheduler_process_func, fast=fast)
@@ -167,6 +172,11 @@ def _engine_class(fast: bool) -> Callable[..., Any]:
         run_detokenizer_process_func = staticmethod(
             wrap_child(Engine.run_detokenizer_process_func, fast=fast)
         )
+
+        def shutdown(self) -> None:
+            if has_tiers:
+                end_schedulers(self)
+            super().shutdown()
 
     return ReportingEngine
 

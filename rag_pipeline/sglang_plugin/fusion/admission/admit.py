@@ -268,7 +268,9 @@ def _begin_capture(
     ids = state.prompt[start:end]
     try:
         key = ChunkKey.of(prefix.context, ids)
-        build = runtime.store.begin_build(key, ids, owner="prefill", tenant=prefix.tenant.owner)
+        build = runtime.store.begin_build(
+            key, ids, owner="prefill", tenant=prefix.tenant.owner, exact=True
+        )
     except Exception as error:
         # Ranks need not agree on what is stored, but on everything else of the request: one chunk is lost, no more.
         runtime.say_fault("capture", error)

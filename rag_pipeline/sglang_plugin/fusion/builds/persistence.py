@@ -2,7 +2,7 @@
 
 The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``; a store that several servers share, by
 ``fusion.remote``) are a cache of a cache: whatever goes wrong with one is
-logged once, counted, and serving goes on. Reading at start fills the memory store up to its budget, the most recently
+logged once, counted, and serving goes on; each stands behind a guard, since a disk may hang as a network does. Reading at start fills the memory store up to its budget, the most recently
 used records first, and evicts nothing. Only records that this model, on this rank, can use are read. Everything else is
 a thread's work: :class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes; the
 scheduler waits for neither.
@@ -22,17 +22,24 @@ from chunk_cache import (
     TierChain,
     load_store,
 )
+from chunk_cache.tiers.deadline import BoundedCalls
+from chunk_cache.tiers.guard import HANG_S, GuardedTier
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
 from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import open_exchange
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
 
 logger = logging.getLogger(__name__)
 
 REMOTE = "remote"
 """Name of the tier that several servers share, in metrics."""
+FLUSH_S = 5.0
+"""Longest that an engine which stops goes on writing what waits for its tiers, seconds: SGLang kills a scheduler that
+takes 15, and a full queue of 256 MiB is written in less by any disk that is worth having."""
+CONNECT_S = 120.0
+"""Longest that an engine's start waits for its folder to be opened and listed, seconds; 100,000 records take three."""
 
 
 def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callable[[], Tier]]]:
@@ -62,11 +69,14 @@ def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callabl
 
 
 def _connect_folder(config: FusionConfig, model: str) -> Tier:
-    tier = TIERS.get(config.tier).connect(
-        config.store_dir, byte_budget=config.store_dir_bytes, model=model
+    """Open the folder behind a guard: a disk that hangs has no time-outs of its own."""
+    kind = TIERS.get(config.tier)
+    tier = BoundedCalls(1).run(
+        lambda: kind.connect(config.store_dir, byte_budget=config.store_dir_bytes, model=model),
+        CONNECT_S,
     )
     tier.codec = config.store_codec
-    return tier
+    return GuardedTier(tier, name=config.store_dir, wait_s=HANG_S, may_hang=True, is_shared=False)
 
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:
@@ -137,6 +147,8 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         wrote=wrote,
         order=lambda names: runtime.rates.by_cost(names),
     )
+    if runtime.store.uses_queue:
+        runtime.tiers.heed_queue(runtime.store.awaited_keys)
     if runtime.record_form is not None:
         runtime.fetcher = Fetcher(
             runtime.tiers,
@@ -158,6 +170,34 @@ def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
     if prefix is not None:
         runtime.tiers.put(record, context=prefix.context, tenant=prefix.tenant.owner)
         _show_queues(runtime)
+
+
+def before_release(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Run before ``Scheduler.release_host_resources``, the end of an orderly stop: write what waits for a tier."""
+    runtime = get_runtime()
+    if runtime is None:
+        return
+    try:
+        close(runtime)
+    except Exception:  # what SGLang releases behind this must be released in any case
+        logger.exception("What waits for the tiers was not written")
+
+
+def close(runtime: FusionRuntime) -> None:
+    """Write what waits, for a bounded time, and end the tiers' threads; what is lost is counted and said."""
+    if runtime.fetcher is not None:
+        runtime.fetcher.close(0.0)
+    if runtime.tiers is None or runtime.tiers.close(FLUSH_S):
+        return
+    for name, (number, _) in runtime.tiers.queues().items():
+        runtime.metrics.count_tier(name, "dropped", number)
+        if number:
+            logger.warning(
+                "The engine stops: %d records of chunk KV were not written to the tier %s in %g s",
+                number,
+                name,
+                FLUSH_S,
+            )
 
 
 def _show_queues(runtime: FusionRuntime) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from chunk_cache import Candidate, ChunkKey, ChunkState, KVContext, StoreFolder, Tier
+from chunk_cache.tiers.guard import GuardedTier
 from chunk_cache.tiers.transfer import pin_as_in
 from rag_pipeline.protocol.cache_order import CACHE_ACTIONS, CacheOrder, CacheOrderError
 from rag_pipeline.sglang_plugin.fusion.management.view import (
@@ -101,7 +102,7 @@ def _unpin(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
 def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> dict[str, Any]:
     """Remove records; a pinned one or one in use stays everywhere, so that what is left is whole."""
     below, store, chain = _below(runtime, order), runtime.store, runtime.tiers
-    folders = [tier for tier in below.values() if isinstance(tier, StoreFolder)]
+    folders = [tier for tier in below.values() if _is_folder(tier)]
     if order.max_bytes is not None and not folders:
         raise CacheOrderError("max_bytes is for a folder on disk, and this names none")
     states = {info.key: info for info in store.ls() if info.state is ChunkState.READY}
@@ -131,6 +132,10 @@ def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
         for folder in folders:
             gone += [key.digest for key in folder.trim(order.max_bytes)]
     return result
+
+
+def _is_folder(tier: Tier) -> bool:
+    return isinstance(tier.tier if isinstance(tier, GuardedTier) else tier, StoreFolder)
 
 
 def _verify(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> dict[str, Any]:

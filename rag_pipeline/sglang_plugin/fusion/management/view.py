@@ -6,7 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import ChunkKey, ChunkState, Tier
+from chunk_cache import ChunkKey, ChunkState, Tier, codec_named
 from chunk_cache.tiers.guard import GuardedTier
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def listed_tiers(runtime: FusionRuntime) -> dict[str, Tier]:
     return {
         name: tier
         for name, tier in ({} if chain is None else chain.tiers).items()
-        if not isinstance(tier, GuardedTier)
+        if not tier.is_shared
     }
 
 
@@ -76,9 +76,9 @@ def figures(runtime: FusionRuntime, tenant: str | None) -> dict[str, Any]:
             keys, pins = list(tier.keys()), tier.pins()
             row |= {
                 "chunks": len(keys),
-                "bytes": sum(map(tier.size_of, keys)),
+                "bytes": sum(tier.sizes_of(keys)),
                 "pinned_chunks": len(pins),
-                "pinned_bytes": sum(map(tier.size_of, pins)),
+                "pinned_bytes": sum(tier.sizes_of(list(pins))),
             }
         if isinstance(tier, GuardedTier):
             row["guard"] = tier.stats()
@@ -89,17 +89,24 @@ def figures(runtime: FusionRuntime, tenant: str | None) -> dict[str, Any]:
 
 def _memory(runtime: FusionRuntime) -> dict[str, Any]:
     stats = runtime.store.stats()
+    listed = runtime.store.ls()
+    lossy = sum(
+        info.state is ChunkState.READY and not codec_named(info.codec).is_lossless
+        for info in listed
+    )
     return {
         "name": MEMORY,
         **_rates(stats.hits, stats.misses),
         "chunks": stats.chunks_now,
         "bytes": stats.bytes_now,
         "byte_budget": stats.byte_budget,
-        "pinned_chunks": sum(info.pinned for info in runtime.store.ls()),
+        "pinned_chunks": sum(info.pinned for info in listed),
         "pinned_bytes": stats.pinned_bytes_now,
         "pins_expired": stats.pins_expired,
         "in_use": stats.in_use_now,
         "stored": stats.inserted,
+        "approximate_chunks": lossy,
+        "upgraded": stats.upgraded,
         "evicted": stats.evicted,
         "damaged": stats.corrupt,
     }
@@ -124,7 +131,7 @@ def _below_of(runtime: FusionRuntime, tenant: str) -> list[dict[str, Any]]:
         keys = list(tier.keys())
         owners = tenants_of(tier, {key.namespace for key in keys})
         mine = [key for key in keys if owners[key.namespace] == tenant]
-        rows.append({"name": name, "chunks": len(mine), "bytes": sum(map(tier.size_of, mine))})
+        rows.append({"name": name, "chunks": len(mine), "bytes": sum(tier.sizes_of(mine))})
     return rows
 
 
@@ -153,6 +160,7 @@ def rows(runtime: FusionRuntime, *, tier: str, keys: list[ChunkKey]) -> list[dic
                 one = row(info.key, runtime.store.tenant_of(info.key))
                 one["bytes"][MEMORY] = info.num_bytes
                 one |= {"hits": info.hits, "in_use": info.in_use, "idle_s": round(info.idle_s, 3)}
+                one["approximate"] = not codec_named(info.codec).is_lossless
                 if info.pinned:
                     _note_pin(one, info.pin_ttl_s)
     for name, place in listed_tiers(runtime).items():
@@ -160,9 +168,9 @@ def rows(runtime: FusionRuntime, *, tier: str, keys: list[ChunkKey]) -> list[dic
             continue
         held = [key for key in place.keys() if not wanted or key in wanted]  # noqa: SIM118 - not a mapping
         owners, pins = tenants_of(place, {key.namespace for key in held}), place.pins()
-        for key in held:
+        for key, size in zip(held, place.sizes_of(held), strict=True):
             one = row(key, owners[key.namespace])
-            one["bytes"][name] = place.size_of(key)
+            one["bytes"][name] = size
             if key in pins:
                 _note_pin(one, None if math.isinf(pins[key]) else pins[key] - time.time())
     for one in found.values():
