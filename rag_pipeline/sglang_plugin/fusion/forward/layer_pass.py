@@ -92,6 +92,7 @@ class Loader:
         self.spent_s = 0.0
         """Seconds of the host in :meth:`ensure`, waits included."""
         self._ended = 0.0
+        self._last = 0
         self._loads = list(loads)
         by_layout: dict[str, list[LoadItem]] = {}
         for item in self._loads:
@@ -130,8 +131,14 @@ class Loader:
                 num_bytes = sum(tensor.nbytes for run in layers for tensor in run)
                 timer.end(moment, functools.partial(self._took, num_bytes))
         self.spent_s += time.perf_counter() - began
+        self._last = layer_id
         if self._timeline is not None:
             self._ended = self._timeline.add("wait", layer_id, began)
+
+    def finish(self) -> None:
+        """Note that the forward has ended: the last layer was computed."""
+        if self._timeline is not None and self._ended:
+            self._timeline.add("compute", self._last, self._ended)
 
 
 class Observer(Protocol):

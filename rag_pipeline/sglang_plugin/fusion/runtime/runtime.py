@@ -122,8 +122,8 @@ class FusionRuntime:
         """Brings them from there into memory."""
         self.queue_seen: list[tuple[str, int]] = []
         """The waiting requests that the store was told of last."""
-        self.timeline: Timeline | None = None
-        """Where loading and computing of layers are recorded; a benchmark or a test sets it."""
+        self.timeline = Timeline() if config.trace else None
+        """Where loading and computing of layers are recorded."""
         self.erased: ErasedText | None = None
         self.desk: CacheDesk | None = None
         """Where an operator's orders come in."""
@@ -303,6 +303,7 @@ class FusionRuntime:
             "store": self.store.stats().to_json(),
             "rates": self.rates.to_json(),
             "counts": self.metrics.to_json(),
+            **({} if self.timeline is None else {"trace": self.timeline.to_json()}),
         }
 
 
