@@ -25,6 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
+from rag_pipeline.sglang_plugin.fusion.runtime.copy_stream import CopyStream
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -109,6 +110,8 @@ class FusionRuntime:
         self.rates = Rates()
         """How fast this rank computes, and loads from each tier."""
         self.timer = DeviceTimer(torch.cuda.is_available())
+        self.copies = CopyStream(torch.device("cuda")) if torch.cuda.is_available() else None
+        """Brings chunk KV to the GPU beside the forward; None where it lies in the same memory."""
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
         self.in_update = False
