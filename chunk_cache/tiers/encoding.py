@@ -139,8 +139,8 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
     return EncodedRecord(header=write_header(metadata, tensors, ids), pieces=layers)
 
 
-def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
-    """Compare the bytes of :meth:`RecordHeader.layer_range` with the layer's checksum.
+def check_layer(header: RecordHeader, index: int, *data: Buffer) -> None:
+    """Compare the bytes of :meth:`RecordHeader.layer_range`, in one piece or more, with the layer's checksum.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
         Unless they are what was written.
     """
     start, end = header.layer_range(index)
-    if len(data) != end - start or checksum(data) != header.checksums[index]:
+    if sum(map(len, data)) != end - start or checksum(*data) != header.checksums[index]:
         raise DamagedRecordError(f"chunk {header.key}: layer {index} is damaged")
 
 

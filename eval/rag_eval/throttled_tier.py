@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import threading
@@ -35,10 +36,10 @@ class Line:
 
 
 class ThrottledFolder(StoreFolder):
-    """The tier ``disk`` whose layers come through a :class:`Line`; headers come at once.
+    """The tier ``disk`` whose layers come through a :class:`Line`; headers, and layers that came ahead, come at once.
 
-    How fast the line is stands in a file beside the folder (:func:`set_bytes_per_s`), which is read whenever a record
-    is opened: the benchmark learns how fast the engine computes only when it runs.
+    How fast the line is, and how many layers came ahead, stands in a file beside the folder (:func:`throttle`), which is
+    read whenever a record is opened: a benchmark learns how fast the engine computes only when it runs.
     """
 
     _line = Line()
@@ -49,22 +50,37 @@ class ThrottledFolder(StoreFolder):
         """Open a record; each of its layers takes its time."""
         record = super().open(key, token_ids)
         try:
-            bytes_per_s = float(_speed_file(self.path).read_text("ascii"))
+            bytes_per_s, ahead = json.loads(_settings_file(self.path).read_bytes())
         except FileNotFoundError:
             return record
         if record is None:
             return None
         layer_bytes = self.size_of(key) / record.num_layers
-        return SlowReader(record, lambda index: self._line.transfer(layer_bytes, bytes_per_s))
+
+        def before(index: int) -> None:
+            if index >= ahead:
+                self._line.transfer(layer_bytes, bytes_per_s)
+
+        return SlowReader(record, before)
 
 
-def set_bytes_per_s(folder: Path, bytes_per_s: float) -> None:
-    """Throttle a folder's line, bytes of the files per second."""
-    write_whole(_speed_file(folder), repr(bytes_per_s))
+def throttle(folder: Path, bytes_per_s: float, ahead: int = 0) -> None:
+    """Throttle a folder's line.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the tier.
+    bytes_per_s : float
+        Bytes of the files per second.
+    ahead : int
+        Layers of each record that do not go through the line.
+    """
+    write_whole(_settings_file(folder), json.dumps([bytes_per_s, ahead]))
 
 
-def _speed_file(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.bytes_per_s")
+def _settings_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.throttle.json")
 
 
 @contextmanager
@@ -81,9 +97,9 @@ def throttled_tier() -> Iterator[str]:
             info / "METADATA", "Metadata-Version: 2.1\nName: rag-eval-throttled\nVersion: 1\n"
         )
         write_whole(info / "entry_points.txt", _OFFER)
+        TIERS.names()  # reads the offers, once per process: this one must not stay
+        TIERS.register(NAME, ThrottledFolder)
         sys.path.append(site)
-        if NAME not in TIERS.names():  # asked for offers before this one was there
-            TIERS.register(NAME, ThrottledFolder)
         try:
             yield NAME
         finally:

@@ -23,7 +23,7 @@ class OverlapConfig:
     load_share: float = 1.5
     """Seconds that a layer takes to come, in units of those that it takes to compute."""
     preloaded: str = "0,4,8"
-    """Numbers k of layers that are there before a prompt is computed, comma between."""
+    """Numbers k of layers that came ahead, comma between."""
     repeats: int = 8
     """Pairs behind each ratio."""
     seed: int = 0
@@ -42,6 +42,6 @@ class OverlapConfig:
             )
 
     @property
-    def layers_before(self) -> list[int]:
+    def layers_ahead(self) -> list[int]:
         """The numbers of :attr:`preloaded`."""
         return [int(word) for word in self.preloaded.split(",")]

@@ -37,15 +37,23 @@ class RequestTrace(NamedTuple):
         """Intervals of a kind, by their beginning."""
         return [one for one in self.intervals if one.kind == kind]
 
-    def layer_load_s(self, num_layers: int) -> float:
-        """Seconds that a layer of all chunks takes to come."""
-        loads = self.of_kind("load")
-        return (max(one.ended for one in loads) - loads[0].began) / num_layers
+    @property
+    def num_layers(self) -> int:
+        """Layers that were computed."""
+        return len(self.of_kind("compute"))
 
-    def layer_compute_s(self, num_layers: int) -> float:
+    def layer_load_s(self, ahead: int = 0) -> float:
+        """Seconds that a layer of all chunks takes to come, those left out that came ahead."""
+        loads = [one for one in self.of_kind("load") if one.layer >= ahead]
+        if not loads:
+            return 0.0
+        num_layers = len({one.layer for one in loads})
+        return (max(one.ended for one in loads) - min(one.began for one in loads)) / num_layers
+
+    def layer_compute_s(self) -> float:
         """Seconds that a layer takes that is there already: writing it into the pool, and computing."""
         both = [*self.of_kind("wait"), *self.of_kind("compute")]
-        return sum(one.ended - one.began for one in both) / num_layers
+        return sum(one.ended - one.began for one in both) / self.num_layers
 
     def rows(self) -> list[list[float | None]]:
         """Rows of :data:`COLUMNS`, layer by layer, in milliseconds."""
