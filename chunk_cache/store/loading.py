@@ -213,21 +213,35 @@ class LoadingChunk:
         DamagedRecordError
             If it is not the next, or not of the shapes and dtypes of the record.
         """
-        place = self.record.layer(index)
+        place = self.place(index)
         for there, given in zip(place, layer, strict=True):
             if there.shape != given.shape or there.dtype != given.dtype:
                 raise DamagedRecordError(
                     f"layer {index} of chunk {self.key} is {list(given.shape)} of {given.dtype}; "
                     f"this engine's are {list(there.shape)} of {there.dtype}"
                 )
+        for there, given in zip(place, layer, strict=True):
+            there.copy_(given)
+        self.filled(index)
+
+    def place(self, index: int) -> LayerKV:
+        """Memory of the next layer, to be written by the thread that calls :meth:`filled`; nobody reads it before.
+
+        Raises
+        ------
+        DamagedRecordError
+            If it is not the next.
+        """
         if index != self._num_filled:
             raise DamagedRecordError(
                 f"layer {index} of chunk {self.key} came after {self._num_filled}"
             )
-        for there, given in zip(place, layer, strict=True):
-            there.copy_(given)
+        return self.record.layer(index)
+
+    def filled(self, index: int) -> None:
+        """Say that the layer of :meth:`place` is whole; whoever waits for it goes on."""
         with self._changed:
-            self._num_filled += 1
+            self._num_filled = index + 1
             self._changed.notify_all()
 
     def fail(self, fault: Exception) -> None:

@@ -29,7 +29,8 @@ class Slab:
 
     Records get blocks by best fit; neighbouring free blocks are one. A block is free again when the last tensor that
     lies in it is gone, whoever held it: that a reader sees another record's bytes is thereby impossible on the host.
-    Locks are the store's job; tensors may die in any thread.
+    Locks are the store's job; tensors may die in any thread. Whoever copies from it without waiting holds the tensors
+    until the copy is over.
 
     Parameters
     ----------

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
+from chunk_cache.thread_priority import give_way
 from chunk_cache.tiers.base import Tier
 
 QUEUE_BYTES = 256 << 20
 """Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""
+_NICE = 10
+"""Added to the process's nice value for the thread: a tenth of a core writes more than a core computes."""
 _NOTE_USE_S = 30.0
 """How often the use of records is noted on their files."""
 _REMOVE_AGAIN_S = 1.0
@@ -158,6 +161,7 @@ class BackgroundWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        give_way(_NICE)
         while True:
             with self._changed:
                 self._changed.wait_for(

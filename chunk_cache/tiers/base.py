@@ -62,6 +62,21 @@ class LayerReader(Protocol):
         ...
 
 
+class DirectReader(LayerReader, Protocol):
+    """A reader that can spare a copy; :class:`~chunk_cache.Fetcher` looks for the method."""
+
+    def layer_into(self, index: int, place: LayerKV) -> bool:
+        """Write a whole layer into memory of the record's shapes that nobody reads yet.
+
+        Returns
+        -------
+        bool
+            ``False`` where it is stored otherwise, and nothing was written: :meth:`layer` reads it then. What it raises
+            it raises too; what stands in `place` is worthless then.
+        """
+        ...
+
+
 class Tier(abc.ABC):
     """A place below the memory tier that holds records by key.
 

@@ -16,6 +16,7 @@ checked each time it is loaded. The library's own writer is not used, because it
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,20 +59,34 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRecord:
-    """A record as :func:`encode_record` made it: the header and the layers, one after another, are the whole."""
+    """A record as :func:`encode_record` made it: the header and the layers, one after another, are the whole.
+
+    Attributes
+    ----------
+    header : bytes
+        What stands before layer 0.
+    pieces : list of list of memoryview
+        The tensors of each layer. What a codec stores as it is lies in the record's own memory: nothing was copied, and
+        the record must not change as long as these are read.
+    """
 
     header: bytes
-    layers: list[bytes]
+    pieces: list[list[memoryview]]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole record."""
-        return len(self.header) + sum(map(len, self.layers))
+        return sum(map(len, self.parts))
 
     @property
-    def parts(self) -> list[bytes]:
+    def parts(self) -> list[Buffer]:
         """All bytes in order, in pieces."""
-        return [self.header, *self.layers]
+        return [self.header, *itertools.chain.from_iterable(self.pieces)]
+
+    @property
+    def layers(self) -> list[bytes]:
+        """Each layer in one piece: a copy, made when it is asked for."""
+        return [b"".join(pieces) for pieces in self.pieces]
 
 
 def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
@@ -108,7 +123,7 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
             )
             at += len(data)
             parts.append(data)
-        layers.append(b"".join(parts))
+        layers.append(parts)
     metadata = {
         "namespace": record.key.namespace,
         "digest": record.key.digest,
@@ -119,13 +134,13 @@ def encode_record(record: ChunkKV, codec: str = "plain") -> EncodedRecord:
         "dtype": DTYPE_NAMES[record.k.dtype],
         "k_shape": json.dumps(list(record.k.shape[1:])),
         "v_shape": json.dumps(list(record.v.shape[1:])),
-        "layer_checksums": " ".join(checksum(layer) for layer in layers),
+        "layer_checksums": " ".join(checksum(*layer) for layer in layers),
     }
-    return EncodedRecord(header=write_header(metadata, tensors, ids), layers=layers)
+    return EncodedRecord(header=write_header(metadata, tensors, ids), pieces=layers)
 
 
-def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
-    """Compare the bytes of :meth:`RecordHeader.layer_range` with the layer's checksum.
+def check_layer(header: RecordHeader, index: int, *data: Buffer) -> None:
+    """Compare the bytes of :meth:`RecordHeader.layer_range`, in one piece or more, with the layer's checksum.
 
     Raises
     ------
@@ -133,7 +148,7 @@ def check_layer(header: RecordHeader, index: int, data: Buffer) -> None:
         Unless they are what was written.
     """
     start, end = header.layer_range(index)
-    if len(data) != end - start or checksum(data) != header.checksums[index]:
+    if sum(map(len, data)) != end - start or checksum(*data) != header.checksums[index]:
         raise DamagedRecordError(f"chunk {header.key}: layer {index} is damaged")
 
 
@@ -228,9 +243,10 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's own memory where it lies on the host in one piece."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    data: bytes = flat.numpy().tobytes()
+    data: memoryview = flat.numpy().data
     return data
 
 

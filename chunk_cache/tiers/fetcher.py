@@ -277,13 +277,19 @@ class Fetcher:
             return 0 if self._open(fetch) else None
         assert fetch.loading is not None
         assert fetch.reader is not None
-        began, clock = time.monotonic(), time.perf_counter()
-        kv = fetch.reader.layer(layer)
-        self._took(fetch.tier, kv.k.nbytes + kv.v.nbytes, time.monotonic() - began)
+        began = time.perf_counter()
+        loading, place = fetch.loading, fetch.loading.place(layer)
+        into = getattr(fetch.reader, "layer_into", None)
+        kv = None if into is not None and into(layer, place) else fetch.reader.layer(layer)
+        num_bytes = sum(part.nbytes for part in kv or place)
+        self._took(fetch.tier, num_bytes, time.perf_counter() - began)
         timeline = self._timeline()
         if timeline is not None:
-            timeline.add("load", layer, clock, fetch.loading.key.digest[:8])
-        fetch.loading.fill(layer, kv)
+            timeline.add("load", layer, began, loading.key.digest[:8])
+        if kv is None:
+            loading.filled(layer)
+        else:
+            loading.fill(layer, kv)
         if layer + 1 < fetch.loading.num_layers:
             return layer + 1
         self._finish(fetch)

@@ -334,14 +334,32 @@ class GuardedReader:
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Tokens of one layer; raises as the contract says, at once where the tier is down."""
+        layer: LayerKV = self._demand(lambda: self._reader.layer(index, start, end))
+        self._came(layer)
+        return layer
+
+    def layer_into(self, index: int, place: LayerKV) -> bool:
+        """Write one layer into its place, or return False where the reader cannot.
+
+        A call that is given up may write there later: nobody reads a place that was not filled, and the call keeps its
+        memory.
+        """
+        into = getattr(self._reader, "layer_into", None)
+        if into is None or not self._demand(lambda: bool(into(index, place))):
+            return False
+        self._came(place)
+        return True
+
+    def _demand(self, call: Callable[[], T]) -> T:
         try:
-            layer: LayerKV = self._guard.demand_layer(lambda: self._reader.layer(index, start, end))
+            return self._guard.demand_layer(call)
         except ChunkCacheError as error:
             self._guard.count("gone" if isinstance(error, GoneRecordError) else "damaged")
             raise
         except TimeoutError:
             self._hangs = True
             raise
+
+    def _came(self, layer: LayerKV) -> None:
         self._guard.count("layers")
         self._guard.count("bytes", layer.k.nbytes + layer.v.nbytes)
-        return layer

@@ -229,6 +229,9 @@ def _header_checksum(header: Buffer) -> str:
     return digest.hexdigest()
 
 
-def checksum(data: Buffer) -> str:
-    """XXH3-128, 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(data)
+def checksum(*parts: Buffer) -> str:
+    """XXH3-128 of bytes that follow each other, 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

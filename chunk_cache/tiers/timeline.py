@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
-_MOST = 100_000
+_MOST = 10_000
 _MARKS = {"load": "=", "wait": ".", "compute": "#"}
 
 
@@ -23,21 +25,20 @@ class Interval(NamedTuple):
 
 
 class Timeline:
-    """Intervals of loading and computing, from any thread; the first 100,000 are kept.
+    """Intervals of loading and computing, from any thread; the latest 10,000 are kept.
 
-    Nothing is recorded where nobody made one: an engine has none unless a benchmark or a test gives it one.
+    Nothing is recorded where nobody made one: an engine has one where the setting ``fusion.trace`` says so.
     """
 
     def __init__(self) -> None:
-        self._intervals: list[Interval] = []
+        self._intervals: deque[Interval] = deque(maxlen=_MOST)
         self._lock = threading.Lock()
 
     def add(self, kind: str, layer: int, began: float, what: str = "") -> float:
         """Note an interval that ends now; returns now."""
         now = time.perf_counter()
         with self._lock:
-            if len(self._intervals) < _MOST:
-                self._intervals.append(Interval(kind, layer, began, now, what))
+            self._intervals.append(Interval(kind, layer, began, now, what))
         return now
 
     def intervals(self, kind: str = "") -> list[Interval]:
@@ -45,6 +46,17 @@ class Timeline:
         with self._lock:
             found = [one for one in self._intervals if kind in ("", one.kind)]
         return sorted(found, key=lambda one: one.began)
+
+    def to_json(self) -> list[list[Any]]:
+        """All intervals by their beginning, the fields of each as a list."""
+        return [list(one) for one in self.intervals()]
+
+    @classmethod
+    def of(cls, intervals: Iterable[Interval]) -> Self:
+        """Make one of intervals that another one recorded."""
+        made = cls()
+        made._intervals.extend(intervals)
+        return made
 
     def clear(self) -> None:
         """Forget all."""

@@ -221,6 +221,11 @@ class FusionSettings(_Section):
         ge=0,
         description="Layers of chunk KV that must have come from below memory before a prompt is computed.",
     )
+    trace: bool = Field(
+        default=False,
+        description="Record when each layer of chunk KV was loaded, waited for and computed; /server_info shows the "
+        "latest.",
+    )
     remote: str = Field(
         default="",
         description="Store that several servers share: valkey://host:port, hicache+BACKEND://...",

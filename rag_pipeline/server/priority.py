@@ -7,10 +7,7 @@ wait as long as the engine's passes keep the thread from its core.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from contextlib import suppress
+from chunk_cache import thread_priority
 
 UPLOAD_NICE = 10
 """Added to the process's nice value."""
@@ -18,7 +15,4 @@ UPLOAD_NICE = 10
 
 def give_way() -> None:
     """Let the other threads go before the calling one, where threads have a priority of their own."""
-    if sys.platform == "linux":
-        with suppress(OSError):  # a container that forbids it: work comes before order
-            mine = os.getpriority(os.PRIO_PROCESS, os.getpid())
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine + UPLOAD_NICE)
+    thread_priority.give_way(UPLOAD_NICE)

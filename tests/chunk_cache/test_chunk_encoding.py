@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -220,3 +221,12 @@ def test_a_sealed_record_that_changed_in_memory_is_not_written(make_record: Make
     with pytest.raises(DamagedRecordError, match="changed in memory"):
         encode_record(record)
     assert encode_record(dataclasses.replace(record, checksum=None)).num_bytes > 0
+
+
+def test_what_is_stored_as_it_is_is_not_copied(make_record: Callable[..., ChunkKV]) -> None:
+    record = make_record(range(40), layers=3)
+    pieces = encode_record(record).pieces
+    for layer, (k, v) in enumerate(pieces):
+        assert np.frombuffer(k, np.uint8).ctypes.data == record.k[layer].data_ptr()
+        assert np.frombuffer(v, np.uint8).ctypes.data == record.v[layer].data_ptr()
+    assert b"".join(pieces[1]) == encode_record(record).layers[1]

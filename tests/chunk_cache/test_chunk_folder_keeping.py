@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,25 @@ def test_a_hung_disk_holds_nobody_up_and_costs_what_does_not_fit_the_queue(
     assert writer.close(timeout_s=60)
     assert set(hung.keys()) == {record.key for record in records[:3]}
     assert counts.count("written") == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_whoever_writes_lets_others_go_first(
+    tmp_path: Path, make_record: Make, context: KVContext
+) -> None:
+    seen: list[int] = []
+
+    class Watched(StoreFolder):
+        def put(self, record: ChunkKV, **options: object) -> bool:
+            seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            return True
+
+    mine = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    writer = writer_of(Watched(tmp_path / "kv", create=True), [])
+    writer.put(make_record(range(20)), context, "")
+    assert writer.close(timeout_s=60)
+    assert seen == [min(mine + 10, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
 def test_what_is_erased_while_it_waits_or_is_written_does_not_reach_the_disk(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from chunk_cache import ChunkKV, StoreFolder
+from chunk_cache import ChunkKV, LayerKV, StoreFolder
 from chunk_cache.tiers import encoding
 from chunk_cache.tiers.disk import reader as reading
 from chunk_cache.tiers.encoding import DamagedRecordError
@@ -210,3 +210,67 @@ def test_a_record_of_a_codec_that_is_not_known_here_is_a_miss_and_stays(
     assert folder.verify(remove=True) == []
     assert folder.contains(record.key)
     assert folder.corrupt_files == 0
+
+
+def empty_layer(record: ChunkKV) -> LayerKV:
+    return LayerKV(torch.full_like(record.k[0], 7.0), torch.full_like(record.v[0], 7.0))
+
+
+def test_a_layer_is_read_straight_into_its_place(folder: StoreFolder, record: ChunkKV) -> None:
+    reader = folder.open(record.key, record.token_ids)
+    assert reader is not None
+    for n in (2, 0):
+        place = empty_layer(record)
+        assert reader.layer_into(n, place)
+        assert torch.equal(place.k, record.k[n])
+        assert torch.equal(place.v, record.v[n])
+
+
+def test_what_is_stored_otherwise_is_not_read_straight(
+    tmp_path: Path, folder: StoreFolder, record: ChunkKV
+) -> None:
+    encoded = StoreFolder(tmp_path / "fp8", create=True, codec="fp8")
+    encoded.put(record)
+    shorter = LayerKV(*(part[:-1] for part in empty_layer(record)))
+    other_type = LayerKV(*(part.half() for part in empty_layer(record)))
+    for source, place in (
+        (encoded, empty_layer(record)),
+        (folder, shorter),
+        (folder, other_type),
+        (folder, LayerKV(*(part[:, ::2].repeat(1, 2, 1)[:, ::2] for part in empty_layer(record)))),
+    ):
+        reader = source.open(record.key, record.token_ids)
+        assert reader is not None
+        assert not reader.layer_into(1, place)
+        assert all(bool((part == 7.0).all()) for part in place)
+
+
+@pytest.mark.parametrize("at", ["k", "v"])
+def test_damage_is_seen_when_a_layer_is_read_straight(
+    folder: StoreFolder, record: ChunkKV, at: str
+) -> None:
+    reader = folder.open(record.key, record.token_ids)
+    assert reader is not None
+    one = next(tensor for tensor in reader.header.tensors[3] if tensor.name == at)
+    path = file_of(folder, record)
+    data = bytearray(path.read_bytes())
+    data[one.end - 1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    assert reader.layer_into(2, empty_layer(record))
+    with pytest.raises(DamagedRecordError, match="layer 3"):
+        reader.layer_into(3, empty_layer(record))
+    assert not path.exists()
+    assert folder.corrupt_files == 1
+
+
+def test_a_file_that_was_cut_is_damaged_when_a_layer_is_read_straight(
+    folder: StoreFolder, record: ChunkKV
+) -> None:
+    reader = folder.open(record.key, record.token_ids)
+    assert reader is not None
+    os.truncate(file_of(folder, record), reader.header.layer_range(3)[0] + 5)
+    place = LayerKV(record.k[3].clone(), record.v[3].clone())
+    place.v[-1] += 1  # what is not overwritten is not what was written
+    with pytest.raises(DamagedRecordError):
+        reader.layer_into(3, place)

@@ -64,7 +64,7 @@ class Draft:
             self.discard()
             raise
 
-    def write(self, parts: Iterable[bytes]) -> None:
+    def write(self, parts: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the contents."""
         for part in parts:
             view = memoryview(part)

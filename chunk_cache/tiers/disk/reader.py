@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from chunk_cache.codecs.base import LOSSLESS
 from chunk_cache.errors import GoneRecordError
 from chunk_cache.keys import ChunkKey
 from chunk_cache.layouts.base import LayerKV
@@ -110,6 +112,35 @@ class FileReader(HeaderReader):
             raise
         return LayerKV(layer.k[start:end], layer.v[start:end])
 
+    def layer_into(self, index: int, place: LayerKV) -> bool:
+        """Read one layer straight into memory of its shapes; see :class:`~chunk_cache.tiers.base.DirectReader`.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses.
+        DamagedRecordError
+            If it is not what was written.
+        """
+        parts, stored = place._asdict(), self.header.tensors[index]
+        is_plain = self.header.codec == LOSSLESS and len(stored) == len(parts)
+        if not is_plain or any(
+            one.name not in parts
+            or (one.shape, one.dtype) != (tuple(parts[one.name].shape), parts[one.name].dtype)
+            or not parts[one.name].is_contiguous()
+            for one in stored
+        ):
+            return False
+        views = [parts[one.name].view(-1).view(torch.uint8).numpy().data for one in stored]
+        for one, view in zip(stored, views, strict=True):
+            self._read_into(view, one.start)
+        try:
+            check_layer(self.header, index, *views)
+        except DamagedRecordError:
+            self._damaged(self._number)
+            raise
+        return True
+
     # -- more ---------------------------------------------------------------------------------
 
     def record(self) -> ChunkKV:
@@ -129,6 +160,10 @@ class FileReader(HeaderReader):
     def _read(self, start: int, end: int) -> memoryview:
         """Bytes ``[start, end)`` of the file; fewer where it ends before."""
         view = np.empty(end - start, dtype=np.uint8).data
+        return view[: self._read_into(view, start)]
+
+    def _read_into(self, view: memoryview, start: int) -> int:
+        """Fill a view with the bytes from `start` on; returns how many there were."""
         done = 0
         while done < len(view):
             try:
@@ -140,4 +175,4 @@ class FileReader(HeaderReader):
             if not count:
                 break
             done += count
-        return view[:done]
+        return done

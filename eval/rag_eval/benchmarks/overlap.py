@@ -1,253 +1,234 @@
-"""Loading hidden behind computing: layer-wise pre-loading against the timeline of the CachedAttention paper.
+"""Loading hidden behind computing: an engine's time to first token against the timeline of the CachedAttention paper.
 
-Run with ``python -m rag_eval.benchmarks.overlap --json``. A tier is throttled to so many milliseconds per layer; its
-record is fetched, leased from its header on, loaded into a pool and rotated, by the very classes that an engine uses. The
-rest of a layer is matrix products of the model's sizes, not an engine. For each number k of preloaded layers the forward
-is timed and compared with ``max_l [(l + 1 - k)^+ t + (L - l) c]``; t and c are measured in the same run.
+Run with ``python -m rag_eval.benchmarks.overlap --json``. A real engine serves prompts whose chunks lie in a folder
+behind a line of a given bandwidth; k layers of them came ahead, as they do while an earlier job runs, and do not go
+through the line. Each request is followed by the same one with all chunks in memory. What that takes, plus what the
+timeline ``T(k) = max_l [(l + 1 - k)^+ t + (L - l) c]`` has more than ``L c``, is expected of the former. t, a layer's time
+to come, is measured in that very request; c, the time to compute one, with the chunks in memory. The numbers k take
+turns, so that a busy machine hits all alike.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
+from chunk_cache import layer_wise_seconds
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.overlap_config import OverlapConfig
+from rag_eval.benchmarks.overlap_trace import COLUMNS, RequestTrace, plot_traces
+from rag_eval.benchmarks.tiers_config import TiersConfig
+from rag_eval.benchmarks.tiers_engine import TierSession
+from rag_eval.benchmarks.tiers_parts import TiersBench
+from rag_eval.command import Progress
+from rag_eval.errors import EvalError
+from rag_eval.throttled_tier import throttle, throttled_tier
 
-from chunk_cache import (
-    Candidate,
-    ChunkKey,
-    ChunkKV,
-    Fetcher,
-    KVContext,
-    LayerReader,
-    MemoryStore,
-    RecordForm,
-    Tier,
-    TierChain,
-    Timeline,
-    as_token_ids,
-    layer_wise_seconds,
-)
-from chunk_cache.keys import TokenIds
-from rag_eval.arguments import OneLineParser
-from rag_eval.benchmarks.store_config import CONTEXT, SYSTEM_TOKENS
-from rag_eval.slow_reader import SlowReader
-from rag_kernels import RotarySpec
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader, LoadItem
-
-_HEADS, _HEAD_DIM, _HIDDEN, _ROWS = 3, 64, 576, 256
-"""Of SmolLM2-135M, and the rows that a forward computes."""
-_WAIT_S = 60.0
+_MOST_WAIT_S = 1.0
+"""An engine waits 2 s for all layers of a request together, and then does without them."""
 
 
-class _ThrottledTier(Tier):
-    """One record, behind a slow line."""
+class Pair(NamedTuple):
+    """A request whose chunks came through the line, and what the timeline makes of it; seconds."""
 
-    def __init__(self, record: ChunkKV) -> None:
-        self.record, self.layer_s = record, 0.0
-
-    @classmethod
-    def connect(cls, location: str, *, byte_budget: int, model: str) -> _ThrottledTier:
-        raise NotImplementedError
-
-    def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
-        if not self.contains(key):
-            return None
-        return SlowReader(self.record, lambda index: time.sleep(self.layer_s))
-
-    def contains(self, key: ChunkKey) -> bool:
-        return key == self.record.key
-
-    def read(self, key: ChunkKey) -> ChunkKV | None:
-        return self.record if self.contains(key) else None
-
-    def put(
-        self, record: ChunkKV, *, context: KVContext | None = None, tenant: str | None = None
-    ) -> bool:
-        return False
-
-    def remove(self, key: ChunkKey) -> bool:
-        return False
-
-    def keys(self) -> Iterator[ChunkKey]:
-        return iter([self.record.key])
+    ttft_s: float
+    expected_s: float
+    memory_s: float
+    load_s: float
+    compute_s: float
 
 
-class _Forward:
-    """A forward of L layers over one loaded record."""
-
-    def __init__(self, layers: int, tokens: int, products: int) -> None:
-        shape = (tokens + 1, _HEADS, _HEAD_DIM)
-        self._pools = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
-        self._weights = torch.randn(_HIDDEN, _HIDDEN) / _HIDDEN**0.5
-        self._products = products
-        self._slots = torch.arange(1, tokens + 1)
-        inverse = 1.0 / 10_000 ** (torch.arange(0, _HEAD_DIM, 2, dtype=torch.float64) / _HEAD_DIM)
-        self._spec = RotarySpec.from_inv_freq(inverse)
-
-    def run(self, record: LayerReader, timeline: Timeline) -> float:
-        """Load and compute all layers; returns the seconds."""
-        item = LoadItem(record=record, chunk_offset=0, slots=self._slots, delta=100)
-        loader = Loader([item], self._spec, timeline)
-        rows = torch.randn(_ROWS, _HIDDEN)
-        began = ended = time.perf_counter()
-        for layer, (k_pool, v_pool) in enumerate(self._pools):
-            loader.ensure(layer, k_pool, v_pool)
-            ended = time.perf_counter()
-            for _ in range(self._products):
-                rows = torch.nn.functional.normalize(rows @ self._weights)
-        timeline.add("compute", len(self._pools) - 1, ended)
-        return time.perf_counter() - began
-
-
-def measure(
-    *,
-    layers: int,
-    tokens: int,
-    products: int,
-    load_share: float,
-    preloaded: list[int],
-    repeats: int,
-) -> dict[str, Any]:
-    """Measure.
+def pair_of(
+    tier: RequestTrace, tier_s: float, memory: RequestTrace, memory_s: float, ahead: int
+) -> Pair:
+    """Compare a request with the timeline.
 
     Parameters
     ----------
-    layers, tokens : int
-        Of the record.
-    products : int
-        Matrix products that stand for the computing of a layer.
-    load_share : float
-        Seconds that a layer takes to come, in units of those that it takes to compute.
-    preloaded : list of int
-        Numbers k of layers that are there when the forward begins.
-    repeats : int
-        Forwards per k.
+    tier, memory : RequestTrace
+        Of the request with its chunks behind the line, and in memory.
+    tier_s, memory_s : float
+        Their times to first token.
+    ahead : int
+        Layers k that came ahead.
+    """
+    num_layers = memory.num_layers
+    load_s, compute_s = tier.layer_load_s(ahead), memory.layer_compute_s()
+    whole = layer_wise_seconds(num_layers, load_s, compute_s, ahead)
+    return Pair(tier_s, memory_s + whole - num_layers * compute_s, memory_s, load_s, compute_s)
+
+
+class _Run(NamedTuple):
+    """One request."""
+
+    ttft_s: float
+    trace: RequestTrace
+    fetched: int
+    reused: int
+
+
+class _Measuring:
+    """An engine with the throttled folder, and the two prompts that take each other's room in its memory."""
+
+    def __init__(
+        self, config: OverlapConfig, bench: TiersBench, session: TierSession, folder: Path
+    ) -> None:
+        self._config, self._bench, self._session, self._folder = config, bench, session, folder
+        self._prompts = bench.stored(session, bench.prompts(2))
+        self._turn = 0
+        self._bytes_per_s = 0.0
+        self.skipped = 0
+
+    def _served(self) -> _Run:
+        inner, prompt = self._session.session, self._prompts[self._turn % 2]
+        fetched = self._session.count("fetched")
+        inner.flush()
+        inner.prefill(prompt.prefix_ids)
+        sent = time.perf_counter()
+        served = inner.serve(prompt, self._bench.mode, max_new_tokens=1)
+        trace = RequestTrace.of(self._session.state(), sent, time.perf_counter())
+        came = self._session.count("fetched") - fetched
+        return _Run(served.ttft_s, trace, came, served.usage.get("reused_tokens", 0))
+
+    def _both(self) -> tuple[_Run, _Run]:
+        """The next prompt, from the folder and from memory."""
+        self._turn += 1
+        return self._served(), self._served()
+
+    def warm_up(self) -> None:
+        """Find out how fast the engine computes, and how slow the line must be for that."""
+        self._both()
+        _, memory = self._both()
+        layers, compute_s = memory.trace.num_layers, memory.trace.layer_compute_s()
+        # The folder holds two records per chunk of two prompts; a prompt asks for one of each.
+        files = sum(file.stat().st_size for file in self._folder.rglob("*.safetensors"))
+        load_s = min(self._config.load_share * compute_s, compute_s + _MOST_WAIT_S / layers)
+        self._bytes_per_s = files / 4 / layers / load_s
+        throttle(self._folder, self._bytes_per_s)
+        self._both()
+
+    def pair(self, ahead: int) -> tuple[Pair, RequestTrace] | None:
+        """Measure once with k layers ahead; None where the chunks were not loaded as they should."""
+        throttle(self._folder, self._bytes_per_s, ahead)
+        tier, memory = self._both()
+        if tier.fetched != self._config.chunks or memory.fetched or tier.reused != memory.reused:
+            self.skipped += 1
+            self._bench.progress(
+                f"k={ahead}: left out; {tier[2:]} and {memory[2:]} fetched, reused"
+            )
+            return None
+        found = pair_of(tier.trace, tier.ttft_s, memory.trace, memory.ttft_s, ahead)
+        self._bench.progress(f"k={ahead}: {found.ttft_s:.3f} s, expected {found.expected_s:.3f} s")
+        return found, tier.trace
+
+
+def run(config: OverlapConfig, progress: Progress) -> dict[str, Any]:
+    """Measure.
 
     Returns
     -------
     dict
-        Per k: measured and expected milliseconds (medians), their ratio and its quartiles; t and c; a drawn timeline.
+        Per k under ``preloaded``: medians of the time to first token, measured, expected and from memory, the median and
+        quartiles of the ratio, t and c, and the trace of the last request, as rows of ``columns`` and drawn.
+
+    Raises
+    ------
+    EvalError
+        Most requests were not served as they should have been.
     """
-    ids = as_token_ids(np.arange(tokens) + 5)
-    shape = (layers, tokens, _HEADS, _HEAD_DIM)
-    record = ChunkKV(
-        key=ChunkKey.of(CONTEXT, ids),
-        token_ids=ids,
-        base_position=SYSTEM_TOKENS,
-        k=torch.randn(shape),
-        v=torch.randn(shape),
+    shape = TiersConfig(
+        model=config.model,
+        chunks=config.chunks,
+        chunk_tokens=config.chunk_tokens,
+        mode=config.mode,
+        repeats=config.repeats,
+        seed=config.seed,
     )
-    tier, timeline = _ThrottledTier(record), Timeline()
-    store = MemoryStore(4 * record.num_bytes)
-    chain = TierChain({"throttled": tier})
-    fetcher = Fetcher(
-        chain,
-        store,
-        RecordForm.of(record),
-        timeline=lambda: timeline,
-        threads=1,
-        patience_s=_WAIT_S,
-    )
-    forward = _Forward(layers, tokens, products)
-    wanted = [[Candidate(record.key, ids, CONTEXT, "")]]
-
-    def once(ready: int) -> float:
-        store.clear()
-        timeline.clear()
-        (fetch,) = fetcher.begin(wanted)
-        fetcher.wait(lambda: fetch.has_header and fetch.has_layers(ready), _WAIT_S)
-        lease = store.acquire(record.key, ids)
-        if lease is None:
-            raise RuntimeError("the record was not fetched")
-        with lease:
-            seconds = forward.run(lease.record, timeline)
-        fetcher.drain(_WAIT_S)
-        return seconds
-
-    rows: dict[str, Any] = {}
-    drawn = ""
-    try:
-        once(layers)
-        alone = statistics.median(once(layers) for _ in range(max(3, repeats)))
-        tier.layer_s = load_share * alone / layers
-        for k in preloaded:
-            pairs = []
-            for _ in range(repeats):
-                # Both with what this very forward took: another program on the machine slows both sides.
-                seconds = once(k)
-                loads, computed, waits = (
-                    timeline.intervals(kind) for kind in ("load", "compute", "wait")
-                )
-                load_s = (loads[-1].ended - loads[0].began) / layers
-                # Writing a layer into the pool is work of the forward, too: what a layer takes that was there.
-                writes = [one.ended - one.began for one in waits[: min(k, layers)]]
-                write_s = statistics.median(writes) if writes else 0.0
-                compute_s = statistics.mean(one.ended - one.began for one in computed) + write_s
-                pairs.append((seconds, layer_wise_seconds(layers, load_s, compute_s, k)))
-            drawn = drawn or timeline.text()
-            ratios = [measured / expected for measured, expected in pairs]
-            rows[str(k)] = {
-                "measured_ms": statistics.median(m for m, _ in pairs) * 1e3,
-                "expected_ms": statistics.median(e for _, e in pairs) * 1e3,
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": statistics.quantiles(ratios, n=4) if repeats > 1 else ratios,
-            }
-    finally:
-        fetcher.close(_WAIT_S)
-        chain.close(_WAIT_S)
+    pairs: dict[int, list[Pair]] = {k: [] for k in config.layers_ahead}
+    traces: dict[int, RequestTrace] = {}
+    interrupted = False
+    skipped = 0
+    with tempfile.TemporaryDirectory(prefix="bench-overlap-") as name, throttled_tier() as tier:
+        folder = Path(name) / "kv"
+        bench = TiersBench(shape, Path(name), progress)
+        room = bench.room(bench.prompts(2)[0])
+        settings: dict[str, Any] = {"tier": tier, "store_dir": str(folder), "trace": True}
+        with bench.engine(tier, store_bytes=room, **settings) as session:
+            measuring = _Measuring(config, bench, session, folder)
+            try:
+                measuring.warm_up()
+                while any(len(rows) < config.repeats for rows in pairs.values()):
+                    for k, rows in pairs.items():
+                        found = measuring.pair(k)
+                        if found is not None:
+                            rows.append(found[0])
+                            traces[k] = found[1]
+                    if measuring.skipped > (config.repeats + 2) * len(pairs):
+                        raise EvalError(
+                            "the chunks of most requests did not come as they should have; run it on a machine that "
+                            "is less busy"
+                        )
+            except KeyboardInterrupt:
+                if not traces:
+                    raise
+                interrupted = True
+            skipped = measuring.skipped
+    told = {str(k): _told(rows, traces[k]) for k, rows in pairs.items() if rows}
+    if config.plot:
+        plot_traces({f"k = {k}": row["trace"] for k, row in told.items()}, Path(config.plot))
     return {
-        "n": repeats,
-        "layers": layers,
-        "tokens": tokens,
-        "computed_alone_ms": alone * 1e3,
-        "throttled_ms_per_layer": tier.layer_s * 1e3,
-        "preloaded": rows,
-        "timeline": drawn.splitlines(),
+        "preloaded": told,
+        "columns": list(COLUMNS),
+        "left_out": skipped,
+        "config": asdict(config),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
+        "versions": versions_of("sglang", "torch", "rag-pipeline"),
+        "interrupted": interrupted,
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, measure, print a table or one JSON object."""
-    parser = OneLineParser(
-        prog="python -m rag_eval.benchmarks.overlap", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--products", type=int, default=4, help="work per layer")
-    parser.add_argument("--load-share", type=float, default=1.5, help="loading over computing")
-    parser.add_argument("--preloaded", type=int, nargs="+", default=[0, 4, 8])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    sizes = (options.layers, options.tokens, options.products, options.repeats)
-    if min(sizes) < 1 or options.load_share < 0 or min(options.preloaded) < 0:
-        parser.error("sizes must be at least 1, the share and the numbers of layers not negative")
-    result = measure(
-        layers=options.layers,
-        tokens=options.tokens,
-        products=options.products,
-        load_share=options.load_share,
-        preloaded=options.preloaded,
-        repeats=options.repeats,
-    )
-    if options.json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-        return 0
-    for k, row in result["preloaded"].items():
-        sys.stdout.write(
-            f"k={k}: measured {row['measured_ms']:.1f} ms, expected {row['expected_ms']:.1f} ms, "
-            f"ratio {row['ratio']:.3f}\n"
+def _told(pairs: Sequence[Pair], trace: RequestTrace) -> dict[str, Any]:
+    ratios = [one.ttft_s / one.expected_s for one in pairs]
+    spread = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios
+    middle = {name: statistics.median(getattr(one, name) for one in pairs) for name in Pair._fields}
+    return {
+        **{name: round(value, 4) for name, value in middle.items()},
+        "ratio": round(statistics.median(ratios), 4),
+        "spread": [round(spread[0], 4), round(spread[-1], 4)],
+        "n": len(pairs),
+        "trace": trace.rows(),
+        "drawn": trace.text(),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: a line per k, and the trace of the first k."""
+    lines = ["  k  measured  expected   ratio   quartiles        n   memory    t ms    c ms"]
+    for k, row in report["preloaded"].items():
+        low, high = row["spread"]
+        lines.append(
+            f"{k:>3} {row['ttft_s']:8.3f}s {row['expected_s']:8.3f}s {row['ratio']:7.3f}   "
+            f"{low:.3f} - {high:.3f} {row['n']:5} {row['memory_s']:7.3f}s "
+            f"{row['load_s'] * 1e3:7.1f} {row['compute_s'] * 1e3:7.1f}"
         )
-    sys.stdout.write("\n".join(result["timeline"]) + "\n")
-    return 0
+    for k, row in list(report["preloaded"].items())[:1]:
+        lines += [f"k = {k}; = loading, . waiting, # computing, * both", *row["drawn"]]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run from a shell."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.overlap", __doc__)
+    return run_benchmark(parser, OverlapConfig, run, table, words)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class TiersBench:
 
     @contextmanager
     def engine(
-        self, tier: str = "", *, beside: TierSession | None = None, **settings: Any
+        self, tier: str = "", /, *, beside: TierSession | None = None, **settings: Any
     ) -> Iterator[TierSession]:
         """Start an engine with settings of fusion; nothing is built but what is asked for."""
         from rag_eval.runner.engine import start_session
@@ -86,7 +86,7 @@ class TiersBench:
         per_token = 2 * facts["num_hidden_layers"] * heads * head_dim * 2
         return int(per_token * sum(len(chunk.ids) for chunk in prompt.chunks))
 
-    def _room(self, prompt: Any) -> int:
+    def room(self, prompt: Any) -> int:
         """Bytes of memory for the chunks of one prompt, and not one chunk more."""
         return int((1 + 0.5 / self.config.chunks) * self.record_bytes(prompt))
 
@@ -124,9 +124,9 @@ class TiersBench:
 
         folder = self.folder / "kv"
         prompts = self.prompts(2)
-        room = self._room(prompts[0])
+        room = self.room(prompts[0])
         with self.engine("disk", store_dir=str(folder), store_bytes=room) as engine:
-            asked = self._stored(engine, prompts)
+            asked = self.stored(engine, prompts)
             base = float((self.facts.get("rope_parameters") or self.facts)["rope_theta"])
             load = FolderLoad(folder, [chunk.ids for chunk in asked[0].chunks], base)
             loads: list[tuple[Timed, Timed]] = []
@@ -160,9 +160,9 @@ class TiersBench:
             return
         try:
             prompts = self.prompts(2)
-            room = self._room(prompts[0])
+            room = self.room(prompts[0])
             with self.engine("remote", remote=server.url, store_bytes=room) as engine:
-                asked = self._stored(engine, prompts)
+                asked = self.stored(engine, prompts)
                 pairs, skipped = memory_and_tier(
                     engine, asked, self.mode, self.config.repeats, self.progress
                 )
@@ -170,7 +170,7 @@ class TiersBench:
             server.kill()
         self.note("ttft_remote_vs_memory", pairs, left_out=skipped)
 
-    def _stored(self, engine: TierSession, prompts: Sequence[Any]) -> list[Any]:
+    def stored(self, engine: TierSession, prompts: Sequence[Any]) -> list[Any]:
         """Have the chunks computed and kept below memory; returns the prompts that ask for them."""
         for prompt in prompts:
             engine.session.build_chunks(prompt, store=True)

@@ -76,6 +76,9 @@ class FusionConfig:
     preload_layers : int
         Layers of a request's chunks that must have come from a lower tier before it is computed; the others load
         meanwhile.
+    trace : bool
+        Record when each layer of chunk KV was loaded, waited for and computed (:class:`chunk_cache.Timeline`); the
+        state in ``/server_info`` shows the latest.
     remote : str
         Address of a store that several servers share (:mod:`chunk_cache.tiers.remote.url`); empty for none. May hold
         a password, so it is left out of :func:`repr`, and :meth:`shown` is what others may see.
@@ -106,6 +109,7 @@ class FusionConfig:
     store_dir_bytes: int = DISK_BYTES
     store_codec: str = LOSSLESS
     preload_layers: int = 0
+    trace: bool = False
     remote: str = dataclasses.field(default="", repr=False)
     store_tenants: str = "*"
 

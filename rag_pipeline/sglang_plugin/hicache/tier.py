@@ -153,7 +153,7 @@ class HiCacheTier(HeaderFirstTier):
         encoded = encode_record(record, self.codec)
         if encoded.num_bytes > self.byte_budget:
             return False
-        run = memoryview(b"".join(encoded.layers))
+        run = memoryview(b"".join(encoded.parts[1:]))
         # Backends keep what they have under a name, so each write has names of its own.
         label = f"{self._page_bytes}-{secrets.token_hex(16)}"
         names = self._names(label, len(run))

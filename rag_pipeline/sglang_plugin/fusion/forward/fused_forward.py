@@ -56,6 +56,7 @@ class FusedForward:
             runtime.timeline,
             timer=runtime.timer,
             took=lambda num_bytes, seconds: runtime.rates.note_load(MEMORY, num_bytes, seconds),
+            copies=runtime.copies,
         )
         self._guard = WriteGuard(
             int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()

@@ -28,6 +28,7 @@ from rag_kernels import (
     position_causal_attention,
 )
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock
+from rag_pipeline.sglang_plugin.fusion.runtime.copy_stream import Copied, CopyStream
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
@@ -77,6 +78,8 @@ class Loader:
         Measures the writing of some layers.
     took : callable
         Told their bytes and seconds.
+    copies : CopyStream, optional
+        Brings a layer to the device while the one before it is computed, if its records have it by then.
     """
 
     def __init__(
@@ -87,13 +90,18 @@ class Loader:
         *,
         timer: DeviceTimer | None = None,
         took: Callable[[int, float], None] = lambda num_bytes, seconds: None,
+        copies: CopyStream | None = None,
     ) -> None:
         self._timeline = timeline
         self._timer = timer
         self._took = took
+        self._copies = copies
+        self._ahead: dict[int, list[Copied]] = {}
+        """Of the next layer, per part, what is on its way to the device."""
         self.spent_s = 0.0
         """Seconds of the host in :meth:`ensure`, waits included."""
         self._ended = 0.0
+        self._last = 0
         self._loads = list(loads)
         by_layout: dict[str, list[LoadItem]] = {}
         for item in self._loads:
@@ -123,17 +131,45 @@ class Loader:
         began = time.perf_counter()
         if self._timeline is not None and layer_id > 0:
             self._timeline.add("compute", layer_id - 1, self._ended)
-        for layout, items, plan in self._parts:
-            layers = [item.read(layer_id) for item in items]
+        ahead = self._ahead.pop(layer_id, None) or self._begin_copies(layer_id)
+        for index, (layout, items, plan) in enumerate(self._parts):
+            layers = [] if self._copies else [item.read(layer_id) for item in items]
             timer = self._timer if layer_id % _SAMPLED == 0 else None
             moment = None if timer is None else timer.begin()
+            if self._copies is not None:
+                layers = self._copies.arrive(ahead[index])
             layout.load_inplace(k_pool, v_pool, layers, plan)
             if timer is not None:
                 num_bytes = sum(tensor.nbytes for run in layers for tensor in run)
                 timer.end(moment, functools.partial(self._took, num_bytes))
+        if self._copies is not None and self._is_there(layer_id + 1):
+            self._ahead[layer_id + 1] = self._begin_copies(layer_id + 1)
         self.spent_s += time.perf_counter() - began
+        self._last = layer_id
         if self._timeline is not None:
             self._ended = self._timeline.add("wait", layer_id, began)
+
+    def _begin_copies(self, layer_id: int) -> list[Copied]:
+        """Wait for the readers of a layer, and begin to copy what they have."""
+        if self._copies is None:
+            return []
+        return [
+            self._copies.copy([item.read(layer_id) for item in items])
+            for _, items, _ in self._parts
+        ]
+
+    def _is_there(self, layer_id: int) -> bool:
+        """Whether all records have a layer, so that nobody waits for it."""
+        records = [item.record for item in self._loads]
+        return all(
+            layer_id < getattr(one, "num_filled", one.num_layers) and layer_id < one.num_layers
+            for one in records
+        )
+
+    def finish(self) -> None:
+        """Note that the forward has ended: the last layer was computed."""
+        if self._timeline is not None and self._ended:
+            self._timeline.add("compute", self._last, self._ended)
 
 
 class Observer(Protocol):

@@ -104,6 +104,7 @@ def _fused(
             output = _timed(runtime, original, runner, view, args, kwargs, fused.loader)
             if fused.fault is not None:
                 raise fused.fault
+            fused.loader.finish()
     except Exception as error:
         _give_up(runtime, plan.fused, stage, error)
     else:

@@ -26,6 +26,7 @@ from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue
 from rag_pipeline.sglang_plugin.fusion.runtime.build_share import BuildShare
+from rag_pipeline.sglang_plugin.fusion.runtime.copy_stream import CopyStream
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
@@ -112,6 +113,8 @@ class FusionRuntime:
         self.timer = DeviceTimer(torch.cuda.is_available())
         self.attention_clock = AttentionClock(self.timer) if config.time_attention else None
         """Measures the attention of prompts, where that is asked for."""
+        self.copies = CopyStream(torch.device("cuda")) if torch.cuda.is_available() else None
+        """Brings chunk KV to the GPU beside the forward; None where it lies in the same memory."""
         self.epoch = 0
         """Updates of the weights so far, see :meth:`new_weights`."""
         self.in_update = False
@@ -125,8 +128,8 @@ class FusionRuntime:
         """Brings them from there into memory."""
         self.queue_seen: list[tuple[str, int]] = []
         """The waiting requests that the store was told of last."""
-        self.timeline: Timeline | None = None
-        """Where loading and computing of layers are recorded; a benchmark or a test sets it."""
+        self.timeline = Timeline() if config.trace else None
+        """Where loading and computing of layers are recorded."""
         self.erased: ErasedText | None = None
         self.desk: CacheDesk | None = None
         """Where an operator's orders come in."""
@@ -311,6 +314,7 @@ class FusionRuntime:
                 if self.attention_clock is None
                 else {"attention": self.attention_clock.to_json()}
             ),
+            **({} if self.timeline is None else {"trace": self.timeline.to_json()}),
         }
 
 
