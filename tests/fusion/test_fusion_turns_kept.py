@@ -25,7 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 PREFIX, TURN = 8, 40
 """Tokens of the shared part and of a turn with its answer."""
-ONE_TURN = 1000
+ONE_TURN = 2500
 """Bytes that hold the record of one turn, and not those of two."""
 ACME, GLOBEX = RadixNamespace(None, "acme"), RadixNamespace(None, "globex")
 
@@ -192,7 +192,7 @@ def test_the_queue_says_when_turns_are_fetched(lives):
     queue_hints.note_queue(two.runtime, [req])
     assert two.runtime.fetcher.drain(60)
     assert len(two.runtime.store.keys()) == 2
-    assert two.counts()[".fetched_ahead"] == 2
+    assert two.counts()["tiers.fetched_ahead"] == 2
 
 
 def test_later_turns_are_used_without_an_earlier_one_which_is_kept_anew(lives):
