@@ -17,6 +17,7 @@ from rag_pipeline.sglang_plugin.fusion.builds import erased, persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState
@@ -317,6 +318,18 @@ def test_what_one_tenant_erases_takes_its_turns_from_memory_and_from_the_disk(li
     assert one.loaded == EACH[:2]
     one.ask(3)
     assert one.loaded == []
+
+
+def test_a_memory_that_cannot_restore_costs_its_turns_and_not_the_tier(lives, monkeypatch):
+    one = lives()
+    one.ask(1)
+    one.end()
+    monkeypatch.setattr(TurnMemory, "restore", lambda *_: 1 / 0)
+    two = lives()
+    assert two.runtime.tiers is not None
+    assert two.counts()["disk.loaded"] == 1
+    two.ask(2)
+    assert two.loaded == []
 
 
 def test_a_span_that_a_policy_may_touch_makes_a_turn_approximate():

@@ -105,7 +105,12 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
 def _load(runtime: FusionRuntime, name: str, location: str, tier: Tier) -> None:
     usable = _usable(runtime, tier)
     report = load_store(tier, runtime.store, namespaces=usable)
-    runtime.metrics.count("turns", "restored", runtime.conversations.restore(tier, usable))
+    try:
+        runtime.metrics.count("turns", "restored", runtime.conversations.restore(tier, usable))
+    except (
+        Exception
+    ) as error:  # a memory of another distribution may raise anything: its turns are computed anew
+        runtime.say_fault("restore", error)
     for kind, number in report.to_json().items():
         runtime.metrics.count_tier(name, kind, number)
     logger.info("Chunk-KV folder %s: %s", location, report.to_json())
