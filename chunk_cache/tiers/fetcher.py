@@ -210,6 +210,11 @@ class Fetcher:
         with self._changed:
             return self._changed.wait_for(is_met, timeout_s)
 
+    def is_on_its_way(self, key: ChunkKey) -> bool:
+        """Whether a fetch that was begun for a record has not ended."""
+        with self._changed:
+            return key in self._fetches
+
     @property
     def pending(self) -> int:
         """Chunks on their way."""

@@ -82,6 +82,7 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         conversation=_read_conversation(fields.get("conversation"), mode),
         passage=passage,
         attention=_read_attention(fields.get("attention"), mode),
+        truncated=_read_truncated(fields.get("truncated")),
     )
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
         raise RequestError(
@@ -162,6 +163,17 @@ def _read_spans(value: Any, prompt_len: int) -> list[tuple[int, int]]:
         return check_spans(((pair[0], pair[1]) for pair in pairs), prompt_len)
     except ChunkCacheError as error:
         raise RequestError(f"fusion {error}") from None
+
+
+def _read_truncated(value: Any) -> tuple[int, int]:
+    if value is None:
+        return (0, 0)
+    is_pair = isinstance(value, Sequence) and len(value) == 2
+    if not is_pair or not all(type(n) is int and 0 <= n <= _MAX_WHOLE for n in value):
+        raise RequestError(
+            f"fusion truncated is {value!r:.80}; give the numbers of turns and of tokens that were cut, or leave it out."
+        )
+    return (value[0], value[1])
 
 
 def _read_conversation(value: Any, mode: str) -> str:

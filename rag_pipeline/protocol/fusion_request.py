@@ -85,6 +85,8 @@ class FusionRequest:
     attention : str
         Which keys the computed rows of the prompt read: a method's name, ``NAME:OPTION=VALUE+OPTION=VALUE`` allowed.
         Anything but ``dense`` is approximate from the first computed row on, whether chunks are loaded or not.
+    truncated : (int, int)
+        Oldest turns of the conversation that were cut before it was sent, and about their tokens; told in the report.
     """
 
     mode: Mode = "fuse"
@@ -96,6 +98,7 @@ class FusionRequest:
     conversation: str = ""
     passage: bool | None = None
     attention: str = DENSE_ATTENTION
+    truncated: tuple[int, int] = (0, 0)
 
     def make_policy(self, default: str) -> Policy:
         """Build the policy; ``default`` is used where the request names none.
@@ -154,6 +157,8 @@ class FusionRequest:
             fields["passage"] = self.passage
         if self.attention != DENSE_ATTENTION:
             fields["attention"] = self.attention
+        if self.truncated[0]:
+            fields["truncated"] = list(self.truncated)
         return fields
 
 

@@ -9,8 +9,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.protocol import (
     DENSE_ATTENTION,
+    PREFIX_POLICY,
     FusionChoice,
     GenerationRequest,
     SamplingOptions,
@@ -106,6 +108,8 @@ class ChatRun(AnswerRun):
             "fallback": report.get("fallback", ""),
             # Of the work behind the exact prefix, as the engine counts it; and of the whole prompt.
             "computed_fraction": fraction,
+            # Of the reused tokens, those that earlier turns left.
+            "conversation_tokens": report.get("conversation_tokens", 0),
             "computed_fraction_of_prompt": round(fraction * behind / usage.prompt_tokens, 6),
             "segments": segments_of(self.layout, usage, report),
             "attributions": [item._asdict() for item in attribute(self.text, sources)],
@@ -142,6 +146,11 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         top_p=1.0 if body.top_p is None else body.top_p,
         stop=stop,
     )
+    if options.conversation and fusion.is_exact:
+        raise RagPipelineError(
+            f"rag.conversation is {options.conversation!r:.80} with policy {PREFIX_POLICY!r}, which keeps no turns; "
+            "name another policy, or leave the conversation out"
+        )
     # What does not exist is refused before anything is searched; a method too: the engine's packages are ours.
     fusion.request(()).make_attention()
     index = service.indexes.get(tenant, options.index)
@@ -177,7 +186,7 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         layout=layout,
         request=GenerationRequest(
             input_ids=layout.input_ids,
-            fusion=fusion.request(layout.chunk_spans),
+            fusion=fusion.request(layout.chunk_spans, conversation=options.conversation or ""),
             sampling=sampling,
         ),
         fusion=fusion,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from rag_pipeline.prompts.truncation import Truncation
-from rag_pipeline.protocol.fields import MAX_ATTENTION
+from rag_pipeline.protocol.fields import MAX_ATTENTION, MAX_CONVERSATION
 from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
 
 MAX_K = 64
@@ -93,6 +93,10 @@ class RagOptions(Strict):
     attention: Annotated[str, Field(max_length=MAX_ATTENTION)] | None = Field(
         default=None,
         description="Which keys computed rows read: `dense` (all), or another method.",
+    )
+    conversation: Annotated[str, Field(min_length=1, max_length=MAX_CONVERSATION)] | None = Field(
+        default=None,
+        description="Name of the conversation: what this turn computes is kept for the next turn of that name. With a fusion policy only.",
     )
     truncation: Truncation = Field(
         default="auto",

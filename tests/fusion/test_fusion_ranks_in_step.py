@@ -435,8 +435,8 @@ def test_turns_behind_a_cut_are_moved_alike_on_both_ranks(make_pair, lost):
     whole = [*prompt_of([2])[0], *CHUNKS[3], *QUESTION]
     pair.ask(whole, fusion)
     (turns,) = pair.ranks[lost or 0].conversations.table._spaces.of("")
-    # Without a radix tree the second turn is computed over the first one as it is stored.
-    assert [turn.exact for turn in turns] == [True, False]
+    # The second turn is computed over the first one as it is stored, which is exact.
+    assert [turn.exact for turn in turns] == [True, True]
     if lost is not None:
         assert pair.ranks[lost].store.evict(turns[1].key)
     cut = [*PREFIX, *CHUNKS[3], *QUESTION, 211, 212, 213]

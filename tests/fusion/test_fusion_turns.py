@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
+from chunk_cache import ChunkKey, ChunkKV, ChunkState, KVContext, MemoryStore, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import StoredTurn, TurnTable
 
 
-def put(store, ids, parent):
+def put(table, store, space, ids, start, parent=0, through="a digest"):
+    """Store a turn that ends a list of tokens, and list it; as a conversation memory does."""
+    whole = np.array(ids, dtype=np.int64)
+    lineage = Lineage(
+        space=space,
+        start=start,
+        before=hash_token_ids(whole[:start]),
+        parent=parent,
+        through=through,
+    )
     context = KVContext(
         model_fingerprint="m",
         dtype="float32",
         kv_dtype="float32",
         rope="{}",
-        prefix_digest="p",
-        tenant=repr(parent),
+        prefix_digest=lineage.encode(),
     )
-    key = ChunkKey.of(context, ids)
-    kv = torch.zeros(1, len(ids), 1, 2)
-    record = ChunkKV(key=key, token_ids=ids, base_position=0, k=kv, v=kv.clone())
-    assert store.put(record)
-    return key
+    key = ChunkKey.of(context, whole[start:])
+    kv = torch.zeros(1, whole.size - start, 1, 2)
+    record = ChunkKV(key=key, token_ids=whole[start:], base_position=start, k=kv, v=kv.clone())
+    assert store.put(record) or store.state(key) is ChunkState.READY
+    turn = StoredTurn(lineage=lineage, ids=whole[start:], key=key, context=context)
+    table.add(turn)
+    return turn
 
 
 @st.composite
@@ -49,12 +62,11 @@ def test_the_longest_chain_is_found_and_each_run_of_it_fits(tree, prompt, lost, 
     store = MemoryStore(1 << 20)
     conversations = TurnTable(store)
     numbers, keys = [], []
-    for index, (parent, whole, start) in enumerate(tree):
-        key = put(store, whole[start:], (index, parent))
+    for parent, whole, start in tree:
         before = 0 if parent is None else numbers[parent]
-        ids = np.array(whole, dtype=np.int64)
-        numbers.append(conversations.add("space", ids, start, before, key).number)
-        keys.append(key)
+        turn = put(conversations, store, "space", whole, start, before)
+        numbers.append(turn.number)
+        keys.append(turn.key)
     gone = set()
     if loses and lost < len(tree):
         store.evict(keys[lost])
@@ -95,10 +107,10 @@ def test_the_least_recently_used_conversation_is_forgotten_with_its_records(monk
     ids = np.arange(8)
     for name in ("a", "b"):
         assert conversations.has_room(name)
-        conversations.add(name, ids, 2, 0, put(store, ids[2:], name))
+        put(conversations, store, name, ids, 2)
         assert not conversations.has_room(name)
     assert conversations.find("a", ids)
-    conversations.add("c", ids, 2, 0, put(store, ids[2:], "c"))
+    put(conversations, store, "c", ids, 2)
     assert [bool(conversations.find(name, ids)) for name in "abc"] == [True, False, True]
     assert (len(conversations), len(store)) == (2, 2)
     store.clear()
@@ -120,12 +132,11 @@ def test_the_longest_moved_run_is_found_and_its_tokens_are_those_of_the_turns(
     store = MemoryStore(1 << 20)
     table = TurnTable(store)
     whole, parent, held = list(prefix), 0, {}
-    for index, turn in enumerate(turns):
+    for turn in turns:
         start = len(whole)
         whole = [*whole, *turn]
-        key = put(store, turn, (index, parent))
-        parent = table.add("space", np.array(whole), start, parent, key).number
-        held[key] = (start, turn)
+        made = put(table, store, "space", whole, start, parent)
+        parent, held[made.key] = made.number, (start, turn)
     content = whole[len(prefix) :]
     prompt = [*prefix, *content[cut:], *new]
     same = next(
@@ -160,3 +171,103 @@ def test_the_longest_moved_run_is_found_and_its_tokens_are_those_of_the_turns(
     # Where a run stands at very many places, the first ones are compared.
     assert at - same <= wanted
     assert at - same == wanted or len(lengths) > 8
+
+
+def a_conversation(table, store, through=EXACT):
+    """Three turns of eight tokens behind a prefix of four; returns them and all tokens."""
+    whole, turns, parent = list(range(4)), [], 0
+    for number in range(3):
+        start = len(whole)
+        whole = [*whole, *range(100 + 10 * number, 108 + 10 * number)]
+        turns.append(put(table, store, "space", whole, start, parent, through))
+        parent = turns[-1].number
+    return turns, np.array(whole)
+
+
+def test_what_a_lost_turn_leaves_of_those_behind_it():
+    """Exact turns stand on the tokens in front of them alone; fused ones on the turn that they were computed behind."""
+    for through, left in ((EXACT, [(12, 20), (20, 28)]), ("a digest", [])):
+        store = MemoryStore(1 << 20)
+        table = TurnTable(store)
+        turns, whole = a_conversation(table, store, through)
+        assert store.evict(turns[0].key)
+        found = table.find("space", whole)
+        assert [(m.prompt_start, m.prompt_end) for _, m in found] == left
+        # Other tokens in front, and nothing behind them is of use.
+        other = np.array([*whole[:5], 7, *whole[6:]])
+        assert table.find("space", other) == []
+        if left:
+            # The gap is what has to be kept anew, and under the very key of before.
+            assert table.gaps("space", whole, 4, 28) == [(4, 12, 0)]
+            again = put(table, store, "space", whole[:12], 4, 0, EXACT)
+            assert again.key == turns[0].key
+            assert table.gaps("space", whole, 4, 28) == []
+            assert table.gaps("space", np.array([*whole, 1, 2]), 4, 30) == [
+                (28, 30, turns[2].number)
+            ]
+
+
+def test_fused_turns_are_used_where_they_hold_more_than_the_exact_ones():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store)
+    turns, whole = a_conversation(table, store)
+    longer = np.array([*whole[:20], *range(200, 230)])
+    fused = put(table, store, "space", longer, 20)
+    found = table.find("space", np.array([*longer, 1]))
+    assert [turn.number for turn, _ in found] == [turns[0].number, turns[1].number, fused.number]
+    assert [t.number for t, _ in table.find("space", whole)] == [t.number for t in turns]
+
+
+def test_a_lineage_says_all_that_a_key_depends_on_and_is_read_back():
+    one = Lineage(space="s", start=3, before="b", parent=7, through="t")
+    ids = np.arange(3, 9)
+    assert Lineage.decode(one.encode()) == one
+    fields = {"space": "x", "start": 4, "before": "x", "parent": 8, "through": EXACT}
+    others = [dataclasses.replace(one, **{name: value}) for name, value in fields.items()]
+    assert len({other.encode() for other in [one, *others]}) == 6
+    assert len({other.number(ids) for other in [one, *others]}) == 6
+    assert one.number(ids) != one.number(ids[1:])
+    text = one.encode()
+    for wrong in (
+        None,
+        3,
+        "",
+        hash_token_ids(ids),
+        text[:-1],
+        text.replace("3", '"3"'),
+        f"{text} ",
+    ):
+        assert Lineage.decode(wrong) is None
+    assert Lineage.decode(text.replace('"start":3', '"start":3,"more":1')) is None
+
+
+def test_a_turn_that_a_tier_told_of_wrongly_is_forgotten():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store)
+    turns, whole = a_conversation(table, store)
+    told = TurnTable(store)
+    for turn in turns:
+        told.add(dataclasses.replace(turn, context=None))
+    wrong = dataclasses.replace(turns[0].lineage, start=5, before=hash_token_ids(whole[:5]))
+    told.add(StoredTurn(lineage=wrong, ids=turns[1].ids, key=turns[1].key))
+    told.confirm(
+        "space", lambda one: dataclasses.replace(turns[0].context, prefix_digest=one.encode())
+    )
+    assert [turn.number for turn, _ in told.find("space", whole)] == [t.number for t in turns[::2]]
+    assert all(turn.context is not None for turn in told.alive("space"))
+
+
+def test_a_turn_that_is_below_memory_is_known_until_no_tier_has_it():
+    store = MemoryStore(1 << 20)
+    below = [True]
+    table = TurnTable(store, lambda: below[0])
+    turns, whole = a_conversation(table, store)
+    assert store.evict(turns[1].key)
+    assert len(table.find("space", whole)) == 3
+    assert table.gaps("space", whole, 4, 28) == []
+    table.note_absent(turns[1].key)
+    assert [t.number for t, _ in table.find("space", whole)] == [turns[0].number, turns[2].number]
+    assert table.gaps("space", whole, 4, 28) == [(12, 20, turns[0].number)]
+    assert store.evict(turns[2].key)
+    below[0] = False
+    assert len(table.find("space", whole)) == 1

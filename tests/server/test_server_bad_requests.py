@@ -25,6 +25,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     (ASK, chat(rag={"policy": "query", "ratio": 1.5}), "rag.ratio is 1.5"),
     (ASK, chat(rag={"policy": "query", "attention": "magic"}), "attention method 'magic'"),
     (ASK, chat(rag={"policy": "prefix", "attention": "edges"}), "attention 'edges' is not"),
+    (ASK, chat(rag={"policy": "prefix", "conversation": "c"}), "which keeps no turns"),
     (ASK, chat(rag={"search": "psychic"}), "rag.search is 'psychic'"),
     (ASK, chat(rag={"where": {"$near": 1}}), "$near"),
     (ASK, chat(rag={"index": "../../etc"}), "rag.index is '../../etc'"),

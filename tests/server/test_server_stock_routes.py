@@ -268,3 +268,30 @@ def test_bytes_that_are_no_http(rag_server: Any, exchange: Any, sent: bytes) -> 
     assert answer.count(b"HTTP/1.1 4") == 1
     assert json.loads(body)["error"]["message"]
     assert rag_server.log.read_text(errors="replace").count("Traceback") == before
+
+
+def test_a_conversation_past_the_window_is_cut_and_other_requests_are_refused_as_ever(
+    rag_server: Any,
+) -> None:
+    said = "The lighthouse was painted green by its keeper, who liked the colour very much. "
+    messages: list[dict[str, str]] = []
+    for turn in range(9):
+        messages += [{"role": "user", "content": f"{turn}: {18 * said}"}]
+        messages += [{"role": "assistant", "content": "Indeed."}]
+    messages = [*messages, {"role": "user", "content": "Which colour?"}]
+    body = {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}
+    body |= {"return_meta_info": True}
+    custom = {"rag_conversation": "long", "rag_policy": "reuse"}
+
+    def ask(more: dict[str, Any]) -> Any:
+        return send(rag_server, "/v1/chat/completions", json.dumps(body | more).encode())
+
+    told = ask({"custom_params": custom})
+    assert told.status_code == 200, told.text
+    report = told.json()["choices"][0]["meta_info"]["rag_fusion"]
+    assert 0 < report["truncated"]["turns"] < 9
+    assert report["prompt_tokens"] < 2048
+    for plain in ({}, {"custom_params": {"rag_policy": "reuse"}}):
+        refused = ask(plain)
+        assert refused.status_code == 400
+        assert "longer than the model's context length" in refused.text

@@ -10,7 +10,6 @@ import torch
 
 from chunk_cache import hash_token_ids
 from fusion_world import model
-from fusion_world.recipes import PREFIXES
 from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import find_pass
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
@@ -192,18 +191,13 @@ def tree_is_exact(server: Any) -> None:
 
 
 def exact_turns_are_exact(server: Any) -> None:
-    """(c) A stored turn that is marked exact holds what plain prefill computes, its chain of exact turns in front."""
+    """(c) A stored turn that is marked exact holds what plain prefill computes behind the tokens that it was kept behind."""
     table, store = server.runtime.conversations.table, server.runtime.store
-    prefixes = {hash_token_ids(prefix): prefix for prefix in PREFIXES}
     for turns in table._spaces.values():
-        whole: dict[int, tuple[int, ...]] = {}
         for turn in turns:
             if not turn.exact:
                 continue
-            # What stands in front of a first turn is one of the prefixes.
-            front = whole[turn.parent] if turn.parent else prefixes[turn.before]
-            ids = (*front[: turn.start], *turn.ids.tolist())
-            whole[turn.number] = ids
+            ids = server.kept[turn.number]
             assert turn.before == hash_token_ids(ids[: turn.start])
             with store.borrow(turn.key) as record:
                 if record is None or turn.key in server.proven:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chunk_cache import MemoryStore, layout_named
+from chunk_cache import MemoryStore, hash_token_ids, layout_named
 from chunk_cache.matching import ChunkMatcher
 from fusion_world import checks, model
 from fusion_world.tree import Tree
@@ -152,6 +152,9 @@ class Server:
             4 << 20, matcher=ChunkMatcher(min_match=LEAST, min_piece=LEAST)
         )
         self.runtime.conversations = memory(self.runtime)
+        self.kept: dict[int, tuple[int, ...]] = {}
+        """All tokens up to the end of a turn, by its number."""
+        self._note_turns(self.runtime.conversations)
         self.runtime.max_prompt = MAX_LENGTH - 20
         self.runtime.passage = torch.tensor(PASSAGE).numpy()
         allocator = SimpleNamespace(
@@ -169,6 +172,21 @@ class Server:
             lora_manager=None,
             _forward_raw=lambda view, _: self._compute(self.runner, view),
         )
+
+    def _note_turns(self, memory: TurnMemory) -> None:
+        keep = memory.keep
+
+        def noted(turn: Any) -> bool:
+            kept = keep(turn)
+            ids = tuple(turn.ids.tolist())
+            for held in memory.table._spaces.values():
+                for one in held:
+                    same = ids[one.start : one.end] == tuple(one.ids.tolist())
+                    if same and hash_token_ids(ids[: one.start]) == one.before:
+                        self.kept.setdefault(one.number, ids[: one.end])
+            return kept
+
+        memory.keep = noted  # type: ignore[method-assign]
 
     # -- what SGLang does ------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""Chunks of a request that are not in memory: fetched from lower tiers from its arrival on, waited for a bounded time.
+"""Chunks and turns of a request that are not in memory: fetched from lower tiers from its arrival on.
 
-Only explicit spans are fetched: they name their chunks by content. Automatic matching finds chunks by token ids that are
+Fetched are explicit spans, which name their chunks by content, and the turns of its conversation that its prompt goes
+through. Automatic matching finds chunks by token ids that are
 in memory, and stays with memory.
 
-A request whose chunks are on their way is left in the waiting queue, and those behind it go first. It waits for the
+The wait for them is bounded. A request whose chunks are on their way is left in the waiting queue, and those behind it go first. It waits for the
 headers of its records only (so that it is known what there is), and for as many layers as ``fusion.preload_layers``
 says; the other layers load while it is computed.
 """
@@ -54,6 +55,16 @@ def _candidates(
 ) -> tuple[tuple[Candidate, ...], ...]:
     request = state.request
     tenant = RadixNamespace(req.extra_key, req.cache_salt)
+    turns = runtime.conversations.wanted(state, tenant) if request.conversation else ()
+    return (*_chunks(runtime, state, tenant), *((turn,) for turn in turns))
+
+
+def _chunks(
+    runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace
+) -> list[tuple[Candidate, ...]]:
+    request = state.request
+    if not request.spans:
+        return []
     prefix = runtime.prefix(state.prompt, request.prefix_len, tenant)
     with_passage = runtime.behind_passage(prefix) if request.passage is not False else None
     wanted = []
@@ -70,7 +81,7 @@ def _candidates(
                 for variant in (best, *others)
             )
         )
-    return tuple(wanted)
+    return wanted
 
 
 def _begin_late(runtime: FusionRuntime, fetcher: Fetcher, state: RequestState) -> None:
@@ -133,7 +144,7 @@ def _may_fetch(runtime: FusionRuntime, state: RequestState) -> bool:
     """The same on every rank."""
     request = state.request
     return bool(
-        request.spans
+        (request.spans or request.conversation)
         and request.mode not in ("off", "build")
         and runtime.is_on
         and not state.internal

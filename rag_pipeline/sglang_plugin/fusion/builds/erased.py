@@ -69,6 +69,8 @@ class ErasedText:
         """Whether a removal may not survive a power cut yet."""
         self._unforgotten: set[ChunkKey] = set()
         """What is gone from memory, and perhaps not yet from what conversations remember."""
+        self._remembered = False
+        """Whether conversations may remember tokens that a notice is about."""
         self._condemned: dict[ChunkKey, float] = {}
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
         self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
@@ -125,6 +127,7 @@ class ErasedText:
         gone = self._from_memory() if held_on else 0
         # One tier may be down for hours: what the others hold goes meanwhile.
         refused = [*told, *self._from_tiers(), *self._finish_notices()]
+        refused += self._from_conversations()
         if refused:
             raise refused[0]
         return gone
@@ -139,6 +142,7 @@ class ErasedText:
             tiers.erase()
         if fetcher is not None:
             fetcher.erase()
+        self._remembered = True
         return True
 
     def _deaf(self, error: Exception) -> None:
@@ -194,6 +198,16 @@ class ErasedText:
         if not refused:
             self.notices.finish(told)
         return refused
+
+    def _from_conversations(self) -> list[Exception]:
+        """Have conversations forget erased tokens, of turns too whose records are below memory only."""
+        if self._remembered:
+            try:
+                self._runtime.conversations.erase(self._is_erased)
+            except Exception as error:  # a memory of another distribution may raise anything
+                return [error]
+            self._remembered = False
+        return []
 
     def _condemn(self, now: float) -> None:
         """Note the chunks of erased text that wait to be built: a busy engine builds them long after a notice."""

@@ -18,6 +18,7 @@ from chunk_cache import (
     TIERS,
     ChunkKV,
     Fetcher,
+    KVContext,
     Tier,
     TierChain,
     load_store,
@@ -115,7 +116,14 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
 
 
 def _load(runtime: FusionRuntime, name: str, location: str, tier: Tier) -> None:
-    report = load_store(tier, runtime.store, namespaces=_usable(runtime, tier))
+    usable = _usable(runtime, tier)
+    report = load_store(tier, runtime.store, namespaces=usable)
+    try:
+        runtime.metrics.count("turns", "restored", runtime.conversations.restore(tier, usable))
+    except (
+        Exception
+    ) as error:  # a memory of another distribution may raise anything: its turns are computed anew
+        runtime.say_fault("restore", error)
     for kind, number in report.to_json().items():
         runtime.metrics.count_tier(name, kind, number)
     logger.info("Chunk-KV folder %s: %s", location, report.to_json())
@@ -163,13 +171,21 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
 
 
 def keep(runtime: FusionRuntime, record: ChunkKV) -> None:
-    """Have a record written that was just stored; a tier that cannot keep up costs the copy, not the request."""
-    if runtime.tiers is None:
-        return
+    """Have the record of a chunk written that was just stored."""
     prefix = runtime.prefix_of(record.key.namespace)
     if prefix is not None:
-        runtime.tiers.put(record, context=prefix.context, tenant=prefix.tenant.owner)
-        _show_queues(runtime)
+        write_record(runtime, record, prefix.context, prefix.tenant.owner)
+
+
+def write_record(runtime: FusionRuntime, record: ChunkKV, context: KVContext, owner: str) -> None:
+    """Have a record written to every tier; one that cannot keep up costs the copy, not the request.
+
+    After an update of the weights nothing is written: no other process could find it.
+    """
+    if runtime.tiers is None or runtime.epoch:
+        return
+    runtime.tiers.put(record, context=context, tenant=owner)
+    _show_queues(runtime)
 
 
 def before_release(scheduler: Any, *args: Any, **kwargs: Any) -> None:

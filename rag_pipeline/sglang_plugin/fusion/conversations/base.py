@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from chunk_cache import ChunkKey
+    from chunk_cache import Candidate, ChunkKey, Tier
     from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
     from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+
+
+IsErased = Callable[[npt.NDArray[Any], str], bool]
+"""Whether token ids of a tenant (:func:`chunk_cache.tenant_mark`) hold erased text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -52,11 +56,13 @@ class ConversationMemory(ABC):
     """Decides what a conversation keeps of a turn and what the next turn loads of it. One per scheduler process.
 
     The scheduler thread alone calls ``lease`` and ``keep``, for requests that name a conversation. A memory may also
-    be asked by :meth:`forget` from the thread that erases text.
+    be asked by :meth:`forget` and :meth:`erase` from the thread that erases text.
 
-    *KV* belongs into records of ``runtime.store``, under keys whose context holds all that the KV depends on: the
-    tenant's salt, the conversation, the policy's identity, the tokens in front. The store then bounds it, evicts it
-    and erases it with deleted text; a record in use is never evicted. A memory itself holds tables over such records
+    *KV* belongs into records of ``runtime.store``, under keys whose context holds all that the KV depends on: in its
+    ``tenant`` the tenant's salt alone, by which erasure reaches it, in its ``prefix_digest`` the conversation, the
+    policy's identity, the tokens in front (:class:`~.lineage.Lineage`). The store then bounds it, evicts it
+    and erases it with deleted text; a record in use is never evicted. Given to
+    :func:`~.persistence.write_record`, it outlives memory and the process. A memory itself holds tables over such records
     (positions, hashes, embeddings), bounded, with a fair share for each tenant, and finds out by
     ``store.acquire_matches`` that a record is gone.
 
@@ -117,6 +123,32 @@ class ConversationMemory(ABC):
 
         ``turn.state.exact_limit`` is None where nothing was loaded: all is exact then, and the tree keeps it.
         """
+
+    def wanted(self, state: RequestState, tenant: RadixNamespace) -> Sequence[Candidate]:
+        """Records that :meth:`lease` would use, in memory or not; those that are not are fetched from the tiers below.
+
+        Called when a request comes, so that they arrive while it waits. By default none.
+        """
+        return ()
+
+    def restore(self, tier: Tier, namespaces: Collection[str]) -> int:
+        """Take up what earlier processes left in a tier; returns how many records. By default none.
+
+        Called while the engine starts, by each rank with its own records, after memory was filled from the tier.
+
+        Parameters
+        ----------
+        tier : Tier
+            Of the records, the nearest.
+        namespaces : collection of str
+            Of this model and rank, and of the tenants that are served. What a tier tells of one
+            (:meth:`chunk_cache.Tier.describe`) may be wrong, and the tenant's salt is not in it: keys must be compared
+            with those of a request before anything is leased.
+        """
+        return 0
+
+    def erase(self, is_erased: IsErased) -> None:  # noqa: B027
+        """Forget what holds erased text. Called from the erasing thread, at every new notice."""
 
     def forget(self, keys: Collection[ChunkKey] | None = None) -> None:  # noqa: B027
         """Forget what was derived from records that are gone for good.

@@ -3,7 +3,7 @@
 Past the window a client cuts the oldest turns. Every token behind the cut then stands at a smaller position, so the
 radix tree and a store that compares positions find nothing. Here the turns that stay are found at their old place and
 loaded at the new one: keys are rotated by the difference, values are taken as they are ("decoupled KV cache
-truncation"). For that exact turns are kept as well, which the tree alone would hold otherwise.
+truncation").
 
 Deviations from the paper: keys are stored rotated and moved by the difference of positions, which is the same rotation
 up to rounding; the part in front of the first turn stays, so that the first tokens of the prompt, which attract
@@ -16,12 +16,14 @@ and the radix tree gets nothing behind its first token.
 
 from __future__ import annotations
 
+import hashlib
+
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import MovedRun
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import (
     TurnMemory,
     TurnPlace,
-    namespace_of,
+    through_of,
 )
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -70,7 +72,7 @@ class CachedAttentionMemory(TurnMemory):
         runtime.metrics.count("turns", "tokens_moved", agreed[3] - agreed[2])
 
     def _find(self, state: RequestState, tenant: RadixNamespace, low: int) -> MovedRun | None:
-        namespace = namespace_of(state, tenant)
+        namespace = self.known(state, tenant)
         run = self.table.find_moved(
             namespace,
             state.prompt,
@@ -79,28 +81,11 @@ class CachedAttentionMemory(TurnMemory):
         )
         return run if run is not None and run.matches[-1].prompt_end > low else None
 
-    def place_of(self, turn: FinishedTurn, namespace: str) -> TurnPlace | None:
+    def places_of(self, turn: FinishedTurn, namespace: str) -> list[TurnPlace]:
         """Behind the stored turns that the turn goes on from; of a cut conversation all that is left of it."""
         state = turn.state
-        if state.turn > 0:
-            return super().place_of(turn, namespace)
-        # The part that conversations share is never cut, and many would store it.
-        first = state.request.prefix_len
-        if state.turn < 0:
-            return TurnPlace(start=first, parent=0, behind=("moved", -state.turn), is_alone=True)
-
-        def exact_end() -> tuple[int, int]:
-            chain = self.table.find(namespace, turn.ids, tenant=turn.tenant.owner, exact=True)
-            limit = turn.kv_len if state.exact_limit is None else state.exact_limit
-            chain = [(stored, match) for stored, match in chain if stored.start < limit]
-            if not chain:
-                return first, 0
-            return min(chain[-1][1].prompt_end, limit), chain[-1][0].number
-
-        ends = set(self.runtime.group.gather(exact_end))
-        if len(ends) > 1:
-            return None
-        ((start, parent),) = ends
-        is_exact = state.exact_limit is None
-        # Exact and approximate KV of the same tokens have different keys.
-        return TurnPlace(start=start, parent=parent, behind=(parent, is_exact), is_exact=is_exact)
+        if state.turn >= 0:
+            return super().places_of(turn, namespace)
+        first, through = state.request.prefix_len, through_of(self.runtime, state)
+        moved = hashlib.blake2b(f"{-state.turn:x} {through}".encode(), digest_size=32).hexdigest()
+        return [TurnPlace(start=first, end=turn.kv_len, through=moved, is_alone=True)]

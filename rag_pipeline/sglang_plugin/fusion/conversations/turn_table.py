@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import ChunkKey, ChunkState, Match, MemoryStore, hash_token_ids
+from chunk_cache import ChunkKey, KVContext, Match, MemoryStore, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 
 TokenArray = npt.NDArray[np.int64]
@@ -23,33 +26,60 @@ _MAX_PLACES = 8
 """Of one branch, at which what a cut prompt goes on with may have stood."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StoredTurn:
-    """What one turn added: tokens ``[start, start + len(ids))`` of its prompt and answer.
+    """What one turn added: tokens ``[start, end)`` of its prompt and answer.
 
     Attributes
     ----------
-    start : int
-        First position.
+    lineage : Lineage
+        What it was computed behind.
     ids : ndarray
         int64 token ids.
-    before : str
-        Hash of all tokens in front of ``start``.
-    number, parent : int
-        Of this turn, and of the one that it was computed behind; 0 for the exact prefix alone.
     key : ChunkKey
         Its record in the chunk store.
-    exact : bool
-        Plain prefill computed it, and all in front of it.
+    context : KVContext or None
+        Of the key; None as long as only a tier has told that the key is that of this turn.
     """
 
-    start: int
+    lineage: Lineage
     ids: TokenArray
-    before: str
-    number: int
-    parent: int
     key: ChunkKey
-    exact: bool = False
+    context: KVContext | None = None
+
+    @property
+    def start(self) -> int:
+        """First position."""
+        return self.lineage.start
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + int(self.ids.size)
+
+    @property
+    def before(self) -> str:
+        """Hash of all tokens in front of it."""
+        return self.lineage.before
+
+    @functools.cached_property
+    def number(self) -> int:
+        """Of this turn: the same wherever and whenever it is computed."""
+        return self.lineage.number(self.ids)
+
+    @property
+    def parent(self) -> int:
+        """Number of the turn that it was computed behind; 0 for the exact prefix alone."""
+        return self.lineage.parent
+
+    @property
+    def exact(self) -> bool:
+        """Plain prefill computed it, and all in front of it."""
+        return self.lineage.is_exact
+
+
+Chain = list[tuple[StoredTurn, Match]]
+"""Turns that a prompt goes through, each with the run of it that fits; rising, disjoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +104,26 @@ class MovedRun:
 class TurnTable:
     """Turns by namespace; of the tenant with most conversations the least recently used is forgotten first.
 
+    Its methods may be called from several threads: text is erased in another one than turns are kept in.
+
     Parameters
     ----------
     store : MemoryStore
-        Holds the records; a turn whose record was evicted is forgotten with all behind it.
+        Holds the records.
+    is_kept_below : callable
+        Whether what memory has evicted may still be in a tier below it. If not, a turn whose record was evicted is
+        forgotten, and with a fused one all that were computed behind it.
     """
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(
+        self, store: MemoryStore, is_kept_below: Callable[[], bool] = lambda: False
+    ) -> None:
         self._store = store
+        self._is_kept_below = is_kept_below
         self._spaces: FairTable[str, list[StoredTurn]] = FairTable()
-        self._numbers = itertools.count(1)
+        self._absent: set[ChunkKey] = set()
+        """What no tier had when it was looked for last."""
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         """Count the conversations."""
@@ -91,12 +131,16 @@ class TurnTable:
 
     def clear(self) -> None:
         """Forget all conversations; their records are up to the store."""
-        self._spaces.clear()
+        with self._lock:
+            self._spaces.clear()
+            self._absent.clear()
 
-    def find(
-        self, namespace: str, prompt: TokenArray, *, tenant: str = "", exact: bool = False
-    ) -> list[tuple[StoredTurn, Match]]:
-        """Longest chain of turns that the prompt goes through, each with the run of it that fits.
+    def find(self, namespace: str, prompt: TokenArray, *, tenant: str = "") -> Chain:
+        """Turns that the prompt goes through, each with the run of it that fits.
+
+        Exact turns need nothing but the same tokens in front of them, so one that is gone leaves a gap. Fused ones are
+        a chain, each computed behind the one before it, with exact turns in front of the first. Of both ways the one
+        that holds more tokens.
 
         Parameters
         ----------
@@ -106,39 +150,55 @@ class TurnTable:
             int64 token ids.
         tenant : str
             Whose conversation it is.
-        exact : bool
-            Only turns that plain prefill computed.
         """
-        turns = self._alive(namespace, tenant)
-        if exact:
-            turns = [turn for turn in turns if turn.exact]
-        if not turns:
-            return []
+        turns = self.alive(namespace, tenant)
         hashes: dict[int, str] = {}
-        # Chain that ends in a turn, by its number; a parent always comes before its children.
-        chains: dict[int, list[tuple[StoredTurn, Match]]] = {0: []}
-        best: list[tuple[StoredTurn, Match]] = []
+        # Chain of fused turns that ends in a turn, by its number; a parent always comes before its children.
+        chains: dict[int, Chain] = {0: []}
+        fused: Chain = []
+        exact: Chain = []
         for turn in turns:
-            start = turn.start
-            if turn.parent not in chains or start >= prompt.size:
+            match = _run_of(turn, prompt, hashes)
+            if match is None or (not turn.exact and turn.parent not in chains):
                 continue
-            if prompt[start] != turn.ids[0]:
+            if turn.exact:
+                exact.append((turn, match))
                 continue
-            if hashes.setdefault(start, hash_token_ids(prompt[:start])) != turn.before:
-                continue
-            run = prompt[start : start + turn.ids.size]
-            differs = np.flatnonzero(run != turn.ids[: run.size])
-            length = int(differs[0]) if differs.size else int(run.size)
-            chain = list(chains[turn.parent])
-            if chain:
-                # A turn may have left the one before it early: its answer came back in other tokens.
-                last, match = chain[-1]
-                chain[-1] = (last, match.clipped(match.prompt_start, start))
-            chain.append((turn, Match(start, start + length, turn.key)))
-            chains[turn.number] = chain
-            if not best or chain[-1][1].prompt_end > best[-1][1].prompt_end:
-                best = chain
-        return best
+            chain = _cut(chains[turn.parent], match.prompt_start)
+            chains[turn.number] = chain = [*chain, (turn, match)]
+            if not fused or match.prompt_end > fused[-1][1].prompt_end:
+                fused = chain
+        if not exact:
+            return fused
+        exact = _disjoint(exact)
+        if not fused:
+            return exact
+        with_fused = [*_cut(exact, fused[0][1].prompt_start), *fused]
+        return with_fused if _tokens(with_fused) > _tokens(exact) else exact
+
+    def gaps(
+        self, namespace: str, ids: TokenArray, low: int, high: int, *, tenant: str = ""
+    ) -> list[tuple[int, int, int]]:
+        """Parts of ``[low, high)`` that no exact turn holds which is still somewhere.
+
+        Returns
+        -------
+        list of (int, int, int)
+            First position, one past the last, and the number of the exact turn in front of it, 0 for none.
+        """
+        hashes: dict[int, str] = {}
+        held: Chain = []
+        for turn in self.alive(namespace, tenant):
+            match = _run_of(turn, ids, hashes) if turn.exact else None
+            if match is not None:
+                held.append((turn, match))
+        found, at, parent = [], low, 0
+        for turn, match in _disjoint(held):
+            if at < min(match.prompt_start, high):
+                found.append((at, min(match.prompt_start, high), parent))
+            if match.prompt_end > at:
+                at, parent = match.prompt_end, turn.number
+        return [*found, (at, high, parent)] if at < high else found
 
     def find_moved(
         self, namespace: str, prompt: TokenArray, *, tenant: str = "", at_least: int = 1
@@ -158,7 +218,7 @@ class TurnTable:
         """
         best: MovedRun | None = None
         length = at_least - 1
-        for path in itertools.islice(_branches(self._alive(namespace, tenant)), _MAX_BRANCHES):
+        for path in itertools.islice(_branches(self.alive(namespace, tenant)), _MAX_BRANCHES):
             first, last = path[0], path[-1]
             if first.start >= prompt.size or hash_token_ids(prompt[: first.start]) != first.before:
                 continue
@@ -184,53 +244,114 @@ class TurnTable:
 
     def has_room(self, namespace: str, *, tenant: str = "") -> bool:
         """Whether a conversation may still grow."""
-        return len(self._alive(namespace, tenant)) < _MAX_TURNS
+        return len(self.alive(namespace, tenant)) < _MAX_TURNS
 
-    def add(
+    def add(self, turn: StoredTurn, *, tenant: str = "") -> None:
+        """Remember a turn whose record is in the store, or in a tier below it."""
+        namespace = turn.lineage.space
+        with self._lock:
+            self._absent.discard(turn.key)
+            held = [t for t in self._spaces.get(tenant, namespace) or () if t.key != turn.key]
+            for forgotten in self._spaces.put(tenant, namespace, [*held, turn], _MAX_CONVERSATIONS):
+                for old in forgotten:
+                    self._store.evict(old.key)
+
+    def confirm(
         self,
         namespace: str,
-        ids: TokenArray,
-        start: int,
-        parent: int,
-        key: ChunkKey,
+        context_of: Callable[[Lineage], KVContext],
         *,
         tenant: str = "",
-        exact: bool = False,
-    ) -> StoredTurn:
-        """Remember a turn whose record is in the store."""
-        turn = StoredTurn(
-            start=start,
-            ids=ids[start:].copy(),
-            before=hash_token_ids(ids[:start]),
-            number=next(self._numbers),
-            parent=parent,
-            key=key,
-            exact=exact,
-        )
-        turns = [*(self._spaces.get(tenant, namespace) or ()), turn]
-        for forgotten in self._spaces.put(tenant, namespace, turns, _MAX_CONVERSATIONS):
-            for old in forgotten:
-                self._store.evict(old.key)
-        return turn
+    ) -> None:
+        """Check the turns that a tier told of, and forget those whose key is not that of the lineage that was told."""
+        with self._lock:
+            turns = self._spaces.get(tenant, namespace) or []
+            if all(turn.context is not None for turn in turns):
+                return
+            confirmed: list[StoredTurn] = []
+            for turn in turns:
+                context = turn.context or context_of(turn.lineage)
+                if turn.context is not None or ChunkKey.of(context, turn.ids) == turn.key:
+                    confirmed.append(dataclasses.replace(turn, context=context))
+            self._put(namespace, tenant, confirmed)
+
+    def note_absent(self, key: ChunkKey) -> None:
+        """Forget a turn soon: its record was looked for, and is neither in memory nor below."""
+        with self._lock:
+            self._absent.add(key)
 
     def drop(self, namespace: str, *, tenant: str = "") -> None:
         """Forget a conversation, and evict its records."""
-        for turn in self._spaces.get(tenant, namespace) or ():
-            self._store.evict(turn.key)
-        self._spaces.pop(tenant, namespace)
+        with self._lock:
+            for turn in self._spaces.get(tenant, namespace) or ():
+                self._store.evict(turn.key)
+            self._spaces.pop(tenant, namespace)
 
-    def _alive(self, namespace: str, tenant: str) -> list[StoredTurn]:
-        alive: list[StoredTurn] = []
-        numbers = {0}
-        for turn in self._spaces.get(tenant, namespace) or ():
-            if turn.parent in numbers and self._store.state(turn.key) is ChunkState.READY:
-                alive.append(turn)
-                numbers.add(turn.number)
-        if alive:
-            self._spaces.put(tenant, namespace, alive, _MAX_CONVERSATIONS)
+    def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
+        """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is."""
+        with self._lock:
+            for tenant, namespace, turns in self._spaces.items():
+                left = [turn for turn in turns if not is_gone(turn, tenant)]
+                if len(left) < len(turns):
+                    self._put(namespace, tenant, left)
+
+    def alive(self, namespace: str, tenant: str = "") -> list[StoredTurn]:
+        """Turns of a conversation whose records are in memory, or may be below."""
+        with self._lock:
+            turns = self._spaces.get(tenant, namespace) or []
+            alive: list[StoredTurn] = []
+            numbers = {0}
+            for turn in turns:
+                if not turn.exact and turn.parent not in numbers:
+                    continue  # what it was computed behind can never be loaded again
+                if self._is_there(turn.key):
+                    alive.append(turn)
+                    numbers.add(turn.number)
+            if turns:
+                self._put(namespace, tenant, alive)
+                self._absent -= {turn.key for turn in turns}
+            return alive
+
+    def _put(self, namespace: str, tenant: str, turns: list[StoredTurn]) -> None:
+        if turns:
+            self._spaces.put(tenant, namespace, turns, _MAX_CONVERSATIONS)
         else:
             self._spaces.pop(tenant, namespace)
-        return alive
+
+    def _is_there(self, key: ChunkKey) -> bool:
+        return self._store.can_lease(key) or (self._is_kept_below() and key not in self._absent)
+
+
+def _run_of(turn: StoredTurn, prompt: TokenArray, hashes: dict[int, str]) -> Match | None:
+    """Part of a turn that a prompt goes through behind the very tokens that stood in front of it."""
+    start = turn.start
+    if start >= prompt.size or prompt[start] != turn.ids[0]:
+        return None
+    if start not in hashes:
+        hashes[start] = hash_token_ids(prompt[:start])
+    if hashes[start] != turn.before:
+        return None
+    return Match(start, start + _same_length(prompt[start:], turn.ids), turn.key)
+
+
+def _cut(chain: Chain, end: int) -> Chain:
+    """Part of a chain in front of a position: a turn may have left the one before it early."""
+    return [(turn, m.clipped(m.prompt_start, end)) for turn, m in chain if m.prompt_start < end]
+
+
+def _disjoint(chain: Chain) -> Chain:
+    """Runs in the order of the prompt, each without what an earlier one holds."""
+    found: Chain = []
+    at = 0
+    for turn, match in sorted(chain, key=lambda one: (one[1].prompt_start, -one[1].prompt_end)):
+        if match.prompt_end > at:
+            found.append((turn, match.clipped(at, match.prompt_end)))
+            at = match.prompt_end
+    return found
+
+
+def _tokens(chain: Chain) -> int:
+    return sum(match.num_tokens for _, match in chain)
 
 
 def _branches(turns: list[StoredTurn]) -> Iterator[list[StoredTurn]]:
@@ -240,7 +361,7 @@ def _branches(turns: list[StoredTurn]) -> Iterator[list[StoredTurn]]:
     for last in reversed(turns):
         if last.number not in parents:
             path = [last]
-            while path[0].parent:
+            while path[0].parent in by_number:
                 path.insert(0, by_number[path[0].parent])
             yield path
 

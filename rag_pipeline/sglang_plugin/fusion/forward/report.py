@@ -14,6 +14,7 @@ import numpy as np
 from rag_pipeline.protocol import FUSION_KEY
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+from rag_pipeline.types import Truncated
 
 
 def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
@@ -36,6 +37,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.conversation_tokens = min(turns, report.reused_tokens)
     moved = sum(span.end - span.start for span in state.spans if span.is_turn and span.delta)
     report.moved_tokens = min(moved, report.conversation_tokens)
+    if state.request.truncated[0]:
+        report.truncated = Truncated(*state.request.truncated).to_json()
     if loaded:
         report.policy = state.policy.name
         report.ratio = round(state.planned_ratio, 6)

@@ -71,11 +71,15 @@ class Resolved:
         What will be stored after the forward.
     exact_limit : int or None
         Tokens that may be published as exact; None for all.
+    approximate_from : int or None
+        First position whose KV is not what plain prefill computes; None for none.
+    approximations : tuple
+        What is approximate in what is loaded, the same on every rank; empty for nothing.
     turns_end : int
         Where the KV of earlier turns ends; 0 without.
     turn : int
-        What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the turn
-        that ends there, negative where a cut has moved it.
+        What the conversation memory notes for its ``keep``: of :class:`~.turns.TurnMemory` the number of the fused
+        turn that ends there, 0 for none, negative where a cut has moved it.
     method : AttentionMethod or None
         Says which keys the computed rows read; None for all.
     """
@@ -84,6 +88,8 @@ class Resolved:
     done: bool = False
     captures: list[Capture] = dataclasses.field(default_factory=list)
     exact_limit: int | None = None
+    approximate_from: int | None = None
+    approximations: tuple[object, ...] = ()
     turns_end: int = 0
     turn: int = 0
     method: AttentionMethod | None = None

@@ -135,6 +135,16 @@ class RequestState:
         return self._found.exact_limit
 
     @property
+    def approximate_from(self) -> int | None:
+        """First position whose KV is not what plain prefill computes, recomputed ones among it; None for none."""
+        return self._found.approximate_from
+
+    @property
+    def approximations(self) -> tuple[object, ...]:
+        """What of the loaded KV is approximate, and how, without anything that only this rank or process means."""
+        return self._found.approximations
+
+    @property
     def turns_end(self) -> int:
         """Where the KV of earlier turns ends; 0 without."""
         return self._found.turns_end
@@ -299,12 +309,21 @@ class RequestState:
         self._found.resolved = True
         if self._spans:
             self._found.exact_limit = min(span.start for span in self._spans)
+        # A chunk in its own place is exact as it is loaded, but a policy may shift or recompute it.
+        approximate = [span for span in self._spans if not (span.is_turn and span.is_exact)]
+        if approximate:
+            self._found.approximate_from = min(span.start for span in approximate)
+            self._found.approximations = tuple(
+                (s.start, s.end, s.delta, s.is_behind_passage, s.is_turn, s.lease.record.codec)
+                for s in approximate
+            )
 
     def attend_by(self, method: AttentionMethod | None) -> None:
         """Let a method say which keys the rows read: they are approximate from the first one on."""
         self._found.method = method
         if method is not None:
             self._found.exact_limit = self.radix_len
+            self._found.approximate_from = self.radix_len
 
     def give_up(self, reason: str) -> None:
         """Prefill as usual from here on, and say why."""

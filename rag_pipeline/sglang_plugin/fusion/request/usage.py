@@ -37,6 +37,9 @@ class UsageReport:
         prefix, 1 reused, 2 recomputed, 3 fresh. Empty where nothing was loaded.
     attention : str
         Method that said which keys the computed rows read; not in the report where they read all.
+    truncated : dict
+        ``turns`` and ``tokens`` of the conversation that were cut before the prompt was laid out, as whoever cut them
+        told; not in the report where none were.
     """
 
     prompt_tokens: int = 0
@@ -53,6 +56,7 @@ class UsageReport:
     runs: list[list[int]] = dataclasses.field(default_factory=list)
     attention: str = ""
     moved_tokens: int = 0
+    truncated: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
@@ -61,4 +65,6 @@ class UsageReport:
             del fields["attention"]
         if not self.moved_tokens:
             del fields["moved_tokens"]
+        if not self.truncated:
+            del fields["truncated"]
         return fields

@@ -61,6 +61,10 @@ class FairTable(Generic[K, V]):
         """Entries of all tenants."""
         return [value for row in list(self._rows.values()) for value in list(row.values())]
 
+    def items(self) -> list[tuple[str, K, V]]:
+        """Tenant, key and entry of all."""
+        return [(name, *one) for name, row in list(self._rows.items()) for one in list(row.items())]
+
     def clear(self) -> None:
         """Forget all."""
         self._rows.clear()
