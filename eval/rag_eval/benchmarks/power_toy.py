@@ -37,28 +37,29 @@ _FILLERS, _PASSKEYS = 16, 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PowerToyConfig:
-    """Sizes of a run; the patterns of the default read about as many blocks, none fewer than PowerAttention."""
+    """Sizes of a run: by default the paper's patterns for 128 blocks, 32K tokens in blocks of 256.
 
-    patterns: str = (
-        "power:window=5,streaming:window=8,strided:window=6+stride=16,"
-        "dilated:window=20,longnet:segment=5+levels=5"
-    )
+    The last row of each reads 10 blocks. LongNet's read 24 there and 12.5 on average, of PowerAttention's 8.9: it gets
+    segments with which it reads 10.2 on average.
+    """
+
+    patterns: str = "power,streaming,strided,dilated,longnet:segment=7"
     """Static attention methods that are compared, and ``dense`` where wanted."""
-    blocks: int = 64
+    blocks: int = 128
     """Blocks of a prompt."""
-    block_tokens: int = 2
-    """Tokens of a block."""
+    block_tokens: int = 1
+    """Tokens of a block; more cost time and change nothing in what the patterns reach."""
     layers: int = 4
     """Layers of the model."""
-    width: int = 48
+    width: int = 32
     """Width of the model."""
     heads: int = 2
     """Attention heads."""
-    steps: int = 1500
+    steps: int = 600
     """Steps of training."""
-    batch: int = 32
+    batch: int = 16
     """Prompts of a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     """Highest rate of AdamW; it rises over the first tenth of the steps and falls to zero."""
     seeds: int = 3
     """Models per pattern, each of other weights and data."""
@@ -102,7 +103,7 @@ def reachable(read: Tensor, layers: int) -> Tensor:
     return found.bool()
 
 
-class _Layer(nn.Module):
+class _Layer(nn.Module):  # type: ignore[misc]
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -123,7 +124,7 @@ class _Layer(nn.Module):
         return h + self.mlp(self.before_mlp(h))
 
 
-class ToyModel(nn.Module):
+class ToyModel(nn.Module):  # type: ignore[misc]
     """A causal transformer without position embeddings: what carries the passkey has no place to learn by heart.
 
     Parameters
@@ -189,7 +190,7 @@ def train(config: PowerToyConfig, read: Tensor, seed: int, progress: Progress) -
         wanted = keys[:, None].expand_as(ids)[is_behind]
         loss = cross_entropy(model(ids)[is_behind], wanted)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -198,7 +199,6 @@ def train(config: PowerToyConfig, read: Tensor, seed: int, progress: Progress) -
     return model
 
 
-@torch.inference_mode()
 def accuracy_by_pair(config: PowerToyConfig, model: ToyModel, seed: int) -> Tensor:
     """Share of right answers by block of the asking token and block of the passkey; NaN where there is none.
 
@@ -213,7 +213,8 @@ def accuracy_by_pair(config: PowerToyConfig, model: ToyModel, seed: int) -> Tens
     row = torch.arange(config.blocks * config.block_tokens) // config.block_tokens
     for _ in range(-(-config.tested // config.batch)):
         ids, keys, places = draw_prompts(config, config.batch, random)
-        is_right = model(ids).argmax(-1) == keys[:, None]
+        with torch.inference_mode():
+            is_right = model(ids).argmax(-1) == keys[:, None]
         key = places // config.block_tokens
         for index in range(config.batch):
             right[:, key[index]].index_add_(0, row, is_right[index].float())

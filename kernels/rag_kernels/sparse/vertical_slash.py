@@ -69,13 +69,15 @@ class VerticalSlashAttention(ScoredBlocks):
 def last_rows_mass(rows: RequestRows, count: int) -> Tensor:
     """Attention of the last rows, summed up by key block; ``[Hq, R', K]`` with ``R'`` rows, at most ``count``."""
     q, positions = rows.q[-count:], rows.positions[-count:]
-    group = q.shape[1] // rows.k.shape[1]
-    k = rows.k.repeat_interleave(group, dim=1)
-    logits = torch.einsum("rhd,nhd->hrn", q * rows.scale, k)
-    at = torch.arange(k.shape[0], device=k.device)
-    weights = logits.masked_fill_(at[None, :] > positions[:, None], float("-inf")).softmax(dim=-1)
-    mass = weights.new_zeros(*weights.shape[:2], rows.last + 1)
-    return mass.index_add_(2, at // rows.block, weights)
+    heads, num_keys = q.shape[1], rows.k.shape[0]
+    at = torch.arange(num_keys, device=q.device)
+    hidden = at[None, :] > positions[:, None]
+    mass = q.new_zeros(heads, q.shape[0], rows.last + 1)
+    for head in range(heads):
+        logits = (q[:, head] * rows.scale) @ rows.k[:, head * rows.k.shape[1] // heads].t()
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        mass[head].index_add_(1, at // rows.block, weights)
+    return mass
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:

@@ -78,6 +78,8 @@ class Resolved:
         that ends there, negative where a cut has moved it.
     method : AttentionMethod or None
         Says which keys the computed rows read; None for all.
+    decode_method : AttentionMethod or None
+        Says which keys decoded tokens read, once the prompt is computed; None for all.
     """
 
     resolved: bool = False
@@ -87,3 +89,4 @@ class Resolved:
     turns_end: int = 0
     turn: int = 0
     method: AttentionMethod | None = None
+    decode_method: AttentionMethod | None = None
