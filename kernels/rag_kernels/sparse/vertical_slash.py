@@ -81,5 +81,7 @@ def last_rows_mass(rows: RequestRows, count: int) -> Tensor:
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
+    """The highest scores of each row; of equal ones the first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return chosen.scatter_(-1, scores.topk(min(count, scores.shape[-1]), dim=-1).indices, True)
+    return chosen.scatter_(-1, order, True)

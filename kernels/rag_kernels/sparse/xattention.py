@@ -26,7 +26,7 @@ class XAttentionConfig(ScoredConfig):
     stride: int = 8
     """Tokens of a group: one in so many entries of the attention matrix is looked at."""
     threshold: float = 0.9
-    """Share of the estimated mass that the chosen blocks hold."""
+    """Share of the estimated mass that the chosen blocks hold; 1 keeps every block, whatever is estimated."""
     blocks: int = 0
     """Blocks that a row reads, its own counted; 0 to go by the threshold."""
     sink: int = 1
@@ -70,6 +70,8 @@ class XAttention(ScoredBlocks):
             count = max(self.config.blocks, self.config.sink + 1) - 1
             counts = torch.full((mass.shape[1],), count, device=mass.device)
             return most_scored(mass, is_before, counts)
+        if self.config.threshold == 1:
+            return is_before[None]
         # What a row reads anyway, its own block and the sinks, is of the share: only what is missing is chosen.
         own = torch.arange(rows.first, rows.last + 1, device=mass.device)
         is_given = is_sink[None, :] | (
