@@ -110,8 +110,12 @@ def plan_kept_slots(
 
     Parameters
     ----------
-    forward_batch, req_to_token, padding
+    forward_batch : object
+        SGLang's batch, in decode mode.
+    req_to_token : Tensor
         As for :func:`plan_slots`.
+    padding : float
+        As for :func:`decode_buckets`.
     kept : sequence of Tensor or None
         Per request, int64 positions that its token reads, at least one; None for all.
     """
