@@ -1,4 +1,4 @@
-"""The toy comparison of static patterns, and the order of documents: small runs, and what their numbers mean."""
+"""The toy comparison of static patterns, their cost untrained, and the order of documents: small runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from fp64_oracle import Oracle
 
-from rag_eval.benchmarks import power_order, power_toy
+from rag_eval.benchmarks import power_nll, power_order, power_toy
 from rag_eval.benchmarks.power_toy import PowerToyConfig, ToyModel, draw_prompts, reachable
+from rag_eval.benchmarks.tiny_model import write_tiny_model
 from rag_eval.errors import EvalError
+from rag_kernels import create_attention_method
 
 TINY = PowerToyConfig(
     patterns="power:window=1+sink=0,streaming:window=2+sink=0,dense",
@@ -105,3 +108,75 @@ def test_the_order_benchmark(capsys):
     ):
         with pytest.raises(EvalError, match=message):
             power_order.PowerOrderConfig(**fields)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(smollm2_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-nll")
+    return write_tiny_model(folder, smollm2_path, layers=3, peaked=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "dense"),
+    [
+        ("power:block=8+window=1+sink=0", []),
+        ("power:block=8+window=1+sink=0+dense_layers=1+dense_period=3+dense_offset=1", [1]),
+    ],
+)
+def test_the_loss_is_that_of_the_pattern_written_out(tiny_folder, text, dense):
+    oracle, ids = Oracle(tiny_folder), torch.arange(70) * 37 % 900 + 20
+    rows = torch.arange(70)
+    distance = rows[:, None] // 8 - rows[None] // 8
+    reads = (distance & (distance - 1)) == 0
+
+    want = losses_of(oracle, ids, reads, dense)
+    method = create_attention_method(text)
+    got = power_nll._Masked(str(tiny_folder), 70).loss(ids, method)
+    assert got == pytest.approx(want, abs=1e-4)
+    assert got != pytest.approx(losses_of(oracle, ids, reads, [0, 1, 2]), abs=1e-3)
+
+
+def losses_of(oracle, ids, reads, dense):
+    """Mean loss of the second half, layer by layer through the oracle."""
+    rows = torch.arange(len(ids))
+    keys, values = oracle.empty(len(ids)), oracle.empty(len(ids))
+    weights, layers = dict(oracle.w), oracle.layers
+    h, embedding = None, weights["model.embed_tokens.weight"]
+    try:
+        oracle.layers = 1
+        for layer in range(layers):
+            if h is not None:
+                # One layer at a time: its weights as those of the first, its input as the embedding.
+                oracle.w = {
+                    name.replace(f"layers.{layer}.", "layers.0."): tensor
+                    for name, tensor in weights.items()
+                    if f"layers.{layer}." in name
+                } | {"model.embed_tokens.weight": embedding.clone()}
+                oracle.w["model.embed_tokens.weight"][ids] = h
+            reads_here = None if layer in dense else reads
+            h = oracle.run(ids.tolist(), rows, keys, values, reads=reads_here)
+    finally:
+        oracle.layers, oracle.w = layers, weights
+    half = len(ids) // 2
+    return -sum(
+        float(oracle.log_probs(h[: at + 1])[ids[at + 1]]) for at in range(half, len(ids) - 1)
+    ) / (len(ids) - 1 - half)
+
+
+def test_a_method_that_reads_everything_costs_nothing(tiny_folder, capsys):
+    words = ["--model", str(tiny_folder), "--tokens", "40", "--texts", "2", "--json"]
+    words += ["--methods", "power:block=64,dilated:block=8+window=3"]
+    assert power_nll.main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    whole, gaps = report["methods"].values()
+    assert whole["delta"]["values"] == pytest.approx([0, 0], abs=1e-4)
+    assert (whole["density"], whole["blocks_last_row"]) == (1.0, 1)
+    assert gaps["density"] < 0.6
+    assert abs(gaps["delta"]["median"]) > 1e-3
+    assert "2 texts of 40 tokens" in power_nll.table(report)
+    with pytest.raises(EvalError, match="give methods that are static"):
+        power_nll.PowerNllConfig(methods="block_topk")
+    with pytest.raises(EvalError, match="there are"):
+        power_nll._texts(
+            power_nll.ModelTokenizer.load(tiny_folder), power_nll.PowerNllConfig(texts=10**6)
+        )
