@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rag_kernels import create_attention_method
+from rag_kernels.attention.torch_sdpa import packed_decode_attention
 from rag_pipeline.sglang_plugin.cpu.decode_reads import DECODE_READS_KEY, DecodeReads, find_reads
 from rag_pipeline.sglang_plugin.cpu.slot_plan import plan_kept_slots
 from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import kept_positions
@@ -67,3 +68,35 @@ def test_reads_by_layer():
     assert find_reads(SimpleNamespace(model_specific_states={DECODE_READS_KEY: reads})) is reads
     assert find_reads(SimpleNamespace(model_specific_states={DECODE_READS_KEY: 1})) is None
     assert find_reads(SimpleNamespace(model_specific_states=None)) is None
+
+
+@pytest.mark.parametrize("padding", [1.0, 2.0])
+def test_padded_or_alone_a_token_gets_the_attention_of_its_positions(padding):
+    """What the backend makes of a plan, against softmax over the kept keys alone; unused slots hold NaN."""
+    table = torch.randperm(3 * 64).view(3, 64)
+    kept = (torch.tensor([0, 5, 6, 60]), torch.arange(30), torch.tensor([8, 9, 20]))
+    keys, values = torch.full((2, 192, 2, 16), float("nan"))
+    used = torch.cat(
+        [table[row, positions] for row, positions in zip((2, 1, 0), kept, strict=True)]
+    )
+    keys[used], values[used] = torch.randn(2, used.numel(), 2, 16)
+    requests = SimpleNamespace(
+        req_pool_indices=torch.tensor([2, 1, 0]), seq_lens=torch.tensor([61, 30, 21])
+    )
+    plan = plan_kept_slots(requests, table, kept, padding=padding)
+    q = torch.randn(3, 4, 16)
+    for bucket in plan.buckets:
+        at = torch.arange(bucket.lengths[0])[None] >= torch.tensor(bucket.lengths)[:, None]
+        got = packed_decode_attention(
+            q[bucket.rows],
+            keys[bucket.slots],
+            values[bucket.slots],
+            scale=0.3,
+            mask_BN=torch.zeros(at.shape).masked_fill_(at, float("-inf")),
+        )
+        for row, own in zip(bucket.rows.tolist(), got, strict=True):
+            slots = table[2 - row, kept[row]]
+            k, v = (t[slots].repeat_interleave(2, dim=1) for t in (keys, values))
+            weights = torch.einsum("hd,nhd->hn", q[row] * 0.3, k).softmax(-1)
+            want = torch.einsum("hn,nhd->hd", weights, v)
+            torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,7 @@
-"""Decoding by an attention method: the keys of each token, found before layer 0 and handed to the attention backend."""
+"""Decoding by an attention method: the keys of each token, found before layer 0 and handed to the attention backend.
+
+Tokens that are decoded beside prompts, in one batch (``--enable-mixed-chunk``), read every key: that batch is a prefill.
+"""
 
 from __future__ import annotations
 
