@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
@@ -14,8 +16,9 @@ from rag_kernels.attention.plan import PositionCausalPlan
 class AttentionMethod(ABC):
     """Says which blocks of keys each block of query rows reads; how that is computed is a kernel's business.
 
-    It acts on the prefill of the requests that name it, fused or not; decoding stays dense. What is computed behind a
-    request's exact prefix is approximate then: its caller publishes and stores none of it as exact.
+    It acts on the prefill of the requests that name it, fused or not. Decoding stays dense unless the method acts on
+    it, too. What is computed behind a request's exact prefix is approximate then: its caller publishes and stores none
+    of it as exact.
 
     A prompt may come in several pieces, in one pass each, and one pass may hold requests of several methods. So a
     method keeps nothing between passes: one instance serves all requests that name the same options. It writes neither
@@ -27,12 +30,15 @@ class AttentionMethod(ABC):
         As requests and messages call it: the name in the paper.
     config_type : type
         Frozen dataclass of the options; clients set its fields by name.
+    acts_on_decode : bool
+        Decoded tokens read the blocks of :meth:`decode_blocks`, where the attention backend can gather them.
     config : object
         Options of this instance.
     """
 
     name: ClassVar[str]
     config_type: ClassVar[type[Any]]
+    acts_on_decode: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         """Make the method with its options, whose types were checked."""
@@ -79,3 +85,25 @@ class AttentionMethod(ABC):
             With an entry for each of the method's requests, None for those that read every key. None alone where the
             layer is dense for all of them.
         """
+
+    def reads_all(self, layer: int) -> bool:
+        """Whether every row reads every key in a layer, decoded tokens too; False where that is not known before."""
+        return False
+
+    def decode_blocks(self, position: int) -> Tensor:
+        """Blocks of keys that a decoded token reads, in all layers but those that read all.
+
+        Asked only of methods that act on decoding, once per token, before layer 0: the blocks follow from the
+        position. They are cut by absolute position into ``config.block`` tokens.
+
+        Parameters
+        ----------
+        position : int
+            Of the token, 0 the first of the prompt.
+
+        Returns
+        -------
+        Tensor
+            int64 ``[n]`` on the host, rising, up to the block that holds the position, which is one of them.
+        """
+        raise NotImplementedError(f"attention method {self.name!r} does not act on decoding")

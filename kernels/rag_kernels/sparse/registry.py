@@ -9,7 +9,17 @@ from rag_kernels.sparse.base import AttentionMethod
 ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
     "attention method",
     "rag_pipeline.attention_methods",
-    {"dense": "rag_kernels.sparse.dense:DenseAttention"},
+    {
+        "dense": "rag_kernels.sparse.dense:DenseAttention",
+        "power": "rag_kernels.sparse.power:PowerAttention",
+        "streaming": "rag_kernels.sparse.streaming:StreamingAttention",
+        "strided": "rag_kernels.sparse.strided:StridedAttention",
+        "dilated": "rag_kernels.sparse.dilated:DilatedAttention",
+        "longnet": "rag_kernels.sparse.longnet:LongNetAttention",
+        "vertical_slash": "rag_kernels.sparse.vertical_slash:VerticalSlashAttention",
+        "block_topk": "rag_kernels.sparse.block_topk:BlockTopKAttention",
+        "xattention": "rag_kernels.sparse.xattention:XAttention",
+    },
     base=AttentionMethod,
 )
 """Methods by name. A client names one in its request; each process that reads it must know it."""

@@ -23,7 +23,13 @@ from rag_kernels.attention.torch_sdpa import (
 )
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND, offer_attention_backend
-from rag_pipeline.sglang_plugin.cpu.slot_plan import PADDING_ALLOWED, SlotPlan, plan_slots
+from rag_pipeline.sglang_plugin.cpu.decode_reads import DecodeReads, find_reads
+from rag_pipeline.sglang_plugin.cpu.slot_plan import (
+    PADDING_ALLOWED,
+    SlotPlan,
+    plan_kept_slots,
+    plan_slots,
+)
 
 __all__ = [
     "DECODE",
@@ -94,12 +100,16 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     one request at a time. Here an extend computes its own rows only, slots that follow one another
     are read in place, and decode requests of one length share one call; with
     ``RAG_PIPELINE_CPU_DECODE=fast`` those of similar length do, several times faster and no longer
-    bit for bit like ``torch_native``.
+    bit for bit like ``torch_native``. Tokens of a request whose attention method acts on decoding
+    read the positions that it keeps and no others, in layers without a sliding window.
 
     Grouped-query attention, sliding windows (also with SGLang's separate window pool), any page
     size and any KV dtype are served. Logit caps, encoders, cross-attention, attention sinks, MLA
     and speculative decoding are refused with one line.
     """
+
+    gathers_positions = True
+    """Decode batches may say by :class:`~.decode_reads.DecodeReads` what their tokens read."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
@@ -117,6 +127,10 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._swa_out_cache_loc: torch.Tensor | None = None
         self._plans: list[SlotPlan] = []  # of the whole pool, then of the window pool
         self._fast_decode = decode_is_fast()
+        self._padding = PADDING_ALLOWED if self._fast_decode else 1.0
+        self._batch: Any = None
+        self._reads: DecodeReads | None = None
+        self._kept_plans: dict[tuple[bool, ...], SlotPlan] = {}
 
     # ---- once per forward pass -----------------------------------------------------------------
 
@@ -125,6 +139,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         mode = forward_batch.forward_mode
         self._plans = [SlotPlan()] * 2
         self._swa_out_cache_loc = None
+        self._reads, self._kept_plans = None, {}
         if mode.is_idle():
             return
         if mode.is_target_verify() or mode.is_draft_extend_v2():
@@ -138,8 +153,25 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             forward_batch,
             self.req_to_token_pool.req_to_token,
             [_as_it_is, self._to_window_pool] if self._window_pool else [_as_it_is],
-            padding=PADDING_ALLOWED if self._fast_decode else 1.0,
+            padding=self._padding,
         )
+        if mode.is_decode():
+            self._reads = find_reads(forward_batch)
+            self._batch = None if self._reads is None else forward_batch
+
+    def _kept_plan(self, layer_id: int) -> SlotPlan | None:
+        """Slots of a layer where some tokens read chosen positions; None where all read everything."""
+        if self._reads is None:
+            return None
+        kept = self._reads.of_layer(layer_id)
+        key = tuple(positions is not None for positions in kept)
+        if not any(key):
+            return None
+        if key not in self._kept_plans:
+            self._kept_plans[key] = plan_kept_slots(
+                self._batch, self.req_to_token_pool.req_to_token, kept, padding=self._padding
+            )
+        return self._kept_plans[key]
 
     def _to_window_pool(self, slots: torch.Tensor) -> torch.Tensor:
         flat = self.token_to_kv_pool.translate_loc_from_full_to_swa(slots.reshape(-1))
@@ -169,10 +201,12 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def forward_decode(self, q: torch.Tensor, *call: Any, **more: Any) -> torch.Tensor:
         """Attention of a decode batch; ``q`` is ``[requests, H * D]``, the result ``[requests, H * E]``."""
         at = self._write(*call, **more)
-        window = at.window
+        window, plan = at.window, at.plan
+        if window is None:
+            plan = self._kept_plan(at.layer.layer_id) or plan
         q_BHD = q.reshape(-1, at.layer.tp_q_head_num, at.layer.qk_head_dim)
         out_BHE = q.new_zeros(q_BHD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
-        for bucket in at.plan.buckets:
+        for bucket in plan.buckets:
             longest, shortest = bucket.lengths[0], bucket.lengths[-1]
             # A query at position n - 1 sees keys from n - 1 - window on.
             first = 0 if window is None else max(0, shortest - 1 - window)

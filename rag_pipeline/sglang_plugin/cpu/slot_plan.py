@@ -37,6 +37,11 @@ class SlotPlan:
     spans: list[ExtendSpan] = field(default_factory=list)
     buckets: list[DecodeBucket] = field(default_factory=list)
 
+    @property
+    def keys_read(self) -> int:
+        """Keys that the tokens of a decode batch read, padding apart."""
+        return sum(sum(bucket.lengths) for bucket in self.buckets)
+
 
 def plan_slots(
     forward_batch: Any,
@@ -92,6 +97,44 @@ def plan_slots(
             plan.spans.append(ExtendSpan(start=start, stop=stop, slots=_as_run(own(slots))))
         start = stop
     return plans
+
+
+def plan_kept_slots(
+    forward_batch: Any,
+    req_to_token: torch.Tensor,
+    kept: Sequence[torch.Tensor | None],
+    *,
+    padding: float,
+) -> SlotPlan:
+    """Plan a decode batch some of whose tokens read chosen positions; slots of the whole pool.
+
+    Parameters
+    ----------
+    forward_batch : object
+        SGLang's batch, in decode mode.
+    req_to_token : Tensor
+        As for :func:`plan_slots`.
+    padding : float
+        As for :func:`decode_buckets`.
+    kept : sequence of Tensor or None
+        Per request, int64 positions that its token reads, at least one; None for all.
+    """
+    rows = forward_batch.req_pool_indices.tolist()
+    slots = [
+        (req_to_token[row, :length] if positions is None else req_to_token[row, positions]).long()
+        for row, length, positions in zip(rows, forward_batch.seq_lens.tolist(), kept, strict=True)
+    ]
+    plan = SlotPlan()
+    for group in decode_buckets([own.numel() for own in slots], padding=padding):
+        lengths = [slots[index].numel() for index in group]
+        padded = torch.stack(
+            [
+                torch.cat([slots[index], slots[index][:1].expand(lengths[0] - length)])
+                for index, length in zip(group, lengths, strict=True)
+            ]
+        )
+        plan.buckets.append(DecodeBucket(rows=torch.tensor(group), slots=padded, lengths=lengths))
+    return plan
 
 
 def decode_buckets(lengths: list[int], *, padding: float = PADDING_ALLOWED) -> list[list[int]]:

@@ -18,6 +18,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report
+from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import mark_reads
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
@@ -38,6 +39,10 @@ def after_init_new(
     Only references are kept here; the work is done around the forward, on its stream.
     """
     mode = batch.forward_mode
+    runtime = get_runtime()
+    if mode.is_decode() and runtime is not None:
+        mark_reads(runtime, batch, schedule_batch.reqs, model_runner.attn_backend)
+        return
     if not mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
         return
     if mode.is_split_prefill():  # a call computes some of the layers: nothing is whole behind it

@@ -82,6 +82,8 @@ class Resolved:
         turn that ends there, 0 for none, negative where a cut has moved it.
     method : AttentionMethod or None
         Says which keys the computed rows read; None for all.
+    decode_method : AttentionMethod or None
+        Says which keys decoded tokens read, once the prompt is computed; None for all.
     """
 
     resolved: bool = False
@@ -93,3 +95,4 @@ class Resolved:
     turns_end: int = 0
     turn: int = 0
     method: AttentionMethod | None = None
+    decode_method: AttentionMethod | None = None

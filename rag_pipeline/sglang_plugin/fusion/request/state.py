@@ -206,6 +206,11 @@ class RequestState:
         return self._found.method
 
     @property
+    def decode_method(self) -> AttentionMethod | None:
+        """Attention method of decoded tokens; None before the prompt is computed, and where they read every key."""
+        return self._found.decode_method
+
+    @property
     def is_fused(self) -> bool:
         """Computed by a pass of fusion's own: KV is loaded, or rows do not read every key."""
         return bool(self._spans) or self.method is not None
@@ -360,10 +365,19 @@ class RequestState:
         self.report.recomputed_tokens = 0
         self.note_fallback(reason)
 
+    def decode_densely(self) -> None:
+        """Let decoded tokens read every key from here on."""
+        self._found.decode_method = None
+
     def finish(self) -> None:
-        """End the leases of a computed prompt; the limit of what may be published stays."""
+        """End the leases of a computed prompt; the limit of what may be published stays.
+
+        A method that acts on decoding goes on there.
+        """
         self.retain(())
         self.drop_captures()
+        if self.method is not None and self.method.acts_on_decode:
+            self._found.decode_method = self.method
         self._found.method = None
         self._found.done = True
 

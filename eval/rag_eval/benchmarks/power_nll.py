@@ -1,0 +1,197 @@
+"""What static patterns cost a model that was not trained with them: next-token loss at equal blocks.
+
+``python -m rag_eval.benchmarks.power_nll --json``
+
+The model is run by ``transformers`` with the pattern's mask written out, in fp32: no engine and no kernel of this project
+takes part. The texts are topics of Python's language reference, which every Python brings. The loss is that of the
+second half of each text, where the patterns leave out most; ``delta`` is its difference to dense attention. Patterns
+read about as many blocks, the hybrid's dense layers apart. The paper trains the model with the mask; here nothing is trained, so the
+numbers say what a user gets who turns a pattern on, not what the paper claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.command import Progress, no_progress
+from rag_eval.errors import EvalError
+from rag_kernels import create_attention_method
+from rag_kernels.sparse.static_blocks import StaticBlocks
+from rag_pipeline.models import resolve_llm
+from rag_pipeline.prompts import ModelTokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PowerNllConfig:
+    """Sizes of a run; by default texts of 64 blocks, of which the last row reads 9, with LongNet 12."""
+
+    model: str = "smollm2-135m"
+    """Model; a name, or a folder of weights that transformers reads."""
+    methods: str = (
+        "power:block=32,power:block=32+dense_layers=2,streaming:block=32+window=8,"
+        "strided:block=32+window=5+stride=16,dilated:block=32+window=18,longnet:block=32+segment=4"
+    )
+    """Static attention methods that are compared with dense attention."""
+    tokens: int = 2048
+    """Tokens of a text."""
+    texts: int = 4
+    """Texts."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "texts")
+        require_at_least(self, 4, "tokens")
+        _ = [_static(text) for text in self.names]
+
+    @property
+    def names(self) -> list[str]:
+        """:attr:`methods` one by one."""
+        return self.methods.split(",")
+
+
+def _static(text: str) -> StaticBlocks:
+    try:
+        method = create_attention_method(text)
+    except ValueError as error:
+        raise EvalError(str(error)) from None
+    if not isinstance(method, StaticBlocks):
+        raise EvalError(f"{text!r} chooses by the prompt; give methods that are static")
+    return method
+
+
+def mask_of(method: StaticBlocks, tokens: int) -> Tensor:
+    """What each row reads, causality on top; bool ``[tokens, tokens]``."""
+    block = torch.arange(tokens) // method.config.block
+    return method.allowed(0, int(block[-1]))[block][:, block].tril()
+
+
+class _Masked:
+    """A model whose layers read by a method, as long as there is one."""
+
+    def __init__(self, folder: str, tokens: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self._tokens = tokens
+        self._method: StaticBlocks | None = None
+        self._mask: Tensor | None = None
+        for index, layer in enumerate(self.model.model.layers):
+            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+
+    def _hook(self, index: int) -> Any:
+        def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self._method is None or self._method.reads_all(index):
+                return None
+            assert self._mask is not None
+            return args, kwargs | {"attention_mask": self._mask[None, None]}
+
+        return replace
+
+    def loss(self, ids: Tensor, method: StaticBlocks | None) -> float:
+        """Mean loss of the second half of a text, nats per token."""
+        self._method = method
+        self._mask = None if method is None else mask_of(method, len(ids))
+        half = len(ids) // 2
+        with torch.inference_mode():
+            logits = self.model(ids[None], use_cache=False).logits[0, half:-1]
+        return float(cross_entropy(logits.float(), ids[half + 1 :]))
+
+
+def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, Any]:
+    """Measure every method on every text.
+
+    Returns
+    -------
+    dict
+        ``methods{NAME}`` with ``loss`` and ``delta`` (``median`` and ``values`` by text, ``n``), ``blocks_last_row`` and
+        ``density`` (keys read of those before, in sparse layers), ``dense`` alike, ``config``, ``versions``.
+    """
+    folder = resolve_llm(config.model).path
+    texts = _texts(ModelTokenizer.load(folder), config)
+    masked = _Masked(str(folder), config.tokens)
+    losses: dict[str, list[float]] = {}
+    methods: dict[str, StaticBlocks | None] = {"dense": None}
+    methods |= {name: _static(name) for name in config.names}
+    for number, ids in enumerate(texts, 1):
+        for name, method in methods.items():
+            progress(f"text {number} of {len(texts)}, {name}")
+            losses.setdefault(name, []).append(masked.loss(ids, method))
+    found: dict[str, dict[str, Any]] = {}
+    for name, method in methods.items():
+        deltas = [a - b for a, b in zip(losses[name], losses["dense"], strict=True)]
+        found[name] = {"loss": _spread(losses[name]), "delta": _spread(deltas)}
+        if method is not None:
+            read = mask_of(method, config.tokens)
+            pairs = config.tokens * (config.tokens + 1) // 2
+            found[name] |= {
+                "blocks_last_row": method.decode_blocks(config.tokens - 1).numel(),
+                "density": round(int(read.sum()) / pairs, 4),
+            }
+    return {
+        "benchmark": "power_nll",
+        "dense": found.pop("dense"),
+        "methods": found,
+        "config": dataclasses.asdict(config),
+        "versions": versions_of("python", "torch", "transformers"),
+    }
+
+
+def _texts(tokenizer: ModelTokenizer, config: PowerNllConfig) -> list[Tensor]:
+    """Topics one behind the other in the order of their names, the longest first, cut into texts of one length."""
+    words = sorted(topics.values(), key=lambda text: (-len(text), text))
+    ids: list[int] = []
+    for text in words:
+        ids += tokenizer.encode(text)
+        if len(ids) >= config.texts * config.tokens:
+            break
+    else:
+        raise EvalError(
+            f"texts x tokens is {config.texts * config.tokens}; there are {len(ids)} tokens of text"
+        )
+    return list(torch.tensor(ids[: config.texts * config.tokens]).split(config.tokens))
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    median = float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+    return {
+        "median": round(median, 4),
+        "values": [round(value, 4) for value in values],
+        "n": len(values),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: a line per method."""
+    lines = [f"{'method':<44}{'blocks':>7}{'density':>9}{'loss':>8}{'delta':>8}"]
+    lines.append(f"{'dense':<60}{report['dense']['loss']['median']:>8.3f}")
+    for name, one in report["methods"].items():
+        lines.append(
+            f"{name:<44}{one['blocks_last_row']:>7}{one['density']:>9.3f}"
+            f"{one['loss']['median']:>8.3f}{one['delta']['median']:>+8.3f}"
+        )
+    config = report["config"]
+    lines.append(
+        f"{config['model']}, second half of {config['texts']} texts of {config['tokens']} tokens; nats per token"
+    )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the benchmark from a command line; returns the exit code."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.power_nll", __doc__)
+    return run_benchmark(parser, PowerNllConfig, run, table, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
