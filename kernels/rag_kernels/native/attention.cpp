@@ -1,0 +1,689 @@
+// Attention of rows that lie anywhere in a prompt, causal by absolute position, over a paged pool.
+//
+// A tile is some rows of one request with all query heads that share one key/value head. A tile walks over its keys in
+// steps of STEP keys: it gathers and packs them once, then takes its rows MR at a time: logits, online softmax, and the
+// product with V, all in fp32. Keys behind the last row of such a group, outside its window or in blocks that the mask
+// hides from it cost nothing. Tiles of all requests and heads stand in one queue, the most expensive first.
+//
+// Products of bf16 queries and keys use AVX512-BF16 where the compiler targets it (exact products, sums in fp32; the
+// weights of V are rounded to bf16, as torch's fused attention does); all else is computed in fp32 with the vector
+// extensions of GCC and Clang. A row's result depends neither on the rows beside it nor on the number of threads.
+//
+// Threads are those of OpenMP, whose symbols are torch's own library in a process that has torch: one team, one count.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, NV = 4, MR = 6;
+#elif defined(__AVX__)
+constexpr int LANES = 8, NV = 2, MR = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, NV = 4, MR = 6;
+#else
+constexpr int LANES = 4, NV = 2, MR = 4;
+#endif
+constexpr int PANEL = NV * LANES;  // columns that one call of the inner loop computes
+constexpr int STEP = 256;          // keys of a step; a multiple of every PANEL
+constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef float vfu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t word __attribute__((may_alias));  // one fp32, or a pair of bf16
+
+inline vf load(const void* p) { return *static_cast<const vfu*>(p); }
+inline void store(void* p, vf x) { *static_cast<vfu*>(p) = x; }
+inline vf all(float x) { return vf{} + x; }
+inline int up(int n, int step) { return (n + step - 1) / step * step; }
+
+// -- types of the pool and of the queries -----------------------------------------------------------
+
+inline float from_bits(uint32_t x) { float f; std::memcpy(&f, &x, 4); return f; }
+inline uint32_t to_bits(float f) { uint32_t x; std::memcpy(&x, &f, 4); return x; }
+
+struct Float {
+    typedef float type;
+    static float get(type x) { return x; }
+    static type put(float x) { return x; }
+};
+
+struct BFloat {
+    typedef uint16_t type;
+    static float get(type x) { return from_bits(uint32_t(x) << 16); }
+    static type put(float f) {
+        const uint32_t x = to_bits(f);
+        return f != f ? type(0x7fc0) : type((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+    }
+};
+
+struct Half {
+    typedef uint16_t type;
+    static float get(type h) {
+        const uint32_t rest = uint32_t(h & 0x7fff) << 13;
+        const uint32_t bits = rest >= (31u << 23) ? rest | 0x7f800000u  // infinity, NaN
+                                                  : to_bits(from_bits(rest) * 0x1p112f);
+        return from_bits(bits | uint32_t(h & 0x8000) << 16);
+    }
+    static type put(float f) {
+        const uint32_t sign = (to_bits(f) >> 16) & 0x8000;
+        const float a = std::fabs(f);
+        if (a != a) return type(sign | 0x7e00);
+        if (a >= 65520.0f) return type(sign | 0x7c00);
+        if (a < 0x1p-14f) return type(sign | uint32_t(std::nearbyint(a * 0x1p24f)));
+        const uint32_t x = to_bits(a);
+        return type(sign | ((x + 0xfff + ((x >> 13) & 1) - (112u << 23)) >> 13));
+    }
+};
+
+// -- arithmetic: every operand is words, PAIR numbers in each ----------------------------------------
+
+struct InFloat {
+    static constexpr int PAIR = 1;
+    static vf madd(vf sum, const word* a, vf b) { return sum + from_bits(*a) * b; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_BF16 1
+struct InBFloat {
+    static constexpr int PAIR = 2;
+    static vf madd(vf sum, const word* a, vf b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)b);
+    }
+};
+#endif
+
+// C[R, N vectors] = or += A[R, steps] * B[steps, PANEL]
+template <class T, int R, int N>
+void product(const word* a, long lda, const word* b, long steps, float* c, long ldc, bool adds) {
+    vf sum[R][N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) sum[r][n] = adds ? load(c + r * ldc + n * LANES) : vf{};
+    for (long s = 0; s < steps; s++) {
+        vf right[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) right[n] = load(b + s * PANEL + n * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) sum[r][n] = T::madd(sum[r][n], a + r * lda + s, right[n]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) store(c + r * ldc + n * LANES, sum[r][n]);
+}
+
+typedef void (*Product)(const word*, long, const word*, long, float*, long, bool);
+
+template <class T, int R, int... N>
+Product product_of_width(int vectors, std::integer_sequence<int, N...>) {
+    static const Product known[] = {product<T, R, N + 1>...};
+    return known[vectors - 1];
+}
+
+template <class T, int... R>
+Product product_of(int rows, int vectors, std::integer_sequence<int, R...>) {
+    typedef Product (*Choose)(int, std::make_integer_sequence<int, NV>);
+    static const Choose known[] = {product_of_width<T, R + 1>...};
+    return known[rows - 1](vectors, {});
+}
+
+template <class T>
+inline Product product_for(int rows, int vectors) {
+    return product_of<T>(rows, vectors, std::make_integer_sequence<int, MR>{});
+}
+
+// 2^x for x <= 0; 0 below the smallest normal number.
+inline vf exp2_of(vf x) {
+#if defined(__AVX512F__)
+    const vf floor = all(-151.0f);
+    x = (vf)_mm512_max_ps((__m512)x, (__m512)floor);
+    const vf whole = (vf)_mm512_roundscale_ps((__m512)x, 8);
+#else
+    const vf floor = all(-126.0f);
+    const vi is_zero = x < floor;
+    x = is_zero ? floor : x;
+    const vf magic = all(12582912.0f);  // rounds to whole numbers
+    const vf whole = (x + magic) - magic;
+#endif
+    const vf f = x - whole;
+    vf y = all(1.33977761e-3f);
+    y = y * f + 9.67770915e-3f;
+    y = y * f + 5.55027016e-2f;
+    y = y * f + 2.40222458e-1f;
+    y = y * f + 6.93147187e-1f;
+    y = y * f + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+    const vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
+    vf scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    const vf result = y * scale;
+    return is_zero ? vf{} : result;
+#endif
+}
+
+inline vf max_of(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline float max_across(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float m = x[0];
+    for (int i = 1; i < LANES; i++) m = std::max(m, float(x[i]));
+    return m;
+#endif
+}
+
+inline float sum_across(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float s = x[0];
+    for (int i = 1; i < LANES; i++) s += x[i];
+    return s;
+#endif
+}
+
+// -- packing ---------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+// 16 rows of 16 words each, to 16 rows of a panel
+inline void transpose16(const word* const* from, long offset, word* to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i] + offset);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + (i)*PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+#endif
+
+// LANES keys as columns of a panel; rows of `words` words, `padded` of them readable.
+inline void put_columns(const word* const* rows, int words, int padded, word* to) {
+#if defined(__AVX512F__)
+    for (int w = 0; w < padded; w += 16) transpose16(rows, w, to + long(w) * PANEL);
+#else
+    for (int w = 0; w < words; w++)
+        for (int i = 0; i < LANES; i++) to[long(w) * PANEL + i] = rows[i][w];
+#endif
+}
+
+// A row of numbers as words of T, zeros behind it.
+template <class T, class E>
+inline void put_row(const typename E::type* from, int dim, word* to, int padded) {
+    if constexpr (T::PAIR == 2) {
+        std::memcpy(to, from, size_t(dim) * 2);
+        if (padded * 2 > dim) std::memset(reinterpret_cast<char*>(to) + dim * 2, 0, size_t(padded) * 4 - dim * 2);
+    } else {
+        float* out = reinterpret_cast<float*>(to);
+        for (int i = 0; i < dim; i++) out[i] = E::get(from[i]);
+        for (int i = dim; i < padded; i++) out[i] = 0.0f;
+    }
+}
+
+// -- what the caller hands over; the same fields stand in library.py -----------------------------------
+
+enum { FLOAT = 0, BFLOAT = 1, HALF = 2 };
+
+}  // namespace
+
+extern "C" {
+
+struct RagRequest {
+    int64_t row_lo, row_hi;     // sorted rows
+    const int64_t* slots;       // of every position
+    const uint8_t* allowed;     // [mask_heads, mask_rows, mask_cols], or null
+    int64_t mask_heads, mask_rows, mask_cols, query_block, key_block, first_query_block;
+};
+
+struct RagCall {
+    const void *q, *k, *v;
+    void* out;                  // [rows, q_heads, dim], type of q; or mass, see rag_mass
+    const int64_t* order;       // query row of each sorted row, or null
+    const int32_t* positions;   // of the sorted rows
+    const RagRequest* requests;
+    int64_t num_requests, q_row, q_head, k_slot, k_head, v_slot, v_head;  // strides in numbers
+    int64_t q_heads, kv_heads, dim, q_type, kv_type, window, threads;     // window 0: none
+    float scale, cap;           // cap 0: none
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Tile {
+    int request, head, lo, hi;
+    int64_t cost;
+};
+
+template <class F>
+void in_parallel(int threads, F work) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        work();
+        return;
+    }
+#endif
+    work();
+}
+
+struct Memory {
+    void* at = nullptr;
+    size_t size = 0;
+    ~Memory() { std::free(at); }
+    template <class X>
+    X* get(size_t count) {
+        const size_t bytes = (count * sizeof(X) + 4095) / 4096 * 4096;
+        if (bytes > size) {
+            std::free(at);
+            at = std::aligned_alloc(4096, bytes);
+            size = at == nullptr ? 0 : bytes;
+        }
+        return static_cast<X*>(at);
+    }
+};
+
+struct Scratch {
+    Memory q, k, v, sums, rows;
+};
+
+// Cut rows into tiles: about `most` rows times heads each, never across a query block of a mask once it is worth it.
+std::vector<Tile> cut(const RagCall& c, int group) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < c.num_requests; i++) rows += c.requests[i].row_hi - c.requests[i].row_lo;
+    // Large tiles pack keys for more rows; small ones keep all threads busy to the end.
+    const int64_t share = rows * group * c.kv_heads / (4 * c.threads);
+    const int most = int(std::clamp<int64_t>(share, 24, 144));
+    const int tile_rows = std::max(1, up(std::max(1, most / group), MR));
+    std::vector<Tile> tiles;
+    for (int64_t i = 0; i < c.num_requests; i++) {
+        const RagRequest& r = c.requests[i];
+        for (int64_t lo = r.row_lo; lo < r.row_hi;) {
+            int64_t hi = std::min<int64_t>(lo + tile_rows, r.row_hi);
+            if (r.allowed != nullptr) {
+                const int64_t block = c.positions[lo] / r.query_block;
+                for (int64_t at = lo + 1; at < hi; at++)
+                    if (c.positions[at] / r.query_block != block && (at - lo) * group >= 24) hi = at;
+            }
+            int64_t cost = 0;
+            for (int64_t at = lo; at < hi; at++) cost += c.positions[at] + 1;
+            for (int64_t h = 0; h < c.kv_heads; h++) tiles.push_back({int(i), int(h), int(lo), int(hi), cost});
+            lo = hi;
+        }
+    }
+    std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
+    return tiles;
+}
+
+// Keys of one step: positions in order, and where their slots are.
+struct Keys {
+    int count = 0;
+    bool is_run = true;         // positions follow one another
+    int32_t at[STEP];
+    int upper(int32_t p) const {  // keys at positions <= p
+        if (count == 0 || p < at[0]) return 0;
+        if (is_run) return std::min<int64_t>(int64_t(p) - at[0] + 1, count);
+        return int(std::upper_bound(at, at + count, p) - at);
+    }
+};
+
+template <class T, class E, class Q>
+struct Worker {
+    const RagCall& c;
+    Scratch& s;
+    const int group, dim, words, padded_words, padded_dim, panels;
+    word *kp, *vp;
+
+    Worker(const RagCall& call, Scratch& scratch)
+        : c(call), s(scratch), group(int(call.q_heads / call.kv_heads)), dim(int(call.dim)),
+          words(dim / T::PAIR), padded_words(up(words, 16)), padded_dim(up(dim, LANES)),
+          panels((padded_dim + PANEL - 1) / PANEL) {
+        kp = s.k.get<word>(size_t(padded_words) * STEP);
+        vp = s.v.get<word>(size_t(panels) * PANEL * (STEP / T::PAIR));
+    }
+
+    void pack_keys(const Keys& keys, const RagRequest& r, int head) {
+        typedef typename E::type type;
+        const type* pool = static_cast<const type*>(c.k) + head * c.k_head;
+        word spare[LANES][256 + 16];
+        const bool in_place = (T::PAIR == 2 || std::is_same<E, Float>::value) && words == padded_words;
+        for (int from = 0; from < keys.count; from += LANES) {
+            const word* rows[LANES];
+            for (int i = 0; i < LANES; i++) {
+                if (from + i >= keys.count) {
+                    std::memset(spare[i], 0, size_t(padded_words) * 4);
+                    rows[i] = spare[i];
+                    continue;
+                }
+                const type* key = pool + r.slots[keys.at[from + i]] * c.k_slot;
+                if (in_place) {
+                    rows[i] = reinterpret_cast<const word*>(key);
+                } else {
+                    put_row<T, E>(key, dim, spare[i], padded_words);
+                    rows[i] = spare[i];
+                }
+            }
+            put_columns(rows, words, padded_words,
+                        kp + long(from / PANEL) * padded_words * PANEL + from % PANEL);
+        }
+    }
+
+    void pack_values(const Keys& keys, const RagRequest& r, int head) {
+        typedef typename E::type type;
+        const type* pool = static_cast<const type*>(c.v) + head * c.v_head;
+        const long panel_words = long(STEP / T::PAIR) * PANEL;
+        for (int from = 0; from < keys.count; from += T::PAIR) {
+            const type* one = pool + r.slots[keys.at[from]] * c.v_slot;
+            const type* two =
+                from + 1 < keys.count ? pool + r.slots[keys.at[from + 1]] * c.v_slot : nullptr;
+            for (int p = 0; p < panels; p++) {
+                word* to = vp + p * panel_words + long(from / T::PAIR) * PANEL;
+                const int lo = p * PANEL, n = std::min(dim - lo, PANEL);
+                if constexpr (T::PAIR == 2) {
+                    if (two != nullptr)
+                        for (int i = 0; i < n; i++) to[i] = uint32_t(one[lo + i]) | uint32_t(two[lo + i]) << 16;
+                    else
+                        for (int i = 0; i < n; i++) to[i] = uint32_t(one[lo + i]);
+                } else {
+                    for (int i = 0; i < n; i++) to[i] = to_bits(E::get(one[lo + i]));
+                }
+                for (int i = n; i < PANEL; i++) to[i] = 0;
+            }
+        }
+        // A pair or a vector of weights may reach behind the last key; its weights are 0, and so are the values.
+        for (int at = (keys.count + T::PAIR - 1) / T::PAIR; at < up(keys.count, LANES) / T::PAIR; at++)
+            for (int p = 0; p < panels; p++)
+                std::memset(vp + p * panel_words + long(at) * PANEL, 0, PANEL * 4);
+    }
+
+    // The mask's row for a row of the tile, of query head `h` of the group
+    const uint8_t* mask_row(const RagRequest& r, int kv_head, int h, int32_t position) const {
+        const int64_t head = r.mask_heads == 1 ? 0 : r.mask_heads == c.kv_heads ? kv_head : kv_head * group + h;
+        return r.allowed + (head * r.mask_rows + position / r.query_block - r.first_query_block) * r.mask_cols;
+    }
+
+    // Blocks of keys that some row of the tile reads
+    void blocks_of(const Tile& t, const RagRequest& r, std::vector<uint8_t>& read) const {
+        const int64_t last = c.positions[t.hi - 1] / r.key_block;
+        read.assign(size_t(last) + 1, 0);
+        const int heads = r.mask_heads == c.q_heads && r.mask_heads != c.kv_heads ? group : 1;
+        for (int row = t.lo; row < t.hi; row++) {
+            const int32_t p = c.positions[row];
+            const int64_t own = p / r.key_block;
+            read[size_t(own)] = 1;
+            const bool is_new = row == t.lo || p / r.query_block != c.positions[row - 1] / r.query_block;
+            if (!is_new && own == c.positions[row - 1] / r.key_block) continue;
+            for (int h = 0; h < heads; h++) {
+                const uint8_t* allowed = mask_row(r, t.head, h, p);
+                for (int64_t b = 0; b < own; b++) read[size_t(b)] |= allowed[b];
+            }
+        }
+    }
+
+    // Hide the keys that a mask keeps from a row; returns whether any is left.
+    bool hide(const Keys& keys, const RagRequest& r, const uint8_t* allowed, int64_t own, int lo, int hi,
+              float* logits) const {
+        bool any = false;
+        for (int at = lo; at < hi;) {
+            const int64_t block = keys.at[at] / r.key_block;
+            int stop = at + 1;
+            if (keys.is_run)
+                stop = int(std::min<int64_t>(hi, (block + 1) * r.key_block - keys.at[0]));
+            else
+                while (stop < hi && keys.at[stop] < (block + 1) * r.key_block) stop++;
+            if (block == own || allowed[block])
+                any = true;
+            else if (logits != nullptr)
+                std::fill(logits + at, logits + stop, NEG_INF);
+            at = stop;
+        }
+        return any;
+    }
+
+    void run(const Tile& t) {
+        const RagRequest& r = c.requests[t.request];
+        const int rows = t.hi - t.lo, count = rows * group;  // group row i: head i / rows, row i % rows
+        word* queries = s.q.get<word>(size_t(count) * words);
+        typedef typename Q::type qtype;
+        for (int i = 0; i < count; i++) {
+            const int64_t row = t.lo + i % rows;
+            const int64_t from = c.order == nullptr ? row : c.order[row];
+            const qtype* q = static_cast<const qtype*>(c.q) + from * c.q_row + (t.head * group + i / rows) * c.q_head;
+            put_row<T, Q>(q, dim, queries + long(i) * words, words);
+        }
+        const long ldo = long(panels) * PANEL;
+        float* sums = s.sums.get<float>(size_t(count) * (ldo + 2));
+        float *most = sums + count * ldo, *total = most + count;
+        std::memset(sums, 0, size_t(count) * ldo * 4);
+        std::fill(most, most + count, NEG_INF);
+        std::fill(total, total + count, 0.0f);
+
+        const int32_t last = c.positions[t.hi - 1];
+        const int32_t window = int32_t(c.window);
+        // Steps start at multiples of STEP, so that the sums of a row do not depend on its neighbours.
+        int32_t next = window > 0 ? std::max(0, c.positions[t.lo] - window + 1) / STEP * STEP : 0;
+        std::vector<uint8_t> read;
+        if (r.allowed != nullptr) blocks_of(t, r, read);
+        Keys keys;
+        while (next <= last) {
+            keys.count = 0;
+            keys.is_run = true;
+            while (keys.count < STEP && next <= last) {
+                if (r.allowed != nullptr) {
+                    const int64_t block = next / r.key_block;
+                    const int32_t stop = int32_t(std::min<int64_t>((block + 1) * r.key_block, int64_t(last) + 1));
+                    if (!read[size_t(block)]) {
+                        next = stop;
+                        continue;
+                    }
+                    if (keys.count > 0 && keys.at[keys.count - 1] != next - 1) keys.is_run = false;
+                    while (next < stop && keys.count < STEP) keys.at[keys.count++] = next++;
+                } else {
+                    while (keys.count < STEP && next <= last) keys.at[keys.count++] = next++;
+                }
+            }
+            if (keys.count == 0) break;
+            pack_keys(keys, r, t.head);
+            pack_values(keys, r, t.head);
+            for (int i = 0; i < count; i += MR) step(t, r, keys, queries, sums, most, total, i, std::min(MR, count - i));
+        }
+        finish(t, sums, total, ldo);
+    }
+
+    void step(const Tile& t, const RagRequest& r, const Keys& keys, const word* queries, float* sums, float* most,
+              float* total, int first, int n) {
+        const int rows = t.hi - t.lo;
+        alignas(64) float logits[MR][STEP];
+        alignas(64) word weights[MR][STEP / T::PAIR];
+        const uint8_t* allowed[MR];
+        int32_t own[MR];
+        int from[MR], to[MR], lo = STEP, hi = 0;
+        bool is_read[STEP / PANEL] = {};
+        for (int i = 0; i < n; i++) {
+            const int32_t p = c.positions[t.lo + (first + i) % rows];
+            to[i] = keys.upper(p);
+            from[i] = c.window > 0 ? keys.upper(p - int32_t(c.window)) : 0;
+            allowed[i] = nullptr;
+            if (from[i] >= to[i]) continue;
+            lo = std::min(lo, from[i]);
+            hi = std::max(hi, to[i]);
+            if (r.allowed != nullptr) {
+                allowed[i] = mask_row(r, t.head, (first + i) / rows, p);
+                own[i] = int32_t(p / r.key_block);
+            }
+            for (int panel = from[i] / PANEL; panel * PANEL < to[i]; panel++)
+                is_read[panel] = is_read[panel] || r.allowed == nullptr ||
+                                 hide(keys, r, allowed[i], own[i], std::max(from[i], panel * PANEL),
+                                      std::min(to[i], (panel + 1) * PANEL), nullptr);
+        }
+        if (lo >= hi) return;
+        const int begin = lo / PANEL * PANEL, end = up(hi, LANES);
+        for (int at = begin; at < end; at += PANEL) {
+            if (!is_read[at / PANEL]) continue;
+            product_for<T>(n, std::min(PANEL, end - at) / LANES)(
+                queries + long(first) * words, words, kp + long(at / PANEL) * padded_words * PANEL, words,
+                &logits[0][at], STEP, false);
+        }
+        const long ldo = long(panels) * PANEL;
+        for (int i = 0; i < n; i++) {
+            float* x = logits[i];
+            if (c.cap > 0)
+                for (int at = begin; at < end; at++) x[at] = c.cap * std::tanh(x[at] * c.scale / c.cap);
+            const float unit = (c.cap > 0 ? 1.0f : c.scale) * 1.44269504f;
+            if (allowed[i] != nullptr) hide(keys, r, allowed[i], own[i], from[i], to[i], x);
+            const int a = std::max(begin, std::min(from[i], end)), b = std::max(a, std::min(to[i], end));
+            std::fill(x + begin, x + a, NEG_INF);
+            std::fill(x + b, x + end, NEG_INF);
+            vf peak = all(NEG_INF);
+            for (int at = begin; at < end; at += LANES)
+                if (is_read[at / PANEL]) peak = max_of(peak, load(x + at));
+            const float now = std::max(most[first + i], max_across(peak));
+            word* w = weights[i];
+            if (now == NEG_INF) {  // nothing read so far
+                std::memset(w + begin / T::PAIR, 0, size_t(end - begin) / T::PAIR * 4);
+                continue;
+            }
+            const vf shift = all(now * unit);
+            vf sum = {};
+            for (int at = begin; at < end; at += LANES) {
+                if (!is_read[at / PANEL]) continue;
+                const vf e = exp2_of(load(x + at) * unit - shift);
+                sum += e;
+                put_weights(w, at, e);
+            }
+            if (now > most[first + i]) {
+                const float keep = std::exp2((most[first + i] - now) * unit);  // 0 at first
+                most[first + i] = now;
+                total[first + i] *= keep;
+                float* o = sums + (first + i) * ldo;
+                for (int d = 0; d < padded_dim; d += LANES) store(o + d, load(o + d) * keep);
+            }
+            total[first + i] += sum_across(sum);
+        }
+        for (int at = begin; at < end;) {
+            if (!is_read[at / PANEL]) {
+                at = (at / PANEL + 1) * PANEL;
+                continue;
+            }
+            int stop = at;
+            while (stop < end && is_read[stop / PANEL]) stop = std::min(end, (stop / PANEL + 1) * PANEL);
+            for (int p = 0; p < panels; p++)
+                product_for<T>(n, std::min(PANEL, padded_dim - p * PANEL) / LANES)(
+                    weights[0] + at / T::PAIR, STEP / T::PAIR,
+                    vp + (long(p) * (STEP / T::PAIR) + at / T::PAIR) * PANEL, (stop - at) / T::PAIR,
+                    sums + first * ldo + p * PANEL, ldo, true);
+            at = stop;
+        }
+    }
+
+    static void put_weights(word* w, int at, vf e) {
+#ifdef HAS_BF16
+        if constexpr (T::PAIR == 2) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + at / 2), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+            return;
+        }
+#endif
+        store(w + at, e);
+    }
+
+    void finish(const Tile& t, const float* sums, const float* total, long ldo) const {
+        const int rows = t.hi - t.lo;
+        typedef typename Q::type qtype;
+        for (int i = 0; i < rows * group; i++) {
+            const int64_t row = t.lo + i % rows;
+            const int64_t to = c.order == nullptr ? row : c.order[row];
+            qtype* out = static_cast<qtype*>(c.out) + (to * c.q_heads + t.head * group + i / rows) * dim;
+            const float share = 1.0f / total[i];
+            for (int d = 0; d < dim; d++) out[d] = Q::put(sums[i * ldo + d] * share);
+        }
+    }
+};
+
+template <class T, class E, class Q>
+int attend(const RagCall& c) {
+    const std::vector<Tile> tiles = cut(c, int(c.q_heads / c.kv_heads));
+    std::atomic<size_t> next{0};
+    const int threads = int(std::min<int64_t>(c.threads, int64_t(tiles.size())));
+    in_parallel(threads, [&] {
+        static thread_local Scratch scratch;
+        Worker<T, E, Q> worker(c, scratch);
+        for (size_t i; (i = next.fetch_add(1)) < tiles.size();) worker.run(tiles[i]);
+    });
+    return 0;
+}
+
+template <class E, class Q>
+int attend_as(const RagCall& c) {
+#ifdef HAS_BF16
+    if (std::is_same<E, BFloat>::value && std::is_same<Q, BFloat>::value && c.dim % 2 == 0)
+        return attend<InBFloat, BFloat, BFloat>(c);
+#endif
+    return attend<InFloat, E, Q>(c);
+}
+
+template <class E>
+int attend_of(const RagCall& c) {
+    switch (c.q_type) {
+        case FLOAT: return attend_as<E, Float>(c);
+        case BFLOAT: return attend_as<E, BFloat>(c);
+        case HALF: return attend_as<E, Half>(c);
+    }
+    return 1;
+}
+
+}  // namespace
+
+extern "C" int rag_attend(const RagCall* call) {
+    switch (call->kv_type) {
+        case FLOAT: return attend_of<Float>(*call);
+        case BFLOAT: return attend_of<BFloat>(*call);
+        case HALF: return attend_of<Half>(*call);
+    }
+    return 1;
+}
