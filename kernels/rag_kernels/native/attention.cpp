@@ -333,7 +333,7 @@ struct Scratch {
     Memory q, k, v, sums, rows;
 };
 
-// Cut rows into tiles: about `most` rows times heads each, never across a query block of a mask once it is worth it.
+// Cut rows into tiles for every key/value head.
 std::vector<Tile> cut(const RagCall& c, int group) {
     int64_t rows = 0;
     for (int64_t i = 0; i < c.num_requests; i++) rows += c.requests[i].row_hi - c.requests[i].row_lo;
@@ -347,9 +347,14 @@ std::vector<Tile> cut(const RagCall& c, int group) {
         for (int64_t lo = r.row_lo; lo < r.row_hi;) {
             int64_t hi = std::min<int64_t>(lo + tile_rows, r.row_hi);
             if (r.allowed != nullptr) {
-                const int64_t block = c.positions[lo] / r.query_block;
-                for (int64_t at = lo + 1; at < hi; at++)
-                    if (c.positions[at] / r.query_block != block && (at - lo) * group >= 24) hi = at;
+                // Rows of one query block read the same keys: a block whole, or in equal parts; few rows with the next.
+                int64_t end = lo;
+                do {
+                    const int64_t block = c.positions[end] / r.query_block;
+                    while (end < r.row_hi && c.positions[end] / r.query_block == block) end++;
+                } while (end < r.row_hi && (end - lo) * group < 24);
+                const int64_t parts = std::max<int64_t>(1, (end - lo + tile_rows / 2) / tile_rows);
+                hi = std::min(end, lo + (end - lo + parts - 1) / parts);
             }
             int64_t cost = 0;
             for (int64_t at = lo; at < hi; at++) cost += c.positions[at] + 1;
@@ -366,6 +371,8 @@ struct Keys {
     int count = 0;
     bool is_run = true;         // positions follow one another
     int32_t at[STEP];
+    int num_pieces = 0;         // with a mask: keys of one block each
+    struct { int lo, hi; int64_t block; } pieces[STEP];
     int upper(int32_t p) const {  // keys at positions <= p
         if (count == 0 || p < at[0]) return 0;
         if (is_run) return std::min<int64_t>(int64_t(p) - at[0] + 1, count);
@@ -467,21 +474,16 @@ struct Worker {
     }
 
     // Hide the keys that a mask keeps from a row; returns whether any is left.
-    bool hide(const Keys& keys, const RagRequest& r, const uint8_t* allowed, int64_t own, int lo, int hi,
-              float* logits) const {
+    bool hide(const Keys& keys, const uint8_t* allowed, int64_t own, int lo, int hi, float* logits) const {
         bool any = false;
-        for (int at = lo; at < hi;) {
-            const int64_t block = keys.at[at] / r.key_block;
-            int stop = at + 1;
-            if (keys.is_run)
-                stop = int(std::min<int64_t>(hi, (block + 1) * r.key_block - keys.at[0]));
-            else
-                while (stop < hi && keys.at[stop] < (block + 1) * r.key_block) stop++;
-            if (block == own || allowed[block])
+        for (int i = 0; i < keys.num_pieces; i++) {
+            const auto& piece = keys.pieces[i];
+            const int from = std::max(lo, piece.lo), to = std::min(hi, piece.hi);
+            if (from >= to) continue;
+            if (piece.block == own || allowed[piece.block])
                 any = true;
             else if (logits != nullptr)
-                std::fill(logits + at, logits + stop, NEG_INF);
-            at = stop;
+                std::fill(logits + from, logits + to, NEG_INF);
         }
         return any;
     }
@@ -513,6 +515,7 @@ struct Worker {
         Keys keys;
         while (next <= last) {
             keys.count = 0;
+            keys.num_pieces = 0;
             keys.is_run = true;
             while (keys.count < STEP && next <= last) {
                 if (r.allowed != nullptr) {
@@ -523,7 +526,9 @@ struct Worker {
                         continue;
                     }
                     if (keys.count > 0 && keys.at[keys.count - 1] != next - 1) keys.is_run = false;
+                    const int from = keys.count;
                     while (next < stop && keys.count < STEP) keys.at[keys.count++] = next++;
+                    keys.pieces[keys.num_pieces++] = {from, keys.count, block};
                 } else {
                     while (keys.count < STEP && next <= last) keys.at[keys.count++] = next++;
                 }
@@ -559,7 +564,7 @@ struct Worker {
             }
             for (int panel = from[i] / PANEL; panel * PANEL < to[i]; panel++)
                 is_read[panel] = is_read[panel] || r.allowed == nullptr ||
-                                 hide(keys, r, allowed[i], own[i], std::max(from[i], panel * PANEL),
+                                 hide(keys, allowed[i], own[i], std::max(from[i], panel * PANEL),
                                       std::min(to[i], (panel + 1) * PANEL), nullptr);
         }
         if (lo >= hi) return;
@@ -576,7 +581,7 @@ struct Worker {
             if (c.cap > 0)
                 for (int at = begin; at < end; at++) x[at] = c.cap * std::tanh(x[at] * c.scale / c.cap);
             const float unit = (c.cap > 0 ? 1.0f : c.scale) * 1.44269504f;
-            if (allowed[i] != nullptr) hide(keys, r, allowed[i], own[i], from[i], to[i], x);
+            if (allowed[i] != nullptr) hide(keys, allowed[i], own[i], from[i], to[i], x);
             const int a = std::max(begin, std::min(from[i], end)), b = std::max(a, std::min(to[i], end));
             std::fill(x + begin, x + a, NEG_INF);
             std::fill(x + b, x + end, NEG_INF);
