@@ -13,9 +13,8 @@ from torch import Tensor
 
 from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.plan import PositionCausalPlan
-from rag_kernels.native.library import TYPES, CallStruct, RequestStruct, load_library
+from rag_kernels.native.library import LARGEST_HEAD, TYPES, CallStruct, RequestStruct, load_library
 
-_LARGEST_HEAD = 256
 _NO_WINDOW = 1 << 30
 
 
@@ -38,8 +37,8 @@ class CppKernel(AttentionKernel):
             call.k_pool.dtype,
         } <= set(TYPES):
             return "reads bf16, fp16 and fp32 only"
-        if call.plan.head_dim > _LARGEST_HEAD:
-            return f"heads above {_LARGEST_HEAD}"
+        if call.plan.head_dim > LARGEST_HEAD:
+            return f"heads above {LARGEST_HEAD}"
         if call.k_pool.stride(2) != 1 or call.v_pool.stride(2) != 1:
             return "heads that do not lie in one piece"
         if call.scale <= 0.0:

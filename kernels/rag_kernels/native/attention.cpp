@@ -5,273 +5,11 @@
 // product with V, all in fp32. Keys behind the last row of such a group, outside its window or in blocks that the mask
 // hides from it cost nothing. Tiles of all requests and heads stand in one queue, the most expensive first.
 //
-// Products of bf16 queries and keys use AVX512-BF16 where the compiler targets it (exact products, sums in fp32; the
-// weights of V are rounded to bf16, as torch's fused attention does); all else is computed in fp32 with the vector
-// extensions of GCC and Clang. A row's result depends neither on the rows beside it nor on the number of threads.
-//
-// Threads are those of OpenMP, whose symbols are torch's own library in a process that has torch: one team, one count.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <utility>
-#include <vector>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+// With bf16 the weights of V are rounded to bf16, as torch's fused attention does. A row's result depends neither on the
+// rows beside it nor on the number of threads.
+#include "product.h"
 
-namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, NV = 4, MR = 6;
-#elif defined(__AVX__)
-constexpr int LANES = 8, NV = 2, MR = 6;
-#elif defined(__aarch64__)
-constexpr int LANES = 4, NV = 4, MR = 6;
-#else
-constexpr int LANES = 4, NV = 2, MR = 4;
-#endif
-constexpr int PANEL = NV * LANES;  // columns that one call of the inner loop computes
-constexpr int STEP = 256;          // keys of a step; a multiple of every PANEL
-constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
-
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4)));
-typedef float vfu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t word __attribute__((may_alias));  // one fp32, or a pair of bf16
-
-inline vf load(const void* p) { return *static_cast<const vfu*>(p); }
-inline void store(void* p, vf x) { *static_cast<vfu*>(p) = x; }
-inline vf all(float x) { return vf{} + x; }
-inline int up(int n, int step) { return (n + step - 1) / step * step; }
-
-// -- types of the pool and of the queries -----------------------------------------------------------
-
-inline float from_bits(uint32_t x) { float f; std::memcpy(&f, &x, 4); return f; }
-inline uint32_t to_bits(float f) { uint32_t x; std::memcpy(&x, &f, 4); return x; }
-
-struct Float {
-    typedef float type;
-    static float get(type x) { return x; }
-    static type put(float x) { return x; }
-};
-
-struct BFloat {
-    typedef uint16_t type;
-    static float get(type x) { return from_bits(uint32_t(x) << 16); }
-    static type put(float f) {
-        const uint32_t x = to_bits(f);
-        return f != f ? type(0x7fc0) : type((x + 0x7fff + ((x >> 16) & 1)) >> 16);
-    }
-};
-
-struct Half {
-    typedef uint16_t type;
-    static float get(type h) {
-        const uint32_t rest = uint32_t(h & 0x7fff) << 13;
-        const uint32_t bits = rest >= (31u << 23) ? rest | 0x7f800000u  // infinity, NaN
-                                                  : to_bits(from_bits(rest) * 0x1p112f);
-        return from_bits(bits | uint32_t(h & 0x8000) << 16);
-    }
-    static type put(float f) {
-        const uint32_t sign = (to_bits(f) >> 16) & 0x8000;
-        const float a = std::fabs(f);
-        if (a != a) return type(sign | 0x7e00);
-        if (a >= 65520.0f) return type(sign | 0x7c00);
-        if (a < 0x1p-14f) return type(sign | uint32_t(std::nearbyint(a * 0x1p24f)));
-        const uint32_t x = to_bits(a);
-        return type(sign | ((x + 0xfff + ((x >> 13) & 1) - (112u << 23)) >> 13));
-    }
-};
-
-// -- arithmetic: every operand is words, PAIR numbers in each ----------------------------------------
-
-struct InFloat {
-    static constexpr int PAIR = 1;
-    static vf madd(vf sum, const word* a, vf b) { return sum + from_bits(*a) * b; }
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAS_BF16 1
-struct InBFloat {
-    static constexpr int PAIR = 2;
-    static vf madd(vf sum, const word* a, vf b) {
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)b);
-    }
-};
-#endif
-
-// C[R, N vectors] = or += A[R, steps] * B[steps, PANEL]
-template <class T, int R, int N>
-void product(const word* a, long lda, const word* b, long steps, float* c, long ldc, bool adds) {
-    vf sum[R][N];
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) sum[r][n] = adds ? load(c + r * ldc + n * LANES) : vf{};
-    for (long s = 0; s < steps; s++) {
-        vf right[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) right[n] = load(b + s * PANEL + n * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int n = 0; n < N; n++) sum[r][n] = T::madd(sum[r][n], a + r * lda + s, right[n]);
-    }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) store(c + r * ldc + n * LANES, sum[r][n]);
-}
-
-typedef void (*Product)(const word*, long, const word*, long, float*, long, bool);
-
-template <class T, int R, int... N>
-Product product_of_width(int vectors, std::integer_sequence<int, N...>) {
-    static const Product known[] = {product<T, R, N + 1>...};
-    return known[vectors - 1];
-}
-
-template <class T, int... R>
-Product product_of(int rows, int vectors, std::integer_sequence<int, R...>) {
-    typedef Product (*Choose)(int, std::make_integer_sequence<int, NV>);
-    static const Choose known[] = {product_of_width<T, R + 1>...};
-    return known[rows - 1](vectors, {});
-}
-
-template <class T>
-inline Product product_for(int rows, int vectors) {
-    return product_of<T>(rows, vectors, std::make_integer_sequence<int, MR>{});
-}
-
-// 2^x for x <= 0; 0 below the smallest normal number.
-inline vf exp2_of(vf x) {
-#if defined(__AVX512F__)
-    const vf floor = all(-151.0f);
-    x = (vf)_mm512_max_ps((__m512)x, (__m512)floor);
-    const vf whole = (vf)_mm512_roundscale_ps((__m512)x, 8);
-#else
-    const vf floor = all(-126.0f);
-    const vi is_zero = x < floor;
-    x = is_zero ? floor : x;
-    const vf magic = all(12582912.0f);  // rounds to whole numbers
-    const vf whole = (x + magic) - magic;
-#endif
-    const vf f = x - whole;
-    vf y = all(1.33977761e-3f);
-    y = y * f + 9.67770915e-3f;
-    y = y * f + 5.55027016e-2f;
-    y = y * f + 2.40222458e-1f;
-    y = y * f + 6.93147187e-1f;
-    y = y * f + 1.0f;
-#if defined(__AVX512F__)
-    return (vf)_mm512_scalef_ps((__m512)y, (__m512)whole);
-#else
-    const vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
-    vf scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    const vf result = y * scale;
-    return is_zero ? vf{} : result;
-#endif
-}
-
-inline vf max_of(vf a, vf b) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-inline float max_across(vf x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float m = x[0];
-    for (int i = 1; i < LANES; i++) m = std::max(m, float(x[i]));
-    return m;
-#endif
-}
-
-inline float sum_across(vf x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float s = x[0];
-    for (int i = 1; i < LANES; i++) s += x[i];
-    return s;
-#endif
-}
-
-// -- packing ---------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-// 16 rows of 16 words each, to 16 rows of a panel
-inline void transpose16(const word* const* from, long offset, word* to) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i] + offset);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + (i)*PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * PANEL, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(to + (i + 4) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(to + (i + 12) * PANEL, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-}
-#endif
-
-// LANES keys as columns of a panel; rows of `words` words, `padded` of them readable.
-inline void put_columns(const word* const* rows, int words, int padded, word* to) {
-#if defined(__AVX512F__)
-    for (int w = 0; w < padded; w += 16) transpose16(rows, w, to + long(w) * PANEL);
-#else
-    for (int w = 0; w < words; w++)
-        for (int i = 0; i < LANES; i++) to[long(w) * PANEL + i] = rows[i][w];
-#endif
-}
-
-// A row of numbers as words of T, zeros behind it.
-template <class T, class E>
-inline void put_row(const typename E::type* from, int dim, word* to, int padded) {
-    if constexpr (T::PAIR == 2) {
-        std::memcpy(to, from, size_t(dim) * 2);
-        if (padded * 2 > dim) std::memset(reinterpret_cast<char*>(to) + dim * 2, 0, size_t(padded) * 4 - dim * 2);
-    } else {
-        float* out = reinterpret_cast<float*>(to);
-        for (int i = 0; i < dim; i++) out[i] = E::get(from[i]);
-        for (int i = dim; i < padded; i++) out[i] = 0.0f;
-    }
-}
-
-// -- what the caller hands over; the same fields stand in library.py -----------------------------------
-
-enum { FLOAT = 0, BFLOAT = 1, HALF = 2 };
-
-}  // namespace
-
+// The same fields stand in library.py.
 extern "C" {
 
 struct RagRequest {
@@ -283,7 +21,7 @@ struct RagRequest {
 
 struct RagCall {
     const void *q, *k, *v;
-    void* out;                  // [rows, q_heads, dim], type of q; or mass, see rag_mass
+    void* out;                  // [rows, q_heads, dim], type of q
     const int64_t* order;       // query row of each sorted row, or null
     const int32_t* positions;   // of the sorted rows
     const RagRequest* requests;
@@ -296,41 +34,15 @@ struct RagCall {
 
 namespace {
 
+using namespace rag;
+
 struct Tile {
     int request, head, lo, hi;
     int64_t cost;
 };
 
-template <class F>
-void in_parallel(int threads, F work) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        work();
-        return;
-    }
-#endif
-    work();
-}
-
-struct Memory {
-    void* at = nullptr;
-    size_t size = 0;
-    ~Memory() { std::free(at); }
-    template <class X>
-    X* get(size_t count) {
-        const size_t bytes = (count * sizeof(X) + 4095) / 4096 * 4096;
-        if (bytes > size) {
-            std::free(at);
-            at = std::aligned_alloc(4096, bytes);
-            size = at == nullptr ? 0 : bytes;
-        }
-        return static_cast<X*>(at);
-    }
-};
-
 struct Scratch {
-    Memory q, k, v, sums, rows;
+    Memory q, k, v, sums;
 };
 
 // Cut rows into tiles for every key/value head.

@@ -1,4 +1,4 @@
-"""From the C++ source to a shared library in the user's cache folder; once per source, compiler and kind of CPU."""
+"""From the C++ sources to a shared library in the user's cache folder; once per source, compiler and kind of CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("attention.cpp", "selection.cpp")
+HEADERS = ("numbers.h", "product.h")
 COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-w")
 """Not linked with OpenMP: its symbols are found in the library that torch brought along, so there is one team."""
 _TIMEOUT_S = 300.0
@@ -38,9 +40,8 @@ def built_library(folder: Path | None = None) -> Path:
     """
     compiler = _compiler()
     try:
-        source = SOURCE.read_bytes()
         kept = _own_folder(_cache_folder() if folder is None else folder)
-        path = kept / f"attention-{_key(source, compiler)}.so"
+        path = kept / f"rag_kernels-{_key(compiler)}.so"
         if _is_ours(path):
             return path
         with (kept / "build.lock").open("w") as lock:
@@ -89,10 +90,11 @@ def _refuse_others(path: Path) -> None:
         raise BuildError(f"{path} can be written by others; make it yours alone or remove it")
 
 
-def _key(source: bytes, compiler: str) -> str:
+def _key(compiler: str) -> str:
     """Name for what would be built here: two machines that share a home folder may have different CPUs."""
     version = _run([compiler, "--version"])
-    parts = (source, repr(COMPILE).encode(), version.encode(), _cpu().encode())
+    texts = [(FOLDER / name).read_bytes() for name in (*HEADERS, *SOURCES)]
+    parts = (*texts, repr(COMPILE).encode(), version.encode(), _cpu().encode())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
@@ -101,7 +103,15 @@ def _key(source: bytes, compiler: str) -> str:
 
 def _cpu() -> str:
     """Architecture, model and instruction sets of this machine's CPU: all that ``-march=native`` looks at."""
-    kept = ("model name", "model\t", "cpu family", "flags", "Features", "CPU part", "CPU implementer")
+    kept = (
+        "model name",
+        "model\t",
+        "cpu family",
+        "flags",
+        "Features",
+        "CPU part",
+        "CPU implementer",
+    )
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -112,9 +122,11 @@ def _cpu() -> str:
 
 def _build(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        compiled, linked = Path(scratch) / "attention.o", Path(scratch) / "attention.so"
-        _run([compiler, *COMPILE, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        compiled = [str(Path(scratch) / f"{name}.o") for name in SOURCES]
+        for name, target in zip(SOURCES, compiled, strict=True):
+            _run([compiler, *COMPILE, "-c", str(FOLDER / name), "-o", target])
+        linked = Path(scratch) / "kernels.so"
+        _run([compiler, "-shared", *compiled, "-o", str(linked)])
         linked.chmod(0o700)
         with linked.open("rb") as whole:
             os.fsync(whole.fileno())

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 SWITCH = "RAG_PIPELINE_CPU_KERNELS"
 """Environment variable: ``native`` (default) or ``torch``, which neither builds nor loads the library."""
 
+LARGEST_HEAD = 256
+"""Most dimensions of a head that it takes."""
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of tensors that the library knows, and what it calls them."""
 
@@ -24,16 +27,10 @@ class RequestStruct(ctypes.Structure):
     """``RagRequest`` of the source: rows, slots and mask of one request."""
 
     _fields_ = (
-        ("row_lo", ctypes.c_int64),
-        ("row_hi", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("allowed", ctypes.c_void_p),
-        ("mask_heads", ctypes.c_int64),
-        ("mask_rows", ctypes.c_int64),
-        ("mask_cols", ctypes.c_int64),
-        ("query_block", ctypes.c_int64),
-        ("key_block", ctypes.c_int64),
-        ("first_query_block", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("row_lo", "row_hi")),
+        *((name, ctypes.c_void_p) for name in ("slots", "allowed")),
+        *((name, ctypes.c_int64) for name in ("mask_heads", "mask_rows", "mask_cols")),
+        *((name, ctypes.c_int64) for name in ("query_block", "key_block", "first_query_block")),
     )
 
 
@@ -41,29 +38,41 @@ class CallStruct(ctypes.Structure):
     """``RagCall`` of the source: tensors, their strides in numbers, and what to compute."""
 
     _fields_ = (
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "order", "positions")),
         ("requests", ctypes.c_void_p),
-        ("num_requests", ctypes.c_int64),
-        ("q_row", ctypes.c_int64),
-        ("q_head", ctypes.c_int64),
-        ("k_slot", ctypes.c_int64),
-        ("k_head", ctypes.c_int64),
-        ("v_slot", ctypes.c_int64),
-        ("v_head", ctypes.c_int64),
-        ("q_heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("q_type", ctypes.c_int64),
-        ("kv_type", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_requests", "q_row", "q_head", "k_slot")),
+        *((name, ctypes.c_int64) for name in ("k_head", "v_slot", "v_head", "q_heads")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "dim", "q_type", "kv_type")),
+        *((name, ctypes.c_int64) for name in ("window", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
+    )
+
+
+class MassStruct(ctypes.Structure):
+    """``RagMass`` of the source: a question's rows, and where their mass goes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "out", "positions", "slots")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_len", "tile", "q_row", "q_head")),
+        *((name, ctypes.c_int64) for name in ("k_slot", "k_head", "q_heads", "kv_heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("type", "threads")),
         ("scale", ctypes.c_float),
-        ("cap", ctypes.c_float),
+    )
+
+
+class ShiftStruct(ctypes.Structure):
+    """``RagShift`` of the source: pools, new and old rows, and the plan of a mean shift."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k_pool", "v_pool", "k_new", "v_new")),
+        *((name, ctypes.c_void_p) for name in ("k_old", "v_old", "probe_rows", "probe_slots")),
+        *((name, ctypes.c_void_p) for name in ("probe_ends", "other_slots", "other_ends")),
+        *((name, ctypes.c_void_p) for name in ("weights", "probe_cos", "probe_sin")),
+        *((name, ctypes.c_void_p) for name in ("other_cos", "other_sin")),
+        *((name, ctypes.c_int64) for name in ("chunks", "k_slot", "k_head", "v_slot", "v_head")),
+        *((name, ctypes.c_int64) for name in ("k_new_row", "v_new_row", "k_old_row")),
+        *((name, ctypes.c_int64) for name in ("v_old_row", "heads", "dim", "rotary_dim")),
+        *((name, ctypes.c_int64) for name in ("is_neox", "type", "threads")),
     )
 
 
@@ -85,9 +94,15 @@ def load_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(built_library()))
     except (BuildError, OSError) as error:
         logger.warning(
-            "CPU attention runs on torch's operations, which is slower: %s.", str(error).rstrip(".")
+            "attention on the CPU runs on torch's operations, which is slower: %s.",
+            str(error).rstrip("."),
         )
         return None
-    library.rag_attend.argtypes = (ctypes.POINTER(CallStruct),)
-    library.rag_attend.restype = ctypes.c_int
+    for function, struct in (
+        (library.rag_attend, CallStruct),
+        (library.rag_mass, MassStruct),
+        (library.rag_mean_shift, ShiftStruct),
+    ):
+        function.argtypes = (ctypes.POINTER(struct),)
+        function.restype = ctypes.c_int
     return library
