@@ -115,8 +115,7 @@ def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        lines = [platform.processor()]
-        kept = ("",)
+        return f"{platform.machine()} {platform.processor()}"
     return "\n".join([platform.machine(), *(line for line in lines if line.startswith(kept))])
 
 
