@@ -92,7 +92,7 @@ struct Keys {
     }
 };
 
-template <class T, class E, class Q>
+template <class T, class E>
 struct Worker {
     const RagCall& c;
     Scratch& s;
@@ -204,12 +204,10 @@ struct Worker {
         const RagRequest& r = c.requests[t.request];
         const int rows = t.hi - t.lo, count = rows * group;  // group row i: head i / rows, row i % rows
         word* queries = s.q.get<word>(size_t(count) * words);
-        typedef typename Q::type qtype;
         for (int i = 0; i < count; i++) {
             const int64_t row = t.lo + i % rows;
             const int64_t from = c.order == nullptr ? row : c.order[row];
-            const qtype* q = static_cast<const qtype*>(c.q) + from * c.q_row + (t.head * group + i / rows) * c.q_head;
-            put_row<T, Q>(q, dim, queries + long(i) * words, words);
+            put_query(from * c.q_row + (t.head * group + i / rows) * c.q_head, queries + long(i) * words);
         }
         const long ldo = long(panels) * PANEL;
         float* sums = s.sums.get<float>(size_t(count) * (ldo + 2));
@@ -349,58 +347,64 @@ struct Worker {
         store(w + at, e);
     }
 
+    template <class Q>
+    void put_query_as(int64_t at, word* to) const {
+        put_row<T, Q>(static_cast<const typename Q::type*>(c.q) + at, dim, to, words);
+    }
+
+    void put_query(int64_t at, word* to) const {
+        if constexpr (T::PAIR == 2) {
+            put_query_as<BFloat>(at, to);
+        } else {
+            if (c.q_type == FLOAT) put_query_as<Float>(at, to);
+            if (c.q_type == BFLOAT) put_query_as<BFloat>(at, to);
+            if (c.q_type == HALF) put_query_as<Half>(at, to);
+        }
+    }
+
+    template <class Q>
+    void finish_as(int64_t at, const float* sums, float share) const {
+        typename Q::type* out = static_cast<typename Q::type*>(c.out) + at;
+        for (int d = 0; d < dim; d++) out[d] = Q::put(sums[d] * share);
+    }
+
     void finish(const Tile& t, const float* sums, const float* total, long ldo) const {
         const int rows = t.hi - t.lo;
-        typedef typename Q::type qtype;
         for (int i = 0; i < rows * group; i++) {
             const int64_t row = t.lo + i % rows;
             const int64_t to = c.order == nullptr ? row : c.order[row];
-            qtype* out = static_cast<qtype*>(c.out) + (to * c.q_heads + t.head * group + i / rows) * dim;
-            const float share = 1.0f / total[i];
-            for (int d = 0; d < dim; d++) out[d] = Q::put(sums[i * ldo + d] * share);
+            const int64_t at = (to * c.q_heads + t.head * group + i / rows) * dim;
+            if (c.q_type == FLOAT) finish_as<Float>(at, sums + i * ldo, 1.0f / total[i]);
+            if (c.q_type == BFLOAT) finish_as<BFloat>(at, sums + i * ldo, 1.0f / total[i]);
+            if (c.q_type == HALF) finish_as<Half>(at, sums + i * ldo, 1.0f / total[i]);
         }
     }
 };
 
-template <class T, class E, class Q>
+template <class T, class E>
 int attend(const RagCall& c) {
     const std::vector<Tile> tiles = cut(c, int(c.q_heads / c.kv_heads));
     std::atomic<size_t> next{0};
-    const int threads = int(std::min<int64_t>(c.threads, int64_t(tiles.size())));
-    in_parallel(threads, [&] {
+    in_parallel(int(std::min<int64_t>(c.threads, int64_t(tiles.size()))), [&] {
         static thread_local Scratch scratch;
-        Worker<T, E, Q> worker(c, scratch);
+        Worker<T, E> worker(c, scratch);
         for (size_t i; (i = next.fetch_add(1)) < tiles.size();) worker.run(tiles[i]);
     });
     return 0;
 }
 
-template <class E, class Q>
-int attend_as(const RagCall& c) {
-#ifdef HAS_BF16
-    if (std::is_same<E, BFloat>::value && std::is_same<Q, BFloat>::value && c.dim % 2 == 0)
-        return attend<InBFloat, BFloat, BFloat>(c);
-#endif
-    return attend<InFloat, E, Q>(c);
-}
-
-template <class E>
-int attend_of(const RagCall& c) {
-    switch (c.q_type) {
-        case FLOAT: return attend_as<E, Float>(c);
-        case BFLOAT: return attend_as<E, BFloat>(c);
-        case HALF: return attend_as<E, Half>(c);
-    }
-    return 1;
-}
-
 }  // namespace
 
 extern "C" int rag_attend(const RagCall* call) {
+    if (call->q_type < FLOAT || call->q_type > HALF) return 1;
     switch (call->kv_type) {
-        case FLOAT: return attend_of<Float>(*call);
-        case BFLOAT: return attend_of<BFloat>(*call);
-        case HALF: return attend_of<Half>(*call);
+        case FLOAT: return attend<InFloat, Float>(*call);
+        case HALF: return attend<InFloat, Half>(*call);
+        case BFLOAT:
+#ifdef HAS_BF16
+            if (call->q_type == BFLOAT && call->dim % 2 == 0) return attend<InBFloat, BFloat>(*call);
+#endif
+            return attend<InFloat, BFloat>(*call);
     }
     return 1;
 }
