@@ -195,7 +195,7 @@ def table(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         lines.append(
             f"{case['tokens']} tokens, {case['threads']} thread(s), kernel {case['kernel']}"
-            f"{'':8}wall ms    CPU ms   density   of torch (CPU)   of all rows (CPU)"
+            f"{'':8}wall ms    CPU ms   density   of torch, wall (CPU)   of all rows"
         )
         lines += [
             f"  {name:42}{call['wall_ms_p50']:10.2f}{call['cpu_ms_p50']:10.2f}{call['density']:10.3f}"

@@ -106,41 +106,63 @@ inline void turn(const float* x, const float* cos, const float* sin, int rotary,
     for (int i = rotary; i < dim; i++) out[i] = x[i];
 }
 
+// Mean change of a chunk's keys, at its first position, and of its values: 2 * dim numbers
 template <class E>
-void shift_chunk(const RagShift& c, int64_t chunk, int64_t head) {
+void mean_of(const RagShift& c, int64_t chunk, int64_t head, float* k_sum) {
     typedef typename E::type type;
     const int dim = int(c.dim), rotary = int(c.rotary_dim), half = rotary / 2;
-    type *k_pool = static_cast<type*>(c.k_pool) + head * c.k_head, *v_pool = static_cast<type*>(c.v_pool) + head * c.v_head;
-    float k_sum[256] = {}, v_sum[256] = {}, moved[256], turned[256];
+    const auto at = [&](const void* rows, int64_t row, int64_t stride) {
+        return static_cast<const type*>(rows) + row * stride + head * dim;
+    };
+    const type *k_pool = static_cast<type*>(c.k_pool) + head * c.k_head, *v_pool = static_cast<type*>(c.v_pool) + head * c.v_head;
+    float *v_sum = k_sum + dim, moved[256], turned[256];
+    std::fill(k_sum, k_sum + 2 * dim, 0.0f);
     for (int64_t p = chunk == 0 ? 0 : c.probe_ends[chunk - 1]; p < c.probe_ends[chunk]; p++) {
         const int64_t row = c.probe_rows[p], slot = c.probe_slots[p];
-        const type* k_new = static_cast<const type*>(c.k_new) + row * c.k_new_row + head * dim;
-        const type* v_new = static_cast<const type*>(c.v_new) + row * c.v_new_row + head * dim;
-        const type* k_old = c.k_old == nullptr ? k_pool + slot * c.k_slot
-                                               : static_cast<const type*>(c.k_old) + row * c.k_old_row + head * dim;
-        const type* v_old = c.v_old == nullptr ? v_pool + slot * c.v_slot
-                                               : static_cast<const type*>(c.v_old) + row * c.v_old_row + head * dim;
+        const type *k_new = at(c.k_new, row, c.k_new_row), *v_new = at(c.v_new, row, c.v_new_row);
+        const type* k_old = c.k_old == nullptr ? k_pool + slot * c.k_slot : at(c.k_old, row, c.k_old_row);
+        const type* v_old = c.v_old == nullptr ? v_pool + slot * c.v_slot : at(c.v_old, row, c.v_old_row);
         const float weight = c.weights[p];
         for (int i = 0; i < dim; i++) moved[i] = E::get(k_new[i]) - E::get(k_old[i]);
         turn(moved, c.probe_cos + p * half, c.probe_sin + p * half, rotary, c.is_neox != 0, dim, turned);
         for (int i = 0; i < dim; i++) k_sum[i] += weight * turned[i];
         for (int i = 0; i < dim; i++) v_sum[i] += weight * (E::get(v_new[i]) - E::get(v_old[i]));
     }
-    for (int64_t t = chunk == 0 ? 0 : c.other_ends[chunk - 1]; t < c.other_ends[chunk]; t++) {
-        type *k = k_pool + c.other_slots[t] * c.k_slot, *v = v_pool + c.other_slots[t] * c.v_slot;
-        turn(k_sum, c.other_cos + t * half, c.other_sin + t * half, rotary, c.is_neox != 0, dim, turned);
+}
+
+template <class E>
+void add_to(const RagShift& c, int64_t token, const float* sums) {
+    typedef typename E::type type;
+    const int dim = int(c.dim), half = int(c.rotary_dim) / 2;
+    float turned[256];
+    for (int64_t h = 0; h < c.heads; h++, sums += 2 * dim) {
+        type* k = static_cast<type*>(c.k_pool) + c.other_slots[token] * c.k_slot + h * c.k_head;
+        type* v = static_cast<type*>(c.v_pool) + c.other_slots[token] * c.v_slot + h * c.v_head;
+        turn(sums, c.other_cos + token * half, c.other_sin + token * half, 2 * half, c.is_neox != 0, dim, turned);
         for (int i = 0; i < dim; i++) k[i] = E::put(E::get(k[i]) + turned[i]);
-        for (int i = 0; i < dim; i++) v[i] = E::put(E::get(v[i]) + v_sum[i]);
+        for (int i = 0; i < dim; i++) v[i] = E::put(E::get(v[i]) + sums[dim + i]);
     }
 }
 
 template <class E>
 void shift(const RagShift& c) {
-    const int64_t tasks = c.chunks * c.heads;
+    std::vector<float> sums(size_t(c.chunks * c.heads * 2 * c.dim));
     std::atomic<int64_t> next{0};
-    in_parallel(int(std::min(c.threads, tasks)), [&] {
-        // Heads of a chunk behind each other: they share the lines of a token's angles.
-        for (int64_t i; (i = next.fetch_add(1)) < tasks;) shift_chunk<E>(c, i / c.heads, i % c.heads);
+    in_parallel(int(std::min(c.threads, c.chunks * c.heads)), [&] {
+        for (int64_t i; (i = next.fetch_add(1)) < c.chunks * c.heads;)
+            mean_of<E>(c, i / c.heads, i % c.heads, sums.data() + i * 2 * c.dim);
+    });
+    constexpr int64_t PART = 64;
+    const int64_t tokens = c.other_ends[c.chunks - 1], parts = (tokens + PART - 1) / PART;
+    next = 0;
+    in_parallel(int(std::min(c.threads, parts)), [&] {
+        for (int64_t i; (i = next.fetch_add(1)) < parts;) {
+            int64_t chunk = std::upper_bound(c.other_ends, c.other_ends + c.chunks, i * PART) - c.other_ends;
+            for (int64_t t = i * PART; t < std::min(tokens, (i + 1) * PART); t++) {
+                while (t >= c.other_ends[chunk]) chunk++;
+                add_to<E>(c, t, sums.data() + chunk * c.heads * 2 * c.dim);
+            }
+        }
     });
 }
 
