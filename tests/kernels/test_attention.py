@@ -91,7 +91,7 @@ def test_all_rows_are_ordinary_causal_attention():
     plan = plan_position_causal(
         [torch.arange(257)], slots, num_q_heads=9, num_kv_heads=3, head_dim=64
     )
-    assert plan.kernel == "cpp"
+    assert plan.kernel in ("cpp", "cpu")
     got = position_causal_attention(q, k, v, plan, 0.125)
     want = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
