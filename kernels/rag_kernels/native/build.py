@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "selection.cpp")
@@ -120,6 +123,7 @@ def _cpu() -> str:
 
 
 def _build(compiler: str, path: Path) -> None:
+    logger.info("Building the CPU kernels with %s, once for this machine: %s", compiler, path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
         compiled = [str(Path(scratch) / f"{name}.o") for name in SOURCES]
         for name, target in zip(SOURCES, compiled, strict=True):
