@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rag_kernels.native.selection import native_mass
 from rag_kernels.paged import gather_kv
 
 _BLOCK_ELEMENTS = 8 << 20  # fp32 logits held at once: 32 MiB
@@ -39,6 +40,9 @@ def query_attention_mass(
     mass = torch.zeros(kv_len, dtype=torch.float32, device=q_RNH.device)
     if rows == 0 or kv_len == 0:
         return mass
+    native = native_mass(q_RNH, k_pool, slots[:kv_len], q_pos, scale)
+    if native is not None:
+        return native
     kv_heads = k_pool.shape[1]
     group = q_heads // kv_heads
     keys = gather_kv(k_pool, slots[:kv_len]).transpose(0, 1).float()

@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rag_kernels.native.selection import native_shift
 from rag_kernels.paged import gather_kv, scatter_kv_inplace
 from rag_kernels.rotary import RotarySpec, add_rotated_inplace, rotate
 
@@ -36,14 +38,18 @@ class MeanShiftPlan:
         The model's rotation.
     probe_rows, probe_slots : Tensor
         int64 ``[P]``: rows of the new keys, and slots, of the recomputed tokens of all shifted chunks.
+    probe_ends : Tensor
+        int64 ``[C]`` on the host: where the probes of each of the ``C`` chunks end.
     probe_cos, probe_sin : Tensor
         fp32 ``[P, 1, rotary_dim / 2]``: rotation back to the chunk's first position.
+    weights : Tensor
+        fp32 ``[P]`` on the host: weight of each probe in the shift of its chunk, damping included.
     averaging : Tensor
-        fp32 ``[C, P]``: weight of each probe in the shift of each chunk, damping included.
+        fp32 ``[C, P]``: the same as a matrix.
     other_slots : Tensor
         int64 ``[T]``: slot of every token that is shifted, chunk by chunk.
-    other_ends : tuple of int
-        Where each of the ``C`` chunks ends in ``other_slots``.
+    other_ends : Tensor
+        int64 ``[C]`` on the host: where each chunk ends in ``other_slots``.
     other_cos, other_sin : Tensor
         fp32 ``[T, 1, rotary_dim / 2]``: rotation from the chunk's first position.
     """
@@ -51,11 +57,13 @@ class MeanShiftPlan:
     spec: RotarySpec
     probe_rows: Tensor
     probe_slots: Tensor
+    probe_ends: Tensor
     probe_cos: Tensor
     probe_sin: Tensor
+    weights: Tensor
     averaging: Tensor
     other_slots: Tensor
-    other_ends: tuple[int, ...]
+    other_ends: Tensor
     other_cos: Tensor
     other_sin: Tensor
 
@@ -78,7 +86,7 @@ def plan_mean_shift(
     Parameters
     ----------
     chunks : sequence of (int, int)
-        Half-open ranges of positions, one per chunk, of reused tokens.
+        Half-open ranges of positions, one per chunk, of reused tokens; no two share one.
     row_positions : Tensor
         Integer ``[R]`` on the host: positions of the request's computed rows, in the order of the layer's new
         keys. Rows outside the chunks are ignored.
@@ -101,47 +109,50 @@ def plan_mean_shift(
             f"mean-shift strength is {strength}; it must be between 0 and 1 (0.4 is usual)."
         )
     device = slots.device
-    rows = row_positions.detach().to("cpu", torch.int64)
-    probe_parts, back_parts, other_parts, forth_parts, weights = [], [], [], [], []
-    for start, end in chunks:
-        inside = ((rows >= start) & (rows < end)).nonzero().flatten()
-        stays = torch.ones(end - start, dtype=torch.bool)
-        stays[rows[inside] - start] = False
-        count = inside.numel()
-        if strength == 0.0 or count < _FEWEST_PROBES or not bool(stays.any()):
-            continue
-        others = stays.nonzero().flatten()
-        probe_parts.append(inside)
-        back_parts.append(start - rows[inside])
-        other_parts.append(others + start)
-        forth_parts.append(others)
-        weights.append(strength / (count + _DAMPING))
-    probe_rows, others = _joined(probe_parts), _joined(other_parts)
-    averaging = torch.zeros(len(weights), probe_rows.numel())
-    other_ends: list[int] = []
-    probe_at = 0
-    for chunk, (probes, stay) in enumerate(zip(probe_parts, other_parts, strict=True)):
-        averaging[chunk, probe_at : probe_at + probes.numel()] = weights[chunk]
-        probe_at += probes.numel()
-        other_ends.append(stay.numel() + (other_ends[-1] if other_ends else 0))
-    back = spec.table(_joined(back_parts), device)
-    forth = spec.table(_joined(forth_parts), device)
+    rows = row_positions.detach().to("cpu", torch.int64).numpy()
+    bounds = np.array(chunks, dtype=np.int64).reshape(-1, 2)
+    lengths = bounds[:, 1] - bounds[:, 0]
+    # Every token of every chunk: its chunk, its place there, its position.
+    chunk = np.repeat(np.arange(len(bounds)), lengths)
+    offset = np.arange(chunk.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = offset + bounds[chunk, 0]
+    num_positions = slots.numel()
+    is_row = np.zeros(num_positions, dtype=bool)
+    is_row[rows] = True
+    owner = np.full(num_positions, -1)
+    owner[position] = chunk
+
+    stays = ~is_row[position]
+    inside = (owner[rows] >= 0).nonzero()[0]
+    counts = np.bincount(owner[rows[inside]], minlength=len(bounds))
+    num_others = np.bincount(chunk[stays], minlength=len(bounds))
+    is_shifted = (counts >= _FEWEST_PROBES) & (num_others > 0) & (strength > 0.0)
+    probes = inside[is_shifted[owner[rows[inside]]]]
+    probes = probes[np.argsort(owner[rows[probes]], kind="stable")]
+    others = (stays & is_shifted[chunk]).nonzero()[0]
+
+    probe_chunk = owner[rows[probes]]
+    weights = (strength / (counts + _DAMPING))[probe_chunk].astype(np.float32)
+    averaging = np.zeros((int(is_shifted.sum()), probes.size), dtype=np.float32)
+    averaging[(np.cumsum(is_shifted) - 1)[probe_chunk], np.arange(probes.size)] = weights
+    # One table of the places in a chunk for all: the rotation back is the same angle, negative.
+    table = spec.table(torch.arange(int(lengths.max(initial=0))), device)
+    back = torch.from_numpy(rows[probes] - bounds[probe_chunk, 0]).to(device)
+    forth = torch.from_numpy(offset[others]).to(device)
     return MeanShiftPlan(
         spec=spec,
-        probe_rows=(probe_rows + first_row).to(device),
-        probe_slots=slots[rows[probe_rows].to(device)].long(),
-        probe_cos=back.cos[:, None, :],
-        probe_sin=back.sin[:, None, :],
-        averaging=averaging.to(device),
-        other_slots=slots[others.to(device)].long(),
-        other_ends=tuple(other_ends),
-        other_cos=forth.cos[:, None, :],
-        other_sin=forth.sin[:, None, :],
+        probe_rows=torch.from_numpy(probes + first_row).to(device),
+        probe_slots=slots[torch.from_numpy(rows[probes]).to(device)].long(),
+        probe_ends=torch.from_numpy(np.cumsum(counts[is_shifted])),
+        probe_cos=table.cos[back, None],
+        probe_sin=-table.sin[back, None],
+        weights=torch.from_numpy(weights),
+        averaging=torch.from_numpy(averaging).to(device),
+        other_slots=slots[torch.from_numpy(position[others]).to(device)].long(),
+        other_ends=torch.from_numpy(np.cumsum(num_others[is_shifted])),
+        other_cos=table.cos[forth, None],
+        other_sin=table.sin[forth, None],
     )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def mean_shift_inplace(
@@ -174,6 +185,8 @@ def mean_shift_inplace(
     """
     if plan.num_shifted == 0:
         return
+    if native_shift(k_pool, v_pool, k_new, v_new, plan, k_old, v_old):
+        return
     heads, dim = k_new.shape[1:]
     chunks = plan.averaging.shape[0]
     old_k = (
@@ -195,7 +208,7 @@ def mean_shift_inplace(
     stays_k = gather_kv(k_pool, plan.other_slots).float()
     stays_v = gather_kv(v_pool, plan.other_slots).float()
     lo = 0
-    for chunk, hi in enumerate(plan.other_ends):
+    for chunk, hi in enumerate(plan.other_ends.tolist()):
         # Chunk by chunk, because a copy of the shift for every token would cost more than the sum itself.
         add_rotated_inplace(
             stays_k[lo:hi], shift_k[chunk], plan.other_cos[lo:hi], plan.other_sin[lo:hi], plan.spec

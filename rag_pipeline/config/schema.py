@@ -272,6 +272,10 @@ class Settings(_Section):
     cpu_decode: Literal["exact", "fast"] = Field(
         default="exact", description="fast: decoding on the CPU may differ in a last bit."
     )
+    cpu_kernels: Literal["native", "torch"] = Field(
+        default="native",
+        description="torch: fused passes on the CPU without the kernels that a C++ compiler builds.",
+    )
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     ask: AskSettings = Field(default_factory=AskSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)

@@ -80,7 +80,7 @@ class ResolvedSettings:
         given = self.given()
         variables = {
             variable_of(key): str(given[key])
-            for key in ("home", "plugin", "fast_start", "cpu_decode")
+            for key in ("home", "plugin", "fast_start", "cpu_decode", "cpu_kernels")
             if key in given
         }
         fusion = {

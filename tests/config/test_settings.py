@@ -301,7 +301,7 @@ def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
         assert option.default == default or (default in (None, []) and not option.default), (
             f"{place}: {option.name}"
         )
-    left = set(fields) - seen - {"home", "plugin", "fast_start", "cpu_decode"}
+    left = set(fields) - seen - {"home", "plugin", "fast_start", "cpu_decode", "cpu_kernels"}
     assert {key for key in left if not key.startswith("fusion.")} == set()
 
 
@@ -334,6 +334,7 @@ def test_measurements_take_nothing_from_a_file_but_the_home(
 
 def test_the_schema_agrees_with_the_plugin() -> None:
     from chunk_cache.policies import policy_names
+    from rag_kernels.native.library import SWITCH
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, OFF_SWITCH
     from rag_pipeline.sglang_plugin.cpu.attention_backend import DECODE
     from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -352,6 +353,7 @@ def test_the_schema_agrees_with_the_plugin() -> None:
     assert variable_of("plugin") == OFF_SWITCH
     assert variable_of("fast_start") == FAST_START
     assert variable_of("cpu_decode") == DECODE
+    assert variable_of("cpu_kernels") == SWITCH
     assert HOME_VARIABLE == MODELS_HOME_VARIABLE == variable_of("home")
 
 

@@ -38,7 +38,7 @@ def batch(seed, kv_heads, dim, dtype, lengths, row_counts):
     return slots, positions, k, v
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 128), (8, 1, 64), (14, 2, 24)]
@@ -62,7 +62,7 @@ def test_scattered_unsorted_rows_of_a_mixed_batch(kernel, dtype, q_heads, kv_hea
     torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 @pytest.mark.parametrize(
     ("window", "cap"), [(1, None), (20, None), (1000, None), (None, 3.0), (33, 3.0)]
 )
@@ -91,7 +91,7 @@ def test_all_rows_are_ordinary_causal_attention():
     plan = plan_position_causal(
         [torch.arange(257)], slots, num_q_heads=9, num_kv_heads=3, head_dim=64
     )
-    assert plan.kernel == "cpu"
+    assert plan.kernel in ("cpp", "cpu")
     got = position_causal_attention(q, k, v, plan, 0.125)
     want = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -114,7 +114,7 @@ def test_suffix_rows_are_bottom_right_causal_attention():
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 def test_later_keys_never_leak(kernel):
     """Keys and values behind the largest position are poisoned; a bottom-right aligned mask would read them."""
     slots, _, k, v = batch(5, 1, 32, torch.float32, [100], [0])

@@ -83,7 +83,7 @@ def reference(q, k, v, positions, slots, mask, scale, window=None, cap=None):
     return out
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 1), (9, 3), (2, 2)])
 @pytest.mark.parametrize("per", ["all", "key heads", "query heads"])
 @pytest.mark.parametrize(("query_block", "key_block"), [(16, 16), (64, 32), (7, 19)])
@@ -99,7 +99,7 @@ def test_a_mask_against_plain_torch(kernel, q_heads, kv_heads, per, query_block,
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 @pytest.mark.parametrize(
     ("dtype", "window", "cap"),
     [(torch.float32, 20, None), (torch.float32, None, 5.0), (torch.bfloat16, None, None)],
@@ -125,7 +125,7 @@ def test_a_mask_that_allows_all_changes_no_bit(dtype, is_triangle):
             if blocks is not None:
                 blocks.allowed.tril_(-1)
     plan = plan_position_causal(positions, slots, num_q_heads=4, num_kv_heads=2, head_dim=32)
-    assert plan.kernel == "cpu"
+    assert plan.kernel in ("cpp", "cpu")
     got = position_causal_attention(q, k, v, plan, 0.2, mask=mask)
     assert torch.equal(got, position_causal_attention(q, k, v, plan, 0.2))
 

@@ -14,6 +14,7 @@ ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
     "attention kernel",
     "rag_pipeline.attention_kernels",
     {
+        "cpp": "rag_kernels.attention.cpp:CppKernel",
         "cpu": "rag_kernels.attention.cpu:CpuKernel",
         "flashinfer": "rag_kernels.attention.flashinfer:FlashInferKernel",
         "triton": "rag_kernels.attention.triton:TritonKernel",
@@ -24,7 +25,7 @@ ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
 )
 """Kernels by name. One of another distribution is asked for by its name; ``auto`` never takes it."""
 
-_DEFAULTS = {"cpu": ("cpu",), "cuda": ("flashinfer", "triton")}
+_DEFAULTS = {"cpu": ("cpp", "cpu"), "cuda": ("flashinfer", "triton")}
 """What ``auto`` chooses from by type of device, the best first. What does not stand here is not even imported there."""
 
 

@@ -1,4 +1,6 @@
-"""Position-causal attention on the CPU: short blocks of sorted rows against the keys that they can see.
+"""Position-causal attention in torch operations on the CPU: short blocks of sorted rows against the keys they see.
+
+For machines on which ``cpp`` cannot be built, and for what that one refuses.
 
 Why not one masked call of torch's fused attention: with a mask it computes every key for every row, 1.8 times the
 causal triangle, and on 16-bit types it multiplies at fp32 speed. Here the query heads that share a key head

@@ -37,8 +37,8 @@ def plan_position_causal(
     device : torch.device or str, optional
         Where the pool is; by default where the slots are.
     kernel : str
-        Name in :data:`rag_kernels.ATTENTION_KERNELS`. ``auto``: ``cpu`` on the CPU; on CUDA ``flashinfer`` where it
-        is installed, else ``triton``; else ``reference``.
+        Name in :data:`rag_kernels.ATTENTION_KERNELS`. ``auto``: on the CPU ``cpp`` where it can be
+        built, else ``cpu``; on CUDA ``flashinfer`` where it is installed, else ``triton``; else ``reference``.
     block_rows : int, optional
         Most rows of a block. By default what the kernel likes.
 

@@ -1,0 +1,108 @@
+"""The built library in this process: loaded once, its functions with their types."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+
+import torch
+
+from rag_kernels.native.build import BuildError, built_library
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "RAG_PIPELINE_CPU_KERNELS"
+"""Environment variable: ``native`` (default) or ``torch``, which neither builds nor loads the library."""
+
+LARGEST_HEAD = 256
+"""Most dimensions of a head that it takes."""
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of tensors that the library knows, and what it calls them."""
+
+
+class RequestStruct(ctypes.Structure):
+    """``RagRequest`` of the source: rows, slots and mask of one request."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("row_lo", "row_hi")),
+        *((name, ctypes.c_void_p) for name in ("slots", "allowed")),
+        *((name, ctypes.c_int64) for name in ("mask_heads", "mask_rows", "mask_cols")),
+        *((name, ctypes.c_int64) for name in ("query_block", "key_block", "first_query_block")),
+    )
+
+
+class CallStruct(ctypes.Structure):
+    """``RagCall`` of the source: tensors, their strides in numbers, and what to compute."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "order", "positions")),
+        ("requests", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_requests", "q_row", "q_head", "k_slot")),
+        *((name, ctypes.c_int64) for name in ("k_head", "v_slot", "v_head", "q_heads")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "dim", "q_type", "kv_type")),
+        *((name, ctypes.c_int64) for name in ("window", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
+    )
+
+
+class MassStruct(ctypes.Structure):
+    """``RagMass`` of the source: a question's rows, and where their mass goes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "out", "positions", "slots")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv_len", "tile", "q_row", "q_head")),
+        *((name, ctypes.c_int64) for name in ("k_slot", "k_head", "q_heads", "kv_heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("type", "threads")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class ShiftStruct(ctypes.Structure):
+    """``RagShift`` of the source: pools, new and old rows, and the plan of a mean shift."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k_pool", "v_pool", "k_new", "v_new")),
+        *((name, ctypes.c_void_p) for name in ("k_old", "v_old", "probe_rows", "probe_slots")),
+        *((name, ctypes.c_void_p) for name in ("probe_ends", "other_slots", "other_ends")),
+        *((name, ctypes.c_void_p) for name in ("weights", "probe_cos", "probe_sin")),
+        *((name, ctypes.c_void_p) for name in ("other_cos", "other_sin")),
+        *((name, ctypes.c_int64) for name in ("chunks", "k_slot", "k_head", "v_slot", "v_head")),
+        *((name, ctypes.c_int64) for name in ("k_new_row", "v_new_row", "k_old_row")),
+        *((name, ctypes.c_int64) for name in ("v_old_row", "heads", "dim", "rotary_dim")),
+        *((name, ctypes.c_int64) for name in ("is_neox", "type", "threads")),
+    )
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Build the library if need be and load it; None where that fails, which is said once per process.
+
+    Notes
+    -----
+    Its functions release the interpreter lock. They use the OpenMP threads of torch, so they are as safe behind a
+    ``fork`` as torch's own operations: a process that used several threads must not be forked.
+    """
+    wanted = os.environ.get(SWITCH, "native")
+    if wanted != "native":
+        if wanted != "torch":
+            logger.warning("%s is %r; allowed are 'native' and 'torch'.", SWITCH, wanted)
+        return None
+    try:
+        library = ctypes.CDLL(str(built_library()))
+    except (BuildError, OSError) as error:
+        logger.warning(
+            "attention on the CPU runs on torch's operations, which is slower: %s.",
+            str(error).rstrip("."),
+        )
+        return None
+    for function, struct in (
+        (library.rag_attend, CallStruct),
+        (library.rag_mass, MassStruct),
+        (library.rag_mean_shift, ShiftStruct),
+    ):
+        function.argtypes = (ctypes.POINTER(struct),)
+        function.restype = ctypes.c_int
+    return library
