@@ -9,7 +9,10 @@ from rag_kernels.sparse.base import AttentionMethod
 ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
     "attention method",
     "rag_pipeline.attention_methods",
-    {"dense": "rag_kernels.sparse.dense:DenseAttention"},
+    {
+        "dense": "rag_kernels.sparse.dense:DenseAttention",
+        "sale": "rag_kernels.sparse.sale.method:SaleAttention",
+    },
     base=AttentionMethod,
 )
 """Methods by name. A client names one in its request; each process that reads it must know it."""
