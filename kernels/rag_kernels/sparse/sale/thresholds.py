@@ -16,8 +16,16 @@ FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LARGEST_FILE = 4 << 20
 
-TABLE_FOLDERS: list[Path] = [Path(__file__).parent / "tables"]
-"""Where files are looked for, the first folder that has one wins. A request gives a name, never a path."""
+_FOLDERS: list[Path] = [Path(__file__).parent / "tables"]
+
+
+def add_table_folder(folder: Path) -> None:
+    """Look for tables in a folder, too, before those that are known; it need not exist.
+
+    A request names a table, never a path: what lies elsewhere is not read.
+    """
+    if folder not in _FOLDERS:
+        _FOLDERS.insert(0, folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +105,7 @@ def load_table(name: str) -> ThresholdTable:
         One line: no such name, or a file that cannot be read.
     """
     if _NAME.fullmatch(name):
-        for folder in TABLE_FOLDERS:
+        for folder in _FOLDERS:
             path = folder / f"{name}.json"
             if path.is_file():
                 return _read(path)
@@ -120,7 +128,7 @@ def find_table(fingerprint: str) -> ThresholdTable | None:
 
 
 def _files() -> list[Path]:
-    return [path for folder in TABLE_FOLDERS for path in sorted(folder.glob("*.json"))]
+    return [path for folder in _FOLDERS for path in sorted(folder.glob("*.json"))]
 
 
 def _read(path: Path) -> ThresholdTable:
