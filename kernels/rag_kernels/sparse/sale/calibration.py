@@ -61,7 +61,7 @@ class Calibration:
             fp32 ``[H]``: error per row of each head with its threshold.
         """
         rows, heads, _ = q_RHD.shape
-        tau = self._tau.setdefault(layer, torch.full((heads,), FIRST_TAU))
+        tau = self._tau.setdefault(layer, torch.full((heads,), FIRST_TAU, dtype=torch.float64))
         error = torch.zeros(heads)
         group = heads // k_RND.shape[1]
         open_heads = (tau > 0).nonzero().flatten()
@@ -93,7 +93,7 @@ class Calibration:
             error[open_heads] = found
             open_heads = open_heads[found >= self.theta]
             halved = tau[open_heads] / 2
-            tau[open_heads] = torch.where(halved <= SMALLEST_TAU, torch.zeros(()), halved)
+            tau[open_heads] = halved.masked_fill(halved <= SMALLEST_TAU, 0)
             error[tau == 0] = 0
             open_heads = open_heads[tau[open_heads] > 0]
         return error
