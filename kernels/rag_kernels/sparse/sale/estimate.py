@@ -127,7 +127,7 @@ def largest_excess(
     smooth_q, mean_q = smooth_queries(q_NMWD)
     keys = table.smooth[:, :num_keys]
     # Without the term that all keys of a row share.
-    threshold = threshold_NMW - (q_NMWD @ table.mean[:, None].transpose(-1, -2))[..., 0]
+    threshold = threshold_NMW - (q_NMWD * table.mean[:, None]).sum(dim=-1)
     smallest = threshold.amin(dim=-1, keepdim=True)
     by_mean = torch.bmm(mean_q[:, :, 0], keys.transpose(1, 2)).sub_(smallest)
     above = threshold - smallest

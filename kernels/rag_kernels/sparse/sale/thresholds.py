@@ -42,8 +42,10 @@ class ThresholdTable:
         Error per token that calibration allowed each head.
     tokens : tuple of int
         Lengths of the samples.
-    block_q, block_k, local_window, segment, granularity
+    block_q, block_k, local_window, segment : int
         Options that the thresholds were found with.
+    granularity : str
+        The same.
     tau : tuple of tuple of float
         ``[layers][query heads of the whole model]``; 0 for a head that reads everything.
     """
