@@ -49,7 +49,7 @@ class LocalKeys:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return self.packed.nbytes + self.scale.nbytes + self.mean.nbytes
+        return int(self.packed.nbytes + self.scale.nbytes + self.mean.nbytes)
 
     def keys(self) -> Tensor:
         """fp32 ``[N, T, D]``: what the 4 bits say, rotated by the index in the chunk."""

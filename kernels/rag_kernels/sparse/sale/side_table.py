@@ -42,7 +42,7 @@ class SideTable:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return self._packed.nbytes + self._scale.nbytes + self._is_known.nbytes
+        return int(self._packed.nbytes + self._scale.nbytes + self._is_known.nbytes)
 
     def write(self, slots: Tensor, k_TND: Tensor) -> None:
         """Quantise the smoothed keys of slots, all different."""
