@@ -89,6 +89,13 @@ class SaleAttention(AttentionMethod):
     choose alike; 4-bit values are put on common scales of 7 bits, see :mod:`~rag_kernels.sparse.sale.estimate`; the
     two-pass form only.
 
+    Measured on SmolLM2-135M with its calibrated thresholds, 3,072 tokens of prose: 53% of the blocks kept, the NLL of the
+    rows behind the first 1,024 changed by -0.05% (+6.5% with sink and neighbourhood alone), KL to dense 0.004. At the
+    same number of blocks the rows' attention mass is 0.985 of all, against 0.977 where block means choose as many for
+    each row, and 0.969 at random; with the counts of SALE, block means have 0.986. The estimate takes 0.35 of what the
+    kernel ``cpu`` takes for all keys of 8,192 tokens (one thread of an AMD EPYC with AVX512-VNNI; the int8 product
+    alone 0.11).
+
     Pieces of a prompt that begin at a multiple of ``block_q`` choose the blocks that the whole prompt would. Where
     the call has a window or a cap on its logits, everything is read. On a rank of a tensor-parallel group a head has
     the smallest threshold of those heads that it may be.
