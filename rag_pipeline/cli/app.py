@@ -239,6 +239,13 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_FORWARD)
+def attention(context: typer.Context) -> None:
+    """Find the thresholds that a model's heads allow sparse attention (calibrate)."""
+    modules = {"calibrate": "rag_eval.calibration.command"}
+    _run_named("attention", "command", modules, context.args)
+
+
+@app.command(context_settings=_FORWARD)
 def simulate(context: typer.Context) -> None:
     """Play a trace of requests through a model of the store (tiers); needs no engine."""
     _run_named("simulate", "simulation", {"tiers": "rag_eval.simulator.command"}, context.args)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rag_pipeline.config.folders import (
     HOME_VARIABLE,
+    attention_dir,
     home_dir,
     indexes_dir,
     kv_store_dir,
@@ -38,6 +39,7 @@ __all__ = [
     "ResolvedSettings",
     "Settings",
     "anything_set",
+    "attention_dir",
     "home_dir",
     "indexes_dir",
     "kv_store_dir",

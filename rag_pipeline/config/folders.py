@@ -36,6 +36,11 @@ def indexes_dir() -> Path:
     return home_dir() / "indexes"
 
 
+def attention_dir() -> Path:
+    """Folder of thresholds that models were calibrated with, found by engines."""
+    return home_dir() / "attention"
+
+
 def kv_store_dir() -> Path:
     """Folder of the chunk-KV store on disk."""
     return home_dir() / "kv"

@@ -186,7 +186,10 @@ def _make_policy(name: str, ratio: float | None, options: tuple[tuple[str, Any],
 @functools.lru_cache(maxsize=256)
 def _cached_attention(text: str) -> AttentionMethod:
     from rag_kernels import create_attention_method
+    from rag_kernels.sparse import add_table_folder
+    from rag_pipeline.config import attention_dir
 
+    add_table_folder(attention_dir())
     return create_attention_method(text)
 
 

@@ -265,7 +265,7 @@ def test_options_behind_a_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("far", "'far' is not known; choose one of dense, power, .*, near"),
+        ("far", "'far' is not known; choose one of dense, .*near"),
         ("", "'' is not known"),
         ("near:4", "'4' is not OPTION=VALUE"),
         ("near:block=4+block=5", "each once"),

@@ -49,6 +49,21 @@ class AttentionMethod(ABC):
         """Name and every option: methods with the same identity read the same keys."""
         return f"{self.name} {self.config!r}"
 
+    def for_model(self, fingerprint: str) -> AttentionMethod:
+        """Return the method for the weights that an engine has loaded; by default itself.
+
+        Parameters
+        ----------
+        fingerprint : str
+            Of the checkpoint; empty where the weights are no longer those of one.
+
+        Raises
+        ------
+        ValueError
+            The options do not fit these weights; one line.
+        """
+        return self
+
     def prepare(self, plan: PositionCausalPlan, requests: Sequence[int]) -> Any:
         """Do once per pass what all layers share.
 

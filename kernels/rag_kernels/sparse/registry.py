@@ -19,6 +19,7 @@ ATTENTION_METHODS: Registry[type[AttentionMethod]] = Registry(
         "vertical_slash": "rag_kernels.sparse.vertical_slash:VerticalSlashAttention",
         "block_topk": "rag_kernels.sparse.block_topk:BlockTopKAttention",
         "xattention": "rag_kernels.sparse.xattention:XAttention",
+        "sale": "rag_kernels.sparse.sale.method:SaleAttention",
     },
     base=AttentionMethod,
 )

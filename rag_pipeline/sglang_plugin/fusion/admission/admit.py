@@ -22,6 +22,7 @@ from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSp
 from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import method_for_weights
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
     FusionRuntime,
     KnownPrefix,
@@ -117,7 +118,7 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
         # Not of the client's prompt alone: what was generated before a retraction is prefilled, too.
         _plan_ratio(runtime, state, len(req.full_untruncated_fill_ids))
     state.resolve()
-    state.attend_by(state.request.make_attention())
+    state.attend_by(method_for_weights(runtime, state.request))
     runtime.metrics.observe("match_seconds", time.perf_counter() - began)
 
 

@@ -44,6 +44,8 @@ class ModelFacts:
         Fields of :class:`KVContext` that do not depend on the request.
     qkv_share : float
         Share of a layer's linear work that is the query, key and value projection.
+    model_path : str
+        Folder that the weights were loaded from.
     """
 
     layers: tuple[Any, ...]
@@ -56,6 +58,7 @@ class ModelFacts:
     fingerprint: str
     context_fields: dict[str, Any]
     qkv_share: float
+    model_path: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -137,6 +140,7 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             int(first.qk_head_dim),
             int(text.intermediate_size),
         ),
+        model_path=str(model_runner.model_config.model_path),
     )
 
 

@@ -1,0 +1,47 @@
+"""Keys and queries without their mean, which is most of what 4 bits would be spent on.
+
+Shape suffixes: N key/value heads, K keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def smooth_keys(k_NKD: Tensor, num_frozen: int) -> tuple[Tensor, Tensor]:
+    """Take a constant vector from every key of a head; exact for the softmax, whatever the vector is.
+
+    Every logit of a row changes by the same ``q . mean``. The mean is that of the first keys only, so that it is the
+    same one in every piece of a prompt.
+
+    Parameters
+    ----------
+    k_NKD : Tensor
+        Floating point ``[N, K, D]``, keys of a request by position.
+    num_frozen : int
+        Keys that the mean is taken over; at least 1.
+
+    Returns
+    -------
+    tuple of Tensor
+        Smoothed keys ``[N, K, D]`` and the mean ``[N, 1, D]``.
+    """
+    mean = k_NKD[:, :num_frozen].mean(dim=1, keepdim=True)
+    return k_NKD - mean, mean
+
+
+def smooth_queries(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the mean over the rows from queries: ``q . k == q' . k + mean . k`` for every key.
+
+    Parameters
+    ----------
+    q : Tensor
+        Floating point ``[..., R, D]``: rows of one block.
+
+    Returns
+    -------
+    tuple of Tensor
+        Smoothed queries ``[..., R, D]`` and the mean ``[..., 1, D]``.
+    """
+    mean = q.mean(dim=-2, keepdim=True)
+    return q - mean, mean
