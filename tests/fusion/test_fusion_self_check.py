@@ -63,18 +63,18 @@ def wrong_mask(monkeypatch):
     monkeypatch.setattr(attention.FusedPass, "run_layer", run_layer)
 
 
-def negate(monkeypatch, field):
+def negate(monkeypatch, *fields):
     original = fused_forward.plan_mean_shift
 
     def plan(*args, **kwargs):
         made = original(*args, **kwargs)
-        return dataclasses.replace(made, **{field: -getattr(made, field)})
+        return dataclasses.replace(made, **{field: -getattr(made, field) for field in fields})
 
     monkeypatch.setattr(fused_forward, "plan_mean_shift", plan)
 
 
 def shift_the_other_way(monkeypatch):
-    negate(monkeypatch, "averaging")
+    negate(monkeypatch, "averaging", "weights")  # of the torch path and of the C++ one
 
 
 def shift_of_keys_that_stay_rotated(monkeypatch):

@@ -179,7 +179,28 @@ def test_a_reader_that_fails_costs_only_speed(engine, monkeypatch, broken_layer)
     local.fresh()
 
 
-@pytest.mark.parametrize("broken", ["connect", "keys", "read", "describe"])
+def test_a_tier_whose_records_cannot_be_read_at_start_is_used_without_them(
+    with_tier, monkeypatch
+):
+    local, runtime = with_tier, with_tier.runtime
+    build(local)
+    assert runtime.tiers.drain(10)
+    local.fresh()
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DictTier, "read", refuse)
+        patch.setattr(runtime, "tiers", None)
+        persistence.open_folder(runtime, "no-model")
+        assert not len(runtime.store)
+        (used,) = runtime.tiers.tiers.values()
+        assert used.counts["failures"] > 0
+        assert runtime.tiers.close(10)
+
+
+@pytest.mark.parametrize("broken", ["connect", "keys", "describe"])
 def test_a_tier_that_raises_at_start_is_not_used(with_tier, monkeypatch, caplog, broken):
     local, runtime = with_tier, with_tier.runtime
     build(local)

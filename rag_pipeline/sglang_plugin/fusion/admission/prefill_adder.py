@@ -145,6 +145,9 @@ def _add_fused(
     admitted = _is_admitted(adder, req)
     used = expected_savings(state, start, int(req.extend_end)) if admitted else 0
     _raise_budget(adder, used - promised)
+    if rows is not None and admitted and int(req.extend_end) < total:
+        # A batch holds one prompt that is cut, SGLang insists: nobody takes what this piece may have left of it.
+        adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, 0)
     return result
 
 
