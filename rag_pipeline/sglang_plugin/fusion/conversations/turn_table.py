@@ -247,12 +247,17 @@ class TurnTable:
         return len(self.alive(namespace, tenant)) < _MAX_TURNS
 
     def add(self, turn: StoredTurn, *, tenant: str = "") -> None:
-        """Remember a turn whose record is in the store, or in a tier below it."""
+        """Remember a turn whose record is in the store, or in a tier below it.
+
+        A turn that is computed once more keeps its place: those that were computed behind it stand behind it.
+        """
         namespace = turn.lineage.space
         with self._lock:
             self._absent.discard(turn.key)
-            held = [t for t in self._spaces.get(tenant, namespace) or () if t.key != turn.key]
-            for forgotten in self._spaces.put(tenant, namespace, [*held, turn], _MAX_CONVERSATIONS):
+            turns = {held.key: held for held in self._spaces.get(tenant, namespace) or ()}
+            turns[turn.key] = turn
+            listed = list(turns.values())
+            for forgotten in self._spaces.put(tenant, namespace, listed, _MAX_CONVERSATIONS):
                 for old in forgotten:
                     self._store.evict(old.key)
 
