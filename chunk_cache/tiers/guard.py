@@ -64,8 +64,8 @@ class GuardedTier(Tier):
     Attributes
     ----------
     counts : Counter of str
-        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
-        ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
+        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not
+        asked, it was down), ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
     """
 
     def __init__(

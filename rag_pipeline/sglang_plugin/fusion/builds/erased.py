@@ -1,9 +1,9 @@
 """Text that was deleted goes from this engine's chunk KV: the memory store, what waits for the disk, the folder.
 
-Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for them every few seconds
-and goes through the records by their text. Where several servers share a store, notices of other machines come by way of it
-(:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text
-before it was deleted may compute its chunk only then.
+Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for notices every few seconds,
+and goes through the records by their text. Where several servers share a store, notices of other machines come by way
+of it (:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text before it was
+deleted may compute its chunk only then.
 """
 
 from __future__ import annotations

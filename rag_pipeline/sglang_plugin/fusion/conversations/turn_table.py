@@ -285,13 +285,6 @@ class TurnTable:
         with self._lock:
             self._absent.add(key)
 
-    def drop(self, namespace: str, *, tenant: str = "") -> None:
-        """Forget a conversation, and evict its records."""
-        with self._lock:
-            for turn in self._spaces.get(tenant, namespace) or ():
-                self._store.evict(turn.key)
-            self._spaces.pop(tenant, namespace)
-
     def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
         """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is."""
         with self._lock:

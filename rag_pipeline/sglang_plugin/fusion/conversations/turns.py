@@ -164,9 +164,8 @@ class TurnMemory(ConversationMemory):
                 found = runtime.store.acquire_matches(state.prompt, [match])
                 if not found:
                     self._note_miss(state, turn)
-                    is_broken = (
-                        is_broken or not turn.exact
-                    )  # what stands behind was computed over it
+                    # What stands behind a fused turn was computed over it.
+                    is_broken = is_broken or not turn.exact
                     continue
                 lease = found[0][1]
                 is_exact = turn.exact and lease.record.is_lossless

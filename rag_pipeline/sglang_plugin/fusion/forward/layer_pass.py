@@ -203,6 +203,8 @@ class FusedPass:
         Rows and slots of every request in the pass.
     loader : Loader
         Shared by the passes of a forward.
+    scaling : float
+        Softmax scale.
     shifts : tuple of MeanShiftPlan
         Applied to the cached rows of each layer but the first.
     observer : Observer or None
