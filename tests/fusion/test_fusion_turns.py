@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, ChunkKV, ChunkState, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import StoredTurn, TurnTable
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import StoredTurn
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
 
 
 def put(table, store, space, ids, start, parent=0, through="a digest"):

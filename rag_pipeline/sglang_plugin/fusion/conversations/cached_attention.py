@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import MovedRun
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import MovedRun
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import (
     TurnMemory,
     TurnPlace,

@@ -43,11 +43,8 @@ from rag_pipeline.sglang_plugin.fusion.conversations.base import (
     IsErased,
 )
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import (
-    Chain,
-    StoredTurn,
-    TurnTable,
-)
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import Chain, StoredTurn
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
