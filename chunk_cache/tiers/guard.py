@@ -94,7 +94,12 @@ class GuardedTier(Tier):
         from chunk_cache.tiers.base import TIERS
 
         tier = TIERS.get("disk").connect(location, byte_budget=byte_budget, model=model)
-        return cls(tier, name=location, wait_s=HANG_S, may_hang=True, is_shared=False)
+        return cls.of_folder(tier, name=location)
+
+    @classmethod
+    def of_folder(cls, tier: Tier, *, name: str) -> Self:
+        """Guard a place of this engine's own on a disk, which has no time-outs."""
+        return cls(tier, name=name, wait_s=HANG_S, may_hang=True, is_shared=False)
 
     def stats(self) -> dict[str, int | str]:
         """JSON-ready counts and the breaker's state."""

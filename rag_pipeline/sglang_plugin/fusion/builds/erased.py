@@ -77,6 +77,8 @@ class ErasedText:
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
         self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
         """What was written to a tier since notices were looked for last, and whose: memory may have lost it since."""
+        self._noting = threading.Lock()
+        """Taken to note what is written: between two looks nothing may get lost."""
 
     def begin(self) -> None:
         """Take in the notices that there are, and erase from memory what an engine has read at its start."""
@@ -105,7 +107,8 @@ class ErasedText:
         """
         if self.notices.exchange is not None:
             self.notices.hear()
-        self._written[record.key] = record.token_ids, tenant
+        with self._noting:
+            self._written[record.key] = record.token_ids, tenant
         return self.is_in(record, tenant)
 
     def look(self) -> int:
@@ -120,14 +123,16 @@ class ErasedText:
         """
         now = time.monotonic()
         # Before notices are looked for: what is written from now on is asked about with them in force.
-        written, self._written = self._written, {}
+        with self._noting:
+            written, self._written = self._written, {}
         try:
             self._take_in()
             told = self.notices.pass_on()
             self._condemn(now)
             self._files.update(self._written_meanwhile(written))
         except Exception:
-            self._written = written | self._written  # the next look asks again
+            with self._noting:
+                self._written = written | self._written  # the next look asks again
             raise
         held_on = self.notices.in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
@@ -167,7 +172,7 @@ class ErasedText:
             return []
         return [
             key
-            for key, (ids, tenant) in list(written.items())
+            for key, (ids, tenant) in written.items()
             if key in self._condemned or self._is_erased(ids, tenant)
         ]
 

@@ -26,7 +26,7 @@ from chunk_cache import (
     load_store,
 )
 from chunk_cache.tiers.deadline import BoundedCalls
-from chunk_cache.tiers.guard import HANG_S, GuardedTier
+from chunk_cache.tiers.guard import GuardedTier
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
@@ -79,7 +79,7 @@ def _connect_folder(config: FusionConfig, model: str) -> Tier:
         CONNECT_S,
     )
     tier.codec = config.store_codec
-    return GuardedTier(tier, name=config.store_dir, wait_s=HANG_S, may_hang=True, is_shared=False)
+    return GuardedTier.of_folder(tier, name=config.store_dir)
 
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:
