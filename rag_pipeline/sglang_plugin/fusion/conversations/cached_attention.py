@@ -20,7 +20,8 @@ import hashlib
 
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import MovedRun
-from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory, TurnPlace, through_of
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import TurnPlace, through_of
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
