@@ -89,16 +89,17 @@ def run(
         )
     opened = session or _start(maker, vocabulary, longest)
     lengths: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
     interrupted = False
     try:
         for length in config.length_list:
             lengths[str(length)] = _measure(config, opened, maker, length, progress)
+        engine = opened.facts()
     except KeyboardInterrupt:
         if not lengths:
             raise
         interrupted = True
     finally:
-        engine = {} if interrupted else opened.facts()
         if session is None:
             opened.close()
     return {
