@@ -59,7 +59,8 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY, remote: str = "") -> Er
     Parameters
     ----------
     *stores : Path
-        Folders of chunk KV; one that is no store, or not there, is passed over.
+        Folders of chunk KV; one that is no store, or not there, is passed over. Where one cannot be gone through, all
+        else is done, and then :class:`OSError` is raised.
     reach : Reach
         Whose chunk KV.
     remote : str
@@ -78,11 +79,17 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY, remote: str = "") -> Er
         if passage.exists() and marks.are_in(passage.read_text("utf-8", "replace")):
             # A new sample is drawn at the next start of an engine.
             passage.unlink(missing_ok=True)
+        refused: OSError | None = None
         for store in stores:
-            erase_folder(store, marks, reach=reach)
+            try:
+                erase_folder(store, marks, reach=reach)
+            except OSError as error:
+                refused = refused or error
         told = connect_board(remote) if remote else None
         if told is not None:
             told.post(notice.name, notice.to_bytes())
+        if refused is not None:
+            raise refused
 
     return erase
 
@@ -186,6 +193,8 @@ def sweep_folder(path: Path, told: Sequence[Notice]) -> int:
 def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | None = None) -> int:
     """Delete the records of any tier that hold text that is gone; returns how many.
 
+    A record that cannot be deleted keeps none of the others.
+
     Parameters
     ----------
     store : Tier
@@ -198,8 +207,13 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
     Raises
     ------
     OSError, ChunkCacheError
-        Where a record cannot be deleted.
+        The first thing that failed: where a record cannot be deleted, when all others are gone; where the tier does not
+        answer, at once.
     """
+    from chunk_cache import ChunkCacheError
+    from chunk_cache.tiers.guard import TierDownError
+
+    refused: Exception | None = None
     namespaces: dict[str, tuple[str, str]] = {}
     decoders: dict[str, Decode | None] = {"": None}
     gone = 0
@@ -219,10 +233,18 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
         ids = store.token_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
         text = None if read is None or ids is None else read(ids)
-        if any(notice.is_about(text, tenant) for notice in asking):
+        if not any(notice.is_about(text, tenant) for notice in asking):
+            continue
+        try:
             gone += store.remove(key)
+        except (OSError, ChunkCacheError) as error:
+            refused = refused or error
+            if isinstance(error, TimeoutError | TierDownError):
+                raise refused from None
     # Also where nothing was found: an earlier attempt may have removed it and failed to make that last.
     store.sync()
+    if refused is not None:
+        raise refused
     return gone
 
 

@@ -76,9 +76,14 @@ class BoundedCalls:
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:
-            threading.Thread(
+            worker = threading.Thread(
                 target=self._work, args=(given,), name="chunk-kv-tier", daemon=True
-            ).start()
+            )
+            try:
+                worker.start()
+            except BaseException:  # the system has no thread to give: nothing was begun
+                self._free.release()
+                raise
         else:
             inbox.put(given)
         value: T = given.wait(seconds)

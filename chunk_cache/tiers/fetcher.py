@@ -87,8 +87,9 @@ class Fetcher:
     """Threads that read records into a memory store.
 
     Whatever goes wrong in a tier is a miss, counted by ``count``: ``opened`` (its header was there), ``fetched``,
-    ``damaged``, ``gone`` (somebody evicted or removed it meanwhile), ``fetch_failed``, ``no_memory``, ``superseded`` (somebody computes it, or the store was reset),
-    ``cancelled``, ``erased``, ``too_slow``; and ``fetch_dropped`` for what the queue had no room for.
+    ``damaged``, ``gone`` (somebody evicted or removed it meanwhile), ``fetch_failed``, ``no_memory``, ``superseded``
+    (somebody computes it, or the store was reset), ``cancelled``, ``erased``, ``too_slow``; and ``fetch_dropped`` for
+    what the queue had no room for.
 
     **Erasure.** A record is asked about before it can be leased and before it becomes READY; :meth:`erase` looks at
     those on their way. So what is erased does not come back from a fetch in flight.

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from chunk_cache.errors import ChunkCacheError, GoneRecordError
+from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
-from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
+from chunk_cache.tiers.guarded_reader import GuardedReader
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class GuardedTier(Tier):
     Attributes
     ----------
     counts : Counter of str
-        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not asked, it was down),
-        ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
+        ``hits``, ``misses``, ``damaged``, ``gone`` (while it was read), ``timeouts``, ``failures``, ``skipped`` (not
+        asked, it was down), ``layers`` and ``bytes`` that were read, ``opened`` and ``closed`` of the breaker.
     """
 
     def __init__(
@@ -94,7 +94,12 @@ class GuardedTier(Tier):
         from chunk_cache.tiers.base import TIERS
 
         tier = TIERS.get("disk").connect(location, byte_budget=byte_budget, model=model)
-        return cls(tier, name=location, wait_s=HANG_S, may_hang=True, is_shared=False)
+        return cls.of_folder(tier, name=location)
+
+    @classmethod
+    def of_folder(cls, tier: Tier, *, name: str) -> Self:
+        """Guard a place of this engine's own on a disk, which has no time-outs."""
+        return cls(tier, name=name, wait_s=HANG_S, may_hang=True, is_shared=False)
 
     def stats(self) -> dict[str, int | str]:
         """JSON-ready counts and the breaker's state."""
@@ -306,60 +311,3 @@ class GuardedTier(Tier):
         except OSError:
             pass
         return otherwise
-
-
-class GuardedReader:
-    """A :class:`LayerReader` whose failures open the breaker of its tier, and which fails at once while it is open."""
-
-    def __init__(self, guard: GuardedTier, reader: Any) -> None:
-        self._guard = guard
-        self._reader = reader
-        self._hangs = False
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the reader's own: token ids, layout, numbers."""
-        return getattr(self._reader, name)
-
-    def close(self) -> None:
-        """Read no more. A file that hangs is closed when its call returns, if ever: nobody waits for that."""
-        close = getattr(self._reader, "close", None)
-        if close is not None and not self._hangs:
-            close()
-
-    @property
-    def layout(self) -> str:
-        """Name of the record's layout."""
-        layout: str = self._reader.layout
-        return layout
-
-    def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
-        """Tokens of one layer; raises as the contract says, at once where the tier is down."""
-        layer: LayerKV = self._demand(lambda: self._reader.layer(index, start, end))
-        self._came(layer)
-        return layer
-
-    def layer_into(self, index: int, place: LayerKV) -> bool:
-        """Write one layer into its place, or return False where the reader cannot.
-
-        A call that is given up may write there later: nobody reads a place that was not filled, and the call keeps its
-        memory.
-        """
-        into = getattr(self._reader, "layer_into", None)
-        if into is None or not self._demand(lambda: bool(into(index, place))):
-            return False
-        self._came(place)
-        return True
-
-    def _demand(self, call: Callable[[], T]) -> T:
-        try:
-            return self._guard.demand_layer(call)
-        except ChunkCacheError as error:
-            self._guard.count("gone" if isinstance(error, GoneRecordError) else "damaged")
-            raise
-        except TimeoutError:
-            self._hangs = True
-            raise
-
-    def _came(self, layer: LayerKV) -> None:
-        self._guard.count("layers")
-        self._guard.count("bytes", layer.k.nbytes + layer.v.nbytes)

@@ -49,7 +49,8 @@ def merge_replicas(results: Sequence[Result]) -> Result:
             merged[name] = sum(values)
     for left, done in _DONE_FOR.items():
         if left in merged:
-            merged[left] = [key for key in merged[left] if key not in set(merged.get(done, ()))]
+            served = set(merged.get(done, ()))
+            merged[left] = [key for key in merged[left] if key not in served]
     if "entries" in merged:
         merged["total"] = max(merged["total"], len(merged["entries"]))
     return merged | {"replicas": list(results)}

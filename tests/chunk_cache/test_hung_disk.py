@@ -197,6 +197,22 @@ def test_calls_share_threads_and_those_that_hang_are_bounded() -> None:
     hang.set()
 
 
+def test_a_thread_that_the_system_refuses_takes_no_call_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = BoundedCalls(most=1)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="new thread"):
+                calls.run(lambda: None, 60)
+    assert calls.run(lambda: 1, 60) == 1
+
+
 def test_a_guarded_folder_pins_lists_checks_and_trims(stack: Stack) -> None:
     kept, damaged = stack.records[:2]
     for record in (kept, damaged):

@@ -31,6 +31,19 @@ def test_a_wrong_kernel_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     assert "entries" in report["sections"]["prefill of a random Llama-8B"]
 
 
+def test_a_kernel_that_breaks_off_is_told_and_the_other_checks_go_on(tmp_path, monkeypatch):
+    def refuse(self, call):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(CpuKernel, "attend", refuse)
+    words = ["--out", str(tmp_path), "--device", "cpu", "--small", "--repeats", "1"]
+    assert main(words) == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    cases = report["sections"]["attention against fp32"]["entries"]
+    assert len(cases) > 3
+    assert all("no compiler" in case["failed"] for case in cases)
+
+
 def test_no_time_left_starts_nothing(tmp_path):
     words = ["--out", str(tmp_path), "--device", "cpu", "--small", "--budget-s", "-1"]
     assert main(words) == 0

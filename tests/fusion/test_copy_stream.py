@@ -10,7 +10,7 @@ import torch
 
 from chunk_cache import ChunkKey, ChunkKV, LayerKV, LoadingChunk, Patience, as_token_ids
 from rag_kernels import RotarySpec
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader, LoadItem
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.runtime.copy_stream import CopyStream
 
 CPU = torch.device("cpu")

@@ -202,11 +202,11 @@ def test_a_newcomer_is_judged_by_the_rows_that_the_batch_then_has(engine, row_co
 def test_a_batch_that_fusion_gave_up_keeps_the_chunk_limit(
     engine, monkeypatch, row_counts, policy, step, settings
 ):
-    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+    from rag_pipeline.sglang_plugin.fusion.forward import loader
 
     local = engine("llama", **settings)
     plain = ready(local)
-    original, calls = attention.Loader.ensure, []
+    original, calls = loader.Loader.ensure, []
 
     def fails(self, layer_id, *args):
         calls.append(layer_id)
@@ -214,7 +214,7 @@ def test_a_batch_that_fusion_gave_up_keeps_the_chunk_limit(
             raise RuntimeError("injected")
         return original(self, layer_id, *args)
 
-    monkeypatch.setattr(attention.Loader, "ensure", fails)
+    monkeypatch.setattr(loader.Loader, "ensure", fails)
     limit = 64
     with chunk_limit(local, limit):
         req = fused(local, policy)

@@ -191,7 +191,7 @@ def test_what_was_aborted_or_failed_is_not_kept(engine, monkeypatch):
     from sglang.srt.managers.io_struct import AbortReq
 
     from rag_pipeline.sglang_plugin.fusion.conversations import turns as conversation
-    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+    from rag_pipeline.sglang_plugin.fusion.forward import loader
 
     local = stored(engine("llama"))
     counts = local.runtime.metrics.counts
@@ -201,7 +201,7 @@ def test_what_was_aborted_or_failed_is_not_kept(engine, monkeypatch):
     local.scheduler.abort_request(AbortReq(rid=req.rid))
     local.settle()
     with monkeypatch.context() as patch:
-        patch.setattr(attention.Loader, "ensure", lambda *a, **k: 1 / 0)
+        patch.setattr(loader.Loader, "ensure", lambda *a, **k: 1 / 0)
         assert report(say(local, IDS, fields()))["fallback"] == "fused_pass_error"
     local.runtime.pass_succeeded()
     assert counts["turns.stored"] == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
-from rag_pipeline.sglang_plugin.fusion.conversations.turns import namespace_of
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import namespace_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.runtime.build_queue import BuildQueue, MissingChunk
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable

@@ -51,6 +51,7 @@ def break_at(monkeypatch):
     """Make a step of the fused path fail at a layer; returns the list of layers where it did."""
     from chunk_cache.policies.signals import DeviationObserver, MassObserver
     from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+    from rag_pipeline.sglang_plugin.fusion.forward import loader
 
     def install(step, layer):
         failed = []
@@ -66,7 +67,7 @@ def break_at(monkeypatch):
             return replacement
 
         place, name = {
-            "load": (attention.Loader, "ensure"),
+            "load": (loader.Loader, "ensure"),
             "layer": (attention.FusedPass, "_run_layer"),
             "mass": (MassObserver, "after_write"),
             "deviation": (DeviationObserver, "before_write"),
@@ -154,7 +155,7 @@ def test_a_failed_pass_in_a_mixed_batch_leaves_every_request_right(engine, break
 def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
     engine, monkeypatch, policy, settings
 ):
-    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
+    from rag_pipeline.sglang_plugin.fusion.forward import loader
 
     local = stored(engine("llama", **settings))
     ids, spans = lay_out(CHUNKS[::-1], tokens(70, 3))
@@ -163,7 +164,7 @@ def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
     wanted = pool_rows(local, plain)
     local.run(plain)
     local.flush()
-    original = attention.Loader.ensure
+    original = loader.Loader.ensure
     loaded = []
 
     def fails_in_the_last_piece(self, layer_id, *args):
@@ -172,7 +173,7 @@ def test_a_fault_in_a_later_piece_rewrites_the_earlier_ones_too(
         loaded.extend([1] if layer_id == 4 else [])
         return original(self, layer_id, *args)
 
-    monkeypatch.setattr(attention.Loader, "ensure", fails_in_the_last_piece)
+    monkeypatch.setattr(loader.Loader, "ensure", fails_in_the_last_piece)
     with chunk_limit(local, 48):
         req = local.submit(ids, 6, fusion={"spans": spans, "policy": policy})
         prefill(local, req)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chunk_cache.policies.signals import AttentionSignal, draft
-from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, scratch
+from rag_pipeline.sglang_plugin.fusion.forward import fused_forward, fused_item, loader, scratch
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.self_check.check import SelfCheckError, run_self_check
 from rag_pipeline.sglang_plugin.fusion.startup import prove
@@ -17,16 +17,16 @@ NAMES = {"rotation", "own_place", "ratio_1", "moved", "probed"}
 
 
 def wrong_sign(monkeypatch):
-    original = attention.plan_span_load
+    original = loader.plan_span_load
 
     def plan(slots, deltas, spec):
         return original(slots, [-delta for delta in deltas], spec)
 
-    monkeypatch.setattr(attention, "plan_span_load", plan)
+    monkeypatch.setattr(loader, "plan_span_load", plan)
 
 
 def wrong_delta(monkeypatch):
-    original = attention.LoadItem
+    original = loader.LoadItem
 
     def item(**fields):
         return original(**fields | {"delta": fields["delta"] + bool(fields["delta"])})
@@ -35,17 +35,17 @@ def wrong_delta(monkeypatch):
 
 
 def one_layer_left_out(monkeypatch):
-    original = attention.Loader.ensure
+    original = loader.Loader.ensure
 
     def ensure(self, layer_id, k_pool, v_pool):
         if layer_id != 3:
             original(self, layer_id, k_pool, v_pool)
 
-    monkeypatch.setattr(attention.Loader, "ensure", ensure)
+    monkeypatch.setattr(loader.Loader, "ensure", ensure)
 
 
 def one_token_off(monkeypatch):
-    original = attention.LoadItem
+    original = loader.LoadItem
 
     def item(**fields):
         return original(**fields | {"slots": fields["slots"].roll(1)})

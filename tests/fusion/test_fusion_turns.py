@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, ChunkKV, ChunkState, KVContext, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import StoredTurn, TurnTable
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import StoredTurn
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
 
 
 def put(table, store, space, ids, start, parent=0, through="a digest"):
@@ -70,7 +71,8 @@ def test_the_longest_chain_is_found_and_each_run_of_it_fits(tree, prompt, lost, 
     gone = set()
     if loses and lost < len(tree):
         store.evict(keys[lost])
-        gone.add(lost)
+        # Turns of the same tokens behind the same tokens are one turn.
+        gone.update(index for index, key in enumerate(keys) if key == keys[lost])
     for index, (parent, _, _) in enumerate(tree):
         if parent in gone:
             gone.add(index)
@@ -271,3 +273,15 @@ def test_a_turn_that_is_below_memory_is_known_until_no_tier_has_it():
     assert store.evict(turns[2].key)
     below[0] = False
     assert len(table.find("space", whole)) == 1
+
+
+def test_a_turn_that_is_computed_once_more_keeps_those_behind_it():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store, lambda: True)
+    whole = np.arange(12)
+    first = put(table, store, "space", whole[:8], 2)
+    second = put(table, store, "space", whole, 8, first.number)
+    assert store.evict(first.key)
+    put(table, store, "space", whole[:8], 2)
+    chain = [turn.number for turn, _ in table.find("space", whole)]
+    assert chain == [first.number, second.number]

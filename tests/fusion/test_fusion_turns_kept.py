@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from chunk_cache import RecordForm, StoreFolder, TextMarks, layout_named, tenant_mark
-from rag_pipeline.erasure import Notice, Reach
+from rag_pipeline.notices import Notice, Reach
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import fetching, queue_hints
-from rag_pipeline.sglang_plugin.fusion.builds import erased, persistence
+from rag_pipeline.sglang_plugin.fusion.builds import notices_in_force, persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
@@ -307,7 +307,7 @@ def test_what_one_tenant_erases_takes_its_turns_from_memory_and_from_the_disk(li
     assert one.runtime.store.evict(gone)
     reach = Reach(tenant=tenant_mark("acme"), spared=frozenset({tenant_mark("globex")}))
     notice = Notice(name="n", marks=TextMarks({}, everything=True), folders=(), reach=reach)
-    monkeypatch.setattr(erased, "notices", lambda seen: iter([notice]))
+    monkeypatch.setattr(notices_in_force, "notices", lambda seen: iter([notice]))
     one.runtime.erased.look()
     left = {one.runtime.store.tenant_of(key) for key in one.runtime.store.keys()}  # noqa: SIM118
     assert left == {GLOBEX.owner}

@@ -14,7 +14,7 @@ from chunk_cache import KV_LAYOUTS, TIERS, LayerKV
 from chunk_cache.layouts.heads import HeadsLayout
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.forward import fused_forward
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import LoadItem
+from rag_pipeline.sglang_plugin.fusion.forward.loader import LoadItem
 
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]

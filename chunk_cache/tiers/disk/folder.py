@@ -55,9 +55,9 @@ class StoreFolder(Tier):
 
     **Room.** All files, temporary ones included, never weigh more than the budget, whoever writes. Room belongs to
     shares: one per tenant, model and rank. While there is room everybody takes it. Then whoever holds most loses its
-    longest unused record, one that no waiting request needs if there is any (:meth:`heed_queue`), so each of n shares that want it has 1/n of the budget, and no share can push another below
-    that. A share that nobody used for a week is emptied first. Use is noted on the files' times, which survive a
-    restart, and go on where the clock goes back.
+    longest unused record; one that no waiting request needs, if there is any (:meth:`heed_queue`). So each of n shares
+    that want it has 1/n of the budget, and no share can push another below that. A share that nobody used for a week is
+    emptied first. Use is noted on the files' times, which survive a restart, and go on where the clock goes back.
 
     **Crashes.** A file is written under a temporary name and renamed. What a crash leaves is removed when the folder is
     opened by :meth:`connect`, and when room is made. A removed folder is made again by the next write.

@@ -48,7 +48,8 @@ def write_pin(path: Path, until: float) -> None:
 
 def is_over(path: Path) -> bool:
     """Whether a pin that this process set has ended, whatever the wall clock says; the disk is not asked."""
-    return path in _own and _own[path][1] <= time.monotonic()
+    own = _own.get(path)  # asked once: another thread may take it out
+    return own is not None and own[1] <= time.monotonic()
 
 
 def read_pin(path: Path) -> float:

@@ -52,7 +52,8 @@ class ValkeyNotices(NoticeBoard):
             old = client.xrange(NAMES, "-", f"({oldest}-0", count=_BATCH)
             if old:
                 client.xdel(NAMES, *(one for one, _ in old))
-                client.hdel(BODIES, *(fields[b"name"] for _, fields in old))
+                # One without a name is nobody's of ours.
+                client.hdel(BODIES, *(fields.get(b"name", place) for place, fields in old))
 
     def new(self) -> list[Posted]:
         """Read those behind the newest that was read."""

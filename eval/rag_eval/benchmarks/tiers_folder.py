@@ -24,7 +24,7 @@ from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.benchmarks.store_config import CONTEXT
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader, LoadItem
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader, LoadItem
 
 _WAIT_S = 60.0
 

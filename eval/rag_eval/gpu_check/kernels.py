@@ -48,6 +48,12 @@ def time_attention(
                 "what": f"dense {name}",
                 "vs_dense": entry["ms"] / best,
             } | entry
+        if pools.without_flashinfer:
+            yield {
+                "tokens": length,
+                "what": "dense flashinfer",
+                "refused": pools.without_flashinfer,
+            }
         for kernel in ATTENTION_KERNELS.names():
             if kernel == "reference" or ATTENTION_KERNELS.get(kernel)().refuse_device(device):
                 continue
@@ -65,6 +71,7 @@ class _Pools:
     def __init__(self, shape: Shape, length: int, device: torch.device) -> None:
         self.shape, self.length, self.device = shape, length, device
         self.without_flashinfer = ""
+        """Why FlashInfer's dense prefill is not among those that were timed; empty where it is."""
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.generator = torch.Generator().manual_seed(length)
         self.slots = torch.randperm(length, generator=self.generator).to(device)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 
-from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
+from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
@@ -73,6 +73,34 @@ def test_an_erasure_that_was_cut_short_is_made_up_for(
     finish_removals(index, erase=make_eraser(store.path))
     assert texts(store, smollm2_path) == {f"[a]\n{SHARED}\n\n", f"[b]\n{OTHER}\n\n"}
     assert b"4711" not in bytes_below(index)
+
+
+def test_a_record_that_cannot_be_deleted_keeps_no_other_in_any_folder(
+    home: Path,
+    index: Path,
+    store: StoreFolder,
+    record: Callable[..., ChunkKV],
+    smollm2_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    second = StoreFolder(home / "second", create=True, model=str(smollm2_path))
+    second.put(record(SECRET), context=CONTEXT)
+    stuck = next(iter(store.keys()))
+    remove = StoreFolder.remove
+
+    def refuse(folder: StoreFolder, key: ChunkKey) -> bool:
+        if key == stuck:
+            raise OSError(1, "Operation not permitted")
+        return remove(folder, key)
+
+    everything = TextMarks({}, everything=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(StoreFolder, "remove", refuse)
+        monkeypatch.setattr(erasure, "marks_of", lambda removal: everything)
+        with pytest.raises(StorageError, match="not permitted"):
+            delete_documents(index, ["a"], erase=make_eraser(store.path, second.path))
+    assert list(store.keys()) == [stuck]
+    assert list(second.keys()) == []
 
 
 def test_records_that_nobody_here_can_read_go_with_any_deletion(

@@ -276,6 +276,32 @@ def test_what_was_written_before_the_notice_was_seen_goes_though_memory_has_lost
     assert runtime.tiers.close(60)
 
 
+def test_a_look_that_breaks_off_forgets_nothing_that_is_left_to_do(
+    home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notices are told once, and what was written meanwhile is asked about once."""
+    runtime, folder = watched._runtime, StoreFolder(home / "own", model=watched._model)
+    runtime.tiers = TierChain({"disk": folder})
+    late = record(SECRET)
+    assert not watched.is_in_written(late, "")  # no notice was looked for yet
+    told: list[str] = []
+
+    def break_off() -> None:
+        told.append("tiers")
+        if len(told) == 1:
+            raise RuntimeError("not now")
+
+    monkeypatch.setattr(runtime.tiers, "erase", break_off)
+    monkeypatch.setattr(runtime.conversations, "erase", lambda is_erased: told.append("turns"))
+    with pytest.raises(RuntimeError, match="not now"):
+        watched.look()
+    folder.put(late, context=CONTEXT)
+    watched.notices.unfinished.clear()  # the folder is not gone through once more
+    watched.look()
+    assert told == ["tiers", "tiers", "turns"]
+    assert list(folder.keys()) == []
+
+
 def test_what_is_erased_from_a_tier_again_is_made_to_last(
     home: Path, watched: ErasedText, record: Callable[..., ChunkKV], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,11 @@
 """Chunks and turns of a request that are not in memory: fetched from lower tiers from its arrival on.
 
-Fetched are explicit spans, which name their chunks by content, and the turns of its conversation that its prompt goes
-through. Automatic matching finds chunks by token ids that are
-in memory, and stays with memory.
+Two things are fetched: explicit spans, which name their chunks by content, and the turns of the request's conversation
+that its prompt goes through. Automatic matching finds chunks by the token ids that are in memory, and stays with memory.
 
-The wait for them is bounded. A request whose chunks are on their way is left in the waiting queue, and those behind it go first. It waits for the
-headers of its records only (so that it is known what there is), and for as many layers as ``fusion.preload_layers``
-says; the other layers load while it is computed.
+The wait for them is bounded. A request whose chunks are on their way is left in the waiting queue, and those behind it
+go first. It waits for the headers of its records only (so that it is known what there is), and for as many layers as
+``fusion.preload_layers`` says; the other layers load while it is computed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Text that was deleted goes from this engine's chunk KV: the memory store, what waits for the disk, the folder.
 
-Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for them every few seconds
-and goes through the records by their text. Where several servers share a store, notices of other machines come by way of it
-(:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text
-before it was deleted may compute its chunk only then.
+Whoever deletes a document posts a notice (:mod:`rag_pipeline.erasure`). A thread looks for notices every few seconds,
+and goes through the records by their text. Where several servers share a store, notices of other machines come by way
+of it (:mod:`.notice_exchange`). A notice stays in force for a few minutes: a request that found the text before it was
+deleted may compute its chunk only then.
 """
 
 from __future__ import annotations
@@ -71,10 +71,14 @@ class ErasedText:
         """What is gone from memory, and perhaps not yet from what conversations remember."""
         self._remembered = False
         """Whether conversations may remember tokens that a notice is about."""
+        self._travels = False
+        """Whether text that a notice is about may be on its way to a tier, or from one."""
         self._condemned: dict[ChunkKey, float] = {}
         """Chunks of erased text that were waiting to be built, and until when one may come of it."""
         self._written: dict[ChunkKey, tuple[npt.NDArray[Any], str]] = {}
         """What was written to a tier since notices were looked for last, and whose: memory may have lost it since."""
+        self._noting = threading.Lock()
+        """Taken to note what is written: between two looks nothing may get lost."""
 
     def begin(self) -> None:
         """Take in the notices that there are, and erase from memory what an engine has read at its start."""
@@ -103,13 +107,14 @@ class ErasedText:
         """
         if self.notices.exchange is not None:
             self.notices.hear()
-        self._written[record.key] = record.token_ids, tenant
+        with self._noting:
+            self._written[record.key] = record.token_ids, tenant
         return self.is_in(record, tenant)
 
     def look(self) -> int:
         """Take in new notices, and erase; returns how many records went from memory.
 
-        What fails is done again by the next look, and keeps nothing else from being done.
+        What fails is done again by the next look. A tier that fails keeps nothing in the others.
 
         Raises
         ------
@@ -118,11 +123,17 @@ class ErasedText:
         """
         now = time.monotonic()
         # Before notices are looked for: what is written from now on is asked about with them in force.
-        written, self._written = self._written, {}
-        self._take_in()
-        told = self.notices.pass_on()
-        self._condemn(now)
-        self._files.update(self._written_meanwhile(written))
+        with self._noting:
+            written, self._written = self._written, {}
+        try:
+            self._take_in()
+            told = self.notices.pass_on()
+            self._condemn(now)
+            self._files.update(self._written_meanwhile(written))
+        except Exception:
+            with self._noting:
+                self._written = written | self._written  # the next look asks again
+            raise
         held_on = self.notices.in_force or self._condemned or self._unforgotten
         gone = self._from_memory() if held_on else 0
         # One tier may be down for hours: what the others hold goes meanwhile.
@@ -135,15 +146,18 @@ class ErasedText:
     def _take_in(self) -> bool:
         """Take in new notices, and forget what is on its way and erased; whether there are any."""
         tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
-        if not self.notices.take():
-            return False
-        self._checked.clear()
-        if tiers is not None:
-            tiers.erase()
-        if fetcher is not None:
-            fetcher.erase()
-        self._remembered = True
-        return True
+        is_new = bool(self.notices.take())
+        if is_new:
+            # Notices are told once: what is left to do for them is noted before anything can fail.
+            self._checked.clear()
+            self._remembered = self._travels = True
+        if self._travels:
+            if tiers is not None:
+                tiers.erase()
+            if fetcher is not None:
+                fetcher.erase()
+            self._travels = False
+        return is_new
 
     def _deaf(self, error: Exception) -> None:
         self._runtime.say_once(
@@ -156,15 +170,11 @@ class ErasedText:
         """Erased ones among records that were written since the last look."""
         if not (self.notices.in_force or self._condemned):
             return []
-        try:
-            return [
-                key
-                for key, (ids, tenant) in list(written.items())
-                if key in self._condemned or self._is_erased(ids, tenant)
-            ]
-        except Exception:
-            self._written = written | self._written  # the next look asks again
-            raise
+        return [
+            key
+            for key, (ids, tenant) in written.items()
+            if key in self._condemned or self._is_erased(ids, tenant)
+        ]
 
     def _from_tiers(self) -> list[Exception]:
         """Erase from the tiers what is gone from memory; returns what they refused."""

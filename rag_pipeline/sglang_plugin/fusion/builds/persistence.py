@@ -1,11 +1,13 @@
 """Chunk KV that outlives the engine: tiers below memory, read at start and on a request's miss, written in the background.
 
 The tiers (a folder, by ``fusion.store_dir`` and ``fusion.tier``; a store that several servers share, by
-``fusion.remote``) are a cache of a cache: whatever goes wrong with one is
-logged once, counted, and serving goes on; each stands behind a guard, since a disk may hang as a network does. Reading at start fills the memory store up to its budget, the most recently
-used records first, and evicts nothing. Only records that this model, on this rank, can use are read. Everything else is
-a thread's work: :class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes; the
-scheduler waits for neither.
+``fusion.remote``) are a cache of a cache: whatever goes wrong with one is logged once, counted, and serving goes on.
+Each stands behind a guard, since a disk may hang as a network does.
+
+Reading at start fills the memory store up to its budget, the most recently used records first, and evicts nothing. Only
+records that this model, on this rank, can use are read. Everything else is a thread's work:
+:class:`chunk_cache.Fetcher` reads, :class:`chunk_cache.BackgroundWriter` encodes and writes. The scheduler waits for
+neither.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from chunk_cache import (
     load_store,
 )
 from chunk_cache.tiers.deadline import BoundedCalls
-from chunk_cache.tiers.guard import HANG_S, GuardedTier
+from chunk_cache.tiers.guard import GuardedTier
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
@@ -77,7 +79,7 @@ def _connect_folder(config: FusionConfig, model: str) -> Tier:
         CONNECT_S,
     )
     tier.codec = config.store_codec
-    return GuardedTier(tier, name=config.store_dir, wait_s=HANG_S, may_hang=True, is_shared=False)
+    return GuardedTier.of_folder(tier, name=config.store_dir)
 
 
 def open_folder(runtime: FusionRuntime, model: str) -> None:
@@ -98,9 +100,8 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
     for name, (location, connect) in open_tiers(runtime.config, model).items():
         try:
             tier = connect()
-            if (
-                not tiers and name != REMOTE
-            ):  # that is shared, and large: a request's miss looks there
+            # The remote one is shared, and large: a request's miss looks there.
+            if not tiers and name != REMOTE:
                 _load(runtime, name, location, tier)
         except Exception as error:  # a tier of another distribution may raise anything
             told = error if isinstance(error, ValueError | OSError) else repr(error)
@@ -120,9 +121,8 @@ def _load(runtime: FusionRuntime, name: str, location: str, tier: Tier) -> None:
     report = load_store(tier, runtime.store, namespaces=usable)
     try:
         runtime.metrics.count("turns", "restored", runtime.conversations.restore(tier, usable))
-    except (
-        Exception
-    ) as error:  # a memory of another distribution may raise anything: its turns are computed anew
+    except Exception as error:
+        # A memory of another distribution may raise anything: its turns are computed anew.
         runtime.say_fault("restore", error)
     for kind, number in report.to_json().items():
         runtime.metrics.count_tier(name, kind, number)

@@ -55,14 +55,14 @@ class FinishedTurn:
 class ConversationMemory(ABC):
     """Decides what a conversation keeps of a turn and what the next turn loads of it. One per scheduler process.
 
-    The scheduler thread alone calls ``lease`` and ``keep``, for requests that name a conversation. A memory may also
-    be asked by :meth:`forget` and :meth:`erase` from the thread that erases text.
+    The scheduler thread alone calls ``wanted``, ``lease`` and ``keep``, for requests that name a conversation. The thread
+    that erases text calls :meth:`forget` and :meth:`erase` meanwhile.
 
     *KV* belongs into records of ``runtime.store``, under keys whose context holds all that the KV depends on: in its
     ``tenant`` the tenant's salt alone, by which erasure reaches it, in its ``prefix_digest`` the conversation, the
     policy's identity, the tokens in front (:class:`~.lineage.Lineage`). The store then bounds it, evicts it
-    and erases it with deleted text; a record in use is never evicted. Given to
-    :func:`~.persistence.write_record`, it outlives memory and the process. A memory itself holds tables over such records
+    and erases it with deleted text; a record in use is never evicted. Given to ``write_record`` of
+    :mod:`~.builds.persistence`, it outlives memory and the process. A memory itself holds tables over such records
     (positions, hashes, embeddings), bounded, with a fair share for each tenant, and finds out by
     ``store.acquire_matches`` that a record is gone.
 
@@ -121,7 +121,8 @@ class ConversationMemory(ABC):
         Called before the request's slots are freed and the radix tree gets its exact part; KV is copied out of the
         pool here or never. It holds up the scheduler: no model is run here. Slots and pool are only read.
 
-        ``turn.state.exact_limit`` is None where nothing was loaded: all is exact then, and the tree keeps it.
+        ``turn.state.approximate_from`` is the first position whose KV is not what plain prefill computes; None where all
+        is. ``exact_limit`` may be smaller: the tree takes nothing behind the first token that was loaded, exact or not.
         """
 
     def wanted(self, state: RequestState, tenant: RadixNamespace) -> Sequence[Candidate]:

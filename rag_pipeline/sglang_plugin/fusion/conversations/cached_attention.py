@@ -19,12 +19,9 @@ from __future__ import annotations
 import hashlib
 
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import MovedRun
-from rag_pipeline.sglang_plugin.fusion.conversations.turns import (
-    TurnMemory,
-    TurnPlace,
-    through_of,
-)
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import MovedRun
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import TurnPlace, through_of
+from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
@@ -42,7 +39,7 @@ class CachedAttentionMemory(TurnMemory):
         low = max(state.radix_len, state.turns_end)
         least = runtime.config.min_reused_tokens
         if state.prompt.size - low < least:
-            return  # alike on every rank, as all of it is
+            return  # on every rank or on none: all ranks know the same numbers
         moved: list[LeasedSpan] = []
 
         def offer() -> tuple[int, int, int, int] | None:

@@ -3,102 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from chunk_cache import ChunkKey, KVContext, Match, MemoryStore, hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import (
+    Chain,
+    MovedRun,
+    StoredTurn,
+    TokenArray,
+    branches,
+    cut_at,
+    disjoint,
+    num_tokens,
+    places_of,
+    run_of,
+    same_length,
+)
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
-
-TokenArray = npt.NDArray[np.int64]
 
 _MAX_CONVERSATIONS = 1024
 _MAX_TURNS = 256
 """Of one conversation, those that branch off among them."""
 _MAX_BRANCHES = 8
 """Of one conversation, newest first, that are gone through for what a cut prompt holds."""
-_MAX_PLACES = 8
-"""Of one branch, at which what a cut prompt goes on with may have stood."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class StoredTurn:
-    """What one turn added: tokens ``[start, end)`` of its prompt and answer.
-
-    Attributes
-    ----------
-    lineage : Lineage
-        What it was computed behind.
-    ids : ndarray
-        int64 token ids.
-    key : ChunkKey
-        Its record in the chunk store.
-    context : KVContext or None
-        Of the key; None as long as only a tier has told that the key is that of this turn.
-    """
-
-    lineage: Lineage
-    ids: TokenArray
-    key: ChunkKey
-    context: KVContext | None = None
-
-    @property
-    def start(self) -> int:
-        """First position."""
-        return self.lineage.start
-
-    @property
-    def end(self) -> int:
-        """One past the last position."""
-        return self.start + int(self.ids.size)
-
-    @property
-    def before(self) -> str:
-        """Hash of all tokens in front of it."""
-        return self.lineage.before
-
-    @functools.cached_property
-    def number(self) -> int:
-        """Of this turn: the same wherever and whenever it is computed."""
-        return self.lineage.number(self.ids)
-
-    @property
-    def parent(self) -> int:
-        """Number of the turn that it was computed behind; 0 for the exact prefix alone."""
-        return self.lineage.parent
-
-    @property
-    def exact(self) -> bool:
-        """Plain prefill computed it, and all in front of it."""
-        return self.lineage.is_exact
-
-
-Chain = list[tuple[StoredTurn, Match]]
-"""Turns that a prompt goes through, each with the run of it that fits; rising, disjoint."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MovedRun:
-    """Part of the turns that a prompt goes through at a smaller position than theirs.
-
-    Attributes
-    ----------
-    number : int
-        Of the last turn of the branch that they are of.
-    distance : int
-        Old position minus the new one, tokens; positive.
-    matches : tuple of Match
-        In prompt order, each touching the next.
-    """
-
-    number: int
-    distance: int
-    matches: tuple[Match, ...]
 
 
 class TurnTable:
@@ -158,23 +90,23 @@ class TurnTable:
         fused: Chain = []
         exact: Chain = []
         for turn in turns:
-            match = _run_of(turn, prompt, hashes)
+            match = run_of(turn, prompt, hashes)
             if match is None or (not turn.exact and turn.parent not in chains):
                 continue
             if turn.exact:
                 exact.append((turn, match))
                 continue
-            chain = _cut(chains[turn.parent], match.prompt_start)
+            chain = cut_at(chains[turn.parent], match.prompt_start)
             chains[turn.number] = chain = [*chain, (turn, match)]
             if not fused or match.prompt_end > fused[-1][1].prompt_end:
                 fused = chain
         if not exact:
             return fused
-        exact = _disjoint(exact)
+        exact = disjoint(exact)
         if not fused:
             return exact
-        with_fused = [*_cut(exact, fused[0][1].prompt_start), *fused]
-        return with_fused if _tokens(with_fused) > _tokens(exact) else exact
+        with_fused = [*cut_at(exact, fused[0][1].prompt_start), *fused]
+        return with_fused if num_tokens(with_fused) > num_tokens(exact) else exact
 
     def gaps(
         self, namespace: str, ids: TokenArray, low: int, high: int, *, tenant: str = ""
@@ -189,11 +121,11 @@ class TurnTable:
         hashes: dict[int, str] = {}
         held: Chain = []
         for turn in self.alive(namespace, tenant):
-            match = _run_of(turn, ids, hashes) if turn.exact else None
+            match = run_of(turn, ids, hashes) if turn.exact else None
             if match is not None:
                 held.append((turn, match))
         found, at, parent = [], low, 0
-        for turn, match in _disjoint(held):
+        for turn, match in disjoint(held):
             if at < min(match.prompt_start, high):
                 found.append((at, min(match.prompt_start, high), parent))
             if match.prompt_end > at:
@@ -218,7 +150,7 @@ class TurnTable:
         """
         best: MovedRun | None = None
         length = at_least - 1
-        for path in itertools.islice(_branches(self.alive(namespace, tenant)), _MAX_BRANCHES):
+        for path in itertools.islice(branches(self.alive(namespace, tenant)), _MAX_BRANCHES):
             first, last = path[0], path[-1]
             if first.start >= prompt.size or hash_token_ids(prompt[: first.start]) != first.before:
                 continue
@@ -226,10 +158,10 @@ class TurnTable:
             content = np.concatenate(
                 [turn.ids[: end - turn.start] for turn, end in zip(path, ends, strict=True)]
             )
-            same = _same_length(prompt[first.start :], content)
+            same = same_length(prompt[first.start :], content)
             rest = prompt[first.start + same :]
-            for place in _places_of(rest[:at_least], content, behind=same):
-                found = _same_length(rest, content[place:])
+            for place in places_of(rest[:at_least], content, behind=same):
+                found = same_length(rest, content[place:])
                 if found <= length:
                     continue
                 length, distance = found, place - same
@@ -247,12 +179,17 @@ class TurnTable:
         return len(self.alive(namespace, tenant)) < _MAX_TURNS
 
     def add(self, turn: StoredTurn, *, tenant: str = "") -> None:
-        """Remember a turn whose record is in the store, or in a tier below it."""
+        """Remember a turn whose record is in the store, or in a tier below it.
+
+        A turn that is computed once more keeps its place: those that were computed behind it stand behind it.
+        """
         namespace = turn.lineage.space
         with self._lock:
             self._absent.discard(turn.key)
-            held = [t for t in self._spaces.get(tenant, namespace) or () if t.key != turn.key]
-            for forgotten in self._spaces.put(tenant, namespace, [*held, turn], _MAX_CONVERSATIONS):
+            turns = {held.key: held for held in self._spaces.get(tenant, namespace) or ()}
+            turns[turn.key] = turn
+            listed = list(turns.values())
+            for forgotten in self._spaces.put(tenant, namespace, listed, _MAX_CONVERSATIONS):
                 for old in forgotten:
                     self._store.evict(old.key)
 
@@ -279,13 +216,6 @@ class TurnTable:
         """Forget a turn soon: its record was looked for, and is neither in memory nor below."""
         with self._lock:
             self._absent.add(key)
-
-    def drop(self, namespace: str, *, tenant: str = "") -> None:
-        """Forget a conversation, and evict its records."""
-        with self._lock:
-            for turn in self._spaces.get(tenant, namespace) or ():
-                self._store.evict(turn.key)
-            self._spaces.pop(tenant, namespace)
 
     def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
         """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is."""
@@ -320,66 +250,3 @@ class TurnTable:
 
     def _is_there(self, key: ChunkKey) -> bool:
         return self._store.can_lease(key) or (self._is_kept_below() and key not in self._absent)
-
-
-def _run_of(turn: StoredTurn, prompt: TokenArray, hashes: dict[int, str]) -> Match | None:
-    """Part of a turn that a prompt goes through behind the very tokens that stood in front of it."""
-    start = turn.start
-    if start >= prompt.size or prompt[start] != turn.ids[0]:
-        return None
-    if start not in hashes:
-        hashes[start] = hash_token_ids(prompt[:start])
-    if hashes[start] != turn.before:
-        return None
-    return Match(start, start + _same_length(prompt[start:], turn.ids), turn.key)
-
-
-def _cut(chain: Chain, end: int) -> Chain:
-    """Part of a chain in front of a position: a turn may have left the one before it early."""
-    return [(turn, m.clipped(m.prompt_start, end)) for turn, m in chain if m.prompt_start < end]
-
-
-def _disjoint(chain: Chain) -> Chain:
-    """Runs in the order of the prompt, each without what an earlier one holds."""
-    found: Chain = []
-    at = 0
-    for turn, match in sorted(chain, key=lambda one: (one[1].prompt_start, -one[1].prompt_end)):
-        if match.prompt_end > at:
-            found.append((turn, match.clipped(at, match.prompt_end)))
-            at = match.prompt_end
-    return found
-
-
-def _tokens(chain: Chain) -> int:
-    return sum(match.num_tokens for _, match in chain)
-
-
-def _branches(turns: list[StoredTurn]) -> Iterator[list[StoredTurn]]:
-    """Chains from a first turn to one that nothing was computed behind; the newest first."""
-    by_number = {turn.number: turn for turn in turns}
-    parents = {turn.parent for turn in turns}
-    for last in reversed(turns):
-        if last.number not in parents:
-            path = [last]
-            while path[0].parent in by_number:
-                path.insert(0, by_number[path[0].parent])
-            yield path
-
-
-def _same_length(one: TokenArray, two: TokenArray) -> int:
-    """Tokens that two runs begin with alike."""
-    size = min(one.size, two.size)
-    differs = np.flatnonzero(one[:size] != two[:size])
-    return int(differs[0]) if differs.size else size
-
-
-def _places_of(run: TokenArray, content: TokenArray, *, behind: int) -> list[int]:
-    """Offsets past ``behind`` at which a run stands in the content; the first few."""
-    last = content.size - run.size
-    if not run.size or last <= behind:
-        return []
-    places = np.arange(behind + 1, last + 1)
-    for step, token in enumerate(run):
-        places = places[content[places + step] == token]
-    found: list[int] = places[:_MAX_PLACES].tolist()
-    return found

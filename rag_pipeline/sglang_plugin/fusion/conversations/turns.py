@@ -21,7 +21,6 @@ store's byte budget, evicted like any chunk, and no page, lock or slot that two 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Collection
 
 import numpy as np
@@ -42,48 +41,18 @@ from rag_pipeline.sglang_plugin.fusion.conversations.base import (
     FinishedTurn,
     IsErased,
 )
-from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import (
-    Chain,
-    StoredTurn,
-    TurnTable,
+from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
+from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import Chain, StoredTurn
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import (
+    TurnPlace,
+    namespace_of,
+    through_of,
 )
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
-
-
-def namespace_of(state: RequestState, tenant: RadixNamespace) -> str:
-    """Digest of everything but tokens and model that a turn's KV depends on."""
-    passage = state.request.passage is not False
-    own = (tenant.salt, state.request.conversation, state.policy.identity, passage)
-    method = state.request.make_attention()
-    told = repr(own if method is None else (*own, method.identity))
-    return hashlib.blake2b(told.encode(), digest_size=32, person=b"ragkv-turns").hexdigest()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TurnPlace:
-    """A part of a finished turn that is to be kept, and what it was computed behind.
-
-    Attributes
-    ----------
-    start, end : int
-        First position, and one past the last.
-    parent : int
-        Number of the stored turn in front of it; 0 for none.
-    through : str
-        As of :class:`~.lineage.Lineage`.
-    is_alone : bool
-        The conversation goes on from this turn only: all others of it are let go of.
-    """
-
-    start: int
-    end: int
-    parent: int = 0
-    through: str = EXACT
-    is_alone: bool = False
 
 
 class TurnMemory(ConversationMemory):
@@ -164,9 +133,8 @@ class TurnMemory(ConversationMemory):
                 found = runtime.store.acquire_matches(state.prompt, [match])
                 if not found:
                     self._note_miss(state, turn)
-                    is_broken = (
-                        is_broken or not turn.exact
-                    )  # what stands behind was computed over it
+                    # What stands behind a fused turn was computed over it.
+                    is_broken = is_broken or not turn.exact
                     continue
                 lease = found[0][1]
                 is_exact = turn.exact and lease.record.is_lossless
@@ -320,20 +288,6 @@ class TurnMemory(ConversationMemory):
     def erase(self, is_erased: IsErased) -> None:
         """Forget the turns that hold erased text."""
         self.table.forget(lambda turn, tenant: is_erased(turn.ids, tenant))
-
-
-def through_of(runtime: FusionRuntime, state: RequestState) -> str:
-    """Digest of the approximations that a finished request went through; never that of none."""
-    told = repr(
-        (
-            state.approximations,
-            state.approximate_from,
-            state.report.runs,
-            state.planned_ratio,
-            hash_token_ids(runtime.passage),
-        )
-    )
-    return hashlib.blake2b(told.encode(), digest_size=32, person=b"ragkv-fused").hexdigest()
 
 
 def _end_of(offer: list[tuple[int, int, int]], start: int, number: int) -> int:

@@ -20,12 +20,8 @@ from rag_kernels import (
     PositionCausalPlan,
     plan_position_causal,
 )
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import (
-    PASS_KEY,
-    FusedPass,
-    Loader,
-    Observer,
-)
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import PASS_KEY, FusedPass, Observer
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime

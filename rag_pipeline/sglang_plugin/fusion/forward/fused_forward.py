@@ -18,7 +18,8 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     ordinary_rows,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, FusedItem, plan_item
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Loader, LoadItem
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.rates import MEMORY

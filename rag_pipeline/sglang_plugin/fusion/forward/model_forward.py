@@ -14,7 +14,7 @@ from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report

@@ -20,7 +20,8 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     make_view,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import Loader, StopPassError
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import StopPassError
+from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
