@@ -52,8 +52,12 @@ class ValkeyNotices(NoticeBoard):
             old = client.xrange(NAMES, "-", f"({oldest}-0", count=_BATCH)
             if old:
                 client.xdel(NAMES, *(one for one, _ in old))
+                # Several servers, and ranks of one, post the same notice: the last of its names takes the body along.
+                kept = {fields.get(b"name") for _, fields in client.xrange(NAMES, f"{oldest}-0")}
                 # One without a name is nobody's of ours.
-                client.hdel(BODIES, *(fields.get(b"name", place) for place, fields in old))
+                gone = {fields.get(b"name", place) for place, fields in old} - kept
+                if gone:
+                    client.hdel(BODIES, *gone)
 
     def new(self) -> list[Posted]:
         """Read those behind the newest that was read."""

@@ -297,9 +297,14 @@ class ErasedText:
         return any(notice.is_about(text, tenant) for notice in notices_now)
 
     def _text(self, token_ids: npt.NDArray[Any]) -> str | None:
+        """Text of tokens; None where it cannot be read, so that it may be anything."""
         if self._decode is None:
             self._decode = decoder_of(Path(self._model))
-        return self._decode(token_ids) if self._decode is not None else None
+        try:
+            return self._decode(token_ids) if self._decode is not None else None
+        except Exception as error:
+            self._say(error)
+            return None
 
     def _run(self) -> None:
         while True:
