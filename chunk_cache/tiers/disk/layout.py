@@ -68,7 +68,7 @@ def check_manifest(folder: Path) -> None:
         kind, version = found["format"], found["version"]
     except (FileNotFoundError, NotADirectoryError):
         raise ChunkCacheError(
-            f"{folder} is not a chunk store (no store.json): export one there first"
+            f"{folder} is not a chunk store (no store.json): nothing was stored there yet"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ChunkCacheError(f"{manifest} cannot be read ({error}): export again") from None

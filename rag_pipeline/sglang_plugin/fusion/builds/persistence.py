@@ -105,7 +105,7 @@ def open_folder(runtime: FusionRuntime, model: str) -> None:
                 _load(runtime, name, location, tier)
         except Exception as error:  # a tier of another distribution may raise anything
             told = error if isinstance(error, ValueError | OSError) else repr(error)
-            logger.error("Chunk-KV folder %s is not used: %s", location, told)
+            logger.error("Chunk-KV tier %s, %s, is not used: %s", name, location, told)
             runtime.metrics.count_tier(name, "unusable")
         else:
             tiers[name] = tier

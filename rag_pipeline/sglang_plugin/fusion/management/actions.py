@@ -104,7 +104,7 @@ def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
     below, store, chain = _below(runtime, order), runtime.store, runtime.tiers
     folders = [tier for tier in below.values() if _is_folder(tier)]
     if order.max_bytes is not None and not folders:
-        raise CacheOrderError("max_bytes is for a folder on disk, and this names none")
+        raise CacheOrderError("max_bytes bounds the folder on disk: give tier 'disk', or name keys")
     states = {info.key: info for info in store.ls() if info.state is ChunkState.READY}
     gone: list[str] = []
     pinned: list[str] = []
