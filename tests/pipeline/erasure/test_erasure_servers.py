@@ -276,3 +276,16 @@ def test_a_store_without_notices_says_so_once(
     assert open_exchange(FusionConfig(remote="hicache+mooncake://127.0.0.1:1")) is not None
     (line,) = [one.getMessage() for one in caplog.records]
     assert "?catalog=FOLDER" in line
+
+
+def test_the_body_of_a_notice_lives_as_long_as_the_last_of_its_copies(server: Server) -> None:
+    """Ranks and machines post the same one, and the first copy is old earlier."""
+    import valkey
+
+    client = valkey.Valkey(port=server.port)
+    writer, reader = connect_board(server.url), connect_board(server.url)
+    assert writer is not None
+    assert reader is not None
+    client.xadd(NAMES, {"name": "twice"}, id="1-0")
+    writer.post("twice", b"body")
+    assert [(one.name, one.body) for one in reader.new()] == [("twice", b"body")]
