@@ -122,10 +122,19 @@ class TextMarks:
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                if sum(one.file_size for one in archive.zip.infolist()) > len(data):
+                    raise ValueError("it is compressed")  # and may be of any size
                 names = set(archive.files)
                 runs = {int(name): archive[name] for name in names - {_EVERYTHING}}
         except Exception as error:
-            raise ValueError(f"not marks of erased texts: {error}") from None
+            raise ValueError(f"not marks of erased texts: {error!r}") from None
+        for length, hashes in runs.items():
+            # What nobody can be compared with would fail, or find nothing, only when it is used.
+            is_sorted = hashes.ndim == 1 and bool((hashes[1:] >= hashes[:-1]).all())
+            if not (1 <= length <= _WINDOW and hashes.dtype == np.uint64 and is_sorted):
+                raise ValueError(
+                    f"not marks of erased texts: {hashes.dtype} {list(hashes.shape)} for runs of {length}"
+                )
         return cls(runs, everything=_EVERYTHING in names)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
+from rag_pipeline.notices import Notice
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 from rag_pipeline.sglang_plugin import FusionConfig
 from retrievers import (
@@ -149,6 +152,51 @@ def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
     (notice,) = erasure.notices(set())
     assert notice.marks.everything
     assert notice.reach == erasure.EVERYBODY
+
+
+def archive(**arrays: Any) -> bytes:
+    """Well-formed, as marks are written, and saying anything."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def compressed() -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(out, **{"32": np.zeros(1 << 20, dtype=np.uint64)})
+    return out.getvalue()
+
+
+HEAD = b'{"tenant": "", "spared": []}\n'
+NONE = np.zeros(3, dtype=np.uint64)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        b"",
+        b"\xff" * 100,
+        b"[" * 200_000 + b"\n",
+        b'{"tenant": ' * 100_000 + b"\n",
+        b"[1]\n",
+        HEAD + archive(**{"-3": NONE}),
+        HEAD + archive(**{"0": NONE}),
+        HEAD + archive(**{"1000000000": NONE}),
+        HEAD + archive(**{"32": NONE.reshape(3, 1)}),
+        HEAD + archive(**{"32": NONE[0]}),
+        HEAD + archive(**{"32": np.array(["a"])}),
+        HEAD + archive(**{"32": np.array([0.5])}),
+        HEAD + archive(**{"32": np.array([2, 1], dtype=np.uint64)}),
+        HEAD + compressed(),
+    ],
+    ids=lambda body: repr(body)[:8],
+)
+def test_a_notice_of_garbage_means_everything_and_never_fails_later(body: bytes | None) -> None:
+    notice = Notice.from_bytes("name", body)
+    assert notice.marks.everything
+    assert notice.is_about(SECRET, "")
+    assert notice.is_about(None, "anybody")
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,13 @@ class ErasedText:
         tiers, fetcher = self._runtime.tiers, self._runtime.fetcher
         if not self.notices.take():
             return False
+        # First, as what fails below is not done again: whoever writes or fetches asks once more.
         self._checked.clear()
+        self._remembered = True
         if tiers is not None:
             tiers.erase()
         if fetcher is not None:
             fetcher.erase()
-        self._remembered = True
         return True
 
     def _deaf(self, error: Exception) -> None:
