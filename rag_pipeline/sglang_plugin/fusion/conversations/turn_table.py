@@ -18,7 +18,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 TokenArray = npt.NDArray[np.int64]
 
 _MAX_CONVERSATIONS = 1024
-_MAX_TURNS = 256
+MAX_TURNS = 256
 """Of one conversation, those that branch off among them."""
 _MAX_BRANCHES = 8
 """Of one conversation, newest first, that are gone through for what a cut prompt holds."""
@@ -242,17 +242,37 @@ class TurnTable:
                 best = MovedRun(number=last.number, distance=distance, matches=tuple(matches))
         return best
 
-    def has_room(self, namespace: str, *, tenant: str = "") -> bool:
-        """Whether a conversation may still grow."""
-        return len(self.alive(namespace, tenant)) < _MAX_TURNS
+    def has_room(self, namespace: str, ids: TokenArray, *, tenant: str = "") -> bool:
+        """Whether a conversation may still grow.
+
+        A full one forgets the oldest turn for it that these tokens do not go through: a client may give one name to all
+        that it asks. Turns that they do go through stay, or each new one would cost an old one of the same chat.
+        """
+        with self._lock:
+            turns = self.alive(namespace, tenant)
+            hashes: dict[int, str] = {}
+            for turn in turns if len(turns) >= MAX_TURNS else ():
+                match = _run_of(turn, ids, hashes)
+                # Other chats begin alike, by a template; and an answer may have been left before its end.
+                if match is None or 2 * match.num_tokens < turn.ids.size:
+                    self._store.evict(turn.key)
+                    turns.remove(turn)
+                    self._put(namespace, tenant, turns)
+                    break
+            return len(turns) < MAX_TURNS
 
     def add(self, turn: StoredTurn, *, tenant: str = "") -> None:
         """Remember a turn whose record is in the store, or in a tier below it."""
         namespace = turn.lineage.space
         with self._lock:
             self._absent.discard(turn.key)
-            held = [t for t in self._spaces.get(tenant, namespace) or () if t.key != turn.key]
-            for forgotten in self._spaces.put(tenant, namespace, [*held, turn], _MAX_CONVERSATIONS):
+            held = self._spaces.get(tenant, namespace) or []
+            if any(one.key == turn.key for one in held):
+                # In its place: what was computed behind it must stay behind it.
+                turns = [turn if one.key == turn.key else one for one in held]
+            else:
+                turns = [*held, turn]
+            for forgotten in self._spaces.put(tenant, namespace, turns, _MAX_CONVERSATIONS):
                 for old in forgotten:
                     self._store.evict(old.key)
 
