@@ -197,6 +197,19 @@ def test_calls_share_threads_and_those_that_hang_are_bounded() -> None:
     hang.set()
 
 
+def test_a_system_without_threads_costs_no_call_of_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    calls = BoundedCalls(2)
+    with monkeypatch.context() as later:
+        later.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            with pytest.raises(TimeoutError, match="thread"):
+                calls.run(lambda: 1, 60)
+    assert calls.run(lambda: 1, 60) == 1
+
+
 def test_a_guarded_folder_pins_lists_checks_and_trims(stack: Stack) -> None:
     kept, damaged = stack.records[:2]
     for record in (kept, damaged):
