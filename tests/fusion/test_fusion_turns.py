@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import torch
@@ -228,6 +229,25 @@ def test_a_turn_that_is_kept_once_more_loses_nothing_that_was_computed_behind_it
     store.evict(first.key)  # it is below memory, and does not come in time
     put(table, store, "c", ids[:6], 2)
     assert [match.prompt_end for _, match in table.find("c", ids)] == [6, 12]
+
+
+def test_the_scheduler_does_not_wait_while_the_text_of_turns_is_read():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store)
+    ids = np.arange(12)
+    for name in ("a", "b"):
+        put(table, store, name, ids, 2)
+    found = []
+
+    def is_gone(turn, tenant):
+        scheduler = threading.Thread(target=lambda: found.append(table.find("b", ids)), daemon=True)
+        scheduler.start()
+        scheduler.join(60)
+        return turn.lineage.space == "a"
+
+    table.forget(is_gone)
+    assert len(found) == 2
+    assert [bool(table.find(name, ids)) for name in "ab"] == [False, True]
 
 
 def test_a_lineage_says_all_that_a_key_depends_on_and_is_read_back():

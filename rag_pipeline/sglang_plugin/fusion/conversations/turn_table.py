@@ -256,7 +256,7 @@ class TurnTable:
                 # Other chats begin alike, by a template; and an answer may have been left before its end.
                 if match is None or 2 * match.num_tokens < turn.ids.size:
                     self._store.evict(turn.key)
-                    turns.remove(turn)
+                    turns = [one for one in turns if one is not turn]
                     self._put(namespace, tenant, turns)
                     break
             return len(turns) < MAX_TURNS
@@ -308,10 +308,16 @@ class TurnTable:
             self._spaces.pop(tenant, namespace)
 
     def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
-        """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is."""
+        """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is.
+
+        It may read the text of every turn, which takes seconds: meanwhile the scheduler goes on.
+        """
         with self._lock:
-            for tenant, namespace, turns in self._spaces.items():
-                left = [turn for turn in turns if not is_gone(turn, tenant)]
+            rows = self._spaces.items()
+        gone = {turn.key for tenant, _, turns in rows for turn in turns if is_gone(turn, tenant)}
+        with self._lock:
+            for tenant, namespace, turns in self._spaces.items() if gone else ():
+                left = [turn for turn in turns if turn.key not in gone]
                 if len(left) < len(turns):
                     self._put(namespace, tenant, left)
 
