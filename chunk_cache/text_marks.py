@@ -73,6 +73,18 @@ class TextMarks:
             everything=most is not None and number > most,
         )
 
+    @classmethod
+    def union(cls, parts: Iterable[TextMarks]) -> Self:
+        """Marks of all that several are of: one look finds what any of them would."""
+        found: dict[int, list[Hashes]] = {}
+        everything = False
+        for part in parts:
+            everything |= part.everything
+            for length, hashes in part._runs.items():
+                found.setdefault(length, []).append(hashes)
+        runs = {length: np.unique(np.concatenate(many)) for length, many in found.items()}
+        return cls(runs, everything=everything)
+
     def __bool__(self) -> bool:
         """Whether any text can be found by them."""
         return self.everything or bool(self._runs)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.config import home_dir
-from rag_pipeline.notices import EVERYBODY, Notice, Reach
+from rag_pipeline.notices import EVERYBODY, Notice, Reach, combined
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
     namespaces: dict[str, tuple[str, str]] = {}
     decoders: dict[str, Decode | None] = {"": None}
     gone = 0
+    told = combined(told)
     for key in store.keys():  # noqa: SIM118 - not a mapping
         space = key.namespace
         if space not in namespaces:

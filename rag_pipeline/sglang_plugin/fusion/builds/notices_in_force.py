@@ -61,6 +61,8 @@ class NoticesInForce:
                 new += self._from_others()
             except Exception as error:
                 self._deaf(error)
+            if not new:
+                return
             until = time.monotonic() + NOTICE_S
             self.in_force = self.in_force + [(until, notice) for notice in new]
             self._new += new
@@ -90,7 +92,9 @@ class NoticesInForce:
             new, self._new = self._new, []
             self.unfinished += new
             kept = {id(notice) for notice in self.unfinished}
-            self.in_force = [(t, n) for t, n in self.in_force if t > now or id(n) in kept]
+            in_force = [(t, n) for t, n in self.in_force if t > now or id(n) in kept]
+            if len(in_force) < len(self.in_force):
+                self.in_force = in_force
         return new
 
     def pass_on(self) -> list[Exception]:
