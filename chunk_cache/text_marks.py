@@ -73,6 +73,18 @@ class TextMarks:
             everything=most is not None and number > most,
         )
 
+    @classmethod
+    def union(cls, parts: Iterable[TextMarks]) -> Self:
+        """Marks of all that several are of: one look finds what any of them would."""
+        found: dict[int, list[Hashes]] = {}
+        everything = False
+        for part in parts:
+            everything |= part.everything
+            for length, hashes in part._runs.items():
+                found.setdefault(length, []).append(hashes)
+        runs = {length: np.unique(np.concatenate(many)) for length, many in found.items()}
+        return cls(runs, everything=everything)
+
     def __bool__(self) -> bool:
         """Whether any text can be found by them."""
         return self.everything or bool(self._runs)
@@ -122,10 +134,19 @@ class TextMarks:
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                if sum(one.file_size for one in archive.zip.infolist()) > len(data):
+                    raise ValueError("it is compressed")  # and may be of any size
                 names = set(archive.files)
                 runs = {int(name): archive[name] for name in names - {_EVERYTHING}}
         except Exception as error:
-            raise ValueError(f"not marks of erased texts: {error}") from None
+            raise ValueError(f"not marks of erased texts: {error!r}") from None
+        for length, hashes in runs.items():
+            # What nobody can be compared with would fail, or find nothing, only when it is used.
+            is_sorted = hashes.ndim == 1 and bool((hashes[1:] >= hashes[:-1]).all())
+            if not (1 <= length <= _WINDOW and hashes.dtype == np.uint64 and is_sorted):
+                raise ValueError(
+                    f"not marks of erased texts: {hashes.dtype} {list(hashes.shape)} for runs of {length}"
+                )
         return cls(runs, everything=_EVERYTHING in names)
 
 

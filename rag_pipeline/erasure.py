@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.config import home_dir
-from rag_pipeline.notices import EVERYBODY, Notice, Reach
+from rag_pipeline.notices import EVERYBODY, Notice, Reach, combined
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 
 if TYPE_CHECKING:
@@ -138,13 +138,20 @@ def keep(name: str) -> None:
             os.utime(board() / f"{name}.{suffix}")
 
 
-def notices(seen: set[str]) -> Iterator[Notice]:
-    """Notices in force that are not among those `seen`; they are added to them."""
+def names() -> set[str]:
+    """Names of all notices that lie there, those that are no longer in force among them."""
+    with contextlib.suppress(OSError):
+        return {path.stem for path in board().glob("*.marks")}
+    return set()
+
+
+def notices(seen: set[str], *, most_age_s: float = NOTICE_S) -> Iterator[Notice]:
+    """Notices that are not among those `seen`, and not older than so many seconds; they are added to them."""
     from chunk_cache import TextMarks
 
     with contextlib.suppress(OSError):
         for path in sorted(board().glob("*.marks")):
-            if path.stem in seen or _age(path) > NOTICE_S:
+            if path.stem in seen or _age(path) > most_age_s:
                 continue
             seen.add(path.stem)
             try:
@@ -152,7 +159,7 @@ def notices(seen: set[str]) -> Iterator[Notice]:
                 meta = json.loads(path.with_suffix(".json").read_bytes())
                 folders = tuple(map(str, meta["folders"]))
                 reach = Reach(tenant=str(meta["tenant"]), spared=frozenset(meta["spared"]))
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except Exception as error:
                 # What it says is not known, so everything may be meant.
                 logger.warning("Notice %s of erased text cannot be read: %s", path, error)
                 marks, folders, reach = TextMarks({}, everything=True), (), EVERYBODY
@@ -217,6 +224,7 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
     namespaces: dict[str, tuple[str, str]] = {}
     decoders: dict[str, Decode | None] = {"": None}
     gone = 0
+    told = combined(told)
     for key in store.keys():  # noqa: SIM118 - not a mapping
         space = key.namespace
         if space not in namespaces:

@@ -66,7 +66,7 @@ class BoundedCalls:
         Raises
         ------
         TimeoutError
-            It did not return in time, or too many calls hang already.
+            It did not return in time, too many calls hang already, or there is no thread for it.
         Exception
             What the call raised.
         """
@@ -76,18 +76,21 @@ class BoundedCalls:
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:
-            worker = threading.Thread(
-                target=self._work, args=(given,), name="chunk-kv-tier", daemon=True
-            )
-            try:
-                worker.start()
-            except BaseException:  # the system has no thread to give: nothing was begun
-                self._free.release()
-                raise
+            self._begin(given)
         else:
             inbox.put(given)
         value: T = given.wait(seconds)
         return value
+
+    def _begin(self, call: _Call) -> None:
+        worker = threading.Thread(
+            target=self._work, args=(call,), name="chunk-kv-tier", daemon=True
+        )
+        try:
+            worker.start()
+        except RuntimeError as error:  # the system has no thread left for now
+            self._free.release()
+            raise TimeoutError(str(error)) from None
 
     def _work(self, call: _Call) -> None:
         inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()

@@ -185,8 +185,9 @@ LAUNCHING = (
     _row(
         "managers.tokenizer_manager.TokenizerManager",
         "requests of the RAG routes, and their end",
-        has="abort_request auto_create_handle_loop event_loop generate_request get_internal_state "
-        "get_internal_state_communicator max_req_input_len _dispatch_to_scheduler _subprocess_watchdog",
+        has="abort_request allow_auto_truncate auto_create_handle_loop context_len event_loop generate_request "
+        "get_internal_state get_internal_state_communicator max_req_input_len num_reserved_tokens "
+        "validate_total_tokens _dispatch_to_scheduler _subprocess_watchdog",
     ),
     _row("managers.io_struct.ShutdownReq", "schedulers are asked to end before they are killed"),
     _row("utils.cudacore_pyspy_dump_utils.collect_scheduler_processes", "and waited for"),

@@ -197,19 +197,16 @@ def test_calls_share_threads_and_those_that_hang_are_bounded() -> None:
     hang.set()
 
 
-def test_a_thread_that_the_system_refuses_takes_no_call_away(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = BoundedCalls(most=1)
-
+def test_a_system_without_threads_costs_no_call_of_later(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", refuse)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="new thread"):
-                calls.run(lambda: None, 60)
+    calls = BoundedCalls(2)
+    with monkeypatch.context() as later:
+        later.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            with pytest.raises(TimeoutError, match="thread"):
+                calls.run(lambda: 1, 60)
     assert calls.run(lambda: 1, 60) == 1
 
 

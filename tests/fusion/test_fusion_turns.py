@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import torch
@@ -103,21 +104,21 @@ def test_the_least_recently_used_conversation_is_forgotten_with_its_records(monk
     from rag_pipeline.sglang_plugin.fusion.conversations import turn_table as turns
 
     monkeypatch.setattr(turns, "_MAX_CONVERSATIONS", 2)
-    monkeypatch.setattr(turns, "_MAX_TURNS", 1)
+    monkeypatch.setattr(turns, "MAX_TURNS", 1)
     store = MemoryStore(1 << 20)
     conversations = TurnTable(store)
     ids = np.arange(8)
     for name in ("a", "b"):
-        assert conversations.has_room(name)
+        assert conversations.has_room(name, ids)
         put(conversations, store, name, ids, 2)
-        assert not conversations.has_room(name)
+        assert not conversations.has_room(name, ids)
     assert conversations.find("a", ids)
     put(conversations, store, "c", ids, 2)
     assert [bool(conversations.find(name, ids)) for name in "abc"] == [True, False, True]
     assert (len(conversations), len(store)) == (2, 2)
     store.clear()
     assert conversations.find("a", ids) == []
-    assert conversations.has_room("a")
+    assert conversations.has_room("a", ids)
 
 
 @settings(max_examples=300, deadline=None)
@@ -220,6 +221,36 @@ def test_fused_turns_are_used_where_they_hold_more_than_the_exact_ones():
     assert [t.number for t, _ in table.find("space", whole)] == [t.number for t in turns]
 
 
+def test_a_turn_that_is_kept_once_more_loses_nothing_that_was_computed_behind_it():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store, lambda: True)
+    ids = np.arange(12)
+    first = put(table, store, "c", ids[:6], 2)
+    put(table, store, "c", ids, 6, first.number)
+    store.evict(first.key)  # it is below memory, and does not come in time
+    put(table, store, "c", ids[:6], 2)
+    assert [match.prompt_end for _, match in table.find("c", ids)] == [6, 12]
+
+
+def test_the_scheduler_does_not_wait_while_the_text_of_turns_is_read():
+    store = MemoryStore(1 << 20)
+    table = TurnTable(store)
+    ids = np.arange(12)
+    for name in ("a", "b"):
+        put(table, store, name, ids, 2)
+    found = []
+
+    def is_gone(turn, tenant):
+        scheduler = threading.Thread(target=lambda: found.append(table.find("b", ids)), daemon=True)
+        scheduler.start()
+        scheduler.join(60)
+        return turn.lineage.space == "a"
+
+    table.forget(is_gone)
+    assert len(found) == 2
+    assert [bool(table.find(name, ids)) for name in "ab"] == [False, True]
+
+
 def test_a_lineage_says_all_that_a_key_depends_on_and_is_read_back():
     one = Lineage(space="s", start=3, before="b", parent=7, through="t")
     ids = np.arange(3, 9)
@@ -240,7 +271,9 @@ def test_a_lineage_says_all_that_a_key_depends_on_and_is_read_back():
         f"{text} ",
     ):
         assert Lineage.decode(wrong) is None
-    assert Lineage.decode(text.replace('"start":3', '"start":3,"more":1')) is None
+    for fields in ('"start":3,"more":1', '"start":-3', '"start":true', '"start":NaN'):
+        assert Lineage.decode(text.replace('"start":3', fields)) is None
+    assert Lineage.decode(text.partition("{")[0] + "[" * 100_000) is None
 
 
 def test_a_turn_that_a_tier_told_of_wrongly_is_forgotten():

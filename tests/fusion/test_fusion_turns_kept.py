@@ -15,6 +15,8 @@ from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import fetching, queue_hints
 from rag_pipeline.sglang_plugin.fusion.builds import notices_in_force, persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversations import turn_table
+from rag_pipeline.sglang_plugin.fusion.conversations import turns as turn_memory
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
@@ -235,6 +237,32 @@ def test_a_file_that_is_damaged_or_gone_is_a_gap(lives):
     assert held == [*range(PREFIX, PREFIX + 4 * TURN)]
 
 
+def test_a_name_that_a_client_gives_to_many_chats_serves_the_latest_of_them(lives, monkeypatch):
+    monkeypatch.setattr(turn_table, "MAX_TURNS", 4)
+    monkeypatch.setattr(turn_memory, "MAX_TURNS", 4)
+    one = lives()
+    shared = whole
+
+    def chat(number: int) -> None:
+        monkeypatch.setitem(
+            globals(), "whole", lambda n: [t + 10_000 * number * (t >= PREFIX) for t in shared(n)]
+        )
+
+    for number in range(9):
+        chat(number)
+        one.ask(1)
+        one.ask(2)
+        assert one.loaded == EACH[:1]
+    one.ask(5)
+    assert one.loaded == EACH[:2]
+    one.ask(6)  # full of this chat alone: its first turns stay
+    assert [start for start, _, _ in one.loaded] == [PREFIX, PREFIX + TURN, PREFIX + 2 * TURN]
+    one.end()
+    two = lives()
+    (held,) = two.runtime.conversations.table._spaces.values()
+    assert len(held) == two.counts()["turns.restored"] == 4
+
+
 def test_fused_turns_survive_too_and_never_pass_for_exact(lives):
     one = lives()
     one.ask(1, fused=True)
@@ -307,7 +335,7 @@ def test_what_one_tenant_erases_takes_its_turns_from_memory_and_from_the_disk(li
     assert one.runtime.store.evict(gone)
     reach = Reach(tenant=tenant_mark("acme"), spared=frozenset({tenant_mark("globex")}))
     notice = Notice(name="n", marks=TextMarks({}, everything=True), folders=(), reach=reach)
-    monkeypatch.setattr(notices_in_force, "notices", lambda seen: iter([notice]))
+    monkeypatch.setattr(notices_in_force, "notices", lambda seen, **_: iter([notice]))
     one.runtime.erased.look()
     left = {one.runtime.store.tenant_of(key) for key in one.runtime.store.keys()}  # noqa: SIM118
     assert left == {GLOBEX.owner}

@@ -22,17 +22,24 @@ def encode(text: str) -> list[int]:
 class Serving:
     """Where the messages become ids: one per byte, and three more per message."""
 
-    def __init__(self) -> None:
+    def __init__(self, **manager: Any) -> None:
         self.tokenizer_manager = SimpleNamespace(
-            context_len=CONTEXT, tokenizer=SimpleNamespace(encode=encode)
+            context_len=CONTEXT,
+            num_reserved_tokens=0,
+            allow_auto_truncate=False,
+            validate_total_tokens=True,
+            tokenizer=SimpleNamespace(encode=encode),
         )
+        vars(self.tokenizer_manager).update(manager)
         self.calls = 0
 
     def lay_out(self, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         ids: list[int] = []
         for message in request.messages:
-            ids += [1, *encode(str(message.content)), 2, 3]
+            calls = getattr(message, "tool_calls", None) or ()
+            told = "".join([message.content or "", *(str(c.function.arguments) for c in calls)])
+            ids += [1, *encode(told), 2, 3]
         return SimpleNamespace(prompt_ids=ids)
 
 
@@ -50,8 +57,8 @@ def chat(turns: int, custom: Any = NAMED, answer: int | None = 20, **fields: Any
     )
 
 
-def served(request: Any) -> tuple[list[int], Serving]:
-    serving = Serving()
+def served(request: Any, **manager: Any) -> tuple[list[int], Serving]:
+    serving = Serving(**manager)
     return around_process_messages(serving.lay_out, serving, request, False).prompt_ids, serving
 
 
@@ -66,7 +73,7 @@ def test_a_long_conversation_loses_its_oldest_turns_and_the_report_is_told(
     assert fusion is not None
     cut, tokens = fusion.truncated
     assert cut > 0
-    assert tokens == 60 * cut
+    assert tokens == 70 * cut
     kept = [message.content for message in request.messages]
     assert kept[0] == "Be brief."
     assert kept[1].startswith(f"{cut:02}")
@@ -102,6 +109,51 @@ def test_every_other_request_goes_through_untouched(turns: int, custom: Any) -> 
     assert request.model_dump_json() == before
     assert serving.calls == 1
     assert len(ids) == len(serving.lay_out(serving, request).prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("turns", "answer", "manager"),
+    [
+        (12, 10**9, {}),  # refused, in SGLang's words on the whole of it
+        (12, CONTEXT, {}),
+        (5, 200, {"allow_auto_truncate": True}),  # answered, with a shorter answer
+        (5, 10**9, {"validate_total_tokens": False}),
+    ],
+)
+def test_an_answer_that_no_cut_makes_room_for_costs_no_turn(
+    turns: int, answer: int, manager: dict[str, Any]
+) -> None:
+    request = chat(turns, answer=answer)
+    assert served(request, **manager)[1].calls == 1
+    assert len(request.messages) == 2 * turns
+
+
+def test_where_sglang_would_cut_the_question_itself_the_oldest_turns_go() -> None:
+    ids, _ = served(chat(12, answer=10**9), allow_auto_truncate=True)
+    assert len(ids) < CONTEXT
+    ids, _ = served(chat(12, answer=1), num_reserved_tokens=100)
+    assert len(ids) < CONTEXT - 100
+    ids, _ = served(chat(5, answer=1), num_reserved_tokens=100)
+    assert len(ids) < CONTEXT - 100
+
+
+def test_of_a_chat_of_short_messages_and_tool_calls_half_a_window_stays() -> None:
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "' + "y" * 60 + '"}'}}
+    short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    called = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", **call}]},
+        {"role": "tool", "tool_call_id": "1", "content": "z"},
+        {"role": "assistant", "content": "a"},
+    ]
+    for turn, times in ((short, 1000), (called, 30)):
+        request = ChatCompletionRequest(
+            model="m", messages=[*turn * times, short[0]], max_tokens=20, custom_params=NAMED
+        )
+        ids, _ = served(request)
+        assert CONTEXT // 4 < len(ids) <= CONTEXT - 20
 
 
 @pytest.mark.parametrize("wrong", [3, [1], [1, 2, 3], ["1", 2], [-1, 2], [True, 2], "ab"])

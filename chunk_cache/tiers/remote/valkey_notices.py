@@ -12,6 +12,7 @@ store looks at them every few seconds. Where it evicts what a notice says, its n
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from chunk_cache.tiers.remote.notices import KEEP_S, NoticeBoard, Posted
@@ -47,8 +48,10 @@ class ValkeyNotices(NoticeBoard):
                 raise OSError(f"{self._server.url.shown}: {error}") from None
             # Read by its name, so that comes last.
             place = client.xadd(NAMES, {"name": name})
-            # By the server's clock, which every server of the store shares.
-            oldest = max(0, int(place.partition(b"-")[0]) - round(1000 * KEEP_S))
+            # By the server's clock, which every server of the store shares. Where it was ahead once, places stay ahead
+            # for ever, and what is new would count as old.
+            now = min(int(place.partition(b"-")[0]), round(1000 * time.time()))
+            oldest = max(0, now - round(1000 * KEEP_S))
             old = client.xrange(NAMES, "-", f"({oldest}-0", count=_BATCH)
             if old:
                 client.xdel(NAMES, *(one for one, _ in old))

@@ -19,6 +19,8 @@ __all__ = ["around_process_messages", "target"]
 _PROCESS = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._process_messages"
 _ANSWER_TOKENS = 512
 """Room for the answer in a prompt that is cut, where the request does not say; at most a quarter of the context."""
+_FRAME_TOKENS = 5
+"""What a template puts around each message: without them a chat of short messages seems so short that all of it is cut."""
 
 
 def target() -> HookTarget:
@@ -40,17 +42,22 @@ def around_process_messages(
         return made
     manager = serving.tokenizer_manager
     context = int(manager.context_len)
+    room = context - int(manager.num_reserved_tokens)
     answer = request.max_completion_tokens or request.max_tokens
-    if _fits(made, context - (answer or 1)):
+    if manager.allow_auto_truncate or not manager.validate_total_tokens:
+        answer = None  # SGLang shortens an answer that has no room, and refuses nothing for it
+    if _fits(made, room - (answer or 1)):
         return made
+    if answer is not None and answer >= room:
+        return made  # no cut makes room for that
     head, turns = _turns_of(request.messages)
     if len(turns) < 2:
         return made  # refused by SGLang in its own words
     lengths = [
-        sum(estimated_tokens(_text_of(m), manager.tokenizer.encode) for m in turn)
+        sum(_FRAME_TOKENS + estimated_tokens(_text_of(m), manager.tokenizer.encode) for m in turn)
         for turn in turns[:-1]
     ]
-    limit = context - (answer or min(_ANSWER_TOKENS, context // 4))
+    limit = room - (answer or min(_ANSWER_TOKENS, context // 4))
 
     def lay_out(cut: int) -> Any:
         if not cut:
@@ -95,6 +102,11 @@ def _turns_of(messages: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
 
 def _text_of(message: Any) -> str:
     content = message.content
-    if isinstance(content, str):
-        return content
-    return "\n".join(str(getattr(part, "text", None) or "") for part in content or ())
+    parts = (
+        [content]
+        if isinstance(content, str)
+        else [str(getattr(part, "text", None) or "") for part in content or ()]
+    )
+    for call in getattr(message, "tool_calls", None) or ():
+        parts += map(str, (call.function.name, call.function.arguments))
+    return "\n".join(parts)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,11 @@ from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
+from rag_pipeline.notices import Notice, combined
 from rag_pipeline.prompts.passage_sample import PASSAGE_NAME
 from rag_pipeline.sglang_plugin import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from retrievers import (
     HFTokenizer,
     Index,
@@ -177,6 +183,98 @@ def test_a_notice_holds_no_text_and_a_damaged_one_means_everything(
     (notice,) = erasure.notices(set())
     assert notice.marks.everything
     assert notice.reach == erasure.EVERYBODY
+
+
+def test_thousands_of_notices_cost_a_text_one_look_and_mean_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = Reach(tenant="a"), Reach(spared=frozenset({"b"}))
+    texts = [
+        f"{number} of the texts that were erased, which is long enough." for number in range(9)
+    ]
+    told = [
+        Notice(
+            name=str(number),
+            marks=TextMarks.of([(text if number % 3 else "short", [])]),
+            folders=(),
+            reach=one if number % 2 else other,
+        )
+        for number, text in enumerate(texts)
+    ]
+    few = combined(told)
+    assert {notice.reach for notice in few} == {one, other}
+    assert len(few) == 2
+    for text in (
+        *texts,
+        "short",
+        "it is short, and long enough to hold a run of characters",
+        OTHER,
+        None,
+    ):
+        for tenant in ("", "a", "b", "c"):
+            expected = any(notice.is_about(text, tenant) for notice in told)
+            assert any(notice.is_about(text, tenant) for notice in few) == expected
+    everything = Notice(name="e", marks=TextMarks({}, everything=True), folders=(), reach=other)
+    assert any(notice.is_about(OTHER, "") for notice in combined([*told, everything]))
+    assert combined([]) == []
+    # What looks through texts uses it.
+    looks: list[str] = []
+    are_in = TextMarks.are_in
+    monkeypatch.setattr(
+        TextMarks, "are_in", lambda self, text, **kw: looks.append(text) or are_in(self, text, **kw)
+    )
+    watch = ErasedText(FusionRuntime(FusionConfig(), None), "no-model")
+    watch._decode = lambda ids: OTHER
+    for number in range(500):
+        post(TextMarks.of([(f"{number} {SECRET}", [])]), [])
+    watch.notices.take()
+    assert not watch.is_in(SimpleNamespace(key=None, token_ids=NONE), "")
+    assert looks == [OTHER]
+
+
+def archive(**arrays: Any) -> bytes:
+    """Well-formed, as marks are written, and saying anything."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def compressed() -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(out, **{"32": np.zeros(1 << 20, dtype=np.uint64)})
+    return out.getvalue()
+
+
+HEAD = b'{"tenant": "", "spared": []}\n'
+NONE = np.zeros(3, dtype=np.uint64)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        b"",
+        b"\xff" * 100,
+        b"[" * 200_000 + b"\n",
+        b'{"tenant": ' * 100_000 + b"\n",
+        b"[1]\n",
+        HEAD + archive(**{"-3": NONE}),
+        HEAD + archive(**{"0": NONE}),
+        HEAD + archive(**{"1000000000": NONE}),
+        HEAD + archive(**{"32": NONE.reshape(3, 1)}),
+        HEAD + archive(**{"32": NONE[0]}),
+        HEAD + archive(**{"32": np.array(["a"])}),
+        HEAD + archive(**{"32": np.array([0.5])}),
+        HEAD + archive(**{"32": np.array([2, 1], dtype=np.uint64)}),
+        HEAD + compressed(),
+    ],
+    ids=lambda body: repr(body)[:8],
+)
+def test_a_notice_of_garbage_means_everything_and_never_fails_later(body: bytes | None) -> None:
+    notice = Notice.from_bytes("name", body)
+    assert notice.marks.everything
+    assert notice.is_about(SECRET, "")
+    assert notice.is_about(None, "anybody")
 
 
 @pytest.mark.parametrize(

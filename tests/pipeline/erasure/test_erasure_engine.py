@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import threading
 import time
 from collections import Counter
@@ -90,6 +91,19 @@ def test_the_same_chunk_that_is_computed_again_goes_again(
         store.put(record(SECRET))
         assert watched.look() == 1
         assert store.keys() == []
+
+
+def test_a_notice_counts_however_old_it_seems_to_an_engine_that_was_there(
+    watched: ErasedText, record: Callable[..., ChunkKV], index: Path, home: Path
+) -> None:
+    """A look may take minutes, and a clock may jump ahead between two."""
+    watched.look()
+    watched._runtime.store.put(record(OTHER))
+    delete_documents(index, ["b"], erase=make_eraser(home / "default"))
+    for path in erasure.board().glob("*.*"):
+        os.utime(path, (1.0, 1.0))
+    assert watched.look() == 1
+    assert watched.look() == 0
 
 
 def test_what_waits_to_be_built_is_erased_however_late_it_is_built(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -258,6 +259,50 @@ def test_old_notices_go_and_a_board_that_begins_anew_is_read_from_its_beginning(
     client.flushall()
     client.xadd(NAMES, {"name": "again"}, id="5-1")  # its clock went back
     assert [(one.name, one.body) for one in reader.new()] == [("again", None)]
+
+
+def test_a_place_that_is_ahead_of_the_clock_makes_no_notice_old(server: Server) -> None:
+    import valkey
+
+    client = valkey.Valkey(port=server.port)
+    writer, off = connect_board(server.url), connect_board(server.url)
+    assert writer is not None
+    assert off is not None
+    writer.post("first", b"1")
+    in_90_days = round(1000 * (time.time() + 90 * 24 * 3600))
+    client.xadd(NAMES, {"name": "ahead"}, id=f"{in_90_days}-0")  # the server's clock was wrong once
+    writer.post("second", b"2")
+    assert [one.name for one in off.new()] == ["first", "ahead", "second"]
+
+
+def test_garbage_among_the_names_keeps_no_notice_from_being_posted(server: Server) -> None:
+    import valkey
+
+    client = valkey.Valkey(port=server.port)
+    writer, reader = connect_board(server.url), connect_board(server.url)
+    assert writer is not None
+    assert reader is not None
+    client.xadd(NAMES, {"garbage": "x"}, id="1-1")
+    assert [one.body for one in reader.new()] == [None]
+    writer.post("new", b"body")
+    assert [(one.name, one.body) for one in reader.new()] == [("new", b"body")]
+    assert client.xlen(NAMES) == 1
+
+
+def test_a_notice_of_garbage_hides_no_other_one(
+    server: Server, machine: Callable[[str, str], Machine], index: Path, record: Record
+) -> None:
+    one, two = machine("one", server.url), machine("two", server.url)
+    two.keep(record(SECRET))
+    board = connect_board(server.url)
+    assert board is not None
+    board.post("0-garbage", b"[" * 200_000 + b"\n")
+    one.here()
+    delete_documents(index, ["a"], erase=make_eraser(one.home / "kv", remote=server.url))
+    assert two.look() == 1
+    assert [n.marks.everything for _, n in two.watch.notices.in_force] == [True, False]
+    assert two.held() == (set(), set())
+    assert list(two.remote.keys()) == []
 
 
 def test_a_store_without_notices_says_so_once(

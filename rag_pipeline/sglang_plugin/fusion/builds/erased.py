@@ -27,6 +27,7 @@ from rag_pipeline.erasure import (
     sweep,
     sweep_folder,
 )
+from rag_pipeline.notices import combined
 from rag_pipeline.sglang_plugin.fusion.builds.notices_in_force import NoticesInForce
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class ErasedText:
         self._runtime = runtime
         self._model = model
         self.notices = NoticesInForce(exchange, deaf=self._deaf)
+        self._combined: tuple[list[tuple[float, Notice]], list[Notice]] = ([], [])
+        """What is in force, and the same in few notices."""
         self._decode: Decode | None = None
         self._checked: set[ChunkKey] = set()
         """Chunks without erased text, as far as the notices until now say."""
@@ -290,11 +293,17 @@ class ErasedText:
         return refused
 
     def _is_erased(self, token_ids: npt.NDArray[Any], tenant: str) -> bool:
-        notices_now = [n for _, n in self.notices.in_force if not n.reach.spares(tenant)]
+        notices_now = [n for n in self._combined_now() if not n.reach.spares(tenant)]
         if not notices_now:
             return False
         text = self._text(token_ids)
         return any(notice.is_about(text, tenant) for notice in notices_now)
+
+    def _combined_now(self) -> list[Notice]:
+        in_force, known = self.notices.in_force, self._combined
+        if known[0] is not in_force:  # it is replaced, never changed
+            known = self._combined = in_force, combined(notice for _, notice in in_force)
+        return known[1]
 
     def _text(self, token_ids: npt.NDArray[Any]) -> str | None:
         """Text of tokens; None where it cannot be read, so that it may be anything."""

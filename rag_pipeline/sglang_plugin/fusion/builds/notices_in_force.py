@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rag_pipeline.erasure import NOTICE_S, notices
+from rag_pipeline.erasure import NOTICE_S, names, notices
 
 if TYPE_CHECKING:
     from rag_pipeline.notices import Notice
@@ -43,6 +44,8 @@ class NoticesInForce:
         self._deaf = deaf
         self._lock = threading.Lock()
         self._seen: set[str] = set()
+        self._before: set[str] | None = None
+        """Those of this machine that were too old already when they were looked for first; None before that."""
         self._new: list[Notice] = []
         """In force, and not taken yet."""
         self._unpassed: list[Notice] = []
@@ -52,15 +55,28 @@ class NoticesInForce:
         """Put new notices in force."""
         with self._lock:
             # Those of this machine first: they say which folders were gone through.
-            new = list(notices(self._seen))
+            new = self._from_here()
             self._unpassed += new
             try:
                 new += self._from_others()
             except Exception as error:
                 self._deaf(error)
+            if not new:
+                return
             until = time.monotonic() + NOTICE_S
             self.in_force = self.in_force + [(until, notice) for notice in new]
             self._new += new
+
+    def _from_here(self) -> list[Notice]:
+        if self._before is None:
+            there = names()
+            new = list(notices(self._seen))
+            self._before = there - self._seen
+            return new
+        # However old it seems: a look may have taken long, and a clock may jump.
+        new = list(notices(self._seen | self._before, most_age_s=math.inf))
+        self._seen.update(notice.name for notice in new)
+        return new
 
     def _from_others(self) -> list[Notice]:
         found = [] if self.exchange is None else self.exchange.read()
@@ -76,7 +92,9 @@ class NoticesInForce:
             new, self._new = self._new, []
             self.unfinished += new
             kept = {id(notice) for notice in self.unfinished}
-            self.in_force = [(t, n) for t, n in self.in_force if t > now or id(n) in kept]
+            in_force = [(t, n) for t, n in self.in_force if t > now or id(n) in kept]
+            if len(in_force) < len(self.in_force):
+                self.in_force = in_force
         return new
 
     def pass_on(self) -> list[Exception]:

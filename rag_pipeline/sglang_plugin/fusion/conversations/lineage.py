@@ -71,7 +71,8 @@ class Lineage:
         try:
             fields = json.loads(text.removeprefix(_MARK))
             found = cls(**fields | {"parent": int(fields["parent"], 16)})
-        except (ValueError, TypeError, KeyError):
+            # Whatever was written otherwise was not written here.
+            is_ours = type(found.start) is int and found.start >= 0 and found.encode() == text
+            return found if is_ours else None
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
-        # Whatever was written otherwise was not written here.
-        return found if type(found.start) is int and found.encode() == text else None

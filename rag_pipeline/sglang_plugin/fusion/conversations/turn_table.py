@@ -27,7 +27,7 @@ from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import (
 from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 
 _MAX_CONVERSATIONS = 1024
-_MAX_TURNS = 256
+MAX_TURNS = 256
 """Of one conversation, those that branch off among them."""
 _MAX_BRANCHES = 8
 """Of one conversation, newest first, that are gone through for what a cut prompt holds."""
@@ -174,9 +174,24 @@ class TurnTable:
                 best = MovedRun(number=last.number, distance=distance, matches=tuple(matches))
         return best
 
-    def has_room(self, namespace: str, *, tenant: str = "") -> bool:
-        """Whether a conversation may still grow."""
-        return len(self.alive(namespace, tenant)) < _MAX_TURNS
+    def has_room(self, namespace: str, ids: TokenArray, *, tenant: str = "") -> bool:
+        """Whether a conversation may still grow.
+
+        A full one forgets the oldest turn for it that these tokens do not go through: a client may give one name to all
+        that it asks. Turns that they do go through stay, or each new one would cost an old one of the same chat.
+        """
+        with self._lock:
+            turns = self.alive(namespace, tenant)
+            hashes: dict[int, str] = {}
+            for turn in turns if len(turns) >= MAX_TURNS else ():
+                match = run_of(turn, ids, hashes)
+                # Other chats begin alike, by a template; and an answer may have been left before its end.
+                if match is None or 2 * match.num_tokens < turn.ids.size:
+                    self._store.evict(turn.key)
+                    turns = [one for one in turns if one is not turn]
+                    self._put(namespace, tenant, turns)
+                    break
+            return len(turns) < MAX_TURNS
 
     def add(self, turn: StoredTurn, *, tenant: str = "") -> None:
         """Remember a turn whose record is in the store, or in a tier below it.
@@ -218,10 +233,16 @@ class TurnTable:
             self._absent.add(key)
 
     def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
-        """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is."""
+        """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is.
+
+        It may read the text of every turn, which takes seconds: meanwhile the scheduler goes on.
+        """
         with self._lock:
-            for tenant, namespace, turns in self._spaces.items():
-                left = [turn for turn in turns if not is_gone(turn, tenant)]
+            rows = self._spaces.items()
+        gone = {turn.key for tenant, _, turns in rows for turn in turns if is_gone(turn, tenant)}
+        with self._lock:
+            for tenant, namespace, turns in self._spaces.items() if gone else ():
+                left = [turn for turn in turns if turn.key not in gone]
                 if len(left) < len(turns):
                     self._put(namespace, tenant, left)
 

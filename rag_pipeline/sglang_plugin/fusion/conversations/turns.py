@@ -48,7 +48,7 @@ from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import (
     namespace_of,
     through_of,
 )
-from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import MAX_TURNS, TurnTable
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
@@ -108,7 +108,7 @@ class TurnMemory(ConversationMemory):
                 lineage = lineages[key.namespace]
                 turn = StoredTurn(lineage=lineage, ids=ids.astype(np.int64), key=key)
                 whose = tier.tenant_of(key.namespace), lineage.space
-                found[whose] = [*found.pop(whose, []), turn]
+                found[whose] = [*found.pop(whose, [])[1 - MAX_TURNS :], turn]
         for (owner, _), turns in found.items():  # the conversation that was used last comes last
             for turn in sorted(turns, key=lambda turn: turn.start):
                 self.table.add(turn, tenant=owner)
@@ -209,7 +209,7 @@ class TurnMemory(ConversationMemory):
             nonlocal record
             if not runtime.may_store(state.epoch, state.radix_len):
                 return "not_stored", ""
-            if not (place.is_alone or self.table.has_room(namespace, tenant=owner)):
+            if not (place.is_alone or self.table.has_room(namespace, ids, tenant=owner)):
                 return "not_stored", ""
             own = ChunkKey.of(context, ids[start:])
             build = runtime.store.begin_build(own, ids[start:], owner="turn", tenant=owner)
