@@ -37,7 +37,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": "One line that says what to change."}
     for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 503)
 }
-_SSE = {"text/event-stream": {"schema": {"type": "string"}}}
+_SSE: dict[str, dict[str, Any]] = {
+    "text/event-stream": {}
+}  # of a stream, tools read a schema as that of one event
 _NDOCS = 1000
 _TEXTS_LIMIT = 4 << 20
 """Texts in JSON are decoded in this process; files are not."""

@@ -87,10 +87,14 @@ def test_an_engine_on_the_same_cores_gives_way_to_the_http_process(lone_server: 
     scheduler = max(server.children(recursive=True), key=lambda child: child.memory_info().rss)
     behind = min(19, server.nice() + (0 if accelerator_present() else 5))
     assert scheduler.nice() == behind
-    # Its threads compute, and Linux has a priority for each.
+    # Its threads compute, and Linux has a priority for each; those that write chunk KV give way to these.
+    writing = min(19, behind + 10)
+    found = []
     for thread in scheduler.threads():
         with suppress(ProcessLookupError):
-            assert os.getpriority(os.PRIO_PROCESS, thread.id) == behind
+            found.append(os.getpriority(os.PRIO_PROCESS, thread.id))
+    assert set(found) <= {behind, writing}
+    assert found.count(writing) <= 2
 
 
 def test_the_route_matrix_of_a_server_without_a_key(lone_server: Any) -> None:
