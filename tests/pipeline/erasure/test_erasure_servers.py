@@ -311,6 +311,7 @@ def test_a_store_without_notices_says_so_once(
     monkeypatch.setattr(
         "chunk_cache.tiers.remote.valkey.ValkeyTier.connect_board", None, raising=True
     )
+    caplog.set_level("WARNING", logger=open_exchange.__module__)  # an engine may have set another
     assert open_exchange(FusionConfig(remote="valkey://:hunter22@127.0.0.1:1")) is None
     (line,) = [one.getMessage() for one in caplog.records]
     assert line.startswith("valkey://127.0.0.1:1 keeps no notices")
