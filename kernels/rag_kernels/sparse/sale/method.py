@@ -13,12 +13,14 @@ from torch import Tensor
 from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.native.estimate import native_choice
 from rag_kernels.paged import gather_kv
 from rag_kernels.sparse.base import AttentionMethod
 from rag_kernels.sparse.sale.estimate import KeyTable, largest_excess
 from rag_kernels.sparse.sale.layout import RequestLayout, RowGroup, lay_out_rows
 from rag_kernels.sparse.sale.quantization import Granularity
 from rag_kernels.sparse.sale.selection import DENSE_TAU, kept_blocks, row_thresholds
+from rag_kernels.sparse.sale.smoothing import mean_of_tokens
 from rag_kernels.sparse.sale.thresholds import ThresholdTable, find_table, load_table
 
 AUTO = "auto"
@@ -189,23 +191,67 @@ class SaleAttention(AttentionMethod):
         if not any(state.values()) or bool((tau < DENSE_TAU).all()):
             return None
         made: list[RequestBlocks | None] = [None] * len(call.plan.slots)
-        queries = call.sorted_q
+        tau = tau.to(call.q_RNH.device)
         for request, layout in state.items():
             if layout is not None:
-                made[request] = self._choose(
-                    layout, queries, call, call.plan.slots[request], tau.to(queries.device)
-                )
+                made[request] = self._choose(layout, call, call.plan.slots[request], tau)
         return BlockMask(requests=tuple(made))
 
     def _choose(
         self,
         layout: RequestLayout,
-        queries: Tensor,
         call: AttentionCall,
         slots: Tensor,
         tau: Tensor,
     ) -> RequestBlocks:
         config, plan = self.config, call.plan
+        allowed = torch.ones(
+            (plan.num_q_heads, layout.num_blocks, -(-layout.num_keys // config.block_k)),
+            dtype=torch.bool,
+            device=call.q_RNH.device,
+        )
+        if not self._choose_natively(layout, call, slots, tau, allowed):
+            self._choose_by_torch(layout, call, slots, tau, allowed)
+        return RequestBlocks(
+            allowed=allowed,
+            query_block=config.block_q,
+            key_block=config.block_k,
+            first_query_block=layout.first_block,
+        )
+
+    def _choose_natively(
+        self,
+        layout: RequestLayout,
+        call: AttentionCall,
+        slots: Tensor,
+        tau: Tensor,
+        allowed: Tensor,
+    ) -> bool:
+        config = self.config
+        if config.estimate != "int4" or config.granularity != "token":
+            return False
+        frozen = gather_kv(call.k_pool, slots[: config.min_tokens]).float().transpose(0, 1)
+        return native_choice(
+            layout,
+            call,
+            slots,
+            mean_of_tokens(frozen),
+            tau,
+            allowed,
+            key_block=config.block_k,
+            dense_tau=DENSE_TAU,
+            largest_tau=_LARGEST_TAU,
+        )
+
+    def _choose_by_torch(
+        self,
+        layout: RequestLayout,
+        call: AttentionCall,
+        slots: Tensor,
+        tau: Tensor,
+        allowed: Tensor,
+    ) -> None:
+        config, queries = self.config, call.sorted_q
         keys = gather_kv(call.k_pool, slots[: layout.num_keys]).float().transpose(0, 1).contiguous()
         table = KeyTable(
             keys[:, : max(layout.groups[-1].num_candidates, config.min_tokens)],
@@ -214,23 +260,12 @@ class SaleAttention(AttentionMethod):
             granularity=config.granularity,
             is_estimated=config.estimate == "int4",
         )
-        allowed = torch.ones(
-            (plan.num_q_heads, layout.num_blocks, -(-layout.num_keys // config.block_k)),
-            dtype=torch.bool,
-            device=queries.device,
-        )
         for group in layout.groups:
             kept = self._kept(group, queries, call.scale, keys, table, tau).flatten(0, 1)
             kept[tau.isinf()] = False
             kept[..., 0] = True
             kept[tau < DENSE_TAU] = True
             allowed[:, group.blocks - layout.first_block, : kept.shape[-1]] = kept
-        return RequestBlocks(
-            allowed=allowed,
-            query_block=config.block_q,
-            key_block=config.block_k,
-            first_query_block=layout.first_block,
-        )
 
     def _kept(
         self,
