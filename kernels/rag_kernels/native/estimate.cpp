@@ -4,7 +4,9 @@
 // thresholds come from the first keys and the neighbourhood in full precision, its queries become 7-bit integers. Then
 // it walks over the keys, which were packed once for all tasks of a key/value head: a strip of keys stays in the
 // first-level cache while all heads and blocks look at it, ROWS rows at a time, and each of them leaves it as soon as
-// every block of keys in it is kept. Products are never stored.
+// every block of keys in it is kept. Products are never stored. Channels stand with the largest first: behind half of
+// them the rest is at most the product of two norms, and where even that lifts no key above its threshold, it is not
+// computed; the choice is the same.
 //
 // sparse/sale/estimate.py has the formulas; the integers here are the same as there. Sums of products in fp32 may
 // differ in the last bits, so a key exactly at a threshold may fall to the other side.
@@ -71,37 +73,58 @@ inline void put_keys(const vf* x, int channel, int at, key_number* strip) {
     _mm512_storeu_si512(strip + (long(channel) * STRIP + at * 4), packed);
 }
 
-// What a row's sum begins with, so that it ends as the product minus `above`
-inline row_start start_of(const row_number* row, int padded, float above) {
+// What a row's products of unsigned keys are too large by
+inline float excess_of(const row_number* row, int from, int to) {
     int32_t sum = 0;
-    for (int i = 0; i < padded; i++) sum += row[i];
-    return -int32_t(above) - 128 * sum;
+    for (int i = from; i < to; i++) sum += row[i];
+    return 128.0f * float(sum);
 }
 
-// The most of ROWS rows, for each key of a strip
-inline void most_of(const row_number* rows, int padded, const row_start* start, const key_number* strip, vf* most) {
+// Sums of ROWS rows with the keys of a strip
+struct Sums {
     __m512i sum[ROWS][2];
+
+    explicit Sums(const row_start* start) {
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
-    for (int d = 0; d < padded; d += 4) {
-        const __m512i one = _mm512_load_si512(strip + d * STRIP), two = _mm512_load_si512(strip + d * STRIP + 64);
+        for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
+    }
+
+    void add(const row_number* rows, int padded, int from, int to, const key_number* strip) {
+        for (int d = from; d < to; d += 4) {
+            const __m512i one = _mm512_load_si512(strip + d * STRIP), two = _mm512_load_si512(strip + d * STRIP + 64);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            int32_t four;
-            std::memcpy(&four, rows + r * padded + d, 4);
-            const __m512i row = _mm512_set1_epi32(four);
-            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], one, row);
-            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], two, row);
+            for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                std::memcpy(&four, rows + r * padded + d, 4);
+                const __m512i row = _mm512_set1_epi32(four);
+                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], one, row);
+                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], two, row);
+            }
         }
     }
+
+    // The most of all rows for each key, with what each row adds
+    void most(const row_start* more, vf* most) const {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        __m512i top = sum[0][i];
+        for (int i = 0; i < 2; i++) {
+            __m512i top = _mm512_add_epi32(sum[0][i], _mm512_set1_epi32(more[0]));
 #pragma GCC unroll 8
-        for (int r = 1; r < ROWS; r++) top = _mm512_max_epi32(top, sum[r][i]);
-        most[i] = (vf)_mm512_cvtepi32_ps(top);
+            for (int r = 1; r < ROWS; r++)
+                top = _mm512_max_epi32(top, _mm512_add_epi32(sum[r][i], _mm512_set1_epi32(more[r])));
+            most[i] = (vf)_mm512_cvtepi32_ps(top);
+        }
     }
-}
+
+    void most(vf* most) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            __m512i top = sum[0][i];
+#pragma GCC unroll 8
+            for (int r = 1; r < ROWS; r++) top = _mm512_max_epi32(top, sum[r][i]);
+            most[i] = (vf)_mm512_cvtepi32_ps(top);
+        }
+    }
+};
 #else
 // In fp32, where these integers and their sums are exact.
 constexpr int ROWS = 4;
@@ -113,23 +136,39 @@ inline void put_keys(const vf* x, int channel, int at, key_number* strip) {
     for (int i = 0; i < 4; i++) store(strip + long(channel + i) * STRIP + at, x[i]);
 }
 
-inline row_start start_of(const row_number*, int, float above) { return -above; }
+inline float excess_of(const row_number*, int, int) { return 0.0f; }
 
-inline void most_of(const row_number* rows, int padded, const row_start* start, const key_number* strip, vf* most) {
+struct Sums {
     vf sum[ROWS][2];
-    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = all(start[r]);
-    for (int d = 0; d < padded; d++) {
-        const vf one = load(strip + d * STRIP), two = load(strip + d * STRIP + LANES);
-        for (int r = 0; r < ROWS; r++) {
-            sum[r][0] += one * rows[r * padded + d];
-            sum[r][1] += two * rows[r * padded + d];
+
+    explicit Sums(const row_start* start) {
+        for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = all(start[r]);
+    }
+
+    void add(const row_number* rows, int padded, int from, int to, const key_number* strip) {
+        for (int d = from; d < to; d++) {
+            const vf one = load(strip + d * STRIP), two = load(strip + d * STRIP + LANES);
+            for (int r = 0; r < ROWS; r++) {
+                sum[r][0] += one * rows[r * padded + d];
+                sum[r][1] += two * rows[r * padded + d];
+            }
         }
     }
-    for (int i = 0; i < 2; i++) {
-        most[i] = sum[0][i];
-        for (int r = 1; r < ROWS; r++) most[i] = max_of(most[i], sum[r][i]);
+
+    void most(const row_start* more, vf* most) const {
+        for (int i = 0; i < 2; i++) {
+            most[i] = sum[0][i] + more[0];
+            for (int r = 1; r < ROWS; r++) most[i] = max_of(most[i], sum[r][i] + more[r]);
+        }
     }
-}
+
+    void most(vf* most) const {
+        for (int i = 0; i < 2; i++) {
+            most[i] = sum[0][i];
+            for (int r = 1; r < ROWS; r++) most[i] = max_of(most[i], sum[r][i]);
+        }
+    }
+};
 #endif
 
 // Which keys of a strip are above their limit
@@ -156,29 +195,38 @@ inline float unit_of(float largest) {
 }
 
 struct Scratch {
-    Memory raw, keys, sums, means, by_mean, rows, starts;
+    Memory raw, keys, sums, means, by_mean, rows, starts, rests;
+};
+
+// A row as integers: what its sum begins with, and the channels behind the half: norm, and what their products are too
+// large by
+struct Rest {
+    float norm, excess;
 };
 
 template <class T, class Q, class E>
 struct Sale {
     typedef typename E::type type;
     const RagSale& c;
-    const int group, dim, padded, words, padded_words;
+    const int group, dim, padded, half, words, padded_words;
     int64_t num_keys = 0, panels;
-    Memory smooth_of, scales_of, strips_of;
+    Memory smooth_of, scales_of, strips_of, norms_of;
     float *smooth, *scales;     // [kv_heads, panels][dim][PANEL], [kv_heads, panels * PANEL]
     key_number* strips;         // [kv_heads, panels * PANEL / STRIP][padded][STRIP]
+    float* norms;               // [kv_heads, panels * PANEL / STRIP]: largest of the channels behind the half
     std::vector<float> units;   // [kv_heads, groups]
+    std::vector<int> channels;  // [kv_heads, padded]: the largest first; dim and more: none
 
     explicit Sale(const RagSale& call)
         : c(call), group(int(call.q_heads / call.kv_heads)), dim(int(call.dim)), padded(up(dim, 4)),
-          words(dim / T::PAIR), padded_words(up(words, 16)) {
+          half(up(padded / 2, 4)), words(dim / T::PAIR), padded_words(up(words, 16)) {
         for (int64_t g = 0; g < c.num_groups; g++) num_keys = std::max(num_keys, c.groups[g].candidates);
         panels = (num_keys + PANEL - 1) / PANEL;
         const size_t keys = size_t(c.kv_heads * panels) * PANEL;
         smooth = smooth_of.get<float>(keys * dim);
         scales = scales_of.get<float>(keys);
         strips = strips_of.get<key_number>(keys * padded);
+        norms = norms_of.get<float>(keys / STRIP);
     }
 
     const type* key(int64_t head, int64_t position) const {
@@ -206,6 +254,26 @@ struct Sale {
         }
     }
 
+    // Any order gives the same choice; the fewer keys are left at the half, the faster.
+    void order_channels() {
+        channels.resize(size_t(c.kv_heads * padded));
+        for (int64_t h = 0; h < c.kv_heads; h++) {
+            std::vector<float> size(size_t(padded), -1.0f);
+            for (int d = 0; d < dim; d++) {
+                vf sum = {};
+                for (int64_t p = 0; p < panels; p += 8)
+                    for (int i = 0; i < PANEL; i += LANES) {
+                        const vf x = load(smooth + ((h * panels + p) * dim + d) * PANEL + i);
+                        sum += x * x;
+                    }
+                size[size_t(d)] = sum_across(sum);
+            }
+            int* own = channels.data() + h * padded;
+            for (int d = 0; d < padded; d++) own[d] = d;
+            std::stable_sort(own, own + padded, [&](int a, int b) { return size[size_t(a)] > size[size_t(b)]; });
+        }
+    }
+
     void find_units() {
         units.assign(size_t(c.kv_heads * c.num_groups), 1.0f);
         for (int64_t h = 0; h < c.kv_heads; h++) {
@@ -225,14 +293,21 @@ struct Sale {
         for (int at = 0; at < PANEL; at += LANES) {
             const vf own = load(scale + at), divisor = max_of(own, all(TINY)), whole = all(unit);
             key_number* strip = strips + ((head * panels + panel) * PANEL + at / STRIP * STRIP) * padded;
+            const int* channel = channels.data() + head * padded;
+            vf squares = {};
             for (int d = 0; d < padded; d += 4) {
                 vf lanes[4] = {};
-                for (int i = 0; i < 4 && d + i < dim; i++) {
-                    const vf four = clamp_of(round_of(load(x + long(d + i) * PANEL + at) / divisor), INT4_MAX);
+                for (int i = 0; i < 4; i++) {
+                    if (channel[d + i] >= dim) continue;
+                    const vf four = clamp_of(round_of(load(x + long(channel[d + i]) * PANEL + at) / divisor), INT4_MAX);
                     lanes[i] = clamp_of(round_of(four * own / whole), LARGEST);
+                    if (d >= half) squares += lanes[i] * lanes[i];
                 }
                 put_keys(lanes, d, at % STRIP, strip);
             }
+            float& norm = norms[((head * panels + panel) * PANEL + at) / STRIP];
+            const float found = std::sqrt(max_across(squares)) * (1.0f + 1e-5f);
+            norm = at % STRIP == 0 ? found : std::max(norm, found);
         }
     }
 
@@ -285,44 +360,58 @@ struct Sale {
         }
     }
 
-    // Queries of one block of rows as integers; thresholds become what their sums begin with
-    void put_queries(const float* q, float* threshold, int width, int padded_width, const float* mean_k, float key_unit,
-                     Looking& look, float* mean, row_number* rows, row_start* starts, float* x) const {
+    // Queries of one block of rows, up(dim, LANES) numbers each, as integers, the lowest thresholds first
+    void put_queries(const float* q, float* threshold, int width, int padded_width, int64_t head, float key_unit,
+                     Looking& look, float* mean, row_number* rows, row_start* starts, Rest* rests, float* x) const {
+        const int lanes = up(dim, LANES);
         for (int d = 0; d < dim; d++) {
             double sum = 0.0;
-            for (int i = 0; i < width; i++) sum += q[i * dim + d];
+            for (int i = 0; i < width; i++) sum += q[i * lanes + d];
             mean[d] = float(sum / width);
         }
-        float largest = 0.0f;
+        float mean_q[256 + 16] = {}, mean_k[256 + 16] = {};
+        std::copy(mean, mean + dim, mean_q);
+        std::copy(c.mean + head * dim, c.mean + (head + 1) * dim, mean_k);
+        vf largest = {};
         look.smallest = std::numeric_limits<float>::infinity();
         for (int i = 0; i < width; i++) {
-            float own = 0.0f, by_mean = 0.0f;
-            for (int d = 0; d < dim; d++) {
-                x[i * dim + d] = q[i * dim + d] - mean[d];
-                own = std::max(own, std::fabs(x[i * dim + d]));
+            vf own = {}, by_mean = {};
+            for (int d = 0; d < lanes; d += LANES) {
+                const vf from = load(q + i * lanes + d), smooth_q = from - load(mean_q + d);
+                by_mean += from * load(mean_k + d);
+                own = max_of(own, max_of(smooth_q, -smooth_q));
+                store(x + i * lanes + d, smooth_q);
             }
-            for (int d = 0; d < dim; d++) by_mean += q[i * dim + d] * mean_k[d];
-            const float scale = own / INT4_MAX, divisor = std::max(scale, TINY);
-            for (int d = 0; d < dim; d++) {
-                const float four = std::min(std::max(std::nearbyint(x[i * dim + d] / divisor), -7.0f), 7.0f);
-                x[i * dim + d] = four * scale;
-                largest = std::max(largest, std::fabs(x[i * dim + d]));
+            const float scale = max_across(own) / INT4_MAX;
+            const vf divisor = all(std::max(scale, TINY));
+            for (int d = 0; d < lanes; d += LANES) {
+                const vf four = clamp_of(round_of(load(x + i * lanes + d) / divisor), INT4_MAX) * scale;
+                largest = max_of(largest, max_of(four, -four));
+                store(x + i * lanes + d, four);
             }
-            threshold[i] -= by_mean;
+            threshold[i] -= sum_across(by_mean);
             look.smallest = std::min(look.smallest, threshold[i]);
         }
-        look.unit = largest / LARGEST;
-        if (!(look.unit > 0.0f)) look.unit = 1.0f;
-        const float one = look.unit * key_unit;
+        const float unit = max_across(largest) > 0.0f ? max_across(largest) / LARGEST : 1.0f;
+        look.unit = unit * key_unit;
+        std::vector<int> order(size_t(width), 0);
+        for (int i = 0; i < width; i++) order[size_t(i)] = i;
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return threshold[a] < threshold[b]; });
+        const int* channel = channels.data() + head * padded;
         for (int i = 0; i < padded_width; i++) {
-            const int from = std::min(i, width - 1);
+            const int from = order[size_t(std::min(i, width - 1))];
             row_number* row = rows + long(i) * padded;
-            for (int d = 0; d < padded; d++)
-                row[d] = d < dim ? row_number(std::nearbyint(x[from * dim + d] / look.unit)) : row_number(0);
-            starts[i] =
-                start_of(row, padded, std::min(std::nearbyint((threshold[from] - look.smallest) / one), MOST_ABOVE));
+            for (int d = 0; d < lanes; d += LANES) store(mean_q + d, round_of(load(x + from * lanes + d) / all(unit)));
+            float squares = 0.0f;
+            for (int d = 0; d < padded; d++) {
+                const float number = channel[d] < dim ? mean_q[channel[d]] : 0.0f;
+                row[d] = row_number(number);
+                if (d >= half) squares += number * number;
+            }
+            const float above = std::min(std::nearbyint((threshold[from] - look.smallest) / look.unit), MOST_ABOVE);
+            starts[i] = row_start(-above - excess_of(row, 0, padded));
+            rests[i] = {std::sqrt(squares) * (1.0f + 1e-5f), excess_of(row, half, padded) + 1.0f};
         }
-        look.unit = one;
     }
 
     void run(int64_t head, int64_t index, Scratch& s) const {
@@ -341,11 +430,12 @@ struct Sale {
             }
         }
         if (looking.empty()) return;
-        const int count = int(looking.size()), all_rows = count * width;
+        const int count = int(looking.size()), all_rows = count * width, lanes = up(dim, LANES);
 
         word* raw = s.raw.get<word>(size_t(all_rows) * words);
-        float* most = s.sums.get<float>(size_t(all_rows) * 2 + size_t(width) * dim * 2);
-        float *total = most + all_rows, *q = total + all_rows, *x = q + size_t(width) * dim;
+        float* most = s.sums.get<float>(size_t(all_rows) * 2 + size_t(width) * lanes * 2);
+        float *total = most + all_rows, *q = total + all_rows, *x = q + size_t(width) * lanes;
+        std::fill(q, q + size_t(width) * lanes, 0.0f);
         std::fill(most, most + all_rows, NEG_INF);
         std::fill(total, total + all_rows, 0.0f);
         const auto query = [&](const Looking& look, int i) {
@@ -361,22 +451,24 @@ struct Sale {
         float* means = s.means.get<float>(size_t(count) * dim);
         row_number* rows = s.rows.get<row_number>(size_t(count) * padded_width * padded);
         row_start* starts = s.starts.get<row_start>(size_t(count) * padded_width);
+        Rest* rests = s.rests.get<Rest>(size_t(count) * padded_width);
         for (int m = 0; m < count; m++) {
             float* threshold = most + m * width;
             const float tau = std::min(c.tau[looking[size_t(m)].head], c.largest_tau), log2_scale = c.scale * 1.44269504f;
             for (int i = 0; i < width; i++) {
                 const typename Q::type* from = query(looking[size_t(m)], i);
-                for (int d = 0; d < dim; d++) q[i * dim + d] = Q::get(from[d]);
+                for (int d = 0; d < dim; d++) q[i * lanes + d] = Q::get(from[d]);
                 threshold[i] += std::log2(total[m * width + i] * tau) / log2_scale;
             }
-            put_queries(q, threshold, width, padded_width, c.mean + head * dim, key_unit, looking[size_t(m)],
-                        means + m * dim, rows + long(m) * padded_width * padded, starts + long(m) * padded_width, x);
+            const long first = long(m) * padded_width;
+            put_queries(q, threshold, width, padded_width, head, key_unit, looking[size_t(m)], means + m * dim,
+                        rows + first * padded, starts + first, rests + first, x);
         }
-        look_at(head, g.candidates, padded_width, looking, means, rows, starts, s);
+        look_at(head, g.candidates, padded_width, looking, means, rows, starts, rests, s);
     }
 
     void look_at(int64_t head, int64_t candidates, int width, const std::vector<Looking>& looking, const float* means,
-                 const row_number* rows, const row_start* starts, Scratch& s) const {
+                 const row_number* rows, const row_start* starts, const Rest* rests, Scratch& s) const {
         const int count = int(looking.size());
         float* limit = s.by_mean.get<float>(size_t(count) * PANEL);
         for (int64_t panel = 0; panel * PANEL < candidates; panel++) {
@@ -394,19 +486,27 @@ struct Sale {
                     if (open == 0) continue;
                     float* own = limit + m * PANEL + at;
                     for (int i = 0; i < STRIP; i += LANES) store(own + i, look.smallest - load(own + i));
-                    look_at_strip(look, first, open, width, own, strip, rows + long(m) * width * padded,
-                                  starts + long(m) * width);
+                    look_at_strip(look, first, open, width, own, strip, norms[(head * panels * PANEL + first) / STRIP],
+                                  rows + long(m) * width * padded, starts + long(m) * width, rests + long(m) * width);
                 }
             }
         }
     }
 
     void look_at_strip(const Looking& look, int64_t first, uint32_t open, int width, const float* limit,
-                       const key_number* strip, const row_number* rows, const row_start* starts) const {
+                       const key_number* strip, float norm, const row_number* rows, const row_start* starts,
+                       const Rest* rests) const {
         const vf unit = all(look.unit);
         for (int i = 0; i < width && open != 0; i += ROWS) {
             vf most[2];
-            most_of(rows + long(i) * padded, padded, starts + i, strip, most);
+            alignas(64) row_start rest[ROWS];
+            for (int r = 0; r < ROWS; r++) rest[r] = row_start(rests[i + r].norm * norm + rests[i + r].excess);
+            Sums sums(starts + i);
+            sums.add(rows + long(i) * padded, padded, 0, half, strip);
+            sums.most(rest, most);
+            if ((above_of(most, unit, limit) & open) == 0) continue;
+            sums.add(rows + long(i) * padded, padded, half, padded, strip);
+            sums.most(most);
             for (uint32_t found = above_of(most, unit, limit) & open; found != 0; found &= open) {
                 const int64_t block = (first + __builtin_ctz(found)) / c.key_block;
                 look.allowed[block] = 1;
@@ -447,6 +547,7 @@ int choose(const RagSale& c) {
     each(c.threads, c.kv_heads * choice.panels,
          [&](int64_t i) { choice.smooth_panel(i / choice.panels, i % choice.panels); });
     choice.find_units();
+    choice.order_channels();
     // Keys are packed for one scale at a time: that of the first groups of each head, then the next larger.
     struct Task { int64_t head, group, cost; };
     std::vector<int64_t> done(size_t(c.kv_heads), 0);
