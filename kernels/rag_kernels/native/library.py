@@ -76,6 +76,30 @@ class ShiftStruct(ctypes.Structure):
     )
 
 
+class SaleGroupStruct(ctypes.Structure):
+    """``RagSaleGroup`` of the source: row blocks that look at the same keys."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("candidates", "end", "blocks", "width")),
+        *((name, ctypes.c_int64) for name in ("first_block", "first_row")),
+    )
+
+
+class SaleStruct(ctypes.Structure):
+    """``RagSale`` of the source: queries and keys of a request, its row blocks, and the mask to fill."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "order", "slots", "mean", "tau")),
+        *((name, ctypes.c_void_p) for name in ("groups", "blocks", "rows", "positions")),
+        ("allowed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_groups", "mask_rows", "mask_cols")),
+        *((name, ctypes.c_int64) for name in ("key_block", "q_row", "q_head", "k_slot")),
+        *((name, ctypes.c_int64) for name in ("k_head", "q_heads", "kv_heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("q_type", "kv_type", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "dense_tau", "largest_tau")),
+    )
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """Build the library if need be and load it; None where that fails, which is said once per process.
@@ -102,6 +126,7 @@ def load_library() -> ctypes.CDLL | None:
         (library.rag_attend, CallStruct),
         (library.rag_mass, MassStruct),
         (library.rag_mean_shift, ShiftStruct),
+        (library.rag_sale, SaleStruct),
     ):
         function.argtypes = (ctypes.POINTER(struct),)
         function.restype = ctypes.c_int

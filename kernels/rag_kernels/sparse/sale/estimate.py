@@ -21,6 +21,7 @@ from rag_kernels.sparse.sale.quantization import INT4_MAX, Granularity, quantize
 from rag_kernels.sparse.sale.smoothing import smooth_keys, smooth_queries
 
 _LARGEST = 127
+_SQRT_HALF = 0.70710678
 _LANES = 4
 """Of a threshold: three that count 127 and one that counts 1. Also what int8 instructions take at a time."""
 _TILE_KEYS = 2048
@@ -87,7 +88,9 @@ class KeyTable:
             int8 ``[N, num_keys, L]``, the last lanes those of a threshold, and what 1 stands for, fp32 ``[N]``.
         """
         largest = self._largest[:, num_keys - 1]
-        unit = torch.exp2((largest.log2() * 2).ceil() / 2) / _LARGEST
+        part, exponent = torch.frexp(largest)
+        step = torch.where(part <= _SQRT_HALF, _SQRT_HALF, 1.0).masked_fill_(part <= 0.5, 0.5)
+        unit = torch.ldexp(step, exponent) / _LARGEST
         unit = torch.where(largest > 0, unit, torch.ones_like(unit))
         if not torch.equal(unit, self._unit):
             values = (self._values / unit[:, None, None]).round_()

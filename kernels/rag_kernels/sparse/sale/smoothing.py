@@ -5,6 +5,7 @@ Shape suffixes: N key/value heads, K keys, D head dimension.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -26,7 +27,7 @@ def smooth_keys(k_NKD: Tensor, num_frozen: int) -> tuple[Tensor, Tensor]:
     tuple of Tensor
         Smoothed keys ``[N, K, D]`` and the mean ``[N, 1, D]``.
     """
-    mean = k_NKD[:, :num_frozen].mean(dim=1, keepdim=True)
+    mean = mean_of_tokens(k_NKD[:, :num_frozen])
     return k_NKD - mean, mean
 
 
@@ -43,5 +44,10 @@ def smooth_queries(q: Tensor) -> tuple[Tensor, Tensor]:
     tuple of Tensor
         Smoothed queries ``[..., R, D]`` and the mean ``[..., 1, D]``.
     """
-    mean = q.mean(dim=-2, keepdim=True)
+    mean = mean_of_tokens(q)
     return q - mean, mean
+
+
+def mean_of_tokens(x: Tensor) -> Tensor:
+    """Mean ``[..., 1, D]`` of ``[..., T, D]``, added up in fp64: the same number in whatever order that is done."""
+    return x.mean(dim=-2, keepdim=True, dtype=torch.float64).to(x.dtype)
