@@ -179,9 +179,7 @@ def test_a_reader_that_fails_costs_only_speed(engine, monkeypatch, broken_layer)
     local.fresh()
 
 
-def test_a_tier_whose_records_cannot_be_read_at_start_is_used_without_them(
-    with_tier, monkeypatch
-):
+def test_a_tier_whose_records_cannot_be_read_at_start_is_used_without_them(with_tier, monkeypatch):
     local, runtime = with_tier, with_tier.runtime
     build(local)
     assert runtime.tiers.drain(10)

@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.launch import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.launch.fault_report import FAULT_FILE, run_and_report
+from rag_pipeline.sglang_plugin.launch.noise import lock_bars_by_thread
 from rag_pipeline.sglang_plugin.launch.orderly_stop import end_schedulers
 from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
@@ -77,10 +76,7 @@ def prepare() -> bool:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         fork_server.start()
     launch_hooks.use_fork_server(wanted)
-    if not hasattr(tqdm, "_lock"):
-        # Its own would be a named semaphore, kept by a process that SGLang's shutdown ends first; Python
-        # then says so with a traceback. No bar is shared between processes here.
-        tqdm.set_lock(threading.RLock())
+    lock_bars_by_thread()
     return wanted
 
 
