@@ -90,6 +90,7 @@ def run_http_server(
     with startup.record_faults() as fault_file:
         fast = startup.prepare()
         try:
+            startup.check_tiers()
             server_args = read_flags(model_path, words, keys)
             _launch(server_args, fast=fast, attach=attach, limits=limits, on_ready=on_ready)
         except RagPipelineError:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chunk_cache import TIERS
+from chunk_cache.tiers.remote.connect import check_remote
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -31,6 +33,7 @@ __all__ = [
     "CPU_DEFAULTS",
     "check_model_folder",
     "check_port",
+    "check_tiers",
     "cpu_defaults",
     "create_engine",
     "fault_reason",
@@ -126,6 +129,7 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
             import sglang.srt.plugins
             from sglang.srt.server_args import ServerArgs
 
+            check_tiers()
             sglang.srt.plugins.load_plugins()
             launch_hooks.ensure_applied()
             arguments = cpu_defaults(server_args)
@@ -219,6 +223,26 @@ def check_model_folder(model_path: str) -> None:
         raise EngineError(
             f"{config} cannot be read ({error}); download the model again."
         ) from error
+
+
+def check_tiers() -> None:
+    """Raise :class:`.EngineError` where a tier below memory cannot work here, whoever answers.
+
+    The engine would say so in its log, after a minute, and serve without it. After :func:`prepare`: a storage backend is
+    SGLang's, which is imported for it.
+    """
+    config = FusionConfig.from_env()
+    if plugin_is_off() or not config.enabled:
+        return
+    try:
+        if config.store_dir:
+            TIERS.get(config.tier).check_usable(config.store_dir)
+        if config.remote:
+            check_remote(config.remote)
+    except ValueError as error:
+        raise EngineError(f"a tier of chunk KV cannot be used: {error}") from None
+    except OSError:  # a disk that fails now may not later: the engine tries, and says so
+        return
 
 
 def check_port(server_args: dict[str, Any]) -> None:
