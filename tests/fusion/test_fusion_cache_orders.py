@@ -285,6 +285,9 @@ def test_two_replicas_with_one_folder_answer_as_one_cache(tmp_path: Path) -> Non
     assert ask("verify")["damaged_removed"] == {"memory": [], "disk": []}
     assert [len(store.keys()) for store in (first, second)] == [2, 2]
     assert len(ask("stats")["replicas"]) == 2
+    left = {key.digest for one in replicas for key in one.folder.keys()}  # noqa: SIM118
+    trimmed = ask("evict", max_bytes=0)["trimmed"]["disk"]
+    assert set(trimmed) == left - {key.digest for one in replicas for key in one.folder.pins()}
     for replica in replicas:
         replica.close()
 
