@@ -137,7 +137,7 @@ def test_arrows_between_the_rooms_of_fusion_point_one_way() -> None:
 
 
 PIPELINE_ORDER = (
-    {"errors", "interrupts", "lazy", "notices", "whole_file"},
+    {"errors", "interrupts", "lazy", "notices", "parent_death", "whole_file"},
     {"config", "protocol"},
     {"models", "types"},
     {"prompts"},

@@ -38,12 +38,13 @@ def create_eviction(name: str, *, memory_bytes: int, disk_bytes: int = 0) -> Evi
         An unknown name or variant, a policy that needs to know the future, or one that cannot be made; one line.
     """
     base, _, variant = name.partition(":")
+    if base not in EVICTIONS.names():
+        raise ValueError(f"eviction policy {base!r} is not known; choose one of {_usable()}.")
     policy_type = EVICTIONS.get(base)
     if policy_type.needs_future:
-        usable = ", ".join(n for n in EVICTIONS.names() if n != base)
         raise ValueError(
             f"eviction policy {base!r} must know what will be asked for, so it runs in `rag-pipeline simulate tiers` "
-            f"only; choose one of {usable}."
+            f"only; choose one of {_usable()}."
         )
     try:
         return policy_type(memory_bytes=memory_bytes, disk_bytes=disk_bytes, variant=variant)
@@ -52,3 +53,16 @@ def create_eviction(name: str, *, memory_bytes: int, disk_bytes: int = 0) -> Evi
     except Exception as error:  # of another distribution
         told = " ".join(repr(error).split())
         raise ValueError(f"eviction policy {name!r} cannot be made: {told}") from error
+
+
+def _usable() -> str:
+    """What an engine may be given, with variants."""
+    words = []
+    for name in EVICTIONS.names():
+        try:
+            policy_type = EVICTIONS.get(name)
+        except ValueError:  # it could not be used
+            continue
+        if not policy_type.needs_future:
+            words += [name, *(f"{name}:{variant}" for variant in policy_type.variants)]
+    return ", ".join(words)

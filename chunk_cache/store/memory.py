@@ -129,6 +129,18 @@ class MemoryStore(WritableStore):
         with self.borrow(key) as record:
             return record is not None
 
+    def note_absent(self, number: int) -> None:
+        """Count misses of chunks that were looked for where no key is known to :meth:`acquire`: by their place in a prompt."""
+        with self._lock:
+            self._stats.misses += number
+            self._stats.misses_absent += number
+
+    def forget_counts(self) -> None:
+        """Count from nothing again, as a store that was just made; what it holds stays."""
+        with self._lock:
+            for field in dataclasses.fields(self._stats):
+                setattr(self._stats, field.name, field.default)
+
     def _count_miss(self, key: ChunkKey) -> None:
         self._expire_builds()
         state = self._builds.state(key)

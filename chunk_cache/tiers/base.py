@@ -101,6 +101,22 @@ class Tier(abc.ABC):
     """Name of the :class:`~chunk_cache.Codec` that :meth:`put` writes with, where a tier encodes; who connects sets it."""
 
     @classmethod
+    def check_usable(cls, location: str) -> None:
+        """Check what can be known of a place before an engine starts; nothing is changed, and no server is asked.
+
+        Parameters
+        ----------
+        location : str
+            As of :meth:`connect`.
+
+        Raises
+        ------
+        ChunkCacheError
+            One line: it can never be used, such as a file in place of a folder, or a package that is not installed.
+        """
+        return  # most places can tell nothing beforehand
+
+    @classmethod
     @abc.abstractmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
         """Open a place for an engine, making it if it is not there, and clear up what crashes left.

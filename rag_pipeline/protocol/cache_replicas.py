@@ -16,6 +16,8 @@ _DONE_FOR = {
     "already_there": "fetched",
 }
 """Lists of chunks that some replica could not serve, and the list of those that another one did."""
+_BY_TIER = ("damaged_removed", "trimmed")
+"""Lists of chunks, one per tier."""
 _MEMORY = "memory"
 
 Result = dict[str, Any]
@@ -36,7 +38,7 @@ def merge_replicas(results: Sequence[Result]) -> Result:
             merged[name] = _tiers(values)
         elif name == "entries":
             merged[name] = _entries(values)
-        elif name == "damaged_removed":
+        elif name in _BY_TIER:
             tiers = dict.fromkeys(tier for value in values for tier in value)
             merged[name] = {tier: _union([v.get(tier, []) for v in values]) for tier in tiers}
         elif isinstance(values[0], list):

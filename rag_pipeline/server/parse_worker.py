@@ -9,11 +9,9 @@ stands in the folder of the file, whose name may be that of a module.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gzip
 import json
-import os
 import resource
 import signal
 import sys
@@ -23,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from rag_pipeline.parent_death import end_with_parent
 from rag_pipeline.server.priority import give_way
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ MAX_ID_CHARS = 1000
 _MAX_TITLE_CHARS = 1000
 _MAX_METADATA_CHARS = 16 << 10
 _PIECE = 1 << 20
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +118,8 @@ def main(words: list[str]) -> int:
     # Who stops a service tells all its processes: the server decides, and its next start does the work again.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     task = ParseTask.from_json(words[0])
-    _end_with_parent(int(words[1]))
+    # A killed server leaves no worker: the next server does the work again.
+    end_with_parent(int(words[1]))
     set_limits(task.limits)
     from retrievers import LoadReport, RetrievalError
 
@@ -155,13 +154,6 @@ def set_limits(limits: ParseLimits) -> None:
     ):
         resource.setrlimit(what, (soft, hard))
     give_way()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed server leaves no worker: the next server does the work again."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _refuse(task: ParseTask, reason: str) -> int:

@@ -40,6 +40,19 @@ def test_a_hit_hands_out_the_record_itself(make_store: MakeStore, make_record: M
     assert stats.in_use_now == 0
 
 
+def test_a_chunk_that_has_no_key_to_ask_for_is_a_miss_and_counts_can_begin_anew(
+    make_store: MakeStore, make_record: Make
+):
+    store, record = make_store(), make_record(ids_of(1))
+    store.put(record)
+    store.note_absent(2)
+    assert (store.stats().misses, store.stats().misses_absent) == (2, 2)
+    store.check_integrity()
+    store.forget_counts()
+    stats = store.stats()
+    assert (stats.misses, stats.inserted, stats.chunks_now) == (0, 0, 1)
+
+
 def test_other_tokens_under_the_same_key_are_a_miss(make_store: MakeStore, make_record: Make):
     store, record = make_store(), make_record(ids_of(1))
     store.put(record)

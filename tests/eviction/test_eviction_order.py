@@ -177,7 +177,10 @@ def test_a_key_is_stored_once() -> None:
 def test_an_engine_refuses_what_it_cannot_run() -> None:
     for name, told in (
         ("belady", "simulate tiers` only; choose one of lru, lfu, fifo, lookahead"),
-        ("mru", "choose one of lru, lfu, fifo, lookahead, belady"),
+        (
+            "mru",
+            "choose one of lru, lfu, fifo, lookahead, lookahead:lru, lookahead:lfu, lookahead:fifo-birth, lookahead:ttl.$",
+        ),
         ("lru:old", "no variant 'old'; allowed: none"),
         ("lookahead:random", "allowed: lru, lfu, fifo-birth, ttl"),
     ):

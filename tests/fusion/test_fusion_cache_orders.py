@@ -174,6 +174,25 @@ def test_verify_looks_at_every_tier(tmp_path: Path) -> None:
     process.close()
 
 
+def test_what_is_trimmed_is_told_by_the_tier_that_it_left(process: Process) -> None:
+    one, two, three = process.digests
+    process.ask("pin", keys=(one,))
+    told = process.ask("evict", max_bytes=0, keys=(two,))
+    assert told["evicted"] == [two]
+    assert told["trimmed"] == {"disk": [three]}
+    assert {info.key.digest for info in process.runtime.store.ls()} == {one, three}
+
+
+def test_a_tier_that_cannot_be_listed_is_refused_not_shown_empty(
+    process: Process, tmp_path: Path
+) -> None:
+    shared = StoreFolder(tmp_path / "shared", create=True)
+    shared.is_shared = True
+    process.runtime.tiers = TierChain({"disk": process.folder, "remote": shared})
+    with pytest.raises(CacheOrderError, match=r"'remote' .* cannot be listed .* memory, disk"):
+        process.ask("ls", tier="remote")
+
+
 @pytest.mark.parametrize(
     ("action", "fields", "status", "line"),
     [
@@ -266,6 +285,9 @@ def test_two_replicas_with_one_folder_answer_as_one_cache(tmp_path: Path) -> Non
     assert ask("verify")["damaged_removed"] == {"memory": [], "disk": []}
     assert [len(store.keys()) for store in (first, second)] == [2, 2]
     assert len(ask("stats")["replicas"]) == 2
+    left = {key.digest for one in replicas for key in one.folder.keys()}  # noqa: SIM118
+    trimmed = ask("evict", max_bytes=0)["trimmed"]["disk"]
+    assert set(trimmed) == left - {key.digest for one in replicas for key in one.folder.pins()}
     for replica in replicas:
         replica.close()
 

@@ -170,3 +170,5 @@ def test_at_start_a_fault_turns_fusion_off_and_serving_goes_on(engine, monkeypat
     local.runtime.off_reason = ""
     prove(local.runtime, local.scheduler)
     assert local.runtime.is_on, local.runtime.off_reason
+    stats = local.runtime.store.stats()
+    assert (stats.hits, stats.misses) == (0, 0)  # nobody has asked yet

@@ -189,7 +189,9 @@ def test_an_evicted_chunk_is_a_miss_and_wrong_bytes_are_never_asked_for(engine):
     local.runtime.store.clear()
     local.flush()
     fusion = {"spans": spans[2:], "prefix_len": PREFIX, "policy": "reuse"}
+    before = local.runtime.store.stats().misses
     assert report(local.ask(ids, 1, fusion=fusion))["fallback"] == "miss"
+    assert local.runtime.store.stats().misses == before + 1
 
 
 def test_a_fault_while_matching_costs_speed_and_nothing_else(engine, monkeypatch):

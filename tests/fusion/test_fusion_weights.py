@@ -171,6 +171,8 @@ def test_the_engine_counts_and_what_no_kv_depends_on_does_not():
     renamed = config(name_or_path="elsewhere", transformers_version="9", initializer_range=1.0)
     wanted = describe_settings(config(), engine, "a")
     assert describe_settings(renamed, same, "a") == wanted
+    # SGLang writes its --context-length there.
+    assert describe_settings(config(context_len=4096), engine, "a") == wanted
     assert describe_settings(config(), engine, "b") != wanted
     for name in ("quantization", "kv_cache_dtype", "json_model_override_args", "model_impl"):
         other = SimpleNamespace(**{name: "other"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from rag_pipeline.server.indexes import IndexTable
 from rag_pipeline.server.settings import ServerSettings
 from rag_pipeline.server.tenants import Tenants
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
-from rag_pipeline.sglang_plugin.http.stop import GracefulStop
+from rag_pipeline.sglang_plugin.http.stop import GracefulStop, Interrupts, handle_sigint
 from retrievers import CorruptIndexError, IndexBusyError, RetrievalError, StorageError
 
 # -- whose fault it is --------------------------------------------------------------------------
@@ -198,6 +200,40 @@ def test_a_second_signal_ends_the_waiting() -> None:
             door.in_flight = 0
 
     assert stop(door, 3600, leave=leave) == ["abort", "finish"]
+
+
+def test_ctrl_c_begins_the_same_stop_and_only_a_second_one_ends_at_once() -> None:
+    said: list[str] = []
+    take = Interrupts(lambda: said.append("stop"), lambda: said.append("end"), same_s=3600)
+    take(signal.SIGINT, None)
+    take(signal.SIGINT, None)  # of `timeout`, which tells the group too
+    assert said == ["stop"]
+    take = Interrupts(lambda: said.append("stop"), lambda: said.append("end"), same_s=0)
+    take(signal.SIGINT, None)
+    take(signal.SIGINT, None)
+    assert said == ["stop", "stop", "end"]
+
+
+def test_sigint_of_a_serving_process_is_handed_to_sglang_s_handler_of_sigterm(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    class Handler:
+        def sigterm_handler(self) -> None:
+            stopped.set()
+
+    async def run() -> None:
+        handle_sigint(lambda: None)(None, Handler(), None)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(stopped.wait(), 60)
+
+    stopped = asyncio.Event()
+    try:
+        asyncio.run(run())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # -- connections --------------------------------------------------------------------------------

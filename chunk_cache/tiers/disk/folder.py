@@ -25,6 +25,7 @@ from chunk_cache.tiers.base import Tier
 from chunk_cache.tiers.disk.budget import DISK_BYTES, FolderBudget
 from chunk_cache.tiers.disk.layout import (
     check_manifest,
+    check_place,
     chunk_path,
     context_path,
     make_folder,
@@ -113,6 +114,11 @@ class StoreFolder(Tier):
         check_manifest(self.path)
 
     # -- Tier ---------------------------------------------------------------------------------
+
+    @classmethod
+    def check_usable(cls, location: str) -> None:
+        """Refuse what is no folder and cannot become one."""
+        check_place(Path(location))
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:

@@ -48,10 +48,28 @@ def make_folder(folder: Path) -> None:
                     file.unlink(missing_ok=True)
             _write_manifest(manifest)
         return
-    # A process that was killed while it made the store leaves a temporary file.
-    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-        raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
+    check_place(folder)
     _write_manifest(manifest)
+
+
+def check_place(folder: Path) -> None:
+    """Check that a store is at this path or could be made there; nothing is changed.
+
+    Raises
+    ------
+    ChunkCacheError
+        If a file is in the way, something else is in the folder, or a store of a later format version.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ChunkCacheError(f"{there} is a file, and chunk KV needs a folder: give another path")
+    manifest = _manifest_path(folder)
+    if manifest.exists():
+        if not _is_older(manifest):
+            check_manifest(folder)
+    # A process that was killed while it made the store leaves a temporary file.
+    elif folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
 
 
 def check_manifest(folder: Path) -> None:

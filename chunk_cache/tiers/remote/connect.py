@@ -55,6 +55,17 @@ def connect_remote(url: str, *, byte_budget: int, model: str, codec: str = "plai
     return guarded
 
 
+def check_remote(url: str) -> None:
+    """Check that an engine on this machine can use an address; no server is asked, for one that is down may come back.
+
+    Raises
+    ------
+    ChunkCacheError
+        One line: the address is none, or what it needs is not installed.
+    """
+    REMOTE_TIERS.get(parse_remote_url(url).kind).check_usable(url)
+
+
 def connect_board(url: str) -> GuardedBoard | None:
     """Open the board of notices of the store at an address; ``None`` where stores of its kind have none.
 

@@ -32,7 +32,7 @@ from chunk_cache.tiers.remote.described import describe_context, read_descriptio
 from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
 from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
-from chunk_cache.tiers.remote.valkey_client import PREFIX, TIMEOUT_S, ValkeyServer
+from chunk_cache.tiers.remote.valkey_client import PREFIX, TIMEOUT_S, ValkeyServer, need_client
 from chunk_cache.tiers.remote.valkey_durability import Durability
 from chunk_cache.tiers.remote.valkey_notices import ValkeyNotices
 
@@ -83,6 +83,11 @@ class ValkeyTier(HeaderFirstTier):
         )
         self._removed = False
         """Whether anything was removed since the last :meth:`sync`."""
+
+    @classmethod
+    def check_usable(cls, location: str) -> None:
+        """Refuse where the client is not installed."""
+        need_client(parse_remote_url(location))
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:

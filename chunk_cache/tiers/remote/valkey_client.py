@@ -80,16 +80,29 @@ class ValkeyServer:
             raise OSError(f"{self.url.shown}: {error}") from None
 
 
-def _connect(url: RemoteURL, wait_s: float) -> tuple[Any, Any]:
-    """A client that has sent nothing yet, and the module of its exceptions."""
+def need_client(url: RemoteURL) -> Any:
+    """Import the client's package.
+
+    Raises
+    ------
+    ChunkCacheError
+        If it is not installed.
+    """
     try:
         import valkey
-        from valkey.backoff import NoBackoff
-        from valkey.retry import Retry
     except ImportError:
         raise ChunkCacheError(
             f'{url.shown} needs the package valkey: pip install "rag-pipeline[valkey]"'
         ) from None
+    return valkey
+
+
+def _connect(url: RemoteURL, wait_s: float) -> tuple[Any, Any]:
+    """A client that has sent nothing yet, and the module of its exceptions."""
+    valkey = need_client(url)
+    from valkey.backoff import NoBackoff
+    from valkey.retry import Retry
+
     # Once more at once: a server that was restarted closed the connections of before. Not after a time-out.
     gone = (valkey.exceptions.ConnectionError,)
     where: dict[str, Any]

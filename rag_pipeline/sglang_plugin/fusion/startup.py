@@ -107,7 +107,9 @@ def prove(runtime: FusionRuntime, scheduler: Any) -> None:
         runtime.turn_off(f"self-check failed: {fault}")
     else:
         logger.info("Self-check of chunk-KV fusion %s", runtime.self_check)
-    runtime.metrics.counts.clear()
+    # What was looked up for the proof, nobody asked for.
+    runtime.store.forget_counts()
+    runtime.metrics.forget()
 
 
 def after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:

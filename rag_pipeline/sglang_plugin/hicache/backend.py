@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,45 @@ from rag_pipeline.sglang_plugin.internals import HICACHE
 
 _PAGES = 32
 """Pages that one call moves."""
+
+
+_PACKAGES = {"mooncake": ("mooncake", '"rag-pipeline[mooncake]"')}
+"""What a backend imports only when it is made: module, and what to install."""
+
+
+def check_backend(url: RemoteURL) -> None:
+    """Check that SGLang has a backend, and that what it needs is installed; no server is asked.
+
+    Raises
+    ------
+    ChunkCacheError
+        One line.
+    """
+    _check_name(url)
+    from sglang.srt.mem_cache.storage import StorageBackendFactory
+
+    module, wanted = _PACKAGES.get(url.backend, ("", ""))
+    if module and find_spec(module) is None:
+        raise ChunkCacheError(f"{url.shown} needs the package {module}: pip install {wanted}")
+    known = StorageBackendFactory._registry.get(url.backend)
+    try:
+        if known is not None:
+            known["loader"]()
+    except ImportError as error:
+        told = " ".join(str(error).split())
+        raise ChunkCacheError(f"{url.shown}: a package is not installed ({told})") from None
+
+
+def _check_name(url: RemoteURL) -> None:
+    verify_targets(HICACHE)
+    from sglang.srt.mem_cache.storage import StorageBackendFactory
+
+    names = sorted({*StorageBackendFactory._registry, "dynamic"})
+    if url.backend not in names:
+        raise ChunkCacheError(
+            f"remote tier {url.shown!r}: SGLang has no storage backend {url.backend!r}; "
+            f"choose one of {', '.join(names)}"
+        )
 
 
 class PageStore:
@@ -44,15 +84,7 @@ class PageStore:
     """
 
     def __init__(self, url: RemoteURL, *, page_bytes: int, options: dict[str, str]) -> None:
-        verify_targets(HICACHE)
-        from sglang.srt.mem_cache.storage import StorageBackendFactory
-
-        names = sorted({*StorageBackendFactory._registry, "dynamic"})
-        if url.backend not in names:
-            raise ChunkCacheError(
-                f"remote tier {url.shown!r}: SGLang has no storage backend {url.backend!r}; "
-                f"choose one of {', '.join(names)}"
-            )
+        _check_name(url)
         self.url = url
         self.pages = HostPages(_PAGES, page_bytes)
         self._options = _backend_options(url, options)

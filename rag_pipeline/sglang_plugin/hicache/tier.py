@@ -22,7 +22,7 @@ from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
 from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 from rag_pipeline.config import home_dir
-from rag_pipeline.sglang_plugin.hicache.backend import PageStore
+from rag_pipeline.sglang_plugin.hicache.backend import PageStore, check_backend
 from rag_pipeline.sglang_plugin.hicache.catalog import Catalog, Entry
 from rag_pipeline.sglang_plugin.hicache.notices import FolderNotices
 
@@ -63,6 +63,11 @@ class HiCacheTier(HeaderFirstTier):
             options={k: v for k, v in url.options.items() if k not in _OWN},
         )
         self.catalog = Catalog(_catalog_folder(url))
+
+    @classmethod
+    def check_usable(cls, location: str) -> None:
+        """Refuse a backend that SGLang has not, or whose package is not installed."""
+        check_backend(parse_remote_url(location))
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:

@@ -23,7 +23,7 @@ from rag_pipeline.sglang_plugin.http import chat_window
 from rag_pipeline.sglang_plugin.http.flags import ServerKeys, read_flags
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine, activation_in
-from rag_pipeline.sglang_plugin.http.stop import GracefulStop, handle_sigterm
+from rag_pipeline.sglang_plugin.http.stop import GracefulStop, handle_sigint, handle_sigterm
 from rag_pipeline.sglang_plugin.launch import startup
 from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
@@ -38,7 +38,9 @@ it waits for as long as it runs. At ten times the capacity, on two cores, the 99
 """
 
 _CONFIG = "uvicorn.config.Config.__init__"
-_SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
+_HANDLERS = "sglang.srt.managers.tokenizer_manager.SignalHandler"
+_INTERRUPTED = 130
+"""Exit code of a second Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,7 @@ def run_http_server(
     with startup.record_faults() as fault_file:
         fast = startup.prepare()
         try:
+            startup.check_tiers()
             server_args = read_flags(model_path, words, keys)
             _launch(server_args, fast=fast, attach=attach, limits=limits, on_ready=on_ready)
         except RagPipelineError:
@@ -147,7 +150,7 @@ def _give_way(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
-    """Hook what SGLang does with the app, its keys and SIGTERM; a hook that is not there is no server."""
+    """Hook what SGLang does with the app, its keys and signals; a hook that is not there is no server."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     def configure(config: Any, served: Any, *args: Any, **options: Any) -> Any:
@@ -172,11 +175,20 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
         ),
         (
             HookTarget(
-                path=_SIGTERM,
+                path=f"{_HANDLERS}.sigterm_handler",
                 kind="around",
                 why="SGLang drains without a limit and goes on accepting",
             ),
             handle_sigterm(stop),
+        ),
+        (
+            HookTarget(
+                path=f"{_HANDLERS}.__init__",
+                kind="after",
+                why="SGLang has no handler of Ctrl-C; its engine would be killed with what it has not written",
+                params=("tokenizer_manager",),
+            ),
+            handle_sigint(functools.partial(_end_now, _INTERRUPTED)),
         ),
         (chat_window.target(), chat_window.around_process_messages),
     ]
@@ -189,12 +201,12 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
         raise EngineError(f"SGLang did not take the hook on {', '.join(missing)}; its log says why")
 
 
-def _end_now() -> None:
-    """End this process when its shutdown hangs."""
+def _end_now(code: int = 1) -> None:
+    """End this process when its shutdown hangs, or nobody wants to wait for it."""
     try:
         _end_children()
     finally:
-        os._exit(1)
+        os._exit(code)
 
 
 def _verify(engine: ServedEngine) -> None:

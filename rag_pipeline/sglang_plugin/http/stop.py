@@ -1,23 +1,29 @@
-"""SIGTERM: no new request, a limit for those under way, then SGLang's own shutdown.
+"""SIGTERM and Ctrl-C: no new request, a limit for those under way, then SGLang's own shutdown.
 
 SGLang drains without a limit, goes on accepting, and does not see a request that is still searching. Its own
-handler therefore runs when the guard's last request has ended, or been aborted.
+handler therefore runs when the guard's last request has ended, or been aborted. It has none for SIGINT: its HTTP server
+ends by that, and the engine's processes, with what they have not written, are killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Door", "GracefulStop", "handle_sigterm"]
+__all__ = ["Door", "GracefulStop", "Interrupts", "handle_sigint", "handle_sigterm"]
 
 _ABORT_S = 3.0
 """For aborted requests to be answered."""
 _LAST_S = 30.0
 """For SGLang's shutdown behind it: it looks every 5 s and gives its schedulers 15."""
+_SAME_S = 0.5
+"""Interrupts that follow one within so many seconds are the same: ``timeout`` signals a process and then its group."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +90,54 @@ def handle_sigterm(stop: GracefulStop) -> Callable[..., Any]:
         )
 
     return around
+
+
+class Interrupts:
+    """The handler of SIGINT of one server: the first is a SIGTERM, a second ends everything at once.
+
+    It is Python's own handler, not one of the event loop: SGLang's shutdown blocks the loop.
+
+    Parameters
+    ----------
+    begin : callable
+        Begins the orderly stop; called in the main thread, at any moment of the loop.
+    end : callable
+        Ends this process and its children.
+    same_s : float
+        How long after the first no other one counts, seconds.
+    """
+
+    def __init__(
+        self, begin: Callable[[], object], end: Callable[[], object], *, same_s: float = _SAME_S
+    ) -> None:
+        self._begin = begin
+        self._end = end
+        self._same_s = same_s
+        self._first: float | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        """Take one."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            self._begin()
+        elif now - self._first >= self._same_s:
+            self._end()
+
+
+def handle_sigint(end: Callable[[], object]) -> Callable[..., None]:
+    """Hook behind the making of SGLang's handlers, which happens in the running loop of the HTTP server."""
+
+    def after(result: Any, handler: Any, *args: Any, **kwargs: Any) -> None:
+        loop = asyncio.get_running_loop()
+
+        def begin() -> None:
+            sys.stderr.write(
+                "Stopping: requests under way end, chunk KV that waits is written; Ctrl-C again ends at once\n"
+            )
+            sys.stderr.flush()
+            loop.call_soon_threadsafe(handler.sigterm_handler)
+
+        signal.signal(signal.SIGINT, Interrupts(begin, end))
+
+    return after

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rag_pipeline.parent_death import end_with_owner
+from rag_pipeline.sglang_plugin.launch.noise import lock_bars_by_thread
+
 __all__ = ["FAULT_FILE", "run_and_report", "write_fault"]
 
 FAULT_FILE = "RAG_PIPELINE_FAULT_FILE"
@@ -44,7 +47,8 @@ class _LastLine(logging.Handler):
 def run_and_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a child's entry function; note why it ended if it did not end well.
 
-    It does not end by SIGTERM: who stops a service tells all its processes, and the parent drains first.
+    It does not end by SIGTERM or SIGINT: who stops a service tells all its processes, and the parent drains first. It
+    ends with that parent at any moment.
 
     SGLang logs an exception, signals its parent, and ends as if all were well. Behind a fork server that parent is
     not the process that waits for answers, and one that was started in the background may ignore the signal: the
@@ -56,7 +60,10 @@ def run_and_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         With code 1, behind such an exception.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    end_with_owner()
+    lock_bars_by_thread()
     last_line = _LastLine(level=logging.ERROR)
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(last_line)

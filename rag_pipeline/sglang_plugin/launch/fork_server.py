@@ -19,10 +19,12 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
 
-__all__ = ["FAST_START", "WithEnvironment", "fast_start_wanted", "start"]
+__all__ = ["FAST_START", "OWNER", "WithEnvironment", "fast_start_wanted", "start"]
 
 FAST_START = "RAG_PIPELINE_FAST_START"
 """Environment variable: ``on`` (default) or ``off``."""
+OWNER = "RAG_PIPELINE_FORK_SERVER_OWNER"
+"""Environment variable that only a fork server has: id of the process that it ends with."""
 
 _DEVICE_FILES = (
     "/dev/nvidia[0-9]*",
@@ -61,7 +63,11 @@ def start() -> None:
     if pid is not None and not _is_our_child(pid):
         _forget(server)
     forkserver.set_forkserver_preload(["rag_pipeline.sglang_plugin.launch.preload"])
-    forkserver.ensure_running()
+    os.environ[OWNER] = str(os.getpid())
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[OWNER]
 
 
 def _is_our_child(pid: int) -> bool:

@@ -11,12 +11,13 @@ import functools
 import logging
 import os
 import re
+import threading
 import warnings
 from typing import Any
 
 from rag_pipeline.config import VERBOSE_VARIABLE
 
-__all__ = ["LOG_NOISE", "WARNING_NOISE", "hide_bars", "install"]
+__all__ = ["LOG_NOISE", "WARNING_NOISE", "hide_bars", "install", "lock_bars_by_thread"]
 
 WARNING_NOISE: tuple[tuple[str, str], ...] = (
     # (module that warns, start of the message)
@@ -91,3 +92,14 @@ def hide_bars() -> None:
 
     init._hides_bars = True  # type: ignore[attr-defined]
     tqdm.__init__ = init
+
+
+def lock_bars_by_thread() -> None:
+    """Give tqdm a lock of this process. Idempotent; no bar is shared between processes here.
+
+    Its own is a named semaphore, too, which outlives a process that is killed: Python then warns of it.
+    """
+    from tqdm import tqdm
+
+    if not hasattr(tqdm, "_lock"):
+        tqdm.set_lock(threading.RLock())

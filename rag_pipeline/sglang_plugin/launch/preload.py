@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 
 import setproctitle
+
+from rag_pipeline.parent_death import follow_owner
+from rag_pipeline.sglang_plugin.launch.fork_server import OWNER
 
 
 def _import_engine_modules() -> None:
@@ -20,11 +24,13 @@ def _import_engine_modules() -> None:
 
 
 # A supervisor that stops a service tells all of its processes at once. The server that started this one drains
-# first and ends its children then; without it they end by themselves. Children inherit it.
+# first and ends its children then; without it all of them end. Children inherit it.
 # The same with Ctrl-C and `timeout -s INT`: were a child gone first, SGLang would kill its parent before it has told
 # what it has.
 # By SIGQUIT a child tells that it failed, which its exit code tells the server too.
 with contextlib.suppress(ValueError):  # not the main thread: nobody's fork server
+    if OWNER in os.environ:
+        follow_owner(int(os.environ[OWNER]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)

@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from chunk_cache import TIERS
+from chunk_cache.tiers.remote.connect import check_remote
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.launch import fork_server, launch_hooks
 from rag_pipeline.sglang_plugin.launch.fault_report import FAULT_FILE, run_and_report
+from rag_pipeline.sglang_plugin.launch.noise import lock_bars_by_thread
 from rag_pipeline.sglang_plugin.launch.orderly_stop import end_schedulers
 from rag_pipeline.sglang_plugin.off_switch import plugin_is_off
 
@@ -32,6 +33,7 @@ __all__ = [
     "CPU_DEFAULTS",
     "check_model_folder",
     "check_port",
+    "check_tiers",
     "cpu_defaults",
     "create_engine",
     "fault_reason",
@@ -77,10 +79,7 @@ def prepare() -> bool:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         fork_server.start()
     launch_hooks.use_fork_server(wanted)
-    if not hasattr(tqdm, "_lock"):
-        # Its own would be a named semaphore, kept by a process that SGLang's shutdown ends first; Python
-        # then says so with a traceback. No bar is shared between processes here.
-        tqdm.set_lock(threading.RLock())
+    lock_bars_by_thread()
     return wanted
 
 
@@ -130,6 +129,7 @@ def create_engine(model_path: str, **server_args: Any) -> sglang.Engine:
             import sglang.srt.plugins
             from sglang.srt.server_args import ServerArgs
 
+            check_tiers()
             sglang.srt.plugins.load_plugins()
             launch_hooks.ensure_applied()
             arguments = cpu_defaults(server_args)
@@ -223,6 +223,26 @@ def check_model_folder(model_path: str) -> None:
         raise EngineError(
             f"{config} cannot be read ({error}); download the model again."
         ) from error
+
+
+def check_tiers() -> None:
+    """Raise :class:`.EngineError` where a tier below memory cannot work here, whoever answers.
+
+    The engine would say so in its log, after a minute, and serve without it. After :func:`prepare`: a storage backend is
+    SGLang's, which is imported for it.
+    """
+    config = FusionConfig.from_env()
+    if plugin_is_off() or not config.enabled:
+        return
+    try:
+        if config.store_dir:
+            TIERS.get(config.tier).check_usable(config.store_dir)
+        if config.remote:
+            check_remote(config.remote)
+    except ValueError as error:
+        raise EngineError(f"a tier of chunk KV cannot be used: {error}") from None
+    except OSError:  # a disk that fails now may not later: the engine tries, and says so
+        return
 
 
 def check_port(server_args: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ def _count_admitted(runtime: FusionRuntime, state: RequestState) -> None:
     hits, misses = state.looked_up
     runtime.metrics.count("spans", "hit", hits)
     runtime.metrics.count("spans", "miss", misses)
+    if state.explicit:
+        runtime.store.note_absent(misses)
     if state.report.fallback and state.report.fallback not in _SILENT:
         runtime.metrics.count("fallbacks", state.report.fallback)
 

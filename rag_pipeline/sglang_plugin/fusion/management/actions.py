@@ -69,6 +69,11 @@ def _stats(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
 
 
 def _ls(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> dict[str, Any]:
+    listed = [MEMORY, *listed_tiers(runtime)]
+    if order.tier and order.tier not in listed:
+        raise CacheOrderError(
+            f"tier {order.tier!r} is shared by servers and cannot be listed here; allowed: {', '.join(listed)}"
+        )
     found = rows(runtime, tier=order.tier, keys=keys)
     return {"total": len(found), "entries": found[order.offset : order.offset + order.limit]}
 
@@ -100,9 +105,12 @@ def _unpin(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
 
 
 def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> dict[str, Any]:
-    """Remove records; a pinned one or one in use stays everywhere, so that what is left is whole."""
+    """Remove records; a pinned one or one in use stays everywhere, so that what is left is whole.
+
+    What ``max_bytes`` trims leaves that tier only, and is told by it.
+    """
     below, store, chain = _below(runtime, order), runtime.store, runtime.tiers
-    folders = [tier for tier in below.values() if _is_folder(tier)]
+    folders = {name: tier for name, tier in below.items() if _is_folder(tier)}
     if order.max_bytes is not None and not folders:
         raise CacheOrderError("max_bytes bounds the folder on disk: give tier 'disk', or name keys")
     states = {info.key: info for info in store.ls() if info.state is ChunkState.READY}
@@ -127,10 +135,12 @@ def _evict(runtime: FusionRuntime, order: CacheOrder, keys: list[ChunkKey]) -> d
                 is_gone |= tier.remove(key)
         if is_gone:
             gone.append(key.digest)
-    result = {"evicted": gone, "pinned_kept": pinned, "in_use_kept": used}
+    result: dict[str, Any] = {"evicted": gone, "pinned_kept": pinned, "in_use_kept": used}
     if order.max_bytes is not None:
-        for folder in folders:
-            gone += [key.digest for key in folder.trim(order.max_bytes)]
+        result["trimmed"] = {
+            name: [key.digest for key in folder.trim(order.max_bytes)]
+            for name, folder in folders.items()
+        }
     return result
 
 

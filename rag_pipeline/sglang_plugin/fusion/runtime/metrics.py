@@ -106,6 +106,11 @@ class FusionMetrics:
         self.gauge("store_bytes", stats.bytes_now)
         self.gauge("store_chunks", stats.chunks_now)
 
+    def forget(self) -> None:
+        """Count from nothing again, with a store that does the same; what was exported stays."""
+        self.counts.clear()
+        self._shown.clear()
+
     def tier_queue(self, tier: str, records: int, num_bytes: int) -> None:
         """Set what waits to be written to a tier."""
         for kind, value in (("records", records), ("bytes", num_bytes)):

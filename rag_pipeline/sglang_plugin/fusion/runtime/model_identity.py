@@ -16,6 +16,11 @@ _NO_MATTER = frozenset(
         "attention_dropout",
         "bos_token_id",
         "chunk_size_feed_forward",
+        # SGLang's own, of its settings: how long a prompt may be (the rope table counts by itself), where weights lie.
+        "context_len",
+        "ple_offload_backend",
+        "ple_offload_dir",
+        "ple_offload_embedding",
         "dtype",
         "eos_token_id",
         "id2label",
