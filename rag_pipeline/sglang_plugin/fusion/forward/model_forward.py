@@ -201,7 +201,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
     if piece.is_last:
         fill_report(runtime, state)
         attach_report(entry.req, state)
-        state.finish()
+        state.finish(piece.end, decodes_alone=not runtime.mixes_decoding)
 
 
 def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
