@@ -86,7 +86,7 @@ class FusionChoice:
             raise RagPipelineError(
                 f"policy {PREFIX_POLICY!r} takes no ratio, {self.ratio} was given; leave it out"
             )
-        elif self.attention not in ("", DENSE_ATTENTION):
+        elif not FusionRequest(attention=self.attention).is_dense:
             raise RagPipelineError(
                 f"policy {PREFIX_POLICY!r} is exact, attention {self.attention!r} is not; name another policy, "
                 f"or leave the attention {DENSE_ATTENTION!r}"

@@ -111,6 +111,11 @@ class FusionRequest:
         """
         return _make_policy(self.policy or default, self.ratio, self.options)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it names no method that leaves keys out."""
+        return self.attention in ("", DENSE_ATTENTION)
+
     def make_attention(self) -> AttentionMethod | None:
         """Build the attention method; None for dense attention, and where none is named.
 
@@ -119,7 +124,7 @@ class FusionRequest:
         RequestError
             An unknown method or option, or a value that is not allowed.
         """
-        if self.attention in ("", DENSE_ATTENTION):
+        if self.is_dense:
             return None
         return _make_attention(self.attention)
 

@@ -265,7 +265,7 @@ def _remember_missing(
     with_passage = runtime.behind_passage(prefix) if wanted else None
     for start, end in missing:
         is_next = start == prefix.ids.size
-        is_exact = state.request.attention == DENSE_ATTENTION and (
+        is_exact = state.request.is_dense and (
             not state.spans or end <= min(span.start for span in state.spans)
         )
         if is_next and is_exact:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rag_pipeline.protocol import DENSE_ATTENTION
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_asked
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace, method_space
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
@@ -55,7 +54,7 @@ def enter_space(runtime: FusionRuntime, req: Any, state: RequestState) -> bool:
 
 def _space(runtime: FusionRuntime, req: Any, state: RequestState) -> str:
     request = state.request
-    if request.attention == DENSE_ATTENTION or request.spans or request.conversation:
+    if request.is_dense or request.spans or request.conversation:
         return ""
     if not runtime.is_on or refuse_asked(request, req) or refuse_request(req):
         return ""
