@@ -59,15 +59,18 @@ def test_the_next_turn_finds_the_answer_that_the_method_decoded(engine):
     agree(second, local.ask(turn, 4, fusion=BY_POWER), 1e-4)
 
 
-def test_of_a_method_that_decodes_densely_the_answer_is_not_found(engine):
+@pytest.mark.parametrize("piece", [-1, 56])
+def test_where_rows_choose_by_blocks_pages_and_pieces_end_where_they_do(engine, piece):
+    """The method decodes densely: of an answer nothing is found."""
     local = engine("llama", page_size=16)
     method = {"attention": "block_topk:block=16+blocks=3"}
     fresh = local.ask(SECOND, 4, fusion=method)
     local.flush()
-    answered = local.ask(FIRST, 40, fusion=method)
-    turn = [*FIRST, *answered.output_ids, 5]
-    assert local.ask(turn, 1, fusion=method).cached_tokens == len(FIRST) // 16 * 16
-    second = local.ask(SECOND, 4, fusion=method)
+    with chunk_limit(local, piece):
+        answered = local.ask(FIRST, 40, fusion=method)
+        turn = [*FIRST, *answered.output_ids, 5]
+        assert local.ask(turn, 1, fusion=method).cached_tokens == len(FIRST) // 16 * 16
+        second = local.ask(SECOND, 4, fusion=method)
     assert second.cached_tokens == len(SHARED) // 16 * 16
     agree(second, fresh, 1e-4)
 
