@@ -262,6 +262,15 @@ def test_the_answer_is_published_where_the_method_decoded_it(make_server):
         assert held(server, req.tenant, ids) == len(IDS) + published
 
 
+def test_a_piece_that_begins_within_a_block_of_rows_ends_what_is_published(make_server):
+    method = {"attention": "block_topk:block=8"}
+    for rows, published in ((16, len(IDS)), (12, 12)):
+        server = make_server(page_size=8)
+        req = submitted(server, method)
+        serve(server, req, rows=rows)
+        assert held(server, req.tenant, IDS) == published
+
+
 @pytest.mark.parametrize("attention", [POWER, "block_topk:block=8"])
 def test_dense_decoding_is_no_part_of_a_method(make_server, attention):
     server = make_server(attention, page_size=8)

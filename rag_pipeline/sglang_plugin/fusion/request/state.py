@@ -372,6 +372,12 @@ class RequestState:
 
     # -- the forward --------------------------------------------------------------------------
 
+    def begin_piece(self, start: int) -> None:
+        """Publish no more in a method's space where a piece begins within a unit of the method: its rows choose apart."""
+        if self.space and self.method is not None and start % self.method.prefix_unit:
+            limit, before = start - start % self.method.prefix_unit, self._found.exact_limit
+            self._found.exact_limit = limit if before is None else min(limit, before)
+
     def charge(self, rows: int, layers: float) -> None:
         """Count rows that were computed through so many layers; the one place where work is summed."""
         self._attempt.row_layers += layers * rows
