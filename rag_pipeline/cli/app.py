@@ -163,9 +163,11 @@ def ask(
         typer.Option(min=0.0, max=1.0, help="Share of reused tokens' work done anew."),
     ] = None,
     attention: Annotated[
-        str,
-        typer.Option(help="Which keys computed tokens read: dense (all), or another method."),
-    ] = "dense",
+        str | None,
+        typer.Option(
+            help="Which keys computed tokens read: dense (all), or another method; fusion.attention when unset."
+        ),
+    ] = None,
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
     stream: Annotated[
@@ -187,7 +189,7 @@ def ask(
             top_k=top_k,
             policy=policy,
             ratio=ratio,
-            attention=attention,
+            attention=attention or "",
             store=store,
             max_new_tokens=max_new_tokens,
             stream=stream,

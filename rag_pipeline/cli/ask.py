@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.protocol import DENSE_ATTENTION, FusionChoice
+from rag_pipeline.protocol import FusionChoice
 
 if TYPE_CHECKING:
     from rag_pipeline import Answer, RagPipeline
@@ -39,7 +39,7 @@ class AskOptions:
     top_k: int = 4
     policy: str = "prefix"
     ratio: float | None = None
-    attention: str = DENSE_ATTENTION
+    attention: str = ""
     store: Path | None = None
     max_new_tokens: int = 128
     stream: bool = False

@@ -43,6 +43,7 @@ class ServeOptions:
     unprotected: bool = False
     embedder: str | None = None
     policy: str = "query"
+    attention: str | None = None
     search: str = "dense"
     top_k: int = 4
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -80,6 +81,7 @@ def run_serve(options: ServeOptions) -> None:
     _refuse_words(options)
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
+    _choose_attention(options.attention)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
     tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
@@ -143,6 +145,22 @@ def _choose_automatic(tenants: Tenants, given: bool | None) -> None:
     chosen = () if everybody else tuple(salt for salt, on in choices.items() if on)
     chosen = tuple(sorted({*config.automatic_tenants, *chosen}))
     config = dataclasses.replace(config, automatic=everybody, automatic_tenants=chosen)
+    os.environ[FUSION_VARIABLE] = config.to_env()
+
+
+def _choose_attention(given: str | None) -> None:
+    """Tell the engine the default attention method: the flag, else the setting. A bad name ends the command here."""
+    from rag_pipeline.protocol import FusionRequest, RequestError
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    config = FusionConfig.from_env()
+    if given is None:
+        return
+    try:
+        FusionRequest(attention=given).make_attention()
+    except RequestError as error:
+        raise RagPipelineError(f"--attention: {error}") from None
+    config = dataclasses.replace(config, attention=given)
     os.environ[FUSION_VARIABLE] = config.to_env()
 
 

@@ -60,6 +60,12 @@ def serve(
     policy: Annotated[
         str, typer.Option(help="For requests that name none: prefix or a fusion policy.")
     ] = "query",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention method of requests that name none, of any client (fusion.attention): dense, sale, power, ..."
+        ),
+    ] = None,
     search: SearchOption = "dense",
     top_k: TopKOption = 4,
     chunk_tokens: Annotated[
@@ -126,6 +132,7 @@ def serve(
             unprotected=unprotected,
             embedder=embedder,
             policy=policy,
+            attention=attention,
             search=search,
             top_k=top_k,
             chunk_tokens=chunk_tokens,

@@ -177,6 +177,11 @@ class FusionSettings(_Section):
     self_check: bool = Field(
         default=True, description="Prove the path on the loaded model at start."
     )
+    attention: str = Field(
+        default="dense",
+        description="Attention method of requests that name none, of any client; dense reads every key, others are "
+        "approximate.",
+    )
     attention_kernel: str = Field(
         default="auto",
         description="Attention kernel of fused passes; auto takes the best for the device.",

@@ -38,7 +38,7 @@ from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.truncation import CUT_SHARE, Truncation
-from rag_pipeline.protocol import DENSE_ATTENTION, FusionChoice
+from rag_pipeline.protocol import FusionChoice
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
@@ -73,7 +73,7 @@ class ChatSGLangRag(ChatOpenAI):
         Selection policy of the fusion and its share of recomputed tokens; ``prefix`` is ordinary
         prefill.
     attention : str
-        Method that says which keys the computed rows of a prompt read; all of them by default.
+        Method that says which keys the computed rows of a prompt read; the server's default when empty.
     tokenizer : str or None
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
@@ -109,7 +109,7 @@ class ChatSGLangRag(ChatOpenAI):
     use_responses_api: bool | None = False
     policy: str = "query"
     ratio: float | None = None
-    attention: str = DENSE_ATTENTION
+    attention: str = ""
     tokenizer: str | None = None
     chunk_template: str = DEFAULT_CHUNK_TEMPLATE
     context_header: str = DEFAULT_CONTEXT_HEADER

@@ -193,8 +193,8 @@ def _read_conversation(value: Any, mode: str) -> str:
 
 def _read_attention(value: Any, mode: str) -> str:
     if value is None:
-        return DENSE_ATTENTION
-    if not isinstance(value, str):
+        return ""
+    if not isinstance(value, str) or not value:
         raise RequestError(f"fusion attention is {value!r:.80}; give a name such as 'dense'.")
     if len(value) > MAX_ATTENTION:
         raise RequestError(

@@ -39,12 +39,13 @@ class FusionChoice:
     ratio : float or None
         Share of recomputed tokens; the policy's own where None.
     attention : str
-        Attention method of the computed rows; all of them read all keys by default. The engine checks its name.
+        Attention method of the computed rows; empty for the engine's default, which is ``dense`` unless its operator
+        says otherwise. The engine checks the name.
     """
 
     policy: str = PREFIX_POLICY
     ratio: float | None = None
-    attention: str = DENSE_ATTENTION
+    attention: str = ""
 
     @classmethod
     def of(cls, owner: object, *, policy: str = PREFIX_POLICY) -> FusionChoice:
@@ -85,7 +86,7 @@ class FusionChoice:
             raise RagPipelineError(
                 f"policy {PREFIX_POLICY!r} takes no ratio, {self.ratio} was given; leave it out"
             )
-        elif self.attention != DENSE_ATTENTION:
+        elif not FusionRequest(attention=self.attention).is_dense:
             raise RagPipelineError(
                 f"policy {PREFIX_POLICY!r} is exact, attention {self.attention!r} is not; name another policy, "
                 f"or leave the attention {DENSE_ATTENTION!r}"

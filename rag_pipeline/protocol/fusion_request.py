@@ -84,7 +84,8 @@ class FusionRequest:
         place; an engine without a passage stores nothing then. With ``fuse``: false leaves such KV unused.
     attention : str
         Which keys the computed rows of the prompt read: a method's name, ``NAME:OPTION=VALUE+OPTION=VALUE`` allowed.
-        Anything but ``dense`` is approximate from the first computed row on, whether chunks are loaded or not.
+        Anything but ``dense`` is approximate from the first computed row on, whether chunks are loaded or not. Empty
+        for the engine's default.
     truncated : (int, int)
         Oldest turns of the conversation that were cut before it was sent, and about their tokens; told in the report.
     """
@@ -97,7 +98,7 @@ class FusionRequest:
     options: tuple[tuple[str, Any], ...] = ()
     conversation: str = ""
     passage: bool | None = None
-    attention: str = DENSE_ATTENTION
+    attention: str = ""
     truncated: tuple[int, int] = (0, 0)
 
     def make_policy(self, default: str) -> Policy:
@@ -110,15 +111,20 @@ class FusionRequest:
         """
         return _make_policy(self.policy or default, self.ratio, self.options)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it names no method that leaves keys out."""
+        return self.attention in ("", DENSE_ATTENTION)
+
     def make_attention(self) -> AttentionMethod | None:
-        """Build the attention method; None for dense attention.
+        """Build the attention method; None for dense attention, and where none is named.
 
         Raises
         ------
         RequestError
             An unknown method or option, or a value that is not allowed.
         """
-        if self.attention == DENSE_ATTENTION:
+        if self.is_dense:
             return None
         return _make_attention(self.attention)
 
@@ -155,7 +161,7 @@ class FusionRequest:
             fields["conversation"] = self.conversation
         if self.passage is not None:
             fields["passage"] = self.passage
-        if self.attention != DENSE_ATTENTION:
+        if self.attention:
             fields["attention"] = self.attention
         if self.truncated[0]:
             fields["truncated"] = list(self.truncated)

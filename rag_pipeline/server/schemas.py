@@ -92,7 +92,7 @@ class RagOptions(Strict):
     ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     attention: Annotated[str, Field(max_length=MAX_ATTENTION)] | None = Field(
         default=None,
-        description="Which keys computed rows read: `dense` (all), or another method.",
+        description="Which keys computed rows read: `dense` (all), or another method; the engine's default when unset.",
     )
     conversation: Annotated[str, Field(min_length=1, max_length=MAX_CONVERSATION)] | None = Field(
         default=None,

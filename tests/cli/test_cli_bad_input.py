@@ -169,6 +169,28 @@ def test_ingesting_again_embeds_nothing(
     assert not report["changed"]
 
 
+def test_a_default_attention_that_does_not_exist(
+    small_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--index", str(small_index), "--attention"]
+    assert "--attention: " in (line := refused([*words, "powre"], capsys))
+    assert "'powre'" in line
+    assert "power" in line
+    assert "--attention: " in refused([*words, "power:window=0"], capsys)
+
+
+def test_a_default_attention_is_told_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rag_pipeline.cli.serve import _choose_attention
+    from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
+
+    monkeypatch.setenv(FUSION_VARIABLE, '{"min_reused_tokens": 9, "attention": "streaming"}')
+    _choose_attention(None)
+    assert FusionConfig.from_env().attention == "streaming"
+    _choose_attention("power:window=3")
+    told = FusionConfig.from_env()
+    assert (told.attention, told.min_reused_tokens) == ("power:window=3", 9)
+
+
 def test_a_remote_tier_without_a_proper_address(
     small_index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ NOT_SETTINGS = {
     "json_output", "paths", "question", "help", "path",
     # NAME:RATIO in ask.policy says it; a ratio alone could not be taken back by `--policy prefix`.
     "ratio",
-    # For the same reason: beside prefix it is refused.
+    # Of ask for the same reason: beside prefix it is refused. Of serve fusion.attention says it.
     "attention",
     # A settings file is shown and shared; a key is not, and the risk of none is taken on each start anew.
     "api_key", "admin_api_key", "unprotected",

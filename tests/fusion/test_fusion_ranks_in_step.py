@@ -231,7 +231,7 @@ def finish(runtime, req, stamp):
             v=kv.clone(),
         )
         capture.build.commit(record)
-    state.finish()
+    state.finish(state.prompt.size)
     if state.request.conversation:
         kv = torch.full((len(ids) + 4, 1, 2), float(stamp))
         pool = SimpleNamespace(get_key_buffer=lambda i: kv, get_value_buffer=lambda i: kv)

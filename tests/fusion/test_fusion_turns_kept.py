@@ -90,7 +90,7 @@ class Life:
         for span in state.spans:
             keys = span.lease.record.layer(0).k[span.match.chunk_offset :][: span.end - span.start]
             assert keys[:, 0, 0].tolist() == ids[span.start : span.end].tolist()
-        state.finish()
+        state.finish(state.prompt.size)
         self.runtime.conversations.keep(
             FinishedTurn(state=state, tenant=tenant, ids=ids, pool=pool, slots=slots)
         )

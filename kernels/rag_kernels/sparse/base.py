@@ -49,6 +49,15 @@ class AttentionMethod(ABC):
         """Name and every option: methods with the same identity read the same keys."""
         return f"{self.name} {self.config!r}"
 
+    @property
+    def prefix_unit(self) -> int:
+        """Tokens of a unit: rows in front of a multiple of it read the same keys whatever follows, and in any pieces.
+
+        So what they were computed to is right for every prompt that begins alike, as long as prefixes and pieces end
+        at multiples. 0 where rows depend on what stands behind them: nothing is kept for others then.
+        """
+        return 0
+
     def for_model(self, fingerprint: str) -> AttentionMethod:
         """Return the method for the weights that an engine has loaded; by default itself.
 

@@ -46,6 +46,11 @@ class BlockTopKAttention(ScoredBlocks):
     config_type = BlockTopKConfig
     config: BlockTopKConfig
 
+    @property
+    def prefix_unit(self) -> int:
+        """A block: its rows choose together, by keys in front of them and their own."""
+        return self.config.block
+
     def choose(self, rows: RequestRows) -> Tensor:
         """Choose the highest products of means."""
         scores = torch.einsum("qhd,khd->hqk", mean_queries(rows), mean_keys(rows, rows.q.shape[1]))

@@ -91,6 +91,11 @@ class StaticBlocks(AttentionMethod):
             bool, of the broadcast shape.
         """
 
+    @property
+    def prefix_unit(self) -> int:
+        """A token: blocks follow from the row's own position."""
+        return 1
+
     def reads_all(self, layer: int) -> bool:
         """Whether a layer is one of the dense ones of its period."""
         at = (layer - self.config.dense_offset) % self.config.dense_period

@@ -60,6 +60,11 @@ class XAttention(ScoredBlocks):
     config_type = XAttentionConfig
     config: XAttentionConfig
 
+    @property
+    def prefix_unit(self) -> int:
+        """A block: its rows choose together, by keys in front of them and their own."""
+        return self.config.block
+
     def choose(self, rows: RequestRows) -> Tensor:
         """Choose by the threshold, or so many."""
         mass = antidiagonal_mass(rows, self.config.stride)

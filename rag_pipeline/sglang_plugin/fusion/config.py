@@ -16,6 +16,7 @@ from chunk_cache.tiers.remote.url import parse_remote_url, shown_url
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import EngineError
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest, RequestError
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 
 CONFIG_VARIABLE = "RAG_PIPELINE_FUSION"
@@ -55,6 +56,8 @@ class FusionConfig:
         Take a checksum of every record.
     self_check : bool
         Prove the path on the loaded model at start, before the first request is fused.
+    attention : str
+        Attention method of requests that name none, those without fusion fields too (:mod:`.consent`).
     attention_kernel : str
         Attention kernel of fused passes (:data:`rag_kernels.ATTENTION_KERNELS`); ``auto`` for the best on the device.
     time_attention : bool
@@ -99,6 +102,7 @@ class FusionConfig:
     min_reused_tokens: int = 16
     checksums: bool = False
     self_check: bool = True
+    attention: str = DENSE_ATTENTION
     attention_kernel: str = "auto"
     time_attention: bool = False
     conversation_memory: str = "turns"
@@ -168,7 +172,8 @@ class FusionConfig:
                 parse_remote_url(self.remote)
             create_policy(self.policy)
             self.make_eviction()
-        except ValueError as error:
+            FusionRequest(attention=self.attention).make_attention()
+        except (ValueError, RequestError) as error:
             raise EngineError(f"{CONFIG_VARIABLE}: {error}") from None
 
     def make_eviction(self) -> EvictionPolicy:

@@ -168,6 +168,7 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     runtime = FusionRuntime(config, facts, off_reason=reason or "", group=group, metrics=metrics)
     runtime.record_form = form
     runtime.max_prompt = int(scheduler.max_req_input_len)
+    runtime.page_size = int(scheduler.token_to_kv_pool_allocator.page_size)
     runtime.mixes_decoding = bool(scheduler.is_mixed_chunk)
     tokenizer, length = getattr(scheduler, "tokenizer", None), config.passage_tokens
     runtime.passage = passage_ids(tokenizer, length, runtime.max_prompt, text=text)

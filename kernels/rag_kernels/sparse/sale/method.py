@@ -130,6 +130,11 @@ class SaleAttention(AttentionMethod):
         return f"{self.name} {self.config!r} {found}"
 
     @property
+    def prefix_unit(self) -> int:
+        """A block of rows: they choose together, by keys in front of them and their own."""
+        return self.config.block_q
+
+    @property
     def table(self) -> ThresholdTable | None:
         """Thresholds by head; None where one is for all."""
         return self._table

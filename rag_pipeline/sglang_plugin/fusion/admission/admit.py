@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,10 +15,15 @@ from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.admission import costs
 from rag_pipeline.sglang_plugin.fusion.admission.chunk_search import find_in_spans, scan_prompt
 from rag_pipeline.sglang_plugin.fusion.admission.fetching import expect
+from rag_pipeline.sglang_plugin.fusion.admission.method_space import enter_space, tenant_of
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
-from rag_pipeline.sglang_plugin.fusion.request.consent import may_match_unasked, refuse_asked
+from rag_pipeline.sglang_plugin.fusion.request.consent import (
+    may_attend_unasked,
+    may_match_unasked,
+    refuse_asked,
+)
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.internal import is_internal
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -32,11 +38,6 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import (
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_request
 
 
-def tenant_of(req: Any) -> RadixNamespace:
-    """Namespace of a request's chunks."""
-    return RadixNamespace(req.extra_key, req.cache_salt)
-
-
 def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """Run after ``Req.__init__``: hang fusion's state on the requests that may use it."""
     runtime = get_runtime()
@@ -45,13 +46,15 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     try:
         prompt_len = len(req.origin_input_ids)
         request = parse_request(req.kv_hints, req.sampling_params.custom_params, prompt_len)
-        explicit = request is not None and request.mode != "off"
+        explicit = searches = request is not None and request.mode != "off"
         if request is None:
             # With several ranks the store of one must not decide: a look-up is a vote.
             stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
-            if not (runtime.is_on and stored and may_match_unasked(runtime.config, req)):
+            searches = bool(stored) and may_match_unasked(runtime.config, req)
+            if not (runtime.is_on and (searches or may_attend_unasked(runtime.config, req))):
                 return
             request = FusionRequest()
+        request = _with_attention(runtime, req, request)
         if request.mode == "build" and request.passage:
             request = build_behind_passage(runtime, req, request)
         policy = request.make_policy(runtime.config.policy)
@@ -61,8 +64,10 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
             req.origin_input_ids,
             explicit=explicit,
             internal=is_internal(req),
+            searches=searches,
         )
         setattr(req, ATTRIBUTE, state)
+        enter_space(runtime, req, state)
         expect(runtime, req, state)
     except RequestError as error:
         # The tokenizer process refuses these; one that still comes (another front end) is served as usual.
@@ -72,6 +77,14 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         # A policy or a method of another distribution may raise anything.
         runtime.metrics.count("fallbacks", "malformed")
         runtime.say_fault("request", error)
+
+
+def _with_attention(runtime: FusionRuntime, req: Any, request: FusionRequest) -> FusionRequest:
+    """Name the engine's default method where the request names none; what is built is dense."""
+    default = runtime.config.attention if request.mode == "fuse" else DENSE_ATTENTION
+    if is_internal(req) or not default:
+        default = DENSE_ATTENTION
+    return dataclasses.replace(request, attention=request.attention or default)
 
 
 def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
@@ -108,13 +121,14 @@ def admit(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
         state.give_up(reason)
         return
     began = time.perf_counter()
-    tenant = tenant_of(req)
+    tenant = tenant_of(req, state)
     if state.request.mode == "build":
         prefix = runtime.prefix(state.prompt, state.request.prefix_len, tenant)
         for start, end in state.request.spans:
             _begin_capture(runtime, state, prefix, start, end)
     else:
-        _find_chunks(runtime, state, tenant)
+        if state.searches:
+            _find_chunks(runtime, state, tenant)
         # Not of the client's prompt alone: what was generated before a retraction is prefilled, too.
         _plan_ratio(runtime, state, len(req.full_untruncated_fill_ids))
     state.resolve()
@@ -251,7 +265,7 @@ def _remember_missing(
     with_passage = runtime.behind_passage(prefix) if wanted else None
     for start, end in missing:
         is_next = start == prefix.ids.size
-        is_exact = state.request.attention == DENSE_ATTENTION and (
+        is_exact = state.request.is_dense and (
             not state.spans or end <= min(span.start for span in state.spans)
         )
         if is_next and is_exact:

@@ -9,6 +9,7 @@ from typing import Any
 from chunk_cache.policies import ScoredPolicy
 from rag_pipeline.sglang_plugin.fusion.admission.admit import admit
 from rag_pipeline.sglang_plugin.fusion.admission.fetching import must_wait
+from rag_pipeline.sglang_plugin.fusion.admission.method_space import enter_space
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
@@ -81,7 +82,8 @@ def around_add_one_req(
     if state is None:
         return _add_plain(runtime, original, adder, req, args, kwargs)
     try:
-        if must_wait(runtime, adder, state):
+        # In another namespace than it was matched in, it is matched again.
+        if enter_space(runtime, req, state) or must_wait(runtime, adder, state):
             from sglang.srt.managers.schedule_policy import AddReqResult
 
             return AddReqResult.CONTINUE  # those behind it may go first

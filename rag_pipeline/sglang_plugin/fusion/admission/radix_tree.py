@@ -1,4 +1,4 @@
-"""The radix tree and fused KV: only what is exact is ever published as exact.
+"""The radix tree and fused KV: only what is exact is ever published as exact, and what a method computed as its own.
 
 A fused request matches and publishes the exact namespace like any other, but no further than its first loaded token:
 everything behind has seen approximate KV. SGLang then frees the rest with the request; that of a conversation's

@@ -54,6 +54,7 @@ def after_init_new(
             continue
         start = int(batch.extend_prefix_lens_cpu[index])
         end = start + int(batch.extend_seq_lens_cpu[index])
+        state.begin_piece(start)
         piece = Piece(start=start, end=end, is_last=end == len(req.full_untruncated_fill_ids))
         entries.append(BatchEntry(index=index, req=req, state=state, piece=piece))
     if entries:
@@ -201,7 +202,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
     if piece.is_last:
         fill_report(runtime, state)
         attach_report(entry.req, state)
-        state.finish()
+        state.finish(piece.end, decodes_alone=not runtime.mixes_decoding)
 
 
 def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:

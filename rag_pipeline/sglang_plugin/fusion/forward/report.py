@@ -44,7 +44,7 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
         report.ratio = round(state.planned_ratio, 6)
         runtime.metrics.observe_ratio(state.planned_ratio)
         report.runs = prompt_runs(state)
-    if state.method is not None:
+    if state.method is not None or (state.space and state.radix_len):
         report.attention = state.request.attention
     behind = report.prompt_tokens - report.exact_prefix_tokens
     whole = behind * (facts.num_layers if facts else 1)

@@ -47,6 +47,8 @@ def mark_reads(runtime: FusionRuntime, batch: Any, reqs: Sequence[Any], backend:
             "The attention backend %s reads every key in decoding.",
             type(backend).__name__,
         )
+        for state in sparse.values():
+            state.decode_densely()
         return
     assert runtime.facts is not None
     lengths = batch.seq_lens.tolist()

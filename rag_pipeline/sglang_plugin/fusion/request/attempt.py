@@ -84,6 +84,8 @@ class Resolved:
         Says which keys the computed rows read; None for all.
     decode_method : AttentionMethod or None
         Says which keys decoded tokens read, once the prompt is computed; None for all.
+    computed_end : int
+        Tokens that were prefilled, once all are.
     """
 
     resolved: bool = False
@@ -96,3 +98,4 @@ class Resolved:
     turn: int = 0
     method: AttentionMethod | None = None
     decode_method: AttentionMethod | None = None
+    computed_end: int = 0

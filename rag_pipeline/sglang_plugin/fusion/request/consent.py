@@ -1,13 +1,14 @@
 """When a prompt may be approximated: the one place of this rule.
 
-=============================================  ==========================  ==============================
+=============================================  ==========================  ========================================
 what the request wants                         fusion fields, mode `fuse`  no fusion fields
-=============================================  ==========================  ==============================
-new tokens                                     as it asks                  only where matching is automatic
+=============================================  ==========================  ========================================
+new tokens                                     as it asks                  chunks only where matching is automatic,
+                                                                           by the engine's default attention method
 new tokens with numbers of the model's own     as it asks                  never
 scores only (``/v1/score``, no new token)      never                       never
 anything of a deterministic engine             never                       never
-=============================================  ==========================  ==============================
+=============================================  ==========================  ========================================
 
 Numbers of the model's own are log-probabilities, of the prompt too, hidden states and the like: who reads them
 compares them, with other prompts or with another engine, and cannot see that they are near and not equal. Matching is
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 
 _NUMBERS = (
@@ -76,6 +77,23 @@ def may_match_unasked(config: FusionConfig, req: Any) -> bool:
     tenant = (req.cache_salt or "").partition("/")[0]
     if not (config.automatic or tenant in config.automatic_tenants):
         return False
+    return _wants_tokens_alone(req)
+
+
+def may_attend_unasked(config: FusionConfig, req: Any) -> bool:
+    """Whether the engine's default attention method serves a request that has no fusion fields.
+
+    Parameters
+    ----------
+    config : FusionConfig
+        The operator's switches.
+    req : Req
+        SGLang's.
+    """
+    return config.attention != DENSE_ATTENTION and _wants_tokens_alone(req)
+
+
+def _wants_tokens_alone(req: Any) -> bool:
     return not _only_scores(req) and not any(getattr(req, name) for name in _NUMBERS)
 
 

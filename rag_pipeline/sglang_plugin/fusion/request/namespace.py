@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 from chunk_cache import tenant_mark
+
+METHOD_SPACE = "rag-attention-"
+"""How the ``extra_key`` of a request of an attention method begins; clients' keys are refused this beginning."""
 
 
 class RadixNamespace(NamedTuple):
@@ -29,3 +33,28 @@ class RadixNamespace(NamedTuple):
         """
         salt = self.cache_salt or self.extra_key or ""
         return tenant_mark(salt.partition("/")[0] or salt)
+
+    def moved(self, before: str, space: str) -> RadixNamespace:
+        """The same client's namespace within another space, see :func:`method_space`; it stands in space `before`."""
+        key = self.extra_key
+        if before:
+            # None and "" are two namespaces: a key of the client's own stands behind a mark.
+            rest = (key or "").removeprefix(before)
+            key = rest[1:] if rest else None
+        if space:
+            key = space if key is None else f"{space}:{key}"
+        return RadixNamespace(key, self.cache_salt)
+
+
+def method_space(identity: str, epoch: int) -> str:
+    """Beginning of the ``extra_key`` of what one attention method computed with the weights of one epoch.
+
+    Parameters
+    ----------
+    identity : str
+        Of the method for the loaded weights: every option, and what it was calibrated to.
+    epoch : int
+        Updates of the weights so far.
+    """
+    told = repr((identity, epoch)).encode()
+    return METHOD_SPACE + hashlib.blake2b(told, digest_size=16, person=b"ragkv-space").hexdigest()

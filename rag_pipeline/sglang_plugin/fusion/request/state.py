@@ -58,6 +58,11 @@ class RequestState:
         The client sent fusion fields, so it gets a report whatever happened.
     internal : bool
         Made by this process (background build, self-check); its output goes to no client.
+    searches : bool
+        Stored chunks are looked for.
+    space : str
+        Part of the radix namespace that holds what its attention method computed, and nothing else
+        (:func:`~.namespace.method_space`); empty for the exact one.
     """
 
     __slots__ = (
@@ -76,6 +81,8 @@ class RequestState:
         "prompt",
         "ratio",
         "request",
+        "searches",
+        "space",
     )
 
     def __init__(
@@ -86,6 +93,7 @@ class RequestState:
         *,
         explicit: bool = False,
         internal: bool = False,
+        searches: bool = True,
     ) -> None:
         self.ratio = _checked(policy, policy.ratio)
         self._spans: tuple[LeasedSpan, ...] = ()
@@ -100,6 +108,8 @@ class RequestState:
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
         self.explicit = explicit
         self.internal = internal
+        self.searches = searches
+        self.space = ""
         self._attempt = Attempt(report=UsageReport(prompt_tokens=int(self.prompt.size)))
 
     # -- what others read ---------------------------------------------------------------------
@@ -131,8 +141,11 @@ class RequestState:
 
     @property
     def exact_limit(self) -> int | None:
-        """Tokens that may be published as exact; None for all."""
-        return self._found.exact_limit
+        """Tokens that may be published as exact, or as the method's in its own space; None for all."""
+        found = self._found
+        if self.space and found.exact_limit is None and found.done and not found.decode_method:
+            return found.computed_end
+        return found.exact_limit
 
     @property
     def approximate_from(self) -> int | None:
@@ -218,7 +231,7 @@ class RequestState:
     @property
     def is_pending(self) -> bool:
         """Matched, with something left to load, to store or to tell the client."""
-        holds = bool(self._spans or self._found.captures or self.explicit)
+        holds = bool(self.is_fused or self._found.captures or self.explicit)
         return self.resolved and not self.done and holds
 
     @property
@@ -255,6 +268,10 @@ class RequestState:
     def note_asked(self) -> None:
         """Note :attr:`asked_at`, the first time."""
         self._asked_at = self._asked_at or time.monotonic()
+
+    def enter(self, space: str) -> None:
+        """Note :attr:`space`."""
+        self.space = space
 
     def begin_attempt(self, radix_len: int, epoch: int) -> None:
         """Let go of all that an earlier attempt held, found or spent."""
@@ -324,9 +341,16 @@ class RequestState:
             )
 
     def attend_by(self, method: AttentionMethod | None) -> None:
-        """Let a method say which keys the rows read: they are approximate from the first one on."""
+        """Let a method say which keys the rows read: they are approximate from the first one on.
+
+        In the method's own space all are what that space holds, up to the first loaded one.
+        """
         self._found.method = method
-        if method is not None:
+        if self.space:
+            starts = [span.start for span in self._spans]
+            self._found.exact_limit = 0 if method is None else min(starts, default=None)
+            self._found.approximate_from = 0
+        elif method is not None:
             self._found.exact_limit = self.radix_len
             self._found.approximate_from = self.radix_len
 
@@ -334,13 +358,25 @@ class RequestState:
         """Prefill as usual from here on, and say why."""
         self.drop()
         self._found.resolved = True
+        self._claim_nothing()
         self.note_fallback(reason)
+
+    def _claim_nothing(self) -> None:
+        """Publish nothing that is computed from here on in a method's space: its rows read every key."""
+        if self.space:
+            self._found.exact_limit = 0
 
     def limit_rows(self, rows: int) -> None:
         """Note :attr:`row_limit`."""
         self._row_limit = rows
 
     # -- the forward --------------------------------------------------------------------------
+
+    def begin_piece(self, start: int) -> None:
+        """Publish no more in a method's space where a piece begins within a unit of the method: its rows choose apart."""
+        if self.space and self.method is not None and start % self.method.prefix_unit:
+            limit, before = start - start % self.method.prefix_unit, self._found.exact_limit
+            self._found.exact_limit = limit if before is None else min(limit, before)
 
     def charge(self, rows: int, layers: float) -> None:
         """Count rows that were computed through so many layers; the one place where work is summed."""
@@ -357,9 +393,10 @@ class RequestState:
         self.report.built_chunks += stored
 
     def forget_spans(self, reason: str) -> None:
-        """Load nothing any more, read every key, and say why; what may be published stays as it is."""
+        """Load nothing any more, read every key, and say why; what may be published as exact stays as it is."""
         self.retain(())
         self._found.method = None
+        self._claim_nothing()
         self._attempt.row_layers = 0.0
         self._attempt.recomputed = []
         self.report.recomputed_tokens = 0
@@ -369,11 +406,22 @@ class RequestState:
         """Let decoded tokens read every key from here on."""
         self._found.decode_method = None
 
-    def finish(self) -> None:
+    def finish(self, end: int, *, decodes_alone: bool = True) -> None:
         """End the leases of a computed prompt; the limit of what may be published stays.
 
-        A method that acts on decoding goes on there.
+        A method that acts on decoding goes on there. What it decodes is published in its own space, too, unless
+        some of it is decoded in batches with prompts, where every key is read.
+
+        Parameters
+        ----------
+        end : int
+            Tokens that were prefilled.
+        decodes_alone : bool
+            Decoded tokens come in batches of their own.
         """
+        if self.space and not decodes_alone and self._found.exact_limit is None:
+            self._found.exact_limit = end
+        self._found.computed_end = end
         self.retain(())
         self.drop_captures()
         if self.method is not None and self.method.acts_on_decode:

@@ -13,7 +13,7 @@ class UsageReport:
     Attributes
     ----------
     exact_prefix_tokens : int
-        Found in the radix tree: exact KV.
+        Found in the radix tree: exact KV, or what the same attention method computed before.
     reused_tokens : int
         KV loaded and kept, that of earlier turns included.
     recomputed_tokens : int

@@ -7,6 +7,7 @@ from typing import Any
 from rag_pipeline.protocol import PARAM_PREFIX, RequestError
 from rag_pipeline.protocol.fields import parse_request
 from rag_pipeline.sglang_plugin.fusion.request.internal import INTERNAL_RID
+from rag_pipeline.sglang_plugin.fusion.request.namespace import METHOD_SPACE
 
 
 def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -23,6 +24,11 @@ def after_tokenize(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> N
     if str(getattr(tokenized, "rid", "")).startswith(INTERNAL_RID):
         raise RequestError(
             f"request id {tokenized.rid!r}: ids that begin with {INTERNAL_RID!r} are taken."
+        )
+    key = getattr(tokenized, "extra_key", None)
+    if isinstance(key, str) and key.startswith(METHOD_SPACE):
+        raise RequestError(
+            f"extra_key {key!r:.80}: keys that begin with {METHOD_SPACE!r} are taken."
         )
     params = getattr(tokenized, "sampling_params", None)
     hints = getattr(tokenized, "kv_hints", None)

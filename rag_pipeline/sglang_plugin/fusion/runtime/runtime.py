@@ -141,6 +141,8 @@ class FusionRuntime:
         """What takes its place where it holds text that was deleted."""
         self.max_prompt = 0
         """Tokens that a prompt may hold in this engine."""
+        self.page_size = 1
+        """Tokens of a page of the pool: where the radix tree may cut a prefix."""
         self.mixes_decoding = False
         """Whether batches of prompts hold rows of running requests too (--enable-mixed-chunk)."""
         self._prefixes: FairTable[tuple[str, str], KnownPrefix] = FairTable()
