@@ -91,7 +91,7 @@ def test_nested_and_flat_spans_are_the_same_and_empty_ones_vanish():
         ({"conversation": "x" * 201}, "1 to 200 characters"),
         ({"conversation": "c", "mode": "off"}, "mode 'off'"),
         ({"attention": 7}, "give a name"),
-        ({"attention": ""}, "attention method '' is not known"),
+        ({"attention": ""}, "fusion attention is ''; give a name such as 'dense'"),
         ({"attention": "no-such"}, "'no-such' is not known; choose one of dense"),
         ({"attention": "dense:block=4"}, "no option 'block'; allowed: none"),
         ({"attention": "x", "mode": "build", "spans": [2, 5]}, "mode 'build'"),

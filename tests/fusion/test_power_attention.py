@@ -194,6 +194,7 @@ def test_where_the_backend_gathers_nothing_decoding_is_dense(
     monkeypatch.setattr(attention_backend.RagCpuAttentionBackend, "gathers_positions", False)
     local = engine("llama")
     local.runtime._said.discard("decode")
+    caplog.set_level("WARNING", logger=type(local.runtime).__module__)  # engines set another
     req = local.ask(tokens(90, 12), 4, fusion={"attention": BARE})
     assert report(req)["attention"] == BARE
     assert keys_read == []
