@@ -99,7 +99,8 @@ class WritableStore:
         exact : bool
             The record will be lossless. Then the right is given too where one is READY that came back from a tier
             approximate. That one is found and leased until the commit puts the exact one in its place; whoever has
-            leased it keeps it. It stays where the exact one has no room beside it.
+            leased it keeps it. It stays where the exact one has no room beside it; where it is not
+            leased it goes first, and is lost if the exact one still finds no room.
 
         Returns
         -------

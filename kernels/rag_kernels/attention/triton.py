@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rag_kernels.attention.base import AttentionCall, AttentionKernel
 from rag_kernels.attention.mask import RequestBlocks
-from rag_kernels.attention.tiles import cut_tiles, list_blocks
+from rag_kernels.attention.tiles import TileBlocks, cut_tiles, list_blocks
 from rag_kernels.attention.triton_kernel import position_causal_kernel
 
 _KEYS_PER_STEP = 64
@@ -137,7 +137,9 @@ def _no_mask(call: AttentionCall) -> dict[str, Any]:
     }
 
 
-def _mask_arguments(call: AttentionCall, blocks: RequestBlocks, lists: Any) -> dict[str, Any]:
+def _mask_arguments(
+    call: AttentionCall, blocks: RequestBlocks, lists: TileBlocks
+) -> dict[str, Any]:
     plan, allowed = call.plan, blocks.allowed.contiguous()
     heads, head = allowed.shape[0], allowed.stride(0)
     per_query_head = heads == plan.num_q_heads and heads > 1

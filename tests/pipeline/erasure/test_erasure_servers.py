@@ -15,6 +15,7 @@ from valkey_server import Server
 
 from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, Tier, TierChain, tenant_mark
 from chunk_cache.tiers.remote.connect import connect_board, connect_remote
+from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.valkey_notices import BODIES, NAMES
 from rag_pipeline.erasure import make_eraser, post
 from rag_pipeline.notices import Reach
@@ -32,6 +33,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path)
     yield server
     server.kill()
+
+
+def boards_of(server: Server) -> tuple[Any, NoticeBoard, NoticeBoard]:
+    """A plain client of a server, and the boards of two machines."""
+    import valkey
+
+    boards = connect_board(server.url), connect_board(server.url)
+    assert boards[0] is not None
+    assert boards[1] is not None
+    return valkey.Valkey(port=server.port), boards[0], boards[1]
 
 
 class Machine:
@@ -242,12 +253,7 @@ def test_a_notice_that_the_store_has_lost_means_everything(
 def test_old_notices_go_and_a_board_that_begins_anew_is_read_from_its_beginning(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import valkey
-
-    client = valkey.Valkey(port=server.port)
-    writer, reader = connect_board(server.url), connect_board(server.url)
-    assert writer is not None
-    assert reader is not None
+    client, writer, reader = boards_of(server)
     client.xadd(NAMES, {"stranger": "x"}, id="1-0")
     client.xadd(NAMES, {"name": "old"}, id="1-1")
     client.hset(BODIES, "old", b"x")
@@ -262,12 +268,7 @@ def test_old_notices_go_and_a_board_that_begins_anew_is_read_from_its_beginning(
 
 
 def test_a_place_that_is_ahead_of_the_clock_makes_no_notice_old(server: Server) -> None:
-    import valkey
-
-    client = valkey.Valkey(port=server.port)
-    writer, off = connect_board(server.url), connect_board(server.url)
-    assert writer is not None
-    assert off is not None
+    client, writer, off = boards_of(server)
     writer.post("first", b"1")
     in_90_days = round(1000 * (time.time() + 90 * 24 * 3600))
     client.xadd(NAMES, {"name": "ahead"}, id=f"{in_90_days}-0")  # the server's clock was wrong once
@@ -276,12 +277,7 @@ def test_a_place_that_is_ahead_of_the_clock_makes_no_notice_old(server: Server) 
 
 
 def test_garbage_among_the_names_keeps_no_notice_from_being_posted(server: Server) -> None:
-    import valkey
-
-    client = valkey.Valkey(port=server.port)
-    writer, reader = connect_board(server.url), connect_board(server.url)
-    assert writer is not None
-    assert reader is not None
+    client, writer, reader = boards_of(server)
     client.xadd(NAMES, {"garbage": "x"}, id="1-1")
     assert [one.body for one in reader.new()] == [None]
     writer.post("new", b"body")
@@ -326,12 +322,7 @@ def test_a_store_without_notices_says_so_once(
 
 def test_the_body_of_a_notice_lives_as_long_as_the_last_of_its_copies(server: Server) -> None:
     """Ranks and machines post the same one, and the first copy is old earlier."""
-    import valkey
-
-    client = valkey.Valkey(port=server.port)
-    writer, reader = connect_board(server.url), connect_board(server.url)
-    assert writer is not None
-    assert reader is not None
+    client, writer, reader = boards_of(server)
     client.xadd(NAMES, {"name": "twice"}, id="1-0")
     writer.post("twice", b"body")
     assert [(one.name, one.body) for one in reader.new()] == [("twice", b"body")]

@@ -23,7 +23,7 @@ from rag_kernels import (
     position_causal_attention,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
-from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock, timed
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
 PASS_KEY = "rag_fused_pass"
@@ -148,20 +148,20 @@ class FusedPass:
             v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        began = None if self.clock is None else self.clock.begin()
-        mask = None if self.methods is None else self._mask(index, q, k_pool, v_pool)
-        masked = {} if self.methods is None else {"mask": mask}
+        mask = timed(self.clock, "mask", lambda: self._mask(index, q, k_pool, v_pool))
         if self.clock is not None:
-            self.clock.end(began, "mask")
             self.clock.count(mask, self.attention)
-            began = self.clock.begin()
-        out = self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked)
-        if self.clock is not None:
-            self.clock.end(began, "rows")
+        masked = {} if self.methods is None else {"mask": mask}
+        out = timed(
+            self.clock,
+            "rows",
+            lambda: self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked),
+        )
         return out.reshape(out.shape[0], -1)
 
     def _mask(self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> BlockMask | None:
-        assert self.methods is not None
+        if self.methods is None:
+            return None
         call = AttentionCall(
             q_RNH=q, k_pool=k_pool, v_pool=v_pool, plan=self.attention, scale=self.scaling
         )
@@ -189,13 +189,11 @@ def around_radix_attention(
     """Wrap ``RadixAttention.forward``: ordinary batches pass through untouched."""
     fused = None if forward_batch.model_specific_states is None else find_pass(forward_batch)
     if fused is None:
-        clock = _clock_of(forward_batch)
-        if clock is None:
-            return original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
-        began = clock.begin()
-        out = original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs)
-        clock.end(began, "ordinary")
-        return out
+        return timed(
+            _clock_of(forward_batch),
+            "ordinary",
+            lambda: original(layer, q, k, v, forward_batch, save_kv_cache, *args, **kwargs),
+        )
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
     return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, save_kv_cache)

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from rag_kernels import BlockMask, PositionCausalPlan
 from rag_pipeline.sglang_plugin.fusion.runtime.device_timer import DeviceTimer
+
+T = TypeVar("T")
+
+
+def timed(clock: AttentionClock | None, kind: str, call: Callable[[], T]) -> T:
+    """Call, and count what it took under a kind of :class:`AttentionClock`; without a clock just call."""
+    if clock is None:
+        return call()
+    began = clock.begin()
+    value = call()
+    clock.end(began, kind)
+    return value
 
 
 class AttentionClock:
