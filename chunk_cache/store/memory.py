@@ -1,6 +1,7 @@
 """The in-memory tier: chunk records under a byte budget, looked up by key and found in prompts.
 
-How records come in, stay and go is the lower half, :mod:`chunk_cache.store.writable`.
+How records come in is told in :mod:`chunk_cache.store.writable`, what stays and what goes in
+:mod:`chunk_cache.store.kept`.
 """
 
 from __future__ import annotations
@@ -263,13 +264,13 @@ class MemoryStore(WritableStore):
         """List READY, BUILDING and FAILED keys, most recently used first."""
         with self._lock:
             self._expire_builds()
-            self._end_pins()
+            self._room.end_pins()
             return list_entries(self._ledger, self._builds, self._clock())
 
     def stats(self) -> StoreStats:
         """Return a copy of the counters with the gauges filled in."""
         with self._lock:
-            self._end_pins()
+            self._room.end_pins()
             return dataclasses.replace(
                 self._stats,
                 chunks_now=len(self._ledger.entries),
@@ -306,7 +307,7 @@ class MemoryStore(WritableStore):
                 continue
             with self._lock:
                 if self._ledger.entries.get(record.key) is entry:
-                    self._drop(record.key)
+                    self._room.drop(record.key)
                     self._stats.corrupt += 1
                     bad.append(record.key)
         return bad
@@ -332,7 +333,7 @@ class MemoryStore(WritableStore):
             entries = self._ledger.entries
             self._builds.check(set(entries), expect_idle=expect_idle)
             self._stats.check()
-            if self._slab is not None:
+            if self._room.slab is not None:
                 stored = [entry.record for entry in entries.values()]
-                self._slab.check(one for one in stored if isinstance(one, ChunkKV))
+                self._room.slab.check(one for one in stored if isinstance(one, ChunkKV))
             self.matcher.check_integrity({k: e.record.token_ids for k, e in entries.items()})

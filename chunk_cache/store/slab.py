@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class Slab:
         self._free_ends: dict[int, int] = {}
         self._by_size: list[tuple[int, int]] = []
         self._used: dict[int, int] = {}
+        self._blocks: dict[int, weakref.finalize[[int], _Buffer]] = {}
+        """Of each block in use what notes its end."""
         # Tensors die wherever the collector runs, also inside the methods here: they only leave a note.
         self._returned: deque[int] = deque()
         if self.num_bytes:
@@ -84,14 +86,30 @@ class Slab:
         self._used[start] = size
         block = self._buffer[start : start + size]
         # The tensors keep `block` alive, and views of them do.
-        weakref.finalize(block, self._returned.append, start).atexit = False
-        raw = torch.from_numpy(block)
-        moved, first = [], 0
-        for tensor in (record.k, record.v):
-            place = raw[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            moved.append(place.copy_(tensor))
-            first += _aligned(tensor.nbytes)
-        return dataclasses.replace(record, k=moved[0], v=moved[1])
+        self._blocks[start] = weakref.finalize(block, self._returned.append, start)
+        self._blocks[start].atexit = False
+        places = _views(block, record)
+        for place, tensor in zip(places, (record.k, record.v), strict=True):
+            place.copy_(tensor)
+        return dataclasses.replace(record, k=places[0], v=places[1])
+
+    def reviver(self, record: ChunkKV) -> Callable[[], ChunkKV | None]:
+        """Return what makes a record whole again that is dropped, as long as somebody's tensor keeps its block.
+
+        It holds no tensor itself, and returns ``None`` once the block may be another's. Called under the store's
+        lock, as everything here.
+        """
+        noted = self._blocks[self._block_of(record)]
+        form = dataclasses.replace(record, k=record.k.to("meta"), v=record.v.to("meta"))
+
+        def revive() -> ChunkKV | None:
+            found = noted.peek()
+            if found is None:
+                return None
+            k, v = _views(found[0], form)
+            return dataclasses.replace(form, k=k, v=v)
+
+        return revive
 
     def fits(self, record: ChunkKV, without: Iterable[ChunkKV]) -> bool:
         """Whether a record would find a block if others, which lie here, were gone."""
@@ -156,6 +174,7 @@ class Slab:
         while self._returned:
             start = self._returned.popleft()
             size = self._used.pop(start)
+            del self._blocks[start]
             if start + size in self._free:
                 behind = self._free[start + size]
                 self._drop_free(start + size, behind)
@@ -180,6 +199,17 @@ class Slab:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(block: _Buffer, form: ChunkKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a record's shapes in its block."""
+    raw = torch.from_numpy(block)
+    k, v = form.k, form.v
+    first = _aligned(k.nbytes)
+    return (
+        raw[: k.nbytes].view(k.dtype).view(k.shape),
+        raw[first : first + v.nbytes].view(v.dtype).view(v.shape),
+    )
 
 
 def _wants_pinning(pinned: bool | None) -> bool:

@@ -131,3 +131,50 @@ def test_an_upgrade_that_comes_to_nothing_leaves_the_store_as_it_was(
     store.check_integrity(expect_idle=True)
     assert held(store, lossy).codec == "fp8"
     assert store.put(exact)
+
+
+def test_it_stays_where_a_tensor_of_it_that_outlived_its_lease_is_in_the_way(
+    make_store: Callable[..., MemoryStore], exact: ChunkKV, lossy: ChunkKV
+) -> None:
+    store = make_store(exact.num_bytes, slab=True)
+    store.put(lossy)
+    store.pin(lossy.key, ttl_s=60)
+    lease = store.acquire(lossy.key, lossy.token_ids)
+    assert lease is not None
+    with lease:
+        tensor = lease.record.layer(0).k
+    del lease
+    assert not store.put(exact)
+    store.check_integrity()
+    assert held(store, lossy).k.equal(lossy.k)
+    assert held(store, lossy).codec == "fp8"
+    (info,) = store.ls()
+    assert (info.pinned, info.pin_ttl_s, info.hits) == (True, 60, 1)
+    assert store.match(exact.token_ids, exact.key.namespace)
+    del tensor
+    assert store.put(exact)
+    store.check_integrity()
+    assert held(store, exact).k.equal(exact.k)
+    (info,) = store.ls()
+    assert (info.pinned, info.pin_ttl_s, info.hits) == (True, 60, 1)
+
+
+def test_it_stays_where_the_exact_one_cannot_be_copied(
+    make_store: Callable[..., MemoryStore],
+    exact: ChunkKV,
+    lossy: ChunkKV,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store(exact.num_bytes)
+    store.put(lossy)
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(store._room, "make", refuse)
+    with pytest.raises(MemoryError):
+        store.put(exact)
+    monkeypatch.undo()
+    store.check_integrity()
+    assert held(store, lossy).codec == "fp8"
+    assert store.put(exact), "nobody holds its right"
