@@ -27,7 +27,7 @@ Begin = Callable[..., Life]
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("valkey"))
     yield server
-    server.stop()
+    server.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +276,7 @@ def test_conversations_that_nobody_waits_for_any_more_are_not_piled_up(
     life = Life(remote=f"{valkey.url}?timeout=30")
     shared, context = (
         life.runtime.conversations._shared,
-        life.runtime.facts.context(prefix_digest="-"),
+        life.runtime.facts.context(prefix_digest="-", tenant=""),
     )
     first = shared.ask(context, "a", "")
     assert shared.ask(context, "a", "") is first
