@@ -55,6 +55,8 @@ class BackgroundWriter:
         and after.
     used : callable
         Keys of records that were used since a moment of :func:`time.monotonic`.
+    group_of : callable
+        Group of the records of a context (:meth:`Tier.note_member`); None for none.
     queue_bytes : int
         Most bytes that wait.
     """
@@ -68,6 +70,7 @@ class BackgroundWriter:
         is_erased: Callable[[ChunkKV, str], bool] = lambda record, tenant: False,
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         wrote: Callable[[int, float], None] = lambda num_bytes, seconds: None,
+        group_of: Callable[[KVContext], str | None] = lambda context: None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.tier = tier
@@ -76,6 +79,7 @@ class BackgroundWriter:
         self._is_erased = is_erased
         self._used = used
         self._wrote = wrote
+        self._group_of = group_of
         self._queue_bytes = queue_bytes
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0
@@ -210,6 +214,8 @@ class BackgroundWriter:
         began = time.monotonic()
         try:
             put = self.tier.put(record, context=waiting.context, tenant=tenant)
+            if put:
+                self._note_group(waiting)
         except Exception as error:  # a thread that ends would drop everything unsaid
             self._say(error)
         else:
@@ -220,6 +226,16 @@ class BackgroundWriter:
         if self._must_go(record, tenant):
             kind = self._remove(record.key)
         return kind, wrote
+
+    def _note_group(self, waiting: _Waiting) -> None:
+        group = self._group_of(waiting.context) if self.tier.has_groups else None
+        if group is not None:
+            try:
+                self.tier.note_member(group, waiting.record.key)
+            except (
+                Exception
+            ) as error:  # the record is there; whoever has only the group's name does not find it
+                self._say(error)
 
     def _must_go(self, record: ChunkKV, tenant: str) -> bool:
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
@@ -77,6 +77,15 @@ class DirectReader(LayerReader, Protocol):
         ...
 
 
+class Member(NamedTuple):
+    """A record of a group, see :meth:`Tier.members`."""
+
+    key: ChunkKey
+    context: Mapping[str, Any]
+    """Of its namespace, as :meth:`Tier.describe` tells it."""
+    token_ids: TokenIds
+
+
 class Tier(abc.ABC):
     """A place below the memory tier that holds records by key.
 
@@ -97,6 +106,8 @@ class Tier(abc.ABC):
 
     is_shared: bool = False
     """Whether several servers share the place: then it is not one engine's to list, and may hold millions."""
+    has_groups: bool = False
+    """Whether :meth:`note_member` and :meth:`members` do anything."""
     codec: str = "plain"
     """Name of the :class:`~chunk_cache.Codec` that :meth:`put` writes with, where a tier encodes; who connects sets it."""
 
@@ -290,6 +301,29 @@ class Tier(abc.ABC):
             if (found := self.describe(name)) is not None
             and all(found.get(field) == value for field, value in fields.items())
         )
+
+    def note_member(self, group: str, key: ChunkKey) -> None:
+        """Note that a record, which was written, belongs to a group that is found by its name.
+
+        The records of a conversation are one: a place that is too large to be listed at every start still has to tell
+        which they are. The name is a hash (32 hex digits) of contents, as a key is. Only the newest few hundred of a
+        group are kept. What is removed or evicted need not be taken out: it is no member as long as it is not there.
+
+        By default nothing is noted.
+
+        Raises
+        ------
+        OSError, ChunkCacheError
+            If the place refuses; the record itself is there.
+        """
+        return
+
+    def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
+        """Records of a group that are there and not among the `known`, the one that was noted last at the end.
+
+        What it tells may be wrong, as all that :meth:`describe` tells. By default none.
+        """
+        return []
 
     def tenant_of(self, namespace: str) -> str:
         """:func:`~.tenant_mark` of whom a namespace's records belong to; empty for nobody in particular.

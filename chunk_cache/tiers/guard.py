@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
-from chunk_cache.tiers.base import LayerReader, Tier
+from chunk_cache.tiers.base import LayerReader, Member, Tier
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
 from chunk_cache.tiers.guarded_reader import GuardedReader
@@ -35,7 +35,7 @@ class TierDownError(OSError):
 class GuardedTier(Tier):
     """Any tier behind a :class:`CircuitBreaker`.
 
-    Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `sizes_of`, `pinned_until`, `used`) never raises
+    Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `sizes_of`, `members`, `pinned_until`, `used`) never raises
     and is a miss where the tier fails. Everything else raises :class:`OSError` at once where the tier is known to be
     down: whoever writes counts it, and whoever erases must hear that nothing was erased.
 
@@ -80,6 +80,7 @@ class GuardedTier(Tier):
     ) -> None:
         self.tier = tier
         self.is_shared = is_shared
+        self.has_groups = tier.has_groups
         self.name = name
         self.breaker = breaker or CircuitBreaker()
         self.counts: Counter[str] = Counter()
@@ -139,6 +140,10 @@ class GuardedTier(Tier):
         """Bytes of records; 0 for all where the tier does not answer."""
         return self._ask(lambda: self.tier.sizes_of(keys), [0] * len(keys), waits=_LONG_WAITS)
 
+    def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
+        """Records of a group; none where the tier does not answer either."""
+        return self._ask(lambda: self.tier.members(group, known), [])
+
     def pinned_until(self, key: ChunkKey) -> float:
         """When a record's pin ends; 0 where the tier does not answer either."""
         return self._ask(lambda: self.tier.pinned_until(key), 0.0)
@@ -193,6 +198,10 @@ class GuardedTier(Tier):
     def note_context(self, context: KVContext) -> None:
         """Keep what a namespace stands for; raises as :meth:`put`."""
         self.demand(lambda: self.tier.note_context(context))
+
+    def note_member(self, group: str, key: ChunkKey) -> None:
+        """Note that a record belongs to a group; raises as :meth:`put`."""
+        self.demand(lambda: self.tier.note_member(group, key))
 
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of a namespace's context; raises as :meth:`keys`."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.background_writer import QUEUE_BYTES, BackgroundWriter
-from chunk_cache.tiers.base import LayerReader, Tier
+from chunk_cache.tiers.base import LayerReader, Member, Tier
 
 
 class Found(NamedTuple):
@@ -53,6 +53,8 @@ class TierChain(Tier):
     order : callable
         Called with the names of the tiers, the nearest first, for each look-up; returns them in the order in which
         to look, such as the fastest first.
+    group_of : callable
+        As of :class:`BackgroundWriter`.
     queue_bytes : int
         Most bytes that wait, per tier.
     """
@@ -67,6 +69,7 @@ class TierChain(Tier):
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         wrote: Callable[[str, int, float], None] = lambda tier, num_bytes, seconds: None,
         order: Callable[[list[str]], list[str]] = lambda names: names,
+        group_of: Callable[[KVContext], str | None] = lambda context: None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self._count = count
@@ -81,11 +84,13 @@ class TierChain(Tier):
                 is_erased=is_erased,
                 used=used,
                 wrote=lambda num_bytes, seconds: wrote(name, num_bytes, seconds),
+                group_of=group_of,
                 queue_bytes=queue_bytes,
             )
             return _Link(name, tier, writer)
 
         self._links = [link(name, tier) for name, tier in tiers.items()]
+        self.has_groups = any(tier.has_groups for tier in tiers.values())
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
@@ -164,6 +169,14 @@ class TierChain(Tier):
             self._ask(link, lambda tier: tier.describe(namespace), None) for link in self._links
         )
         return next(filter(None, told), None)
+
+    def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
+        """Records of a group in any tier, each once."""
+        found: dict[ChunkKey, Member] = {}
+        for link in self._links:
+            told: list[Member] = self._ask(link, lambda tier: tier.members(group, known), [])
+            found |= {member.key: member for member in told if member.key not in found}
+        return list(found.values())
 
     def _ask(self, link: _Link, question: Callable[[Tier], Any], otherwise: Any) -> Any:
         try:

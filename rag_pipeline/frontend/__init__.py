@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from rag_pipeline.frontend.chunks import chunks, control, usage
+    from rag_pipeline.frontend.chunks import chunks, control, truncated, usage
     from rag_pipeline.frontend.endpoint import RagEndpoint
     from rag_pipeline.frontend.in_process import RagEngine
     from rag_pipeline.frontend.marked_text import MarkedText
@@ -22,9 +22,10 @@ _HOMES = {
     "RagEngine": "in_process",
     "chunks": "chunks",
     "control": "chunks",
+    "truncated": "chunks",
     "usage": "chunks",
 }
 
-__all__ = ["MarkedText", "RagEndpoint", "RagEngine", "chunks", "control", "usage"]
+__all__ = ["MarkedText", "RagEndpoint", "RagEngine", "chunks", "control", "truncated", "usage"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +13,23 @@ from sglang.lang.global_config import global_config
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import segments_of
+from rag_pipeline.frontend.turns import TRUNCATED_KEY, turn_starts, without_turns
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.prompts.truncation import (
+    Truncation,
+    check_truncation,
+    estimated_tokens,
+    first_that_fits,
+    truncated,
+)
 from rag_pipeline.protocol import (
     FusionChoice,
     FusionFields,
     StreamReader,
     build_requests,
 )
-from rag_pipeline.types import Span
+from rag_pipeline.types import NOTHING_CUT, Span, Truncated
 
 DEFAULT_POLICY = "query"
 
@@ -36,6 +46,20 @@ class ProgramOptions(FusionFields, total=False):
 
     build_missing: bool
     keep_turns: bool
+    truncation: Truncation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Prompt:
+    """A program's text as it is sent."""
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    cut: Truncated = NOTHING_CUT
+
+    def note_cut(self, meta_info: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Tell beside what the engine reports which turns were cut."""
+        return {**meta_info, TRUNCATED_KEY: self.cut} if self.cut.turns else meta_info
 
 
 class ChunkPrograms(ABC):
@@ -48,6 +72,8 @@ class ChunkPrograms(ABC):
     ----------
     tokenizer : ModelTokenizer
         The model's tokenizer.
+    context_length : int
+        Most tokens of prompt and answer together.
     policy, ratio, attention : str, float or None, str
         See :class:`~rag_pipeline.protocol.FusionChoice`; policy ``query`` by default.
     build_missing : bool
@@ -57,24 +83,33 @@ class ChunkPrograms(ABC):
     keep_turns : bool
         Keep what a program's ``gen`` computed over fused chunks for the next ``gen`` of the same
         program, which then computes only what came behind it. It takes room in the chunk cache.
+    truncation : str
+        ``auto`` sends a chat that does not fit the context without its oldest turns
+        (:mod:`rag_pipeline.prompts.truncation`); the program's own text stays whole. What stands in front of the first
+        turn and the last turn stay. ``disabled`` sends all, which the engine refuses.
 
     Raises
     ------
     RagPipelineError
-        An unknown policy, or a ratio that it does not take.
+        An unknown policy, a ratio that it does not take, or an unknown truncation.
     """
 
     def __init__(
         self,
         tokenizer: ModelTokenizer,
         *,
+        context_length: int,
         build_missing: bool = False,
         keep_turns: bool = False,
+        truncation: Truncation = "auto",
         **fusion: Unpack[FusionFields],
     ) -> None:
         given: FusionFields = {"policy": DEFAULT_POLICY, **fusion}
         self.fusion = FusionChoice(**given)
         self.fusion.check()
+        check_truncation(truncation)
+        self.truncation = truncation
+        self.context_length = context_length
         self.encoder = SegmentEncoder(tokenizer)
         self.build_missing = build_missing and not self.fusion.is_exact
         self.keep_turns = keep_turns
@@ -106,20 +141,23 @@ class ChunkPrograms(ABC):
 
     def generate(self, s: Any, sampling_params: Any) -> tuple[Any, Mapping[str, Any]]:
         """Continue the program's text; the interpreter's ``sgl.gen``."""
-        answer = self.send(self._request(s, sampling_params))
+        prompt = self._prompt_of(s, sampling_params)
+        answer = self.send(self._request(s, prompt, sampling_params))
         if isinstance(answer, list):  # n > 1
-            return [one["text"] for one in answer], answer[0]["meta_info"]
+            return [one["text"] for one in answer], prompt.note_cut(answer[0]["meta_info"])
         piece = StreamReader(incremental=True).read(answer)
-        return piece.text, piece.meta_info
+        return piece.text, prompt.note_cut(piece.meta_info)
 
     def generate_stream(
         self, s: Any, sampling_params: Any
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Continue the program's text piece by piece."""
         reader = StreamReader(incremental=self.incremental)
-        for message in self.send_stream({**self._request(s, sampling_params), "stream": True}):
+        prompt = self._prompt_of(s, sampling_params)
+        body = {**self._request(s, prompt, sampling_params), "stream": True}
+        for message in self.send_stream(body):
             piece = reader.read(message)
-            yield piece.text, piece.meta_info
+            yield piece.text, prompt.note_cut(piece.meta_info)
 
     def select(
         self, s: Any, choices: Sequence[str], temperature: float, choices_method: Any
@@ -131,8 +169,9 @@ class ChunkPrograms(ABC):
         """
         if temperature > 1e-5:
             raise RagPipelineError(f"sgl.select has temperature {temperature}; it must be 0")
-        before, _ = self.encode(s.text_)
-        scored = [self._score(before, self.encoder.tokenizer.encode(choice)) for choice in choices]
+        behind = [self.encoder.tokenizer.encode(choice) for choice in choices]
+        before = self.lay_out(s.text_, room=max(map(len, behind), default=0)).ids
+        scored = [self._score(before, choice) for choice in behind]
         unconditional = None
         if choices_method.requires_unconditional_logprobs:
             unconditional = [self._logprobs([entry[1] for entry in one[0]], 0)[0] for one in scored]
@@ -150,11 +189,11 @@ class ChunkPrograms(ABC):
         Fused KV is never published as exact, so with chunks it is their stored KV that the
         branches share, and nothing has to be computed now unless a chunk is missing.
         """
-        ids, spans = self.encode(s.text_)
-        if spans and not self.fusion.is_exact:
-            self._build(ids, spans)
-        elif ids:
-            self.send({"input_ids": list(ids), "sampling_params": {"max_new_tokens": 0}})
+        prompt = self.lay_out(s.text_, room=1)
+        if prompt.spans and not self.fusion.is_exact:
+            self._build(prompt.ids, prompt.spans)
+        elif prompt.ids:
+            self.send({"input_ids": list(prompt.ids), "sampling_params": {"max_new_tokens": 0}})
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Compute the text that the programs of a batch share."""
@@ -165,16 +204,50 @@ class ChunkPrograms(ABC):
 
     # -- requests -----------------------------------------------------------------------------
 
-    def _request(self, s: Any, sampling_params: Any) -> dict[str, Any]:
+    def lay_out(self, text: str, *, room: int) -> _Prompt:
+        """Encode a program's text, without its oldest turns where it would not leave room for so many tokens."""
+        ids, spans = self.encode(text)
+        whole = _Prompt(ids=ids, spans=spans)
+        limit = self.context_length - room
+        starts = turn_starts(text) if limit > 0 and len(whole.ids) > limit else ()
+        if len(starts) < 2:
+            return whole
+        encode = self.encoder.tokenizer.encode
+        lengths = [
+            estimated_tokens(str.__str__(text)[start:end], encode)
+            for start, end in itertools.pairwise(starts)
+        ]
+
+        def left(cut: int) -> _Prompt:
+            if not cut:
+                return whole
+            kept_ids, kept_spans = self.encode(without_turns(text, starts, cut))
+            return _Prompt(ids=kept_ids, spans=kept_spans, cut=truncated(lengths, cut))
+
+        made, _ = first_that_fits(
+            lengths,
+            left,
+            lambda prompt: len(prompt.ids) <= limit,
+            context_length=self.context_length,
+            truncation=self.truncation,
+        )
+        return made
+
+    def _prompt_of(self, s: Any, sampling_params: Any) -> _Prompt:
         if s.images_:
             raise RagPipelineError(
                 "images cannot stand in a program of this backend; leave them out"
             )
-        ids, spans = self.encode(s.text_)
+        return self.lay_out(s.text_, room=int(sampling_params.max_new_tokens))
+
+    def _request(self, s: Any, prompt: _Prompt, sampling_params: Any) -> dict[str, Any]:
+        ids, spans = prompt.ids, prompt.spans
         if self.build_missing:
             self._build(ids, spans)
         conversation = s.sid if self.keep_turns else ""
         fusion = self.fusion.request(spans, conversation=conversation)
+        if not self.fusion.is_exact:
+            fusion = dataclasses.replace(fusion, truncated=(prompt.cut.turns, prompt.cut.tokens))
         fields = {
             name: value
             for name in _LOGPROB_FIELDS

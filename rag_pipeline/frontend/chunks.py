@@ -9,8 +9,10 @@ from sglang.lang.ir import SglArgument, SglConstantText
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.frontend.marked_text import MarkedText
+from rag_pipeline.frontend.turns import TRUNCATED_KEY
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE
 from rag_pipeline.protocol import Usage, usage_from_meta
+from rag_pipeline.types import NOTHING_CUT, Truncated
 
 
 def chunks(documents: Iterable[Any], *, template: str = DEFAULT_CHUNK_TEMPLATE) -> Any:
@@ -82,12 +84,39 @@ def usage(state: Any, name: str) -> Usage:
     RagPipelineError
         No generation has that name, or it failed.
     """
+    meta = _meta_of(state, name)
+    return usage_from_meta(meta, prompt_tokens=int(meta["prompt_tokens"]))
+
+
+def truncated(state: Any, name: str) -> Truncated:
+    """Oldest turns of a chat that were not sent with a generation, because the context had no room for them.
+
+    Parameters
+    ----------
+    state, name : object, str
+        As of :func:`usage`.
+
+    Returns
+    -------
+    Truncated
+        Turns, and about their tokens; zeros where all was sent.
+
+    Raises
+    ------
+    RagPipelineError
+        No generation has that name, or it failed.
+    """
+    told: Truncated = _meta_of(state, name).get(TRUNCATED_KEY, NOTHING_CUT)
+    return told
+
+
+def _meta_of(state: Any, name: str) -> Mapping[str, Any]:
     meta = state.get_meta_info(name)
     if not isinstance(meta, Mapping):
         raise RagPipelineError(
             f"there is no finished generation {name!r} in this program ({state.error() or 'not run'})"
         )
-    return usage_from_meta(meta, prompt_tokens=int(meta["prompt_tokens"]))
+    return meta
 
 
 def _read(document: Any) -> tuple[str, str, str | None]:

@@ -30,7 +30,8 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
         Folder of the model's tokenizer; by default the folder that the server names, which must
         then lie on this machine.
     **options : ProgramOptions
-        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``; see :class:`.ChunkPrograms`.
+        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``, ``truncation``; see
+        :class:`.ChunkPrograms`.
 
     Raises
     ------
@@ -56,10 +57,11 @@ class RagEndpoint(ChunkPrograms, RuntimeEndpoint):  # type: ignore[misc]
                 server.check_model(Path(tokenizer))
             loaded = ModelTokenizer.load_served(tokenizer or server.model_path)
             self._incremental = server._incremental
+            context_length = server.context_length
         finally:
             server.close()
         RuntimeEndpoint.__init__(self, server.url, api_key)
-        ChunkPrograms.__init__(self, loaded, **options)
+        ChunkPrograms.__init__(self, loaded, context_length=context_length, **options)
         self.support_concate_and_append = False  # this SGLang has no such route
         self.chat_template = chat_template_of(loaded, server.model_path)
 

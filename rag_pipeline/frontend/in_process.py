@@ -27,7 +27,8 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         ``sgl.Engine``, from :func:`rag_pipeline.sglang_plugin.create_engine`, or an
         :class:`~rag_pipeline.generation.EngineBackend` around one.
     **options : ProgramOptions
-        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``; see :class:`.ChunkPrograms`.
+        ``policy``, ``ratio``, ``attention``, ``build_missing``, ``keep_turns``, ``truncation``; see
+        :class:`.ChunkPrograms`.
 
     Examples
     --------
@@ -45,7 +46,7 @@ class RagEngine(ChunkPrograms, BaseBackend):  # type: ignore[misc]
         self._engine = self._shared.engine
         folder = Path(self._engine.server_args.model_path)
         loaded = ModelTokenizer.load(folder)
-        ChunkPrograms.__init__(self, loaded, **options)
+        ChunkPrograms.__init__(self, loaded, context_length=self._shared.context_length, **options)
         self.chat_template = chat_template_of(loaded, str(folder))
 
     @property

@@ -7,6 +7,7 @@ change in the interpreter and no separators in the text.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -26,18 +27,19 @@ class Mark:
         ``chunk`` or ``template``; see :class:`rag_pipeline.prompts.segments.Segment`.
     chunk_id : str or None
         Name of a chunk.
+    role : str
+        Of a template that opens a message: whose message. Empty for all else.
     """
 
     start: int
     end: int
     kind: Kind
     chunk_id: str | None = None
+    role: str = ""
 
     def moved(self, by: int) -> Mark:
         """Return the same mark `by` characters further on."""
-        return Mark(
-            start=self.start + by, end=self.end + by, kind=self.kind, chunk_id=self.chunk_id
-        )
+        return dataclasses.replace(self, start=self.start + by, end=self.end + by)
 
 
 class MarkedText(str):
@@ -59,9 +61,11 @@ class MarkedText(str):
         return made
 
     @classmethod
-    def of(cls, text: str, kind: Kind, chunk_id: str | None = None) -> MarkedText:
+    def of(
+        cls, text: str, kind: Kind, chunk_id: str | None = None, *, role: str = ""
+    ) -> MarkedText:
         """Mark a whole text; an empty one has nothing to mark."""
-        mark = Mark(start=0, end=len(text), kind=kind, chunk_id=chunk_id)
+        mark = Mark(start=0, end=len(text), kind=kind, chunk_id=chunk_id, role=role)
         return cls(text, (mark,) if text else ())
 
     def __str__(self) -> str:
@@ -96,9 +100,8 @@ class MarkedText(str):
             # Half a chunk is another text than the chunk, and stays as plain text.
             whole = (low, high) == (mark.start, mark.end)
             if low < high and (whole or mark.kind == "template"):
-                yield Mark(
-                    start=low - start, end=high - start, kind=mark.kind, chunk_id=mark.chunk_id
-                )
+                role = mark.role if low == mark.start else ""
+                yield dataclasses.replace(mark, start=low - start, end=high - start, role=role)
 
 
 def marks_of(text: str) -> tuple[Mark, ...]:

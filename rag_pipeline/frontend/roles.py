@@ -35,7 +35,7 @@ def chat_template_of(tokenizer: ModelTokenizer, model_path: str) -> Any:
         guess = get_chat_template_by_model_path(model_path)
         roles = dict(guess.role_prefix_and_suffix)
     marked = {
-        role: (MarkedText.of(before, "template"), MarkedText.of(behind, "template"))
+        role: (MarkedText.of(before, "template", role=role), MarkedText.of(behind, "template"))
         for role, (before, behind) in roles.items()
     }
     return ChatTemplate(

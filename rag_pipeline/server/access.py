@@ -31,7 +31,8 @@ class Access(Enum):
 
 _PATHS: dict[Access, str] = {
     Access.OPEN: """
-        /rag /rag/rag.css /rag/rag.js /rag/strip.js /health /health_generate /ready /ping
+        /rag /rag/rag.css /rag/rag.js /rag/api.js /rag/ask.js /rag/cache.js /rag/documents.js /rag/dom.js /rag/strip.js
+        /health /health_generate /ready /ping
     """,
     Access.TENANT: """
         /v1/rag/chat/completions /v1/rag/search /v1/rag/documents /v1/rag/documents/{document_id:path}

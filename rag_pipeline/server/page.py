@@ -1,4 +1,4 @@
-"""The page at ``/rag``: three static files, no build step, nothing from outside."""
+"""The page at ``/rag``: static files, no build step, nothing from outside."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from importlib.resources import files
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+_SCRIPTS = ("api", "ask", "cache", "documents", "dom", "rag", "strip")
+
 FILES = {
     "/rag": ("index.html", "text/html; charset=utf-8"),
     "/rag/rag.css": ("rag.css", "text/css; charset=utf-8"),
-    "/rag/rag.js": ("rag.js", "text/javascript; charset=utf-8"),
-    "/rag/strip.js": ("strip.js", "text/javascript; charset=utf-8"),
-}
+} | {f"/rag/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in _SCRIPTS}
 
 HEADERS = {
     # Nothing runs and nothing loads that is not one of the files above; answers are shown as text only.
@@ -38,7 +38,7 @@ def _content(name: str) -> tuple[bytes, str]:
 
 
 def make_page_router() -> APIRouter:
-    """Serve the page's three files, each with a tag of its content; not part of the schema."""
+    """Serve the page's files, each with a tag of its content; not part of the schema."""
     router = APIRouter(include_in_schema=False)
 
     def add(path: str, name: str, media_type: str) -> None:

@@ -85,6 +85,7 @@ def register() -> None:
 
     with fail_hard():
         from rag_pipeline.sglang_plugin import activation, fusion, integrity, request_check
+        from rag_pipeline.sglang_plugin.http import chat_window
         from rag_pipeline.sglang_plugin.launch import launch_hooks, noise
 
         noise.hide_bars()
@@ -93,6 +94,7 @@ def register() -> None:
         fusion.register()
         integrity.register()
         request_check.register()
+        chat_window.register()
         verify_targets()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gated_tier import Make, World
 from valkey_server import Server
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore
@@ -86,3 +87,13 @@ def make_store(clock: Clock) -> Iterator[Callable[..., MemoryStore]]:
     yield make
     for store in made:
         store.check_integrity(expect_idle=True)
+
+
+@pytest.fixture
+def world(make_record: Make, context: KVContext) -> Iterator[World]:
+    made = World(make_record, context)
+    yield made
+    made.far.gate.release(1000)
+    assert made.fetcher.close(60)
+    assert made.chain.close(60)
+    made.store.check_integrity(expect_idle=True)

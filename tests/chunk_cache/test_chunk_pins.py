@@ -268,3 +268,28 @@ def test_pinning_again_sets_another_end(folder: StoreFolder, records: list[Chunk
     folder.pin(key, ttl_s=-1)
     assert not folder.is_pinned(key)
     assert not folder.unpin(key)
+
+
+def test_a_process_remembers_no_pin_that_is_gone(
+    folder: StoreFolder, records: list[ChunkKV], monkeypatch: pytest.MonkeyPatch
+):
+    from chunk_cache.tiers.disk import pins
+
+    monkeypatch.setattr(pins, "_own", {})
+    for record in records:
+        assert folder.pin(record.key, ttl_s=60)
+    assert len(pins._own) == len(records)
+    assert folder.unpin(records[0].key)
+    assert folder.evict(records[1].key, force=True)
+    assert len(pins._own) == len(records) - 2
+    pass_time(monkeypatch, 61)
+    folder.sweep()  # the walk that tidies the folder
+    assert pins._own == {}
+    # Pins that others removed are not heard of, so there is a bound besides.
+    monkeypatch.setattr(pins, "_MOST_OWN", 3)
+    for record in records:
+        if folder.contains(record.key):
+            assert folder.pin(record.key, ttl_s=60)
+    assert len(pins._own) == 3
+    kept = [record for record in records if folder.contains(record.key)]
+    assert all(folder.is_pinned(record.key) for record in kept)

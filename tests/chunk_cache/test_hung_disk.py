@@ -5,24 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from shelf import Shelf
+from tier_stack import TierStack
 
 from chunk_cache import (
-    Candidate,
     ChunkKV,
-    Fetcher,
     KVContext,
     LoadError,
-    MemoryStore,
-    RecordForm,
     StoreFolder,
-    TierChain,
 )
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
@@ -34,12 +29,11 @@ Make = Callable[..., ChunkKV]
 NUM_RECORDS = 4
 
 
-class Stack:
-    """A guarded folder above a second tier, below a memory store."""
+class Stack(TierStack):
+    """A guarded folder above a second tier."""
 
     def __init__(self, path: Path, records: list[ChunkKV], context: KVContext, clock: Any) -> None:
-        self.context, self.records = context, records
-        self.counts: Counter[str] = Counter()
+        self.records = records
         self.folder = StoreFolder(path, create=True)
         self.disk = GuardedTier(
             self.folder,
@@ -50,15 +44,7 @@ class Stack:
             is_shared=False,
         )
         self.below = Shelf()
-        self.store = MemoryStore(1 << 28)
-        count = lambda tier, kind: self.counts.update([f"{tier}.{kind}"])  # noqa: E731
-        self.chain = TierChain({"disk": self.disk, "below": self.below}, count=count)
-        self.fetcher = Fetcher(self.chain, self.store, RecordForm.of(records[0]), count=count)
-
-    def begin(self, records: list[ChunkKV]) -> list[Any]:
-        return self.fetcher.begin(
-            [[Candidate(one.key, one.token_ids, self.context, "")] for one in records]
-        )
+        super().__init__({"disk": self.disk, "below": self.below}, records[0], context)
 
     def file_of(self, record: ChunkKV) -> Path:
         (path,) = self.folder.path.rglob(f"*{record.key.digest[:16]}*.safetensors")
@@ -70,9 +56,7 @@ def stack(tmp_path: Path, make_record: Make, context: KVContext, clock: Any) -> 
     records = [make_record(range(n, n + 40), layers=3) for n in range(NUM_RECORDS)]
     made = Stack(tmp_path / "kv", records, context, clock)
     yield made
-    assert made.fetcher.close(60)
-    assert made.chain.close(60)
-    made.store.check_integrity(expect_idle=True)
+    made.close()
 
 
 def test_files_that_never_open_hold_up_neither_the_other_tiers_nor_an_idle_engine(

@@ -11,26 +11,18 @@ import errno
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tier_stack import BUDGET, TierStack
 from valkey_server import Server
 
 from chunk_cache import (
-    Build,
-    Candidate,
     ChunkKV,
-    Fetcher,
     KVContext,
-    LoadError,
-    MemoryStore,
-    RecordForm,
     StoreFolder,
-    TierChain,
 )
 from chunk_cache.tiers.prefetch import FetchGate
 from chunk_cache.tiers.remote.connect import connect_remote
@@ -38,72 +30,11 @@ from rag_eval.io_faults import CHANGES, DiskCalls, Fault
 
 Make = Callable[..., ChunkKV]
 LAYERS = 4
-BUDGET = 1 << 28
 
 
-class Chain:
-    """Tiers under a memory store; a fault strikes when the first layer of a record has come."""
-
-    def __init__(self, tiers: dict[str, Any], record: ChunkKV, context: KVContext) -> None:
-        self.record, self.context = record, context
-        self.counts: Counter[str] = Counter()
-        self.refused: list[Exception] = []
-        self.fault: Callable[[], object] | None = None
-        self.store = MemoryStore(BUDGET)
-        self.tiers = TierChain(
-            tiers,
-            count=lambda tier, kind: self.counts.update([f"{tier}.{kind}"]),
-            failed=lambda tier, error: self.refused.append(error),
-        )
-        self.fetcher = Fetcher(
-            self.tiers,
-            self.store,
-            RecordForm.of(record),
-            count=lambda tier, kind: self.counts.update([f"{tier}.{kind}"]),
-            took=self._took,
-            threads=1,
-            patience_s=30.0,
-        )
-
-    def _took(self, tier: str, num_bytes: int, seconds: float) -> None:
-        fault, self.fault = self.fault, None
-        if fault is not None:
-            fault()
-
-    def fetch(self) -> bool:
-        """Ask for the record as a request does, and use it as a forward does; whether every layer came."""
-        record = self.record
-        candidate = Candidate(record.key, record.token_ids, self.context, "")
-        fetches = self.fetcher.begin([[candidate]])
-        assert self.fetcher.wait(lambda: all(one.has_header for one in fetches), 60)
-        lease = self.store.acquire(record.key, record.token_ids)
-        if lease is None:
-            assert self.fetcher.drain(60)
-            return False
-        with lease:
-            try:
-                for layer in range(record.num_layers):
-                    found = lease.record.layer(layer)
-                    assert torch.equal(found.k, record.k[layer])
-                    assert torch.equal(found.v, record.v[layer])
-            except LoadError:
-                return False
-            finally:
-                assert self.fetcher.drain(60)
-        return True
-
-    def may_be_computed(self) -> bool:
-        """Whether the next request may compute the chunk at once; leaves it absent."""
-        build = self.store.begin_build(self.record.key, self.record.token_ids, owner="test")
-        if isinstance(build, Build):
-            build.abort("test", failed=False)
-            return True
-        return False
-
-    def close(self) -> None:
-        assert self.fetcher.close(60)
-        assert self.tiers.close(60)
-        self.store.check_integrity(expect_idle=True)
+def one_by_one(tiers: dict[str, Any], record: ChunkKV, context: KVContext) -> TierStack:
+    """One thread reads, so that a fault strikes between two layers of the record."""
+    return TierStack(tiers, record, context, threads=1, patience_s=30.0)
 
 
 @pytest.fixture
@@ -117,9 +48,9 @@ def folder(tmp_path: Path) -> StoreFolder:
 
 
 @pytest.fixture
-def chain(folder: StoreFolder, record: ChunkKV, context: KVContext) -> Iterator[Chain]:
+def stack(folder: StoreFolder, record: ChunkKV, context: KVContext) -> Iterator[TierStack]:
     folder.put(record, context=context)
-    made = Chain({"disk": folder}, record, context)
+    made = one_by_one({"disk": folder}, record, context)
     yield made
     made.close()
 
@@ -143,40 +74,40 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "bit flipped"])
 def test_a_file_that_is_damaged_while_it_is_read_is_a_miss_and_goes(
-    damage: str, chain: Chain, folder: StoreFolder
+    damage: str, stack: TierStack, folder: StoreFolder
 ) -> None:
     path = file_of(folder)
-    chain.fault = {
+    stack.fault = {
         "cut": lambda: cut(path),
         "emptied": lambda: os.truncate(path, 0),
         "bit flipped": lambda: flip(path, path.stat().st_size - 9),
     }[damage]
-    assert not chain.fetch()
-    assert chain.counts == {"disk.hit": 1, "disk.opened": 1, "disk.damaged": 1}
+    assert not stack.fetch()
+    assert stack.counts == {"disk.hit": 1, "disk.opened": 1, "disk.damaged": 1}
     assert folder.corrupt_files == 1
     assert not path.exists()
-    assert chain.may_be_computed()
-    assert not chain.fetch()
-    assert chain.counts["disk.miss"] == 1
-    assert folder.put(chain.record, context=chain.context)
-    assert chain.fetch()
+    assert stack.may_be_computed()
+    assert not stack.fetch()
+    assert stack.counts["disk.miss"] == 1
+    assert folder.put(stack.record, context=stack.context)
+    assert stack.fetch()
 
 
 @pytest.mark.parametrize("gone", ["file", "folder"])
 def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(
-    gone: str, chain: Chain, folder: StoreFolder
+    gone: str, stack: TierStack, folder: StoreFolder
 ) -> None:
-    chain.fault = file_of(folder).unlink if gone == "file" else lambda: shutil.rmtree(folder.path)
-    assert chain.fetch()
-    chain.store.clear()
-    assert not chain.fetch()
-    assert chain.counts == {
+    stack.fault = file_of(folder).unlink if gone == "file" else lambda: shutil.rmtree(folder.path)
+    assert stack.fetch()
+    stack.store.clear()
+    assert not stack.fetch()
+    assert stack.counts == {
         "disk.hit": 1,
         "disk.opened": 1,
         "disk.fetched": 1,
         "disk.miss": 1,
     }
-    assert chain.may_be_computed()
+    assert stack.may_be_computed()
 
 
 def refuse(*_: Any) -> int:
@@ -184,36 +115,36 @@ def refuse(*_: Any) -> int:
 
 
 def test_a_disk_that_fails_in_the_middle_is_a_miss_and_keeps_the_file(
-    chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
+    stack: TierStack, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        chain.fault = lambda: patch.setattr(os, "preadv", refuse)
-        assert not chain.fetch()
-        assert chain.counts == {"disk.hit": 1, "disk.opened": 1, "disk.fetch_failed": 1}
-        assert chain.may_be_computed()
+        stack.fault = lambda: patch.setattr(os, "preadv", refuse)
+        assert not stack.fetch()
+        assert stack.counts == {"disk.hit": 1, "disk.opened": 1, "disk.fetch_failed": 1}
+        assert stack.may_be_computed()
     assert folder.corrupt_files == 0
-    assert chain.fetch()
+    assert stack.fetch()
 
 
 def test_a_file_that_a_network_folder_lost_while_it_is_read_is_gone_and_not_damaged(
-    chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
+    stack: TierStack, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stale(*_: Any) -> int:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
-        chain.fault = lambda: patch.setattr(os, "preadv", stale)
-        assert not chain.fetch()
-        assert chain.counts == {"disk.hit": 1, "disk.opened": 1, "disk.gone": 1}
-        assert not chain.fetch(), "what is gone when it is opened is a plain miss"
-        assert chain.counts["disk.miss"] == 1
+        stack.fault = lambda: patch.setattr(os, "preadv", stale)
+        assert not stack.fetch()
+        assert stack.counts == {"disk.hit": 1, "disk.opened": 1, "disk.gone": 1}
+        assert not stack.fetch(), "what is gone when it is opened is a plain miss"
+        assert stack.counts["disk.miss"] == 1
     assert folder.corrupt_files == folder.failed_reads == 0
-    assert chain.may_be_computed()
-    assert chain.fetch()
+    assert stack.may_be_computed()
+    assert stack.fetch()
 
 
 def test_a_folder_that_may_not_be_read_any_more_is_a_miss_and_comes_back(
-    chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
+    stack: TierStack, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.open
 
@@ -224,37 +155,37 @@ def test_a_folder_that_may_not_be_read_any_more_is_a_miss_and_comes_back(
         return real(path, *rest, **more)
 
     with monkeypatch.context() as patch:
-        chain.fault = lambda: patch.setattr(os, "open", forbid)
-        assert chain.fetch(), "what is open stays readable"
-        chain.store.clear()
-        assert not chain.fetch()
-        assert chain.counts["disk.miss"] == folder.failed_reads == 1
-        assert chain.may_be_computed()
-    assert chain.fetch()
-    assert chain.counts["disk.fetched"] == 2
+        stack.fault = lambda: patch.setattr(os, "open", forbid)
+        assert stack.fetch(), "what is open stays readable"
+        stack.store.clear()
+        assert not stack.fetch()
+        assert stack.counts["disk.miss"] == folder.failed_reads == 1
+        assert stack.may_be_computed()
+    assert stack.fetch()
+    assert stack.counts["disk.fetched"] == 2
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
 def test_a_folder_that_may_not_be_written_costs_the_copy_and_is_read(
-    code: int, chain: Chain, folder: StoreFolder, make_record: Make
+    code: int, stack: TierStack, folder: StoreFolder, make_record: Make
 ) -> None:
     other = make_record(range(100, 160), layers=LAYERS, dim=32)
     with DiskCalls(folder.path, fault=Fault(kinds=CHANGES, nth=0, errno=code, lasting=True)):
-        assert chain.tiers.put(other, context=chain.context)
-        assert chain.tiers.drain(60)
-        assert chain.counts["disk.write_failed"] == 1
-        assert [getattr(error, "errno", None) for error in chain.refused] == [code]
-        assert chain.fetch()
+        assert stack.chain.put(other, context=stack.context)
+        assert stack.chain.drain(60)
+        assert stack.counts["disk.write_failed"] == 1
+        assert [getattr(error, "errno", None) for error in stack.refused] == [code]
+        assert stack.fetch()
     assert not folder.contains(other.key)
-    assert chain.tiers.put(other, context=chain.context)
-    assert chain.tiers.drain(60)
-    assert chain.counts["disk.written"] == 1
+    assert stack.chain.put(other, context=stack.context)
+    assert stack.chain.drain(60)
+    assert stack.counts["disk.written"] == 1
     assert folder.contains(other.key)
 
 
 @pytest.mark.parametrize("jump_s", [-10 * 365 * 24 * 3600, 10 * 365 * 24 * 3600])
 def test_a_clock_that_jumps_while_a_record_is_read_changes_nothing(
-    jump_s: int, chain: Chain, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
+    jump_s: int, stack: TierStack, folder: StoreFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, real_ns = time.time, time.time_ns
 
@@ -262,17 +193,17 @@ def test_a_clock_that_jumps_while_a_record_is_read_changes_nothing(
         monkeypatch.setattr(time, "time", lambda: real() + jump_s)
         monkeypatch.setattr(time, "time_ns", lambda: real_ns() + jump_s * 10**9)
 
-    chain.fault = jump
-    assert chain.fetch()
-    assert chain.tiers.put(chain.record, context=chain.context)
-    assert chain.tiers.drain(60)
-    chain.tiers.used([chain.record.key])
-    chain.store.clear()
-    assert chain.fetch()
-    assert chain.counts["disk.fetched"] == 2
-    assert folder.keys_by_use() == [chain.record.key]
+    stack.fault = jump
+    assert stack.fetch()
+    assert stack.chain.put(stack.record, context=stack.context)
+    assert stack.chain.drain(60)
+    stack.chain.used([stack.record.key])
+    stack.store.clear()
+    assert stack.fetch()
+    assert stack.counts["disk.fetched"] == 2
+    assert folder.keys_by_use() == [stack.record.key]
     again = StoreFolder.connect(str(folder.path), byte_budget=BUDGET, model="")
-    assert list(again.keys()) == [chain.record.key]
+    assert list(again.keys()) == [stack.record.key]
 
 
 @pytest.fixture
@@ -297,7 +228,7 @@ def test_a_remote_that_goes_in_mid_request_is_a_miss_and_the_disk_goes_on(
     remote = connect_remote(server.url + "?timeout=1", byte_budget=BUDGET, model="m")
     remote.put(record, context=context)
     folder.put(local, context=context)
-    chain = Chain({"disk": folder, "remote": remote}, record, context)
+    stack = one_by_one({"disk": folder, "remote": remote}, record, context)
 
     def strike() -> None:
         if how == "killed":
@@ -322,22 +253,22 @@ def test_a_remote_that_goes_in_mid_request_is_a_miss_and_the_disk_goes_on(
 
     remote.tier._gate = StrikingGate(1)  # type: ignore[attr-defined]
     try:
-        assert not chain.fetch()
+        assert not stack.fetch()
         event = "gone" if how == "emptied" else "fetch_failed"
-        assert chain.counts["remote.opened"] == chain.counts[f"remote.{event}"] == 1
-        assert chain.counts["remote.damaged"] == remote.counts["damaged"] == 0
+        assert stack.counts["remote.opened"] == stack.counts[f"remote.{event}"] == 1
+        assert stack.counts["remote.damaged"] == remote.counts["damaged"] == 0
         assert remote.tier.damaged_records == 0  # type: ignore[attr-defined]
-        assert chain.may_be_computed()
+        assert stack.may_be_computed()
         for _ in range(3):  # nobody waits for a server that is known to be down
-            assert not chain.fetch()
-        assert chain.counts["remote.miss"] == 3
-        assert chain.counts["disk.miss"] == 4
-        chain.record = local
-        assert chain.fetch()
-        assert chain.counts["disk.fetched"] == 1
+            assert not stack.fetch()
+        assert stack.counts["remote.miss"] == 3
+        assert stack.counts["disk.miss"] == 4
+        stack.record = local
+        assert stack.fetch()
+        assert stack.counts["disk.fetched"] == 1
         if how != "emptied":
             assert remote.stats()["state"] != "closed"
     finally:
         if server.process is not None:
             server.resume()
-        chain.close()
+        stack.close()

@@ -467,7 +467,7 @@ def test_a_request_waits_on_both_ranks_while_one_of_them_fetches(make_pair, monk
     monkeypatch.setattr(fetching, "HEADER_WAIT_S", 60.0)
 
     def ask(rank, runtime):
-        return fetching.must_wait(runtime, idle, state_of(reqs[rank]))
+        return fetching.must_wait(runtime, idle, reqs[rank], state_of(reqs[rank]))
 
     waits = [pair.both(ask, None) for _ in range(3)]
     if comes:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_cache import ChunkKey, ChunkKV, ChunkState, KVContext, MemoryStore, hash_token_ids
+from rag_pipeline.sglang_plugin.fusion.conversations import turn_table
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT, Lineage
 from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import StoredTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.turn_table import TurnTable
@@ -318,3 +319,19 @@ def test_a_turn_that_is_computed_once_more_keeps_those_behind_it():
     put(table, store, "space", whole[:8], 2)
     chain = [turn.number for turn, _ in table.find("space", whole)]
     assert chain == [first.number, second.number]
+
+
+def test_what_no_tier_had_is_not_noted_without_end(monkeypatch):
+    monkeypatch.setattr(turn_table, "_MAX_ABSENT", 5)
+    table = TurnTable(store := MemoryStore(1 << 20), lambda: True)
+    turn = put(table, store, "c", [1, 2, 3], 0)
+    strangers = [ChunkKey(32 * "a", f"{number:064x}", 3) for number in range(20)]
+    for key in strangers:
+        table.note_absent(key)
+    assert len(table._absent) == 5
+    assert strangers[-1] in table._absent  # the newest stay
+    store.evict(turn.key)
+    table.note_absent(turn.key)
+    assert table.alive("c") == []
+    assert turn.key not in table._absent
+    assert len(table) == 0

@@ -5,122 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
+import turn_lives
+from turn_lives import ACME, EACH, GLOBEX, ONE_TURN, PREFIX, TURN, Life
 
-from chunk_cache import RecordForm, StoreFolder, TextMarks, layout_named, tenant_mark
+from chunk_cache import StoreFolder, TextMarks, tenant_mark
 from rag_pipeline.notices import Notice, Reach
 from rag_pipeline.protocol import FusionRequest
-from rag_pipeline.sglang_plugin.fusion.admission import fetching, queue_hints
-from rag_pipeline.sglang_plugin.fusion.builds import notices_in_force, persistence
-from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.admission import queue_hints
+from rag_pipeline.sglang_plugin.fusion.builds import notices_in_force
 from rag_pipeline.sglang_plugin.fusion.conversations import turn_table
 from rag_pipeline.sglang_plugin.fusion.conversations import turns as turn_memory
-from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
 from rag_pipeline.sglang_plugin.fusion.conversations.turns import TurnMemory
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState
-from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
-from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
-
-PREFIX, TURN = 8, 40
-"""Tokens of the shared part and of a turn with its answer."""
-ONE_TURN = 2500
-"""Bytes that hold the record of one turn, and not those of two."""
-ACME, GLOBEX = RadixNamespace(None, "acme"), RadixNamespace(None, "globex")
-
-
-def whole(turns: int) -> list[int]:
-    """Tokens of a conversation with so many turns."""
-    return [*range(PREFIX), *(100 * turn + n for turn in range(1, turns + 1) for n in range(TURN))]
-
-
-class Life:
-    """One life of an engine over a folder; the KV of a token is its id."""
-
-    def __init__(
-        self, folder: Path, *, weights: str = "w", room: int = 1 << 20, **settings
-    ) -> None:
-        facts = ModelFacts(
-            layers=(None,),
-            num_q_heads=1,
-            num_kv_heads=1,
-            head_dim=2,
-            scaling=1.0,
-            rotary=None,
-            layout=layout_named("heads"),
-            fingerprint=weights,
-            context_fields={
-                "model_fingerprint": weights,
-                "dtype": "float32",
-                "kv_dtype": "float32",
-                "rope": "{}",
-            },
-            qkv_share=0.1,
-        )
-        config = FusionConfig(store_dir=str(folder), store_bytes=room, **settings)
-        self.runtime = FusionRuntime(config, facts)
-        kv = torch.zeros(1, 1, 1, 2)
-        self.runtime.record_form = RecordForm("heads", kv, kv)
-        persistence.open_folder(self.runtime, "no-model")
-
-    def ask(
-        self,
-        turns: int,
-        *,
-        tenant: RadixNamespace = ACME,
-        fused: bool = False,
-        radix_len: int = 0,
-        **fusion,
-    ) -> RequestState:
-        """Serve a prompt of so many turns, and keep what it leaves; the state holds what it had leased."""
-        state = self.admitted(turns, tenant=tenant, radix_len=radix_len, **fusion)
-        state.report.runs = [[1, 1]] if fused else []
-        if fused:
-            # As behind a chunk that was computed elsewhere.
-            state._found.approximate_from, state._found.approximations = PREFIX, (("chunk",),)
-        ids = np.array(whole(turns))
-        kv = torch.tensor(ids, dtype=torch.float32).repeat(2, 1).T[:, None]
-        pool = SimpleNamespace(get_key_buffer=lambda i: kv, get_value_buffer=lambda i: kv)
-        slots = torch.arange(ids.size)
-        self.loaded = [(s.start, s.end, s.is_exact) for s in state.spans]
-        for span in state.spans:
-            keys = span.lease.record.layer(0).k[span.match.chunk_offset :][: span.end - span.start]
-            assert keys[:, 0, 0].tolist() == ids[span.start : span.end].tolist()
-        state.finish(state.prompt.size)
-        self.runtime.conversations.keep(
-            FinishedTurn(state=state, tenant=tenant, ids=ids, pool=pool, slots=slots)
-        )
-        return state
-
-    def waiting(self, turns: int, *, tenant: RadixNamespace = ACME, **fusion) -> SimpleNamespace:
-        """A request that has come."""
-        request = FusionRequest(prefix_len=PREFIX, conversation="c", policy="reuse", **fusion)
-        state = RequestState(request, request.make_policy("reuse"), whole(turns), explicit=True)
-        req = SimpleNamespace(rid="r", **tenant._asdict(), **{ATTRIBUTE: state})
-        fetching.expect(self.runtime, req, state)
-        return req
-
-    def admitted(
-        self, turns: int, *, tenant: RadixNamespace, radix_len: int, **fusion
-    ) -> RequestState:
-        state = getattr(self.waiting(turns, tenant=tenant, **fusion), ATTRIBUTE)
-        assert self.runtime.fetcher is None or self.runtime.fetcher.drain(60)
-        state.begin_attempt(radix_len, self.runtime.epoch)
-        self.runtime.conversations.lease(state, tenant)
-        state.resolve()
-        return state
-
-    def end(self) -> None:
-        assert self.runtime.fetcher.close(60)
-        assert self.runtime.tiers.close(60)
-        self.runtime.store.check_integrity(expect_idle=True)
-
-    def counts(self) -> dict[str, int]:
-        return self.runtime.metrics.to_json()
 
 
 @pytest.fixture
@@ -128,7 +28,7 @@ def lives(tmp_path: Path):
     begun = []
 
     def begin(**options) -> Life:
-        begun.append(Life(tmp_path / "kv", **options))
+        begun.append(Life(store_dir=str(tmp_path / "kv"), **options))
         return begun[-1]
 
     yield begin
@@ -136,9 +36,6 @@ def lives(tmp_path: Path):
         if life.runtime.fetcher is not None:
             life.runtime.fetcher.close(60)
             life.runtime.tiers.close(60)
-
-
-EACH = [(PREFIX + TURN * n, PREFIX + TURN * (n + 1), True) for n in range(4)]
 
 
 @pytest.mark.parametrize("room", [1 << 20, ONE_TURN], ids=["all fits", "one turn fits"])
@@ -241,11 +138,11 @@ def test_a_name_that_a_client_gives_to_many_chats_serves_the_latest_of_them(live
     monkeypatch.setattr(turn_table, "MAX_TURNS", 4)
     monkeypatch.setattr(turn_memory, "MAX_TURNS", 4)
     one = lives()
-    shared = whole
+    shared = turn_lives.whole
 
     def chat(number: int) -> None:
-        monkeypatch.setitem(
-            globals(), "whole", lambda n: [t + 10_000 * number * (t >= PREFIX) for t in shared(n)]
+        monkeypatch.setattr(
+            turn_lives, "whole", lambda n: [t + 10_000 * number * (t >= PREFIX) for t in shared(n)]
         )
 
     for number in range(9):

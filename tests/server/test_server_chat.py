@@ -12,6 +12,8 @@ import pytest
 from langchain_openai import ChatOpenAI
 from rag_bodies import FIND, QUESTION, chat
 
+from rag_pipeline.server.page import FILES
+
 pytestmark = pytest.mark.engine
 
 
@@ -193,7 +195,7 @@ def test_health_tells_activation_gate_index_and_cache(rag_server: Any) -> None:
 
 
 def test_the_page_needs_no_key_and_lets_nothing_in(rag_server: Any) -> None:
-    for path in ("/rag", "/rag/rag.js", "/rag/strip.js", "/rag/rag.css"):
+    for path in FILES:
         answer = httpx.get(f"{rag_server.url}{path}", trust_env=False)
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]

@@ -158,7 +158,7 @@ def test_a_link_behind_a_sentence_opens_its_chunk(page: Page) -> None:
     page.open()
     marks = page.driver.execute_async_script(
         "const done = arguments[0];"
-        "import('./rag/rag.js').then((page) => {"
+        "import('./rag/ask.js').then((page) => {"
         "  page.showMarks('Zażółć 🦊 done. More.', [{start: 0, end: 14, number: 2}],"
         "    [{number: 2, title: 'fox', path: null, score: 1, tokens: [0, 9], text: 'the fox'}]);"
         "  done(document.getElementById('answer').textContent);"

@@ -25,6 +25,7 @@ class Serving:
     def __init__(self, **manager: Any) -> None:
         self.tokenizer_manager = SimpleNamespace(
             context_len=CONTEXT,
+            max_req_input_len=CONTEXT - 6,
             num_reserved_tokens=0,
             allow_auto_truncate=False,
             validate_total_tokens=True,
@@ -109,6 +110,26 @@ def test_every_other_request_goes_through_untouched(turns: int, custom: Any) -> 
     assert request.model_dump_json() == before
     assert serving.calls == 1
     assert len(ids) == len(serving.lay_out(serving, request).prompt_ids)
+
+
+def test_disabled_cuts_nothing_and_is_no_field_of_fusion() -> None:
+    request = chat(12, NAMED | {"rag_truncation": "disabled"})
+    _, serving = served(request)
+    assert serving.calls == 1
+    assert request.custom_params == NAMED
+    request = chat(12, NAMED | {"rag_truncation": "auto"})
+    assert len(served(request)[0]) <= CONTEXT - 20
+    for wrong in ("oldest", None, []):
+        with pytest.raises(ValueError, match="choose one of auto, disabled"):
+            served(chat(12, {"rag_truncation": wrong}))
+
+
+def test_a_pool_that_is_smaller_than_the_context_is_the_window() -> None:
+    request = chat(5, answer=None)
+    assert served(chat(5, answer=None))[1].calls == 1
+    ids, _ = served(request, max_req_input_len=200)
+    assert len(ids) <= 150
+    assert request.custom_params["rag_truncated"][0] > 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.index import Describe, FolderIndex
 from chunk_cache.tiers.disk.layout import chunk_path, pin_path, usage_path
 from chunk_cache.tiers.disk.listing import Listing, StoredFile, list_folder
-from chunk_cache.tiers.disk.pins import is_over, read_pin
+from chunk_cache.tiers.disk.pins import is_over, read_pin, remove_pin
 from chunk_cache.tiers.disk.private_files import Draft, make_private
 from chunk_cache.tiers.disk.usage import Usage, changes_of, locked_usage
 
@@ -209,7 +209,7 @@ class FolderBudget:
                 self.forget(key)
                 path.unlink()
                 self._is_doubtful = True
-                pin_path(self._folder, key).unlink(missing_ok=True)
+                remove_pin(pin_path(self._folder, key))
 
     def note_pin(self, key: ChunkKey, until: float) -> None:
         """Know, and let other processes know, until when a record is pinned (seconds since the epoch; 0 for not)."""

@@ -33,7 +33,7 @@ from chunk_cache.tiers.disk.layout import (
     write_context,
 )
 from chunk_cache.tiers.disk.listing import folders_of, list_folder, prune
-from chunk_cache.tiers.disk.pins import read_pin, write_pin
+from chunk_cache.tiers.disk.pins import read_pin, remove_pin, write_pin
 from chunk_cache.tiers.disk.private_files import sync_folder
 from chunk_cache.tiers.disk.reader import FileReader
 from chunk_cache.tiers.encoding import DamagedRecordError, EncodedRecord, encode_record
@@ -222,9 +222,7 @@ class StoreFolder(Tier):
     def unpin(self, key: ChunkKey) -> bool:
         """Make a record evictable again; ``False`` if it was not pinned."""
         was_pinned = self.is_pinned(key)
-        try:
-            pin_path(self.path, key).unlink()
-        except FileNotFoundError:
+        if not remove_pin(pin_path(self.path, key)):
             return False
         self.budget.note_pin(key, 0.0)
         return was_pinned

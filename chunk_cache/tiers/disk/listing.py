@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from chunk_cache.keys import ChunkKey
 from chunk_cache.tiers.disk.layout import PIN_SUFFIX, chunk_of, is_namespace
-from chunk_cache.tiers.disk.pins import read_pin
+from chunk_cache.tiers.disk.pins import read_pin, remove_pin
 from chunk_cache.tiers.disk.private_files import is_temporary, sweep, tighten
 
 
@@ -103,7 +103,7 @@ def _list_chunks(namespace: str, path: str, found: Listing, tidy: bool) -> None:
                 until = pinned[name.removesuffix(PIN_SUFFIX)] = read_pin(Path(entry.path))
                 if tidy and not until:
                     with contextlib.suppress(OSError):
-                        os.unlink(entry.path)  # noqa: PTH108 - as fast as can be
+                        remove_pin(Path(entry.path))
                     continue
             _other(entry, found, tidy)
             continue

@@ -18,6 +18,8 @@ from chunk_cache.tiers.disk.private_files import write_private
 
 _own: dict[Path, tuple[float, float]] = {}
 """Pins with an end that this process set: what their files say, and their end by :func:`time.monotonic`."""
+_MOST_OWN = 65_536
+"""Where more are kept, the file is all there is of the oldest: others remove pins of ours, and nobody tells."""
 
 
 def write_pin(path: Path, until: float) -> None:
@@ -43,7 +45,27 @@ def write_pin(path: Path, until: float) -> None:
     if math.isinf(until):
         _own.pop(path, None)
     else:
+        while len(_own) >= _MOST_OWN:
+            _own.pop(next(iter(_own), path), None)
         _own[path] = until, time.monotonic() + until - time.time()
+
+
+def remove_pin(path: Path) -> bool:
+    """Remove a pin file; ``False`` if there was none.
+
+    Raises
+    ------
+    OSError
+        Where the disk refuses.
+    """
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        was_there = False
+    else:
+        was_there = True
+    _own.pop(path, None)
+    return was_there
 
 
 def is_over(path: Path) -> bool:

@@ -4,6 +4,7 @@
 
     ragkv:2:r:<namespace>:<digest>:<tokens>    hash: h = header, 0, 1, ... = layers, c = context
     ragkv:2:n:<namespace>                      what the namespace stands for, JSON
+    ragkv:2:t:<group>                          list of the records of a conversation, see ``valkey_groups``
     ragkv:2:w:<random>                         a record that is being written; the server drops what a crash left
     ragkv:2:e:...                              notices of erasure, see ``valkey_notices``
 
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from chunk_cache.keys import ChunkKey, KVContext
 from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.base import Member
 from chunk_cache.tiers.encoding import (
     EncodedRecord,
     RecordHeader,
@@ -34,6 +36,13 @@ from chunk_cache.tiers.remote.notices import NoticeBoard
 from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
 from chunk_cache.tiers.remote.valkey_client import PREFIX, TIMEOUT_S, ValkeyServer, need_client
 from chunk_cache.tiers.remote.valkey_durability import Durability
+from chunk_cache.tiers.remote.valkey_groups import Groups
+from chunk_cache.tiers.remote.valkey_names import (
+    RECORDS,
+    key_named,
+    namespace_name,
+    record_of,
+)
 from chunk_cache.tiers.remote.valkey_notices import ValkeyNotices
 
 _SCRATCH = f"{PREFIX}w:"
@@ -67,6 +76,8 @@ class ValkeyTier(HeaderFirstTier):
         If the client is not installed.
     """
 
+    has_groups = True
+
     def __init__(
         self, url: RemoteURL, *, byte_budget: int, model: str = "", codec: str = "plain"
     ) -> None:
@@ -78,6 +89,7 @@ class ValkeyTier(HeaderFirstTier):
         self.codec = codec
         self._ttl_ms = round(1000 * url.seconds("ttl", TIMEOUT_S)) if "ttl" in url.options else None
         self._client = self._server.client
+        self._groups = Groups(self._server, ttl_ms=self._ttl_ms)
         self._durability = Durability(
             self._client, shown=url.shown, wait_s=self.wait_s, scratch=_SCRATCH
         )
@@ -108,7 +120,7 @@ class ValkeyTier(HeaderFirstTier):
     def contains(self, key: ChunkKey) -> bool:
         """Whether there is a record of this name."""
         with self._server.answers():
-            return bool(self._client.exists(_record(key)))
+            return bool(self._client.exists(record_of(key)))
 
     def find(self, key: ChunkKey) -> FoundRecord | None:
         """Read the header in one round trip."""
@@ -117,7 +129,7 @@ class ValkeyTier(HeaderFirstTier):
         def fetch(first: int, last: int) -> Sequence[bytes | None]:
             with self._server.answers():
                 found: list[bytes | None] = self._client.hmget(
-                    _record(key), list(range(first, last))
+                    record_of(key), list(range(first, last))
                 )
             return found
 
@@ -126,7 +138,7 @@ class ValkeyTier(HeaderFirstTier):
     def _header(self, key: ChunkKey) -> RecordHeader | None:
         with self._server.answers():
             try:
-                data = self._client.hget(_record(key), "h")
+                data = self._client.hget(record_of(key), "h")
             except self._server.errors.ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
@@ -150,7 +162,7 @@ class ValkeyTier(HeaderFirstTier):
         OSError
             If the server does not answer, or refuses for another reason than room.
         """
-        name = _record(record.key)
+        name = record_of(record.key)
         told = (
             None if context is None else describe_context(context, model=self.model, tenant=tenant)
         )
@@ -204,7 +216,7 @@ class ValkeyTier(HeaderFirstTier):
         """Delete a record whatever holds it; ``False`` if it was not there."""
         self._removed = True
         with self._server.answers():
-            return bool(self._client.unlink(_record(key)))
+            return bool(self._client.unlink(record_of(key)))
 
     def sync(self) -> None:
         """Have a server that keeps its data on a disk write the removals there.
@@ -231,13 +243,9 @@ class ValkeyTier(HeaderFirstTier):
     def _keys(self, namespace: str, most: int | None = None) -> list[ChunkKey]:
         found: dict[ChunkKey, None] = {}
         with self._server.answers():
-            for name in self._client.scan_iter(f"{PREFIX}r:{namespace}:*", count=_BATCH):
-                parts = name.decode("ascii", "replace").removeprefix(f"{PREFIX}r:").split(":")
-                # What is not named as we name records is none.
-                with contextlib.suppress(ValueError):
-                    space, digest, tokens = parts
-                    if len(space) == 32 and len(digest) == 64:
-                        found[ChunkKey(space, digest, int(tokens))] = None
+            for name in self._client.scan_iter(f"{RECORDS}{namespace}:*", count=_BATCH):
+                if (key := key_named(name)) is not None:
+                    found[key] = None
                 if most is not None and len(found) >= most:
                     break
         return list(found)
@@ -251,7 +259,7 @@ class ValkeyTier(HeaderFirstTier):
                 with self._server.answers():
                     pipeline = self._client.pipeline(transaction=False)
                     for key in keys[first : first + _BATCH]:
-                        pipeline.object("IDLETIME", _record(key))
+                        pipeline.object("IDLETIME", record_of(key))
                     idle += [int(seconds or 0) for seconds in pipeline.execute()]
         except OSError:
             return keys
@@ -259,7 +267,7 @@ class ValkeyTier(HeaderFirstTier):
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note use: the server evicts these last, and a ``ttl`` begins anew."""
-        names = [_record(key) for key in keys]
+        names = [record_of(key) for key in keys]
         with contextlib.suppress(OSError), self._server.answers():
             for first in range(0, len(names), _BATCH):
                 pipeline = self._client.pipeline(transaction=False)
@@ -275,17 +283,21 @@ class ValkeyTier(HeaderFirstTier):
     def _tell(self, namespace: str, told: bytes) -> None:
         # With each record: a server that evicts may have dropped it.
         with contextlib.suppress(self._server.errors.OutOfMemoryError), self._server.answers():
-            self._client.set(f"{PREFIX}n:{namespace}", told)
+            self._client.set(namespace_name(namespace), told)
 
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of a namespace's context: its own entry's, else those that came with one of its records."""
         with self._server.answers():
-            found = read_description(self._client.get(f"{PREFIX}n:{namespace}"))
+            found = read_description(self._client.get(namespace_name(namespace)))
             if found is None:
                 for key in self._keys(namespace, most=1):
-                    found = read_description(self._client.hget(_record(key), "c"))
+                    found = read_description(self._client.hget(record_of(key), "c"))
         return found
 
+    def note_member(self, group: str, key: ChunkKey) -> None:
+        """Add to the list of a group."""
+        self._groups.add(group, key)
 
-def _record(key: ChunkKey) -> str:
-    return f"{PREFIX}r:{key.namespace}:{key.digest}:{key.num_tokens}"
+    def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
+        """Read the list of a group, and the headers of what is on it."""
+        return self._groups.members(group, known)

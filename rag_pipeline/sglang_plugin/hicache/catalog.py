@@ -7,6 +7,7 @@ and a record without one does not exist, whatever the backend still holds: it is
 
     <namespace>/context.json                        what the namespace stands for (no tenant's salt)
     <namespace>/<2 hex>/<digest>-<tokens>.header    the header of a record, and the label of its pages
+    groups/<group>/<namespace>-<digest>-<tokens>    an empty file per record of a conversation
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from chunk_cache.tiers.remote.described import read_description
 
 _NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.header")
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
+_MEMBER = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})-([1-9][0-9]*)")
+_MOST_MEMBERS = 256
+"""Of one group, the newest."""
 
 
 class Entry(NamedTuple):
@@ -98,6 +102,27 @@ class Catalog:
             return read_description((self.folder / namespace / "context.json").read_bytes())
         except FileNotFoundError:
             return None
+
+    def note_member(self, group: str, key: ChunkKey) -> None:
+        """Put a record into a group; the oldest ones go where it has too many."""
+        write_private(self._group(group) / f"{key.namespace}-{key.digest}-{key.num_tokens}", b"")
+        for file in self._files_of(group)[:-_MOST_MEMBERS]:
+            file.unlink(missing_ok=True)
+
+    def members(self, group: str) -> list[ChunkKey]:
+        """Keys of a group, the one that was noted last at the end; some may be gone."""
+        named = (_MEMBER.fullmatch(file.name) for file in self._files_of(group))
+        return [ChunkKey(found[1], found[2], int(found[3])) for found in named if found]
+
+    def _files_of(self, group: str) -> list[Path]:
+        noted: list[tuple[int, str, Path]] = []
+        for file in self._group(group).glob("*-*-*"):
+            with contextlib.suppress(OSError):
+                noted.append((file.stat().st_mtime_ns, file.name, file))
+        return [file for _, _, file in sorted(noted)]
+
+    def _group(self, group: str) -> Path:
+        return self.folder / "groups" / group
 
     def sync(self) -> None:
         """Make removals survive a power cut."""

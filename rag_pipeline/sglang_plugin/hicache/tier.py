@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext
+from chunk_cache.tiers.base import Member
 from chunk_cache.tiers.encoding import encode_record
 from chunk_cache.tiers.prefetch import Fetch
 from chunk_cache.tiers.remote.described import describe_context
@@ -49,6 +50,8 @@ class HiCacheTier(HeaderFirstTier):
     ChunkCacheError, OSError
         SGLang has no such backend, or the catalog cannot be made. That a server is down shows only in calls.
     """
+
+    has_groups = True
 
     def __init__(self, url: RemoteURL, *, byte_budget: int, model: str = "") -> None:
         super().__init__(wait_s=url.seconds("timeout", 1.0), calls=2)
@@ -209,6 +212,20 @@ class HiCacheTier(HeaderFirstTier):
     def describe(self, namespace: str) -> dict[str, Any] | None:
         """Fields of a namespace's context."""
         return self.catalog.describe(namespace)
+
+    def note_member(self, group: str, key: ChunkKey) -> None:
+        """Note it in the catalog."""
+        self.catalog.note_member(group, key)
+
+    def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
+        """Records of a group that the catalog has; their pages may still be gone."""
+        found: list[Member] = []
+        for key in self.catalog.members(group):
+            entry = None if key in known else self._find(key)
+            told = None if entry is None else self.catalog.describe(key.namespace)
+            if entry is not None and told is not None:
+                found.append(Member(key, told, entry.header.token_ids))
+        return found
 
 
 def _catalog_folder(url: RemoteURL) -> Path:

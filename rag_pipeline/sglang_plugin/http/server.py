@@ -19,7 +19,6 @@ from rag_pipeline.errors import EngineError, RagPipelineError
 from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, verify_targets
 from rag_pipeline.sglang_plugin.http import access as http_access
-from rag_pipeline.sglang_plugin.http import chat_window
 from rag_pipeline.sglang_plugin.http.flags import ServerKeys, read_flags
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine, activation_in
@@ -190,7 +189,6 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
             ),
             handle_sigint(functools.partial(_end_now, _INTERRUPTED)),
         ),
-        (chat_window.target(), chat_window.around_process_messages),
     ]
     rows = [*http_access.register(), *(row for row, _ in hooks)]
     verify_targets(rows)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from valkey_server import Server
 
 from chunk_cache import ChunkKV, KVContext, StoreFolder, TextMarks, Tier, TierChain, tenant_mark
 from chunk_cache.tiers.remote.connect import connect_board, connect_remote
-from chunk_cache.tiers.remote.notices import NoticeBoard
+from chunk_cache.tiers.remote.notices import NoticeBoard, Posted
 from chunk_cache.tiers.remote.valkey_notices import BODIES, NAMES
 from rag_pipeline.erasure import make_eraser, post
-from rag_pipeline.notices import Reach
+from rag_pipeline.notices import Notice, Reach
 from rag_pipeline.sglang_plugin.fusion.builds.erased import ErasedText
-from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import open_exchange
+from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import NoticeExchange, open_exchange
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from retrievers import delete_documents
@@ -326,3 +327,22 @@ def test_the_body_of_a_notice_lives_as_long_as_the_last_of_its_copies(server: Se
     client.xadd(NAMES, {"name": "twice"}, id="1-0")
     writer.post("twice", b"body")
     assert [(one.name, one.body) for one in reader.new()] == [("twice", b"body")]
+
+
+def test_two_threads_that_pass_on_one_notice_are_no_fault(tmp_path: Path) -> None:
+    """The thread that watches, and one that writes to a tier, both read the notices of this machine."""
+    both = threading.Barrier(2)
+
+    class Board(NoticeBoard):
+        def post(self, name: str, body: bytes) -> None:
+            both.wait(60)
+
+        def new(self) -> list[Posted]:
+            return []
+
+    exchange = NoticeExchange(Board(), tmp_path / "done")
+    notice = Notice(name="n", marks=TextMarks({}, everything=True), folders=(), reach=Reach())
+    with ThreadPoolExecutor(2) as pool:
+        for passed in [pool.submit(exchange.pass_on, [notice]) for _ in range(2)]:
+            passed.result(60)
+    assert exchange._waiting == {}

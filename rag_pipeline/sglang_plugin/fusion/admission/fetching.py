@@ -37,6 +37,8 @@ def expect(runtime: FusionRuntime, req: Any, state: RequestState) -> None:
     if runtime.epoch and not by_queue:  # no tier holds anything of these weights
         return
     state.expect(_candidates(runtime, req, state))
+    if runtime.fetcher is not None and state.request.conversation:
+        state.await_lookup(runtime.conversations.look_up(state, _tenant(req)))
     if not by_queue:
         begin(runtime, state)
 
@@ -53,9 +55,13 @@ def _candidates(
     runtime: FusionRuntime, req: Any, state: RequestState
 ) -> tuple[tuple[Candidate, ...], ...]:
     request = state.request
-    tenant = RadixNamespace(req.extra_key, req.cache_salt)
+    tenant = _tenant(req)
     turns = runtime.conversations.wanted(state, tenant) if request.conversation else ()
     return (*_chunks(runtime, state, tenant), *((turn,) for turn in turns))
+
+
+def _tenant(req: Any) -> RadixNamespace:
+    return RadixNamespace(req.extra_key, req.cache_salt)
 
 
 def _chunks(
@@ -103,7 +109,29 @@ def _begin_late(runtime: FusionRuntime, fetcher: Fetcher, state: RequestState) -
             state.await_fetches([*state.fetches, *fetcher.begin(gone)])
 
 
-def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
+def _is_busy(adder: Any) -> bool:
+    return bool(adder.can_run_list) or not adder.running_batch.is_empty()
+
+
+def _looks_up(
+    runtime: FusionRuntime, fetcher: Fetcher, adder: Any, req: Any, state: RequestState
+) -> bool:
+    """Whether shared tiers may still tell of turns in time; what they told of is wanted, and on its way."""
+    assert state.lookup is not None
+    state.note_asked()
+    late = time.monotonic() - state.asked_at >= HEADER_WAIT_S
+    if not late and not state.lookup.wait(0.0 if _is_busy(adder) else _NAP_S):
+        return True
+    state.await_lookup(None)
+    before = {row[0].key for row in state.wanted}
+    state.expect(_candidates(runtime, req, state))
+    new = [row for row in state.wanted if row[0].key not in before]
+    if new and not runtime.epoch:
+        state.await_fetches([*state.fetches, *fetcher.begin(new)])
+    return False
+
+
+def must_wait(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
     """Whether a request stays in the queue for now; a vote where there are several ranks.
 
     Bounded: each rank says so for :data:`HEADER_WAIT_S`, and for ``PATIENCE_S`` where layers are to be there first,
@@ -111,15 +139,17 @@ def must_wait(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
     """
     if not _may_fetch(runtime, state):
         return False
-    if runtime.group.size == 1 and not state.wanted:
+    if runtime.group.size == 1 and not state.wanted and state.lookup is None:
         return False
-    return any(runtime.group.gather(lambda: _waits(runtime, adder, state)))
+    return any(runtime.group.gather(lambda: _waits(runtime, adder, req, state)))
 
 
-def _waits(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
+def _waits(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
     fetcher, layers = runtime.fetcher, runtime.config.preload_layers
     if fetcher is not None:
         _begin_late(runtime, fetcher, state)
+        if state.lookup is not None and _looks_up(runtime, fetcher, adder, req, state):
+            return True
     if fetcher is None or not state.fetches:
         return False
 
@@ -132,8 +162,7 @@ def _waits(runtime: FusionRuntime, adder: Any, state: RequestState) -> bool:
         return all(f.has_layers(layers) if f.has_header else late for f in state.fetches)
 
     state.note_asked()
-    is_busy = bool(adder.can_run_list) or not adder.running_batch.is_empty()
-    if is_ready() or (not is_busy and fetcher.wait(is_ready, _NAP_S)):
+    if is_ready() or (not _is_busy(adder) and fetcher.wait(is_ready, _NAP_S)):
         state.await_fetches(())
         return False
     return True

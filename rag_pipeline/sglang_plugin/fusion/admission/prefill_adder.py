@@ -83,7 +83,7 @@ def around_add_one_req(
         return _add_plain(runtime, original, adder, req, args, kwargs)
     try:
         # In another namespace than it was matched in, it is matched again.
-        if enter_space(runtime, req, state) or must_wait(runtime, adder, state):
+        if enter_space(runtime, req, state) or must_wait(runtime, adder, req, state):
             from sglang.srt.managers.schedule_policy import AddReqResult
 
             return AddReqResult.CONTINUE  # those behind it may go first

@@ -69,10 +69,12 @@ class NoticeExchange:
                 if name not in self._on_board:
                     self._board.post(name, notice.to_bytes())
                     self._on_board.add(name)
-                del self._waiting[name]
+                self._waiting.pop(
+                    name, None
+                )  # the thread that watches may have posted it meanwhile
         except OSError:
             # An engine that is started anew has to find them.
-            for name in self._waiting:
+            for name in list(self._waiting):
                 erasure.keep(name)
             raise
 

@@ -154,7 +154,16 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         used=runtime.store.used_since,
         wrote=wrote,
         order=lambda names: runtime.rates.by_cost(names),
+        group_of=runtime.conversations.group_of,
     )
+    for name, tier in tiers.items():
+        if tier.is_shared and not tier.has_groups:
+            runtime.say_once(
+                f"groups {name}",
+                "The tier %s keeps no lists of conversations: after a restart their turns are computed anew, unless a "
+                "folder (fusion.store_dir) has them",
+                name,
+            )
     if runtime.store.uses_queue:
         runtime.tiers.heed_queue(runtime.store.awaited_keys)
     if runtime.record_form is not None:

@@ -12,7 +12,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from chunk_cache import Candidate, ChunkKey, Tier
+    import threading
+
+    from chunk_cache import Candidate, ChunkKey, KVContext, Tier
     from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
     from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -131,6 +133,20 @@ class ConversationMemory(ABC):
         Called when a request comes, so that they arrive while it waits. By default none.
         """
         return ()
+
+    def look_up(self, state: RequestState, tenant: RadixNamespace) -> threading.Event | None:
+        """Begin to ask tiers that are not listed at a start what they have of a request's conversation. Never waits.
+
+        Called when a request comes. As soon as the event is set, :meth:`wanted` is asked once more. By default none.
+        """
+        return None
+
+    def group_of(self, context: KVContext) -> str | None:
+        """Name of the group (:meth:`chunk_cache.Tier.note_member`) of the records of a context; by default none.
+
+        Called from the threads that write to the tiers.
+        """
+        return None
 
     def restore(self, tier: Tier, namespaces: Collection[str]) -> int:
         """Take up what earlier processes left in a tier; returns how many records. By default none.

@@ -29,6 +29,8 @@ from rag_pipeline.sglang_plugin.fusion.runtime.fair_table import FairTable
 _MAX_CONVERSATIONS = 1024
 MAX_TURNS = 256
 """Of one conversation, those that branch off among them."""
+_MAX_ABSENT = 4096
+"""Of all conversations; a turn whose note is dropped is looked for once more."""
 _MAX_BRANCHES = 8
 """Of one conversation, newest first, that are gone through for what a cut prompt holds."""
 
@@ -53,8 +55,8 @@ class TurnTable:
         self._store = store
         self._is_kept_below = is_kept_below
         self._spaces: FairTable[str, list[StoredTurn]] = FairTable()
-        self._absent: set[ChunkKey] = set()
-        """What no tier had when it was looked for last."""
+        self._absent: dict[ChunkKey, None] = {}
+        """What no tier had when it was looked for last, in the order in which it was noted."""
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -200,7 +202,7 @@ class TurnTable:
         """
         namespace = turn.lineage.space
         with self._lock:
-            self._absent.discard(turn.key)
+            self._absent.pop(turn.key, None)
             turns = {held.key: held for held in self._spaces.get(tenant, namespace) or ()}
             turns[turn.key] = turn
             listed = list(turns.values())
@@ -230,7 +232,10 @@ class TurnTable:
     def note_absent(self, key: ChunkKey) -> None:
         """Forget a turn soon: its record was looked for, and is neither in memory nor below."""
         with self._lock:
-            self._absent.add(key)
+            self._absent[key] = None
+            # A conversation that nobody asks for again, or that was forgotten, leaves its notes.
+            while len(self._absent) > _MAX_ABSENT:
+                del self._absent[next(iter(self._absent))]
 
     def forget(self, is_gone: Callable[[StoredTurn, str], bool]) -> None:
         """Forget turns, of which the tokens must not stay; the callable gets a turn and whose it is.
@@ -260,7 +265,8 @@ class TurnTable:
                     numbers.add(turn.number)
             if turns:
                 self._put(namespace, tenant, alive)
-                self._absent -= {turn.key for turn in turns}
+                for turn in turns:
+                    self._absent.pop(turn.key, None)
             return alive
 
     def _put(self, namespace: str, tenant: str, turns: list[StoredTurn]) -> None:

@@ -21,6 +21,7 @@ store's byte budget, evicted like any chunk, and no page, lock or slot that two 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Collection
 
 import numpy as np
@@ -30,6 +31,7 @@ from chunk_cache import (
     Candidate,
     ChunkKey,
     ChunkKV,
+    KVContext,
     Tier,
     as_token_ids,
     hash_token_ids,
@@ -42,6 +44,7 @@ from rag_pipeline.sglang_plugin.fusion.conversations.base import (
     IsErased,
 )
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import Lineage
+from rag_pipeline.sglang_plugin.fusion.conversations.shared_turns import SharedTurns, group_of
 from rag_pipeline.sglang_plugin.fusion.conversations.stored_turns import Chain, StoredTurn
 from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import (
     TurnPlace,
@@ -63,6 +66,7 @@ class TurnMemory(ConversationMemory):
     def __init__(self, runtime: FusionRuntime) -> None:
         super().__init__(runtime)
         self.table = TurnTable(runtime.store, self._is_kept_below)
+        self._shared = SharedTurns(runtime, self.table)
 
     # -- what there is ------------------------------------------------------------------------
 
@@ -90,6 +94,18 @@ class TurnMemory(ConversationMemory):
             tenant=tenant.owner,
         )
         return namespace
+
+    def look_up(self, state: RequestState, tenant: RadixNamespace) -> threading.Event | None:
+        """Ask for the turns that other servers, or earlier lives, left in a store that several servers share."""
+        facts = self.runtime.facts
+        assert facts is not None
+        context = facts.context(prefix_digest="-", tenant=tenant.salt)
+        return self._shared.ask(context, namespace_of(state, tenant), tenant.owner)
+
+    def group_of(self, context: KVContext) -> str | None:
+        """Name of the conversation's list; none for what is no turn."""
+        lineage = Lineage.decode(context.prefix_digest)
+        return None if lineage is None else group_of(context, lineage.space)
 
     def restore(self, tier: Tier, namespaces: Collection[str]) -> int:
         """List the turns that a tier holds, those without room in memory too; keys are checked when they are asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -72,6 +73,7 @@ class RequestState:
         "_fetches",
         "_found",
         "_has_begun",
+        "_lookup",
         "_row_limit",
         "_spans",
         "_wanted",
@@ -103,6 +105,7 @@ class RequestState:
         self._asked_at = 0.0
         self._has_begun = False
         self._wanted: tuple[tuple[Candidate, ...], ...] = ()
+        self._lookup: threading.Event | None = None
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
@@ -250,6 +253,11 @@ class RequestState:
         return self._wanted
 
     @property
+    def lookup(self) -> threading.Event | None:
+        """Set as soon as it is known what shared tiers have of the conversation; None where nobody asks, or waits."""
+        return self._lookup
+
+    @property
     def has_begun(self) -> bool:
         """Whether its chunks were looked for below memory."""
         return self._has_begun
@@ -259,6 +267,10 @@ class RequestState:
     def expect(self, wanted: tuple[tuple[Candidate, ...], ...]) -> None:
         """Note :attr:`wanted`."""
         self._wanted = wanted
+
+    def await_lookup(self, lookup: threading.Event | None) -> None:
+        """Note :attr:`lookup`."""
+        self._lookup = lookup
 
     def await_fetches(self, fetches: Iterable[Fetch]) -> None:
         """Wait for these chunks, or for none any more."""

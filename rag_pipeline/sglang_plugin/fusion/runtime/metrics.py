@@ -53,7 +53,8 @@ class FusionMetrics:
             Not negative.
         """
         if amount:
-            self.counts[f"{family}.{kind}"] += amount  # type: ignore[assignment]
+            with self._lock:  # the thread that asks shared tiers for turns counts too
+                self.counts[f"{family}.{kind}"] += amount  # type: ignore[assignment]
         metric = self._families.get(family)
         if metric is not None and amount:
             metric.labels(**self._labels, kind=kind).inc(amount)
