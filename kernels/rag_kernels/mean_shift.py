@@ -44,8 +44,6 @@ class MeanShiftPlan:
         fp32 ``[P, 1, rotary_dim / 2]``: rotation back to the chunk's first position.
     weights : Tensor
         fp32 ``[P]`` on the host: weight of each probe in the shift of its chunk, damping included.
-    averaging : Tensor
-        fp32 ``[C, P]``: the same as a matrix.
     other_slots : Tensor
         int64 ``[T]``: slot of every token that is shifted, chunk by chunk.
     other_ends : Tensor
@@ -61,11 +59,18 @@ class MeanShiftPlan:
     probe_cos: Tensor
     probe_sin: Tensor
     weights: Tensor
-    averaging: Tensor
     other_slots: Tensor
     other_ends: Tensor
     other_cos: Tensor
     other_sin: Tensor
+
+    def averaging(self) -> Tensor:
+        """:attr:`weights` as a matrix, fp32 ``[C, P]`` on the host, for a product that sums by chunk."""
+        at = torch.arange(self.weights.numel())
+        chunk = torch.searchsorted(self.probe_ends, at, right=True)
+        matrix = torch.zeros(self.probe_ends.numel(), at.numel())
+        matrix[chunk, at] = self.weights
+        return matrix
 
     @property
     def num_shifted(self) -> int:
@@ -133,8 +138,6 @@ def plan_mean_shift(
 
     probe_chunk = owner[rows[probes]]
     weights = (strength / (counts + _DAMPING))[probe_chunk].astype(np.float32)
-    averaging = np.zeros((int(is_shifted.sum()), probes.size), dtype=np.float32)
-    averaging[(np.cumsum(is_shifted) - 1)[probe_chunk], np.arange(probes.size)] = weights
     # One table of the places in a chunk for all: the rotation back is the same angle, negative.
     table = spec.table(torch.arange(int(lengths.max(initial=0))), device)
     back = torch.from_numpy(rows[probes] - bounds[probe_chunk, 0]).to(device)
@@ -147,7 +150,6 @@ def plan_mean_shift(
         probe_cos=table.cos[back, None],
         probe_sin=-table.sin[back, None],
         weights=torch.from_numpy(weights),
-        averaging=torch.from_numpy(averaging).to(device),
         other_slots=slots[torch.from_numpy(position[others]).to(device)].long(),
         other_ends=torch.from_numpy(np.cumsum(num_others[is_shifted])),
         other_cos=table.cos[forth, None],
@@ -188,7 +190,8 @@ def mean_shift_inplace(
     if native_shift(k_pool, v_pool, k_new, v_new, plan, k_old, v_old):
         return
     heads, dim = k_new.shape[1:]
-    chunks = plan.averaging.shape[0]
+    averaging = plan.averaging().to(k_pool.device)
+    chunks = averaging.shape[0]
     old_k = (
         gather_kv(k_pool, plan.probe_slots)
         if k_old is None
@@ -202,8 +205,8 @@ def mean_shift_inplace(
     moved_k = k_new.index_select(0, plan.probe_rows).float() - old_k
     moved_v = v_new.index_select(0, plan.probe_rows).float() - old_v
     level = rotate(moved_k, plan.probe_cos, plan.probe_sin, plan.spec)
-    shift_k = torch.mm(plan.averaging, level.flatten(1)).view(chunks, heads, dim)
-    shift_v = torch.mm(plan.averaging, moved_v.flatten(1)).view(chunks, heads, dim)
+    shift_k = torch.mm(averaging, level.flatten(1)).view(chunks, heads, dim)
+    shift_v = torch.mm(averaging, moved_v.flatten(1)).view(chunks, heads, dim)
 
     stays_k = gather_kv(k_pool, plan.other_slots).float()
     stays_v = gather_kv(v_pool, plan.other_slots).float()

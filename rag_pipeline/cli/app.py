@@ -17,6 +17,7 @@ from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS
 from rag_pipeline.cli.config_commands import config_app
 from rag_pipeline.cli.options import (
     DEFAULT_MODEL,
+    DocumentOrderOption,
     EmbedderOption,
     IndexOption,
     JsonOption,
@@ -168,6 +169,7 @@ def ask(
             help="Which keys computed tokens read: dense (all), or another method; fusion.attention when unset."
         ),
     ] = None,
+    document_order: DocumentOrderOption = "retrieved",
     store: StoreOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
     stream: Annotated[
@@ -190,6 +192,7 @@ def ask(
             policy=policy,
             ratio=ratio,
             attention=attention or "",
+            document_order=document_order,
             store=store,
             max_new_tokens=max_new_tokens,
             stream=stream,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rag_pipeline.cli.common import open_index, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import FusionChoice
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class AskOptions:
     policy: str = "prefix"
     ratio: float | None = None
     attention: str = ""
+    document_order: str = "retrieved"
     store: Path | None = None
     max_new_tokens: int = 128
     stream: bool = False
@@ -103,12 +105,13 @@ def open_pipeline(options: AskOptions) -> RagPipeline:
         raise RagPipelineError(
             f"--search is {options.search!r}; it must be one of {', '.join(SEARCHES)}"
         )
-    # A policy that does not exist is refused before anything is opened.
+    # What does not exist is refused before anything is opened.
     options.fusion.check()
+    check_document_order(options.document_order)
     index = open_index(options.index, embedder=options.embedder, search=options.search)
     retriever = DistinctRetriever(index.retriever(options.search))
     folder = resolve_llm_shown(options.model).path
-    builder = PromptBuilder(folder)
+    builder = PromptBuilder(folder, document_order=options.document_order)
     # Refuses a question that cannot fit before half a minute is spent on starting an engine.
     builder.build(options.question, [], max_new_tokens=options.max_new_tokens)
     warm = _Warming(retriever)

@@ -26,6 +26,13 @@ EmbedderOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TopKOption = Annotated[int, typer.Option("--top-k", min=1, max=64, help="Chunks to retrieve.")]
 SearchOption = Annotated[str, typer.Option(help="dense, bm25 or hybrid.")]
+DocumentOrderOption = Annotated[
+    str,
+    typer.Option(
+        help="Where documents stand: retrieved, best_last, both_ends, or power[:OPTIONS]: the best where "
+        "attention power reads them."
+    ),
+]
 OverlapOption = Annotated[int, typer.Option(min=0, help="Tokens shared by neighbours.")]
 StoreOption = Annotated[
     Path | None,

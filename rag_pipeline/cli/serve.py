@@ -14,6 +14,7 @@ from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, reso
 from rag_pipeline.cli.console import say
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.prompts.document_order import check_document_order
 
 if TYPE_CHECKING:
     from rag_pipeline.server import Tenants
@@ -46,6 +47,7 @@ class ServeOptions:
     attention: str | None = None
     search: str = "dense"
     top_k: int = 4
+    document_order: str = "retrieved"
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     overlap: int = 0
     max_upload_mb: int = 16
@@ -81,6 +83,7 @@ def run_serve(options: ServeOptions) -> None:
     _refuse_words(options)
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
+    check_document_order(options.document_order)
     _choose_attention(options.attention)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
@@ -93,6 +96,7 @@ def run_serve(options: ServeOptions) -> None:
         policy=options.policy,
         search=options.search,
         top_k=options.top_k,
+        document_order=options.document_order,
         chunk_tokens=options.chunk_tokens,
         overlap=options.overlap,
         max_upload_bytes=options.max_upload_mb << 20,

@@ -10,6 +10,7 @@ import typer
 from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS
 from rag_pipeline.cli.options import (
     DEFAULT_MODEL,
+    DocumentOrderOption,
     EmbedderOption,
     ModelOption,
     OverlapOption,
@@ -68,6 +69,7 @@ def serve(
     ] = None,
     search: SearchOption = "dense",
     top_k: TopKOption = 4,
+    document_order: DocumentOrderOption = "retrieved",
     chunk_tokens: Annotated[
         int, typer.Option(min=16, max=8192, help="Most tokens in a chunk of a new index.")
     ] = DEFAULT_CHUNK_TOKENS,
@@ -135,6 +137,7 @@ def serve(
             attention=attention,
             search=search,
             top_k=top_k,
+            document_order=document_order,
             chunk_tokens=chunk_tokens,
             overlap=overlap,
             max_upload_mb=max_upload_mb,

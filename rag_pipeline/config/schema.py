@@ -52,6 +52,12 @@ class _Section(BaseModel):
 
 _Search = Annotated[Literal["dense", "bm25", "hybrid"], Field(description="How to search.")]
 _TopK = Annotated[int, Field(ge=1, le=64, description="Chunks to retrieve.")]
+_DocumentOrder = Annotated[
+    str,
+    Field(
+        description="Where documents stand: retrieved, best_last, both_ends, or power[:OPTIONS]."
+    ),
+]
 _ChunkTokens = Annotated[int, Field(ge=16, le=8192)]
 _Overlap = Annotated[int, Field(ge=0, description="Tokens shared by neighbouring chunks.")]
 
@@ -75,6 +81,7 @@ class AskSettings(_Section):
 
     search: _Search = "dense"
     top_k: _TopK = 4
+    document_order: _DocumentOrder = "retrieved"
     policy: Annotated[str, AfterValidator(_ask_policy)] = Field(
         default=PREFIX_POLICY,
         description="prefix (exact), or a fusion policy NAME or NAME:RATIO (query:0.15).",
@@ -99,6 +106,7 @@ class ServeSettings(_Section):
     )
     search: _Search = "dense"
     top_k: _TopK = 4
+    document_order: _DocumentOrder = "retrieved"
     chunk_tokens: _ChunkTokens = Field(
         default=192, description="Most tokens in a chunk of a new index."
     )

@@ -36,6 +36,7 @@ from rag_pipeline.langchain.wire import (
 )
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER
+from rag_pipeline.prompts.document_order import RETRIEVED
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.truncation import CUT_SHARE, Truncation
 from rag_pipeline.protocol import FusionChoice
@@ -85,6 +86,9 @@ class ChatSGLangRag(ChatOpenAI):
         ``response_metadata["rag"]["truncated"]``; ``disabled`` refuses it. For requests that are
         laid out here: with documents or a conversation's name. (``truncation`` is a field of
         ``ChatOpenAI``, for OpenAI's Responses API.)
+    document_order : str
+        Where documents stand that are given beside the messages, the best first; as for
+        :class:`rag_pipeline.PromptBuilder`.
     temperature, top_p : float or None
         Greedy by default.
 
@@ -115,6 +119,7 @@ class ChatSGLangRag(ChatOpenAI):
     context_header: str = DEFAULT_CONTEXT_HEADER
     chat_truncation: Truncation = "auto"
     cut_share: float = CUT_SHARE
+    document_order: str = RETRIEVED
 
     _lock: Lock = PrivateAttr(default_factory=Lock)
     _served: ServedModel | None = PrivateAttr(default=None)
@@ -303,6 +308,7 @@ class ChatSGLangRag(ChatOpenAI):
                     chunk_template=self.chunk_template,
                     context_header=self.context_header,
                     cut_share=self.cut_share,
+                    document_order=self.document_order,
                 )
             return self._layouter
 

@@ -22,6 +22,7 @@ from rag_pipeline.prompts.chat_template import (
     conversation_segments,
     shared_prefix_len,
 )
+from rag_pipeline.prompts.document_order import RETRIEVED, check_document_order, ordered
 from rag_pipeline.prompts.segments import Segment, SegmentEncoder
 from rag_pipeline.prompts.truncation import (
     CUT_SHARE,
@@ -91,6 +92,8 @@ class ChatLayouter:
         As for :class:`rag_pipeline.PromptBuilder`.
     cut_share : float
         As for :class:`rag_pipeline.PromptBuilder`.
+    document_order : str
+        As for :class:`rag_pipeline.PromptBuilder`; of the documents that are given beside the messages.
     """
 
     def __init__(
@@ -101,13 +104,16 @@ class ChatLayouter:
         chunk_template: str = DEFAULT_CHUNK_TEMPLATE,
         context_header: str = DEFAULT_CONTEXT_HEADER,
         cut_share: float = CUT_SHARE,
+        document_order: str = RETRIEVED,
     ) -> None:
         check_truncation("auto", cut_share)
+        check_document_order(document_order)
         self.encoder = encoder
         self.context_length = context_length
         self._template = chunk_template
         self._header = context_header
         self._cut_share = cut_share
+        self._document_order = document_order
 
     def build(
         self,
@@ -125,7 +131,7 @@ class ChatLayouter:
             The conversation. Documents may also stand in it, as content blocks of type
             ``text-plain``.
         documents : sequence of Document
-            Put before the text of the last human message, best first.
+            Put before the text of the last human message; the best first.
         max_new_tokens : int
             Room to leave for the answer, tokens.
         truncation : str
@@ -189,7 +195,7 @@ class ChatLayouter:
             layout = self._lay_out(messages, [given[i] for i in kept], dropped)
             excess = len(layout.input_ids) - limit
             if excess <= 0:
-                return layout
+                return self._in_order(messages, [given[i] for i in kept], layout)
             if not kept:
                 raise RagPipelineError(
                     f"the conversation has {len(layout.input_ids)} tokens and "
@@ -198,6 +204,30 @@ class ChatLayouter:
                 )
             lengths = [len(self.encoder.chunk_ids(given[i].text)) for i in kept]
             kept = [kept[place] for place in fitting(lengths, sum(lengths) - excess)]
+
+    def _in_order(
+        self, messages: Sequence[BaseMessage], documents: Sequence[Segment], layout: ChatLayout
+    ) -> ChatLayout:
+        """Put the documents of a layout, which are the best first, where the order wants them."""
+        if self._document_order == RETRIEVED or len(documents) < 2:
+            return layout
+        lengths = [len(self.encoder.chunk_ids(part.text)) for part in documents]
+        texts = [str(part.chunk_id) for part in documents]
+        # Messages may hold documents of their own, in front of these or behind them.
+        first = next(
+            at
+            for at in range(len(layout.documents))
+            if list(layout.documents[at : at + len(texts)]) == texts
+        )
+        before = layout.spans[first].start
+        places = ordered(
+            self._document_order,
+            [-float(rank) for rank in range(len(documents))],
+            lengths,
+            before=before,
+            behind=len(layout.input_ids) - before - sum(lengths),
+        )
+        return self._lay_out(messages, [documents[i] for i in places], list(layout.dropped))
 
     def _tokens_of(self, turn: Sequence[BaseMessage]) -> int:
         parts = (part.text for message in turn for part in self._parts(message))

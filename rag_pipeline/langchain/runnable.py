@@ -45,8 +45,8 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
         Any runnable from a text to documents: ours, LangChain's own, or
         ``any_vector_store.as_retriever()``.
     llm : object
-        :class:`.ChatSGLangRag`, bound or not, gets the documents as chunks. Any other chat model
-        gets them as text.
+        :class:`.ChatSGLangRag`, bound or not, gets the documents as chunks, in the order that its
+        ``document_order`` says. Any other chat model gets them as text.
     system_prompt, question_template : str
         As for :class:`rag_pipeline.PromptBuilder`; the template's field is ``{question}``.
 

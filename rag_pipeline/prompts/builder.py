@@ -16,6 +16,7 @@ from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.models.context_length import model_context_length
 from rag_pipeline.models.decoding import repetition_penalty_of
 from rag_pipeline.prompts.chat_template import template_parts
+from rag_pipeline.prompts.document_order import RETRIEVED, check_document_order, ordered
 from rag_pipeline.prompts.history import Turn, question_part, write_turn
 from rag_pipeline.prompts.token_cache import TokenCache
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
@@ -66,11 +67,14 @@ class PromptBuilder:
         Number of chunks whose token ids are kept.
     cut_share : float
         Part of the context that is cut at once from a conversation that does not fit, above 0 to 1.
+    document_order : str
+        Where documents stand: ``retrieved``, ``best_last``, ``both_ends``, or a static attention method such as
+        ``power``, which puts the best where the question reads them (:mod:`.document_order`).
 
     Raises
     ------
     RagPipelineError
-        A template without its field, an unknown field, or a share that cannot be cut.
+        A template without its field, an unknown field, a share that cannot be cut, or an unknown order.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class PromptBuilder:
         context_length: int | None = None,
         chunk_cache_size: int = 4096,
         cut_share: float = CUT_SHARE,
+        document_order: str = RETRIEVED,
     ) -> None:
         check_truncation("auto", cut_share)
+        check_document_order(document_order)
         _check_template("chunk_template", chunk_template, needed="text", allowed=("title", "text"))
         _check_template(
             "question_template", question_template, needed="question", allowed=("question",)
@@ -106,6 +112,7 @@ class PromptBuilder:
         self._chunk_template = chunk_template
         self._question_template = question_template
         self._cut_share = cut_share
+        self._document_order = document_order
         self._texts = TokenCache(tokenizer, chunk_cache_size)
         self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
@@ -152,6 +159,7 @@ class PromptBuilder:
         history: Sequence[Turn] = (),
         rules: str = "",
         truncation: Truncation = "auto",
+        document_order: str | None = None,
     ) -> PromptLayout:
         """Lay out one prompt.
 
@@ -160,7 +168,7 @@ class PromptBuilder:
         question : str
             The user's question; outer white space is removed.
         hits : sequence of SearchHit
-            Retrieved chunks in the order they shall stand in.
+            Retrieved chunks, in the order that ``retrieved`` lets them stand in.
         max_new_tokens : int
             Room to leave for the answer, tokens.
         context_length : int, optional
@@ -172,6 +180,8 @@ class PromptBuilder:
             Stands in front of both, and is never cut.
         truncation : str
             ``auto`` cuts the oldest turns of a history that does not fit (:mod:`.truncation`); ``disabled`` refuses it.
+        document_order : str, optional
+            Overrides the builder's.
 
         Returns
         -------
@@ -182,8 +192,10 @@ class PromptBuilder:
         Raises
         ------
         RagPipelineError
-            Empty question, or one that does not fit even without chunks.
+            Empty question, one that does not fit even without chunks, or an unknown order.
         """
+        order = self._document_order if document_order is None else document_order
+        check_document_order(order)
         question = question.strip()
         if not question:
             raise RagPipelineError("the question is empty; give at least one word")
@@ -226,6 +238,14 @@ class PromptBuilder:
                 f"exceed the context of {limit}; shorten it or let the answer have fewer tokens"
             )
         kept, dropped = self._fit(hits, room)
+        places = ordered(
+            order,
+            [hit.score for hit in kept],
+            [len(self.chunk_ids(hit.chunk)) for hit in kept],
+            before=len(self._system_ids),
+            behind=len(question_ids),
+        )
+        kept = [kept[place] for place in places]
         pieces = [self._system_ids, *(self.chunk_ids(hit.chunk) for hit in kept), question_ids]
         edges = list(accumulate((len(piece) for piece in pieces), initial=0))
         spans = [Span(start=a, end=b) for a, b in pairwise(edges)]

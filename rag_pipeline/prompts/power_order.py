@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rag_kernels import create_attention_method
 from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.errors import RagPipelineError
 
-_ROUNDS = 6
-"""Most rounds of the search."""
+_STEPS = 64
+"""Most swaps and moves of a search."""
 _TRIED = 8
 """Best documents that change places, with each other and with all others; the rest matters little."""
 
@@ -88,6 +90,25 @@ def place_for_power(
     return question.place(max(found, key=question.value))
 
 
+def static_method(text: str) -> StaticBlocks:
+    """Make the static attention method of a text such as ``power:block=64``.
+
+    Raises
+    ------
+    RagPipelineError
+        No such method, or one that chooses its keys by the prompt.
+    """
+    try:
+        method = create_attention_method(text)
+    except ValueError as error:
+        raise RagPipelineError(str(error)) from None
+    if not isinstance(method, StaticBlocks):
+        raise RagPipelineError(
+            f"attention method {text!r} chooses by the prompt; give a static one, such as 'power'"
+        )
+    return method
+
+
 def lost_in_the_middle_order(count: int) -> list[int]:
     """Ranks with the best at both ends and the worst in the middle, the best of all last (arXiv 2307.03172)."""
     ranks = list(range(count))
@@ -104,43 +125,40 @@ class _Question:
                 "documents and what stands behind them have at least 1 token each"
             )
         self.lengths, self.before = tuple(lengths), before
+        self._lengths = np.array(self.lengths, dtype=np.int64)
         self.total = before + sum(lengths) + behind
         self.behind = behind
-        try:
-            pattern = create_attention_method(method)
-        except ValueError as error:
-            raise RagPipelineError(str(error)) from None
-        if not isinstance(pattern, StaticBlocks):
-            raise RagPipelineError(
-                f"attention method {method!r} chooses by the prompt; give a static one, such as 'power'"
-            )
+        pattern = static_method(method)
         size = pattern.config.block
         # Positions that are read, in front of each position: a share is one subtraction.
-        is_read = [0] * self.total
+        is_read = np.zeros(self.total, dtype=np.int64)
         for block in pattern.decode_blocks(self.total - 1).tolist():
             stop = min((block + 1) * size, self.total)
-            is_read[block * size : stop] = [1] * (stop - block * size)
-        self._read_before = [0, *accumulate(is_read)]
+            is_read[block * size : stop] = 1
+        self._read_before = np.concatenate([[0], np.cumsum(is_read)])
         # The end of the prompt that is read without a gap.
-        last_gap = max((at for at, read in enumerate(is_read) if not read), default=-1)
+        last_gap = int((is_read == 0).nonzero()[0].max(initial=-1))
         self._window = self.total - last_gap - 1 - behind
 
-    def shares(self, order: Sequence[int]) -> list[float]:
-        shares, at = [0.0] * len(order), self.before
-        for index in order:
-            stop = at + self.lengths[index]
-            shares[index] = (self._read_before[stop] - self._read_before[at]) / (stop - at)
-            at = stop
-        return shares
+    def _read(self, orders: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Lengths of the documents of each order ``[orders, documents]``, and their tokens that are read."""
+        lengths = self._lengths[orders]
+        ends = self.before + lengths.cumsum(axis=1)
+        return lengths, self._read_before[ends] - self._read_before[ends - lengths]
 
     def place(self, order: Sequence[int]) -> Placement:
-        return Placement(order=tuple(order), shares=tuple(self.shares(order)))
+        lengths, read = self._read(np.array([order], dtype=np.int64))
+        shares = dict(zip(order, (read / lengths)[0].tolist(), strict=True))
+        return Placement(order=tuple(order), shares=tuple(shares[i] for i in range(len(order))))
 
-    def value(self, order: Sequence[int]) -> float:
-        return sum(
-            (1.0 if share == 1.0 else share / 2) / (rank + 1)
-            for rank, share in enumerate(self.shares(order))
-        )
+    def values(self, orders: NDArray[np.int64]) -> NDArray[np.float64]:
+        lengths, read = self._read(orders)
+        worth = np.where(read == lengths, 1.0, read / lengths / 2) / (orders + 1)
+        total: NDArray[np.float64] = worth.sum(axis=1)
+        return total
+
+    def value(self, order: Sequence[int] | NDArray[np.int64]) -> float:
+        return float(self.values(np.array([order], dtype=np.int64))[0])
 
     def window_order(self) -> list[int]:
         """The best documents that fit into the window, at its end, the others in front of them."""
@@ -154,24 +172,35 @@ class _Question:
         return outside[::-1] + inside[::-1]
 
     def climb(self, order: Sequence[int]) -> list[int]:
-        """Swap two documents, or move one, for as long as that helps."""
-        best, value = list(order), self.value(order)
-        for _ in range(_ROUNDS):
-            began = value
-            for one, other in combinations(range(len(best)), 2):
-                if min(best[one], best[other]) >= _TRIED:
-                    continue
-                swapped = best.copy()
-                swapped[one], swapped[other] = swapped[other], swapped[one]
-                moved = best.copy()
-                moved.insert(other, moved.pop(one))
-                for tried in (swapped, moved):
-                    worth = self.value(tried)
-                    if worth > value + 1e-12:
-                        best, value = tried, worth
-            if value == began:
+        """Take the swap of two documents, or the move of one, that helps most, for as long as one does."""
+        best = np.array(order, dtype=np.int64)
+        value = self.value(best)
+        for _ in range(_STEPS):
+            tried = _neighbours(best)
+            if not len(tried):
                 break
-        return best
+            worth = self.values(tried)
+            at = int(worth.argmax())
+            if worth[at] <= value + 1e-12:
+                break
+            best, value = tried[at], float(worth[at])
+        return [int(rank) for rank in best]
+
+
+def _neighbours(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Orders that one swap or one move of a document makes of another; ``[orders, documents]``."""
+    count = len(order)
+    one, other = np.triu_indices(count, 1)
+    is_tried = np.minimum(order[one], order[other]) < _TRIED
+    one, other = one[is_tried], other[is_tried]
+    place = np.arange(count)[None]
+    swapped = np.repeat(place, len(one), axis=0)
+    row = np.arange(len(one))
+    swapped[row, one], swapped[row, other] = other, one
+    between = (place >= one[:, None]) & (place < other[:, None])
+    moved = np.where(place == other[:, None], one[:, None], place + between)
+    found: NDArray[np.int64] = order[np.concatenate([swapped, moved])]
+    return found
 
 
 def _checked(order: Sequence[int], count: int) -> Sequence[int]:

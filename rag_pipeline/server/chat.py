@@ -171,6 +171,7 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         history=talk.turns,
         rules=talk.rules,
         truncation=options.truncation,
+        document_order=options.document_order,
     )
     sampling = sampling.filled(
         repetition_penalty=service.builder.repetition_penalty, stop=talk.echo

@@ -79,7 +79,11 @@ def serve(
     RagPipelineError, RetrievalError
         A model, an embedder or an index that cannot be used.
     """
-    builder = PromptBuilder(settings.model, question_template=QUESTION_TEMPLATE)
+    builder = PromptBuilder(
+        settings.model,
+        question_template=QUESTION_TEMPLATE,
+        document_order=settings.document_order,
+    )
     embedders = EmbedderPool(settings.embedder)
     indexes = IndexTable(tenants.all(), embedders)
     served = [index for tenant in tenants.all() for index in indexes.of(tenant).values()]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rag_pipeline.prompts.document_order import MAX_DOCUMENT_ORDER
 from rag_pipeline.prompts.truncation import Truncation
 from rag_pipeline.protocol.fields import MAX_ATTENTION, MAX_CONVERSATION
 from rag_pipeline.server.openai_fields import NeutralMessage, NeutralRequest, Strict
@@ -93,6 +94,10 @@ class RagOptions(Strict):
     attention: Annotated[str, Field(max_length=MAX_ATTENTION)] | None = Field(
         default=None,
         description="Which keys computed rows read: `dense` (all), or another method; the engine's default when unset.",
+    )
+    document_order: Annotated[str, Field(max_length=MAX_DOCUMENT_ORDER)] | None = Field(
+        default=None,
+        description="Where chunks stand: `retrieved`, `best_last`, `both_ends`, or a static attention method such as `power`: the best where it reads them.",
     )
     conversation: Annotated[str, Field(min_length=1, max_length=MAX_CONVERSATION)] | None = Field(
         default=None,

@@ -23,7 +23,7 @@ class ServerSettings:
         Folder of the served model.
     embedder : str
         Embedder of new indexes, by name, folder or hub id.
-    policy, search, top_k : str, str, int
+    policy, search, top_k, document_order : str, str, int, str
         Used where a request does not say.
     chunk_tokens, overlap : int
         Splitter of new indexes; an existing index keeps its own.
@@ -59,6 +59,7 @@ class ServerSettings:
     policy: str = "query"
     search: str = "dense"
     top_k: int = 4
+    document_order: str = "retrieved"
     chunk_tokens: int = 192
     overlap: int = 0
     max_upload_bytes: int = 16 << 20

@@ -179,6 +179,15 @@ def test_a_default_attention_that_does_not_exist(
     assert "--attention: " in refused([*words, "power:window=0"], capsys)
 
 
+@pytest.mark.parametrize("command", [["serve"], ["ask", "Why?"]])
+def test_an_order_of_documents_that_does_not_exist(
+    small_index: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    words = [*command, "--index", str(small_index), "--document-order"]
+    assert "document_order is 'best'" in refused([*words, "best"], capsys)
+    assert "window" in refused([*words, "power:window=0"], capsys)
+
+
 def test_a_default_attention_is_told_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     from rag_pipeline.cli.serve import _choose_attention
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig

@@ -74,7 +74,7 @@ def negate(monkeypatch, *fields):
 
 
 def shift_the_other_way(monkeypatch):
-    negate(monkeypatch, "averaging", "weights")  # of the torch path and of the C++ one
+    negate(monkeypatch, "weights")
 
 
 def shift_of_keys_that_stay_rotated(monkeypatch):

@@ -12,9 +12,14 @@ in turns so that a busy machine hits all alike, medians reported:
 ``blocks DENSITY``
     All rows, of each query block that share of the key blocks before its own, drawn at random per key/value head, and
     its own: what a sparse method leaves. Its ``density`` is the share of key and row pairs that are read.
+``METHOD``
+    All rows by a static attention method, its mask made before.
+``decode``, ``decode METHOD``
+    The last row alone as a decode step of the engine on the CPU reads it: slots planned, keys and values gathered,
+    attention. Its ``density`` is the share of the keys that the plan gathers.
 
-Each has its time over that of ``torch causal`` (``vs_torch``) and of ``rows 1`` (``vs_all_rows``), by wall clock and
-by CPU time of the process; with one thread on a busy machine the latter is what to read.
+Each has its time over that of ``torch causal`` (``vs_torch``) and of ``rows 1`` (``vs_all_rows``), decode steps over
+that of ``decode`` in place of both, by wall clock and by CPU time of the process; with one thread on a busy machine the latter is what to read.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,12 +45,21 @@ from rag_eval.errors import EvalError
 from rag_kernels import (
     BlockMask,
     RequestBlocks,
+    create_attention_method,
     gather_kv,
     plan_position_causal,
     position_causal_attention,
 )
+from rag_kernels.attention.torch_sdpa import decode_attention
+from rag_kernels.sparse.static_blocks import StaticBlocks
+from rag_pipeline.sglang_plugin.cpu.slot_plan import SlotPlan, plan_kept_slots
+from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import kept_positions
 
-_SHAPES = {"smollm2-135m": (9, 3, 64), "llama-8b": (32, 8, 128)}
+_SHAPES = {
+    "smollm2-135m": (9, 3, 64),
+    "qwen2.5-coder-0.5b": (14, 2, 64),
+    "llama-8b": (32, 8, 128),
+}
 """Query heads, key/value heads and head size by the name of a model that has them."""
 
 
@@ -55,7 +70,7 @@ class AttentionKernelsConfig:
     lengths: str = "2400,8192,16384"
     """Tokens of the prompt, comma between."""
     shape: str = "smollm2-135m"
-    """Heads of smollm2-135m or of llama-8b."""
+    """Heads of smollm2-135m, qwen2.5-coder-0.5b or llama-8b."""
     kernel: str = "auto"
     """Attention kernel; auto is what the engine takes."""
     threads: str = "1,2"
@@ -64,6 +79,8 @@ class AttentionKernelsConfig:
     """Shares of rows; all rows are always there."""
     densities: str = "0.1,0.25,0.5,1"
     """Shares of blocks; empty for none."""
+    methods: str = ""
+    """Static attention methods, comma between: prompt and decode step."""
     block: int = 64
     """Tokens of a query block and of a key block."""
     repeats: int = 5
@@ -79,9 +96,26 @@ class AttentionKernelsConfig:
         for name in ("lengths", "threads"):
             if any(number < 1 or number != int(number) for number in _numbers(self, name)):
                 raise EvalError(f"--{name} is {getattr(self, name)!r}; give whole numbers above 0.")
+        for text in self.method_names:
+            _ = _static(text)
         for name in ("rows", "densities"):
             if any(not 0.0 < share <= 1.0 for share in _numbers(self, name)):
                 raise EvalError(f"--{name} is {getattr(self, name)!r}; give shares up to 1.")
+
+    @property
+    def method_names(self) -> list[str]:
+        """:attr:`methods` one by one."""
+        return [word for word in self.methods.split(",") if word.strip()]
+
+
+def _static(text: str) -> StaticBlocks:
+    try:
+        method = create_attention_method(text)
+    except ValueError as error:
+        raise EvalError(str(error)) from None
+    if not isinstance(method, StaticBlocks):
+        raise EvalError(f"--methods has {text!r}, which chooses by the prompt; give static ones.")
+    return method
 
 
 def _numbers(config: AttentionKernelsConfig, name: str) -> list[float]:
@@ -113,8 +147,8 @@ def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
                             name: {
                                 **time,
                                 "density": density.get(name, 1.0),
-                                "vs_torch": _ratios(time, times["torch causal"]),
-                                "vs_all_rows": _ratios(time, times["rows 1"]),
+                                "vs_torch": _ratios(time, times[_base(name, "torch causal")]),
+                                "vs_all_rows": _ratios(time, times[_base(name, "rows 1")]),
                             }
                             for name, time in times.items()
                         },
@@ -128,6 +162,10 @@ def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
         "versions": versions_of("python", "torch"),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _base(name: str, other: str) -> str:
+    return "decode" if name.startswith("decode") else other
 
 
 def _ratios(time: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
@@ -186,7 +224,51 @@ def _calls(
         pairs = float(read) + blocks / 2
         density[f"blocks {share:g}"] = pairs / (blocks * (blocks - 1) / 2 + blocks / 2)
         calls[f"blocks {share:g}"] = attention(torch.arange(length), mask)
+    for text in config.method_names:
+        method = _static(text)
+        plan = plan_position_causal(
+            [torch.arange(length)],
+            [slots],
+            num_q_heads=q_heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            kernel=config.kernel,
+        )
+        mask = method.prepare(plan, [0])
+        calls[text] = attention(torch.arange(length), mask)
+        density[text] = float(_pairs(method, length)) / (length * (length + 1) / 2)
+    if config.method_names:
+        one = SimpleNamespace(req_pool_indices=torch.tensor([0]), seq_lens=torch.tensor([length]))
+
+        def decode(kept: torch.Tensor | None) -> SlotPlan:
+            return plan_kept_slots(one, slots[None], [kept], padding=1.0)
+
+        def step(method: StaticBlocks | None) -> Callable[[], object]:
+            def call() -> object:
+                kept = None if method is None else kept_positions(method, length - 1)
+                own = decode(kept).buckets[0].slots
+                return decode_attention(q[-1:], k_pool[own], v_pool[own], scale=dim**-0.5)
+
+            return call
+
+        calls["decode"] = step(None)
+        for text in config.method_names:
+            method = _static(text)
+            calls[f"decode {text}"] = step(method)
+            density[f"decode {text}"] = (
+                decode(kept_positions(method, length - 1)).keys_read / length
+            )
     return calls, density, "/".join(sorted(kernels))
+
+
+def _pairs(method: StaticBlocks, length: int) -> int:
+    """Pairs of a row and a key that it reads."""
+    size = method.config.block
+    blocks = -(-length // size)
+    tokens = torch.full((blocks,), size)
+    tokens[-1] = length - (blocks - 1) * size
+    before = method.allowed(0, blocks - 1).tril(-1).long() @ tokens
+    return int((tokens * before + tokens * (tokens + 1) // 2).sum())
 
 
 def table(report: dict[str, Any]) -> str:
