@@ -19,6 +19,7 @@ from rag_kernels.attention import (
 )
 from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
+from rag_kernels.host_copy import to_device, to_host
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mean_shift import MeanShiftPlan, mean_shift_inplace, plan_mean_shift
 from rag_kernels.paged import gather_kv, scatter_kv_inplace
@@ -64,4 +65,6 @@ __all__ = [
     "rerotate_keys",
     "rotary_spec_from_config",
     "scatter_kv_inplace",
+    "to_device",
+    "to_host",
 ]

@@ -21,7 +21,7 @@ from chunk_cache.policies.signals.base import (
     ProbePasses,
     Signal,
 )
-from rag_kernels import query_attention_mass
+from rag_kernels import query_attention_mass, to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class AttentionSignal(Signal):
         asked, drafted = self._masses(passes, requests)
         chosen = []
         for i, request in enumerate(requests):
-            at = request.candidates.to(asked[i].device)
+            at = to_device(request.candidates, asked[i].device)
             scores = asked[i][at]
             if drafted is not None:
                 scores = torch.stack([scores, drafted[i][at]])
-            chosen.append(request.policy.choose(request.layout, scores, request.candidates))
+            chosen.append(request.policy.choose(request.layout, scores, at))
         return chosen
 
     def _masses(
@@ -76,9 +76,10 @@ class AttentionSignal(Signal):
         asked, ids = self._mass(passes, rows, asking, stops=scratch is None)
         if scratch is None or ids is None:
             return asked, None
+        likeliest, *seen = to_host([ids, *asked])
         drafts = [
-            draft.look_up(int(first), request.prompt, request.chunk_spans, mass, self.draft_tokens)
-            for first, request, mass in zip(ids.tolist(), requests, asked, strict=True)
+            draft.look_up(first, request.prompt, request.chunk_spans, mass, self.draft_tokens)
+            for first, request, mass in zip(likeliest.tolist(), requests, seen, strict=True)
         ]
         rows = [
             request.rows_behind(guess, own)

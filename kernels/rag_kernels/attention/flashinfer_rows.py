@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.host_copy import to_device
 
 LEAST_RUN = 64
 """Rows of a run that is worth a pseudo-request of its own: half a tile of the kernels."""
@@ -103,7 +104,7 @@ def _layout(
         keys.append(keys[-1] + kv_len)
         pages.append(plan.slots[request][:kv_len])
         picked.append(torch.arange(low, high))
-    index = None if rows[-1] == plan.num_rows else torch.cat(picked).to(plan.device)
+    index = None if rows[-1] == plan.num_rows else to_device(torch.cat(picked), plan.device)
     positions = plan.sorted_positions
     return PagedLayout(
         rows=index,

@@ -1,0 +1,197 @@
+"""Where a fused forward makes the host wait for a GPU: once before it writes anything, and once per choice of rows.
+
+The forward is the real one, over tensors that pretend to be on a GPU (:mod:`pretend_gpu`); kernels compute nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from pretend_gpu import GPU, GpuTensor, pretend_gpu
+
+from chunk_cache import ChunkKey, ChunkKV, Match
+from chunk_cache.policies import create_policy
+from rag_kernels import RotarySpec, create_attention_method
+from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
+from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry
+from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
+from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
+from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+from store_writing import CONTEXT
+
+LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 16, 50
+PREFIX, CHUNK, CHUNKS, QUESTION = 8, 300, 2, 40
+PROMPT = PREFIX + CHUNK * CHUNKS + QUESTION
+
+
+class NoKernel:
+    """In the place of a Triton kernel: launched, it does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+class Runner:
+    """What a fused forward uses of SGLang's model runner, all of it on the GPU."""
+
+    def __init__(self, gpu, requests):
+        size = requests * PROMPT + 65
+        table = torch.randperm(size - 1)[: requests * PROMPT].view(requests, PROMPT) + 1
+        used = torch.zeros(size, dtype=torch.bool)
+        used[table] = True
+        free = (~used).nonzero().flatten()[1:]
+        self.gpu = gpu
+        self.pools = [
+            [gpu.put(torch.zeros(size, KV_HEADS, DIM)) for _ in range(2)] for _ in range(LAYERS)
+        ]
+        self.req_to_token_pool = types.SimpleNamespace(req_to_token=gpu.put(table.to(torch.int32)))
+        self.token_to_kv_pool = types.SimpleNamespace(
+            get_key_buffer=lambda layer: self.pools[layer][0],
+            get_value_buffer=lambda layer: self.pools[layer][1],
+        )
+        self.token_to_kv_pool_allocator = types.SimpleNamespace(
+            page_size=1, get_all_free_pages=lambda: gpu.put(free)
+        )
+        self.model_config = types.SimpleNamespace(context_len=8192)
+        self.lora_manager = None
+        self.layers = [
+            types.SimpleNamespace(
+                layer_id=index,
+                tp_q_head_num=HEADS,
+                tp_k_head_num=KV_HEADS,
+                tp_v_head_num=KV_HEADS,
+                qk_head_dim=DIM,
+                v_head_dim=DIM,
+            )
+            for index in range(LAYERS)
+        ]
+
+    def run(self, fused):
+        """Every layer's attention over random activations."""
+        rows = fused.attention.num_rows
+        for layer in self.layers:
+            q, k, v = (
+                self.gpu.put(torch.randn(rows, heads * DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
+            fused.run_layer(layer, self.token_to_kv_pool, q, k, v, True)
+
+    def _forward_raw(self, view, proxies):
+        (fused,) = (view.model_specific_states or {}).values()
+        self.run(fused)
+        logits = self.gpu.put(torch.randn(int(view.batch_size), VOCAB))
+        return types.SimpleNamespace(
+            logits_output=types.SimpleNamespace(next_token_logits=logits)
+        )
+
+
+def make_runtime():
+    facts = types.SimpleNamespace(
+        num_layers=LAYERS,
+        num_q_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        scaling=DIM**-0.5,
+        rotary=RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, DIM, 2) / DIM)),
+        qkv_share=0.16,
+    )
+    runtime = FusionRuntime(FusionConfig(attention_kernel="triton"), None)
+    runtime.facts = facts
+    return runtime
+
+
+def make_state(policy, method):
+    ids = np.random.default_rng(1).integers(2, VOCAB, PROMPT)
+    spans = []
+    for number in range(CHUNKS):
+        start = PREFIX + number * CHUNK
+        chunk = ids[start : start + CHUNK].astype(np.int32)
+        shape = (LAYERS, CHUNK, KV_HEADS, DIM)
+        record = ChunkKV(
+            key=ChunkKey.of(CONTEXT, chunk),
+            token_ids=chunk,
+            base_position=5,
+            k=torch.randn(shape).pin_memory(),
+            v=torch.randn(shape).pin_memory(),
+        )
+        spans.append(
+            LeasedSpan(
+                match=Match(start, start + CHUNK, record.key),
+                lease=types.SimpleNamespace(record=record, release=lambda: None),
+            )
+        )
+    request = FusionRequest(spans=tuple((span.start, span.end) for span in spans))
+    state = RequestState(request, policy, ids)
+    state.begin_attempt(PREFIX, 0)
+    state.lease(spans)
+    state.resolve()
+    if method:
+        state._found.method = create_attention_method(method)
+    return state
+
+
+def make_batch(gpu, requests):
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    length = PROMPT - PREFIX
+    return ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=requests,
+        input_ids=gpu.put(torch.randint(2, VOCAB, (requests * length,))),
+        req_pool_indices=gpu.put(torch.arange(requests)),
+        seq_lens=gpu.put(torch.full((requests,), PROMPT)),
+        out_cache_loc=gpu.put(torch.zeros(requests * length, dtype=torch.int64)),
+        seq_lens_sum=requests * PROMPT,
+        seq_lens_cpu=torch.full((requests,), PROMPT),
+        orig_seq_lens=gpu.put(torch.full((requests,), PROMPT)),
+        positions=gpu.put(torch.arange(PREFIX, PROMPT).repeat(requests)),
+        extend_prefix_lens_cpu=[PREFIX] * requests,
+        extend_seq_lens_cpu=[length] * requests,
+        global_num_token_non_padded=gpu.put(torch.tensor(requests * length)),
+        global_num_token_non_padded_cpu=requests * length,
+    )
+
+
+def forward(monkeypatch, policy, requests=2, method=""):
+    """Run a forward; the waits of the host."""
+    import rag_kernels.attention.triton as attention
+    import rag_kernels.load_triton as load
+
+    monkeypatch.setattr(attention, "position_causal_kernel", NoKernel())
+    monkeypatch.setattr(load, "load_spans_kernel", NoKernel())
+    torch.manual_seed(0)
+    with pretend_gpu() as gpu:
+        runner, runtime, batch = Runner(gpu, requests), make_runtime(), make_batch(gpu, requests)
+        entries = []
+        for index in range(requests - 1):  # the last one is ordinary
+            state = make_state(create_policy(policy), method)
+            req = types.SimpleNamespace(
+                full_untruncated_fill_ids=state.prompt.tolist(),
+                kv=types.SimpleNamespace(cache_protected_len=PREFIX),
+            )
+            piece = Piece(start=PREFIX, end=PROMPT, is_last=True)
+            entries.append(BatchEntry(index=index, req=req, state=state, piece=piece))
+        view, fused = FusedForward(runtime, runner, batch, entries).prepare()
+        runner.run(fused)
+        assert isinstance(view.positions, GpuTensor)
+        assert view.positions.device == GPU
+        rows = PREFIX * 0 + view.extend_seq_lens_cpu[0]
+        return gpu.waits, rows
+
+
+GUARD = 1
+
+
+@pytest.mark.parametrize("policy", ["reuse", "epic:0.2", "query:0.3", "cacheblend:0.2"])
+def test_look(policy, monkeypatch):
+    waits, rows = forward(monkeypatch, policy, 3)
+    print(rows)
+    for line, count in Counter(waits).items():
+        print(count, line)
+    assert not waits
