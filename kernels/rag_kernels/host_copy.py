@@ -40,7 +40,9 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not there:
         return list(tensors)
     dtypes = {one.dtype for one in there}
-    joint = dtypes.pop() if len(dtypes) == 1 else torch.float64  # which holds fp32 and such integers as they are
+    joint = (
+        dtypes.pop() if len(dtypes) == 1 else torch.float64
+    )  # which holds fp32 and such integers as they are
     parts = iter(
         torch.cat([one.flatten().to(joint) for one in there])
         .to("cpu")

@@ -114,7 +114,9 @@ class RotarySpec:
             on_host = delta.device.type == "cpu"
             all_moved = on_host and bool(moved.all())
             is_zero = on_host and not bool(moved.any())
-            return RotationTable(cos, sin, is_zero, None if all_moved else to_device(moved, torch.device(device)))
+            return RotationTable(
+                cos, sin, is_zero, None if all_moved else to_device(moved, torch.device(device))
+            )
         cos, sin = self.cos_sin(torch.tensor([int(delta)]), device)
         return RotationTable(cos, sin, int(delta) == 0)
 

@@ -6,16 +6,16 @@ The forward is the real one, over tensors that pretend to be on a GPU (:mod:`pre
 from __future__ import annotations
 
 import types
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from pretend_gpu import GPU, GpuTensor, pretend_gpu
+from store_writing import CONTEXT
 
 from chunk_cache import ChunkKey, ChunkKV, Match
 from chunk_cache.policies import create_policy
-from rag_kernels import RotarySpec, create_attention_method
+from rag_kernels import ATTENTION_METHODS, RotarySpec, create_attention_method
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
@@ -24,7 +24,6 @@ from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
-from store_writing import CONTEXT
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 16, 50
 PREFIX, CHUNK, CHUNKS, QUESTION = 8, 300, 2, 40
@@ -78,7 +77,8 @@ class Runner:
         rows = fused.attention.num_rows
         for layer in self.layers:
             q, k, v = (
-                self.gpu.put(torch.randn(rows, heads * DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)
+                self.gpu.put(torch.randn(rows, heads * DIM))
+                for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             fused.run_layer(layer, self.token_to_kv_pool, q, k, v, True)
 
@@ -86,9 +86,7 @@ class Runner:
         (fused,) = (view.model_specific_states or {}).values()
         self.run(fused)
         logits = self.gpu.put(torch.randn(int(view.batch_size), VOCAB))
-        return types.SimpleNamespace(
-            logits_output=types.SimpleNamespace(next_token_logits=logits)
-        )
+        return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
 def make_runtime():
@@ -160,17 +158,26 @@ def make_batch(gpu, requests):
 
 def forward(monkeypatch, policy, requests=2, method=""):
     """Run a forward; the waits of the host."""
-    import rag_kernels.attention.triton as attention
-    import rag_kernels.load_triton as load
+    from rag_kernels import load_triton, mass_triton, shift_triton
+    from rag_kernels.attention import triton as attention
 
-    monkeypatch.setattr(attention, "position_causal_kernel", NoKernel())
-    monkeypatch.setattr(load, "load_spans_kernel", NoKernel())
+    for module, name in (
+        (attention, "position_causal_kernel"),
+        (load_triton, "load_spans_kernel"),
+        (mass_triton, "mass_statistics_kernel"),
+        (mass_triton, "mass_kernel"),
+        (shift_triton, "chunk_shift_kernel"),
+        (shift_triton, "add_shift_kernel"),
+    ):
+        monkeypatch.setattr(module, name, NoKernel())
     torch.manual_seed(0)
     with pretend_gpu() as gpu:
         runner, runtime, batch = Runner(gpu, requests), make_runtime(), make_batch(gpu, requests)
         entries = []
         for index in range(requests - 1):  # the last one is ordinary
-            state = make_state(create_policy(policy), method)
+            name, *options = policy.split(",")
+            given = {key: int(value) for key, value in (one.split("=") for one in options)}
+            state = make_state(create_policy(name, **given), method)
             req = types.SimpleNamespace(
                 full_untruncated_fill_ids=state.prompt.tolist(),
                 kv=types.SimpleNamespace(cache_protected_len=PREFIX),
@@ -181,17 +188,28 @@ def forward(monkeypatch, policy, requests=2, method=""):
         runner.run(fused)
         assert isinstance(view.positions, GpuTensor)
         assert view.positions.device == GPU
-        rows = PREFIX * 0 + view.extend_seq_lens_cpu[0]
-        return gpu.waits, rows
+        return gpu.waits, view.extend_seq_lens_cpu[0]
 
 
-GUARD = 1
+LOOK = "write_guard.py"
+CHOICE = "host_copy.py"
 
 
-@pytest.mark.parametrize("policy", ["reuse", "epic:0.2", "query:0.3", "cacheblend:0.2"])
-def test_look(policy, monkeypatch):
-    waits, rows = forward(monkeypatch, policy, 3)
-    print(rows)
-    for line, count in Counter(waits).items():
-        print(count, line)
-    assert not waits
+@pytest.mark.parametrize("method", ["", *ATTENTION_METHODS.names()])
+@pytest.mark.parametrize("policy", ["reuse", "epic:0.2"])
+def test_without_a_signal_the_host_waits_once(policy, method, monkeypatch):
+    waits, rows = forward(monkeypatch, policy, 3, method)
+    assert (rows > QUESTION) == (policy != "reuse")
+    assert len(waits) == 1, waits
+    assert LOOK in waits[0]
+
+
+def test_each_choice_of_rows_is_one_wait_whatever_the_number_of_requests(monkeypatch):
+    for policy, choices in (("query:0.3,draft_tokens=0", 1), ("query:0.3", 2), ("cacheblend:0.9", 3)):
+        for requests in (2, 4):
+            waits, rows = forward(monkeypatch, policy, requests)
+            assert rows > QUESTION
+            assert [line.split(":")[0].split("/")[-1] for line in waits] == [
+                LOOK,
+                *[CHOICE] * choices,
+            ], waits

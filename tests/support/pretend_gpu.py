@@ -108,7 +108,9 @@ class PretendedGpu(TorchDispatchMode):
         if name == "_to_copy" and wants_gpu and not on_gpu and out is inner_args[0]:
             out = out.clone()
         # A call in place gives its target back.
-        target = next((one for one in flat if isinstance(one, GpuTensor) and one.inner is out), None)
+        target = next(
+            (one for one in flat if isinstance(one, GpuTensor) and one.inner is out), None
+        )
         return target if target is not None else tree_map_only(Tensor, GpuTensor, out)
 
     def _look(
@@ -124,6 +126,8 @@ class PretendedGpu(TorchDispatchMode):
         on_gpu = any(isinstance(one, GpuTensor) for one in flat)
         if on_gpu and name in _ALWAYS:
             self._note(_ALWAYS[name])
+        elif on_gpu and name == "isin" and not kwargs.get("assume_unique"):
+            self._note("sizes follow from values")
         elif on_gpu and name == "repeat_interleave" and kwargs.get("output_size") is None:
             self._note("sizes follow from values")
         elif on_gpu and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
@@ -145,16 +149,19 @@ class PretendedGpu(TorchDispatchMode):
             fast = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             if isinstance(target, GpuTensor) and not isinstance(source, GpuTensor):
                 self._copied(source, fast)
-            elif isinstance(source, GpuTensor) and not isinstance(target, GpuTensor):
-                if not (fast and self._is_pinned(target)):
-                    self._note("a copy to the host")
+            elif isinstance(source, GpuTensor) and not (
+                isinstance(target, GpuTensor) or (fast and self._is_pinned(target))
+            ):
+                self._note("a copy to the host")
 
     def _copied(self, source: Tensor, fast: bool) -> None:
         if source.numel() and not (fast and self._is_pinned(source)):
             self._note("a copy from memory that is not page-locked")
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        self._pinned[tensor.untyped_storage()._cdata] = tensor  # held, so that no other takes its place
+        self._pinned[tensor.untyped_storage()._cdata] = (
+            tensor  # held, so that no other takes its place
+        )
         return tensor
 
     def _is_pinned(self, tensor: Tensor) -> bool:
@@ -166,7 +173,11 @@ class PretendedGpu(TorchDispatchMode):
             for frame in traceback.extract_stack()
             if Path(frame.filename).is_relative_to(_ROOT) and frame.filename != __file__
         ]
-        at = f"{Path(own[-1].filename).relative_to(_ROOT)}:{own[-1].lineno} {own[-1].line}" if own else "?"
+        at = (
+            f"{Path(own[-1].filename).relative_to(_ROOT)}:{own[-1].lineno} {own[-1].line}"
+            if own
+            else "?"
+        )
         self.waits.append(f"{at}: {why}")
 
 
@@ -175,7 +186,7 @@ def pretend_gpu() -> Iterator[PretendedGpu]:
     """Have a GPU, as far as tensors and copies go."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
     # torch would start its driver before it asks the dispatcher.
-    with mock.patch.object(torch.cuda, "_lazy_init", lambda: None), PretendedGpu() as gpu:
+    with mock.patch.object(torch.cuda, "_lazy_init"), PretendedGpu() as gpu:
         # torch.tensor(..., device=) copies where no dispatcher sees it, unless it is told not to.
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag_kernels import MeanShiftPlan, plan_mean_shift
+from rag_kernels import MeanShiftPlan, join_mean_shifts, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     RequestRows,
     make_pass,
@@ -87,6 +87,8 @@ class FusedForward:
                 shifts += self._shift(item, part, first)
             rows.append(part)
             first += part.count
+        if shifts and self._req_to_token.device.type != "cpu":
+            shifts = [join_mean_shifts(shifts)]
         fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
         view = make_view(self._batch, rows, fused, whole_batch=True)
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
