@@ -16,6 +16,7 @@ from rag_kernels.attention import (
     choose_kernel,
     plan_position_causal,
     position_causal_attention,
+    prepare_attention,
 )
 from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
@@ -71,6 +72,7 @@ __all__ = [
     "plan_position_causal",
     "plan_span_load",
     "position_causal_attention",
+    "prepare_attention",
     "query_attention_mass",
     "rerotate_keys",
     "rotary_spec_from_config",

@@ -5,6 +5,7 @@ The forward is the real one, over tensors that pretend to be on a GPU (:mod:`pre
 
 from __future__ import annotations
 
+import sys
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from store_writing import CONTEXT
 from chunk_cache import ChunkKey, ChunkKV, Match
 from chunk_cache.policies import create_policy
 from rag_kernels import ATTENTION_METHODS, RotarySpec, create_attention_method
+from rag_kernels.attention.choice import kernel_named
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
@@ -25,7 +27,8 @@ from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
-LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 16, 50
+LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 64, 50
+DTYPE = torch.bfloat16
 PREFIX, CHUNK, CHUNKS, QUESTION = 8, 300, 2, 40
 PROMPT = PREFIX + CHUNK * CHUNKS + QUESTION
 
@@ -35,6 +38,25 @@ class NoKernel:
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
+
+
+class PagedWrapper:
+    """In the place of FlashInfer's: copies what it is planned with as that does, and computes nothing."""
+
+    planned = 0
+
+    def __init__(self, workspace, layout, **options):
+        self._device = workspace.device
+
+    def plan(self, qo, kv, indices, last, *sizes, **options):
+        for table in (qo, kv, last):
+            table.to("cpu")
+        for table in (qo, kv, indices, last):
+            table.to(self._device, non_blocking=True)
+        PagedWrapper.planned += 1
+
+    def run(self, q, pools, *positions):
+        return torch.empty_like(q)
 
 
 class Runner:
@@ -48,7 +70,8 @@ class Runner:
         free = (~used).nonzero().flatten()[1:]
         self.gpu = gpu
         self.pools = [
-            [gpu.put(torch.zeros(size, KV_HEADS, DIM)) for _ in range(2)] for _ in range(LAYERS)
+            [gpu.put(torch.zeros(size, KV_HEADS, DIM, dtype=DTYPE)) for _ in range(2)]
+            for _ in range(LAYERS)
         ]
         self.req_to_token_pool = types.SimpleNamespace(req_to_token=gpu.put(table.to(torch.int32)))
         self.token_to_kv_pool = types.SimpleNamespace(
@@ -60,6 +83,7 @@ class Runner:
         )
         self.model_config = types.SimpleNamespace(context_len=8192)
         self.lora_manager = None
+        self.dtype = DTYPE
         self.layers = [
             types.SimpleNamespace(
                 layer_id=index,
@@ -77,7 +101,7 @@ class Runner:
         rows = fused.attention.num_rows
         for layer in self.layers:
             q, k, v = (
-                self.gpu.put(torch.randn(rows, heads * DIM))
+                self.gpu.put(torch.randn(rows, heads * DIM).to(DTYPE))
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             fused.run_layer(layer, self.token_to_kv_pool, q, k, v, True)
@@ -89,7 +113,7 @@ class Runner:
         return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
-def make_runtime():
+def make_runtime(kernel):
     facts = types.SimpleNamespace(
         num_layers=LAYERS,
         num_q_heads=HEADS,
@@ -99,7 +123,7 @@ def make_runtime():
         rotary=RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, DIM, 2) / DIM)),
         qkv_share=0.16,
     )
-    runtime = FusionRuntime(FusionConfig(attention_kernel="triton"), None)
+    runtime = FusionRuntime(FusionConfig(attention_kernel=kernel), None)
     runtime.facts = facts
     return runtime
 
@@ -115,8 +139,8 @@ def make_state(policy, method):
             key=ChunkKey.of(CONTEXT, chunk),
             token_ids=chunk,
             base_position=5,
-            k=torch.randn(shape).pin_memory(),
-            v=torch.randn(shape).pin_memory(),
+            k=torch.randn(shape).to(DTYPE).pin_memory(),
+            v=torch.randn(shape).to(DTYPE).pin_memory(),
         )
         spans.append(
             LeasedSpan(
@@ -130,7 +154,7 @@ def make_state(policy, method):
     state.lease(spans)
     state.resolve()
     if method:
-        state._found.method = create_attention_method(method)
+        state._found.method = create_attention_method(method + METHOD_OPTIONS.get(method, ""))
     return state
 
 
@@ -156,7 +180,7 @@ def make_batch(gpu, requests):
     )
 
 
-def forward(monkeypatch, policy, requests=2, method=""):
+def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
     """Run a forward; the waits of the host."""
     from rag_kernels import load_triton, mass_triton, shift_triton
     from rag_kernels.attention import triton as attention
@@ -170,9 +194,15 @@ def forward(monkeypatch, policy, requests=2, method=""):
         (shift_triton, "add_shift_kernel"),
     ):
         monkeypatch.setattr(module, name, NoKernel())
+    flashinfer = types.SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=PagedWrapper)
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
     torch.manual_seed(0)
     with pretend_gpu() as gpu:
-        runner, runtime, batch = Runner(gpu, requests), make_runtime(), make_batch(gpu, requests)
+        runner, runtime, batch = (
+            Runner(gpu, requests),
+            make_runtime(kernel),
+            make_batch(gpu, requests),
+        )
         entries = []
         for index in range(requests - 1):  # the last one is ordinary
             name, *options = policy.split(",")
@@ -191,6 +221,11 @@ def forward(monkeypatch, policy, requests=2, method=""):
         return gpu.waits, view.extend_seq_lens_cpu[0]
 
 
+METHOD_OPTIONS = {
+    # So that the method has something to choose in prompts as short as these.
+    "sale": ":min_tokens=64+segment=64+local_window=64+thresholds=0.01",
+}
+PROBE_IS_ALL_RUNS = 0
 LOOK = "write_guard.py"
 CHOICE = "host_copy.py"
 
@@ -205,7 +240,11 @@ def test_without_a_signal_the_host_waits_once(policy, method, monkeypatch):
 
 
 def test_each_choice_of_rows_is_one_wait_whatever_the_number_of_requests(monkeypatch):
-    for policy, choices in (("query:0.3,draft_tokens=0", 1), ("query:0.3", 2), ("cacheblend:0.9", 3)):
+    for policy, choices in (
+        ("query:0.3,draft_tokens=0", 1),
+        ("query:0.3", 2),
+        ("cacheblend:0.9", 3),
+    ):
         for requests in (2, 4):
             waits, rows = forward(monkeypatch, policy, requests)
             assert rows > QUESTION
@@ -213,3 +252,15 @@ def test_each_choice_of_rows_is_one_wait_whatever_the_number_of_requests(monkeyp
                 LOOK,
                 *[CHOICE] * choices,
             ], waits
+
+
+@pytest.mark.parametrize("method", ["", "power:block=64+window=2+dense_layers=1"])
+def test_flashinfer_is_planned_without_a_wait_once_per_pass_and_kind_of_layer(method, monkeypatch):
+    monkeypatch.setattr(PagedWrapper, "planned", 0)
+    kernel = kernel_named("flashinfer")
+    monkeypatch.setattr(kernel, "_wrappers", {})
+    waits, _ = forward(monkeypatch, "query:0.3,draft_tokens=0", 3, method, "flashinfer")
+    assert len(waits) == 2, waits
+    # The probing pass and the final one; rows of runs and scattered rows; with a method dense and sparse layers.
+    assert PagedWrapper.planned == 2 * 2 * (2 if method else 1) - PROBE_IS_ALL_RUNS
+    assert kernel.batch_faults == 0

@@ -206,7 +206,10 @@ def shift_cases() -> dict[str, float]:
             first += rows.numel()
         plan = join_mean_shifts(plans)
         pools = torch.randn(2, 300, 3, dim).to(dtype)
-        news, olds = torch.randn(2, first, 3, dim).to(dtype), torch.randn(2, first, 3, dim).to(dtype)
+        news, olds = (
+            torch.randn(2, first, 3, dim).to(dtype),
+            torch.randn(2, first, 3, dim).to(dtype),
+        )
         old = {"k_old": olds[0], "v_old": olds[1]} if gives_old else {"k_old": None, "v_old": None}
         want = pools.float().clone()
         wide = {key: None if one is None else one.float() for key, one in old.items()}

@@ -126,9 +126,9 @@ class PretendedGpu(TorchDispatchMode):
         on_gpu = any(isinstance(one, GpuTensor) for one in flat)
         if on_gpu and name in _ALWAYS:
             self._note(_ALWAYS[name])
-        elif on_gpu and name == "isin" and not kwargs.get("assume_unique"):
-            self._note("sizes follow from values")
-        elif on_gpu and name == "repeat_interleave" and kwargs.get("output_size") is None:
+        elif (on_gpu and name == "isin" and not kwargs.get("assume_unique")) or (
+            on_gpu and name == "repeat_interleave" and kwargs.get("output_size") is None
+        ):
             self._note("sizes follow from values")
         elif on_gpu and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             for at in args[1]:

@@ -99,6 +99,7 @@ def plan_position_causal(
         order=None if is_sorted else to_device(order, target),
         inverse=None if is_sorted else to_device(inverse, target),
         sorted_positions=to_device(sorted_positions, target, torch.int32),
+        sorted_on_host=sorted_positions.to(torch.int32),
         slots=tuple(to_device(s, target, torch.int64) for s in slots),
         blocks=tuple(blocks),
         num_q_heads=num_q_heads,

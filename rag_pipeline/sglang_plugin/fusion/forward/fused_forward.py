@@ -90,6 +90,7 @@ class FusedForward:
         if shifts and self._req_to_token.device.type != "cpu":
             shifts = [join_mean_shifts(shifts)]
         fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
+        fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=True)
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
         return view, fused

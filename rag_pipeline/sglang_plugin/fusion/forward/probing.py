@@ -112,6 +112,7 @@ class Prober:
     def _run(self, rows: Sequence[RequestRows], observer: PassObserver) -> Tensor | None:
         stopping = _StoppingObserver(observer)
         fused = make_pass(self._runtime, self._loader, rows, self._guard, observer=stopping)
+        fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=False)
         bind_adapters(self._runner, view)
         self._runtime.group.all_true(True)  # no rank starts a pass that another one does not reach
