@@ -13,6 +13,7 @@ from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.layout import ReuseLayout
 from chunk_cache.policies.scored import ScoredPolicy
 from chunk_cache.policies.signals.attention import AttentionSignal
+from rag_kernels import to_device
 
 _LEAST_SHARE_BEHIND_DRAFT = 0.5
 """Share of the budget's tokens that must be left for a draft to be worth its pass."""
@@ -154,10 +155,12 @@ class QueryPolicy(ScoredPolicy):
             return self._by_question(layout, scores, candidates, count)
         asking, drafted = scores
         of_draft = int(self.config.draft_share * count)
-        positions = candidates.to(scores.device)
+        positions = to_device(candidates, scores.device)
         asked = self._by_question(layout, asking, positions, count - of_draft)
-        left = torch.isin(positions, asked, invert=True)
-        more = top_positions(self._pooled(drafted, layout)[left], positions[left], of_draft)
+        # Masked, not picked out: how many are left need not be read from the device.
+        taken = torch.isin(positions, asked, assume_unique=True)
+        rest = self._pooled(drafted, layout).masked_fill(taken, float("-inf"))
+        more = top_positions(rest, positions, of_draft)
         return torch.cat([asked, more]).sort().values
 
     def _by_question(

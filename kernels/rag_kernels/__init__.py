@@ -16,11 +16,19 @@ from rag_kernels.attention import (
     choose_kernel,
     plan_position_causal,
     position_causal_attention,
+    prepare_attention,
 )
 from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
+from rag_kernels.host_copy import to_device, to_host
 from rag_kernels.mass import query_attention_mass
-from rag_kernels.mean_shift import MeanShiftPlan, mean_shift_inplace, plan_mean_shift
+from rag_kernels.mass_batch import MassPlan, attention_mass, plan_attention_mass
+from rag_kernels.mean_shift import (
+    MeanShiftPlan,
+    join_mean_shifts,
+    mean_shift_inplace,
+    plan_mean_shift,
+)
 from rag_kernels.paged import gather_kv, scatter_kv_inplace
 from rag_kernels.registry import Registry
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys
@@ -40,6 +48,7 @@ __all__ = [
     "AttentionKernel",
     "AttentionMethod",
     "BlockMask",
+    "MassPlan",
     "MeanShiftPlan",
     "MethodsOfPass",
     "PositionCausalPlan",
@@ -50,18 +59,24 @@ __all__ = [
     "RotationTable",
     "RowBlock",
     "SpanLoadPlan",
+    "attention_mass",
     "choose_kernel",
     "create_attention_method",
     "gather_kv",
+    "join_mean_shifts",
     "kv_deviation",
     "load_spans_inplace",
     "mean_shift_inplace",
+    "plan_attention_mass",
     "plan_mean_shift",
     "plan_position_causal",
     "plan_span_load",
     "position_causal_attention",
+    "prepare_attention",
     "query_attention_mass",
     "rerotate_keys",
     "rotary_spec_from_config",
     "scatter_kv_inplace",
+    "to_device",
+    "to_host",
 ]

@@ -14,12 +14,14 @@ Shape suffixes: T tokens, N key/value heads, H head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rag_kernels.host_copy import to_device
 from rag_kernels.native.selection import native_shift
 from rag_kernels.paged import gather_kv, scatter_kv_inplace
 from rag_kernels.rotary import RotarySpec, add_rotated_inplace, rotate
@@ -50,6 +52,8 @@ class MeanShiftPlan:
         int64 ``[C]`` on the host: where each chunk ends in ``other_slots``.
     other_cos, other_sin : Tensor
         fp32 ``[T, 1, rotary_dim / 2]``: rotation from the chunk's first position.
+    parts : tuple of MeanShiftPlan
+        What :func:`join_mean_shifts` put together; empty otherwise.
     """
 
     spec: RotarySpec
@@ -63,6 +67,31 @@ class MeanShiftPlan:
     other_ends: Tensor
     other_cos: Tensor
     other_sin: Tensor
+    parts: tuple[MeanShiftPlan, ...] = ()
+    _memo: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a kernel reads of the host's tensors, copied once per pass.
+
+        Returns
+        -------
+        tuple of Tensor
+            int32 ``[C + 1]`` bounds of the probes of each chunk, fp32 ``[P]`` weights, int32 ``[T]`` chunk of each
+            token that is shifted.
+        """
+        if not self._memo:
+            start = torch.zeros(1, dtype=torch.int64)
+            chunks = torch.arange(self.other_ends.numel(), dtype=torch.int32)
+            counts = torch.diff(self.other_ends, prepend=start)
+            tables = (
+                torch.cat([start, self.probe_ends]).to(torch.int32),
+                self.weights,
+                chunks.repeat_interleave(counts),
+            )
+            device = self.other_slots.device
+            bounds, weights, owners = (to_device(table, device) for table in tables)
+            self._memo["tables"] = (bounds, weights, owners)
+        return self._memo["tables"]
 
     def averaging(self) -> Tensor:
         """:attr:`weights` as a matrix, fp32 ``[C, P]`` on the host, for a product that sums by chunk."""
@@ -140,20 +169,58 @@ def plan_mean_shift(
     weights = (strength / (counts + _DAMPING))[probe_chunk].astype(np.float32)
     # One table of the places in a chunk for all: the rotation back is the same angle, negative.
     table = spec.table(torch.arange(int(lengths.max(initial=0))), device)
-    back = torch.from_numpy(rows[probes] - bounds[probe_chunk, 0]).to(device)
-    forth = torch.from_numpy(offset[others]).to(device)
+
+    def there(numbers: npt.NDArray[np.int64]) -> Tensor:
+        return to_device(torch.from_numpy(numbers), device)
+
+    back, forth = there(rows[probes] - bounds[probe_chunk, 0]), there(offset[others])
     return MeanShiftPlan(
         spec=spec,
-        probe_rows=torch.from_numpy(probes + first_row).to(device),
-        probe_slots=slots[torch.from_numpy(rows[probes]).to(device)].long(),
+        probe_rows=there(probes + first_row),
+        probe_slots=slots[there(rows[probes])].long(),
         probe_ends=torch.from_numpy(np.cumsum(counts[is_shifted])),
         probe_cos=table.cos[back, None],
         probe_sin=-table.sin[back, None],
         weights=torch.from_numpy(weights),
-        other_slots=slots[torch.from_numpy(position[others]).to(device)].long(),
+        other_slots=slots[there(position[others])].long(),
         other_ends=torch.from_numpy(np.cumsum(num_others[is_shifted])),
         other_cos=table.cos[forth, None],
         other_sin=table.sin[forth, None],
+    )
+
+
+def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
+    """One plan for all requests of a pass, at least one, whose slots differ: two launches per layer on a GPU.
+
+    Their rows must be rows of the same new keys (``first_row``), and their rotation the same.
+    """
+    if len(plans) == 1:
+        return plans[0]
+
+    def all_of(name: str) -> Tensor:
+        return torch.cat([getattr(plan, name) for plan in plans])
+
+    def ends(name: str) -> Tensor:
+        before, joined = 0, []
+        for plan in plans:
+            one = getattr(plan, name)
+            joined.append(one + before)
+            before += int(one[-1]) if one.numel() else 0
+        return torch.cat(joined)
+
+    return MeanShiftPlan(
+        spec=plans[0].spec,
+        probe_rows=all_of("probe_rows"),
+        probe_slots=all_of("probe_slots"),
+        probe_ends=ends("probe_ends"),
+        probe_cos=all_of("probe_cos"),
+        probe_sin=all_of("probe_sin"),
+        weights=all_of("weights"),
+        other_slots=all_of("other_slots"),
+        other_ends=ends("other_ends"),
+        other_cos=all_of("other_cos"),
+        other_sin=all_of("other_sin"),
+        parts=tuple(plans),
     )
 
 
@@ -189,8 +256,17 @@ def mean_shift_inplace(
         return
     if native_shift(k_pool, v_pool, k_new, v_new, plan, k_old, v_old):
         return
+    if k_pool.device.type == "cuda" and _fits_triton(k_pool, v_pool, k_new, v_new, k_old, v_old):
+        from rag_kernels.shift_triton import mean_shift_triton
+
+        mean_shift_triton(k_pool, v_pool, k_new, v_new, plan, k_old, v_old)
+        return
+    for part in plan.parts:
+        mean_shift_inplace(k_pool, v_pool, k_new, v_new, part, k_old=k_old, v_old=v_old)
+    if plan.parts:
+        return
     heads, dim = k_new.shape[1:]
-    averaging = plan.averaging().to(k_pool.device)
+    averaging = to_device(plan.averaging(), k_pool.device)
     chunks = averaging.shape[0]
     old_k = (
         gather_kv(k_pool, plan.probe_slots)
@@ -220,3 +296,13 @@ def mean_shift_inplace(
         lo = hi
     scatter_kv_inplace(k_pool, plan.other_slots, stays_k)
     scatter_kv_inplace(v_pool, plan.other_slots, stays_v)
+
+
+def _fits_triton(k_pool: Tensor, v_pool: Tensor, *rows: Tensor | None) -> bool:
+    """Whether values are as wide as keys, old rows are given for both or neither, and heads lie in one piece."""
+    given = [k_pool, v_pool, *(one for one in rows if one is not None)]
+    return (
+        len(given) % 2 == 0
+        and all(one.shape[1:] == k_pool.shape[1:] for one in given)
+        and all(one.stride(-1) == 1 for one in given)
+    )

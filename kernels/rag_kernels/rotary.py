@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rag_kernels.host_copy import to_device
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RotationTable:
@@ -112,7 +114,9 @@ class RotarySpec:
             on_host = delta.device.type == "cpu"
             all_moved = on_host and bool(moved.all())
             is_zero = on_host and not bool(moved.any())
-            return RotationTable(cos, sin, is_zero, None if all_moved else moved.to(device))
+            return RotationTable(
+                cos, sin, is_zero, None if all_moved else to_device(moved, torch.device(device))
+            )
         cos, sin = self.cos_sin(torch.tensor([int(delta)]), device)
         return RotationTable(cos, sin, int(delta) == 0)
 
@@ -120,7 +124,8 @@ class RotarySpec:
         """Cosine and sine of position differences, integer ``[R]``: fp32 ``[R, rotary_dim / 2]``, angles in fp64."""
         freq = self.inv_freq.to(delta.device)
         angle = delta.to(torch.float64)[:, None] * freq[None, :]
-        return angle.cos().float().to(device), angle.sin().float().to(device)
+        place = torch.device(device)
+        return to_device(angle.cos().float(), place), to_device(angle.sin().float(), place)
 
     def cache_error(self, cos_sin_cache: Tensor) -> float:
         """Largest angle error in radians against a model's own table: a self-check before keys are moved.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rag_kernels.host_copy import to_device
 from rag_kernels.rotary import RotarySpec
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def plan_span_load(
         deltas=tuple(int(delta) for delta in deltas),
         cos=cos,
         sin=sin,
-        token_rows=rows.to(torch.int32).repeat_interleave(lengths).to(device),
+        token_rows=to_device(rows.to(torch.int32).repeat_interleave(lengths), device),
         spec=spec,
     )
 

@@ -13,12 +13,19 @@ from rag_kernels import (
     BlockMask,
     RequestBlocks,
     RotarySpec,
+    attention_mass,
+    join_mean_shifts,
+    mean_shift_inplace,
+    plan_attention_mass,
+    plan_mean_shift,
     plan_position_causal,
     plan_span_load,
     position_causal_attention,
+    query_attention_mass,
     rerotate_keys,
 )
 from rag_kernels.load_triton import load_spans_triton
+from rag_kernels.shift_triton import mean_shift_triton
 
 
 def readable(blocks, heads, positions, keys):
@@ -149,5 +156,70 @@ def load_cases() -> dict[str, float]:
     return errors
 
 
+def mass_cases() -> dict[str, float]:
+    """Largest error against the plain mass of each request alone."""
+    torch.manual_seed(2)
+    errors = {}
+    for name, dtype, q_heads, kv_heads, dim in [
+        ("mass fp32", torch.float32, 6, 2, 16),
+        ("mass fp32 one head of 24", torch.float32, 1, 1, 24),
+        ("mass fp16", torch.float16, 4, 2, 32),
+    ]:
+        lengths, counts = (600, 90, 40, 257), (9, 20, 0, 1)
+        slots = torch.randperm(1200)[: sum(lengths)].split(lengths)
+        k_pool = torch.randn(1200, kv_heads, dim).to(dtype)
+        rows, positions, first = [], [], 3  # rows that nobody asked for stand in front, and between
+        for length, count in zip(lengths, counts, strict=True):
+            rows.append((first, first + count))
+            positions.append(torch.randperm(length)[:count])
+            first += count + 2
+        q = torch.randn(first, q_heads, dim).to(dtype)
+        plan = plan_attention_mass(rows, positions, slots, uses_triton=True)
+        got = attention_mass(q, k_pool, plan, 0.3).split(plan.lengths)
+        for (low, high), at, own, mass in zip(rows, positions, slots, got, strict=True):
+            want = query_attention_mass(
+                q[low:high].float(), k_pool.float(), own, at, own.numel(), 0.3
+            )
+            assert abs(float(mass.sum()) - (high > low)) < 1e-4
+            errors[name] = max(errors.get(name, 0.0), float((mass - want).abs().max()))
+    return errors
+
+
+def shift_cases() -> dict[str, float]:
+    """Largest error against the torch path, over the whole pool."""
+    torch.manual_seed(3)
+    errors = {}
+    for name, dtype, neox, dim, rotary, gives_old in [
+        ("shift fp32 neox", torch.float32, True, 32, 32, False),
+        ("shift fp32 pairs partial, old rows given", torch.float32, False, 24, 16, True),
+        ("shift fp16 neox", torch.float16, True, 16, 16, False),
+    ]:
+        spec = RotarySpec.from_inv_freq(
+            10000.0 ** -(torch.arange(0, rotary, 2) / rotary), rotary, neox
+        )
+        requests = [([(5, 60), (60, 61), (70, 130)], 140), ([(0, 40), (44, 90)], 100)]
+        plans, first, free = [], 2, torch.randperm(300)
+        for spans, length in requests:
+            rows = torch.randperm(length)[: length // 3].sort().values
+            slots, free = free[:length], free[length:]
+            plans.append(plan_mean_shift(spans, rows, slots, spec, 0.5, first_row=first))
+            first += rows.numel()
+        plan = join_mean_shifts(plans)
+        pools = torch.randn(2, 300, 3, dim).to(dtype)
+        news, olds = (
+            torch.randn(2, first, 3, dim).to(dtype),
+            torch.randn(2, first, 3, dim).to(dtype),
+        )
+        old = {"k_old": olds[0], "v_old": olds[1]} if gives_old else {"k_old": None, "v_old": None}
+        want = pools.float().clone()
+        wide = {key: None if one is None else one.float() for key, one in old.items()}
+        mean_shift_inplace(want[0], want[1], news[0].float(), news[1].float(), plan, **wide)
+        got = pools.clone()
+        mean_shift_triton(got[0], got[1], news[0], news[1], plan, **old)
+        assert float((got.float() - pools.float()).abs().max()) > 0.01
+        errors[name] = float((got.float() - want).abs().max())
+    return errors
+
+
 if __name__ == "__main__":
-    print(json.dumps(attention_cases() | load_cases()))
+    print(json.dumps(attention_cases() | load_cases() | mass_cases() | shift_cases()))

@@ -38,7 +38,7 @@ def run(script: str, **extra: str) -> dict:
 
 def test_interpreted_kernels_agree_with_plain_torch():
     errors = run("interpreted_cases.py", TRITON_INTERPRET="1")
-    assert len(errors) == 23
+    assert len(errors) == 29
     limits = {
         name: 0.0
         if "bf16" in name or "values" in name or "bits" in name

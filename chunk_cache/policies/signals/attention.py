@@ -21,7 +21,7 @@ from chunk_cache.policies.signals.base import (
     ProbePasses,
     Signal,
 )
-from rag_kernels import query_attention_mass
+from rag_kernels import attention_mass, plan_attention_mass, to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class AttentionSignal(Signal):
         asked, drafted = self._masses(passes, requests)
         chosen = []
         for i, request in enumerate(requests):
-            at = request.candidates.to(asked[i].device)
+            at = to_device(request.candidates, asked[i].device)
             scores = asked[i][at]
             if drafted is not None:
                 scores = torch.stack([scores, drafted[i][at]])
-            chosen.append(request.policy.choose(request.layout, scores, request.candidates))
+            chosen.append(request.policy.choose(request.layout, scores, at))
         return chosen
 
     def _masses(
@@ -76,9 +76,10 @@ class AttentionSignal(Signal):
         asked, ids = self._mass(passes, rows, asking, stops=scratch is None)
         if scratch is None or ids is None:
             return asked, None
+        likeliest, *seen = to_host([ids, *asked])
         drafts = [
-            draft.look_up(int(first), request.prompt, request.chunk_spans, mass, self.draft_tokens)
-            for first, request, mass in zip(ids.tolist(), requests, asked, strict=True)
+            draft.look_up(first, request.prompt, request.chunk_spans, mass, self.draft_tokens)
+            for first, request, mass in zip(likeliest.tolist(), requests, seen, strict=True)
         ]
         rows = [
             request.rows_behind(guess, own)
@@ -127,10 +128,6 @@ class MassObserver(PassObserver):
     stops : bool
         The pass ends in the last layer of the range; False lets it go on to its logits.
 
-    Attributes
-    ----------
-    mass : list of Tensor
-        Per request fp32 ``[kv_len]``: of this rank's heads.
     """
 
     def __init__(
@@ -145,13 +142,16 @@ class MassObserver(PassObserver):
     ) -> None:
         self._layers = layers
         self._stops = stops
-        self._rows = list(rows)
-        self._positions = list(positions)
-        self._slots = list(slots)
+        self._plan = plan_attention_mass(rows, positions, slots)
         self._scaling = scaling
-        self.mass: list[Tensor] = [
-            torch.zeros(s.numel(), dtype=torch.float32, device=s.device) for s in slots
-        ]
+        self._mass = torch.zeros(
+            sum(self._plan.lengths), dtype=torch.float32, device=slots[0].device
+        )
+
+    @property
+    def mass(self) -> list[Tensor]:
+        """Per request fp32 ``[kv_len]``: of this rank's heads."""
+        return list(self._mass.split(self._plan.lengths))
 
     @property
     def last_layer(self) -> int | None:
@@ -162,8 +162,4 @@ class MassObserver(PassObserver):
         """Add a layer's mass."""
         if layer_id not in self._layers:
             return
-        for i, (lo, hi) in enumerate(self._rows):
-            slots = self._slots[i]
-            self.mass[i] += query_attention_mass(
-                q[lo:hi], k_pool, slots, self._positions[i], slots.numel(), self._scaling
-            )
+        self._mass += attention_mass(q, k_pool, self._plan, self._scaling)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunk_cache.policies.layout import ReuseLayout
 from chunk_cache.policies.signals.base import PassObserver, ProbedRequest, ProbePasses, Signal
-from rag_kernels import kv_deviation
+from rag_kernels import kv_deviation, to_device, to_host
 
 Metric = Literal["k", "v", "kv"]
 
@@ -47,9 +47,13 @@ class DeviationSignal(Signal):
         left = [request.candidates for request in requests]
         for stage, layer in enumerate(self.check_layers):
             scores = self._check(passes, requests, left, layer)
-            for i, request in enumerate(requests):
-                chosen = request.policy.choose(request.layout, scores[i], left[i], stage)
-                left[i] = chosen.to("cpu", torch.int64)
+            chosen = [
+                request.policy.choose(
+                    request.layout, scores[i], to_device(left[i], scores[i].device), stage
+                )
+                for i, request in enumerate(requests)
+            ]
+            left = to_host([one.to(torch.int64) for one in chosen])
         return left
 
     def _check(
@@ -93,7 +97,7 @@ class DeviationObserver(PassObserver):
 
     def __init__(self, layer: int, rows: Sequence[Tensor], slots: Tensor, metric: Metric) -> None:
         self._layer = layer
-        self._rows = [r.to(slots.device) for r in rows]
+        self._rows = [to_device(r, slots.device) for r in rows]
         self._slots = slots
         self._metric = metric
         self.deviation: list[Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rag_kernels.attention.base import AttentionCall, AttentionKernel
-from rag_kernels.attention.call import position_causal_attention
+from rag_kernels.attention.call import position_causal_attention, prepare_attention
 from rag_kernels.attention.choice import ATTENTION_KERNELS, choose_kernel
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
@@ -20,4 +20,5 @@ __all__ = [
     "choose_kernel",
     "plan_position_causal",
     "position_causal_attention",
+    "prepare_attention",
 ]

@@ -57,7 +57,14 @@ class AttentionCall:
 
 
 class KernelUnavailableError(RuntimeError):
-    """A kernel cannot run here after all; it refuses every call from now on, and another one computes them."""
+    """A kernel cannot compute a call after all; it refuses the calls of this plan, and another one computes them.
+
+    ``is_final``: it refuses every call from now on.
+    """
+
+    def __init__(self, message: str, *, is_final: bool = True) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
 class AttentionKernel(ABC):
@@ -94,6 +101,12 @@ class AttentionKernel(ABC):
             return "reads no block mask"
         return None
 
+    def prepare(self, call: AttentionCall) -> None:  # noqa: B027 - most kernels have nothing to plan
+        """Do what can be done before the first layer of a pass, for calls like this one; it may raise as :meth:`attend`.
+
+        Of the queries and the pools only shapes, types and devices are looked at: they need not hold anything yet.
+        """
+
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
         """Compute a call that was not refused; its tensors are left as they are.
@@ -106,5 +119,5 @@ class AttentionKernel(ABC):
         Raises
         ------
         KernelUnavailableError
-            It cannot run here, which only its first use showed; nothing was written.
+            It cannot compute this, which only the attempt showed; nothing was written.
         """

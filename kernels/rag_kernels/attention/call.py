@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall, KernelUnavailableError
+from rag_kernels.attention.base import AttentionCall, AttentionKernel, KernelUnavailableError
 from rag_kernels.attention.choice import kernel_of_call
 from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def position_causal_attention(
@@ -83,8 +88,43 @@ def position_causal_attention(
         logit_cap=logit_cap,
         mask=mask,
     )
+    return _by_first_able(call, lambda kernel: kernel.attend(call))
+
+
+def prepare_attention(
+    plan: PositionCausalPlan, k_pool: Tensor, v_pool: Tensor, dtype: torch.dtype, scale: float
+) -> None:
+    """Let the kernel of a plan do what it can before the first layer, for calls without a mask, a window or a cap.
+
+    Parameters
+    ----------
+    plan : PositionCausalPlan
+        From :func:`plan_position_causal`.
+    k_pool, v_pool : Tensor
+        Of any layer.
+    dtype : torch.dtype
+        Of the queries.
+    scale : float
+        Softmax scale.
+    """
+    if plan.num_rows == 0:
+        return
+    shape = (0, plan.num_q_heads, plan.head_dim)
+    call = AttentionCall(
+        q_RNH=torch.empty(shape, dtype=dtype, device=plan.device),
+        k_pool=k_pool,
+        v_pool=v_pool,
+        plan=plan,
+        scale=scale,
+    )
+    _by_first_able(call, lambda kernel: kernel.prepare(call))
+
+
+def _by_first_able(call: AttentionCall, work: Callable[[AttentionKernel], T]) -> T:
+    """Do it with the best kernel that does not fail; a failed one refuses the call from then on."""
     while True:
         try:
-            return kernel_of_call(call).attend(call)
+            return work(kernel_of_call(call))
         except KernelUnavailableError as error:
-            logger.warning("%s; the next best kernel takes its place", error)
+            level = logging.WARNING if error.is_final else logging.INFO
+            logger.log(level, "%s; the next best kernel takes its place", error)

@@ -28,12 +28,16 @@ class RequestBlocks:
         Tokens of a block.
     first_query_block : int
         Query blocks in front of the first row of the call need no entry.
+    on_host : Tensor or None
+        The same as ``allowed`` on the host, where it follows from positions alone: kernels that are planned on the host
+        need not wait for the device then.
     """
 
     allowed: Tensor
     query_block: int
     key_block: int
     first_query_block: int = 0
+    on_host: Tensor | None = None
 
     def rows(self, positions: Tensor) -> Tensor:
         """Key blocks that rows may read, their own block included; bool ``[H, R, K]``.

@@ -61,6 +61,8 @@ class PositionCausalPlan:
         int64 ``[num_rows]`` on the device: sorted row of each query row.
     sorted_positions : Tensor
         int32 ``[num_rows]`` on the device, sorted within each request.
+    sorted_on_host : Tensor
+        The same on the host.
     slots : tuple of Tensor
         Per request int64 ``[kv_len]`` on the device; slot ``j`` holds position ``j``.
     blocks : tuple of RowBlock
@@ -76,6 +78,7 @@ class PositionCausalPlan:
     order: Tensor | None
     inverse: Tensor | None
     sorted_positions: Tensor
+    sorted_on_host: Tensor
     slots: tuple[Tensor, ...]
     blocks: tuple[RowBlock, ...]
     num_q_heads: int

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rag_kernels.attention.choice import choose_kernel
 from rag_kernels.attention.plan import PositionCausalPlan, RowBlock
+from rag_kernels.host_copy import to_device
 
 
 def plan_position_causal(
@@ -95,10 +96,11 @@ def plan_position_causal(
         num_rows=starts[-1],
         row_starts=tuple(starts),
         positions=positions.to(torch.int32),
-        order=None if is_sorted else order.to(target),
-        inverse=None if is_sorted else inverse.to(target),
-        sorted_positions=sorted_positions.to(target, torch.int32),
-        slots=tuple(s.to(target, torch.int64) for s in slots),
+        order=None if is_sorted else to_device(order, target),
+        inverse=None if is_sorted else to_device(inverse, target),
+        sorted_positions=to_device(sorted_positions, target, torch.int32),
+        sorted_on_host=sorted_positions.to(torch.int32),
+        slots=tuple(to_device(s, target, torch.int64) for s in slots),
         blocks=tuple(blocks),
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rag_kernels.attention.mask import RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.host_copy import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,18 +83,9 @@ def cut_tiles(plan: PositionCausalPlan, requests: tuple[int, ...], tile_rows: in
     slots = plan.memo.get("all_slots")
     if slots is None:
         slots = plan.memo["all_slots"] = torch.cat(plan.slots)
-    made = Tiles(table=_to_device(table.contiguous(), plan.device), slots=slots)
+    made = Tiles(table=to_device(table.contiguous(), plan.device), slots=slots)
     plan.memo[key] = made
     return made
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory, the copy does not make the host wait for the work that is queued before it.
-    return (
-        table.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else table.to(device)
-    )
 
 
 def list_blocks(plan: PositionCausalPlan, tiles: Tiles, blocks: RequestBlocks) -> TileBlocks:

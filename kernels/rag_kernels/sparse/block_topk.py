@@ -66,7 +66,7 @@ def mean_queries(rows: RequestRows) -> Tensor:
     """Mean query of each block, ``[Q, Hq, D]``; zeros for a block without rows."""
     q, at = rows.q, rows.query_block
     sums = q.new_zeros(rows.num_query_blocks, *q.shape[1:]).index_add_(0, at, q)
-    counts = torch.bincount(at, minlength=rows.num_query_blocks).clamp(min=1)
+    counts = _count(at, rows.num_query_blocks).clamp(min=1)
     return sums / counts[:, None, None]
 
 
@@ -75,5 +75,10 @@ def mean_keys(rows: RequestRows, num_heads: int) -> Tensor:
     k = rows.k
     at = torch.arange(k.shape[0], device=k.device) // rows.block
     sums = k.new_zeros(rows.last + 1, *k.shape[1:]).index_add_(0, at, k)
-    counts = torch.bincount(at, minlength=rows.last + 1)
+    counts = _count(at, rows.last + 1)
     return (sums / counts[:, None, None]).repeat_interleave(num_heads // k.shape[1], dim=1)
+
+
+def _count(at: Tensor, num_blocks: int) -> Tensor:
+    # bincount would look at the largest, and make the host wait for the device.
+    return at.new_zeros(num_blocks).index_add_(0, at, torch.ones_like(at))

@@ -13,6 +13,7 @@ from torch import Tensor
 from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.host_copy import to_device
 from rag_kernels.sparse.base import AttentionMethod
 from rag_kernels.sparse.row_blocks import block_range, check_block
 
@@ -121,8 +122,10 @@ class StaticBlocks(AttentionMethod):
             if found is None:
                 continue
             first, last = found
+            allowed = self.allowed(first, last)[None]
             made[request] = RequestBlocks(
-                allowed=self.allowed(first, last, plan.device)[None],
+                allowed=to_device(allowed, plan.device),
+                on_host=allowed,
                 query_block=size,
                 key_block=size,
                 first_query_block=first,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rag_kernels.host_copy import to_device
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowGroup:
@@ -113,9 +115,9 @@ def lay_out_rows(
             RowGroup(
                 num_candidates=candidates,
                 end=int(positions[rows[-1, -1]]) + 1,
-                blocks=torch.tensor([block for block, _, _ in members], device=device),
-                rows=(rows + first_row).to(device),
-                positions=positions[rows].long().to(device),
+                blocks=to_device(torch.tensor([block for block, _, _ in members]), device),
+                rows=to_device(rows + first_row, device),
+                positions=to_device(positions[rows], device, torch.int64),
             )
         )
     first = int(found[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
+from rag_kernels.host_copy import to_device
 from rag_kernels.native.estimate import native_choice
 from rag_kernels.paged import gather_kv
 from rag_kernels.sparse.base import AttentionMethod
@@ -182,7 +183,7 @@ class SaleAttention(AttentionMethod):
             name: getattr(self.config, name)
             for name in ("block_q", "block_k", "local_window", "segment", "min_tokens")
         }
-        positions = plan.sorted_positions.cpu()
+        positions = plan.sorted_on_host
         made: dict[int, RequestLayout | None] = {}
         for request in requests:
             lo, hi = plan.row_starts[request], plan.row_starts[request + 1]
@@ -199,7 +200,7 @@ class SaleAttention(AttentionMethod):
         if not any(state.values()) or bool((tau < DENSE_TAU).all()):
             return None
         made: list[RequestBlocks | None] = [None] * len(call.plan.slots)
-        tau = tau.to(call.q_RNH.device)
+        tau = to_device(tau, call.q_RNH.device)
         for request, layout in state.items():
             if layout is not None:
                 made[request] = self._choose(layout, call, call.plan.slots[request], tau)

@@ -19,6 +19,7 @@ from rag_kernels import (
     MethodsOfPass,
     PositionCausalPlan,
     plan_position_causal,
+    to_device,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import PASS_KEY, FusedPass, Observer
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
@@ -26,7 +27,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
-_PADDING_SLOT = 0
+PADDING_SLOT = 0
 """SGLang's pools keep slot 0 out of circulation for rows whose KV nobody wants."""
 
 
@@ -65,9 +66,9 @@ class RequestRows:
     @property
     def row_slots(self) -> Tensor:
         """int64 ``[R]``: where the rows' own keys and values go."""
-        slots = self.kv_slots[self.positions.to(self.kv_slots.device)]
+        slots = self.kv_slots[to_device(self.positions, self.kv_slots.device)]
         if self.keeps_last:
-            slots[-1] = _PADDING_SLOT
+            slots[-1] = PADDING_SLOT
         return slots
 
 
@@ -104,7 +105,9 @@ def make_pass(
     """
     assert runtime.facts is not None
     plan, slots = plan_rows(rows, runtime.facts, runtime.config.attention_kernel)
-    guard.check([slots, *loader.slots, *(shift.other_slots for shift in shifts)])
+    guard.check_rows([(r.index, int(r.positions[0])) for r in rows if r.count])
+    if slots.device.type == "cpu":  # elsewhere the look would make the host wait: see FusedForward
+        guard.check([slots, *loader.slots, *(shift.other_slots for shift in shifts)])
     methods = [r.method for r in rows]
     return FusedPass(
         row_slots=slots,
@@ -117,6 +120,12 @@ def make_pass(
         methods=MethodsOfPass(plan, methods) if any(m is not None for m in methods) else None,
         clock=runtime.attention_clock,
     )
+
+
+def slots_of(req_to_token: Tensor, batch: Any, index: int, end: int) -> Tensor:
+    """Slots of a request's first ``end`` positions; int64. Which row is its own, only the device has to know."""
+    row = batch.req_pool_indices[index : index + 1]
+    return req_to_token[:, :end].index_select(0, row)[0].to(torch.int64)
 
 
 def ordinary_rows(
@@ -148,12 +157,12 @@ def ordinary_rows(
     if start < begin:
         assert fill_ids is not None
         early = torch.tensor(list(fill_ids[start : min(end, begin)]), dtype=ids.dtype)
-        ids = torch.cat([early.to(ids.device), ids])
+        ids = torch.cat([to_device(early, ids.device), ids])
     return RequestRows(
         index=index,
         positions=torch.arange(start, end),
         ids=ids,
-        kv_slots=req_to_token[batch.req_pool_indices[index], :end].to(torch.int64),
+        kv_slots=slots_of(req_to_token, batch, index, end),
     )
 
 
@@ -184,7 +193,7 @@ def make_view(
     slots = torch.cat([r.row_slots for r in rows]) if fused is None else fused.row_slots
     own = {} if fused is None else {PASS_KEY: fused}
     counts = [r.count for r in rows]
-    positions = torch.cat([r.positions for r in rows]).to(device, batch.positions.dtype)
+    positions = to_device(torch.cat([r.positions for r in rows]), device, batch.positions.dtype)
     lens = torch.tensor(counts, dtype=torch.int32)
     # A part of ordinary rows ends where it ends; fused rows see everything up to the end of their piece.
     ends = (int(r.positions[-1]) + 1 for r in rows)
@@ -195,19 +204,19 @@ def make_view(
         "positions": positions,
         "out_cache_loc": slots.to(batch.out_cache_loc.dtype),
         "extend_num_tokens": sum(counts),
-        "extend_seq_lens": lens.to(device),
+        "extend_seq_lens": to_device(lens, device),
         "extend_seq_lens_cpu": counts,
         # In a fused pass attention is ours; the lengths only have to add up for the backend's own metadata.
-        "extend_prefix_lens": torch.tensor(prefixes, dtype=torch.int32).to(device),
+        "extend_prefix_lens": to_device(torch.tensor(prefixes, dtype=torch.int32), device),
         "extend_prefix_lens_cpu": prefixes,
-        "extend_start_loc": (lens.cumsum(0, dtype=torch.int32) - lens).to(device),
+        "extend_start_loc": to_device(lens.cumsum(0, dtype=torch.int32) - lens, device),
         "model_specific_states": {**(batch.model_specific_states or {}), **own},
     }
     if batch.global_num_token_non_padded_cpu is not None:
         changes["global_num_token_non_padded_cpu"] = sum(counts)
     if batch.global_num_token_non_padded is not None:
-        changes["global_num_token_non_padded"] = torch.tensor(
-            sum(counts), dtype=torch.int32, device=device
+        changes["global_num_token_non_padded"] = to_device(
+            torch.tensor(sum(counts), dtype=torch.int32), device
         )
     if whole_batch:
         if batch.extend_logprob_start_lens_cpu is not None:
@@ -223,11 +232,11 @@ def make_view(
             ]
         return dataclasses.replace(batch, **changes)
     chosen = [r.index for r in rows]
-    at = torch.tensor(chosen, dtype=torch.int64, device=device)
+    at = to_device(torch.tensor(chosen, dtype=torch.int64), device)
     changes |= {
         "batch_size": len(rows),
         "req_pool_indices": batch.req_pool_indices[at],
-        "seq_lens": torch.tensor(seq_lens).to(device, batch.seq_lens.dtype),
+        "seq_lens": to_device(torch.tensor(seq_lens), device, batch.seq_lens.dtype),
         "seq_lens_cpu": torch.tensor(seq_lens, dtype=torch.int64),
         "seq_lens_sum": sum(seq_lens),
         "orig_seq_lens": None if batch.orig_seq_lens is None else batch.orig_seq_lens[at],

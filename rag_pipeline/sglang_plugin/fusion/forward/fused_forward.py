@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag_kernels import MeanShiftPlan, plan_mean_shift
+from rag_kernels import MeanShiftPlan, join_mean_shifts, plan_mean_shift
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
     RequestRows,
     make_pass,
     make_view,
     ordinary_rows,
+    slots_of,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, FusedItem, plan_item
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass
@@ -60,11 +61,16 @@ class FusedForward:
             copies=runtime.copies,
         )
         self._guard = WriteGuard(
-            int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._protected()
+            int(runner.token_to_kv_pool.get_key_buffer(0).shape[0]), self._parts(is_own=False)
         )
 
     def prepare(self) -> tuple[Any, FusedPass]:
-        """Run the probing passes; return the batch of the final pass and the pass itself."""
+        """Run the probing passes; return the batch of the final pass and the pass itself.
+
+        On a GPU the host waits once before anything is written, and once per choice of rows by a signal.
+        """
+        if self._req_to_token.device.type != "cpu":
+            self._guard.check([*self._parts(is_own=True), *self._loader.slots])
         waiting = [item for item in self._items.values() if item.chosen is None]
         if waiting:
             began = time.perf_counter()
@@ -81,7 +87,10 @@ class FusedForward:
                 shifts += self._shift(item, part, first)
             rows.append(part)
             first += part.count
+        if shifts and self._req_to_token.device.type != "cpu":
+            shifts = [join_mean_shifts(shifts)]
         fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
+        fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=True)
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
         return view, fused
@@ -92,8 +101,7 @@ class FusedForward:
         end = int(
             self._batch.extend_prefix_lens_cpu[index] + self._batch.extend_seq_lens_cpu[index]
         )
-        slots: Tensor = self._req_to_token[self._batch.req_pool_indices[index], :end]
-        return slots.to(torch.int64)
+        return slots_of(self._req_to_token, self._batch, index, end)
 
     def _item(self, entry: BatchEntry) -> FusedItem:
         state = entry.state
@@ -125,14 +133,20 @@ class FusedForward:
                     )
         return loads
 
-    def _protected(self) -> list[Tensor]:
-        """Slots of every request in front of what this forward may write of it."""
-        return [
-            self._items[index].kv_slots[: self._items[index].entry.protected_len]
-            if index in self._items
-            else self._kv_slots(index)[: int(self._batch.extend_prefix_lens_cpu[index])]
-            for index in range(int(self._batch.batch_size))
-        ]
+    def _parts(self, *, is_own: bool) -> list[Tensor]:
+        """Slots of every request that this forward may write, or those in front of them, which it must not."""
+        parts = []
+        for index in range(int(self._batch.batch_size)):
+            item = self._items.get(index)
+            if item is None:
+                slots, start = (
+                    self._kv_slots(index),
+                    int(self._batch.extend_prefix_lens_cpu[index]),
+                )
+            else:
+                slots, start = item.kv_slots, item.entry.protected_len
+            parts.append(slots[start:] if is_own else slots[:start])
+        return parts
 
     # -- the final pass -----------------------------------------------------------------------
 

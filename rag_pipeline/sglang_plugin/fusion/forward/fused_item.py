@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache.policies import ReuseLayout, ScoredPolicy
+from rag_kernels import to_device
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import RequestRows
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
@@ -154,7 +155,7 @@ class FusedItem:
         return RequestRows(
             index=self.entry.index,
             positions=positions,
-            ids=self.prompt[positions].to(self.kv_slots.device),
+            ids=to_device(self.prompt[positions], self.kv_slots.device),
             kv_slots=self.kv_slots,
             keeps_last=keeps_last,
             method=self.entry.state.method,
@@ -166,7 +167,7 @@ class FusedItem:
         return RequestRows(
             index=self.entry.index,
             positions=torch.arange(int(kv_slots.numel()) - len(ids), int(kv_slots.numel())),
-            ids=torch.tensor(list(ids), dtype=torch.int64, device=kv_slots.device),
+            ids=to_device(torch.tensor(list(ids), dtype=torch.int64), kv_slots.device),
             kv_slots=kv_slots,
             method=self.entry.state.method,
         )

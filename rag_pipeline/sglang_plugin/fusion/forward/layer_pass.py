@@ -21,6 +21,7 @@ from rag_kernels import (
     PositionCausalPlan,
     mean_shift_inplace,
     position_causal_attention,
+    prepare_attention,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock, timed
@@ -94,6 +95,13 @@ class FusedPass:
     methods: MethodsOfPass | None = None
     attend: Callable[..., Tensor] = position_causal_attention
     clock: AttentionClock | None = None
+
+    def prepare(self, runner: Any) -> None:
+        """Plan the attention before layer 0, where nothing of the pass waits for it; masks come with their layers."""
+        if self.methods is None:
+            pool = runner.token_to_kv_pool
+            k_pool, v_pool = pool.get_key_buffer(0), pool.get_value_buffer(0)
+            prepare_attention(self.attention, k_pool, v_pool, runner.dtype, self.scaling)
 
     def run_layer(
         self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from chunk_cache import LoadError
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
-from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters
+from rag_pipeline.sglang_plugin.fusion.forward.batch_view import bind_adapters, slots_of
 from rag_pipeline.sglang_plugin.fusion.forward.fused_forward import FusedForward
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry, BatchPlan
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
@@ -208,8 +206,7 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
 def _store_captures(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry) -> None:
     assert runtime.facts is not None
     state, piece = entry.state, entry.piece
-    row = runner.req_to_token_pool.req_to_token[batch.req_pool_indices[entry.index], : piece.end]
-    slots = row.to(torch.int64)
+    slots = slots_of(runner.req_to_token_pool.req_to_token, batch, entry.index, piece.end)
     for capture in state.captures:
         if capture.end > piece.end:
             continue

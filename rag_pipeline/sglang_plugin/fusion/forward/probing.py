@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from chunk_cache.policies.signals import PassObserver, PassRows, ProbedRequest, Signal
+from rag_kernels import to_host
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward import scratch as scratch_slots
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
+    PADDING_SLOT,
     RequestRows,
     bind_adapters,
     make_pass,
@@ -22,7 +24,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import StopPassError
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
-from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
+from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError, WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
@@ -63,7 +65,10 @@ class Prober:
             groups.setdefault(item.policy.signal(item.layout), []).append(item)
         for signal in sorted(groups, key=lambda signal: signal.name):
             members = groups[signal]
-            for item, chosen in zip(members, signal.choose(self, members), strict=True):
+            *found, is_spared = to_host([*signal.choose(self, members), self._guard.is_spared])
+            if is_spared:
+                raise ProtectedWriteError("a draft's slots in the pool are not free")
+            for item, chosen in zip(members, found, strict=True):
                 item.chosen = planning.checked_choice(chosen, item.layout)
 
     # -- what signals are offered -------------------------------------------------------------
@@ -90,7 +95,9 @@ class Prober:
         slots = scratch_slots.borrow_slots(self._runner, len(requests), tokens)
         if not scratch_slots.fits(self._runner, requests, tokens):
             slots = None
-        return slots if self._runtime.group.all_true(slots is not None) else None
+        if not self._runtime.group.all_true(slots is not None):
+            return None
+        return None if slots is None else self._guard.spare(slots, PADDING_SLOT)
 
     def run(self, rows: Sequence[PassRows], observer: PassObserver) -> Tensor | None:
         """Run a pass; return the likeliest next token of each request, None where the observer ended it."""
@@ -105,6 +112,7 @@ class Prober:
     def _run(self, rows: Sequence[RequestRows], observer: PassObserver) -> Tensor | None:
         stopping = _StoppingObserver(observer)
         fused = make_pass(self._runtime, self._loader, rows, self._guard, observer=stopping)
+        fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=False)
         bind_adapters(self._runner, view)
         self._runtime.group.all_true(True)  # no rank starts a pass that another one does not reach

@@ -29,8 +29,44 @@ class WriteGuard:
 
     def __init__(self, pool_size: int, protected: Sequence[Tensor]) -> None:
         slots = torch.cat([part.to(torch.int64) for part in protected])
+        self._own_from = [part.numel() for part in protected]
+        self._is_spared: Tensor | None = None
         self._is_protected = torch.zeros(pool_size, dtype=torch.bool, device=slots.device)
-        self._is_protected[slots] = True
+        self._is_protected.index_fill_(0, slots, True)
+
+    def check_rows(self, first: Sequence[tuple[int, int]]) -> None:
+        """Look at where a pass begins to write, on the host alone.
+
+        Parameters
+        ----------
+        first : sequence of (int, int)
+            Request of the batch, and the first position of it that is written.
+
+        Raises
+        ------
+        ProtectedWriteError
+            It lies in front of the request's own part.
+        """
+        for index, position in first:
+            if position < self._own_from[index]:
+                raise ProtectedWriteError(
+                    f"a fused pass would write position {position} of request {index}, whose own part begins at "
+                    f"{self._own_from[index]}"
+                )
+
+    def spare(self, slots: Tensor, otherwise: int) -> Tensor:
+        """Slots to write, with another in the place of those that are protected; see :attr:`is_spared`."""
+        is_wrong = self._is_protected[slots]
+        found = is_wrong.any()
+        self._is_spared = found if self._is_spared is None else self._is_spared | found
+        return slots.masked_fill(is_wrong, otherwise)
+
+    @property
+    def is_spared(self) -> Tensor:
+        """bool, on the device: whether any slot had to be replaced."""
+        if self._is_spared is None:
+            return torch.zeros((), dtype=torch.bool)
+        return self._is_spared
 
     def check(self, written: Sequence[Tensor]) -> None:
         """Look at all slots that a pass is going to write.

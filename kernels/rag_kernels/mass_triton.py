@@ -1,0 +1,295 @@
+"""Attention mass of many requests in two launches: softmax statistics by runs of keys, then the mass of each key.
+
+The first launch leaves the largest logit and the sum of exponentials of every row over each run of keys; the second one
+puts those of a row together and adds up the row's weights by key. A run of keys is read once per key/value head and
+launch, for all rows of its request. Checked in Triton's interpreter (fp32, fp16) and compiled for sm_90a; not run on a
+GPU here, so its speed is unmeasured.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rag_kernels.host_copy import to_device
+
+_KEYS = 64
+_ROWS = 64
+_SHORTEST_RUN = 256
+_MOST_RUNS = 64
+"""Runs of a request, so that putting a row's statistics together stays short."""
+
+
+@triton.jit
+def _logits(
+    q_ptr,
+    positions_ptr,
+    k,
+    keys,
+    is_key,
+    dims,
+    is_dim,
+    start,
+    kv_head,
+    row_lo,
+    num_rows,
+    scale,
+    q_row,
+    q_head,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Logits in base 2 of ``ROWS`` packed rows from ``start`` on; minus infinity where a row sees no key."""
+    packed = start + tl.arange(0, ROWS)
+    rows = row_lo + packed // GROUP
+    is_row = packed < num_rows * GROUP
+    position = tl.load(positions_ptr + rows, mask=is_row, other=-1)
+    heads = kv_head * GROUP + packed % GROUP
+    q = tl.load(
+        q_ptr + (rows.to(tl.int64) * q_row + heads * q_head)[:, None] + dims[None, :],
+        mask=is_row[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    logits = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (scale * 1.4426950408889634)
+    seen = is_key[None, :] & (keys[None, :] <= position[:, None])
+    return is_row, tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def mass_statistics_kernel(
+    q_ptr,
+    k_ptr,
+    positions_ptr,
+    slots_ptr,
+    runs_ptr,
+    best_ptr,
+    total_ptr,
+    scale,
+    num_runs,
+    width,
+    q_row,
+    q_head,
+    k_slot,
+    k_head,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Statistics of all rows of a request over one run of keys.
+
+    ``runs_ptr`` is int32 ``[8, num_runs]``: first row, rows, first slot of the request, first key, end of the keys,
+    the request's first run and their number, and the request. Statistics are fp32 ``[runs, kv heads, width]``.
+    """
+    run = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row_lo = tl.load(runs_ptr + run)
+    num_rows = tl.load(runs_ptr + num_runs + run)
+    slot_base = slots_ptr + tl.load(runs_ptr + 2 * num_runs + run)
+    key_lo = tl.load(runs_ptr + 3 * num_runs + run)
+    key_hi = tl.load(runs_ptr + 4 * num_runs + run)
+    dims = tl.arange(0, DIM_PAD)
+    is_dim = dims < DIM
+    base = (run.to(tl.int64) * tl.num_programs(1) + kv_head) * width
+    k_base = k_ptr + kv_head.to(tl.int64) * k_head
+    for start in range(0, num_rows * GROUP, ROWS):
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for first in range(key_lo, key_hi, KEYS):
+            keys = first + tl.arange(0, KEYS)
+            is_key = keys < key_hi
+            slot = tl.load(slot_base + keys, mask=is_key, other=0)
+            k = tl.load(
+                k_base + slot[None, :] * k_slot + dims[:, None],
+                mask=is_dim[:, None] & is_key[None, :],
+                other=0.0,
+            )
+            _, logits = _logits(
+                q_ptr, positions_ptr, k, keys, is_key, dims, is_dim, start, kv_head, row_lo,
+                num_rows, scale, q_row, q_head, GROUP, ROWS,
+            )  # fmt: skip
+            new_best = tl.maximum(best, tl.max(logits, 1))
+            level = tl.where(new_best == float("-inf"), 0.0, new_best)
+            total = total * tl.exp2(best - level) + tl.sum(tl.exp2(logits - level[:, None]), 1)
+            best = new_best
+        at = start + tl.arange(0, ROWS)
+        tl.store(best_ptr + base + at, best, mask=at < num_rows * GROUP)
+        tl.store(total_ptr + base + at, total, mask=at < num_rows * GROUP)
+
+
+@triton.jit
+def mass_kernel(
+    q_ptr,
+    k_ptr,
+    positions_ptr,
+    slots_ptr,
+    runs_ptr,
+    best_ptr,
+    total_ptr,
+    mass_ptr,
+    scale,
+    num_runs,
+    width,
+    mass_head,
+    q_row,
+    q_head,
+    k_slot,
+    k_head,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Mass of the keys of one run, of one key/value head's queries; ``mass_ptr`` is fp32 ``[kv heads, keys]``."""
+    run = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row_lo = tl.load(runs_ptr + run)
+    num_rows = tl.load(runs_ptr + num_runs + run)
+    slot_at = tl.load(runs_ptr + 2 * num_runs + run)
+    key_lo = tl.load(runs_ptr + 3 * num_runs + run)
+    key_hi = tl.load(runs_ptr + 4 * num_runs + run)
+    run_lo = tl.load(runs_ptr + 5 * num_runs + run)
+    run_count = tl.load(runs_ptr + 6 * num_runs + run)
+    dims = tl.arange(0, DIM_PAD)
+    is_dim = dims < DIM
+    heads = tl.num_programs(1)
+    k_base = k_ptr + kv_head.to(tl.int64) * k_head
+    share = 1.0 / (num_rows * heads * GROUP)
+    for first in range(key_lo, key_hi, KEYS):
+        keys = first + tl.arange(0, KEYS)
+        is_key = keys < key_hi
+        slot = tl.load(slots_ptr + slot_at + keys, mask=is_key, other=0)
+        k = tl.load(
+            k_base + slot[None, :] * k_slot + dims[:, None],
+            mask=is_dim[:, None] & is_key[None, :],
+            other=0.0,
+        )
+        mass = tl.zeros([KEYS], tl.float32)
+        for start in range(0, num_rows * GROUP, ROWS):
+            is_row, logits = _logits(
+                q_ptr, positions_ptr, k, keys, is_key, dims, is_dim, start, kv_head, row_lo,
+                num_rows, scale, q_row, q_head, GROUP, ROWS,
+            )  # fmt: skip
+            best = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            for other in range(run_lo, run_lo + run_count):
+                at = (other * heads + kv_head.to(tl.int64)) * width + start + tl.arange(0, ROWS)
+                its_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
+                its_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
+                new_best = tl.maximum(best, its_best)
+                level = tl.where(new_best == float("-inf"), 0.0, new_best)
+                total = total * tl.exp2(best - level) + its_total * tl.exp2(its_best - level)
+                best = new_best
+            level = tl.where(best == float("-inf"), 0.0, best)
+            weights = tl.exp2(logits - level[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
+            mass += tl.sum(weights, 0)
+        tl.store(
+            mass_ptr + kv_head.to(tl.int64) * mass_head + slot_at + keys, mass * share, mask=is_key
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MassRuns:
+    """The keys of all requests cut into runs; made once per pass.
+
+    Attributes
+    ----------
+    table : Tensor
+        int32 ``[8, runs]`` on the device, see :func:`mass_statistics_kernel`.
+    most_rows : int
+        Rows of the request that has the most.
+    """
+
+    table: Tensor
+    most_rows: int
+
+
+def cut_runs(
+    rows: tuple[tuple[int, int], ...], lengths: tuple[int, ...], device: torch.device
+) -> MassRuns:
+    """Cut the keys of requests, which lie one behind the other, into runs.
+
+    Parameters
+    ----------
+    rows : tuple of (int, int)
+        Rows of each request in the queries.
+    lengths : tuple of int
+        Keys of each request.
+    device : torch.device
+        Where the table goes.
+    """
+    table: list[tuple[int, ...]] = []
+    first_slot = 0
+    for request, ((low, high), keys) in enumerate(zip(rows, lengths, strict=True)):
+        size = max(_SHORTEST_RUN, -(-keys // _MOST_RUNS // _KEYS) * _KEYS)
+        starts = range(0, keys, size) if high > low else ()
+        first = len(table)
+        table += [
+            (low, high - low, first_slot, at, min(at + size, keys), first, len(starts), request)
+            for at in starts
+        ]
+        first_slot += keys
+    made = torch.tensor(table, dtype=torch.int32).reshape(-1, 8).t().contiguous()
+    return MassRuns(
+        table=to_device(made, device), most_rows=max((high - low for low, high in rows), default=0)
+    )
+
+
+def mass_triton(
+    q_RNH: Tensor,
+    k_pool: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    runs: MassRuns,
+    scale: float,
+) -> Tensor:
+    """Mass on every key of every request, fp32 ``[sum of keys]``; 0 for requests without rows.
+
+    Parameters
+    ----------
+    q_RNH : Tensor
+        ``[R, Hq, D]``, innermost stride 1.
+    k_pool : Tensor
+        ``[num_slots, Hk, D]``, innermost stride 1.
+    positions : Tensor
+        int32 ``[R]`` on the device, of all rows of the queries; of those of no request it has no meaning.
+    slots : Tensor
+        int64, the slots of all requests one behind the other.
+    runs : MassRuns
+        From :func:`cut_runs`.
+    scale : float
+        Softmax scale.
+    """
+    kv_heads, dim = k_pool.shape[1:]
+    group = q_RNH.shape[1] // kv_heads
+    width = runs.most_rows * group
+    count = int(runs.table.shape[1])
+    mass = torch.zeros(kv_heads, slots.numel(), dtype=torch.float32, device=q_RNH.device)
+    if not count:
+        return mass.sum(0)
+    best, total = torch.empty(
+        2, count, kv_heads, width, dtype=torch.float32, device=q_RNH.device
+    ).unbind()
+    shape: dict[str, Any] = {
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "ROWS": _ROWS,
+        "KEYS": _KEYS,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    inputs = (q_RNH, k_pool, positions, slots, runs.table, best, total)
+    strides = (q_RNH.stride(0), q_RNH.stride(1), k_pool.stride(0), k_pool.stride(1))
+    grid = (count, kv_heads)
+    mass_statistics_kernel[grid](*inputs, scale, count, width, *strides, **shape)
+    mass_kernel[grid](*inputs, mass, scale, count, width, mass.stride(0), *strides, **shape)
+    return mass.sum(0)
