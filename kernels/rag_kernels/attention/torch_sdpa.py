@@ -33,6 +33,7 @@ __all__ = [
     "decode_attention",
     "extend_attention",
     "packed_decode_attention",
+    "tree_attention",
 ]
 
 QUERY_BLOCK = 256
@@ -236,3 +237,41 @@ def packed_decode_attention(
         scale=scale,
     )
     return out_BKGE.reshape(batch, num_heads, -1)
+
+
+def tree_attention(
+    q_THD: torch.Tensor,
+    k_NKD: torch.Tensor,
+    v_NKE: torch.Tensor,
+    tree_TT: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a tree of drafted tokens: each sees every key before the tree, and in it what the tree says.
+
+    Parameters
+    ----------
+    q_THD, k_NKD, v_NKE : Tensor
+        As for :func:`extend_attention`; the last ``T`` keys are those of the tree.
+    tree_TT : Tensor
+        bool ``[T, T]``: where key ``j`` of the tree is query ``i`` or an ancestor of it.
+    scale : float
+        Factor on the logits.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[T, H, E]``, dtype of ``q_THD``.
+    """
+    num_new, num_keys = q_THD.shape[0], k_NKD.shape[0]
+    seen_TN = torch.ones(num_new, num_keys, dtype=torch.bool)
+    seen_TN[:, num_keys - num_new :] = tree_TT
+    out_HTE = scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None],
+        k_NKD.transpose(0, 1)[None],
+        v_NKE.transpose(0, 1)[None],
+        attn_mask=seen_TN,
+        scale=scale,
+        enable_gqa=q_THD.shape[1] != k_NKD.shape[1],
+    )[0]
+    return out_HTE.transpose(0, 1)

@@ -20,6 +20,7 @@ from rag_kernels.attention.torch_sdpa import (
     decode_attention,
     extend_attention,
     packed_decode_attention,
+    tree_attention,
 )
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND, offer_attention_backend
@@ -104,8 +105,8 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     read the positions that it keeps and no others, in layers without a sliding window.
 
     Grouped-query attention, sliding windows (also with SGLang's separate window pool), any page
-    size and any KV dtype are served. Logit caps, encoders, cross-attention, attention sinks, MLA
-    and speculative decoding are refused with one line.
+    size and any KV dtype are served, and trees of drafted tokens (NGRAM speculation) in layers without a window.
+    Logit caps, encoders, cross-attention, attention sinks, MLA and draft models are refused with one line.
     """
 
     gathers_positions = True
@@ -142,10 +143,10 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._reads, self._kept_plans = None, {}
         if mode.is_idle():
             return
-        if mode.is_target_verify() or mode.is_draft_extend_v2():
+        if mode.is_draft_extend_v2():
             raise EngineError(
                 f"the attention backend {ATTENTION_BACKEND!r} does not serve speculative "
-                "decoding; start without speculative_algorithm."
+                "decoding with a draft model; start without speculative_algorithm, or with NGRAM."
             )
         if self._window_pool and forward_batch.out_cache_loc is not None:
             self._swa_out_cache_loc = self._to_window_pool(forward_batch.out_cache_loc)
@@ -189,6 +190,20 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         q_THD = q.reshape(-1, at.layer.tp_q_head_num, at.layer.qk_head_dim)
         out_THE = q.new_zeros(q_THD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
         for span in at.plan.spans:
+            if span.tree is not None:
+                if at.window is not None:
+                    raise EngineError(
+                        f"the attention backend {ATTENTION_BACKEND!r} does not serve speculation with sliding "
+                        "windows; start without speculative_algorithm."
+                    )
+                out_THE[span.start : span.stop] = tree_attention(
+                    q_THD[span.start : span.stop],
+                    at.keys[span.slots].to(q.dtype),
+                    at.values[span.slots].to(q.dtype),
+                    span.tree,
+                    scale=at.layer.scaling,
+                )
+                continue
             out_THE[span.start : span.stop] = extend_attention(
                 q_THD[span.start : span.stop],
                 at.keys[span.slots].to(q.dtype),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import (
     ATTENTION_BACKEND,
     offer_attention_backend,
@@ -20,6 +22,7 @@ from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
 __all__ = ["RagCpuPlatform"]
 
+NGRAM = "NGRAM"
 logger = logging.getLogger(__name__)
 
 _LAST_LOC = "sglang.srt.mem_cache.allocation.get_last_loc"
@@ -112,6 +115,32 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         ranks = int(server_args.tp_size) * int(server_args.pp_size) * int(server_args.dp_size)
         if ranks > 1:
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", core_groups(ranks))
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether an algorithm runs here: NGRAM, whose drafts need no model."""
+        return algorithm == NGRAM
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """Return SGLang's NGRAM worker once what it calls on a GPU is replaced.
+
+        Raises
+        ------
+        EngineError
+            For any other algorithm: its draft model needs compiled kernels.
+        """
+        if algorithm != NGRAM:
+            raise EngineError(
+                f"speculative_algorithm {algorithm!r} needs kernels that there are for GPUs only; take 'NGRAM' or none."
+            )
+        from rag_pipeline.sglang_plugin.cpu.speculation import install
+
+        return install()
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        """Return what finds the slots of drafted tokens."""
+        from rag_pipeline.sglang_plugin.cpu.speculation import cache_locs
+
+        return cache_locs
 
     def init_backend(self) -> None:
         """Register the attention backend in the worker (called once there by SGLang)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,15 @@ PADDING_ALLOWED = 1.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtendSpan:
-    """One request of an extend batch: its rows of the batch and its slots, oldest first."""
+    """One request of an extend batch: its rows of the batch and its slots, oldest first.
+
+    ``tree`` is bool ``[rows, rows]`` where the rows are drafted tokens: which of the last keys each may look at.
+    """
 
     start: int
     stop: int
     slots: torch.Tensor | slice
+    tree: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,18 +89,34 @@ def plan_slots(
             for plan, own in zip(plans, pools, strict=True):
                 plan.buckets.append(DecodeBucket(rows=rows, slots=own(slots), lengths=lengths))
         return plans
-    new_lens = forward_batch.extend_seq_lens.tolist()
+    trees: list[torch.Tensor | None] = [None] * len(seq_lens)
+    if forward_batch.forward_mode.is_target_verify():
+        num = int(forward_batch.spec_info.draft_token_num)
+        trees = list(_trees(forward_batch.spec_info.custom_mask, seq_lens, num))
+        new_lens, seq_lens = [num] * len(seq_lens), [length + num for length in seq_lens]
+    else:
+        new_lens = forward_batch.extend_seq_lens.tolist()
     pool_rows = forward_batch.req_pool_indices.tolist()
     start = 0
-    for row, seq_len, new_len in zip(pool_rows, seq_lens, new_lens, strict=True):
+    for row, seq_len, new_len, tree in zip(pool_rows, seq_lens, new_lens, trees, strict=True):
         if new_len == 0:
             continue
         slots = req_to_token[row, :seq_len].long()
         stop = start + new_len
         for plan, own in zip(plans, pools, strict=True):
-            plan.spans.append(ExtendSpan(start=start, stop=stop, slots=_as_run(own(slots))))
+            run = _as_run(own(slots))
+            plan.spans.append(ExtendSpan(start=start, stop=stop, slots=run, tree=tree))
         start = stop
     return plans
+
+
+def _trees(mask: torch.Tensor, prefix_lens: Sequence[int], num: int) -> Iterator[torch.Tensor]:
+    """Cut SGLang's mask of a batch: rows of ``prefix + num`` entries, ``num`` rows per request, all flattened."""
+    done = 0
+    for length in prefix_lens:
+        size = num * (length + num)
+        yield mask[done : done + size].view(num, length + num)[:, length:].bool()
+        done += size
 
 
 def plan_kept_slots(

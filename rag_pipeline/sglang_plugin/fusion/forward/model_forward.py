@@ -16,7 +16,10 @@ from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report
-from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import mark_reads
+from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import (
+    decode_densely,
+    mark_reads,
+)
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
@@ -40,6 +43,9 @@ def after_init_new(
     runtime = get_runtime()
     if mode.is_decode() and runtime is not None:
         mark_reads(runtime, batch, schedule_batch.reqs, model_runner.attn_backend)
+        return
+    if mode.is_target_verify() and runtime is not None:
+        decode_densely(runtime, schedule_batch.reqs)
         return
     if not mode.is_extend_without_speculative() or batch.extend_seq_lens_cpu is None:
         return

@@ -66,6 +66,15 @@ def mark_reads(runtime: FusionRuntime, batch: Any, reqs: Sequence[Any], backend:
         }
 
 
+def decode_densely(runtime: FusionRuntime, reqs: Sequence[Any]) -> None:
+    """Have requests of a batch of drafted tokens read every key, whatever their method says of decoding; said once."""
+    for req in reqs:
+        state = state_of(req)
+        if state is not None and state.decode_method is not None:
+            runtime.say_once("decode", "Drafted tokens (NGRAM) read every key in decoding.")
+            state.decode_densely()
+
+
 def kept_positions(method: AttentionMethod, position: int) -> Tensor:
     """Positions of the blocks that a decoded token reads; int64 ``[n]``, rising, its own the last.
 

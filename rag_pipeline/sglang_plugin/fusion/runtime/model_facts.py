@@ -15,6 +15,10 @@ from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
     describe_settings,
     fingerprint_weights,
 )
+from rag_pipeline.sglang_plugin.fusion.runtime.quantised import (
+    refuse_kv_scales,
+    refuse_quantised_layers,
+)
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_model
 
 _MAX_ANGLE_ERROR = 2e-2
@@ -93,7 +97,11 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     layers = [module for _, module in named]
     config = model_runner.model_config.hf_config
     pool = model_runner.token_to_kv_pool
-    reason = refuse_model(config, pool, layers)
+    reason = (
+        refuse_model(config, pool, layers)
+        or refuse_kv_scales(layers, _backends(model_runner))
+        or refuse_quantised_layers(model_runner.model, model_runner.dtype)
+    )
     if reason is not None:
         raise UnsupportedModelError(reason)
     rotary, table = _read_rotary(config, [modules[name.rpartition(".")[0]] for name, _ in named])
@@ -141,6 +149,14 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             int(text.intermediate_size),
         ),
         model_path=str(model_runner.model_config.model_path),
+    )
+
+
+def _backends(model_runner: Any) -> tuple[str, str]:
+    """Attention backends that prefill and decode."""
+    return (
+        model_runner.prefill_attention_backend_str,
+        model_runner.decode_attention_backend_str,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 _NO_MATTER = frozenset(
     {
@@ -48,18 +50,56 @@ _PIECE_BYTES = 64 << 20
 
 
 def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Hash of names, shapes, types and every byte of the loaded weights.
+    """Hash of names, shapes, types and every byte of the loaded weights, scales of quantised ones among them.
 
     The tensors as loaded, and not file names, tell apart checkpoints that share a name and merged adapters. All
     bytes are read, about 2 GB/s: samples miss a head, a column or a layer that was changed between them.
     """
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, number in sorted(_loose_scales(model).items()):
+        digest.update(f"{name}={number!r}|".encode())
+    for name, tensor in sorted((model.state_dict() | _loose_tensors(model)).items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         for piece in flat.split(_PIECE_BYTES):
             digest.update(memoryview(piece.cpu().numpy()))
     return digest.hexdigest()
+
+
+def _loose_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Tensors of the layers that ``state_dict`` does not know: quantisation methods leave scales as plain attributes."""
+    return {
+        f"{name}.{key}": value
+        for name, key, value in _attributes(model)
+        if isinstance(value, Tensor) and "workspace" not in key
+    }
+
+
+def _loose_scales(model: torch.nn.Module) -> dict[str, float]:
+    """Scales that a quantisation method took out of its tensors, as plain numbers."""
+    return {
+        f"{name}.{key}": value
+        for name, key, value in _attributes(model)
+        if isinstance(value, float) and "scale" in key
+    }
+
+
+def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Plain attributes of layers and of what quantises them, as place, name and value."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        for part, holder in (("", module), (".method", method), (".scheme", _scheme(module))):
+            if holder is not None:
+                for key, value in vars(holder).items():
+                    yield name + part, key, value
+        if method is not None:
+            for key in module._non_persistent_buffers_set:
+                yield name, key, module._buffers[key]
+
+
+def _scheme(module: Any) -> Any:
+    found = getattr(module, "scheme", None)
+    return found if hasattr(found, "__dict__") else None
 
 
 def describe_settings(hf_config: Any, settings: Any, attention: str) -> str:

@@ -43,8 +43,11 @@ def refuse_settings(server_args: Any) -> str | None:
         return (
             "data-parallel attention (--enable-dp-attention): its ranks pad to a common row count"
         )
-    if setting("speculative_algorithm") is not None:
-        return "speculative decoding: the draft needs hidden states of every prompt token"
+    if setting("speculative_algorithm") not in (None, "NGRAM"):
+        return (
+            f"speculative decoding by {setting('speculative_algorithm')}: its draft model prefills every prompt token "
+            "or takes their hidden states, and fusion computes some; NGRAM works"
+        )
     if setting("attn_cp_size", 1) > 1 or setting("dcp_size", 1) > 1:
         return "context parallelism: a rank holds only a part of a request's keys"
     if setting("disaggregation_mode", "null") not in ("null", None):
@@ -119,8 +122,6 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
             return f"logit cap in layer {layer.layer_id}: not tested"
         if layer.qk_head_dim != layer.v_head_dim:
             return f"layer {layer.layer_id} has keys and values of different size"
-        if layer.k_scale is not None or layer.v_scale is not None:
-            return f"layer {layer.layer_id} scales its KV: quantised KV is refused"
     return None
 
 
