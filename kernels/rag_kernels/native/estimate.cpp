@@ -75,7 +75,8 @@ void each(int64_t threads, int64_t count, F work) {
 
 template <class T, class Q, class E>
 int choose(const RagSale& c) {
-    SaleKeys keys(c);
+    static thread_local SaleMemory memory;
+    SaleKeys keys(c, memory);
     each(c.threads, c.kv_heads * keys.panels,
          [&](int64_t i) { keys.smooth_panel<E>(i / keys.panels, i % keys.panels); });
     keys.find_units();

@@ -42,6 +42,11 @@ inline float unit_of(float largest) {
 // most that of two norms: rows that no key can reach then need no more channels. Any order gives the same choice.
 constexpr int STOPS = 2;
 
+// Memory of one call, for the next one: new pages cost as much as what is written to them.
+struct SaleMemory {
+    Memory smooth, scales, strips, norms;
+};
+
 struct SaleKeys {
     const RagSale& c;
     const int dim, padded, lanes;
@@ -53,16 +58,16 @@ struct SaleKeys {
     std::vector<float> units;   // [kv_heads, groups]
     std::vector<int> fours;     // [kv_heads, padded / 4]: first channels of four, the largest first
 
-    explicit SaleKeys(const RagSale& call)
+    SaleKeys(const RagSale& call, SaleMemory& memory)
         : c(call), dim(int(call.dim)), padded(up(dim, 4)), lanes(up(dim, 16)),
           stops{up(padded / 2, 4), up(padded * 3 / 4, 4), padded} {
         for (int64_t g = 0; g < c.num_groups; g++) num_keys = std::max(num_keys, c.groups[g].candidates);
         panels = (num_keys + PANEL - 1) / PANEL;
         const size_t keys = size_t(c.kv_heads * panels) * PANEL;
-        smooth = smooth_of.get<float>(keys * lanes);
-        scales = scales_of.get<float>(keys);
-        strips = strips_of.get<key_number>(keys * padded);
-        norms = norms_of.get<float>(keys * STOPS);
+        smooth = memory.smooth.get<float>(keys * lanes);
+        scales = memory.scales.get<float>(keys);
+        strips = memory.strips.get<key_number>(keys * padded);
+        norms = memory.norms.get<float>(keys * STOPS);
     }
 
     float* panel_of(int64_t head, int64_t panel) const { return smooth + (head * panels + panel) * lanes * PANEL; }
@@ -157,8 +162,6 @@ struct SaleKeys {
         }
     }
 
-private:
-    Memory smooth_of, scales_of, strips_of, norms_of;
 };
 
 }  // namespace rag

@@ -49,6 +49,8 @@ private:
         const float* norms[STOPS];
         for (int stop = 0; stop < STOPS; stop++) norms[stop] = keys.norms_of_strip(stop, head, first);
         const vf unit = all(look.unit);
+        // In units of the sums and less by one, as the sum of the rest is rounded: whatever comes of it stays a bound.
+        const vf one = limit[0] / unit - 1.0f, two = limit[1] / unit - 1.0f;
         for (int i = 0; i < width; i += ROWS) {
             const row_number* rows = own.rows + long(i) * keys.padded;
             Sums sums(own.starts + i);
@@ -56,11 +58,9 @@ private:
             bool is_open = true;
 #pragma GCC unroll 2
             for (int stop = 0; stop < STOPS && is_open; stop++) {
-                const vf rest = all(own.norms[(stop * width + i) / ROWS] * look.unit);
-                // One more than any sum: that of the rest is rounded.
-                const uint32_t reached =
-                    above_of((sums.most(0) + 1.0f) * unit + rest * load(norms[stop]), limit[0]) |
-                    above_of((sums.most(1) + 1.0f) * unit + rest * load(norms[stop] + LANES), limit[1]) << LANES;
+                const vf rest = all(own.norms[(stop * width + i) / ROWS]);
+                const uint32_t reached = above_of(sums.most(0), one - rest * load(norms[stop])) |
+                                         above_of(sums.most(1), two - rest * load(norms[stop] + LANES)) << LANES;
                 is_open = (reached & open) != 0;
                 if (!is_open) break;
                 sums.add(own.starts + (stop + 1) * width + i);
