@@ -16,7 +16,15 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "selection.cpp", "estimate.cpp")
-HEADERS = ("numbers.h", "product.h")
+HEADERS = (
+    "numbers.h",
+    "product.h",
+    "sale_integers.h",
+    "sale_keys.h",
+    "sale_look.h",
+    "sale_rows.h",
+    "sale_thresholds.h",
+)
 COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-w")
 """Not linked with OpenMP: its symbols are found in the library that torch brought along, so there is one team."""
 _TIMEOUT_S = 300.0
