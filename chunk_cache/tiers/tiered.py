@@ -53,6 +53,8 @@ class TierChain(Tier):
     order : callable
         Called with the names of the tiers, the nearest first, for each look-up; returns them in the order in which
         to look, such as the fastest first.
+    is_pause : callable
+        As of :class:`BackgroundWriter`.
     queue_bytes : int
         Most bytes that wait, per tier.
     """
@@ -67,6 +69,7 @@ class TierChain(Tier):
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         wrote: Callable[[str, int, float], None] = lambda tier, num_bytes, seconds: None,
         order: Callable[[list[str]], list[str]] = lambda names: names,
+        is_pause: Callable[[], bool] = lambda: True,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self._count = count
@@ -81,6 +84,7 @@ class TierChain(Tier):
                 is_erased=is_erased,
                 used=used,
                 wrote=lambda num_bytes, seconds: wrote(name, num_bytes, seconds),
+                is_pause=is_pause,
                 queue_bytes=queue_bytes,
             )
             return _Link(name, tier, writer)

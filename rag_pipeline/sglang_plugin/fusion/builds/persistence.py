@@ -82,7 +82,7 @@ def _connect_folder(config: FusionConfig, model: str) -> Tier:
     return GuardedTier.of_folder(tier, name=config.store_dir)
 
 
-def open_folder(runtime: FusionRuntime, model: str) -> None:
+def start_tiers(runtime: FusionRuntime, model: str) -> None:
     """Open the configured tiers, read what fits and start their threads; watch for erased text in any case.
 
     Parameters
@@ -154,6 +154,7 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         used=runtime.store.used_since,
         wrote=wrote,
         order=lambda names: runtime.rates.by_cost(names),
+        is_pause=runtime.pauses.is_pause,
     )
     if runtime.store.uses_queue:
         runtime.tiers.heed_queue(runtime.store.awaited_keys)
