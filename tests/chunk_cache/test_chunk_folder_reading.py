@@ -226,6 +226,24 @@ def test_a_layer_is_read_straight_into_its_place(folder: StoreFolder, record: Ch
         assert torch.equal(place.v, record.v[n])
 
 
+def test_layers_are_read_together_though_a_call_brings_little(
+    folder: StoreFolder, record: ChunkKV, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = folder.open(record.key, record.token_ids)
+    assert reader is not None
+    preadv = os.preadv
+
+    def little(descriptor: int, views: Any, at: int) -> int:
+        return preadv(descriptor, [views[0][:1000]], at)
+
+    monkeypatch.setattr(os, "preadv", little)
+    places = [empty_layer(record) for _ in range(3)]
+    assert reader.layers_into(1, places)
+    for n, place in enumerate(places, 1):
+        assert torch.equal(place.k, record.k[n])
+        assert torch.equal(place.v, record.v[n])
+
+
 def test_what_is_stored_otherwise_is_not_read_straight(
     tmp_path: Path, folder: StoreFolder, record: ChunkKV
 ) -> None:

@@ -24,6 +24,7 @@ from chunk_cache import (
     StoreFolder,
     TierChain,
 )
+from chunk_cache.tiers import guard
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
 from chunk_cache.tiers.guard import GuardedTier, TierDownError
@@ -171,7 +172,7 @@ def test_an_engine_starts_without_a_folder_that_never_opens(
     (manifest,) = (path for path in (tmp_path / "kv").iterdir() if path.suffix == ".json")
     manifest.unlink()
     os.mkfifo(manifest)
-    monkeypatch.setattr(persistence, "CONNECT_S", 0.1)
+    monkeypatch.setattr(guard, "CONNECT_S", 0.1)
     config = FusionConfig(store_dir=str(tmp_path / "kv"))
     _, connect = persistence.open_tiers(config, "no-model")["disk"]
     try:
