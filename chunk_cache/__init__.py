@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from chunk_cache.tiers.disk.folder import StoreFolder
     from chunk_cache.tiers.disk.layout import tenant_mark
     from chunk_cache.tiers.disk.private_files import make_private, sync_folder, write_private
-    from chunk_cache.tiers.fetcher import Candidate, Fetch, Fetcher
+    from chunk_cache.tiers.fetch import Candidate, Fetch
+    from chunk_cache.tiers.fetcher import Fetcher
     from chunk_cache.tiers.tiered import TierChain
     from chunk_cache.tiers.timeline import Timeline, layer_wise_seconds
     from chunk_cache.tiers.transfer import StoreLoadReport, export_store, load_store
@@ -60,7 +61,7 @@ _HOME = {
     "BackgroundWriter": "tiers.background_writer",
     "Build": "store.builds",
     "CODECS": "codecs.base",
-    "Candidate": "tiers.fetcher",
+    "Candidate": "tiers.fetch",
     "ChunkCacheError": "errors",
     "ChunkKV": "records",
     "ChunkKey": "keys",
@@ -72,7 +73,7 @@ _HOME = {
     "EntryInfo": "store.listing",
     "DamagedRecordError": "errors",
     "GoneRecordError": "errors",
-    "Fetch": "tiers.fetcher",
+    "Fetch": "tiers.fetch",
     "Fetcher": "tiers.fetcher",
     "IntegrityError": "errors",
     "KVContext": "keys",

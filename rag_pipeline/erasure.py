@@ -181,7 +181,8 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
     Raises
     ------
     OSError
-        Where a file cannot be deleted.
+        Where a file cannot be deleted, and where the folder cannot be looked through: it is another user's, of a later
+        format, or does not answer.
     """
     return sweep_folder(path, [Notice(name="", marks=marks, folders=(), reach=reach)])
 
@@ -189,11 +190,24 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
 def sweep_folder(path: Path, told: Sequence[Notice]) -> int:
     """Do what several notices say in one pass through a folder, as :func:`erase_folder` does for one."""
     from chunk_cache import ChunkCacheError, StoreFolder
+    from chunk_cache.tiers.disk.layout import holds_store
+    from chunk_cache.tiers.guard import GuardedTier
+
+    class NoStoreError(Exception):
+        """Nothing of ours can lie there."""
+
+    def connect() -> Tier:
+        if not holds_store(path):
+            raise NoStoreError
+        # One of an older format is emptied, as at an engine's start: nobody finds its records, but they hold text.
+        return StoreFolder(path, create=True)
 
     try:
-        store = StoreFolder(path)
-    except ChunkCacheError:
+        store = GuardedTier.open_folder(connect, name=str(path))
+    except NoStoreError:
         return 0
+    except ChunkCacheError as error:
+        raise OSError(f"{path} was not looked through for deleted text: {error}") from None
     return sweep(store, told)
 
 

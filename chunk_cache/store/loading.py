@@ -238,8 +238,12 @@ class LoadingChunk:
             )
         return self.record.layer(index)
 
+    def places(self, first: int, number: int) -> list[LayerKV]:
+        """:meth:`place` of the next layers together."""
+        return [self.place(first), *map(self.record.layer, range(first + 1, first + number))]
+
     def filled(self, index: int) -> None:
-        """Say that the layer of :meth:`place` is whole; whoever waits for it goes on."""
+        """Say that the layer of :meth:`place`, and all before it, are whole; whoever waits for them goes on."""
         with self._changed:
             self._num_filled = index + 1
             self._changed.notify_all()

@@ -1,6 +1,7 @@
 """Chunk records on their way to a lower tier: written by a thread of their own, dropped when it cannot keep up.
 
-A disk may be slow and a network folder may hang; whoever made a record never waits for either.
+A disk may be slow and a network folder may hang; whoever made a record never waits for either. Writing takes cores and
+memory's bandwidth from a forward that runs beside it, so the thread waits for a pause; that wait is bounded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from chunk_cache.tiers.base import Tier
 
 QUEUE_BYTES = 256 << 20
 """Records that wait for the disk, bytes; they stay in memory for so long, evicted or not."""
+HOLD_S = 2.0
+"""Longest that a record waits for a pause, seconds."""
+_LOOK_S = 0.05
+"""How often it is looked whether there is one."""
 _NICE = 10
 """Added to the process's nice value for the thread: a tenth of a core writes more than a core computes."""
 _NOTE_USE_S = 30.0
@@ -32,6 +37,8 @@ class _Waiting:
     record: ChunkKV
     context: KVContext
     tenant: str
+    since: float
+    """Moment of :func:`time.monotonic`."""
 
 
 class BackgroundWriter:
@@ -57,6 +64,9 @@ class BackgroundWriter:
         Keys of records that were used since a moment of :func:`time.monotonic`.
     group_of : callable
         Group of the records of a context (:meth:`Tier.note_member`); None for none.
+    is_pause : callable
+        Whether writing disturbs nobody now. Where it does a record waits, for :data:`HOLD_S` at most, and as long as
+        half of the queue is free; who drains or closes does not wait for a pause.
     queue_bytes : int
         Most bytes that wait.
     """
@@ -71,6 +81,7 @@ class BackgroundWriter:
         used: Callable[[float], Iterable[ChunkKey]] = lambda since: (),
         wrote: Callable[[int, float], None] = lambda num_bytes, seconds: None,
         group_of: Callable[[KVContext], str | None] = lambda context: None,
+        is_pause: Callable[[], bool] = lambda: True,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.tier = tier
@@ -80,6 +91,7 @@ class BackgroundWriter:
         self._used = used
         self._wrote = wrote
         self._group_of = group_of
+        self._is_pause = is_pause
         self._queue_bytes = queue_bytes
         self._queue: deque[_Waiting] = deque()
         self._bytes = 0
@@ -90,6 +102,8 @@ class BackgroundWriter:
         self._to_remove: set[ChunkKey] = set()
         """What was erased while it was written, and the tier refused to remove; the thread's own."""
         self._stopping = False
+        self._draining = 0
+        """How many wait for the queue to be empty."""
         self._noted = time.monotonic()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="chunk-kv-writer", daemon=True)
@@ -100,7 +114,7 @@ class BackgroundWriter:
         with self._changed:
             room = self._bytes + record.num_bytes <= self._queue_bytes and not self._stopping
             if room:
-                self._queue.append(_Waiting(record, context, tenant))
+                self._queue.append(_Waiting(record, context, tenant, time.monotonic()))
                 self._bytes += record.num_bytes
                 self._changed.notify_all()
         if not room:
@@ -152,9 +166,14 @@ class BackgroundWriter:
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing waits, but no longer than `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._queue and self._current is None, timeout_s
-            )
+            self._draining += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(
+                    lambda: not self._queue and self._current is None, timeout_s
+                )
+            finally:
+                self._draining -= 1
 
     def close(self, timeout_s: float) -> bool:
         """Take nothing more, write what waits, and end; ``False`` where the time was too short."""
@@ -172,6 +191,8 @@ class BackgroundWriter:
                     lambda: self._queue or self._stopping,
                     _REMOVE_AGAIN_S if self._to_remove else _NOTE_USE_S,
                 )
+                while self._must_hold():
+                    self._changed.wait(_LOOK_S)
                 waiting = self._queue.popleft() if self._queue else None
                 is_last = waiting is None and self._stopping
                 self._current, self._current_is_erased = waiting, False
@@ -193,6 +214,13 @@ class BackgroundWriter:
                     self._changed.notify_all()
             if time.monotonic() - self._noted >= _NOTE_USE_S:
                 self._note_use()
+
+    def _must_hold(self) -> bool:
+        """Whether the next record waits for a pause; under the lock."""
+        if not self._queue or self._stopping or self._draining or self._to_remove:
+            return False
+        is_due = time.monotonic() - self._queue[0].since >= HOLD_S
+        return not (is_due or 2 * self._bytes > self._queue_bytes or self._is_pause())
 
     def _note_use(self) -> None:
         since, self._noted = self._noted, time.monotonic()

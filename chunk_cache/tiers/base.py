@@ -65,14 +65,14 @@ class LayerReader(Protocol):
 class DirectReader(LayerReader, Protocol):
     """A reader that can spare a copy; :class:`~chunk_cache.Fetcher` looks for the method."""
 
-    def layer_into(self, index: int, place: LayerKV) -> bool:
-        """Write a whole layer into memory of the record's shapes that nobody reads yet.
+    def layers_into(self, first: int, places: Sequence[LayerKV]) -> bool:
+        """Write whole layers, one behind the other, into memory of the record's shapes that nobody reads yet.
 
         Returns
         -------
         bool
-            ``False`` where it is stored otherwise, and nothing was written: :meth:`layer` reads it then. What it raises
-            it raises too; what stands in `place` is worthless then.
+            ``False`` where they are stored otherwise, and nothing was written: :meth:`layer` reads them then. What it
+            raises it raises too; what stands in `places` is worthless then.
         """
         ...
 

@@ -1,86 +1,28 @@
 """Records from lower tiers into memory, in threads of their own: a request that comes begins it, a forward uses it.
 
 A fetch reads a record's header, takes room in the memory store, and reads the layers in order; from the header on the
-record is leased (:class:`~chunk_cache.LoadingChunk`). Records that a request asked for together are read layer by layer
-across all of them, since a forward needs the same layer of each.
+record is leased (:class:`~chunk_cache.LoadingChunk`). Records that a request asked for together are read a few layers at
+a time across all of them, since a forward needs the same layer of each.
 """
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
-
-from chunk_cache.errors import DamagedRecordError, GoneRecordError
-from chunk_cache.keys import ChunkKey, KVContext, TokenIds
-from chunk_cache.store.builds import Build, ChunkState
-from chunk_cache.store.loading import LoadingChunk, Patience, RecordForm
+from chunk_cache.keys import ChunkKey
+from chunk_cache.store.loading import Patience, RecordForm
 from chunk_cache.store.memory import MemoryStore
-from chunk_cache.tiers.base import LayerReader
+from chunk_cache.tiers.fetch import Candidate, Fetch
+from chunk_cache.tiers.fetch_steps import FetchSteps
 from chunk_cache.tiers.tiered import TierChain
 from chunk_cache.tiers.timeline import Timeline
 
 PATIENCE_S = 2.0
 """Longest that forwards wait for the records of one request, all waits together, seconds."""
-_LOAD_S = 120.0
-"""A record that takes longer is given up, and its room is free again, seconds."""
-
-
-class Candidate(NamedTuple):
-    """A record that would serve a request."""
-
-    key: ChunkKey
-    token_ids: TokenIds
-    context: KVContext
-    """Of its namespace."""
-    tenant: str
-    """Whose share of memory it takes (:func:`~chunk_cache.tenant_mark`)."""
-
-
-class Fetch:
-    """One chunk on its way; shared by the requests that want it meanwhile."""
-
-    __slots__ = (
-        "build",
-        "cancelled",
-        "candidates",
-        "chosen",
-        "is_ended",
-        "loading",
-        "patience",
-        "reader",
-        "tier",
-    )
-
-    def __init__(self, candidates: Sequence[Candidate], patience: Patience) -> None:
-        self.candidates = list(candidates)
-        self.patience = patience
-        self.chosen: Candidate | None = None
-        self.tier = ""
-        self.reader: LayerReader | None = None
-        self.build: Build | None = None
-        self.loading: LoadingChunk | None = None
-        self.cancelled = ""
-        """Why nothing of it may come into memory any more: ``cancelled`` or ``erased``; empty while it may."""
-        self.is_ended = False
-
-    @property
-    def has_header(self) -> bool:
-        """Whether waiting for the header is over: it is there, or will not come."""
-        return self.is_ended or self.loading is not None
-
-    def has_layers(self, number: int) -> bool:
-        """Whether so many layers are there, or no more will come."""
-        loading = self.loading
-        if self.is_ended:
-            return True
-        return loading is not None and loading.num_filled >= min(number, loading.num_layers)
 
 
 class Fetcher:
@@ -105,7 +47,7 @@ class Fetcher:
     count : callable
         Called with the name of a tier (empty where there is none) and an event, from any thread.
     took : callable
-        Called with the name of a tier, bytes read into memory, and seconds, for every layer.
+        Called with the name of a tier, bytes read into memory, and seconds, for every layer, or for a few that were read at once.
     is_worth : callable
         Called with the name of a tier, bytes in memory, tokens, and how many records are read at once; false to leave
         a record there: computing it is cheaper. Counted as ``too_slow``.
@@ -136,16 +78,11 @@ class Fetcher:
         max_waiting: int = 1024,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self._chain = chain
         self._store = store
-        self._form = form
         self._count = count
-        self._took = took
-        self._is_worth = is_worth
+        self._is_erased = is_erased
         self.num_threads = threads
         """How many records are read at once."""
-        self._is_erased = is_erased
-        self._timeline = timeline
         self._max_waiting = max_waiting
         self._patience_s = patience_s
         # Headers first, so that a request knows soon what there is; then by request, layer and chunk.
@@ -154,6 +91,19 @@ class Fetcher:
         self._fetches: dict[ChunkKey, Fetch] = {}
         self._stopping = False
         self._changed = threading.Condition()
+        self._steps = FetchSteps(
+            chain,
+            store,
+            form,
+            count=count,
+            took=took,
+            is_worth=is_worth,
+            is_erased=is_erased,
+            timeline=timeline,
+            threads=threads,
+            pending=lambda: self.pending,
+            ended=self._forget,
+        )
         self._threads = [
             threading.Thread(target=self._run, name=f"chunk-kv-fetch-{n}", daemon=True)
             for n in range(threads)
@@ -265,141 +215,16 @@ class Fetcher:
                 _, group, layer, number, fetch = heapq.heappop(self._tasks)
             following: int | None = None
             try:
-                following = self._step(fetch, layer)
+                following = self._steps.step(fetch, layer)
             except Exception as error:  # a tier of another distribution may raise anything
-                self._fail(fetch, error)
+                self._steps.fail(fetch, error)
             with self._changed:
                 if following is not None:
                     heapq.heappush(self._tasks, (True, group, following, number, fetch))
                     self._changed.notify()
                 self._changed.notify_all()
 
-    def _step(self, fetch: Fetch, layer: int) -> int | None:
-        """Read the header, or one layer; return the layer that is next, None at the end."""
-        if fetch.cancelled:
-            self._end(fetch, fetch.cancelled)
-            return None
-        if layer < 0:
-            return 0 if self._open(fetch) else None
-        assert fetch.loading is not None
-        assert fetch.reader is not None
-        began = time.perf_counter()
-        loading, place = fetch.loading, fetch.loading.place(layer)
-        into = getattr(fetch.reader, "layer_into", None)
-        kv = None if into is not None and into(layer, place) else fetch.reader.layer(layer)
-        num_bytes = sum(part.nbytes for part in kv or place)
-        self._took(fetch.tier, num_bytes, time.perf_counter() - began)
-        timeline = self._timeline()
-        if timeline is not None:
-            timeline.add("load", layer, began, loading.key.digest[:8])
-        if kv is None:
-            loading.filled(layer)
-        else:
-            loading.fill(layer, kv)
-        if layer + 1 < fetch.loading.num_layers:
-            return layer + 1
-        self._finish(fetch)
-        return None
-
-    def _open(self, fetch: Fetch) -> bool:
-        for candidate in fetch.candidates:
-            found = self._chain.find(candidate.key, candidate.token_ids)
-            if found is None:
-                continue
-            fetch.chosen, (fetch.tier, fetch.reader) = candidate, found
-            return self._reserve(fetch, candidate, found.reader)
-        self._end(fetch)
-        return False
-
-    def _reserve(self, fetch: Fetch, candidate: Candidate, reader: LayerReader) -> bool:
-        """Take the right and the room; from then on it is leased."""
-        form = self._form
-        is_ours = (reader.layout, reader.num_layers) == (form.layout, form.num_layers)
-        if not is_ours or not np.array_equal(reader.token_ids, candidate.token_ids):
-            self._end(fetch, "damaged")
-            return False
-        record = form.empty(
-            candidate.key,
-            candidate.token_ids,
-            reader.base_position,
-            reader.codec,
-        )
-        if self._is_erased(candidate, candidate.tenant):
-            self._end(fetch, "erased")
-            return False
-        parallel = min(self.num_threads, self.pending)
-        if not self._is_worth(fetch.tier, record.num_bytes, record.num_tokens, parallel):
-            self._end(fetch, "too_slow")
-            return False
-        build = self._store.begin_build(
-            candidate.key,
-            candidate.token_ids,
-            owner=f"fetch from {fetch.tier}",
-            tenant=candidate.tenant,
-            timeout_s=_LOAD_S,
-        )
-        if not isinstance(build, Build):
-            # Ready by now, computed by a request, or a build of it has just failed: all may use what there is.
-            self._end(fetch, "" if build is ChunkState.READY else "superseded")
-            return False
-        fetch.build = build
-        loading = LoadingChunk(record, fetch.patience, source=fetch.tier)
-        if not self._store.begin_load(build, loading):
-            self._end(fetch, "no_memory")
-            return False
-        fetch.loading = loading
-        self._count(fetch.tier, "opened")
-        return True
-
-    def _finish(self, fetch: Fetch) -> None:
-        chosen, build, loading = fetch.chosen, fetch.build, fetch.loading
-        assert chosen is not None
-        assert build is not None
-        assert loading is not None
-        record, tenant = loading.record, chosen.tenant
-        if fetch.cancelled or self._is_erased(chosen, tenant):
-            self._end(fetch, fetch.cancelled or "erased")
-            return
-        if not build.commit(record):
-            self._end(fetch, "superseded")
-            return
-        # It may have been erased meanwhile, by somebody who did not see it in memory yet.
-        if fetch.cancelled or self._is_erased(chosen, tenant):
-            self._store.erase([record.key])
-            self._end(fetch, fetch.cancelled or "erased")
-            return
-        self._chain.write_back(record, chosen.context, tenant, found_in=fetch.tier)
-        self._end(fetch, "fetched")
-
-    def _fail(self, fetch: Fetch, error: Exception) -> None:
-        is_damage = isinstance(error, DamagedRecordError)
-        if fetch.loading is not None:
-            fetch.loading.fail(error)
-        if is_damage and fetch.chosen is not None:
-            # A file that cannot be used would be tried by every request, and keep the chunk from being written anew.
-            try:
-                self._chain.tiers[fetch.tier].remove(fetch.chosen.key)
-            except Exception:
-                self._count(fetch.tier, "remove_failed")
-        is_gone = isinstance(error, GoneRecordError)
-        self._end(fetch, "damaged" if is_damage else "gone" if is_gone else "fetch_failed")
-
-    def _end(self, fetch: Fetch, kind: str = "") -> None:
-        if fetch.loading is not None:
-            fetch.loading.fail(RuntimeError(f"the fetch ended: {kind}"))
-        if fetch.build is not None:
-            # Without back-off: the chunk may be computed at once. Of no effect where it was committed.
-            fetch.build.abort(kind, failed=False)
-        close = getattr(fetch.reader, "close", None)
-        if close is not None:
-            # One that fetches ahead would go on to read what nobody wants.
-            with contextlib.suppress(Exception):
-                close()
-        fetch.is_ended = True
-        # Requests keep a fetch as long as they wait: it must hold no memory that nobody counts.
-        fetch.reader = fetch.build = fetch.loading = None
-        if kind:
-            self._count(fetch.tier, kind)
+    def _forget(self, fetch: Fetch) -> None:
         with self._changed:
             first = fetch.candidates[0].key
             if self._fetches.get(first) is fetch:

@@ -22,6 +22,8 @@ WAIT_S = 1.0
 """Longest that a look-up waits for its answer, seconds."""
 HANG_S = 2.0
 """The same for a folder, which a busy disk may keep waiting: as long as forwards wait for all records of a request."""
+CONNECT_S = 120.0
+"""Longest that a folder may take to be opened and listed, seconds; 100,000 records take three."""
 _LONG_WAITS = 10
 """What no request waits for, such as a whole record or a listing, may take so many times as long."""
 
@@ -101,6 +103,17 @@ class GuardedTier(Tier):
     def of_folder(cls, tier: Tier, *, name: str) -> Self:
         """Guard a place of this engine's own on a disk, which has no time-outs."""
         return cls(tier, name=name, wait_s=HANG_S, may_hang=True, is_shared=False)
+
+    @classmethod
+    def open_folder(cls, connect: Callable[[], Tier], *, name: str) -> Self:
+        """Open such a place and guard it; the opening has a bound too.
+
+        Raises
+        ------
+        ChunkCacheError, OSError
+            What opening raised; :class:`TimeoutError` where it takes longer than :data:`CONNECT_S`.
+        """
+        return cls.of_folder(BoundedCalls(1).run(connect, CONNECT_S), name=name)
 
     def stats(self) -> dict[str, int | str]:
         """JSON-ready counts and the breaker's state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chunk_cache.errors import ChunkCacheError, GoneRecordError
@@ -44,16 +44,16 @@ class GuardedReader:
         self._came(layer)
         return layer
 
-    def layer_into(self, index: int, place: LayerKV) -> bool:
-        """Write one layer into its place, or return False where the reader cannot.
+    def layers_into(self, first: int, places: Sequence[LayerKV]) -> bool:
+        """Write layers into their places, or return False where the reader cannot.
 
         A call that is given up may write there later: nobody reads a place that was not filled, and the call keeps its
         memory.
         """
-        into = getattr(self._reader, "layer_into", None)
-        if into is None or not self._demand(lambda: bool(into(index, place))):
+        into = getattr(self._reader, "layers_into", None)
+        if into is None or not self._demand(lambda: bool(into(first, places))):
             return False
-        self._came(place)
+        self._came(*places)
         return True
 
     def _demand(self, call: Callable[[], T]) -> T:
@@ -66,6 +66,6 @@ class GuardedReader:
             self._hangs = True
             raise
 
-    def _came(self, layer: LayerKV) -> None:
-        self._guard.count("layers")
-        self._guard.count("bytes", layer.k.nbytes + layer.v.nbytes)
+    def _came(self, *layers: LayerKV) -> None:
+        self._guard.count("layers", len(layers))
+        self._guard.count("bytes", sum(layer.k.nbytes + layer.v.nbytes for layer in layers))

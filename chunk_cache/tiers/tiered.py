@@ -53,7 +53,7 @@ class TierChain(Tier):
     order : callable
         Called with the names of the tiers, the nearest first, for each look-up; returns them in the order in which
         to look, such as the fastest first.
-    group_of : callable
+    group_of, is_pause : callable
         As of :class:`BackgroundWriter`.
     queue_bytes : int
         Most bytes that wait, per tier.
@@ -70,6 +70,7 @@ class TierChain(Tier):
         wrote: Callable[[str, int, float], None] = lambda tier, num_bytes, seconds: None,
         order: Callable[[list[str]], list[str]] = lambda names: names,
         group_of: Callable[[KVContext], str | None] = lambda context: None,
+        is_pause: Callable[[], bool] = lambda: True,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self._count = count
@@ -85,6 +86,7 @@ class TierChain(Tier):
                 used=used,
                 wrote=lambda num_bytes, seconds: wrote(name, num_bytes, seconds),
                 group_of=group_of,
+                is_pause=is_pause,
                 queue_bytes=queue_bytes,
             )
             return _Link(name, tier, writer)

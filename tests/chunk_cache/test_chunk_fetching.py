@@ -180,7 +180,7 @@ def test_the_timeline_of_the_paper() -> None:
 
 def test_what_is_cheaper_to_compute_stays_where_it_is(world: World) -> None:
     asked: list[tuple[Any, ...]] = []
-    world.fetcher._is_worth = lambda *told: bool(asked.append(told))  # never
+    world.fetcher._steps._is_worth = lambda *told: bool(asked.append(told))  # never
     record = world.stored(0)
     (fetch,) = world.fetcher.begin(world.wanted(record))
     assert world.fetcher.drain(60)

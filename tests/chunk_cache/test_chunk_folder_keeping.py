@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -25,6 +26,8 @@ from chunk_cache import (
     StoreFolder,
     load_store,
 )
+from chunk_cache.tiers import background_writer
+from chunk_cache.tiers.disk import allocate
 from chunk_cache.tiers.disk.layout import chunk_path, usage_path
 from chunk_cache.tiers.disk.private_files import Draft, write_private
 from chunk_cache.tiers.disk.usage import locked_usage
@@ -343,3 +346,95 @@ def test_who_finds_no_figure_counts_nothing_into_a_new_one(
         folder.put(record)
         weight = sum(path.stat().st_size for path in folder.path.rglob("*.safetensors"))
         assert weight <= folder.budget.byte_budget
+
+
+class Pause:
+    """Said by the test."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self.is_on = False
+
+    def __call__(self) -> bool:
+        self.asked.release()
+        return self.is_on
+
+
+def test_a_record_waits_for_a_pause(tmp_path: Path, make_record: Make, context: KVContext) -> None:
+    folder, pause, counts = StoreFolder(tmp_path / "kv", create=True), Pause(), list[str]()
+    writer = writer_of(folder, counts, is_pause=pause)
+    record = make_record(range(100, 120))
+    assert writer.put(record, context, "")
+    assert pause.asked.acquire(timeout=60)
+    assert writer.pending == 1
+    assert not folder.contains(record.key)
+    pause.is_on = True
+    while writer.pending:
+        assert pause.asked.acquire(timeout=60) or not writer.pending
+    assert folder.contains(record.key)
+    assert writer.close(60)
+    assert counts == ["written"]
+
+
+@pytest.mark.parametrize("how", ["late", "full", "drained", "closed"])
+def test_a_record_waits_for_a_pause_no_longer_than_it_may(
+    how: str, tmp_path: Path, make_record: Make, context: KVContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_record(range(100, 120))
+    monkeypatch.setattr(background_writer, "HOLD_S", 0.01 if how == "late" else 1e9)
+    folder, counts, done = StoreFolder(tmp_path / "kv", create=True), list[str](), threading.Event()
+    writer = writer_of(
+        folder,
+        counts,
+        is_pause=lambda: False,
+        wrote=lambda num_bytes, seconds: done.set(),
+        queue_bytes=record.num_bytes * (1 if how == "full" else 10),
+    )
+    assert writer.put(record, context, "")
+    if how == "drained":
+        assert writer.drain(60)
+    elif how == "closed":
+        assert writer.close(60)
+    assert done.wait(60)
+    assert folder.contains(record.key)
+    assert writer.close(60)
+    assert counts == ["written"]
+
+
+def test_a_call_that_writes_little_is_followed_by_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writev, calls = os.writev, list[int]()
+
+    def little(descriptor: int, views: Any) -> int:
+        calls.append(len(views))
+        return writev(descriptor, [views[0][:3]])
+
+    monkeypatch.setattr(os, "writev", little)
+    parts = [b"ab", b"", bytearray(b"cdefg"), *([b"h"] * 2000)]
+    draft = Draft(tmp_path / "file", 2007)
+    draft.write(parts)
+    draft.publish()
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert max(calls) <= os.sysconf("SC_IOV_MAX")
+
+
+@pytest.mark.parametrize(
+    ("number", "is_full"), [(errno.EOPNOTSUPP, False), (errno.ENOSYS, False), (errno.ENOSPC, True)]
+)
+def test_a_file_system_that_cannot_allocate_gets_a_long_file_and_a_full_one_says_so(
+    number: int, is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(allocate, "_fallocate", lambda: refuse)
+    if is_full:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            Draft(tmp_path / "file", 10_000)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        draft = Draft(tmp_path / "file", 10_000)
+        assert [path.stat().st_size for path in tmp_path.iterdir()] == [10_000]
+        draft.discard()

@@ -221,7 +221,25 @@ def test_a_layer_is_read_straight_into_its_place(folder: StoreFolder, record: Ch
     assert reader is not None
     for n in (2, 0):
         place = empty_layer(record)
-        assert reader.layer_into(n, place)
+        assert reader.layers_into(n, [place])
+        assert torch.equal(place.k, record.k[n])
+        assert torch.equal(place.v, record.v[n])
+
+
+def test_layers_are_read_together_though_a_call_brings_little(
+    folder: StoreFolder, record: ChunkKV, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = folder.open(record.key, record.token_ids)
+    assert reader is not None
+    preadv = os.preadv
+
+    def little(descriptor: int, views: Any, at: int) -> int:
+        return preadv(descriptor, [views[0][:1000]], at)
+
+    monkeypatch.setattr(os, "preadv", little)
+    places = [empty_layer(record) for _ in range(3)]
+    assert reader.layers_into(1, places)
+    for n, place in enumerate(places, 1):
         assert torch.equal(place.k, record.k[n])
         assert torch.equal(place.v, record.v[n])
 
@@ -241,7 +259,7 @@ def test_what_is_stored_otherwise_is_not_read_straight(
     ):
         reader = source.open(record.key, record.token_ids)
         assert reader is not None
-        assert not reader.layer_into(1, place)
+        assert not reader.layers_into(1, [place])
         assert all(bool((part == 7.0).all()) for part in place)
 
 
@@ -257,9 +275,9 @@ def test_damage_is_seen_when_a_layer_is_read_straight(
     data[one.end - 1] ^= 1
     with path.open("r+b") as file:
         file.write(data)
-    assert reader.layer_into(2, empty_layer(record))
+    assert reader.layers_into(2, [empty_layer(record)])
     with pytest.raises(DamagedRecordError, match="layer 3"):
-        reader.layer_into(3, empty_layer(record))
+        reader.layers_into(3, [empty_layer(record)])
     assert not path.exists()
     assert folder.corrupt_files == 1
 
@@ -273,4 +291,4 @@ def test_a_file_that_was_cut_is_damaged_when_a_layer_is_read_straight(
     place = LayerKV(record.k[3].clone(), record.v[3].clone())
     place.v[-1] += 1  # what is not overwritten is not what was written
     with pytest.raises(DamagedRecordError):
-        reader.layer_into(3, place)
+        reader.layers_into(3, [place])

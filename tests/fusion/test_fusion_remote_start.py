@@ -39,7 +39,7 @@ def start(port: int, record: ChunkKV) -> FusionRuntime:
     runtime = FusionRuntime(dataclasses.replace(FusionConfig(), remote=url), facts)
     assert runtime.is_on
     runtime.record_form = RecordForm.of(record)
-    persistence.open_folder(runtime, "no-model")
+    persistence.start_tiers(runtime, "no-model")
     return runtime
 
 

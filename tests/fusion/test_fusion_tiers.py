@@ -97,7 +97,7 @@ def opened(local, monkeypatch, tier, path):
     monkeypatch.setattr(runtime, "rates", Rates())
     chosen = dataclasses.replace(runtime.config, tier=tier, store_dir=str(path))
     monkeypatch.setattr(runtime, "config", chosen)
-    persistence.open_folder(runtime, "no-model")
+    persistence.start_tiers(runtime, "no-model")
     try:
         yield Below(local, path)
     finally:

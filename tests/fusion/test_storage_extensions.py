@@ -108,7 +108,7 @@ def with_tier(engine, monkeypatch):
     with registered(TIERS, DictTier):
         chosen = dataclasses.replace(runtime.config, tier="dict", store_dir="memory:test")
         monkeypatch.setattr(runtime, "config", chosen)
-        persistence.open_folder(runtime, "no-model")
+        persistence.start_tiers(runtime, "no-model")
         yield local
         runtime.fetcher.close(5)
         runtime.tiers.close(5)
@@ -129,7 +129,7 @@ def test_a_tier(with_tier):
     assert not runtime.store.keys()
     runtime.fetcher.close(5)
     runtime.tiers.close(5)
-    persistence.open_folder(runtime, "no-model")
+    persistence.start_tiers(runtime, "no-model")
     assert len(runtime.store.keys()) == len(CHUNKS)
     assert outcome(local.ask(PROMPT, 4, fusion=FUSE)) == usual
 
@@ -191,7 +191,7 @@ def test_a_tier_whose_records_cannot_be_read_at_start_is_used_without_them(with_
     with monkeypatch.context() as patch:
         patch.setattr(DictTier, "read", refuse)
         patch.setattr(runtime, "tiers", None)
-        persistence.open_folder(runtime, "no-model")
+        persistence.start_tiers(runtime, "no-model")
         assert not len(runtime.store)
         (used,) = runtime.tiers.tiers.values()
         assert used.counts["failures"] > 0
@@ -212,7 +212,7 @@ def test_a_tier_that_raises_at_start_is_not_used(with_tier, monkeypatch, caplog,
     with monkeypatch.context() as patch:
         patch.setattr(DictTier, broken, classmethod(refuse) if broken == "connect" else refuse)
         patch.setattr(runtime, "tiers", None)
-        persistence.open_folder(runtime, "no-model")
+        persistence.start_tiers(runtime, "no-model")
         assert runtime.tiers is None
     assert runtime.tiers is tiers
     (line,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]

@@ -106,13 +106,13 @@ def restarted(engine, case, told):
         }
 
     engine.fresh()
-    persistence.open_folder(runtime, "no-model")
+    persistence.start_tiers(runtime, "no-model")
     for chunk in case["chunks"]:
         engine.build(case["prefix"], chunk)
     runs = [ask()]
     persistence.close(runtime)
     engine.fresh()
-    persistence.open_folder(runtime, "no-model")
+    persistence.start_tiers(runtime, "no-model")
     runs.append(ask())
     engine.fresh()
     runs.append(ask())

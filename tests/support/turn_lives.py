@@ -69,7 +69,7 @@ class Life:
         self.runtime = FusionRuntime(config, facts)
         kv = torch.zeros(1, 1, 1, 2)
         self.runtime.record_form = RecordForm("heads", kv, kv)
-        persistence.open_folder(self.runtime, "no-model")
+        persistence.start_tiers(self.runtime, "no-model")
 
     def ask(
         self,

@@ -72,6 +72,23 @@ def check_place(folder: Path) -> None:
         raise ChunkCacheError(f"{folder} is neither empty nor a chunk store: give another folder")
 
 
+def holds_store(folder: Path) -> bool:
+    """Whether a folder is a store of any version, so that records of ours may lie in it.
+
+    Raises
+    ------
+    OSError
+        Where the disk does not say: it is another user's, say.
+    """
+    try:
+        found = json.loads(_manifest_path(folder).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:
+        return True  # damage, perhaps; whoever opens it says so
+    return not isinstance(found, dict) or found.get("format") == STORE_FORMAT
+
+
 def check_manifest(folder: Path) -> None:
     """Check that a folder is a store that this release reads.
 

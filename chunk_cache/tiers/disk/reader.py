@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from chunk_cache.errors import GoneRecordError
 from chunk_cache.keys import ChunkKey
 from chunk_cache.layouts.base import LayerKV
 from chunk_cache.records import ChunkKV
+from chunk_cache.tiers.disk.vectors import rest_of
 from chunk_cache.tiers.encoding import (
     DamagedRecordError,
     RecordHeader,
@@ -112,16 +113,34 @@ class FileReader(HeaderReader):
             raise
         return LayerKV(layer.k[start:end], layer.v[start:end])
 
-    def layer_into(self, index: int, place: LayerKV) -> bool:
-        """Read one layer straight into memory of its shapes; see :class:`~chunk_cache.tiers.base.DirectReader`.
+    def layers_into(self, first: int, places: Sequence[LayerKV]) -> bool:
+        """Read layers straight into memory of their shapes; see :class:`~chunk_cache.tiers.base.DirectReader`.
+
+        They lie one behind the other in the file, so that one call reads them all.
 
         Raises
         ------
         OSError
             If the disk refuses.
         DamagedRecordError
-            If it is not what was written.
+            If one is not what was written.
         """
+        views = [self._views(first + number, place) for number, place in enumerate(places)]
+        if not all(views):
+            return False
+        self._read_into(
+            [one for layer in views for one in layer], self.header.layer_range(first)[0]
+        )
+        try:
+            for number, layer in enumerate(views):
+                check_layer(self.header, first + number, *layer)
+        except DamagedRecordError:
+            self._damaged(self._number)
+            raise
+        return True
+
+    def _views(self, index: int, place: LayerKV) -> list[memoryview]:
+        """The memory of a layer's tensors in their order in the file; empty where it is stored otherwise."""
         parts, stored = place._asdict(), self.header.tensors[index]
         is_plain = self.header.codec == LOSSLESS and len(stored) == len(parts)
         if not is_plain or any(
@@ -130,16 +149,8 @@ class FileReader(HeaderReader):
             or not parts[one.name].is_contiguous()
             for one in stored
         ):
-            return False
-        views = [parts[one.name].view(-1).view(torch.uint8).numpy().data for one in stored]
-        for one, view in zip(stored, views, strict=True):
-            self._read_into(view, one.start)
-        try:
-            check_layer(self.header, index, *views)
-        except DamagedRecordError:
-            self._damaged(self._number)
-            raise
-        return True
+            return []
+        return [parts[one.name].view(-1).view(torch.uint8).numpy().data for one in stored]
 
     # -- more ---------------------------------------------------------------------------------
 
@@ -160,14 +171,14 @@ class FileReader(HeaderReader):
     def _read(self, start: int, end: int) -> memoryview:
         """Bytes ``[start, end)`` of the file; fewer where it ends before."""
         view = np.empty(end - start, dtype=np.uint8).data
-        return view[: self._read_into(view, start)]
+        return view[: self._read_into([view], start)]
 
-    def _read_into(self, view: memoryview, start: int) -> int:
-        """Fill a view with the bytes from `start` on; returns how many there were."""
-        done = 0
-        while done < len(view):
+    def _read_into(self, views: Sequence[memoryview], start: int) -> int:
+        """Fill views with the bytes from `start` on, one behind the other; returns how many there were."""
+        left, done = list(views), 0
+        while left:
             try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                count = os.preadv(self._descriptor, left, start + done)
             except OSError as error:
                 if error.errno in _GONE:
                     raise GoneRecordError(f"a file went while it was read: {error}") from None
@@ -175,4 +186,5 @@ class FileReader(HeaderReader):
             if not count:
                 break
             done += count
+            left = rest_of(left, count)
         return done

@@ -98,6 +98,7 @@ class DiskCalls:
             ("ftruncate", "write"),
             ("write", "write"),
             ("pwrite", "write"),
+            ("writev", "write"),
             ("chmod", "chmod"),
             ("fchmod", "chmod"),
         ):

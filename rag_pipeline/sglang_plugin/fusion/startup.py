@@ -46,7 +46,7 @@ def after_scheduler_init(result: Any, scheduler: Any, *args: Any, **kwargs: Any)
     set_runtime(runtime)
     if runtime.is_on and runtime.config.self_check:
         prove(runtime, scheduler)
-    disk.open_folder(runtime, tokenizer_folder(scheduler.server_args))
+    disk.start_tiers(runtime, tokenizer_folder(scheduler.server_args))
 
 
 def tokenizer_folder(server_args: Any) -> str:

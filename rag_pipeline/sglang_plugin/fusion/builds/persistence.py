@@ -25,7 +25,6 @@ from chunk_cache import (
     TierChain,
     load_store,
 )
-from chunk_cache.tiers.deadline import BoundedCalls
 from chunk_cache.tiers.guard import GuardedTier
 from chunk_cache.tiers.remote.connect import connect_remote
 from chunk_cache.tiers.remote.url import shown_url
@@ -41,8 +40,6 @@ REMOTE = "remote"
 FLUSH_S = 5.0
 """Longest that an engine which stops goes on writing what waits for its tiers, seconds: SGLang kills a scheduler that
 takes 15, and a full queue of 256 MiB is written in less by any disk that is worth having."""
-CONNECT_S = 120.0
-"""Longest that an engine's start waits for its folder to be opened and listed, seconds; 100,000 records take three."""
 
 
 def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callable[[], Tier]]]:
@@ -74,15 +71,16 @@ def open_tiers(config: FusionConfig, model: str) -> dict[str, tuple[str, Callabl
 def _connect_folder(config: FusionConfig, model: str) -> Tier:
     """Open the folder behind a guard: a disk that hangs has no time-outs of its own."""
     kind = TIERS.get(config.tier)
-    tier = BoundedCalls(1).run(
-        lambda: kind.connect(config.store_dir, byte_budget=config.store_dir_bytes, model=model),
-        CONNECT_S,
-    )
-    tier.codec = config.store_codec
-    return GuardedTier.of_folder(tier, name=config.store_dir)
+
+    def connect() -> Tier:
+        tier = kind.connect(config.store_dir, byte_budget=config.store_dir_bytes, model=model)
+        tier.codec = config.store_codec
+        return tier
+
+    return GuardedTier.open_folder(connect, name=config.store_dir)
 
 
-def open_folder(runtime: FusionRuntime, model: str) -> None:
+def start_tiers(runtime: FusionRuntime, model: str) -> None:
     """Open the configured tiers, read what fits and start their threads; watch for erased text in any case.
 
     Parameters
@@ -155,6 +153,7 @@ def _start(runtime: FusionRuntime, tiers: dict[str, Tier]) -> None:
         wrote=wrote,
         order=lambda names: runtime.rates.by_cost(names),
         group_of=runtime.conversations.group_of,
+        is_pause=runtime.pauses.is_pause,
     )
     for name, tier in tiers.items():
         if tier.is_shared and not tier.has_groups:

@@ -70,15 +70,31 @@ def around_model_forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Wrap ``ModelRunner.forward``: other batches pass through untouched."""
-    states, runtime = forward_batch.model_specific_states, get_runtime()
+    runtime = get_runtime()
+    if runtime is None:
+        return original(runner, forward_batch, *args, **kwargs)
+    runtime.pauses.begin()
+    try:
+        return _forward(runtime, original, runner, forward_batch, args, kwargs)
+    finally:
+        runtime.pauses.end()
+
+
+def _forward(
+    runtime: FusionRuntime,
+    original: Callable[..., Any],
+    runner: Any,
+    forward_batch: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    states = forward_batch.model_specific_states
     if states is None or PLAN_KEY not in states:
-        if runtime is not None:
-            runtime.build_share.note_forward(_rows(forward_batch), 0)
-            if forward_batch.forward_mode.is_extend_without_speculative():
-                return _timed(runtime, original, runner, forward_batch, args, kwargs)
+        runtime.build_share.note_forward(_rows(forward_batch), 0)
+        if forward_batch.forward_mode.is_extend_without_speculative():
+            return _timed(runtime, original, runner, forward_batch, args, kwargs)
         return original(runner, forward_batch, *args, **kwargs)
     plan: BatchPlan = states[PLAN_KEY]
-    assert runtime is not None
     if plan.fused:
         began = time.perf_counter()
         output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)

@@ -20,6 +20,7 @@ from chunk_cache import (
     Timeline,
     hash_token_ids,
 )
+from chunk_cache.tiers.pause import Pauses
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
@@ -126,6 +127,8 @@ class FusionRuntime:
         """Where finished records go besides memory, and where missing ones are looked for."""
         self.fetcher: Fetcher | None = None
         """Brings them from there into memory."""
+        self.pauses = Pauses()
+        """When this rank computes: what waits for the tiers is written between, if there is a pause."""
         self.queue_seen: list[tuple[str, int]] = []
         """The waiting requests that the store was told of last."""
         self.timeline = Timeline() if config.trace else None
