@@ -85,6 +85,16 @@ def test_a_conversation_goes_on_in_another_life_and_in_another_server(begin: Beg
     assert two.counts()["turns.restored"] == 4
 
 
+def test_a_queue_that_says_when_to_fetch_changes_nothing_of_it(begin: Begin) -> None:
+    one = begin()
+    for turns in (1, 2):
+        one.ask(turns)
+    one.end()
+    two = begin(eviction="lookahead")
+    two.ask(3)
+    assert two.loaded == EACH[:2]
+
+
 def test_fused_turns_are_a_chain_there_too(begin: Begin) -> None:
     one = begin()
     one.ask(1, fused=True)
