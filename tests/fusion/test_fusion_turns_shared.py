@@ -208,9 +208,10 @@ def test_garbage_in_the_store_is_no_turn(valkey: Server) -> None:
         one.ask(turns)
     one.end()
     (name,) = client.keys("ragkv:2:t:*")
-    first, second, third = client.lrange(name, 0, -1)
-    client.lpush(name, b"garbage", b"ragkv:2:r:x:y:z", first[:-1], b"\xff" * 200)
-    client.rpush(name, "ragkv:2:r:" + 32 * "0" + ":" + 64 * "0" + ":7")
+    first, second, third = client.zrange(name, 0, -1)
+    absent = "ragkv:2:r:" + 32 * "0" + ":" + 64 * "0" + ":7"
+    for garbage in (b"garbage", b"ragkv:2:r:x:y:z", first[:-1], b"\xff" * 200, absent):
+        client.zadd(name, {garbage: 0})
     client.delete(first)
     client.hset(second, "h", b"garbage")
     two = Life(remote=url)
@@ -249,7 +250,7 @@ def test_a_list_keeps_the_newest_and_lives_as_long_as_its_records(
     for key in (*keys, keys[3]):
         tier.note_member(32 * "b", key)
     (name,) = client.keys("ragkv:2:t:*")
-    listed = [one.decode().split(":")[4] for one in client.lrange(name, 0, -1)]
+    listed = [one.decode().split(":")[4] for one in client.zrange(name, 0, -1)]
     assert listed == [f"{number:064x}" for number in (2, 4, 3)]
     assert 0 < client.ttl(name) <= 900
     assert tier.members(32 * "b") == []  # no record is there
