@@ -176,6 +176,8 @@ class TierChain(Tier):
         """Records of a group in any tier, each once."""
         found: dict[ChunkKey, Member] = {}
         for link in self._links:
+            if not link.tier.has_groups:
+                continue
             told: list[Member] = self._ask(link, lambda tier: tier.members(group, known), [])
             found |= {member.key: member for member in told if member.key not in found}
         return list(found.values())

@@ -54,7 +54,9 @@ def test_nothing_is_asked_of_a_server_before_the_first_call() -> None:
         tier.check()
 
 
-def test_the_rights_that_the_page_names_are_enough(tmp_path: Path, make_record: Make) -> None:
+def test_the_rights_that_the_page_names_are_enough(
+    tmp_path: Path, make_record: Make, context: KVContext
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "tiers.md").read_text("utf-8")
     rights = page.partition("needs `")[2].partition("`")[0].split()
     server = Server(tmp_path, "--save", "3600 1")
@@ -64,9 +66,14 @@ def test_the_rights_that_the_page_names_are_enough(tmp_path: Path, make_record: 
         url = f"valkey://kv:word@127.0.0.1:{server.port}?timeout=5&ttl=100"
         tier = connect_remote(url, byte_budget=BUDGET, model="")
         record = make_record(range(8))
-        assert tier.put(record)
+        assert tier.put(record, context=context)
         assert same(tier.read(record.key), record)
         assert tier.keys_by_use() == [record.key]
+        tier.note_member(32 * "a", record.key)
+        (member,) = tier.members(32 * "a")
+        assert member.key == record.key
+        assert member.context["prefix_digest"] == context.prefix_digest
+        assert member.token_ids.tolist() == record.token_ids.tolist()
         assert tier.remove(record.key)
         tier.sync()
         assert tier.stats()["state"] == "closed"

@@ -85,6 +85,16 @@ def test_a_conversation_goes_on_in_another_life_and_in_another_server(begin: Beg
     assert two.counts()["turns.restored"] == 4
 
 
+def test_a_queue_that_says_when_to_fetch_changes_nothing_of_it(begin: Begin) -> None:
+    one = begin()
+    for turns in (1, 2):
+        one.ask(turns)
+    one.end()
+    two = begin(eviction="lookahead")
+    two.ask(3)
+    assert two.loaded == EACH[:2]
+
+
 def test_fused_turns_are_a_chain_there_too(begin: Begin) -> None:
     one = begin()
     one.ask(1, fused=True)
@@ -198,9 +208,10 @@ def test_garbage_in_the_store_is_no_turn(valkey: Server) -> None:
         one.ask(turns)
     one.end()
     (name,) = client.keys("ragkv:2:t:*")
-    first, second, third = client.lrange(name, 0, -1)
-    client.lpush(name, b"garbage", b"ragkv:2:r:x:y:z", first[:-1], b"\xff" * 200)
-    client.rpush(name, "ragkv:2:r:" + 32 * "0" + ":" + 64 * "0" + ":7")
+    first, second, third = client.zrange(name, 0, -1)
+    absent = "ragkv:2:r:" + 32 * "0" + ":" + 64 * "0" + ":7"
+    for garbage in (b"garbage", b"ragkv:2:r:x:y:z", first[:-1], b"\xff" * 200, absent):
+        client.zadd(name, {garbage: 0})
     client.delete(first)
     client.hset(second, "h", b"garbage")
     two = Life(remote=url)
@@ -239,7 +250,7 @@ def test_a_list_keeps_the_newest_and_lives_as_long_as_its_records(
     for key in (*keys, keys[3]):
         tier.note_member(32 * "b", key)
     (name,) = client.keys("ragkv:2:t:*")
-    listed = [one.decode().split(":")[4] for one in client.lrange(name, 0, -1)]
+    listed = [one.decode().split(":")[4] for one in client.zrange(name, 0, -1)]
     assert listed == [f"{number:064x}" for number in (2, 4, 3)]
     assert 0 < client.ttl(name) <= 900
     assert tier.members(32 * "b") == []  # no record is there

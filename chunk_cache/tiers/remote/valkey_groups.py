@@ -1,12 +1,14 @@
 """Groups of records in a Valkey server, such as the turns of one conversation: a list of names under the group's own.
 
-A list is added to and never taken from, but for its oldest names: what it names may be evicted, expired or erased, and
-is no member then. So nobody has to keep the two in step. It holds hashes only, no token ids: those stand in the records.
+A list (a sorted set, by the time at which a name was added) is added to and never taken from, but for its oldest names:
+what it names may be evicted, expired or erased, and is no member then. So nobody has to keep the two in step. It holds
+hashes only, no token ids: those stand in the records. A clock that is wrong changes which names are taken for the oldest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Container
 from typing import Any
 
@@ -38,16 +40,12 @@ class Groups:
 
     def add(self, group: str, key: ChunkKey) -> None:
         """Put a record at the end of a list; without effect in a server that has no room."""
-        errors = self._server.errors
-        name, value = group_name(group), record_of(key)
-        with (
-            contextlib.suppress(errors.OutOfMemoryError, errors.ExecAbortError),
-            self._server.answers(),
-        ):
-            pipeline = self._server.client.pipeline(transaction=True)
-            pipeline.lrem(name, 0, value)
-            pipeline.rpush(name, value)
-            pipeline.ltrim(name, -MOST_MEMBERS, -1)
+        name = group_name(group)
+        with contextlib.suppress(self._server.errors.OutOfMemoryError), self._server.answers():
+            # No transaction: who may only read and write needs no further rights.
+            pipeline = self._server.client.pipeline(transaction=False)
+            pipeline.zadd(name, {record_of(key): time.time()})
+            pipeline.zremrangebyrank(name, 0, -MOST_MEMBERS - 1)
             self._use(pipeline, name)
             pipeline.execute()
 
@@ -55,7 +53,7 @@ class Groups:
         """Records of a list that are there, in two round trips; see :meth:`~chunk_cache.Tier.members`."""
         name = group_name(group)
         pipeline = self._server.client.pipeline(transaction=False)
-        pipeline.lrange(name, -MOST_MEMBERS, -1)
+        pipeline.zrange(name, -MOST_MEMBERS, -1)
         self._use(pipeline, name)
         # A name that holds something else is no list of ours.
         (names, *_) = self._run(pipeline)

@@ -2,7 +2,7 @@
 import { call } from "./api.js";
 import { $, make } from "./dom.js";
 
-const count = (value) => (value === undefined || value === null ? "–" : value.toLocaleString("en"));
+export const count = (value) => (value === undefined || value === null ? "–" : value.toLocaleString("en"));
 
 function size(bytes) {
   if (bytes === undefined || bytes === null) return "–";
@@ -12,7 +12,7 @@ function size(bytes) {
 }
 
 // Tiers that are shared tell no chunks and bytes, a tenant's own figures no misses and drops.
-const COLUMNS = [
+const FIGURES = [
   ["Chunks", (tier) => count(tier.chunks)],
   ["Size", (tier) => size(tier.bytes)],
   ["Hits", (tier) => count(tier.hits)],
@@ -25,21 +25,14 @@ export async function showCache() {
   if (!$("cache").open) return;
   try {
     const told = await (await call("cache")).json();
-    const shown = COLUMNS.filter(([, read]) => told.tiers.some((tier) => read(tier) !== "–"));
-    $("cache-names").replaceChildren(
-      ...["Tier", ...shown.map(([name]) => name)].map((name) => {
-        const head = make("th", name);
-        head.scope = "col";
-        return head;
-      }),
-    );
+    const shown = FIGURES.filter(([, read]) => told.tiers.some((tier) => read(tier) !== "–"));
+    // A column per tier: there are three at most, and a card beside the question has room for no more.
+    $("cache-names").replaceChildren(...["Tier", ...told.tiers.map((tier) => tier.name)].map((name) => head("col", name)));
     $("cache-rows").replaceChildren(
-      ...told.tiers.map((tier) => {
+      ...shown.map(([name, read]) => {
         const row = make("tr");
-        const head = make("th", tier.name);
-        head.scope = "row";
-        row.append(head);
-        for (const [name, read] of shown) {
+        row.append(head("row", name));
+        for (const tier of told.tiers) {
           const text = read(tier);
           const isBad = (name === "Dropped" || name === "Failed") && !["0", "–"].includes(text);
           row.append(make("td", text, isBad ? "bad" : ""));
@@ -48,8 +41,19 @@ export async function showCache() {
       }),
     );
     const down = told.tiers.filter((tier) => tier.guard && tier.guard.state !== "closed");
-    $("cache-note").textContent = down.map((tier) => `${tier.name} does not answer`).join("; ");
+    note(down.map((tier) => `${tier.name} does not answer`).join("; "));
   } catch (error) {
-    $("cache-note").textContent = error.message;
+    note(error.message);
   }
+}
+
+function head(scope, name) {
+  const cell = make("th", name);
+  cell.scope = scope;
+  return cell;
+}
+
+function note(problem) {
+  $("cache-note").textContent = problem;
+  $("cache-note").className = problem ? "bad" : "hint";
 }

@@ -1,7 +1,7 @@
 // The page: its state, and what each control does. One module per role beside it.
 import { call } from "./api.js";
 import { ask, isRunning, repaint, stop } from "./ask.js";
-import { showCache } from "./cache.js";
+import { count, showCache } from "./cache.js";
 import { showDocuments, showMore, upload } from "./documents.js";
 import { $, make } from "./dom.js";
 
@@ -12,7 +12,7 @@ async function showHealth() {
     box.dataset.state = health.status;
     const fusion = health.gate.on ? `fusion on (${health.gate.policy})` : "fusion off";
     const store = health.cache.store.chunks_now;
-    box.textContent = `${health.model}, ${fusion}${store === undefined ? "" : `, ${store} chunks cached`}`;
+    box.textContent = `${health.model}, ${fusion}${store === undefined ? "" : `, ${count(store)} chunks cached`}`;
     box.title = health.problems.join("; ");
     const names = Object.keys(health.index);
     if ($("index").options.length !== names.length)
