@@ -32,7 +32,10 @@ PROMPTS: dict[str, tuple[list[int], dict[str, Any]]] = {
 
 
 def _answers(local: Any) -> dict[str, Any]:
-    """Each prompt alone, on the same stored chunks; then all of them in one batch."""
+    """Each prompt alone, on the same stored chunks; all of them in one batch; then again, behind what they answered.
+
+    Emptying the caches empties the memory of drafts, too, so that only the last find their answers in it.
+    """
     store_chunks(local, CHUNKS[:2])
     found = {}
     for name, (ids, fusion) in PROMPTS.items():
@@ -42,7 +45,22 @@ def _answers(local: Any) -> dict[str, Any]:
         name: local.submit(ids, NEW, fusion=fusion) for name, (ids, fusion) in PROMPTS.items()
     }
     local.run(*together.values())
-    return found | {f"{name}, in a batch": req for name, req in together.items()}
+    found |= {f"{name}, in a batch": req for name, req in together.items()}
+    for name, (ids, fusion) in PROMPTS.items():
+        found[f"{name}, again"] = local.ask(ids, NEW, fusion=fusion)
+    found["drawn"] = local.ask(*PROMPTS["plain"][:1], NEW, sampling_params=_cold())
+    return found
+
+
+def _cold() -> Any:
+    """Sampling so cold that it draws the likeliest token: the path of sampling, and a known answer."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=1e-3, top_k=50, top_p=0.9, max_new_tokens=NEW, ignore_eos=True
+    )
+    params.normalize(None)
+    return params
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +79,9 @@ def test_answers_are_those_of_decoding_token_by_token(
     one_by_one, speculated = answers
     for name, req in speculated.items():
         assert len(req.output_ids) == NEW, name
-        assert largest_difference(req, one_by_one[name]) < 5e-4, name
+        assert list(req.output_ids) == list(one_by_one[name].output_ids), name
+        if name != "drawn":  # its log-probabilities are those of other temperatures
+            assert largest_difference(req, one_by_one[name]) < 5e-4, name
 
 
 def test_prompts_are_fused_as_without_speculation(
@@ -78,4 +98,6 @@ def test_prompts_are_fused_as_without_speculation(
 def test_drafts_are_accepted(answers: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Otherwise nothing of the tree was ever used."""
     _, speculated = answers
-    assert sum(req.spec_verify_ct for req in speculated.values()) < (NEW - 1) * len(speculated)
+    for name, req in speculated.items():
+        if "again" in name or name == "drawn":
+            assert req.spec_verify_ct < (NEW - 1) / 2, name
