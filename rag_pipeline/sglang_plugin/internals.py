@@ -93,7 +93,7 @@ INTERNALS = (
         _RUNNER,
         "the model and its pools",
         has="attn_backend dtype lora_manager model model_config req_to_token_pool token_to_kv_pool token_to_kv_pool_allocator "
-        "prefill_attention_backend_str server_args use_mla_backend",
+        "decode_attention_backend_str prefill_attention_backend_str server_args use_mla_backend",
     ),
     _row(f"{_RUNNER}._forward_raw", "probing passes", "forward_batch", "pp_proxy_tensors"),
     _row(
@@ -108,12 +108,12 @@ INTERNALS = (
         "extend_prefix_lens extend_prefix_lens_cpu extend_seq_lens extend_seq_lens_cpu extend_start_loc forward_mode "
         "global_num_token_non_padded global_num_token_non_padded_cpu input_ids lora_ids mm_inputs "
         "model_specific_states orig_seq_lens out_cache_loc positions req_pool_indices req_pool_indices_cpu "
-        "return_logprob rids seq_lens seq_lens_cpu seq_lens_sum token_ids_logprobs top_logprobs_nums",
+        "return_logprob rids seq_lens seq_lens_cpu seq_lens_sum spec_info token_ids_logprobs top_logprobs_nums",
     ),
     _row(
         "model_executor.forward_batch_info.ForwardMode",
         "which batches may be fused",
-        has="is_decode is_extend is_extend_without_speculative is_idle",
+        has="is_decode is_draft_extend_v2 is_extend is_extend_without_speculative is_idle is_target_verify",
     ),
     _row("model_executor.forward_context.get_token_to_kv_pool", "the pool that a layer writes"),
     _row(
@@ -229,3 +229,29 @@ HICACHE = (
     ),
 )
 """What an engine with a remote tier ``hicache+...`` uses; checked when that is opened."""
+
+QUANTISED = (
+    _row(
+        "layers.linear.LinearBase",
+        "a layer of each kind of quantised weights is tried",
+        has="input_size quant_method",
+    ),
+    _row(
+        "layers.moe.fused_moe_triton.FusedMoE",
+        "experts are known by their class",
+    ),
+)
+"""What a scheduler has loaded with its model."""
+
+SPECULATING = (
+    _row("speculative.eagle_utils", "kernels around drafted tokens are replaced"),
+    _row("speculative.spec_utils", "as above"),
+    _row("mem_cache.memory_pool", "as above"),
+    _row("speculative.ngram_worker.NGRAMWorker", "the worker that drafts"),
+    _row(
+        "speculative.ngram_info.NgramVerifyInput",
+        "trees of drafts, for the CPU backend",
+        *["custom_mask", "draft_token_num"],
+    ),
+)
+"""What an engine on a CPU uses for NGRAM speculation."""

@@ -10,7 +10,13 @@ import pytest
 
 import rag_pipeline.sglang_plugin as plugin
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, PluginRefused, verify_targets
-from rag_pipeline.sglang_plugin.internals import HICACHE, INTERNALS, LAUNCHING
+from rag_pipeline.sglang_plugin.internals import (
+    HICACHE,
+    INTERNALS,
+    LAUNCHING,
+    QUANTISED,
+    SPECULATING,
+)
 
 FOLDER = Path(plugin.__file__).parent
 SRT = "sglang.srt."
@@ -93,10 +99,19 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
     """Every row, as the plugin registers them, without registering a hook."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    from rag_pipeline.sglang_plugin.cpu.speculation import install
     from rag_pipeline.sglang_plugin.fusion.hooks import hook_rows
 
+    install()  # without it, the worker's module asks for a compiled kernel
     monkeypatch.setattr(HookRegistry, "register", lambda *args: None)
-    return [*(row for row, _ in hook_rows()), *INTERNALS, *LAUNCHING, *HICACHE]
+    return [
+        *(row for row, _ in hook_rows()),
+        *INTERNALS,
+        *LAUNCHING,
+        *HICACHE,
+        *QUANTISED,
+        *SPECULATING,
+    ]
 
 
 def test_every_import_from_sglang_is_in_the_table(table: list[HookTarget]) -> None:

@@ -80,6 +80,9 @@ def refusal(runner: Any) -> str | None:
             return "bidirectional attention inside the prompt"
         if module.logit_cap:
             return f"a cap of {module.logit_cap} on attention logits"
+        window = module.sliding_window_size
+        if runner.server_args.speculative_algorithm and window is not None and window > -1:
+            return "trees of drafted tokens (speculative_algorithm) in layers with a sliding window"
     return None
 
 
@@ -191,11 +194,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         out_THE = q.new_zeros(q_THD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
         for span in at.plan.spans:
             if span.tree is not None:
-                if at.window is not None:
-                    raise EngineError(
-                        f"the attention backend {ATTENTION_BACKEND!r} does not serve speculation with sliding "
-                        "windows; start without speculative_algorithm."
-                    )
+                assert at.window is None, "refused at start"
                 out_THE[span.start : span.stop] = tree_attention(
                     q_THD[span.start : span.stop],
                     at.keys[span.slots].to(q.dtype),

@@ -32,6 +32,8 @@ def read_tree(
         ``[batch_size * n]``, gets the absolute position of each node.
     retrieve_index, retrieve_next_token, retrieve_next_sibling : Tensor
         ``[batch_size, n]``: place of each node in the batch, its first child and its next sibling, -1 for none.
+    batch_size, draft_token_num : int
+        Requests, and nodes ``n`` of each tree.
     """
     n = draft_token_num
     above = tree_mask.reshape(batch_size, n, n).bool().tril(-1)
@@ -114,10 +116,16 @@ def sample_tree(
 
     Parameters
     ----------
+    predicts, accept_index, accept_token_num : Tensor
+        Written, as there.
+    candidates, retrive_index, retrive_next_token, retrive_next_sibling : Tensor
+        The trees, as there; the names are SGLang's.
     uniform_samples : Tensor
         ``[batch, n]``, uniform in [0, 1).
     target_probs : Tensor
         ``[batch, n, vocabulary]``.
+    **unused : Any
+        What approximate acceptance asks for: thresholds, and the probabilities of drafts.
     """
     sums = target_probs.double().cumsum(-1)
     coins = uniform_samples.double()[..., None] * sums[..., -1:]

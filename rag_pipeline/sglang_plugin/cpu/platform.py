@@ -101,7 +101,8 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         Arm it fills in ``torch_native``, which a user may also have asked for, so there the name
         has to be given; :func:`rag_pipeline.sglang_plugin.create_engine` does.)
 
-        ``dtype`` "auto" becomes fp32 where the CPU computes no bf16.
+        ``dtype`` "auto" becomes fp32 where the CPU computes no bf16. Speculation needs our backend: no other one
+        that runs here masks the keys of a tree.
 
         SGLang refuses more ranks than NUMA nodes unless ``SGLANG_CPU_OMP_THREADS_BIND`` names the
         cores of each. With one rank the variable stays unset, because setting it also makes
@@ -109,6 +110,12 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
+        algorithm, backend = server_args.speculative_algorithm, server_args.attention_backend
+        if algorithm is not None and backend != ATTENTION_BACKEND:
+            raise EngineError(
+                f"attention_backend {backend!r} cannot attend over trees of drafted tokens on a CPU; take "
+                f"{ATTENTION_BACKEND!r}, or start without speculative_algorithm."
+            )
         if server_args.dtype == "auto" and not computes_bf16():
             server_args.dtype = "float32"
             logger.info("This CPU has no bf16 instructions: float32. --dtype bfloat16 forces bf16.")

@@ -22,6 +22,7 @@ from rag_pipeline.sglang_plugin.cpu.draft_trees import (
     verify_tree,
 )
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets, fail_hard, verify_targets
+from rag_pipeline.sglang_plugin.internals import SPECULATING
 
 __all__ = ["cache_locs", "install"]
 
@@ -75,8 +76,9 @@ def install() -> type[Any]:
     from sglang.srt.speculative import eagle_utils, spec_utils
 
     with fail_hard():
-        add_targets(_TARGETS)
-        verify_targets(_TARGETS)
+        rows = (*_TARGETS, *SPECULATING)
+        add_targets(rows)
+        verify_targets(rows)
         eagle_utils.verify_tree_greedy_func = verify_tree
         # None of these exists here; SGLang's signatures are those of its GPU kernels.
         eagle_utils.tree_speculative_sampling_target_only = sample_tree

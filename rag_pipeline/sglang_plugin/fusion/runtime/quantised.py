@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from rag_pipeline.sglang_plugin.hook_table import verify_targets
+from rag_pipeline.sglang_plugin.internals import QUANTISED
+
 BACKENDS_WITHOUT_KV_SCALES = ("rag_cpu", "torch_native")
 """They read an unquantised pool as it is. FlashInfer and Triton multiply by ``k_scale_float`` whatever the pool holds."""
 
@@ -63,6 +66,7 @@ def refuse_quantised_layers(model: torch.nn.Module, dtype: torch.dtype) -> str |
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
+    verify_targets(QUANTISED)
     tried = set()
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -97,7 +101,6 @@ def _form(module: Any) -> Sequence[Any]:
     )
 
 
-@torch.inference_mode()
 def _change_beside_a_large_row(module: Any, dtype: torch.dtype) -> float:
     """How much a row's result changes when a large row stands beside it, relative to its largest entry."""
     width = int(getattr(module, "input_size_per_partition", None) or module.input_size)
@@ -105,8 +108,9 @@ def _change_beside_a_large_row(module: Any, dtype: torch.dtype) -> float:
     rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
     rows *= torch.tensor([[_NEAR], [_FAR]])
     rows = rows.to(device=device, dtype=dtype)
-    alone = module.quant_method.apply(module, rows[:1].clone(), None).float()
-    beside = module.quant_method.apply(module, rows.clone(), None)[:1].float()
+    with torch.inference_mode():
+        alone = module.quant_method.apply(module, rows[:1].clone(), None).float()
+        beside = module.quant_method.apply(module, rows.clone(), None)[:1].float()
     change = float((beside - alone).abs().max())
     size = float(alone.abs().max())
     return change / size if size else (float("inf") if change else 0.0)
