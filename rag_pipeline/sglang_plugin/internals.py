@@ -119,7 +119,7 @@ INTERNALS = (
     _row(
         "layers.radix_attention.RadixAttention",
         "shapes and scales of a layer",
-        has="attn_type is_cross_attention k_scale layer_id logit_cap qk_head_dim scaling sliding_window_size "
+        has="attn_type is_cross_attention k_scale layer_id logit_cap logit_capping_method qk_head_dim scaling sliding_window_size "
         "tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim v_scale",
     ),
     _row("layers.radix_attention.AttentionType", "which layers are causal", has="DECODER"),

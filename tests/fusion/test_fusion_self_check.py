@@ -56,8 +56,8 @@ def one_token_off(monkeypatch):
 def wrong_mask(monkeypatch):
     original = attention.FusedPass.run_layer
 
-    def run_layer(self, layer, pool, q, k, v, save):
-        out = original(self, layer, pool, q, k, v, save)
+    def run_layer(self, layer, pool, q, k, v, **more):
+        out = original(self, layer, pool, q, k, v, **more)
         return out if layer.layer_id else out.roll(1, 0)
 
     monkeypatch.setattr(attention.FusedPass, "run_layer", run_layer)

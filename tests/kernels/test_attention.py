@@ -10,7 +10,7 @@ from tolerances import TOLERANCE
 from rag_kernels import plan_position_causal, position_causal_attention
 
 
-def reference(q, k_pool, v_pool, positions, slots, scale, window=None, cap=None):
+def reference(q, k_pool, v_pool, positions, slots, scale, window=None, cap=None, sinks=None):
     """One row at a time: only the keys that the row may see are ever touched."""
     out = torch.empty(q.shape, dtype=torch.float32)
     group = q.shape[1] // k_pool.shape[1]
@@ -22,7 +22,9 @@ def reference(q, k_pool, v_pool, positions, slots, scale, window=None, cap=None)
         logits = torch.einsum("hd,thd->ht", q[row].float(), k) * scale
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        out[row] = torch.einsum("ht,thd->hd", logits.softmax(-1), v)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float()[:, None]], -1)
+        out[row] = torch.einsum("ht,thd->hd", logits.softmax(-1)[:, : p + 1 - first], v)
     return out
 
 
@@ -64,9 +66,11 @@ def test_scattered_unsorted_rows_of_a_mixed_batch(kernel, dtype, q_heads, kv_hea
 
 @pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
 @pytest.mark.parametrize(
-    ("window", "cap"), [(1, None), (20, None), (1000, None), (None, 3.0), (33, 3.0)]
+    ("window", "cap"), [(None, None), (1, None), (20, None), (1000, None), (None, 3.0), (33, 3.0)]
 )
-def test_sliding_window_and_logit_cap(kernel, window, cap):
+@pytest.mark.parametrize("sinks", [None, (0.5, -3.0, 40.0, -90.0)])
+def test_sliding_window_logit_cap_and_sinks(kernel, window, cap, sinks):
+    sinks = None if sinks is None else torch.tensor(sinks)
     lengths, counts = [150, 90, 64], [60, 90, 1]
     slots, positions, k, v = batch(2, 2, 32, torch.float32, lengths, counts)
     positions[1] = torch.arange(90)
@@ -74,11 +78,13 @@ def test_sliding_window_and_logit_cap(kernel, window, cap):
     plan = plan_position_causal(
         positions, slots, num_q_heads=4, num_kv_heads=2, head_dim=32, kernel=kernel, block_rows=16
     )
-    got = position_causal_attention(q, k, v, plan, 0.4, sliding_window=window, logit_cap=cap)
+    got = position_causal_attention(
+        q, k, v, plan, 0.4, sliding_window=window, logit_cap=cap, sinks=sinks
+    )
     rows = q.split(counts)
     want = torch.cat(
         [
-            reference(r, k, v, p, s, 0.4, window, cap)
+            reference(r, k, v, p, s, 0.4, window, cap, sinks)
             for r, p, s in zip(rows, positions, slots, strict=True)
         ]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rag_kernels.attention.base import AttentionCall, AttentionKernel
+from rag_kernels.attention.base import AttentionCall, AttentionKernel, LogitRules
 from rag_kernels.attention.call import position_causal_attention, prepare_attention
 from rag_kernels.attention.choice import ATTENTION_KERNELS, choose_kernel
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
@@ -14,6 +14,7 @@ __all__ = [
     "AttentionCall",
     "AttentionKernel",
     "BlockMask",
+    "LogitRules",
     "PositionCausalPlan",
     "RequestBlocks",
     "RowBlock",

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
+
+
+class LogitRules(NamedTuple):
+    """What a layer does with its logits beside causality; nothing by default.
+
+    Attributes
+    ----------
+    sliding_window : int or None
+        Keys that a row sees, its own counted; None for all.
+    logit_cap : float or None
+        Logits become ``cap * tanh(logit / cap)``; None for no cap.
+    """
+
+    sliding_window: int | None = None
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,6 +48,8 @@ class AttentionCall:
         Logits become ``cap * tanh(logit / cap)``.
     mask : BlockMask, optional
         Blocks of keys that rows may read; None for all.
+    sinks : Tensor, optional
+        ``[Hq]``: logit per query head of a key without a value that every row reads too.
     """
 
     q_RNH: Tensor
@@ -43,6 +60,7 @@ class AttentionCall:
     sliding_window: int | None = None
     logit_cap: float | None = None
     mask: BlockMask | None = None
+    sinks: Tensor | None = None
 
     @property
     def sorted_q(self) -> Tensor:
@@ -81,11 +99,14 @@ class AttentionKernel(ABC):
         Most rows of a block unless the caller of the plan says otherwise.
     reads_masks : bool
         Whether it honours a block mask; a call with one goes to another kernel otherwise.
+    reads_sinks : bool
+        The same of sinks.
     """
 
     name: ClassVar[str]
     block_rows: ClassVar[int] = 128
     reads_masks: ClassVar[bool] = False
+    reads_sinks: ClassVar[bool] = False
 
     @abstractmethod
     def refuse_device(self, device: torch.device) -> str | None:
@@ -99,6 +120,8 @@ class AttentionKernel(ABC):
         """Reason why another kernel must compute this call; None where this one does."""
         if call.mask is not None and not self.reads_masks:
             return "reads no block mask"
+        if call.sinks is not None and not self.reads_sinks:
+            return "reads no attention sinks"
         return None
 
     def prepare(self, call: AttentionCall) -> None:  # noqa: B027 - most kernels have nothing to plan

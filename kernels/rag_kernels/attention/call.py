@@ -28,6 +28,7 @@ def position_causal_attention(
     sliding_window: int | None = None,
     logit_cap: float | None = None,
     mask: BlockMask | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with every row to keys ``0 .. position`` of its own request.
 
@@ -49,6 +50,8 @@ def position_causal_attention(
         Logits become ``cap * tanh(logit / cap)``.
     mask : BlockMask, optional
         Blocks of keys that rows may read, causality on top; None for all.
+    sinks : Tensor, optional
+        ``[Hq]``: logit per query head of a key without a value that every row reads too, never capped.
 
     Returns
     -------
@@ -74,6 +77,10 @@ def position_causal_attention(
         raise ValueError(
             f"sliding_window is {sliding_window}; it must be at least 1, or None for no window."
         )
+    if sinks is not None and tuple(sinks.shape) != (plan.num_q_heads,):
+        raise ValueError(
+            f"sinks have shape {tuple(sinks.shape)}; give one per query head, ({plan.num_q_heads},)."
+        )
     if mask is not None:
         mask.check(plan)
     if plan.num_rows == 0:
@@ -87,6 +94,7 @@ def position_causal_attention(
         sliding_window=sliding_window,
         logit_cap=logit_cap,
         mask=mask,
+        sinks=sinks,
     )
     return _by_first_able(call, lambda kernel: kernel.attend(call))
 

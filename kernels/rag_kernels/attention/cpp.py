@@ -23,6 +23,7 @@ class CppKernel(AttentionKernel):
 
     name = "cpp"
     reads_masks = True
+    reads_sinks = True
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Refuse everything but the CPU, and a CPU for which it cannot be built."""
@@ -58,6 +59,7 @@ class CppKernel(AttentionKernel):
             )
         out = torch.empty(q.shape, dtype=q.dtype)
         requests, kept = _requests(call)
+        sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
         struct = CallStruct(
             q=q.data_ptr(),
             k=call.k_pool.data_ptr(),
@@ -66,6 +68,7 @@ class CppKernel(AttentionKernel):
             order=None if plan.order is None else plan.order.data_ptr(),
             positions=plan.sorted_positions.data_ptr(),
             requests=ctypes.addressof(requests),
+            sinks=None if sinks is None else sinks.data_ptr(),
             num_requests=len(plan.slots),
             q_row=q.stride(0),
             q_head=q.stride(1),
@@ -85,7 +88,7 @@ class CppKernel(AttentionKernel):
         )
         if library.rag_attend(ctypes.byref(struct)) != 0:
             raise RuntimeError(f"attention kernel 'cpp' does not know {q.dtype}.")
-        del kept
+        del kept, sinks
         return out
 
 

@@ -31,6 +31,7 @@ class CpuKernel(AttentionKernel):
     block_rows = 48
     """Measured best (``rag_eval.benchmarks.kernels``)."""
     reads_masks = True
+    reads_sinks = True
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Refuse everything but the CPU."""
@@ -57,6 +58,7 @@ def _attend(call: AttentionCall) -> Tensor:
     # bf16 products accumulate in fp32 and are fast; fp16 ones are emulated, so they are done in fp32.
     pv_dtype = torch.bfloat16 if v_pool.dtype == torch.bfloat16 else torch.float32
     out = torch.empty(packed.shape, dtype=pv_dtype)
+    sinks = None if call.sinks is None else call.sinks.float().view(kv_heads, group)
     request = -1
     k_heads = v_heads = packed
     for block in plan.blocks:
@@ -73,7 +75,7 @@ def _attend(call: AttentionCall) -> Tensor:
                 logits = torch.mm(packed[head, lo:hi], k_heads[head, keys].t())
                 if call.logit_cap:
                     logits = logits.div_(call.logit_cap).tanh_().mul_(call.logit_cap)
-                weights = torch.softmax(logits.add_(bias), dim=-1).to(pv_dtype)
+                weights = _weights(logits.add_(bias), sinks, head).to(pv_dtype)
                 torch.mm(weights, v_heads[head, keys], out=out[head, lo:hi])
             continue
         first, bias = _bias(plan, block, group, call.sliding_window)
@@ -84,12 +86,20 @@ def _attend(call: AttentionCall) -> Tensor:
                 logits = logits.div_(call.logit_cap).tanh_().mul_(call.logit_cap)
             if bias.shape[1]:
                 logits[:, masked].add_(bias)
-            weights = torch.softmax(logits, dim=-1).to(pv_dtype)
+            weights = _weights(logits, sinks, head).to(pv_dtype)
             torch.mm(weights, v_heads[head, first : block.kv_len], out=out[head, lo:hi])
     rejoined = (
         out.view(kv_heads, rows, group, dim).transpose(0, 1).reshape(rows, plan.num_q_heads, dim)
     )
     return call.unsorted(rejoined.to(call.q_RNH.dtype))
+
+
+def _weights(logits: Tensor, sinks: Tensor | None, head: int) -> Tensor:
+    """Softmax of one key/value head, ``[rows * group, n]``; a sink ``[Hk, group]`` takes its share and is left out."""
+    if sinks is None:
+        return torch.softmax(logits, dim=-1)
+    sink = sinks[head].repeat(logits.shape[0] // sinks.shape[1])[:, None]
+    return torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[:, :-1]
 
 
 def _sparse_keys(

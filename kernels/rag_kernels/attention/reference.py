@@ -18,6 +18,7 @@ class ReferenceKernel(AttentionKernel):
 
     name = "reference"
     reads_masks = True
+    reads_sinks = True
 
     def refuse_device(self, device: torch.device) -> str | None:
         """Run anywhere."""
@@ -60,9 +61,11 @@ class ReferenceKernel(AttentionKernel):
                 if blocks is not None:
                     hidden = hidden | ~_keys(blocks, positions[row:end], slots.numel(), plan)
                 logits.masked_fill_(hidden, float("-inf"))
-                out[row:end] = (
-                    torch.bmm(torch.softmax(logits, dim=-1), v).transpose(0, 1).to(out.dtype)
-                )
+                if call.sinks is not None:
+                    sink = call.sinks.float()[:, None, None].expand(-1, end - row, 1)
+                    logits = torch.cat([logits, sink], dim=-1)
+                weights = torch.softmax(logits, dim=-1)[..., : slots.numel()]
+                out[row:end] = torch.bmm(weights, v).transpose(0, 1).to(out.dtype)
         return out
 
 

@@ -25,6 +25,7 @@ struct RagCall {
     const int64_t* order;       // query row of each sorted row, or null
     const int32_t* positions;   // of the sorted rows
     const RagRequest* requests;
+    const float* sinks;         // logit per query head of a key without a value, or null
     int64_t num_requests, q_row, q_head, k_slot, k_head, v_slot, v_head;  // strides in numbers
     int64_t q_heads, kv_heads, dim, q_type, kv_type, window, threads;     // window 0: none
     float scale, cap;           // cap 0: none
@@ -215,6 +216,11 @@ struct Worker {
         std::memset(sums, 0, size_t(count) * ldo * 4);
         std::fill(most, most + count, NEG_INF);
         std::fill(total, total + count, 0.0f);
+        if (c.sinks != nullptr)  // a key read before all others; logits are scaled below where no cap was in the way
+            for (int i = 0; i < count; i++) {
+                most[i] = c.sinks[t.head * group + i / rows] / (c.cap > 0 ? 1.0f : c.scale);
+                total[i] = 1.0f;
+            }
 
         const int32_t last = c.positions[t.hi - 1];
         const int32_t window = int32_t(c.window);

@@ -39,7 +39,7 @@ class CallStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "order", "positions")),
-        ("requests", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("requests", "sinks")),
         *((name, ctypes.c_int64) for name in ("num_requests", "q_row", "q_head", "k_slot")),
         *((name, ctypes.c_int64) for name in ("k_head", "v_slot", "v_head", "q_heads")),
         *((name, ctypes.c_int64) for name in ("kv_heads", "dim", "q_type", "kv_type")),

@@ -22,6 +22,7 @@ from rag_kernels.attention.torch_sdpa import (
     packed_decode_attention,
     tree_attention,
 )
+from rag_kernels.attention.torch_softmax import written_out_attention
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND, offer_attention_backend
 from rag_pipeline.sglang_plugin.cpu.decode_reads import DecodeReads, find_reads
@@ -78,11 +79,12 @@ def refusal(runner: Any) -> str | None:
             return f"attention of type {module.attn_type.value!r}"
         if module.attn_type == AttentionType.DECODER_BIDIRECTIONAL:
             return "bidirectional attention inside the prompt"
-        if module.logit_cap:
-            return f"a cap of {module.logit_cap} on attention logits"
+        if module.logit_cap and module.logit_capping_method != "tanh":
+            return f"a cap on attention logits by {module.logit_capping_method!r}"
         window = module.sliding_window_size
-        if runner.server_args.speculative_algorithm and window is not None and window > -1:
-            return "trees of drafted tokens (speculative_algorithm) in layers with a sliding window"
+        has_window = window is not None and window > -1
+        if runner.server_args.speculative_algorithm and (has_window or module.logit_cap):
+            return "trees of drafted tokens (speculative_algorithm) in layers with a sliding window or a cap on logits"
     return None
 
 
@@ -95,6 +97,27 @@ class _LayerCall:
     values: torch.Tensor
     window: int | None
     plan: SlotPlan
+    cap: float | None
+    sinks: torch.Tensor | None
+
+    def written_out(
+        self, q_THD: torch.Tensor, slots: torch.Tensor | slice, window: int | None
+    ) -> torch.Tensor:
+        """Attention of a request's last tokens with the layer's cap and sinks."""
+        return written_out_attention(
+            q_THD,
+            self.keys[slots].to(q_THD.dtype),
+            self.values[slots].to(q_THD.dtype),
+            scale=self.layer.scaling,
+            window=window,
+            logit_cap=self.cap,
+            sinks=self.sinks,
+        )
+
+    @property
+    def is_written_out(self) -> bool:
+        """Whether torch's fused attention cannot compute the layer."""
+        return self.cap is not None or self.sinks is not None
 
 
 class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
@@ -107,9 +130,9 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     bit for bit like ``torch_native``. Tokens of a request whose attention method acts on decoding
     read the positions that it keeps and no others, in layers without a sliding window.
 
-    Grouped-query attention, sliding windows (also with SGLang's separate window pool), any page
-    size and any KV dtype are served, and trees of drafted tokens (NGRAM speculation) in layers without a window.
-    Logit caps, encoders, cross-attention, attention sinks, MLA and draft models are refused with one line.
+    Grouped-query attention, sliding windows (also with SGLang's separate window pool), caps on logits,
+    attention sinks, any page size and any KV dtype are served, and trees of drafted tokens (NGRAM speculation) in
+    layers without a window, cap or sinks. Encoders, cross-attention, MLA and draft models are refused with one line.
     """
 
     gathers_positions = True
@@ -194,7 +217,9 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         out_THE = q.new_zeros(q_THD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
         for span in at.plan.spans:
             if span.tree is not None:
-                assert at.window is None, "refused at start"
+                # Refused at start; every model with sinks has a window too.
+                assert at.window is None
+                assert not at.is_written_out
                 out_THE[span.start : span.stop] = tree_attention(
                     q_THD[span.start : span.stop],
                     at.keys[span.slots].to(q.dtype),
@@ -202,6 +227,10 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
                     span.tree,
                     scale=at.layer.scaling,
                 )
+                continue
+            if at.is_written_out:
+                rows = q_THD[span.start : span.stop]
+                out_THE[span.start : span.stop] = at.written_out(rows, span.slots, at.window)
                 continue
             out_THE[span.start : span.stop] = extend_attention(
                 q_THD[span.start : span.stop],
@@ -221,6 +250,12 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         q_BHD = q.reshape(-1, at.layer.tp_q_head_num, at.layer.qk_head_dim)
         out_BHE = q.new_zeros(q_BHD.shape[0], at.layer.tp_q_head_num, at.layer.v_head_dim)
         for bucket in plan.buckets:
+            if at.is_written_out:
+                for row, slots, length in zip(
+                    bucket.rows.tolist(), bucket.slots, bucket.lengths, strict=True
+                ):
+                    out_BHE[row] = at.written_out(q_BHD[row][None], slots[:length], window)[0]
+                continue
             longest, shortest = bucket.lengths[0], bucket.lengths[-1]
             # A query at position n - 1 sees keys from n - 1 - window on.
             first = 0 if window is None else max(0, shortest - 1 - window)
@@ -253,6 +288,7 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **unserved: Any,
     ) -> _LayerCall:
         """Store the new keys and values, and say what the layer reads."""
@@ -274,6 +310,8 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             values=pool.get_value_buffer(layer.layer_id),
             window=window if window is not None and window > -1 else None,
             plan=self._plans[1 if in_window_pool else 0],
+            cap=layer.logit_cap or None,
+            sinks=sinks,
         )
 
     def support_triton(self) -> bool:

@@ -127,7 +127,7 @@ def compute(
         if fused is not None:
             if layer == fails_at:
                 fused.attend = _fault
-            out = fused.run_layer(_MODULES[layer], pool, q, k, v, True)
+            out = fused.run_layer(_MODULES[layer], pool, q, k, v)
         else:
             pool.keys[layer][batch.out_cache_loc] = k
             pool.values[layer][batch.out_cache_loc] = v

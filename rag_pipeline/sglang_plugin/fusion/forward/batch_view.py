@@ -190,7 +190,12 @@ def make_view(
         given requests and must be stopped before its end.
     """
     device = batch.input_ids.device
-    slots = torch.cat([r.row_slots for r in rows]) if fused is None else fused.row_slots
+    # The pass writes a fused row itself; a model that writes while it rotates must not be in its way.
+    slots = (
+        torch.cat([r.row_slots for r in rows])
+        if fused is None
+        else torch.full_like(fused.row_slots, PADDING_SLOT)
+    )
     own = {} if fused is None else {PASS_KEY: fused}
     counts = [r.count for r in rows]
     positions = to_device(torch.cat([r.positions for r in rows]), device, batch.positions.dtype)

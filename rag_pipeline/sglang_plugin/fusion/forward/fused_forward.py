@@ -56,6 +56,7 @@ class FusedForward:
             self._loads(),
             self._facts.rotary,
             runtime.timeline,
+            by_layer=self._facts.rotary_by_layer,
             timer=runtime.timer,
             took=lambda num_bytes, seconds: runtime.rates.note_load(MEMORY, num_bytes, seconds),
             copies=runtime.copies,
@@ -168,12 +169,15 @@ class FusedForward:
         strength = item.entry.state.policy.shift_strength(item.layout)
         if strength <= 0.0 or item.chosen is None or not item.chosen.numel():
             return []
-        plan = plan_mean_shift(
-            item.layout.spans,
-            rows.positions,
-            item.kv_slots,
-            self._facts.rotary,
-            strength=strength,
-            first_row=first,
-        )
-        return [plan] if plan.num_shifted else []
+        plans = [
+            plan_mean_shift(
+                item.layout.spans,
+                rows.positions,
+                item.kv_slots,
+                spec,
+                strength=strength,
+                first_row=first,
+            )
+            for spec in self._facts.rotaries
+        ]
+        return [plan for plan in plans if plan.num_shifted]

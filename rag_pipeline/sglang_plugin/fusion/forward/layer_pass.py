@@ -16,6 +16,7 @@ from torch import Tensor
 from rag_kernels import (
     AttentionCall,
     BlockMask,
+    LogitRules,
     MeanShiftPlan,
     MethodsOfPass,
     PositionCausalPlan,
@@ -25,6 +26,7 @@ from rag_kernels import (
 )
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock, timed
+from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
 PASS_KEY = "rag_fused_pass"
@@ -68,7 +70,7 @@ class FusedPass:
     scaling : float
         Softmax scale.
     shifts : tuple of MeanShiftPlan
-        Applied to the cached rows of each layer but the first.
+        Applied to the cached rows of each layer but the first, those of the layer's own rotation.
     observer : Observer or None
         For probing passes.
     holds_faults : bool
@@ -104,9 +106,19 @@ class FusedPass:
             prepare_attention(self.attention, k_pool, v_pool, runner.dtype, self.scaling)
 
     def run_layer(
-        self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool
+        self,
+        layer: Any,
+        pool: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer.
+        """Attention of one layer; the new rows are written here, whoever else SGLang would have write them.
+
+        A model that writes its keys while it rotates them (``save_kv_cache=False``) finds the padding slot in a fused
+        batch: what it wrote before the layer is loaded would be gone, and what was there before is still wanted.
 
         Parameters
         ----------
@@ -116,8 +128,8 @@ class FusedPass:
             The paged pool.
         q, k, v : Tensor
             Rotated queries and keys, and values, ``[R, heads * head_dim]`` or ``[R, heads, head_dim]``.
-        save_kv_cache : bool
-            Whether SGLang asks for the new rows to be written.
+        sinks : Tensor, optional
+            ``[Hq]``: logit per query head of a key without a value that every row reads too.
 
         Returns
         -------
@@ -125,10 +137,10 @@ class FusedPass:
             ``[R, Hq * head_dim]``.
         """
         if not self.holds_faults:
-            return self._run_layer(layer, pool, q, k, v, save_kv_cache)
+            return self._run_layer(layer, pool, q, k, v, sinks)
         if self.fault is None:
             try:
-                return self._run_layer(layer, pool, q, k, v, save_kv_cache)
+                return self._run_layer(layer, pool, q, k, v, sinks)
             except StopPassError:
                 raise
             except Exception as error:
@@ -138,7 +150,7 @@ class FusedPass:
         return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
     def _run_layer(
-        self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, save_kv_cache: bool
+        self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         index = int(layer.layer_id)
         k_pool, v_pool = pool.get_key_buffer(index), pool.get_value_buffer(index)
@@ -149,29 +161,42 @@ class FusedPass:
         if self.observer is not None:
             self.observer.before_write(index, k_pool, v_pool, k, v)
         if index > 0:
+            turned = self.loader.spec_of(index)
             for shift in self.shifts:
-                mean_shift_inplace(k_pool, v_pool, k, v, shift)
-        if save_kv_cache:
-            k_pool.index_copy_(0, self.row_slots, k.to(k_pool.dtype))
-            v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
+                if shift.spec is turned:
+                    mean_shift_inplace(k_pool, v_pool, k, v, shift)
+        k_pool.index_copy_(0, self.row_slots, k.to(k_pool.dtype))
+        v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
-        mask = timed(self.clock, "mask", lambda: self._mask(index, q, k_pool, v_pool))
+        rules = rules_of(layer)
+        given = {name: value for name, value in rules._asdict().items() if value is not None}
+        if sinks is not None:
+            given["sinks"] = sinks
+        mask = timed(self.clock, "mask", lambda: self._mask(index, q, k_pool, v_pool, rules))
         if self.clock is not None:
             self.clock.count(mask, self.attention)
-        masked = {} if self.methods is None else {"mask": mask}
+        if self.methods is not None:
+            given["mask"] = mask
         out = timed(
             self.clock,
             "rows",
-            lambda: self.attend(q, k_pool, v_pool, self.attention, self.scaling, **masked),
+            lambda: self.attend(q, k_pool, v_pool, self.attention, self.scaling, **given),
         )
         return out.reshape(out.shape[0], -1)
 
-    def _mask(self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> BlockMask | None:
-        if self.methods is None:
-            return None
+    def _mask(
+        self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor, rules: LogitRules
+    ) -> BlockMask | None:
+        if self.methods is None or rules.sliding_window is not None:
+            return None  # within a window every key is read
         call = AttentionCall(
-            q_RNH=q, k_pool=k_pool, v_pool=v_pool, plan=self.attention, scale=self.scaling
+            q_RNH=q,
+            k_pool=k_pool,
+            v_pool=v_pool,
+            plan=self.attention,
+            scale=self.scaling,
+            logit_cap=rules.logit_cap,
         )
         return self.methods.mask(index, call)
 
@@ -204,7 +229,14 @@ def around_radix_attention(
         )
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
-    return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, save_kv_cache)
+    sinks = kwargs.pop("sinks", None)
+    asked = [name for name, value in kwargs.items() if value is not None]
+    if k is None or v is None or asked:
+        # A fault: the batch is prefilled as usual.
+        raise ValueError(
+            f"layer {layer.layer_id} asks its attention for {', '.join(asked) or 'no keys of its own'}"
+        )
+    return fused.run_layer(layer, get_token_to_kv_pool(), q, k, v, sinks=sinks)
 
 
 def _clock_of(forward_batch: Any) -> AttentionClock | None:

@@ -49,6 +49,8 @@ class Loader:
         What to write.
     spec : RotarySpec
         How keys are moved.
+    by_layer : sequence of RotarySpec, optional
+        The same for each layer, where they differ.
     timeline : Timeline, optional
         Where waits and computing are recorded.
     timer : DeviceTimer, optional
@@ -65,6 +67,7 @@ class Loader:
         spec: RotarySpec,
         timeline: Timeline | None = None,
         *,
+        by_layer: Sequence[RotarySpec] = (),
         timer: DeviceTimer | None = None,
         took: Callable[[int, float], None] = lambda num_bytes, seconds: None,
         copies: CopyStream | None = None,
@@ -80,6 +83,7 @@ class Loader:
         self._ended = 0.0
         self._last = 0
         self._loads = list(loads)
+        self._spec, self._by_layer = spec, by_layer
         by_layout: dict[str, list[LoadItem]] = {}
         for item in self._loads:
             by_layout.setdefault(item.record.layout, []).append(item)
@@ -87,9 +91,12 @@ class Loader:
             (
                 layout_named(name),
                 items,
-                plan_span_load(
-                    [item.slots for item in items], [item.delta for item in items], spec
-                ),
+                {
+                    id(one): plan_span_load(
+                        [item.slots for item in items], [item.delta for item in items], one
+                    )
+                    for one in {id(one): one for one in by_layer or (spec,)}.values()
+                },
             )
             for name, items in by_layout.items()
         ]
@@ -100,6 +107,10 @@ class Loader:
         """All slots that are written, load by load."""
         return [item.slots for item in self._loads]
 
+    def spec_of(self, layer_id: int) -> RotarySpec:
+        """How the keys of a layer are moved."""
+        return self._by_layer[layer_id] if self._by_layer else self._spec
+
     def ensure(self, layer_id: int, k_pool: Tensor, v_pool: Tensor) -> None:
         """Load a layer unless that was done; waits for the readers of that layer."""
         if layer_id in self._done:
@@ -109,7 +120,8 @@ class Loader:
         if self._timeline is not None and layer_id > 0:
             self._timeline.add("compute", layer_id - 1, self._ended)
         ahead = self._ahead.pop(layer_id, None) or self._begin_copies(layer_id)
-        for index, (layout, items, plan) in enumerate(self._parts):
+        for index, (layout, items, plans) in enumerate(self._parts):
+            plan = plans[id(self.spec_of(layer_id))]
             layers = [] if self._copies else [item.read(layer_id) for item in items]
             timer = self._timer if layer_id % _SAMPLED == 0 else None
             moment = None if timer is None else timer.begin()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
-
-from torch import Tensor
 
 from chunk_cache import KVContext, KVLayout, canonical_json, layout_of_pool
 from chunk_cache.policies import qkv_share
-from rag_kernels import RotarySpec, RotaryUnsupportedError, rotary_spec_from_config
+from rag_kernels import RotarySpec
 from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
     describe_settings,
     fingerprint_weights,
@@ -19,15 +16,13 @@ from rag_pipeline.sglang_plugin.fusion.runtime.quantised import (
     refuse_kv_scales,
     refuse_quantised_layers,
 )
+from rag_pipeline.sglang_plugin.fusion.runtime.rotations import (
+    UnsupportedModelError,
+    read_rotations,
+)
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_model
 
-_MAX_ANGLE_ERROR = 2e-2
-"""Radians. A bf16 cos/sin table alone is off by up to 4e-3; a wrong base or scaling by far more."""
-_TABLE_ROWS = 256
-
-
-class UnsupportedModelError(ValueError):
-    """The loaded model cannot be fused; the message is the reason."""
+__all__ = ["ModelFacts", "UnsupportedModelError", "read_model"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,7 +34,9 @@ class ModelFacts:
     layers : tuple
         ``RadixAttention`` modules, by layer.
     rotary : RotarySpec
-        Rotation of the keys, checked against the table that the model itself uses.
+        Rotation of the keys, checked against the table that the model itself uses; of layer 0 where layers differ.
+    rotary_by_layer : tuple of RotarySpec
+        Rotation of each layer where they differ, one object per rotation; empty where all are alike.
     layout : KVLayout
         What the pool holds per token, and so do records made here.
     fingerprint : str
@@ -63,6 +60,16 @@ class ModelFacts:
     context_fields: dict[str, Any]
     qkv_share: float
     model_path: str = ""
+    rotary_by_layer: tuple[RotarySpec, ...] = ()
+
+    @property
+    def rotaries(self) -> tuple[RotarySpec, ...]:
+        """Every rotation that some layer has, each once."""
+        return tuple({id(one): one for one in self.rotary_by_layer or (self.rotary,)}.values())
+
+    def rotary_of(self, layer: int) -> RotarySpec:
+        """Rotation of one layer's keys."""
+        return self.rotary_by_layer[layer] if self.rotary_by_layer else self.rotary
 
     @property
     def num_layers(self) -> int:
@@ -104,7 +111,11 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     )
     if reason is not None:
         raise UnsupportedModelError(reason)
-    rotary, table = _read_rotary(config, [modules[name.rpartition(".")[0]] for name, _ in named])
+    rotations = read_rotations(
+        config, model_runner.model, [modules[name.rpartition(".")[0]] for name, _ in named]
+    )
+    by_layer = tuple(one.spec for one in rotations)
+    differ = len({id(one) for one in by_layer}) > 1
     fingerprint = fingerprint_weights(model_runner.model)
     first = layers[0]
     text = getattr(config, "text_config", None) or config
@@ -114,7 +125,8 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
         num_kv_heads=int(first.tp_k_head_num),
         head_dim=int(first.qk_head_dim),
         scaling=float(first.scaling),
-        rotary=rotary,
+        rotary=by_layer[0],
+        rotary_by_layer=by_layer if differ else (),
         layout=layout_of_pool(pool),
         fingerprint=fingerprint,
         context_fields={
@@ -122,18 +134,9 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             "dtype": str(model_runner.dtype).removeprefix("torch."),
             "kv_dtype": str(pool.dtype).removeprefix("torch."),
             "rope": canonical_json(
-                {
-                    "inv_freq": hashlib.blake2b(
-                        rotary.inv_freq.numpy().tobytes(), digest_size=16
-                    ).hexdigest(),
-                    "dim": rotary.rotary_dim,
-                    "neox": rotary.is_neox_style,
-                    # What the model multiplies by: it also holds the factor that YaRN puts on keys.
-                    "table": hashlib.blake2b(
-                        table[:_TABLE_ROWS].float().cpu().contiguous().numpy().tobytes(),
-                        digest_size=16,
-                    ).hexdigest(),
-                }
+                {"by_layer": [one.identity for one in rotations]}
+                if differ
+                else rotations[0].identity
             ),
             "settings": describe_settings(
                 config, model_runner.server_args, model_runner.prefill_attention_backend_str
@@ -158,28 +161,3 @@ def _backends(model_runner: Any) -> tuple[str, str]:
         model_runner.prefill_attention_backend_str,
         model_runner.decode_attention_backend_str,
     )
-
-
-def _read_rotary(config: Any, attention_modules: list[Any]) -> tuple[RotarySpec, Tensor]:
-    """Spec of the configuration, accepted only if the model's own tables say the same, and the table."""
-    embeddings = {id(e): e for m in attention_modules if (e := getattr(m, "rotary_emb", None))}
-    if len(embeddings) != 1:
-        raise UnsupportedModelError(
-            f"{len(embeddings)} rotary embeddings: every layer must share one for keys to be movable"
-        )
-    (embedding,) = embeddings.values()
-    try:
-        spec = rotary_spec_from_config(config, bool(getattr(embedding, "is_neox_style", True)))
-    except RotaryUnsupportedError as error:
-        raise UnsupportedModelError(str(error)) from None
-    table = getattr(embedding, "cos_sin_cache", None)
-    if table is None:
-        raise UnsupportedModelError(
-            "the rotary embedding has no table to check the frequencies with"
-        )
-    error_rad = spec.cache_error(table)
-    if not error_rad <= _MAX_ANGLE_ERROR:
-        raise UnsupportedModelError(
-            f"the model's rotary table is {error_rad:.3g} rad away from its configuration's frequencies"
-        )
-    return spec, table

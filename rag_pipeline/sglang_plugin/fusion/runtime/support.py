@@ -17,8 +17,15 @@ SUPPORTED_ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GptOssForCausalLM",
 )
-"""Tested families. They keep rotated keys and plain values of every layer in one paged pool."""
+"""Tested families. They keep rotated keys and plain values of every layer in one paged pool.
+
+Where there are experts, each row is routed by itself, so a pass over fewer rows routes them alike."""
 
 _KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -103,6 +110,11 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     names = getattr(hf_config, "architectures", None) or ["?"]
     if names[0] not in SUPPORTED_ARCHITECTURES:
         return f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+    if hasattr(pool, "full_to_swa_index_mapping"):
+        return (
+            "a KV pool of its own for sliding-window layers, which forgets what is behind the window: start with "
+            "--disable-hybrid-swa-memory"
+        )
     try:
         layout_of_pool(pool)
     except ChunkCacheError as error:
@@ -114,12 +126,12 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     if [layer.layer_id for layer in layers] != list(range(len(layers))):
         return "attention layers are not numbered 0, 1, 2, ...: not a plain decoder stack"
     for layer in layers:
-        if layer.sliding_window_size is not None and layer.sliding_window_size > 0:
-            return f"sliding-window attention in layer {layer.layer_id}"
         if layer.is_cross_attention or layer.attn_type.value != "decoder":
             return f"attention of layer {layer.layer_id} is not causal self-attention"
-        if layer.logit_cap:
-            return f"logit cap in layer {layer.layer_id}: not tested"
+        if layer.logit_cap and layer.logit_capping_method != "tanh":
+            return f"logits of layer {layer.layer_id} are capped by {layer.logit_capping_method!r}, not by tanh"
+        if layer.scaling != layers[0].scaling:
+            return f"layer {layer.layer_id} scales its logits by {layer.scaling}, layer 0 by {layers[0].scaling}"
         if layer.qk_head_dim != layer.v_head_dim:
             return f"layer {layer.layer_id} has keys and values of different size"
     return None

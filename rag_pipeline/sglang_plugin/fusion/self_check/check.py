@@ -94,7 +94,11 @@ def run_self_check(runtime: FusionRuntime, scheduler: Any) -> dict[str, float]:
     assert facts is not None
     drafts_before = _drafts(runtime)
     answers = _answers(runtime, scheduler)
-    errors = {"rotation": check_rotation(facts.rotary, facts.num_kv_heads, facts.head_dim)}
+    errors = {
+        "rotation": max(
+            check_rotation(spec, facts.num_kv_heads, facts.head_dim) for spec in facts.rotaries
+        )
+    }
     for name, against in (
         ("own_place", "plain"),
         ("ratio_1", "plain_moved"),
@@ -104,7 +108,7 @@ def run_self_check(runtime: FusionRuntime, scheduler: Any) -> dict[str, float]:
     moved = answers["moved"]
     errors["moved"] = max(
         first_layer_error(moved.kv, answers["plain_moved"].kv),
-        moved_error(moved.kv, moved.plan, moved.recomputed, facts.rotary),
+        moved_error(moved.kv, moved.plan, moved.recomputed, facts.rotary_of),
     )
     dtype = scheduler.tp_worker.model_runner.dtype
     for name in ("own_place", "ratio_1", "moved", "probed"):

@@ -6,7 +6,7 @@ Nothing of ``rag_kernels`` is used here: rotation and mean shift are computed by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,10 @@ def first_layer_error(one: LayerPairs, two: LayerPairs) -> float:
 
 
 def moved_error(
-    found: LayerPairs, plan: LoadPlan, recomputed: Sequence[int], spec: RotarySpec
+    found: LayerPairs,
+    plan: LoadPlan,
+    recomputed: Sequence[int],
+    spec_of: Callable[[int], RotarySpec],
 ) -> float:
     """Largest difference of loaded KV, over all layers, from stored KV that is turned and shifted as defined.
 
@@ -130,6 +133,7 @@ def moved_error(
                 stays[position - run.start] = False
         at = torch.arange(run.end - run.start)
         for layer, (stored_k, stored_v) in enumerate(run.stored):
+            spec = spec_of(layer)
             keys, values = (part[run.start : run.end].double() for part in found[layer])
             old_k = turn(stored_k.double(), torch.full_like(at, run.delta), spec)
             old_v = stored_v.double()
