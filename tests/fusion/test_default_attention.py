@@ -80,6 +80,27 @@ def test_where_rows_choose_by_blocks_pages_and_pieces_end_where_they_do(engine, 
     agree(second, fresh, 1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"page_size": 16}], ids=["page 1", "page 16"])
+def test_sale_shares_whole_blocks_of_rows_whatever_the_page(engine, settings):
+    local = engine("llama", **settings)
+    options = "block_q=16+block_k=8+local_window=32+segment=32+min_tokens=64"
+    sale = {"attention": f"sale:thresholds=0.03+{options}"}
+    fresh = local.ask(SECOND, 4, fusion=sale)
+    local.flush()
+    first = local.ask(FIRST, 4, fusion=sale)
+    again = local.ask(FIRST, 4, fusion=sale)
+    assert again.cached_tokens == len(FIRST) // 16 * 16 < len(FIRST) - 1
+    assert report(again)["exact_prefix_tokens"] == again.cached_tokens
+    agree(again, first, 1e-4)
+    second = local.ask(SECOND, 4, fusion=sale)
+    assert second.cached_tokens == len(SHARED) // 16 * 16 < len(SHARED)
+    agree(second, fresh, 1e-4)
+    for other in ({"attention": f"sale:thresholds={tau}+{options}"} for tau in (0, "inf")):
+        read = local.ask(SECOND, 4, fusion=other)  # everything, or nothing but what is always read
+        off = [abs(a - b) for a, b in zip(logprobs(read), logprobs(fresh), strict=True)]
+        assert max(off) > 1e-4
+
+
 def test_retracted_requests_of_a_method_end_as_if_they_had_not_been(engine, monkeypatch):
     from sglang.srt.managers import scheduler as module
 

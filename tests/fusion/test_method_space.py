@@ -71,6 +71,13 @@ def held(server, tenant, ids):
     return len(server.tree.path(tenant, ids))
 
 
+def server_space(server, fusion):
+    """Where a request of a method stands."""
+    req = Req("asked", IDS, NOBODY, fusion)
+    admission.after_req_init(None, req)
+    return req.tenant
+
+
 # -- names --------------------------------------------------------------------------------------
 
 
@@ -183,11 +190,10 @@ def test_a_plain_request_of_the_default_method_loads_no_chunks(make_server):
     ("fusion", "page_size", "is_apart"),
     [
         ({"attention": POWER}, 1, True),
-        ({"attention": "block_topk:block=16"}, 1, False),
+        ({"attention": "block_topk:block=16"}, 1, True),
         ({"attention": "block_topk:block=16"}, 16, True),
-        ({"attention": "block_topk:block=16"}, 64, True),
-        ({"attention": "block_topk:block=16"}, 24, False),
-        ({"attention": "sale"}, 1, False),
+        ({"attention": "block_topk:block=16"}, 24, True),
+        ({"attention": "sale"}, 1, True),
         ({"attention": "sale"}, 64, True),
         ({"attention": "vertical_slash"}, 64, False),
         ({"attention": "dense"}, 64, False),
@@ -248,6 +254,42 @@ def test_pieces_publish_as_they_come(make_server):
     assert held(server, req.tenant, IDS) == len(IDS)
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 8])
+def test_a_method_that_chooses_by_blocks_of_rows_shares_whole_ones(make_server, page_size):
+    """Rows of a part of a block would have chosen with others in another prompt."""
+    method = {"attention": "block_topk:block=8"}
+    server = make_server(page_size=page_size)
+    assert serve(server, submitted(server, method, ids=IDS[:-3]), (5, 6, 7, 8)) == 0
+    assert held(server, server_space(server, method), IDS) == 32
+    assert serve(server, submitted(server, method, ids=IDS[:21] + IDS[:9])) == 16
+    assert serve(server, submitted(server, method)) == 32
+    assert serve(server, submitted(server, method)) == 32  # the last token is computed, so its block is
+    assert held(server, server_space(server, method), IDS) == 40
+    assert not server.runtime.metrics.counts["prefixes.by_method"]
+
+
+def test_a_page_that_is_no_part_of_a_block_cuts_at_both(make_server):
+    method = {"attention": "block_topk:block=8"}
+    server = make_server(page_size=12)
+    serve(server, submitted(server, method))
+    assert serve(server, submitted(server, method, ids=IDS[:-1])) == 24
+
+
+@pytest.mark.parametrize(
+    ("fusion", "reason"),
+    [
+        ({"attention": "vertical_slash:block=8"}, "by_method"),
+        ({"attention": POWER, "spans": [8, 30]}, "chunks"),
+        ({"attention": POWER, "conversation": "c"}, "conversation"),
+    ],
+)
+def test_why_nothing_is_shared_is_counted(make_server, fusion, reason):
+    server = make_server()
+    serve(server, submitted(server, fusion))
+    counts = server.runtime.metrics.counts
+    assert {name: n for name, n in counts.items() if "prefixes" in name} == {f"prefixes.{reason}": 1}
+
+
 def test_the_answer_is_published_where_the_method_decoded_it(make_server):
     """``power`` acts on decoding; the world decodes without it, so here a request is told what happened."""
     for decodes, published in ((True, 4), (False, 0)):
@@ -264,7 +306,7 @@ def test_the_answer_is_published_where_the_method_decoded_it(make_server):
 
 def test_a_piece_that_begins_within_a_block_of_rows_ends_what_is_published(make_server):
     method = {"attention": "block_topk:block=8"}
-    for rows, published in ((16, len(IDS)), (12, 12)):
+    for rows, published in ((16, len(IDS)), (12, 8)):
         server = make_server(page_size=8)
         req = submitted(server, method)
         serve(server, req, rows=rows)

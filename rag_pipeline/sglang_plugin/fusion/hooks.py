@@ -102,6 +102,13 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "req",
         ),
         _row(
+            _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix",
+            "around",
+            "KV of an attention method is found in whole blocks of rows",
+            radix.around_match_prefix,
+            "params",
+        ),
+        _row(
             _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint",
             "around",
             "fused KV never enters the exact namespace",

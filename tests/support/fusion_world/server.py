@@ -225,7 +225,7 @@ class Server:
         for req in list(self.waiting_queue):
             if adder.has_cut or not self.rows:
                 break
-            path = self.tree.path(req.tenant, req.full_untruncated_fill_ids[:-1])
+            path = self._match(req)
             req.prefix_len = req.kv.cache_protected_len = len(path)
             self.tree.lock(path, 1)
             batching.around_add_one_req(self._add, adder, req)
@@ -276,6 +276,19 @@ class Server:
         self.runtime.new_weights(in_update=False, tree_is_old=False)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _match(self, req: Req) -> list[Any]:
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        def match(tree: Tree, params: Any) -> Any:
+            path = tree.path(req.tenant, params.key.raw_token_ids())
+            return SimpleNamespace(device_prefix_len=len(path), host_hit_length=0, path=path)
+
+        ids, limit = req.full_untruncated_fill_ids, len(req.full_untruncated_fill_ids) - 1
+        params = MatchPrefixParams(key=RadixKey(ids, limit=limit), req=req)  # type: ignore[arg-type]
+        found: list[Any] = radix.around_match_prefix(match, self.tree, params).path
+        return found
 
     def _add(self, adder: Adder, req: Req) -> None:
         if adder.refusals and adder.refusals.pop(0):

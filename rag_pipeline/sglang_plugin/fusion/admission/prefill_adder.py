@@ -27,8 +27,20 @@ def _count_admitted(runtime: FusionRuntime, state: RequestState) -> None:
     runtime.metrics.count("spans", "miss", misses)
     if state.explicit:
         runtime.store.note_absent(misses)
+    if state.method is not None and not state.space:
+        runtime.metrics.count("prefixes", _why_not_shared(state))
     if state.report.fallback and state.report.fallback not in _SILENT:
         runtime.metrics.count("fallbacks", state.report.fallback)
+
+
+def _why_not_shared(state: RequestState) -> str:
+    """Why nothing that an attention method computes for a prompt is found by later ones."""
+    if state.request.spans or state.spans:
+        return "chunks"
+    if state.request.conversation:
+        return "conversation"
+    assert state.method is not None
+    return "other" if state.method.prefix_unit else "by_method"
 
 
 def expected_savings(state: RequestState, start: int, end: int) -> int:

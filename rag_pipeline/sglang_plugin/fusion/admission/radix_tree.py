@@ -2,11 +2,14 @@
 
 A fused request matches and publishes the exact namespace like any other, but no further than its first loaded token:
 everything behind has seen approximate KV. SGLang then frees the rest with the request; that of a conversation's
-turn is copied out before.
+turn is copied out before. In the space of a method both ends are cut to its units: rows of a part of one may have
+chosen their keys together with rows that another prompt does not have.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +23,19 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
 
 _NO_FAULTS = ("miss", "in_exact_prefix")
 """Reasons to prefill as usual that say nothing against the KV that was computed."""
+
+
+def around_match_prefix(original: Callable[..., Any], tree: Any, params: Any) -> Any:
+    """Wrap ``UnifiedRadixCache.match_prefix``: in a method's space a match ends where one of its units does."""
+    found = original(tree, params)
+    state, runtime = None if params.req is None else state_of(params.req), get_runtime()
+    if state is None or runtime is None or state.unit == 1:
+        return found
+    whole = math.lcm(state.unit, runtime.page_size)
+    while (count := int(found.device_prefix_len) + int(found.host_hit_length)) % whole:
+        shorter = params.key[: count - count % whole]
+        found = original(tree, dataclasses.replace(params, key=shorter))
+    return found
 
 
 def around_checkpoint(
@@ -39,6 +55,8 @@ def around_checkpoint(
             runtime.metrics.count("turns", "not_stored")
     if state is not None and state.exact_limit is not None:
         up_to = min(up_to, max(state.exact_limit, int(req.kv.cache_protected_len)))
+    if state is not None and state.unit > 1:
+        up_to = max(up_to - up_to % state.unit, int(req.kv.cache_protected_len))
     original(tree, req, up_to=up_to, **kwargs)
 
 

@@ -64,6 +64,9 @@ class RequestState:
     space : str
         Part of the radix namespace that holds what its attention method computed, and nothing else
         (:func:`~.namespace.method_space`); empty for the exact one.
+    unit : int
+        What stands there is found and published in whole units of so many tokens, counted from the first token of
+        the prompt (:attr:`rag_kernels.AttentionMethod.prefix_unit`); 1 in the exact one.
     """
 
     __slots__ = (
@@ -85,6 +88,7 @@ class RequestState:
         "request",
         "searches",
         "space",
+        "unit",
     )
 
     def __init__(
@@ -113,6 +117,7 @@ class RequestState:
         self.internal = internal
         self.searches = searches
         self.space = ""
+        self.unit = 1
         self._attempt = Attempt(report=UsageReport(prompt_tokens=int(self.prompt.size)))
 
     # -- what others read ---------------------------------------------------------------------
@@ -281,9 +286,9 @@ class RequestState:
         """Note :attr:`asked_at`, the first time."""
         self._asked_at = self._asked_at or time.monotonic()
 
-    def enter(self, space: str) -> None:
-        """Note :attr:`space`."""
-        self.space = space
+    def enter(self, space: str, unit: int) -> None:
+        """Note :attr:`space` and :attr:`unit`."""
+        self.space, self.unit = space, unit
 
     def begin_attempt(self, radix_len: int, epoch: int) -> None:
         """Let go of all that an earlier attempt held, found or spent."""
@@ -386,8 +391,8 @@ class RequestState:
 
     def begin_piece(self, start: int) -> None:
         """Publish no more in a method's space where a piece begins within a unit of the method: its rows choose apart."""
-        if self.space and self.method is not None and start % self.method.prefix_unit:
-            limit, before = start - start % self.method.prefix_unit, self._found.exact_limit
+        if self.space and start % self.unit:
+            limit, before = start - start % self.unit, self._found.exact_limit
             self._found.exact_limit = limit if before is None else min(limit, before)
 
     def charge(self, rows: int, layers: float) -> None:

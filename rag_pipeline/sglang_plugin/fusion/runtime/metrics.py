@@ -46,7 +46,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``drafts`` or ``background``.
+            ``requests``, ``tokens``, ``spans``, ``turns``, ``fallbacks``, ``prefixes``, ``drafts`` or ``background``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -155,6 +155,9 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "spans": counter("spans", "Chunk look-ups by outcome."),
         "turns": counter("turns", "Turns of conversations by event, and tokens loaded from them."),
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
+        "prefixes": counter(
+            "prefixes", "Prompts of attention methods whose KV no later prompt finds, by reason."
+        ),
         "drafts": counter("drafts", "Drafts of an answer that scored tokens, and those left out."),
         "background": counter("background", "Background chunk builds by event."),
         "tiers": counter("tiers", "Chunk records, by tier and event.", "tier"),
