@@ -1,0 +1,351 @@
+"""What attention methods lose at equal density: ``python -m rag_eval.benchmarks.attention_quality --density 0.3 --json``.
+
+A model runs in torch, its attention computed by this project's kernels with each method's own masks: no engine takes
+part. First the methods are brought to one density on the model's real attention over one document of each kind
+(:mod:`rag_eval.benchmarks.attention_density`). ``recall`` is the share of dense attention's softmax mass that lies on the keys
+they keep there, all layers and heads, ``recall_worst`` that of the worst head. Then every document is prefilled by every
+method. ``nll_delta`` is the loss of the prose behind the first 1,024 tokens, relative to dense. Questions are prefilled by
+the method, too, each as a piece behind its document; what follows reads every key. An answer is right where greedy
+decoding says it in full; chance is 0. All methods see the same documents, and intervals are those of pairs with
+dense (bootstrap, 95%). ``vertical_slash`` chooses for a document by the last rows of the document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.attention_density import brought_to
+from rag_eval.benchmarks.attention_mass import Kept, MassGrid, added, density_of
+from rag_eval.benchmarks.attention_model import MethodModel, blocks_of
+from rag_eval.benchmarks.attention_prompts import KINDS, Document, make_document
+from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
+from rag_eval.command import Progress, no_progress
+from rag_eval.errors import EvalError
+from rag_eval.metrics import paired_bootstrap
+from rag_eval.runner.prompts import PromptMaker
+from rag_kernels import AttentionMethod, create_attention_method
+from rag_kernels.attention.base import AttentionCall
+from rag_pipeline.models import fingerprint_checkpoint, resolve_llm
+
+DENSE = "dense"
+METHODS = (
+    "sale,power:block=64,streaming:block=64,strided:block=64+stride=16,dilated:block=64+sink=1,"
+    "longnet:block=64,vertical_slash,block_topk,xattention"
+)
+"""Blocks of the static patterns are those of the others: with the paper's 256, a prompt of 4K has 16."""
+FIRST_ROW = 1024
+"""Rows in front of it read everything with SALE; the loss is that of the rows behind."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionQualityConfig:
+    """What is compared."""
+
+    model: str = "smollm2-135m"
+    """Hub id, folder, GGUF file or packaged name."""
+    methods: str = METHODS
+    """Attention methods, comma between; one that names the option of its density is left as it is."""
+    lengths: str = "4096"
+    """Tokens of the prompts, comma between."""
+    density: str = "0.3"
+    """Share of the keys that all read: one for all lengths, or one per length, comma between."""
+    documents: int = 2
+    """Documents of each kind, per length."""
+    questions: int = 12
+    """Questions about each document."""
+    nll_every: int = 4
+    """One row in so many is scored."""
+    seed: int = 0
+    """Chooses texts and answers."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "documents", "questions", "nll_every")
+        for name in self.method_names:
+            _named(name)
+        _ = self.densities
+
+    @property
+    def method_names(self) -> list[str]:
+        """Methods as given, without dense."""
+        named = [word.strip() for word in self.methods.split(",") if word.strip()]
+        return [name for name in dict.fromkeys(named) if name != DENSE]
+
+    @property
+    def densities(self) -> dict[int, float]:
+        """Density by length."""
+        return density_by_length(self.lengths, self.density, shortest=FIRST_ROW + 256)
+
+
+def density_by_length(lengths: str, density: str, *, shortest: int) -> dict[int, float]:
+    """Read two lists of numbers.
+
+    Raises
+    ------
+    EvalError
+        One line: what is no length or no density, or how many there are.
+    """
+    words = [word.strip() for word in lengths.split(",") if word.strip()]
+    if not words or not all(word.isdigit() and int(word) >= shortest for word in words):
+        raise EvalError(
+            f"lengths is {lengths!r}; give numbers from {shortest} on, such as 4096,8192"
+        )
+    try:
+        shares = [float(word) for word in density.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise EvalError(f"density is {density!r}; give numbers between 0 and 1, such as 0.3")
+    if len(shares) not in (1, len(words)):
+        raise EvalError(
+            f"{len(shares)} densities for {len(words)} lengths; give one for all, or one for each"
+        )
+    shares *= len(words) if len(shares) == 1 else 1
+    return dict(sorted(zip(map(int, words), shares, strict=True)))
+
+
+def _named(text: str) -> AttentionMethod:
+    try:
+        return create_attention_method(text)
+    except ValueError as error:
+        raise EvalError(str(error)) from None
+
+
+class SeenAttention:
+    """Real attention of a model over a few prompts: what methods are brought to one density with.
+
+    Parameters
+    ----------
+    model : MethodModel
+        Runs densely.
+    fingerprint : str
+        Of its checkpoint; SALE's thresholds go by it.
+    prompts : mapping of str to sequence of int
+        By name.
+    progress : callable
+        Told of each prompt.
+    """
+
+    def __init__(
+        self,
+        model: MethodModel,
+        fingerprint: str,
+        prompts: dict[str, Sequence[int]],
+        progress: Progress = no_progress,
+    ) -> None:
+        self._fingerprint = fingerprint
+        self._seen: dict[str, list[tuple[int, AttentionCall, MassGrid]]] = {}
+        for name, ids in prompts.items():
+            progress(f"dense attention of {len(ids)} tokens, {name}")
+            calls = self._seen[name] = []
+
+            def see(layer: int, call: AttentionCall, calls: list[Any] = calls) -> None:
+                grid = MassGrid(call.q_RNH, call.k_pool, call.scale)
+                calls.append((layer, call, grid))
+
+            model.prefill(ids, see=see)
+
+    def kept(self, text: str) -> dict[str, list[Kept]]:
+        """What a method keeps, by prompt and layer."""
+        method = _named(text).for_model(self._fingerprint)
+        return {
+            name: [grid.kept(blocks_of(method, layer, call)) for layer, call, grid in calls]
+            for name, calls in self._seen.items()
+        }
+
+    def density(self, text: str) -> float:
+        """Share of the keys that a method reads, all prompts together."""
+        parts = [part for layers in self.kept(text).values() for part in layers]
+        return density_of(parts)
+
+    def report(self, text: str) -> dict[str, Any]:
+        """Density and recall of attention mass, all together and by prompt."""
+        kept = self.kept(text)
+        by_head = torch.stack(
+            [
+                added([layers[at] for layers in kept.values()]).recall
+                for at in range(len(next(iter(kept.values()))))
+            ]
+        )
+        made: dict[str, Any] = {
+            "density": round(self.density(text), 4),
+            "recall": round(float(by_head.mean()), 4),
+            "recall_worst": round(float(by_head.min()), 4),
+            "recall_heads": by_head.numel(),
+        }
+        for name, layers in kept.items():
+            recall = torch.stack([layer.recall for layer in layers])
+            made[f"density_{name}"] = round(density_of(layers), 4)
+            made[f"recall_{name}"] = round(float(recall.mean()), 4)
+        return made
+
+
+@dataclasses.dataclass(slots=True)
+class _Scores:
+    """What one method scored, pair by pair with the others."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    right: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {kind: [] for kind in KINDS}
+    )
+    answer_loss: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {kind: [] for kind in KINDS}
+    )
+    seconds: float = 0.0
+
+
+def run(config: AttentionQualityConfig, progress: Progress = no_progress) -> Report:
+    """Compare, and return the report.
+
+    Returns
+    -------
+    dict
+        ``lengths{N{METHOD{options, density, recall, recall_worst, nll_delta, key_value, passkey, retrieval, ...}}}`` beside
+        ``config`` and ``versions``.
+    """
+    folder = resolve_llm(config.model).path
+    maker = PromptMaker(folder, gold_tokens=16)
+    fingerprint = fingerprint_checkpoint(folder)
+    model = MethodModel(folder)
+    lengths: dict[str, Any] = {}
+    interrupted = False
+    try:
+        for tokens, density in config.densities.items():
+            rows = lengths[str(tokens)] = {}
+            for name, row in _compare(config, model, fingerprint, maker, tokens, density, progress):
+                rows[name] = row
+    except KeyboardInterrupt:
+        interrupted = True
+    return {
+        "config": dataclasses.asdict(config),
+        "lengths": lengths,
+        "interrupted": interrupted,
+        "versions": versions_of("python", "torch", "transformers"),
+    }
+
+
+def _compare(
+    config: AttentionQualityConfig,
+    model: MethodModel,
+    fingerprint: str,
+    maker: PromptMaker,
+    tokens: int,
+    density: float,
+    progress: Progress,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of one length, dense first."""
+    documents = [
+        make_document(kind, tokens, config.questions, maker.encode, f"{config.seed}/{number}")
+        for number in range(config.documents)
+        for kind in KINDS
+    ]
+    seen = SeenAttention(
+        model, fingerprint, {one.kind: one.ids for one in documents[: len(KINDS)]}, progress
+    )
+    told: dict[str, dict[str, Any]] = {DENSE: {"options": DENSE}}
+    for name in config.method_names:
+        options = brought_to(name, density, tokens, seen.density)
+        told[name] = {"options": options} | seen.report(options)
+        progress(f"{tokens} tokens, {told[name]}")
+    del seen
+    dense: _Scores | None = None
+    for name, facts in told.items():
+        method = None if name == DENSE else _named(facts["options"]).for_model(fingerprint)
+        scores = _Scores()
+        began = time.process_time()
+        for number, document in enumerate(documents, 1):
+            _score(model, method, document, config, scores)
+            progress(f"{tokens} tokens, {facts['options']}, document {number} of {len(documents)}")
+        scores.seconds = time.process_time() - began
+        dense = dense or scores
+        row = facts | _compared(scores, dense)
+        progress(f"{tokens} tokens, {row}")
+        yield name, row
+
+
+def _score(
+    model: MethodModel,
+    method: AttentionMethod | None,
+    document: Document,
+    config: AttentionQualityConfig,
+    scores: _Scores,
+) -> None:
+    """Prefill a document by a method, and ask everything."""
+    hidden, cache = model.prefill(document.ids, method)
+    if document.kind == "passkey":
+        rows = slice(FIRST_ROW, len(document.ids) - 1, config.nll_every)
+        following = document.ids[FIRST_ROW + 1 :: config.nll_every]
+        scores.losses += model.losses(hidden[rows], following).tolist()
+    for question in document.questions:
+        is_right, loss = model.ask(question.ids, question.answer, cache, method)
+        scores.right[document.kind].append(float(is_right))
+        scores.answer_loss[document.kind].append(loss)
+
+
+def _compared(scores: _Scores, dense: _Scores) -> dict[str, Any]:
+    """Means, and differences to dense with their intervals."""
+    base = statistics.mean(dense.losses)
+    made: dict[str, Any] = {
+        "nll": round(statistics.mean(scores.losses), 4),
+        "nll_delta": round(statistics.mean(scores.losses) / base - 1, 5),
+        "nll_delta_interval": interval(scores.losses, dense.losses, base),
+        "nll_n": len(scores.losses),
+    }
+    for kind in KINDS:
+        right = scores.right[kind]
+        made |= {
+            kind: round(statistics.mean(right), 4),
+            f"{kind}_delta_interval": interval(right, dense.right[kind]),
+            f"{kind}_answer_nll": round(statistics.mean(scores.answer_loss[kind]), 4),
+            f"{kind}_n": len(right),
+        }
+    whole, whole_dense = (
+        [value for kind in KINDS for value in one.right[kind]] for one in (scores, dense)
+    )
+    return made | {
+        "retrieval": round(statistics.mean(whole), 4),
+        "retrieval_delta_interval": interval(whole, whole_dense),
+        "retrieval_n": len(whole),
+        "cpu_s": round(scores.seconds, 1),
+    }
+
+
+def interval(own: Sequence[float], dense: Sequence[float], unit: float = 1.0) -> list[float]:
+    """95% interval of the mean difference to dense, in units of ``unit``."""
+    found = paired_bootstrap(own, dense)
+    return [round(found.low / unit, 5), round(found.high / unit, 5)]
+
+
+def table(report: Report) -> str:
+    """One line per length and method."""
+    lines = [
+        f"{'tokens':>6} {'method':<44} {'density':>7} {'recall':>7} {'worst':>6} {'NLL':>8} "
+        f"{'95%':>17} {'key-value':>9} {'passkey':>8} {'difference, 95%':>17}"
+    ]
+    for length, methods in report["lengths"].items():
+        for row in methods.values():
+            low, high = row["nll_delta_interval"]
+            less, more = row["retrieval_delta_interval"]
+            lines.append(
+                f"{length:>6} {row['options']:<44} {row.get('density', 1.0):>7.3f} {row.get('recall', 1.0):>7.3f} "
+                f"{row.get('recall_worst', 1.0):>6.2f} {row['nll_delta']:>+8.2%} {low:>+8.2%} {high:>+8.2%} "
+                f"{row['key_value']:>9.0%} {row['passkey']:>8.0%} {less:>+8.0%} {more:>+8.0%}"
+            )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
+    parser = benchmark_parser("python -m rag_eval.benchmarks.attention_quality", __doc__)
+    return run_benchmark(parser, AttentionQualityConfig, run, table, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
