@@ -1,4 +1,7 @@
-"""Loading of spans on the CPU: blocks of spans that fit the cache, one call of each tensor operation per block."""
+"""Loading of spans on the CPU: by the library where it serves the tensors.
+
+Otherwise blocks of spans that fit the cache, one call of each tensor operation per block.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rag_kernels.native.load import native_load
 from rag_kernels.paged import scatter_kv_inplace
 from rag_kernels.rotary import rotate_into, spread_cos
 from rag_kernels.span_load import SpanLoadPlan
@@ -70,6 +74,8 @@ def load_spans_cpu(
     plan: SpanLoadPlan,
 ) -> None:
     """See :func:`rag_kernels.load_spans_inplace`."""
+    if native_load(k_pool, v_pool, k_srcs, v_srcs, plan):
+        return
     row = max(1, k_pool.shape[1:].numel())
     blocks = plan.blocks.get(row)
     if blocks is None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from fp64_oracle import Oracle
 
-from rag_eval.benchmarks import power_nll, power_order, power_toy
+from rag_eval.benchmarks import power_nll, power_order, power_passkey, power_toy
 from rag_eval.benchmarks.power_toy import PowerToyConfig, ToyModel, draw_prompts, reachable
 from rag_eval.benchmarks.tiny_model import write_tiny_model
 from rag_eval.errors import EvalError
 from rag_kernels import create_attention_method
+from rag_pipeline.prompts import ModelTokenizer
 
 TINY = PowerToyConfig(
     patterns="power:window=1+sink=0,streaming:window=2+sink=0,dense",
@@ -131,7 +132,7 @@ def test_the_loss_is_that_of_the_pattern_written_out(tiny_folder, text, dense):
 
     want = losses_of(oracle, ids, reads, dense)
     method = create_attention_method(text)
-    got = power_nll._Masked(str(tiny_folder), 70).loss(ids, method)
+    got = power_nll.MaskedModel(str(tiny_folder)).loss(ids, method)
     assert got == pytest.approx(want, abs=1e-4)
     assert got != pytest.approx(losses_of(oracle, ids, reads, [0, 1, 2]), abs=1e-3)
 
@@ -179,4 +180,35 @@ def test_a_method_that_reads_everything_costs_nothing(tiny_folder, capsys):
     with pytest.raises(EvalError, match="there are"):
         power_nll._texts(
             power_nll.ModelTokenizer.load(tiny_folder), power_nll.PowerNllConfig(texts=10**6)
+        )
+
+
+def test_passkeys_are_read_where_the_pattern_reaches_them(tiny_folder, smollm2_path, capsys):
+    """A method of dense layers only recalls what dense attention does; the passkey stands where it should."""
+    config = power_passkey.PowerPasskeyConfig(tokens=400, prompts=3)
+    tokenizer = ModelTokenizer.load(smollm2_path)
+    prompts = power_passkey.make_prompts(config, tokenizer)
+    places = []
+    for ids, count in prompts:
+        assert 300 < len(ids) <= 400
+        text, key = tokenizer.decode(ids[:-count].tolist()), tokenizer.decode(ids[-count:].tolist())
+        assert text.count(f"The pass key is {key}. ") == 1
+        places.append(text.index(key) / len(text))
+    assert places == sorted(places)
+    assert places[0] < 0.35 < 0.65 < places[-1]
+    whole = "power:block=8+dense_layers=7"
+    words = ["--model", str(tiny_folder), "--tokens", "200", "--prompts", "2", "--methods"]
+    assert power_passkey.main([*words, f"{whole},power:block=8+window=1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = report["methods"]
+    assert found[whole]["key_nll"] == found["dense"]["key_nll"]
+    assert found["power:block=8+window=1"]["key_nll"] != found["dense"]["key_nll"]
+    assert found["power:block=8+window=1"]["density"] < 0.5
+    assert "2 prompts of" in power_passkey.table(report)
+
+
+def test_a_prompt_without_room_for_filler_is_refused(smollm2_path):
+    with pytest.raises(EvalError, match="a prompt needs at least"):
+        power_passkey.make_prompts(
+            power_passkey.PowerPasskeyConfig(tokens=80), ModelTokenizer.load(smollm2_path)
         )

@@ -55,7 +55,7 @@ def test_methods_are_timed_in_prompt_and_decode_step(capsys):
         ({"densities": "half"}, "give numbers with commas"),
         ({"repeats": 0}, "must be 1 or more"),
         ({"methods": "power,nothing"}, "nothing"),
-        ({"methods": "sale"}, "give static ones"),
+        ({"methods": "sale"}, "chooses by the prompt"),
     ],
 )
 def test_impossible_options_are_named(options, message):

@@ -40,12 +40,12 @@ from rag_eval.benchmarks.frame import (
     time_in_turns,
     versions_of,
 )
+from rag_eval.benchmarks.power_nll import static_named
 from rag_eval.command import Progress
 from rag_eval.errors import EvalError
 from rag_kernels import (
     BlockMask,
     RequestBlocks,
-    create_attention_method,
     gather_kv,
     plan_position_causal,
     position_causal_attention,
@@ -97,7 +97,7 @@ class AttentionKernelsConfig:
             if any(number < 1 or number != int(number) for number in _numbers(self, name)):
                 raise EvalError(f"--{name} is {getattr(self, name)!r}; give whole numbers above 0.")
         for text in self.method_names:
-            _ = _static(text)
+            _ = static_named(text)
         for name in ("rows", "densities"):
             if any(not 0.0 < share <= 1.0 for share in _numbers(self, name)):
                 raise EvalError(f"--{name} is {getattr(self, name)!r}; give shares up to 1.")
@@ -106,16 +106,6 @@ class AttentionKernelsConfig:
     def method_names(self) -> list[str]:
         """:attr:`methods` one by one."""
         return [word for word in self.methods.split(",") if word.strip()]
-
-
-def _static(text: str) -> StaticBlocks:
-    try:
-        method = create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
-    if not isinstance(method, StaticBlocks):
-        raise EvalError(f"--methods has {text!r}, which chooses by the prompt; give static ones.")
-    return method
 
 
 def _numbers(config: AttentionKernelsConfig, name: str) -> list[float]:
@@ -225,7 +215,7 @@ def _calls(
         density[f"blocks {share:g}"] = pairs / (blocks * (blocks - 1) / 2 + blocks / 2)
         calls[f"blocks {share:g}"] = attention(torch.arange(length), mask)
     for text in config.method_names:
-        method = _static(text)
+        method = static_named(text)
         plan = plan_position_causal(
             [torch.arange(length)],
             [slots],
@@ -253,7 +243,7 @@ def _calls(
 
         calls["decode"] = step(None)
         for text in config.method_names:
-            method = _static(text)
+            method = static_named(text)
             calls[f"decode {text}"] = step(method)
             density[f"decode {text}"] = (
                 decode(kept_positions(method, length - 1)).keys_read / length

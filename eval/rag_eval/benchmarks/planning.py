@@ -13,6 +13,9 @@ call by call, wall clock and CPU time of the process:
 ``plan_POLICY``
     Rows of the request, choice of the policy (its scores are drawn at random: a probing pass is no planning),
     attention plan and slots of the final pass, mean shift where the policy has one.
+``shift``, ``shift_one_of_many``, ``shift_many``
+    The plan of the mean shift alone, 15% of the reused rows drawn at random: of this prompt, of one request of
+    ``batch_chunks`` chunks of the same size, and of a batch of ``batch`` such requests, per request.
 ``total_spans``, ``total_scan``
     Sum of one match and one plan of the default policy, pair by pair.
 
@@ -74,6 +77,10 @@ class PlanningConfig:
     """Tokens behind the last chunk."""
     policies: str = "query,query:0.05,epic:0.15,cacheblend:0.15,reuse,full"
     """Policies whose planning is timed."""
+    batch: int = 17
+    """Requests of the batch whose mean shifts are planned together."""
+    batch_chunks: int = 16
+    """Chunks of each of them."""
     repeats: int = 200
     """Timed calls of every kind, after ten that are not counted."""
     seed: int = 0
@@ -81,6 +88,7 @@ class PlanningConfig:
 
     def __post_init__(self) -> None:
         sizes = ("chunks", "chunk_tokens", "system_tokens", "question_tokens", "repeats")
+        require_at_least(self, 1, "batch", "batch_chunks")
         require_at_least(self, 1, *sizes)
         require_at_least(self, 0, "seed")
         try:
@@ -107,7 +115,7 @@ def run(config: PlanningConfig, progress: Progress = no_progress) -> dict[str, A
     -------
     dict
         ``stores{N{KIND}}`` with what :meth:`CallTimer.report` gives and the number of matched chunks
-        beside it, ``prompt_tokens``, ``config``, ``threads``, ``load_average``
+        beside it, the three kinds of ``shift`` alike, ``prompt_tokens``, ``config``, ``threads``, ``load_average``
         (processes that wanted to run on ``cpus`` cores: with more than those, wall times hold waiting),
         ``versions``.
     """
@@ -120,12 +128,58 @@ def run(config: PlanningConfig, progress: Progress = no_progress) -> dict[str, A
         "benchmark": "planning",
         "prompt_tokens": prompt,
         "stores": stores,
+        **measure_shifts(config),
         "config": dataclasses.asdict(config),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": versions_of("python", "numpy", "torch"),
     }
+
+
+def measure_shifts(config: PlanningConfig) -> dict[str, Any]:
+    """Time the plans of mean shifts, those of a batch beside those of one of its requests."""
+    rng = np.random.default_rng(config.seed)
+    spec = _rotation()
+
+    def request(chunks: int) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+        reused = chunks * config.chunk_tokens
+        end = config.system_tokens + reused + config.question_tokens
+        edges = range(config.system_tokens, end - config.question_tokens, config.chunk_tokens)
+        chosen = np.sort(rng.permutation(reused)[: max(1, round(0.15 * reused))])
+        rows = [chosen + config.system_tokens, np.arange(end - config.question_tokens, end)]
+        return (
+            [(start, start + config.chunk_tokens) for start in edges],
+            torch.from_numpy(np.concatenate(rows)),
+            torch.from_numpy(rng.permutation(4 * end)[:end]),
+        )
+
+    own = request(config.chunks)
+    batch = [request(config.batch_chunks) for _ in range(config.batch)]
+
+    def plan(requests: Sequence[Any]) -> None:
+        first = 0
+        for spans, rows, slots in requests:
+            plan_mean_shift(spans, rows, slots, spec, first_row=first)
+            first += len(rows)
+
+    calls = {"shift": [own], "shift_one_of_many": batch[:1], "shift_many": batch}
+    found = {}
+    timers = {name: CallTimer() for name in calls}
+    for turn in range(config.repeats + 10):
+        for name, requests in calls.items():
+            timer = CallTimer()
+            timer(plan, requests)
+            if turn >= 10:
+                timers[name].note(timer.wall[0] / len(requests), timer.cpu[0] / len(requests))
+    for name, timer in timers.items():
+        found[name] = timer.report()
+    return found
+
+
+def _rotation() -> RotarySpec:
+    inv_freq = 1e4 ** -(torch.arange(0, _HEAD_DIM, 2, dtype=torch.float64) / _HEAD_DIM)
+    return RotarySpec.from_inv_freq(inv_freq)
 
 
 class _Bench:
@@ -139,14 +193,13 @@ class _Bench:
             drawn: list[int] = rng.integers(0, _VOCABULARY, length).tolist()
             return drawn
 
-        inv_freq = 1e4 ** -(torch.arange(0, _HEAD_DIM, 2, dtype=torch.float64) / _HEAD_DIM)
         self._facts = ModelFacts(
             layers=(None,) * _LAYERS,
             num_q_heads=_HEADS,
             num_kv_heads=_KV_HEADS,
             head_dim=_HEAD_DIM,
             scaling=_HEAD_DIM**-0.5,
-            rotary=RotarySpec.from_inv_freq(inv_freq),
+            rotary=_rotation(),
             layout=layout_named("heads"),
             fingerprint="benchmark",
             context_fields={
@@ -281,6 +334,11 @@ def table(report: dict[str, Any]) -> str:
         lines += [
             f"  {kind:22} {timer_line(row)}" for kind, row in kinds.items() if isinstance(row, dict)
         ]
+    lines.append("mean shift, per request")
+    lines += [
+        f"  {kind:22} {timer_line(report[kind])}"
+        for kind in ("shift", "shift_one_of_many", "shift_many")
+    ]
     return "\n".join(lines)
 
 

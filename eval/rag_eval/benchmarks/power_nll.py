@@ -50,7 +50,7 @@ class PowerNllConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "texts")
         require_at_least(self, 4, "tokens")
-        _ = [_static(text) for text in self.names]
+        _ = [static_named(text) for text in self.names]
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +58,8 @@ class PowerNllConfig:
         return self.methods.split(",")
 
 
-def _static(text: str) -> StaticBlocks:
+def static_named(text: str) -> StaticBlocks:
+    """Make a static attention method; one line where there is none of that name."""
     try:
         method = create_attention_method(text)
     except ValueError as error:
@@ -74,16 +75,21 @@ def mask_of(method: StaticBlocks, tokens: int) -> Tensor:
     return method.allowed(0, int(block[-1]))[block][:, block].tril()
 
 
-class _Masked:
-    """A model whose layers read by a method, as long as there is one."""
+class MaskedModel:
+    """A model of ``transformers`` whose layers read by a method, as long as there is one.
 
-    def __init__(self, folder: str, tokens: int) -> None:
+    Parameters
+    ----------
+    folder : str
+        Weights that transformers reads; computed in fp32.
+    """
+
+    def __init__(self, folder: str) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
-        self._tokens = tokens
         self._method: StaticBlocks | None = None
         self._mask: Tensor | None = None
         for index, layer in enumerate(self.model.model.layers):
@@ -98,14 +104,19 @@ class _Masked:
 
         return replace
 
-    def loss(self, ids: Tensor, method: StaticBlocks | None) -> float:
-        """Mean loss of the second half of a text, nats per token."""
+    def logits(self, ids: Tensor, method: StaticBlocks | None, last: int) -> Tensor:
+        """fp32 ``[last, vocabulary]`` of the last tokens of a text; every key is read without a method."""
         self._method = method
         self._mask = None if method is None else mask_of(method, len(ids))
-        half = len(ids) // 2
         with torch.inference_mode():
-            logits = self.model(ids[None], use_cache=False).logits[0, half:-1]
-        return float(cross_entropy(logits.float(), ids[half + 1 :]))
+            found: Tensor = self.model(ids[None], use_cache=False, logits_to_keep=last).logits[0]
+        return found.float()
+
+    def loss(self, ids: Tensor, method: StaticBlocks | None) -> float:
+        """Mean loss of the second half of a text, nats per token."""
+        half = len(ids) // 2
+        logits = self.logits(ids, method, len(ids) - half)
+        return float(cross_entropy(logits[:-1], ids[half + 1 :]))
 
 
 def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -119,10 +130,10 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
     """
     folder = resolve_llm(config.model).path
     texts = _texts(ModelTokenizer.load(folder), config)
-    masked = _Masked(str(folder), config.tokens)
+    masked = MaskedModel(str(folder))
     losses: dict[str, list[float]] = {}
     methods: dict[str, StaticBlocks | None] = {"dense": None}
-    methods |= {name: _static(name) for name in config.names}
+    methods |= {name: static_named(name) for name in config.names}
     for number, ids in enumerate(texts, 1):
         for name, method in methods.items():
             progress(f"text {number} of {len(texts)}, {name}")

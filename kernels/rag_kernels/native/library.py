@@ -76,6 +76,16 @@ class ShiftStruct(ctypes.Structure):
     )
 
 
+class LoadStruct(ctypes.Structure):
+    """``RagLoad`` of the source: the spans of keys or of values, their angles, and the pool."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pool", "spans", "slots", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("num_spans", "tokens", "slot", "pool_head")),
+        *((name, ctypes.c_int64) for name in ("heads", "dim", "rotary_dim", "is_neox", "type")),
+    )
+
+
 class SaleGroupStruct(ctypes.Structure):
     """``RagSaleGroup`` of the source: row blocks that look at the same keys."""
 
@@ -130,4 +140,6 @@ def load_library() -> ctypes.CDLL | None:
     ):
         function.argtypes = (ctypes.POINTER(struct),)
         function.restype = ctypes.c_int
+    library.rag_load.argtypes = (ctypes.POINTER(LoadStruct), ctypes.c_int64, ctypes.c_int64)
+    library.rag_load.restype = ctypes.c_int
     return library
