@@ -27,38 +27,42 @@ _MOST_RUNS = 64
 
 
 @triton.jit
-def _logits(
-    q_ptr,
-    positions_ptr,
-    k,
-    keys,
-    is_key,
-    dims,
-    is_dim,
-    start,
-    kv_head,
-    row_lo,
-    num_rows,
-    scale,
-    q_row,
-    q_head,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Logits in base 2 of ``ROWS`` packed rows from ``start`` on; minus infinity where a row sees no key."""
+def _load_rows(
+    q_ptr, positions_ptr, start, kv_head, row_lo, num_rows, q_row, q_head,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Queries of ``ROWS`` packed rows from ``start`` on, and their positions; -1 behind the end."""
+    dims = tl.arange(0, DIM_PAD)
     packed = start + tl.arange(0, ROWS)
     rows = row_lo + packed // GROUP
     is_row = packed < num_rows * GROUP
-    position = tl.load(positions_ptr + rows, mask=is_row, other=-1)
     heads = kv_head * GROUP + packed % GROUP
     q = tl.load(
         q_ptr + (rows.to(tl.int64) * q_row + heads * q_head)[:, None] + dims[None, :],
-        mask=is_row[:, None] & is_dim[None, :],
+        mask=is_row[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    return q, tl.load(positions_ptr + rows, mask=is_row, other=-1)
+
+
+@triton.jit
+def _logits(
+    q, position, k_base, slot_base, first, key_hi, scale, k_slot,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of the rows for keys from ``first`` on; minus infinity where a row does not see the key."""
+    dims = tl.arange(0, DIM_PAD)
+    keys = first + tl.arange(0, KEYS)
+    is_key = keys < key_hi
+    slot = tl.load(slot_base + keys, mask=is_key, other=0)
+    k = tl.load(
+        k_base + slot[None, :] * k_slot + dims[:, None],
+        mask=(dims < DIM)[:, None] & is_key[None, :],
         other=0.0,
     )
     logits = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (scale * 1.4426950408889634)
     seen = is_key[None, :] & (keys[None, :] <= position[:, None])
-    return is_row, tl.where(seen, logits, float("-inf"))
+    return tl.where(seen, logits, float("-inf"))
 
 
 @triton.jit
@@ -85,8 +89,8 @@ def mass_statistics_kernel(
 ):
     """Statistics of all rows of a request over one run of keys.
 
-    ``runs_ptr`` is int32 ``[8, num_runs]``: first row, rows, first slot of the request, first key, end of the keys,
-    the request's first run and their number, and the request. Statistics are fp32 ``[runs, kv heads, width]``.
+    ``runs_ptr`` is int32 ``[7, num_runs]``: first row, rows, first slot of the request, first key, end of the keys, the
+    request's first run and their number. Statistics are fp32 ``[runs, kv heads, width]``.
     """
     run = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -95,26 +99,19 @@ def mass_statistics_kernel(
     slot_base = slots_ptr + tl.load(runs_ptr + 2 * num_runs + run)
     key_lo = tl.load(runs_ptr + 3 * num_runs + run)
     key_hi = tl.load(runs_ptr + 4 * num_runs + run)
-    dims = tl.arange(0, DIM_PAD)
-    is_dim = dims < DIM
     base = (run.to(tl.int64) * tl.num_programs(1) + kv_head) * width
     k_base = k_ptr + kv_head.to(tl.int64) * k_head
     for start in range(0, num_rows * GROUP, ROWS):
+        q, position = _load_rows(
+            q_ptr, positions_ptr, start, kv_head, row_lo, num_rows, q_row, q_head,
+            GROUP, DIM, DIM_PAD, ROWS,
+        )  # fmt: skip
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(key_lo, key_hi, KEYS):
-            keys = first + tl.arange(0, KEYS)
-            is_key = keys < key_hi
-            slot = tl.load(slot_base + keys, mask=is_key, other=0)
-            k = tl.load(
-                k_base + slot[None, :] * k_slot + dims[:, None],
-                mask=is_dim[:, None] & is_key[None, :],
-                other=0.0,
+            logits = _logits(
+                q, position, k_base, slot_base, first, key_hi, scale, k_slot, DIM, DIM_PAD, KEYS
             )
-            _, logits = _logits(
-                q_ptr, positions_ptr, k, keys, is_key, dims, is_dim, start, kv_head, row_lo,
-                num_rows, scale, q_row, q_head, GROUP, ROWS,
-            )  # fmt: skip
             new_best = tl.maximum(best, tl.max(logits, 1))
             level = tl.where(new_best == float("-inf"), 0.0, new_best)
             total = total * tl.exp2(best - level) + tl.sum(tl.exp2(logits - level[:, None]), 1)
@@ -148,7 +145,10 @@ def mass_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Mass of the keys of one run, of one key/value head's queries; ``mass_ptr`` is fp32 ``[kv heads, keys]``."""
+    """Add the mass of the keys of one run, of one key/value head's queries.
+
+    ``mass_ptr`` is fp32 ``[kv heads, keys]``, zeros before: no other program touches these entries.
+    """
     run = tl.program_id(0)
     kv_head = tl.program_id(1)
     row_lo = tl.load(runs_ptr + run)
@@ -158,42 +158,38 @@ def mass_kernel(
     key_hi = tl.load(runs_ptr + 4 * num_runs + run)
     run_lo = tl.load(runs_ptr + 5 * num_runs + run)
     run_count = tl.load(runs_ptr + 6 * num_runs + run)
-    dims = tl.arange(0, DIM_PAD)
-    is_dim = dims < DIM
     heads = tl.num_programs(1)
     k_base = k_ptr + kv_head.to(tl.int64) * k_head
+    out = mass_ptr + kv_head.to(tl.int64) * mass_head + slot_at
     share = 1.0 / (num_rows * heads * GROUP)
-    for first in range(key_lo, key_hi, KEYS):
-        keys = first + tl.arange(0, KEYS)
-        is_key = keys < key_hi
-        slot = tl.load(slots_ptr + slot_at + keys, mask=is_key, other=0)
-        k = tl.load(
-            k_base + slot[None, :] * k_slot + dims[:, None],
-            mask=is_dim[:, None] & is_key[None, :],
-            other=0.0,
-        )
-        mass = tl.zeros([KEYS], tl.float32)
-        for start in range(0, num_rows * GROUP, ROWS):
-            is_row, logits = _logits(
-                q_ptr, positions_ptr, k, keys, is_key, dims, is_dim, start, kv_head, row_lo,
-                num_rows, scale, q_row, q_head, GROUP, ROWS,
+    for start in range(0, num_rows * GROUP, ROWS):
+        q, position = _load_rows(
+            q_ptr, positions_ptr, start, kv_head, row_lo, num_rows, q_row, q_head,
+            GROUP, DIM, DIM_PAD, ROWS,
+        )  # fmt: skip
+        packed = start + tl.arange(0, ROWS)
+        is_row = packed < num_rows * GROUP
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for other in range(run_lo, run_lo + run_count):
+            at = (other * heads + kv_head.to(tl.int64)) * width + packed
+            its_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
+            its_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
+            new_best = tl.maximum(best, its_best)
+            level = tl.where(new_best == float("-inf"), 0.0, new_best)
+            total = total * tl.exp2(best - level) + its_total * tl.exp2(its_best - level)
+            best = new_best
+        level = tl.where(best == float("-inf"), 0.0, best)
+        factor = share / tl.where(total == 0.0, 1.0, total)
+        for first in range(key_lo, key_hi, KEYS):
+            logits = _logits(
+                q, position, k_base, slots_ptr + slot_at, first, key_hi, scale, k_slot,
+                DIM, DIM_PAD, KEYS,
             )  # fmt: skip
-            best = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            for other in range(run_lo, run_lo + run_count):
-                at = (other * heads + kv_head.to(tl.int64)) * width + start + tl.arange(0, ROWS)
-                its_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
-                its_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
-                new_best = tl.maximum(best, its_best)
-                level = tl.where(new_best == float("-inf"), 0.0, new_best)
-                total = total * tl.exp2(best - level) + its_total * tl.exp2(its_best - level)
-                best = new_best
-            level = tl.where(best == float("-inf"), 0.0, best)
-            weights = tl.exp2(logits - level[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
-            mass += tl.sum(weights, 0)
-        tl.store(
-            mass_ptr + kv_head.to(tl.int64) * mass_head + slot_at + keys, mass * share, mask=is_key
-        )
+            mass = tl.sum(tl.exp2(logits - level[:, None]) * factor[:, None], 0)
+            keys = first + tl.arange(0, KEYS)
+            before = tl.load(out + keys, mask=keys < key_hi, other=0.0)
+            tl.store(out + keys, before + mass, mask=keys < key_hi)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -203,7 +199,7 @@ class MassRuns:
     Attributes
     ----------
     table : Tensor
-        int32 ``[8, runs]`` on the device, see :func:`mass_statistics_kernel`.
+        int32 ``[7, runs]`` on the device, see :func:`mass_statistics_kernel`.
     most_rows : int
         Rows of the request that has the most.
     """
@@ -228,16 +224,16 @@ def cut_runs(
     """
     table: list[tuple[int, ...]] = []
     first_slot = 0
-    for request, ((low, high), keys) in enumerate(zip(rows, lengths, strict=True)):
+    for (low, high), keys in zip(rows, lengths, strict=True):
         size = max(_SHORTEST_RUN, -(-keys // _MOST_RUNS // _KEYS) * _KEYS)
         starts = range(0, keys, size) if high > low else ()
         first = len(table)
         table += [
-            (low, high - low, first_slot, at, min(at + size, keys), first, len(starts), request)
+            (low, high - low, first_slot, at, min(at + size, keys), first, len(starts))
             for at in starts
         ]
         first_slot += keys
-    made = torch.tensor(table, dtype=torch.int32).reshape(-1, 8).t().contiguous()
+    made = torch.tensor(table, dtype=torch.int32).reshape(-1, 7).t().contiguous()
     return MassRuns(
         table=to_device(made, device), most_rows=max((high - low for low, high in rows), default=0)
     )

@@ -225,7 +225,6 @@ METHOD_OPTIONS = {
     # So that the method has something to choose in prompts as short as these.
     "sale": ":min_tokens=64+segment=64+local_window=64+thresholds=0.01",
 }
-PROBE_IS_ALL_RUNS = 0
 LOOK = "write_guard.py"
 CHOICE = "host_copy.py"
 
@@ -261,6 +260,6 @@ def test_flashinfer_is_planned_without_a_wait_once_per_pass_and_kind_of_layer(me
     monkeypatch.setattr(kernel, "_wrappers", {})
     waits, _ = forward(monkeypatch, "query:0.3,draft_tokens=0", 3, method, "flashinfer")
     assert len(waits) == 2, waits
-    # The probing pass and the final one; rows of runs and scattered rows; with a method dense and sparse layers.
-    assert PagedWrapper.planned == 2 * 2 * (2 if method else 1) - PROBE_IS_ALL_RUNS
+    # Scattered rows of both passes, the ordinary request's run in the final one; with a method once more, for its mask.
+    assert PagedWrapper.planned == 3 * (2 if method else 1)
     assert kernel.batch_faults == 0

@@ -52,10 +52,11 @@ def test_interpreted_kernels_agree_with_plain_torch():
 
 def test_kernels_compile_for_hopper(tmp_path):
     built = run("compiled_cases.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert all(case["target"] and case["cubin_bytes"] > 0 for case in built.values())
-    assert all(
-        built[name]["wgmma"] > 0 for name in built if "attention" in name and "16 rows" not in name
-    )
+    assert all(case["target"] == "sm_90a" and case["cubin_bytes"] > 0 for case in built.values())
+    products = [name for name in built if "attention" in name or "mass" in name]
+    assert len(products) == 11
+    assert all(built[name]["tensor_core_instructions"] > 0 for name in products)
+    assert all(built[name]["wgmma"] > 0 for name in products if "16 rows" not in name)
     assert {
         name: case["spilled_bytes"] for name, case in built.items() if case["spilled_bytes"]
     } == {}

@@ -131,6 +131,10 @@ class PretendedGpu(TorchDispatchMode):
         ):
             self._note("sizes follow from values")
         elif on_gpu and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            masks = [at for at in args[1] if at is not None]
+            is_mask = name != "index" and len(masks) == 1 and masks[0].dtype == torch.bool
+            if is_mask and args[2].numel() == 1:
+                return  # torch makes it a masked_fill
             for at in args[1]:
                 if at is not None and at.dtype in (torch.bool, torch.uint8):
                     self._note("a mask as an index")

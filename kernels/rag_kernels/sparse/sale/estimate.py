@@ -92,7 +92,8 @@ class KeyTable:
         step = torch.where(part <= _SQRT_HALF, _SQRT_HALF, 1.0).masked_fill_(part <= 0.5, 0.5)
         unit = torch.ldexp(step, exponent) / _LARGEST
         unit = torch.where(largest > 0, unit, torch.ones_like(unit))
-        if not torch.equal(unit, self._unit):
+        # To look whether it changed would make the host wait for a GPU, which rescales the keys sooner than that.
+        if unit.device.type != "cpu" or not torch.equal(unit, self._unit):
             values = (self._values / unit[:, None, None]).round_()
             self._lanes[..., :-_LANES] = values.clamp_(-_LARGEST, _LARGEST)
             self._unit = unit
