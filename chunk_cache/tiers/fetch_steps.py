@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from chunk_cache.errors import DamagedRecordError, GoneRecordError
-from chunk_cache.layouts.base import LayerKV
 from chunk_cache.store.builds import Build, ChunkState
 from chunk_cache.store.loading import LoadingChunk, RecordForm
 from chunk_cache.store.memory import MemoryStore
@@ -90,12 +89,8 @@ class FetchSteps:
         number = max(1, min(number, _MOST_LAYERS, loading.num_layers - layer))
         places = loading.places(layer, number)
         into = getattr(fetch.reader, "layers_into", None)
-        if into is not None and into(layer, places):
-            read: Sequence[LayerKV] = places
-            loading.filled(layer + number - 1)
-        else:
-            read = [fetch.reader.layer(layer)]
-            loading.fill(layer, read[0])
+        is_there = into is not None and into(layer, places)
+        read = places if is_there else [fetch.reader.layer(layer)]
         seconds = time.perf_counter() - began
         fetch.layer_s = seconds / len(read)
         self._took(fetch.tier, sum(part.nbytes for kv in read for part in kv), seconds)
@@ -103,6 +98,10 @@ class FetchSteps:
         if timeline is not None:
             for index in range(layer, layer + len(read)):
                 timeline.add("load", index, began, loading.key.digest[:8])
+        if is_there:
+            loading.filled(layer + len(read) - 1)
+        else:
+            loading.fill(layer, read[0])
         return layer + len(read)
 
     def _open(self, fetch: Fetch) -> bool:

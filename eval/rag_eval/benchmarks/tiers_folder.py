@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chunk_cache import (
     as_token_ids,
 )
 from chunk_cache.tiers.disk.layout import chunk_path
+from chunk_cache.tiers.guard import GuardedTier
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.benchmarks.store_config import CONTEXT
 from rag_eval.errors import EvalError
@@ -65,7 +67,7 @@ class FolderLoad:
         ]
         self._wanted = [[Candidate(one.key, one.token_ids, CONTEXT, "")] for one in records]
         self._store = MemoryStore(2 * self.num_bytes)
-        self._chain = TierChain({"disk": self._tier})
+        self._chain = TierChain({"disk": GuardedTier.of_folder(self._tier, name=str(folder))})
         self._fetcher = Fetcher(self._chain, self._store, RecordForm.of(first), patience_s=_WAIT_S)
 
     def _record(self, ids: tuple[int, ...]) -> ChunkKV:
@@ -110,8 +112,8 @@ def time_index(
 ) -> CallTimer:
     """Time :meth:`StoreFolder.connect` on a folder of so many records.
 
-    The files are as small as can be: nothing of them is read when a folder is opened, and so their size does not
-    matter. All of them lie in one namespace; the first opening is not counted.
+    Nothing of a file is read when a folder is opened, so they are holes of a small record's length: 100,000 of them
+    are made, and removed again, without a block of data. All of them lie in one namespace; the first opening is not counted.
     """
     store = StoreFolder(folder, create=True)
     shape = (1, 1, 1, 2)
@@ -123,19 +125,18 @@ def time_index(
         v=torch.zeros(shape),
     )
     store.put(first, context=CONTEXT)
-    data = chunk_path(folder, first.key).read_bytes()
-    progress(f"writing {records:,} records")
+    num_bytes = chunk_path(folder, first.key).stat().st_size
+    progress(f"making {records:,} records")
     for number in range(1, records):
         key = dataclasses.replace(
             first.key, digest=f"{number * 0x9E3779B97F4A7C15 % 2**64:064x}"[::-1]
         )
         path = chunk_path(folder, key)
         try:
-            path.write_bytes(data)
+            _make_hole(path, num_bytes)
         except FileNotFoundError:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(data)
-        path.chmod(0o600)
+            _make_hole(path, num_bytes)
     timer = CallTimer()
     for turn in range(repeats + 1):
         opened = (timer if turn else CallTimer())(
@@ -146,3 +147,11 @@ def time_index(
             raise EvalError(f"the index holds {found} records of {records}")
         progress(f"indexed {found:,} records")
     return timer
+
+
+def _make_hole(path: Path, num_bytes: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
