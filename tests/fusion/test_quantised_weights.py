@@ -156,6 +156,14 @@ def test_a_layer_whose_kernel_does_not_run_here_is_refused() -> None:
     assert "cannot be tried" in reason
 
 
+def test_a_layer_that_computes_no_numbers_is_refused_as_such() -> None:
+    layer = _dynamic_fp8(per_row=True)
+    layer.weight.data[0] = float("nan")
+    reason = refuse_quantised_layers(nn.ModuleDict({"up": layer}), torch.bfloat16)
+    assert reason is not None
+    assert "not a number" in reason
+
+
 def test_unquantised_layers_are_not_computed() -> None:
     layer = _linear(None)
     layer.weight = None  # would fail if it were

@@ -119,4 +119,6 @@ def _change_beside_a_large_row(module: Any, dtype: torch.dtype) -> float:
         beside = module.quant_method.apply(module, rows.clone(), None)[:1].float()
     change = float((beside - alone).abs().max())
     size = float(alone.abs().max())
+    if change != change:
+        raise ValueError("its result is not a number")
     return change / size if size else (float("inf") if change else 0.0)
