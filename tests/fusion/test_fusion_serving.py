@@ -288,6 +288,7 @@ def test_settings_that_are_refused_name_their_reason(settings, word):
 
     assert word in refuse_settings(SimpleNamespace(**settings))
     assert refuse_settings(SimpleNamespace()) is None
+    assert refuse_settings(SimpleNamespace(speculative_algorithm="NGRAM")) is None
 
 
 @pytest.mark.parametrize(

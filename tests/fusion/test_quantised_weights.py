@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ class _Scaled(nn.Module):
     def __init__(self, **scales: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2, 2))
+        self.quant_method = SimpleNamespace()
         for name, value in scales.items():
             setattr(self, name, value)
 
@@ -90,6 +92,19 @@ class _Scaled(nn.Module):
 def test_scales_that_are_plain_attributes_count(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert fingerprint_weights(_Scaled(**one)) == fingerprint_weights(_Scaled(**one))
     assert fingerprint_weights(_Scaled(**one)) != fingerprint_weights(_Scaled(**two))
+
+
+def test_scales_that_a_method_keeps_count() -> None:
+    one, two = _Scaled(), _Scaled()
+    one.quant_method.scales, two.quant_method.scales = torch.ones(3), torch.ones(3) / 2
+    assert fingerprint_weights(one) != fingerprint_weights(two)
+
+
+def test_what_is_not_quantised_keeps_its_fingerprint() -> None:
+    """It is written into files: thresholds of attention methods, folders of chunk KV."""
+    one, two = _Scaled(table=torch.ones(2)), _Scaled()
+    one.quant_method = two.quant_method = None
+    assert fingerprint_weights(one) == fingerprint_weights(two)
 
 
 def test_work_space_of_kernels_does_not_count() -> None:
@@ -139,6 +154,14 @@ def test_a_layer_whose_kernel_does_not_run_here_is_refused() -> None:
     )
     assert reason is not None
     assert "cannot be tried" in reason
+
+
+def test_a_layer_that_computes_no_numbers_is_refused_as_such() -> None:
+    layer = _dynamic_fp8(per_row=True)
+    layer.weight.data[0] = float("nan")
+    reason = refuse_quantised_layers(nn.ModuleDict({"up": layer}), torch.bfloat16)
+    assert reason is not None
+    assert "not a number" in reason
 
 
 def test_unquantised_layers_are_not_computed() -> None:

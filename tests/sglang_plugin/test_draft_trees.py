@@ -183,3 +183,42 @@ def test_a_chain_is_what_extend_computes() -> None:
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     out = tree_attention(q, k, v, mask, scale=0.5)
     torch.testing.assert_close(out, extend_attention(q, k, v, scale=0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_keys_and_values_of_accepted_drafts_move_to_the_front_of_their_window() -> None:
+    """SGLang's own mover and pool, with the functions that are put into them."""
+    from types import SimpleNamespace
+
+    from rag_pipeline.sglang_plugin.cpu.speculation import install
+
+    install()
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.speculative.spec_utils import move_accept_tokens_to_target_kvcache
+
+    pool = MHATokenToKVPool(
+        size=32,
+        page_size=1,
+        dtype=torch.float32,
+        head_num=2,
+        head_dim=4,
+        layer_num=2,
+        device="cpu",
+        enable_memory_saver=False,
+        enable_kv_cache_copy=True,
+    )
+    buffers = [*pool.k_buffer, *pool.v_buffer]
+    for number, buffer in enumerate(buffers):
+        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) + 1000 * number)
+    before = [buffer.clone() for buffer in buffers]
+    slots = torch.tensor([11, 12, 13, 14, 25, 24, 23, 22])  # two requests, four nodes each
+    accepted = torch.tensor([[0, 2, 3, -1], [4, -1, -1, -1]], dtype=torch.int32)
+    move_accept_tokens_to_target_kvcache(
+        SimpleNamespace(seq_lens=torch.tensor([7, 9]), out_cache_loc=slots),
+        accepted,
+        torch.tensor([2, 0], dtype=torch.int32),
+        SimpleNamespace(get_kvcache=lambda: pool),
+    )
+    for buffer, old in zip(buffers, before, strict=True):
+        wanted = old.clone()
+        wanted[12], wanted[13] = old[13], old[14]
+        assert torch.equal(buffer, wanted)

@@ -105,11 +105,42 @@ def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
 
     monkeypatch.setattr(platform, "computes_bf16", lambda: computes)
     arguments = SimpleNamespace(
-        attention_backend=None, dtype=asked, tp_size=1, pp_size=1, dp_size=1
+        attention_backend=None,
+        dtype=asked,
+        speculative_algorithm=None,
+        tp_size=1,
+        pp_size=1,
+        dp_size=1,
     )
     platform.RagCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
     assert arguments.attention_backend == "rag_cpu"
+
+
+def test_drafted_tokens_need_a_backend_that_knows_trees():
+    import sglang.srt.server_args  # noqa: F401  # as above
+
+    from rag_pipeline.sglang_plugin.cpu.attention_backend import refusal
+    from rag_pipeline.sglang_plugin.cpu.platform import RagCpuPlatform
+
+    platform = RagCpuPlatform()
+    arguments = SimpleNamespace(
+        attention_backend="torch_native", speculative_algorithm="NGRAM", dtype="float32"
+    )
+    with pytest.raises(EngineError, match=r"torch_native.*trees.*'rag_cpu'"):
+        platform.apply_server_args_defaults(arguments)
+    assert platform.supports_speculative_algorithm("NGRAM")
+    assert not platform.supports_speculative_algorithm("EAGLE")
+    with pytest.raises(EngineError, match=r"'EAGLE'.*'NGRAM'"):
+        platform.get_speculative_worker_cls("EAGLE")
+
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layer = RadixAttention(4, 16, 0.25, 2, layer_id=0, sliding_window_size=8)
+    runner = SimpleNamespace(use_mla_backend=False, model=layer, server_args=arguments)
+    assert "trees of drafted tokens" in refusal(runner)
+    arguments.speculative_algorithm = None
+    assert refusal(runner) is None
 
 
 # ---- noise --------------------------------------------------------------------------------------

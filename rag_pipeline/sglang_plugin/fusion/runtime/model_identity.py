@@ -11,6 +11,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from rag_pipeline.sglang_plugin.fusion.runtime.quantised import quantiser
+
 _NO_MATTER = frozenset(
     {
         "_name_or_path",
@@ -67,7 +69,7 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def _loose_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Tensors of the layers that ``state_dict`` does not know: quantisation methods leave scales as plain attributes."""
+    """Tensors that ``state_dict`` does not know: some quantisation methods keep scales as plain attributes."""
     return {
         f"{name}.{key}": value
         for name, key, value in _attributes(model)
@@ -85,21 +87,20 @@ def _loose_scales(model: torch.nn.Module) -> dict[str, float]:
 
 
 def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Plain attributes of layers and of what quantises them, as place, name and value."""
+    """Plain attributes of quantised layers and of what quantises them, as place, name and value."""
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        for part, holder in (("", module), (".method", method), (".scheme", _scheme(module))):
-            if holder is not None:
-                for key, value in vars(holder).items():
-                    yield name + part, key, value
-        if method is not None:
-            for key in module._non_persistent_buffers_set:
-                yield name, key, module._buffers[key]
-
-
-def _scheme(module: Any) -> Any:
-    found = getattr(module, "scheme", None)
-    return found if hasattr(found, "__dict__") else None
+        method = quantiser(module)
+        if method is None:
+            continue
+        for part, holder in (
+            ("", module),
+            (".method", method),
+            (".scheme", getattr(module, "scheme", None)),
+        ):
+            for key, value in getattr(holder, "__dict__", {}).items():
+                yield name + part, key, value
+        for key in module._non_persistent_buffers_set:
+            yield name, key, module._buffers[key]
 
 
 def describe_settings(hf_config: Any, settings: Any, attention: str) -> str:

@@ -25,6 +25,12 @@ _MAX_CHANGE = 0.25
 """Relative. Kernels for one row and for two differ by a rounding, a shared scale changes everything."""
 
 
+def quantiser(module: torch.nn.Module) -> Any | None:
+    """SGLang's method that quantises a layer; None where it is kept in a floating-point type of the model."""
+    method = getattr(module, "quant_method", None)
+    return None if type(method).__name__.startswith("Unquantized") else method
+
+
 def refuse_kv_scales(layers: Iterable[Any], backends: Iterable[str]) -> str | None:
     """Reason why scales of keys and values forbid fusion over a pool that is not quantised, or None.
 
@@ -69,8 +75,8 @@ def refuse_quantised_layers(model: torch.nn.Module, dtype: torch.dtype) -> str |
     verify_targets(QUANTISED)
     tried = set()
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if method is None or type(method).__name__.startswith("Unquantized"):
+        method = quantiser(module)
+        if method is None:
             continue
         what = f"{type(method).__name__} of {name}"
         if isinstance(module, FusedMoE):
@@ -113,4 +119,6 @@ def _change_beside_a_large_row(module: Any, dtype: torch.dtype) -> float:
         beside = module.quant_method.apply(module, rows.clone(), None)[:1].float()
     change = float((beside - alone).abs().max())
     size = float(alone.abs().max())
+    if change != change:
+        raise ValueError("its result is not a number")
     return change / size if size else (float("inf") if change else 0.0)
