@@ -21,7 +21,7 @@ from chunk_cache.policies.signals.base import (
     ProbePasses,
     Signal,
 )
-from rag_kernels import query_attention_mass
+from rag_kernels import LogitRules, query_attention_mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,15 @@ class AttentionSignal(Signal):
             spans.append((first - count, first))
             positions.append(part.positions[part.count - count :])
         slots = [part.kv_slots for part in rows]
-        observer = MassObserver(self.layers, spans, positions, slots, passes.scaling, stops=stops)
+        observer = MassObserver(
+            self.layers,
+            spans,
+            positions,
+            slots,
+            passes.scaling,
+            stops=stops,
+            rules=[passes.rules(layer) for layer in self.layers],
+        )
         ids = passes.run(rows, observer)
         # Averaged at once: what is looked up by it must be the same on every rank.
         return [passes.mean(mass) for mass in observer.mass], ids
@@ -126,6 +134,8 @@ class MassObserver(PassObserver):
         Factor of the attention's scores.
     stops : bool
         The pass ends in the last layer of the range; False lets it go on to its logits.
+    rules : sequence of LogitRules
+        Window and cap of each layer of the range; none where it is empty.
 
     Attributes
     ----------
@@ -142,9 +152,11 @@ class MassObserver(PassObserver):
         scaling: float,
         *,
         stops: bool = True,
+        rules: Sequence[LogitRules] = (),
     ) -> None:
         self._layers = layers
         self._stops = stops
+        self._rules = dict(zip(layers, rules, strict=False))
         self._rows = list(rows)
         self._positions = list(positions)
         self._slots = list(slots)
@@ -162,8 +174,9 @@ class MassObserver(PassObserver):
         """Add a layer's mass."""
         if layer_id not in self._layers:
             return
+        rules = self._rules.get(layer_id, LogitRules())
         for i, (lo, hi) in enumerate(self._rows):
             slots = self._slots[i]
             self.mass[i] += query_attention_mass(
-                q[lo:hi], k_pool, slots, self._positions[i], slots.numel(), self._scaling
+                q[lo:hi], k_pool, slots, self._positions[i], slots.numel(), self._scaling, rules
             )

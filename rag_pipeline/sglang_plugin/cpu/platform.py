@@ -23,6 +23,7 @@ __all__ = ["RagCpuPlatform"]
 logger = logging.getLogger(__name__)
 
 _LAST_LOC = "sglang.srt.mem_cache.allocation.get_last_loc"
+_SOFTCAP = "sglang.kernels.ops.activation.softcap._softcap_logits"
 _PARAMS = ("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor")
 _TARGETS = (
     HookTarget(
@@ -37,7 +38,25 @@ _TARGETS = (
         why="what it is replaced by",
         params=_PARAMS,
     ),
+    HookTarget(
+        path=_SOFTCAP,
+        kind="assigned",
+        why="the cap on a model's output logits (Gemma 2) without Triton",
+        params=("full_logits", "final_logit_softcapping", "output"),
+    ),
 )
+
+
+def softcap_logits(
+    full_logits: torch.Tensor,
+    final_logit_softcapping: float | None,
+    output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cap logits in place, or into `output`, as SGLang's Triton kernel does; a cap of None only copies."""
+    capped = full_logits if output is None else output.copy_(full_logits)
+    if final_logit_softcapping is not None:
+        capped.div_(final_logit_softcapping).tanh_().mul_(final_logit_softcapping)
+    return capped
 
 
 def computes_bf16() -> bool:
@@ -115,6 +134,7 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def init_backend(self) -> None:
         """Register the attention backend in the worker (called once there by SGLang)."""
+        from sglang.kernels.ops.activation import softcap
         from sglang.srt.mem_cache import allocation
 
         from rag_pipeline.sglang_plugin.cpu.attention_backend import register_backend
@@ -128,3 +148,4 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             # for any other, in spite of capabilities.supports_triton (pages above one token). Set
             # by hand: this runs inside an import, where HookRegistry could not apply other hooks.
             allocation.get_last_loc = allocation.get_last_loc_torch
+            softcap._softcap_logits = softcap_logits

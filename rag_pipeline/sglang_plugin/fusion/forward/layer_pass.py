@@ -16,8 +16,8 @@ from torch import Tensor
 from rag_kernels import (
     AttentionCall,
     BlockMask,
-    MeanShiftPlan,
     LogitRules,
+    MeanShiftPlan,
     MethodsOfPass,
     PositionCausalPlan,
     mean_shift_inplace,

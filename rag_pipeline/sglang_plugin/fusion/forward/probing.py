@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache.policies.signals import PassObserver, PassRows, ProbedRequest, Signal
+from rag_kernels import LogitRules
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward import scratch as scratch_slots
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
@@ -23,6 +24,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import StopPassError
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
+from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
@@ -72,6 +74,10 @@ class Prober:
     def scaling(self) -> float:
         """Factor of the attention's scores."""
         return self._facts.scaling
+
+    def rules(self, layer_id: int) -> LogitRules:
+        """Window and cap of a layer."""
+        return rules_of(self._facts.layers[layer_id])
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Average over the ranks."""
