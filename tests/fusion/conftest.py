@@ -20,7 +20,6 @@ from fusion_helpers import CHUNKS, VOCAB, store_chunks
 from rag_eval.benchmarks.tiny_model import peak_attention
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _TANH = "gelu_pytorch_tanh"
 WINDOW = 24
 """Tokens that a sliding-window layer of a tiny model sees: fewer than stand in a chunk."""
@@ -33,18 +32,17 @@ def _windowed(layers: int) -> dict[str, Any]:
 
 
 def _later_family(family: str, common: dict[str, Any]) -> Any:
-    """Configuration of a family with experts, windows, caps or sinks."""
+    """Configuration of a family with experts, windows or caps."""
     import transformers
 
     layers = common["num_hidden_layers"]
     gemma = {"head_dim": 16, "query_pre_attn_scalar": 16, "hidden_activation": _TANH}
     if family == "mixtral":
-        return transformers.MixtralConfig(sliding_window=None, **_EXPERTS, **common)
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        return transformers.MixtralConfig(sliding_window=None, **experts, **common)
     if family == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         return transformers.Qwen3MoeConfig(head_dim=16, norm_topk_prob=True, **experts, **common)
-    if family == "gpt_oss":
-        return transformers.GptOssConfig(head_dim=16, **_EXPERTS, **_windowed(layers), **common)
     common = common | {"tie_word_embeddings": True}
     if family == "gemma2":
         caps = {"attn_logit_softcapping": 5.0, "hidden_act": _TANH, "sliding_window": WINDOW}

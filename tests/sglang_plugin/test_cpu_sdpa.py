@@ -19,6 +19,7 @@ from rag_kernels.attention.torch_sdpa import (
     packed_decode_attention,
 )
 from rag_kernels.attention.torch_softmax import written_out_attention
+from rag_pipeline.sglang_plugin.cpu.softcap import softcap_logits
 
 
 def reference(q_THD, k_NKD, v_NKE, *, scale, window=None):
@@ -162,8 +163,6 @@ def test_written_out_attention_has_window_cap_and_sinks(new, cached, window, cap
 
 
 def test_the_cap_on_output_logits_is_that_of_the_kernel_it_takes_the_place_of():
-    from rag_pipeline.sglang_plugin.cpu.platform import softcap_logits
-
     logits = torch.linspace(-200, 200, 12).view(3, 4)
     want, whole = 30 * torch.tanh(logits / 30), torch.empty(3, 4)
     half = logits.bfloat16()

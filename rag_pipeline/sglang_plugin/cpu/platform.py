@@ -16,6 +16,7 @@ from rag_pipeline.sglang_plugin.cpu.backend_name import (
     offer_attention_backend,
 )
 from rag_pipeline.sglang_plugin.cpu.detect import core_groups
+from rag_pipeline.sglang_plugin.cpu.softcap import softcap_logits
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
 __all__ = ["RagCpuPlatform"]
@@ -45,18 +46,6 @@ _TARGETS = (
         params=("full_logits", "final_logit_softcapping", "output"),
     ),
 )
-
-
-def softcap_logits(
-    full_logits: torch.Tensor,
-    final_logit_softcapping: float | None,
-    output: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Cap logits in place, or into `output`, as SGLang's Triton kernel does; a cap of None only copies."""
-    capped = full_logits if output is None else output.copy_(full_logits)
-    if final_logit_softcapping is not None:
-        capped.div_(final_logit_softcapping).tanh_().mul_(final_logit_softcapping)
-    return capped
 
 
 def computes_bf16() -> bool:
