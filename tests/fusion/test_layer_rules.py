@@ -82,7 +82,7 @@ def test_a_model_whose_two_rotations_disagree_is_refused():
 
 def test_a_pool_that_forgets_is_refused_with_the_flag_that_helps():
     pool = SimpleNamespace(full_to_swa_index_mapping=None)
-    reason = refuse_model(SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]), pool, [])
+    reason = refuse_model(SimpleNamespace(architectures=["Gemma3ForCausalLM"]), pool, [])
     assert "--disable-hybrid-swa-memory" in str(reason)
 
 
@@ -90,9 +90,7 @@ def test_a_family_that_was_looked_at_is_refused_with_what_stands_in_the_way():
     reason = refuse_model(SimpleNamespace(architectures=["GptOssForCausalLM"]), None, [])
     assert "attention sinks" in str(reason)
     other = refuse_model(SimpleNamespace(architectures=["OtherForCausalLM"]), None, [])
-    assert str(other).startswith(
-        "architecture OtherForCausalLM: it is not tested; supported: Llama"
-    )
+    assert str(other).startswith("architecture OtherForCausalLM: it is not tested; supported: Llama")
 
 
 def test_methods_that_weigh_logits_refuse_a_cap_and_all_refuse_windows_alone():

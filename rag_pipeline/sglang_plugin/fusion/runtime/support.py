@@ -19,6 +19,8 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "MixtralForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
 )
 """Tested families. They keep rotated keys and plain values of every layer in one paged pool.
 
@@ -27,8 +29,6 @@ Where there are experts, each row is routed by itself, so a pass over fewer rows
 _WHY_NOT = {
     "GptOssForCausalLM": "SGLang serves it on attention backends of GPUs only, so chunk KV beside attention sinks was "
     "never proven in an engine",
-    "Gemma2ForCausalLM": "its windows and caps are passed on, but no engine has proven it yet",
-    "Gemma3ForCausalLM": "its windows and two rotations are passed on, but no engine has proven it yet",
     "Gemma3ForConditionalGeneration": "its prompts may hold images, which attend both ways",
 }
 """Families that were looked at, and what stands in the way."""
