@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rag_kernels.attention.base import LogitRules
 from rag_kernels.host_copy import to_device
 from rag_kernels.mass import query_attention_mass
 
 if TYPE_CHECKING:
     from rag_kernels.mass_triton import MassRuns
+
+
+_NO_RULES = LogitRules()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,7 +93,9 @@ def plan_attention_mass(
     )
 
 
-def attention_mass(q_RNH: Tensor, k_pool: Tensor, plan: MassPlan, scale: float) -> Tensor:
+def attention_mass(
+    q_RNH: Tensor, k_pool: Tensor, plan: MassPlan, scale: float, rules: LogitRules = _NO_RULES
+) -> Tensor:
     """:func:`rag_kernels.query_attention_mass` of every request, one behind the other.
 
     Parameters
@@ -102,15 +108,22 @@ def attention_mass(q_RNH: Tensor, k_pool: Tensor, plan: MassPlan, scale: float) 
         From :func:`plan_attention_mass`.
     scale : float
         Softmax scale.
+    rules : LogitRules
+        Window and cap of the layer; with either, request by request on a GPU too.
 
     Returns
     -------
     Tensor
         fp32 ``[sum of kv_len]``; split it by :attr:`MassPlan.lengths`.
     """
-    if plan.runs is None or plan.row_positions is None or plan.all_slots is None:
+    if (
+        rules != _NO_RULES
+        or plan.runs is None
+        or plan.row_positions is None
+        or plan.all_slots is None
+    ):
         parts = [
-            query_attention_mass(q_RNH[low:high], k_pool, slots, at, slots.numel(), scale)
+            query_attention_mass(q_RNH[low:high], k_pool, slots, at, slots.numel(), scale, rules)
             for (low, high), at, slots in zip(plan.rows, plan.positions, plan.slots, strict=True)
         ]
         return torch.cat(parts)

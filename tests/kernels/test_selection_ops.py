@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rag_kernels import (
+    LogitRules,
     RotarySpec,
     kv_deviation,
     mean_shift_inplace,
@@ -56,6 +57,23 @@ def test_deviation_of_keys_does_not_depend_on_the_position_they_are_rotated_to()
 def test_unknown_metric_is_named():
     with pytest.raises(ValueError, match="choose k, v or kv"):
         kv_deviation(*torch.zeros(4, 1, 1, 2), metric="q")
+
+
+@pytest.mark.parametrize("rules", [LogitRules(5, None), LogitRules(None, 2.0), LogitRules(7, 2.0)])
+def test_mass_is_that_of_the_layer_with_its_window_and_cap(rules):
+    pool, slots = torch.randn(60, 2, 16), torch.randperm(60)[:40]
+    q, positions = torch.randn(6, 4, 16) * 3, torch.tensor([3, 9, 20, 30, 38, 39])
+    got = query_attention_mass(q, pool, slots, positions, 40, 0.5, rules)
+    keys = pool[slots].repeat_interleave(2, dim=1)
+    logits = torch.einsum("rhd,nhd->rhn", q, keys) * 0.5
+    if rules.logit_cap:
+        logits = rules.logit_cap * torch.tanh(logits / rules.logit_cap)
+    at = torch.arange(40)[None, None]
+    hidden = at > positions[:, None, None]
+    if rules.sliding_window:
+        hidden = hidden | (at <= positions[:, None, None] - rules.sliding_window)
+    want = logits.masked_fill(hidden, float("-inf")).softmax(-1).mean((0, 1))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,6 +18,8 @@ from rag_kernels.attention.torch_sdpa import (
     extend_attention,
     packed_decode_attention,
 )
+from rag_kernels.attention.torch_softmax import written_out_attention
+from rag_pipeline.sglang_plugin.cpu.softcap import softcap_logits
 
 
 def reference(q_THD, k_NKD, v_NKE, *, scale, window=None):
@@ -137,3 +139,34 @@ def test_decode_of_one_length_has_the_bits_of_one_call_a_request(length, heads, 
     torch.testing.assert_close(got, torch.stack(alone), rtol=0, atol=0)
     want = torch.cat([reference(*part, scale=0.25) for part in parts])
     torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 18])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize(("new", "cached"), [(1, 40), (19, 0), (300, 19)])
+def test_written_out_attention_has_window_cap_and_sinks(new, cached, window, cap, has_sinks):
+    q, k, v = make(new, cached, 6, 2)
+    sinks = torch.linspace(-2, 3, 6) if has_sinks else None
+    got = written_out_attention(q, k, v, scale=0.9, window=window, logit_cap=cap, sinks=sinks)
+    logits = torch.einsum("thd,nhd->htn", q, k.repeat_interleave(3, 1)) * 0.9
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    at, rows = torch.arange(new + cached), torch.arange(cached, new + cached)[:, None]
+    hidden = (at > rows) | (at < rows - (10**9 if window is None else window))
+    weights = logits.masked_fill(hidden, -math.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if has_sinks:
+        total = total + sinks.exp()[:, None, None]
+    want = torch.einsum("htn,nhe->the", weights / total, v.repeat_interleave(3, 1))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cap_on_output_logits_is_that_of_the_kernel_it_takes_the_place_of():
+    logits = torch.linspace(-200, 200, 12).view(3, 4)
+    want, whole = 30 * torch.tanh(logits / 30), torch.empty(3, 4)
+    half = logits.bfloat16()
+    assert softcap_logits(half, None, whole) is whole
+    assert torch.equal(whole, half.float())
+    assert softcap_logits(logits, 30.0) is logits
+    torch.testing.assert_close(logits, want)

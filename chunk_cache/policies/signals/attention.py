@@ -21,7 +21,7 @@ from chunk_cache.policies.signals.base import (
     ProbePasses,
     Signal,
 )
-from rag_kernels import attention_mass, plan_attention_mass, to_device, to_host
+from rag_kernels import LogitRules, attention_mass, plan_attention_mass, to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,15 @@ class AttentionSignal(Signal):
             spans.append((first - count, first))
             positions.append(part.positions[part.count - count :])
         slots = [part.kv_slots for part in rows]
-        observer = MassObserver(self.layers, spans, positions, slots, passes.scaling, stops=stops)
+        observer = MassObserver(
+            self.layers,
+            spans,
+            positions,
+            slots,
+            passes.scaling,
+            stops=stops,
+            rules=[passes.rules(layer) for layer in self.layers],
+        )
         ids = passes.run(rows, observer)
         # Averaged at once: what is looked up by it must be the same on every rank.
         return [passes.mean(mass) for mass in observer.mass], ids
@@ -127,7 +135,8 @@ class MassObserver(PassObserver):
         Factor of the attention's scores.
     stops : bool
         The pass ends in the last layer of the range; False lets it go on to its logits.
-
+    rules : sequence of LogitRules
+        Window and cap of each layer of the range; none where it is empty.
     """
 
     def __init__(
@@ -139,9 +148,11 @@ class MassObserver(PassObserver):
         scaling: float,
         *,
         stops: bool = True,
+        rules: Sequence[LogitRules] = (),
     ) -> None:
         self._layers = layers
         self._stops = stops
+        self._rules = dict(zip(layers, rules, strict=False))
         self._plan = plan_attention_mass(rows, positions, slots)
         self._scaling = scaling
         self._mass = torch.zeros(
@@ -162,4 +173,5 @@ class MassObserver(PassObserver):
         """Add a layer's mass."""
         if layer_id not in self._layers:
             return
-        self._mass += attention_mass(q, k_pool, self._plan, self._scaling)
+        rules = self._rules.get(layer_id, LogitRules())
+        self._mass += attention_mass(q, k_pool, self._plan, self._scaling, rules)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from torch import Tensor
 
 from chunk_cache.policies.layout import ReuseLayout
+from rag_kernels import LogitRules
 
 if TYPE_CHECKING:
     from chunk_cache.policies.scored import ScoredPolicy
@@ -121,6 +122,10 @@ class ProbePasses(Protocol):
     @property
     def scaling(self) -> float:
         """Factor of the attention's scores."""
+        ...
+
+    def rules(self, layer_id: int) -> LogitRules:
+        """What a layer does with its scores beside causality."""
         ...
 
     def run(self, rows: Sequence[PassRows], observer: PassObserver) -> Tensor | None:

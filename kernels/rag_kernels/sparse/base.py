@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall
+from rag_kernels.attention.base import AttentionCall, LogitRules
 from rag_kernels.attention.mask import BlockMask
 from rag_kernels.attention.plan import PositionCausalPlan
 
@@ -72,6 +72,15 @@ class AttentionMethod(ABC):
             The options do not fit these weights; one line.
         """
         return self
+
+    def refuse_layers(self, rules: Sequence[LogitRules]) -> str | None:
+        """Reason why the method is of no use for a model whose layers have these windows and caps, or None.
+
+        It is never asked for the blocks of a layer with a sliding window: rows read everything within it.
+        """
+        if all(one.sliding_window is not None for one in rules):
+            return "every layer has a sliding window, within which everything is read"
+        return None
 
     def prepare(self, plan: PositionCausalPlan, requests: Sequence[int]) -> Any:
         """Do once per pass what all layers share.

@@ -18,6 +18,7 @@ from rag_pipeline.sglang_plugin.cpu.backend_name import (
     offer_attention_backend,
 )
 from rag_pipeline.sglang_plugin.cpu.detect import core_groups
+from rag_pipeline.sglang_plugin.cpu.softcap import softcap_logits
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_targets
 
 __all__ = ["RagCpuPlatform"]
@@ -26,6 +27,7 @@ NGRAM = "NGRAM"
 logger = logging.getLogger(__name__)
 
 _LAST_LOC = "sglang.srt.mem_cache.allocation.get_last_loc"
+_SOFTCAP = "sglang.kernels.ops.activation.softcap._softcap_logits"
 _PARAMS = ("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor")
 _TARGETS = (
     HookTarget(
@@ -39,6 +41,12 @@ _TARGETS = (
         kind="uses",
         why="what it is replaced by",
         params=_PARAMS,
+    ),
+    HookTarget(
+        path=_SOFTCAP,
+        kind="assigned",
+        why="the cap on a model's output logits (Gemma 2) without Triton",
+        params=("full_logits", "final_logit_softcapping", "output"),
     ),
 )
 
@@ -151,6 +159,7 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def init_backend(self) -> None:
         """Register the attention backend in the worker (called once there by SGLang)."""
+        from sglang.kernels.ops.activation import softcap
         from sglang.srt.mem_cache import allocation
 
         from rag_pipeline.sglang_plugin.cpu.attention_backend import register_backend
@@ -164,3 +173,4 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             # for any other, in spite of capabilities.supports_triton (pages above one token). Set
             # by hand: this runs inside an import, where HookRegistry could not apply other hooks.
             allocation.get_last_loc = allocation.get_last_loc_torch
+            softcap._softcap_logits = softcap_logits

@@ -13,13 +13,14 @@ import torch
 from chunk_cache import TIERS, RecordForm, hash_token_ids
 from rag_kernels import choose_kernel
 from rag_pipeline.errors import EngineError
-from rag_pipeline.protocol import FUSION_KEY
+from rag_pipeline.protocol import FUSION_KEY, FusionRequest
 from rag_pipeline.protocol.cache_order import CACHE_KEY, CacheOrder
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.management.desk import CacheDesk
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request.consent import refuse_engine
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import is_useless
 from rag_pipeline.sglang_plugin.fusion.runtime.metrics import FusionMetrics
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import (
     ModelFacts,
@@ -176,6 +177,9 @@ def build_runtime(scheduler: Any) -> FusionRuntime:
     if config.passage_file:
         runtime.passage_text = text
         runtime.plain_passage = passage_ids(tokenizer, length, runtime.max_prompt)
+    default = FusionRequest(attention=config.attention).make_attention()
+    if facts is not None and default is not None:
+        is_useless(runtime, default)  # said now, not with the first request
     if runtime.off_reason:
         logger.warning("Chunk-KV fusion is off for this engine: %s", runtime.off_reason)
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunk_cache.policies.signals import PassObserver, PassRows, ProbedRequest, Signal
-from rag_kernels import to_host
+from rag_kernels import LogitRules, to_host
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward import scratch as scratch_slots
 from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
@@ -25,6 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import StopPassError
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError, WriteGuard
+from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
@@ -77,6 +78,10 @@ class Prober:
     def scaling(self) -> float:
         """Factor of the attention's scores."""
         return self._facts.scaling
+
+    def rules(self, layer_id: int) -> LogitRules:
+        """Window and cap of a layer."""
+        return rules_of(self._facts.layers[layer_id])
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Average over the ranks."""

@@ -9,17 +9,21 @@ from rag_kernels import AttentionMethod
 from rag_pipeline.errors import ModelError
 from rag_pipeline.models.fingerprint import fingerprint_checkpoint
 from rag_pipeline.protocol import FusionRequest
+from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
 def method_for_weights(runtime: FusionRuntime, request: FusionRequest) -> AttentionMethod | None:
     """Make the method that a request names; None for dense attention.
 
-    A method that was calibrated for other weights reads everything, which is said once.
+    A method that was calibrated for other weights, or that the model's layers make useless, reads everything, which
+    is said once.
     """
     method = request.make_attention()
     if method is None or runtime.facts is None:
         return method
+    if is_useless(runtime, method):
+        return None
     folder = (
         "" if runtime.epoch else runtime.facts.model_path
     )  # updated weights are no checkpoint's
@@ -28,6 +32,22 @@ def method_for_weights(runtime: FusionRuntime, request: FusionRequest) -> Attent
     except ValueError as error:
         runtime.say_once(f"attention {method.identity}", "Prompts read every key: %s", error)
         return None
+
+
+def is_useless(runtime: FusionRuntime, method: AttentionMethod) -> bool:
+    """Whether a method has no business with the loaded model's layers; why is said once."""
+    assert runtime.facts is not None
+    reason = method.refuse_layers([rules_of(layer) for layer in runtime.facts.layers])
+    if reason is None:
+        return False
+    runtime.say_once(
+        f"attention {method.name}",
+        "Prompts read every key: attention method %r does nothing for this model, %s; "
+        "choose another one, or none",
+        method.name,
+        reason,
+    )
+    return True
 
 
 @functools.lru_cache(maxsize=256)

@@ -134,9 +134,7 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             "dtype": str(model_runner.dtype).removeprefix("torch."),
             "kv_dtype": str(pool.dtype).removeprefix("torch."),
             "rope": canonical_json(
-                {"by_layer": [one.identity for one in rotations]}
-                if differ
-                else rotations[0].identity
+                {"layers": [one.identity for one in rotations]} if differ else rotations[0].identity
             ),
             "settings": describe_settings(
                 config, model_runner.server_args, model_runner.prefill_attention_backend_str

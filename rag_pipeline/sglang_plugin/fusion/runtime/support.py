@@ -21,11 +21,17 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
-    "GptOssForCausalLM",
 )
 """Tested families. They keep rotated keys and plain values of every layer in one paged pool.
 
 Where there are experts, each row is routed by itself, so a pass over fewer rows routes them alike."""
+
+_WHY_NOT = {
+    "GptOssForCausalLM": "SGLang serves it on attention backends of GPUs only, so chunk KV beside attention sinks was "
+    "never proven in an engine",
+    "Gemma3ForConditionalGeneration": "its prompts may hold images, which attend both ways",
+}
+"""Families that were looked at, and what stands in the way."""
 
 _KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -109,7 +115,8 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
     """
     names = getattr(hf_config, "architectures", None) or ["?"]
     if names[0] not in SUPPORTED_ARCHITECTURES:
-        return f"architecture {names[0]} is not tested; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        why = _WHY_NOT.get(names[0], "it is not tested")
+        return f"architecture {names[0]}: {why}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
     if hasattr(pool, "full_to_swa_index_mapping"):
         return (
             "a KV pool of its own for sliding-window layers, which forgets what is behind the window: start with "
