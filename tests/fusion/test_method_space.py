@@ -263,7 +263,9 @@ def test_a_method_that_chooses_by_blocks_of_rows_shares_whole_ones(make_server, 
     assert held(server, server_space(server, method), IDS) == 32
     assert serve(server, submitted(server, method, ids=IDS[:21] + IDS[:9])) == 16
     assert serve(server, submitted(server, method)) == 32
-    assert serve(server, submitted(server, method)) == 32  # the last token is computed, so its block is
+    assert (
+        serve(server, submitted(server, method)) == 32
+    )  # the last token is computed, so its block is
     assert held(server, server_space(server, method), IDS) == 40
     assert not server.runtime.metrics.counts["prefixes.by_method"]
 
@@ -287,7 +289,9 @@ def test_why_nothing_is_shared_is_counted(make_server, fusion, reason):
     server = make_server()
     serve(server, submitted(server, fusion))
     counts = server.runtime.metrics.counts
-    assert {name: n for name, n in counts.items() if "prefixes" in name} == {f"prefixes.{reason}": 1}
+    assert {name: n for name, n in counts.items() if "prefixes" in name} == {
+        f"prefixes.{reason}": 1
+    }
 
 
 def test_the_answer_is_published_where_the_method_decoded_it(make_server):
