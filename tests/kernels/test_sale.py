@@ -16,11 +16,7 @@ from rag_kernels import (
     position_causal_attention,
 )
 from rag_kernels.sparse.sale.estimate import KeyTable, largest_excess
-from rag_kernels.sparse.sale.quantization import (
-    pack_int4,
-    quantize_int4,
-    unpack_int4,
-)
+from rag_kernels.sparse.sale.quantization import quantize_int4
 from rag_kernels.sparse.sale.selection import row_thresholds
 from rag_kernels.sparse.sale.smoothing import smooth_keys, smooth_queries
 
@@ -152,14 +148,6 @@ def test_a_thread_group_shares_its_scale_as_the_kernel_has_it():
         assert len(group) == 8
         assert keys[token] == largest[group].max()
     assert torch.equal(quantize_int4(x, "keys").scale, largest)
-
-
-def test_nibbles_come_back():
-    values = torch.randint(-7, 8, (3, 5, 16), dtype=torch.int8)
-    packed = pack_int4(values)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (3, 5, 8)
-    assert torch.equal(unpack_int4(packed), values)
 
 
 # -- the estimate -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What SALE keeps: thresholds in files, their calibration, and 4-bit keys of chunks and slots."""
+"""What SALE keeps: thresholds in files, their calibration; and 4-bit keys that do not know where they stand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from rag_kernels import AttentionCall, RotarySpec, create_attention_method, plan_position_causal
+from rag_kernels.rotary import rotate
 from rag_kernels.sparse.sale import SaleAttention, SaleConfig, ThresholdTable, thresholds
 from rag_kernels.sparse.sale.calibration import FIRST_TAU, Calibration
-from rag_kernels.sparse.sale.local_keys import LocalKeys, rotate_by
 from rag_kernels.sparse.sale.quantization import quantize_int4
-from rag_kernels.sparse.sale.side_table import SideTable
 
 TABLE = ThresholdTable(
     model="small",
@@ -39,53 +38,41 @@ def folder(tmp_path, monkeypatch):
 # -- S8: keys by their index in the chunk ----------------------------------------------------------
 
 
+def rotate_by(x, delta, spec):
+    cos, sin = spec.cos_sin(torch.tensor([delta]), x.device)
+    return rotate(x, cos, sin, spec)
+
+
 @pytest.mark.parametrize("is_neox_style", [True, False])
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (64, 32)])
 @pytest.mark.parametrize("moved_to", [0, 37, 5000])
-def test_a_chunk_that_moved_needs_no_new_4_bit_keys(is_neox_style, dim, rotary_dim, moved_to):
-    """Queries rotated back by the chunk's start meet keys as if the keys had been rotated: to rounding."""
+def test_4_bit_keys_by_index_in_a_chunk_serve_wherever_the_chunk_stands(
+    is_neox_style, dim, rotary_dim, moved_to
+):
+    """Queries rotated back by the chunk's start meet them as if the keys had been rotated there: to rounding.
+
+    So 4-bit keys of a chunk could be kept for every place of it. They are not: see ``SaleAttention``.
+    """
     inv_freq = 10000.0 ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     spec = RotarySpec.from_inv_freq(inv_freq, rotary_dim, is_neox_style)
-    start, tokens = 400, 50
+    tokens = 50
     plain = torch.randn(tokens, 2, dim) + 2 * torch.randn(2, dim)
-    roped = torch.stack([rotate_by(plain[i], start + i, spec) for i in range(tokens)])
-    local = LocalKeys.from_keys(roped, start, spec)
-    position = moved_to + tokens + 20
-    queries = rotate_by(torch.randn(3, 4, dim), position, spec)
+    queries = rotate_by(torch.randn(3, 4, dim), moved_to + tokens + 20, spec)
+    local = torch.stack([rotate_by(plain[i], i, spec) for i in range(tokens)], 1)
+    mean = local.mean(1, keepdim=True)  # not that of the prompt: it stays part of the logits
+    int4 = quantize_int4(local - mean, "keys")
+    kept = int4.dequantize() + mean
+    assert bool(((kept - local).abs() <= int4.scale[..., None] / 2 + 1e-5).all())
 
-    index = torch.stack([rotate_by(plain[i], i, spec) for i in range(tokens)]).transpose(0, 1)
-    again = quantize_int4(index - index.mean(1, keepdim=True), "keys").dequantize()
-    torch.testing.assert_close(local.keys(), again + index.mean(1, keepdim=True), atol=0.4, rtol=0)
-    assert (local.keys() - index).abs().max() <= local.scale.max() / 2 + 1e-3
+    def logits(q, k_NTD):
+        return torch.einsum("rhd,htd->hrt", q, k_NTD.repeat_interleave(2, 0))
 
-    moved = torch.stack([rotate_by(local.keys()[:, i], moved_to, spec) for i in range(tokens)], 1)
-    want = torch.einsum("rhd,htd->hrt", queries, moved.repeat_interleave(2, 0))
-    torch.testing.assert_close(local.logits(queries, moved_to, spec), want, atol=2e-3, rtol=1e-4)
+    moved = torch.stack([rotate_by(kept[:, i], moved_to, spec) for i in range(tokens)], 1)
+    back = rotate_by(queries, -moved_to, spec)
+    torch.testing.assert_close(logits(back, kept), logits(queries, moved), atol=2e-3, rtol=1e-4)
     exact = torch.stack([rotate_by(plain[i], moved_to + i, spec) for i in range(tokens)], 1)
-    true = torch.einsum("rhd,htd->hrt", queries, exact.repeat_interleave(2, 0))
-    assert (want - true).abs().mean() < 0.1 * true.std()
-    assert local.nbytes < 0.2 * 2 * 2 * roped.numel() + local.mean.nbytes
-
-
-def test_a_slot_that_is_written_again_has_no_entry():
-    table, keys = SideTable(20, 2, 16), torch.randn(6, 2, 16)
-    slots = torch.tensor([3, 19, 0, 7, 4, 11])
-    assert torch.equal(table.missing(slots), slots)
-    table.write(slots, keys)
-    wanted = quantize_int4(keys, "keys")
-    for order in (slots, slots.flip(0)):
-        at = [slots.tolist().index(slot) for slot in order.tolist()]
-        assert torch.equal(table.read(order).values, wanted.values[at])
-        assert torch.equal(table.read(order).scale, wanted.scale[at])
-    table.invalidate(torch.tensor([7, 1]))
-    assert table.missing(slots).tolist() == [7]
-    with pytest.raises(KeyError, match="write those that are missing"):
-        table.read(slots)
-    table.write(torch.tensor([7]), keys[:1])
-    assert torch.equal(table.read(slots).values[3], wanted.values[0])
-    with pytest.raises(RuntimeError):
-        table.write(slots[:2], torch.randn(2, 3, 16))  # of another pool
-    assert table.missing(slots).tolist() == [3, 19]
+    true = logits(queries, exact)
+    assert (logits(back, kept) - true).abs().mean() < 0.1 * true.std()
 
 
 # -- thresholds ------------------------------------------------------------------------------------

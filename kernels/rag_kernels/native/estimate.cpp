@@ -52,7 +52,8 @@ void run_task(const SaleKeys& keys, int64_t head, int64_t index, SaleScratch& s)
     const RowNumbers all_numbers{s.means.get<float>(size_t(count) * dim), s.rows.get<row_number>(packed * keys.padded),
                                  s.starts.get<row_start>(packed * (STOPS + 1)),
                                  s.norms.get<float>(packed / ROWS * STOPS)};
-    RowPacker packer(keys, head, keys.units[size_t(head * c.num_groups + index)], width);
+    const SaleKeys::Pack& pack = keys.packs[size_t(keys.pack_of[size_t(head * c.num_groups + index)])];
+    RowPacker packer(keys, pack, width);
     for (int m = 0; m < count; m++) {
         Looking& look = looking[size_t(m)];
         for (int i = 0; i < width; i++)
@@ -62,7 +63,7 @@ void run_task(const SaleKeys& keys, int64_t head, int64_t index, SaleScratch& s)
                    {all_numbers.mean + long(m) * dim, all_numbers.rows + first * keys.padded,
                     all_numbers.starts + first * (STOPS + 1), all_numbers.norms + first / ROWS * STOPS});
     }
-    Walk(keys, head, g.candidates, padded_width).look_at(looking, all_numbers, s.limits.get<float>(size_t(count) * PANEL));
+    Walk(keys, pack, g.candidates, padded_width).look_at(looking, all_numbers, s.limits.get<float>(size_t(count) * PANEL));
 }
 
 template <class F>
@@ -79,34 +80,26 @@ int choose(const RagSale& c) {
     SaleKeys keys(c, memory);
     each(c.threads, c.kv_heads * keys.panels,
          [&](int64_t i) { keys.smooth_panel<E>(i / keys.panels, i % keys.panels); });
-    keys.find_units();
     keys.order_channels();
-    // Keys are packed for one scale at a time: that of the first groups of each head, then the next larger.
+    keys.find_packs(memory);
+    std::vector<std::pair<int, int64_t>> panels;
+    for (size_t p = 0; p < keys.packs.size(); p++)
+        for (int64_t i = 0; i < keys.packs[p].panels; i++) panels.push_back({int(p), i});
+    each(c.threads, int64_t(panels.size()), [&](int64_t i) {
+        keys.quantise_panel(keys.packs[size_t(panels[size_t(i)].first)], panels[size_t(i)].second);
+    });
+    // Long ones first, so that threads end together.
     struct Task { int64_t head, group, cost; };
-    std::vector<int64_t> done(size_t(c.kv_heads), 0);
-    for (;;) {
-        std::vector<Task> tasks, packs;
-        for (int64_t h = 0; h < c.kv_heads; h++) {
-            int64_t g = done[size_t(h)];
-            if (g == c.num_groups) continue;
-            const float* units = keys.units.data() + h * c.num_groups;
-            const float unit = units[g];
-            for (; g < c.num_groups && units[g] == unit; g++)
-                tasks.push_back({h, g, c.groups[g].candidates * c.groups[g].blocks * c.groups[g].width});
-            for (int64_t p = 0; p * PANEL < c.groups[g - 1].candidates; p++) packs.push_back({h, g - 1, p});
-            done[size_t(h)] = g;
-        }
-        if (tasks.empty()) return 0;
-        each(c.threads, int64_t(packs.size()), [&](int64_t i) {
-            const Task& t = packs[size_t(i)];
-            keys.quantise_panel(t.head, t.cost, keys.units[size_t(t.head * c.num_groups + t.group)]);
-        });
-        std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-        each(c.threads, int64_t(tasks.size()), [&](int64_t i) {
-            static thread_local SaleScratch scratch;
-            run_task<T, Q, E>(keys, tasks[size_t(i)].head, tasks[size_t(i)].group, scratch);
-        });
-    }
+    std::vector<Task> tasks;
+    for (int64_t h = 0; h < c.kv_heads; h++)
+        for (int64_t g = 0; g < c.num_groups; g++)
+            tasks.push_back({h, g, c.groups[g].candidates * c.groups[g].blocks * c.groups[g].width});
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+    each(c.threads, int64_t(tasks.size()), [&](int64_t i) {
+        static thread_local SaleScratch scratch;
+        run_task<T, Q, E>(keys, tasks[size_t(i)].head, tasks[size_t(i)].group, scratch);
+    });
+    return 0;
 }
 
 template <class E>

@@ -53,10 +53,18 @@ struct SaleKeys {
     const int stops[STOPS + 1];  // channels behind which is looked; the last are all
     int64_t num_keys = 0, panels;
     float *smooth, *scales;     // [kv_heads, panels][lanes][PANEL], [kv_heads, panels * PANEL]
-    key_number* strips;         // [kv_heads, panels * PANEL / STRIP][padded][STRIP]
-    float* norms;               // [STOPS, kv_heads, panels * PANEL]: of the channels behind each stop
-    std::vector<float> units;   // [kv_heads, groups]
     std::vector<int> fours;     // [kv_heads, padded / 4]: first channels of four, the largest first
+
+    // The first panels of a head on one scale: that of the groups that look at no larger key
+    struct Pack {
+        int64_t head, panels, first;  // `first` counts the panels of the packs before
+        float unit;
+    };
+    std::vector<Pack> packs;
+    std::vector<int> pack_of;   // [kv_heads, groups]
+    int64_t packed_panels = 0;
+    key_number* strips;         // [packed_panels * PANEL / STRIP][padded][STRIP]
+    float* norms;               // [STOPS, packed_panels * PANEL]: of the channels behind each stop
 
     SaleKeys(const RagSale& call, SaleMemory& memory)
         : c(call), dim(int(call.dim)), padded(up(dim, 4)), lanes(up(dim, 16)),
@@ -66,13 +74,16 @@ struct SaleKeys {
         const size_t keys = size_t(c.kv_heads * panels) * PANEL;
         smooth = memory.smooth.get<float>(keys * lanes);
         scales = memory.scales.get<float>(keys);
-        strips = memory.strips.get<key_number>(keys * padded);
-        norms = memory.norms.get<float>(keys * STOPS);
     }
 
     float* panel_of(int64_t head, int64_t panel) const { return smooth + (head * panels + panel) * lanes * PANEL; }
     int64_t place_of(int64_t head, int64_t key) const { return head * panels * PANEL + key; }
-    const key_number* strip_of(int64_t head, int64_t first) const { return strips + place_of(head, first) * padded; }
+    const key_number* strip_of(const Pack& pack, int64_t first) const {
+        return strips + (pack.first * PANEL + first) * padded;
+    }
+    const float* norms_of(const Pack& pack, int stop, int64_t first) const {
+        return norms + (stop * packed_panels + pack.first) * PANEL + first;
+    }
 
     // Keys without their mean, and their 4-bit scales
     template <class E>
@@ -101,10 +112,6 @@ struct SaleKeys {
         }
     }
 
-    const float* norms_of_strip(int stop, int64_t head, int64_t first) const {
-        return norms + stop * c.kv_heads * panels * PANEL + place_of(head, first);
-    }
-
     void order_channels() {
         fours.resize(size_t(c.kv_heads * padded / 4));
         for (int64_t h = 0; h < c.kv_heads; h++) {
@@ -124,26 +131,35 @@ struct SaleKeys {
         }
     }
 
-    void find_units() {
-        units.assign(size_t(c.kv_heads * c.num_groups), 1.0f);
+    // Which packs there are: a scale is that of the largest key that a group looks at, so it never falls.
+    void find_packs(SaleMemory& memory) {
         for (int64_t h = 0; h < c.kv_heads; h++) {
             float largest = 0.0f;
             int64_t at = c.key_block;  // the size of the first keys says nothing of the others
             for (int64_t g = 0; g < c.num_groups; g++) {
                 for (; at < c.groups[g].candidates; at++)
                     largest = std::max(largest, scales[place_of(h, at)] * INT4_MAX);
-                units[size_t(h * c.num_groups + g)] = unit_of(largest);
+                const float unit = unit_of(largest);
+                if (g == 0 || packs.back().unit != unit) packs.push_back({h, 0, 0, unit});
+                packs.back().panels = (c.groups[g].candidates + PANEL - 1) / PANEL;
+                pack_of.push_back(int(packs.size()) - 1);
             }
         }
+        for (Pack& pack : packs) {
+            pack.first = packed_panels;
+            packed_panels += pack.panels;
+        }
+        strips = memory.strips.get<key_number>(size_t(packed_panels) * PANEL * padded);
+        norms = memory.norms.get<float>(size_t(packed_panels) * PANEL * STOPS);
     }
 
-    // 4-bit keys on one scale
-    void quantise_panel(int64_t head, int64_t panel, float unit) {
-        const float *x = panel_of(head, panel), *scale = scales + place_of(head, panel * PANEL);
-        const int* first = fours.data() + head * padded / 4;
+    // 4-bit keys on the scale of a pack
+    void quantise_panel(const Pack& pack, int64_t panel) {
+        const float *x = panel_of(pack.head, panel), *scale = scales + place_of(pack.head, panel * PANEL);
+        const int* first = fours.data() + pack.head * padded / 4;
         for (int at = 0; at < PANEL; at += LANES) {
-            const int64_t place = place_of(head, panel * PANEL + at);
-            const vf own = load(scale + at), divisor = max_of(own, all(TINY)), whole = all(unit);
+            const int64_t place = (pack.first + panel) * PANEL + at;
+            const vf own = load(scale + at), divisor = max_of(own, all(TINY)), whole = all(pack.unit);
             key_number* strip = strips + place / STRIP * STRIP * padded;
             vf squares[STOPS] = {};
             for (int d = 0; d < padded; d += 4) {
@@ -158,10 +174,9 @@ struct SaleKeys {
             }
             for (int stop = 0; stop < STOPS; stop++)
                 for (int i = 0; i < LANES; i++)
-                    norms[stop * c.kv_heads * panels * PANEL + place + i] = std::sqrt(squares[stop][i]) * SLACK;
+                    norms[stop * packed_panels * PANEL + place + i] = std::sqrt(squares[stop][i]) * SLACK;
         }
     }
-
 };
 
 }  // namespace rag

@@ -9,18 +9,19 @@ namespace rag {
 
 class Walk {
     const SaleKeys& keys;
-    const int64_t head, candidates;
+    const SaleKeys::Pack& pack;
+    const int64_t candidates;
     const int width;            // of the rows as they are packed
 
 public:
-    Walk(const SaleKeys& all_keys, int64_t kv_head, int64_t num_candidates, int padded_width)
-        : keys(all_keys), head(kv_head), candidates(num_candidates), width(padded_width) {}
+    Walk(const SaleKeys& all_keys, const SaleKeys::Pack& own, int64_t num_candidates, int padded_width)
+        : keys(all_keys), pack(own), candidates(num_candidates), width(padded_width) {}
 
     // `limits` has room for [looking.size()][PANEL]; means are [looking.size()][dim], the other numbers likewise.
     void look_at(const std::vector<Looking>& looking, const RowNumbers& all_rows, float* limits) const {
         const int count = int(looking.size()), dim = keys.dim;
         for (int64_t panel = 0; panel * PANEL < candidates; panel++) {
-            const word* smooth = reinterpret_cast<const word*>(keys.panel_of(head, panel));
+            const word* smooth = reinterpret_cast<const word*>(keys.panel_of(pack.head, panel));
             for (int m = 0; m < count; m += MR)
                 product_for<InFloat>(std::min(MR, count - m), NV)(
                     reinterpret_cast<const word*>(all_rows.mean + long(m) * dim), dim, smooth, dim,
@@ -45,9 +46,9 @@ public:
 
 private:
     void look_at_strip(const Looking& look, int64_t first, uint32_t open, const vf* limit, const RowNumbers& own) const {
-        const key_number* strip = keys.strip_of(head, first);
+        const key_number* strip = keys.strip_of(pack, first);
         const float* norms[STOPS];
-        for (int stop = 0; stop < STOPS; stop++) norms[stop] = keys.norms_of_strip(stop, head, first);
+        for (int stop = 0; stop < STOPS; stop++) norms[stop] = keys.norms_of(pack, stop, first);
         const vf unit = all(look.unit);
         // In units of the sums and less by one, as the sum of the rest is rounded: whatever comes of it stays a bound.
         const vf one = limit[0] / unit - 1.0f, two = limit[1] / unit - 1.0f;

@@ -21,20 +21,19 @@ struct RowNumbers {
 
 class RowPacker {
     const SaleKeys& keys;
-    const int64_t head;
-    const float key_unit;
+    const SaleKeys::Pack& pack;
     const int width, padded_width, lanes;
     alignas(64) float mean_k[256 + 16] = {};
     alignas(64) float behind[STOPS][256 + 16] = {};  // 1 for the channels behind a stop
 
 public:
-    RowPacker(const SaleKeys& all_keys, int64_t kv_head, float unit, int rows)
-        : keys(all_keys), head(kv_head), key_unit(unit), width(rows), padded_width(up(rows, ROWS)),
-          lanes(up(all_keys.dim, LANES)) {
-        std::copy(keys.c.mean + head * keys.dim, keys.c.mean + (head + 1) * keys.dim, mean_k);
+    RowPacker(const SaleKeys& all_keys, const SaleKeys::Pack& own, int rows)
+        : keys(all_keys), pack(own), width(rows), padded_width(up(rows, ROWS)), lanes(up(all_keys.dim, LANES)) {
+        const float* mean = keys.c.mean + pack.head * keys.dim;
+        std::copy(mean, mean + keys.dim, mean_k);
         for (int stop = 0; stop < STOPS; stop++)
             for (int d = keys.stops[stop]; d < keys.padded; d += 4)
-                std::fill_n(behind[stop] + keys.fours[size_t((head * keys.padded + d) / 4)], 4, 1.0f);
+                std::fill_n(behind[stop] + keys.fours[size_t((pack.head * keys.padded + d) / 4)], 4, 1.0f);
     }
 
     // Queries q [width][lanes], which are written over, with their thresholds
@@ -67,7 +66,7 @@ public:
             look.smallest = std::min(look.smallest, threshold[i]);
         }
         const float most = max_across(largest), unit = most > 0.0f ? most / LARGEST : 1.0f;
-        look.unit = unit * key_unit;
+        look.unit = unit * pack.unit;
         place(q, threshold, unit, look, out);
     }
 
@@ -97,7 +96,7 @@ private:
                 own.sum[stop] = sum_across(stop < STOPS ? sums[stop] - sums[stop + 1] : sums[stop]);
         }
         put_in_order(threshold);
-        const int* first = keys.fours.data() + head * keys.padded / 4;
+        const int* first = keys.fours.data() + pack.head * keys.padded / 4;
         row_number numbers[256 + 16];
         for (int at = 0; at < padded_width; at += ROWS) {
             row_number* rows = out.rows + long(at) * keys.padded;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,18 +16,16 @@ from rag_kernels.host_copy import to_device
 from rag_kernels.native.estimate import native_choice
 from rag_kernels.paged import gather_kv
 from rag_kernels.sparse.base import AttentionMethod
-from rag_kernels.sparse.sale.estimate import KeyTable, largest_excess
-from rag_kernels.sparse.sale.layout import RequestLayout, RowGroup, lay_out_rows
+from rag_kernels.sparse.sale.layout import RequestLayout, lay_out_rows
 from rag_kernels.sparse.sale.quantization import Granularity
-from rag_kernels.sparse.sale.selection import DENSE_TAU, kept_blocks, row_thresholds
+from rag_kernels.sparse.sale.selection import DENSE_TAU, LARGEST_TAU
 from rag_kernels.sparse.sale.smoothing import mean_of_tokens
 from rag_kernels.sparse.sale.thresholds import ThresholdTable, find_table, load_table
+from rag_kernels.sparse.sale.torch_choice import torch_choice
 
 AUTO = "auto"
 FALLBACK_TAU = 0.0005
 """For every head of a model that was not calibrated."""
-
-_LARGEST_TAU = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,10 @@ class SaleAttention(AttentionMethod):
     https://arxiv.org/abs/2505.24179. Where this deviates: the mean of the queries is that of their block and that of
     the keys that of the first ``min_tokens``, where the paper takes both over the prompt, so that pieces of a prompt
     choose alike; 4-bit values are put on common scales of 7 bits, see :mod:`~rag_kernels.sparse.sale.estimate`; the
-    two-pass form only. On a CPU with a compiler the choice is made by ``native/estimate.cpp``, which stores no logits;
+    two-pass form only; 4-bit keys are made anew for each pass over a prompt. Making them is 5% of an estimate, and 9%
+    where 8,192 tokens come in eight pieces; a table of them by slot would save no more than that, as keys in full
+    precision are read in any case (for the mean of the queries), and hold 15% of the pool's bytes more. On a CPU with
+    a compiler the choice is made by ``native/estimate.cpp``, which stores no logits;
     :mod:`~rag_kernels.sparse.sale.estimate` is its reference, and what other devices and options use.
 
     Measured on SmolLM2-135M with its calibrated thresholds, 3,072 tokens of prose: 53% of the blocks kept, the NLL of the
@@ -98,9 +98,10 @@ class SaleAttention(AttentionMethod):
     same number of blocks the rows' attention mass is 0.985 of all, against 0.977 where block means choose as many for
     each row, and 0.969 at random; with the counts of SALE, block means have 0.986.
 
-    Time of one thread (CPU time, AMD EPYC with AVX512-VNNI, kernel ``cpp``, its own dense call being 1), queries and keys of
-    four layers of SmolLM2-135M over a text: 4,096 tokens: estimate 0.25, attention 0.52; 8,192 tokens: 0.20 and 0.34
-    at a density of 0.28; 16,384 tokens, twice what the model was trained for: 0.16 and 0.28 at 0.23.
+    Time (CPU time, AMD EPYC with AVX512-VNNI, kernel ``cpp``, its own dense call being 1), queries and keys of
+    SmolLM2-135M over a text: 8,192 tokens, layers 3, 11, 18 and 26: estimate 0.16 and attention to what is kept 0.41 at a
+    density of 0.32; 16,384 tokens, twice what the model was trained for, layers 1 and 3: 0.15 and 0.35 at 0.28. Two
+    threads need as much time together as one does alone.
 
     Pieces of a prompt that begin at a multiple of ``block_q`` choose the blocks that the whole prompt would. Where
     the call has a window or a cap on its logits, everything is read. On a rank of a tensor-parallel group a head has
@@ -227,7 +228,7 @@ class SaleAttention(AttentionMethod):
             device=call.q_RNH.device,
         )
         if not self._choose_natively(layout, call, slots, tau, allowed):
-            self._choose_by_torch(layout, call, slots, tau, allowed)
+            torch_choice(layout, call, slots, tau, allowed, self.config)
         return RequestBlocks(
             allowed=allowed,
             query_block=config.block_q,
@@ -256,62 +257,5 @@ class SaleAttention(AttentionMethod):
             allowed,
             key_block=config.block_k,
             dense_tau=DENSE_TAU,
-            largest_tau=_LARGEST_TAU,
+            largest_tau=LARGEST_TAU,
         )
-
-    def _choose_by_torch(
-        self,
-        layout: RequestLayout,
-        call: AttentionCall,
-        slots: Tensor,
-        tau: Tensor,
-        allowed: Tensor,
-    ) -> None:
-        config, queries = self.config, call.sorted_q
-        keys = gather_kv(call.k_pool, slots[: layout.num_keys]).float().transpose(0, 1).contiguous()
-        table = KeyTable(
-            keys[:, : max(layout.groups[-1].num_candidates, config.min_tokens)],
-            num_sink=config.block_k,
-            num_frozen=config.min_tokens,
-            granularity=config.granularity,
-            is_estimated=config.estimate == "int4",
-        )
-        for group in layout.groups:
-            kept = self._kept(group, queries, call.scale, keys, table, tau).flatten(0, 1)
-            kept[tau.isinf()] = False
-            kept[..., 0] = True
-            kept[tau < DENSE_TAU] = True
-            allowed[:, group.blocks - layout.first_block, : kept.shape[-1]] = kept
-
-    def _kept(
-        self,
-        group: RowGroup,
-        queries: Tensor,
-        scale: float,
-        keys: Tensor,
-        table: KeyTable,
-        tau: Tensor,
-    ) -> Tensor:
-        """Candidate blocks that the rows of a group keep, bool ``[N, heads of one key head, B, blocks]``."""
-        heads, _, dim = keys.shape
-        blocks, rows = group.rows.shape
-        # [B, W, N, G, D] -> [N, G * B, W, D]
-        q = queries[group.rows].float().view(blocks, rows, heads, -1, dim)
-        q = q.permute(2, 3, 0, 1, 4).reshape(heads, -1, rows, dim)
-        threshold = self._thresholds(group, q, scale, keys, tau)
-        excess = largest_excess(q, threshold, table, group.num_candidates, self.config.granularity)
-        kept = kept_blocks(excess, self.config.block_k)
-        return kept.view(heads, -1, blocks, kept.shape[-1])
-
-    def _thresholds(
-        self, group: RowGroup, q: Tensor, scale: float, keys: Tensor, tau: Tensor
-    ) -> Tensor:
-        """fp32 ``[N, G * B, W]``: from the logits of the rows with the sink and their neighbourhood."""
-        heads = keys.shape[0]
-        sink, local = keys[:, : self.config.block_k], keys[:, group.num_candidates : group.end]
-        read = torch.cat((sink, local), dim=1).transpose(1, 2)
-        logits = torch.bmm(q.flatten(1, 2), read).view(heads, -1, *group.rows.shape, read.shape[2])
-        at = torch.arange(group.num_candidates, group.end, device=q.device)
-        logits[..., sink.shape[1] :].masked_fill_(at > group.positions[..., None], -math.inf)
-        by_head = tau.clamp(DENSE_TAU, _LARGEST_TAU).view(heads, -1, 1, 1)
-        return row_thresholds(logits, by_head, scale).view(heads, -1, group.rows.shape[1])

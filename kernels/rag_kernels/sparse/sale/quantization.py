@@ -62,29 +62,6 @@ def quantize_int4(x: Tensor, role: Role, granularity: Granularity = "token") -> 
     return Int4(values=values, scale=scale)
 
 
-def pack_int4(values: Tensor) -> Tensor:
-    """Two values a byte, the even channel in the low half.
-
-    Parameters
-    ----------
-    values : Tensor
-        int8 ``[..., D]``, -7 .. 7, with an even ``D``.
-
-    Returns
-    -------
-    Tensor
-        uint8 ``[..., D / 2]``.
-    """
-    halves = (values + 8).to(torch.uint8)
-    return halves[..., 0::2] | (halves[..., 1::2] << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Undo :func:`pack_int4`: int8 ``[..., D]``."""
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return halves.to(torch.int8) - 8
-
-
 def _share_query_scales(scale: Tensor) -> Tensor:
     count = scale.shape[-1]
     tiles = pad(scale, (0, -count % _QUERY_TILE)).unflatten(-1, (-1, 2, 8))

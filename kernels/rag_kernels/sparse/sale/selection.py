@@ -16,6 +16,8 @@ from torch import Tensor
 
 DENSE_TAU = 1e-5
 """A head with a smaller threshold reads everything."""
+LARGEST_TAU = 1e30
+"""What larger ones count as; a head with an infinite one reads sink and neighbourhood alone."""
 
 
 def row_thresholds(logits: Tensor, tau: Tensor, scale: float) -> Tensor:
