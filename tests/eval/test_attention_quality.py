@@ -263,7 +263,7 @@ def test_sale_keeps_more_mass_than_every_baseline_at_equal_density(real):
         for name in (
             "block_topk",
             "xattention:block=64",
-            "vertical_slash:block=32",
+            "vertical_slash",
             "streaming:block=32",
             "power:block=32",
         )
