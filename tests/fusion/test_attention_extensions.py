@@ -22,7 +22,6 @@ from fusion_helpers import (
     enter_prefix,
     logprobs,
     report,
-    store_chunks,
     tokens,
 )
 
@@ -35,8 +34,6 @@ BLOCK = 8
 
 REPORTED = {"mode": "fuse"}
 SPARSE, ALL = "edges:recent=2", "edges:recent=99"
-POWER = "power:block=8+window=1+sink=0"
-SALE = "sale:thresholds=inf+block_q=16+block_k=8+local_window=16+segment=16+min_tokens=16"
 
 
 def may_read(rows, length, recent):
@@ -231,61 +228,6 @@ def test_a_turn_is_kept_for_turns_of_the_same_method_only(stocked):
     again = stocked.ask(turn, 1, fusion=fuse | {"attention": SPARSE})
     # The tree has the prefix by now: the first of the others is dense in front of what it loads.
     assert report(again)["conversation_tokens"] == len(SWAPPED) + 3 - len(PREFIX_IDS)
-
-
-# -- sparse KV never passes for exact, whichever way it came in ------------------------------------
-
-
-WAYS = {
-    "plain": {},
-    "pieces": {"limit": 32},
-    "fused": {"fusion": {"spans": SWAPPED_SPANS, "policy": "reuse"}, "is_stocked": True},
-    "chosen rows, in pieces": {
-        "fusion": {"spans": SWAPPED_SPANS, "policy": "query:0.3"},
-        "is_stocked": True,
-        "limit": 48,
-    },
-    "chunk build": {"fusion": {"spans": SWAPPED_SPANS, "policy": "reuse"}},
-    "conversation": {"fusion": {"mode": "fuse", "conversation": "c"}},
-    "fused conversation": {
-        "fusion": {"spans": SWAPPED_SPANS, "policy": "reuse", "conversation": "c"},
-        "is_stocked": True,
-    },
-}
-"""How a request of a method reaches the engine; what comes behind each of them is its decoded turn."""
-
-
-@pytest.mark.parametrize("method", [POWER, SALE])
-@pytest.mark.parametrize("way", WAYS)
-def test_sparse_kv_never_passes_for_exact(engine, way, method):
-    """A dense turn behind a sparse one, in the same conversation if there was one, is that of an engine without a past.
-
-    The store holds afterwards what it held before: whatever the method computed, no build made a chunk of it.
-    """
-    local = engine("llama")
-    how = WAYS[way]
-    if how.get("is_stocked"):
-        store_chunks(local, CHUNKS[:2])
-    in_store = local.runtime.store.keys()
-    fusion = how.get("fusion", {})
-    with chunk_limit(local, how.get("limit", -1)):
-        first = local.ask(SWAPPED, 4, fusion=fusion | {"attention": method})
-    assert report(first)["attention"] == method
-    local.settle()
-    assert local.runtime.store.keys() == in_store
-    turn = [*SWAPPED, *first.output_ids, *tokens(6, 5)]
-    named = {key: fusion[key] for key in ("conversation",) if key in fusion}
-    dense = local.ask(turn, 3, fusion=REPORTED | named)
-    assert report(dense)["exact_prefix_tokens"] == 0
-    assert report(dense)["conversation_tokens"] == 0
-    local.fresh()
-    alone = local.ask(turn, 3, fusion=REPORTED)
-    assert dense.output_ids == alone.output_ids
-    assert logprobs(dense) == pytest.approx(logprobs(alone), abs=1e-4)
-    local.flush()
-    assert differs(
-        first, local.ask(SWAPPED, 4, fusion=REPORTED)
-    )  # what was kept apart is another thing
 
 
 # -- batches and faults -------------------------------------------------------------------------
