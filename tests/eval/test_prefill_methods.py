@@ -50,6 +50,41 @@ def test_texts_are_as_long_as_asked_for_and_retrievals_not_longer(smollm2_path):
     assert make_retrievals(maker, 0, 512, seed=0) == []
 
 
+def test_a_density_is_one_for_all_lengths_or_one_for_each():
+    def densities(lengths, density):
+        config = PrefillMethodsConfig(methods="sale", lengths=lengths, density=density)
+        return config.density_of_length
+
+    assert densities("4096,2048", "") == {2048: 0.0, 4096: 0.0}
+    assert densities("4096,2048", "0.3") == {2048: 0.3, 4096: 0.3}
+    assert densities("4096,2048", "0.3,0.5") == {2048: 0.5, 4096: 0.3}
+    with pytest.raises(EvalError, match="give numbers from 1280 on"):
+        densities("512", "0.3")
+    with pytest.raises(EvalError, match="2 densities for 1 lengths"):
+        densities("2048", "0.3,0.5")
+
+
+def test_methods_are_brought_to_one_density_before_an_engine_is_there(tiny_path):
+    """The options of the report are what the engine is asked for, and what torch found."""
+    config = PrefillMethodsConfig(
+        model=str(tiny_path),
+        methods="streaming:block=64,power:block=64+window=2",
+        lengths="1408",
+        density="0.5",
+        retrievals=1,
+    )
+    maker = PromptMaker(tiny_path, gold_tokens=16)
+    told = prefill_methods._bring_to_density(config, tiny_path, maker, lambda line: None)[1408]
+    assert list(told) == config.method_names
+    assert told["dense"] == {"options": "dense"}
+    assert told["power:block=64+window=2"]["options"] == "power:block=64+window=2"
+    found = told["streaming:block=64"]
+    assert 0.5 <= found["density"] < 0.6
+    assert 0 < found["recall_worst"] <= found["recall"] < 1
+    request = config.request(found["options"])
+    assert request.attention.startswith("streaming:block=64+window=")
+
+
 def test_runs_are_compared_within_their_round():
     def made(wall_s, attention_s, mask_s, density):
         return prefill_methods._Run(
@@ -63,10 +98,15 @@ def test_runs_are_compared_within_their_round():
     assert (told["attention_vs_dense"], told["attention_vs_dense_range"]) == (0.5, [0.5, 3.0])
     assert (told["prefill_vs_dense"], told["prefill_vs_dense_range"]) == (0.5, [0.5, 2.0])
     assert (told["estimation_vs_dense"], told["density"], told["n"]) == (0.1, 0.2, 3)
-    losses = prefill_methods._losses([2.2, 4.4], [2.0, 4.0], [True, False], [1.0, 3.0], [1.0, 1.0])
+    losses = prefill_methods._losses(
+        [2.2, 4.4], [2.0, 4.0], [True, False], [True, True], [1.0, 3.0], [1.0, 1.0]
+    )
     assert (losses["nll_delta"], losses["nll_delta_each"]) == (0.1, [0.1, 0.1])
     assert (losses["retrieval"], losses["retrieval_nll"]) == (0.5, 2.0)
+    assert losses["nll_delta_interval"] == pytest.approx([0.2 / 3, 0.4 / 3], abs=1e-4)
+    low, high = losses["retrieval_delta_interval"]
+    assert low <= -0.5 <= high
     report = {"lengths": {"512": {"sale": told | losses}}}
     assert "50%" in prefill_methods.table(report).splitlines()[1]
-    without = prefill_methods._losses([2.0], [2.0], [], [], [])
+    without = prefill_methods._losses([2.0], [2.0], [], [], [], [])
     assert "retrieval" not in without

@@ -195,3 +195,17 @@ def test_thresholds_fall_from_sample_to_sample_and_with_theta():
     for head, tau in enumerate(found.tau[0]):
         if tau == 0 and mask is not None:
             assert bool(mask.requests[0].allowed[head].all())
+
+
+def test_a_prompt_that_was_no_sample_is_hardly_further_off():
+    """And with thresholds that nobody calibrated it is."""
+    theta = 0.02
+    calibration = Calibration(theta, SMALL)
+    for seed in range(3):
+        calibration.add(0, *prompt(seed), 0.25)
+    strict, loose = Calibration(1e9, SMALL), Calibration(1e9, SMALL)
+    strict._tau[0] = calibration._tau[0].clone()
+    loose._tau[0] = torch.full((4,), FIRST_TAU, dtype=torch.float64)
+    for seed in range(10, 13):
+        assert bool((strict.add(0, *prompt(seed), 0.25) < 1.5 * theta).all())
+        assert bool((loose.add(0, *prompt(seed), 0.25) > 1.5 * theta).any())

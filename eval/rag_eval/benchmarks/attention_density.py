@@ -9,6 +9,8 @@ from collections.abc import Callable
 from rag_eval.errors import EvalError
 from rag_kernels import create_attention_method
 
+SHORTEST = 1280
+"""Tokens of a prompt from which on densities are compared: rows in front of 1,024 read everything with SALE."""
 _STEPS = 9
 """Halvings of an option's range."""
 TOLERANCE = 0.004
@@ -53,6 +55,45 @@ KNOBS = {
     "xattention": Knob(option="threshold", low=0.01, high=1.0),
 }
 """By method. ``vertical_slash`` reads as many slashes as verticals."""
+
+
+def length_words(lengths: str, *, shortest: int) -> list[str]:
+    """Read a list of lengths.
+
+    Raises
+    ------
+    EvalError
+        One line: what is no length.
+    """
+    words = [word.strip() for word in lengths.split(",") if word.strip()]
+    if not words or not all(word.isdigit() and int(word) >= shortest for word in words):
+        raise EvalError(
+            f"lengths is {lengths!r}; give numbers from {shortest} on, such as 4096,8192"
+        )
+    return words
+
+
+def density_by_length(lengths: str, density: str) -> dict[int, float]:
+    """Read two lists of numbers.
+
+    Raises
+    ------
+    EvalError
+        One line: what is no length or no density, or how many there are.
+    """
+    words = length_words(lengths, shortest=SHORTEST)
+    try:
+        shares = [float(word) for word in density.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise EvalError(f"density is {density!r}; give numbers between 0 and 1, such as 0.3")
+    if len(shares) not in (1, len(words)):
+        raise EvalError(
+            f"{len(shares)} densities for {len(words)} lengths; give one for all, or one for each"
+        )
+    shares *= len(words) if len(shares) == 1 else 1
+    return dict(sorted(zip(map(int, words), shares, strict=True)))
 
 
 def brought_to(text: str, density: float, tokens: int, density_of: Callable[[str], float]) -> str:

@@ -19,20 +19,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.attention_density import brought_to
-from rag_eval.benchmarks.attention_mass import Kept, MassGrid, added, density_of
-from rag_eval.benchmarks.attention_model import MethodModel, blocks_of
+from rag_eval.benchmarks.attention_density import density_by_length
+from rag_eval.benchmarks.attention_model import MethodModel
 from rag_eval.benchmarks.attention_prompts import KINDS, Document, make_document
+from rag_eval.benchmarks.attention_seen import SeenAttention, named_method
 from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
-from rag_eval.errors import EvalError
-from rag_eval.metrics import paired_bootstrap
+from rag_eval.metrics import interval
 from rag_eval.runner.prompts import PromptMaker
-from rag_kernels import AttentionMethod, create_attention_method
-from rag_kernels.attention.base import AttentionCall
+from rag_kernels import AttentionMethod
 from rag_pipeline.models import fingerprint_checkpoint, resolve_llm
 
 DENSE = "dense"
@@ -69,7 +65,7 @@ class AttentionQualityConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "documents", "questions", "nll_every")
         for name in self.method_names:
-            _named(name)
+            named_method(name)
         _ = self.densities
 
     @property
@@ -81,110 +77,7 @@ class AttentionQualityConfig:
     @property
     def densities(self) -> dict[int, float]:
         """Density by length."""
-        return density_by_length(self.lengths, self.density, shortest=FIRST_ROW + 256)
-
-
-def density_by_length(lengths: str, density: str, *, shortest: int) -> dict[int, float]:
-    """Read two lists of numbers.
-
-    Raises
-    ------
-    EvalError
-        One line: what is no length or no density, or how many there are.
-    """
-    words = [word.strip() for word in lengths.split(",") if word.strip()]
-    if not words or not all(word.isdigit() and int(word) >= shortest for word in words):
-        raise EvalError(
-            f"lengths is {lengths!r}; give numbers from {shortest} on, such as 4096,8192"
-        )
-    try:
-        shares = [float(word) for word in density.split(",")]
-    except ValueError:
-        shares = []
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise EvalError(f"density is {density!r}; give numbers between 0 and 1, such as 0.3")
-    if len(shares) not in (1, len(words)):
-        raise EvalError(
-            f"{len(shares)} densities for {len(words)} lengths; give one for all, or one for each"
-        )
-    shares *= len(words) if len(shares) == 1 else 1
-    return dict(sorted(zip(map(int, words), shares, strict=True)))
-
-
-def _named(text: str) -> AttentionMethod:
-    try:
-        return create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
-
-
-class SeenAttention:
-    """Real attention of a model over a few prompts: what methods are brought to one density with.
-
-    Parameters
-    ----------
-    model : MethodModel
-        Runs densely.
-    fingerprint : str
-        Of its checkpoint; SALE's thresholds go by it.
-    prompts : mapping of str to sequence of int
-        By name.
-    progress : callable
-        Told of each prompt.
-    """
-
-    def __init__(
-        self,
-        model: MethodModel,
-        fingerprint: str,
-        prompts: dict[str, Sequence[int]],
-        progress: Progress = no_progress,
-    ) -> None:
-        self._fingerprint = fingerprint
-        self._seen: dict[str, list[tuple[int, AttentionCall, MassGrid]]] = {}
-        for name, ids in prompts.items():
-            progress(f"dense attention of {len(ids)} tokens, {name}")
-            calls = self._seen[name] = []
-
-            def see(layer: int, call: AttentionCall, calls: list[Any] = calls) -> None:
-                grid = MassGrid(call.q_RNH, call.k_pool, call.scale)
-                calls.append((layer, call, grid))
-
-            model.prefill(ids, see=see)
-
-    def kept(self, text: str) -> dict[str, list[Kept]]:
-        """What a method keeps, by prompt and layer."""
-        method = _named(text).for_model(self._fingerprint)
-        return {
-            name: [grid.kept(blocks_of(method, layer, call)) for layer, call, grid in calls]
-            for name, calls in self._seen.items()
-        }
-
-    def density(self, text: str) -> float:
-        """Share of the keys that a method reads, all prompts together."""
-        parts = [part for layers in self.kept(text).values() for part in layers]
-        return density_of(parts)
-
-    def report(self, text: str) -> dict[str, Any]:
-        """Density and recall of attention mass, all together and by prompt."""
-        kept = self.kept(text)
-        by_head = torch.stack(
-            [
-                added([layers[at] for layers in kept.values()]).recall
-                for at in range(len(next(iter(kept.values()))))
-            ]
-        )
-        made: dict[str, Any] = {
-            "density": round(self.density(text), 4),
-            "recall": round(float(by_head.mean()), 4),
-            "recall_worst": round(float(by_head.min()), 4),
-            "recall_heads": by_head.numel(),
-        }
-        for name, layers in kept.items():
-            recall = torch.stack([layer.recall for layer in layers])
-            made[f"density_{name}"] = round(density_of(layers), 4)
-            made[f"recall_{name}"] = round(float(recall.mean()), 4)
-        return made
+        return density_by_length(self.lengths, self.density)
 
 
 @dataclasses.dataclass(slots=True)
@@ -249,15 +142,13 @@ def _compare(
     seen = SeenAttention(
         model, fingerprint, {one.kind: one.ids for one in documents[: len(KINDS)]}, progress
     )
-    told: dict[str, dict[str, Any]] = {DENSE: {"options": DENSE}}
-    for name in config.method_names:
-        options = brought_to(name, density, tokens, seen.density)
-        told[name] = {"options": options} | seen.report(options)
-        progress(f"{tokens} tokens, {told[name]}")
+    told = {DENSE: {"options": DENSE}} | seen.brought_to(
+        density, config.method_names, tokens, progress
+    )
     del seen
     dense: _Scores | None = None
     for name, facts in told.items():
-        method = None if name == DENSE else _named(facts["options"]).for_model(fingerprint)
+        method = None if name == DENSE else named_method(facts["options"]).for_model(fingerprint)
         scores = _Scores()
         began = time.process_time()
         for number, document in enumerate(documents, 1):
@@ -315,12 +206,6 @@ def _compared(scores: _Scores, dense: _Scores) -> dict[str, Any]:
         "retrieval_n": len(whole),
         "cpu_s": round(scores.seconds, 1),
     }
-
-
-def interval(own: Sequence[float], dense: Sequence[float], unit: float = 1.0) -> list[float]:
-    """95% interval of the mean difference to dense, in units of ``unit``."""
-    found = paired_bootstrap(own, dense)
-    return [round(found.low / unit, 5), round(found.high / unit, 5)]
 
 
 def table(report: Report) -> str:

@@ -7,7 +7,9 @@ log-likelihood (NLL) of these tokens, each behind the true ones, is ``nll``. *Re
 keys and ask for one of them (RULER's multi-key task): ``retrieval`` is the share of right greedy answers. Speed is that
 of the first text, all methods in turns, the cache emptied before each run. ``attention_vs_dense`` compares the time in
 attention, finding the keys included, with that of the engine's own dense attention; ``prefill_vs_dense`` the
-time to the first token. ``density`` is the share of the keys that rows could see which they read. Answers decode
+time to the first token. With ``--density D`` all methods are first brought to that share of the keys, on the model's
+attention in torch over the first text and the first retrieval prompt (:mod:`rag_eval.benchmarks.attention_density`); ``options`` says
+how, and ``recall`` is the share of dense attention's mass that they keep there. ``density`` is the share of the keys that rows could see which they read. Answers decode
 with dense attention unless the method acts on decoding.
 """
 
@@ -19,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
@@ -30,7 +33,7 @@ from rag_eval.benchmarks.prefill_methods_config import (
 )
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_eval.metrics import answer_nll, log_softmax
+from rag_eval.metrics import answer_nll, interval, log_softmax
 from rag_eval.runner.passage import fusion_settings
 from rag_eval.runner.prompts import EvalPrompt, PromptMaker
 from rag_eval.runner.run import model_folder
@@ -87,13 +90,14 @@ def run(
             f"a text of {longest} tokens does not fit into {config.model}, whose context is {context}; "
             "ask for shorter ones"
         )
+    told = _bring_to_density(config, folder, maker, progress)
     opened = session or _start(maker, vocabulary, longest)
     lengths: dict[str, Any] = {}
     engine: dict[str, Any] = {}
     interrupted = False
     try:
         for length in config.length_list:
-            lengths[str(length)] = _measure(config, opened, maker, length, progress)
+            lengths[str(length)] = _measure(config, opened, maker, length, told[length], progress)
         engine = opened.facts()
     except KeyboardInterrupt:
         if not lengths:
@@ -111,6 +115,30 @@ def run(
     }
 
 
+def _bring_to_density(
+    config: PrefillMethodsConfig, folder: Path, maker: PromptMaker, progress: Progress
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """By length and method: its ``options``, and where a density was asked for, what it keeps with them."""
+    told: dict[int, dict[str, dict[str, Any]]] = {
+        length: {name: {"options": name} for name in config.method_names}
+        for length in config.density_of_length
+    }
+    if not config.density:
+        return told
+    from rag_eval.benchmarks.attention_model import MethodModel
+    from rag_eval.benchmarks.attention_seen import SeenAttention
+    from rag_pipeline.models import fingerprint_checkpoint
+
+    model = MethodModel(folder)
+    for length, density in config.density_of_length.items():
+        prompts = {"text": make_texts(maker, 1, length, 1, config.seed)[0][0]}
+        for asked in make_retrievals(maker, min(1, config.retrievals), length, config.seed):
+            prompts["retrieval"] = asked.input_ids
+        seen = SeenAttention(model, fingerprint_checkpoint(folder), prompts, progress)
+        told[length] |= seen.brought_to(density, config.method_names[1:], length, progress)
+    return told
+
+
 def _start(maker: PromptMaker, vocabulary: int, longest: int) -> EngineSession:
     from rag_eval.runner.engine import start_session
 
@@ -124,16 +152,18 @@ def _measure(
     session: EngineSession,
     maker: PromptMaker,
     length: int,
+    told: dict[str, dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
     """All methods at one length."""
-    names = config.method_names
+    names = list(told)
+    requests = {name: config.request(facts["options"]) for name, facts in told.items()}
     texts = make_texts(maker, config.texts, length, config.nll_tokens, config.seed)
     prompts = make_retrievals(maker, config.retrievals, length, config.seed)
     runs: dict[str, list[_Run]] = {name: [] for name in names}
     for turn in range(config.repeats + 1):
         for name in names[:: 1 if turn % 2 else -1]:
-            taken = _prefill(session, texts[0][0], config.request(name))
+            taken = _prefill(session, texts[0][0], requests[name])
             if turn:
                 runs[name].append(taken)
             progress(f"{length} tokens, {name}: {taken.wall_s:.2f} s")
@@ -142,15 +172,16 @@ def _measure(
     found: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         for prompt, following in texts:
-            nll[name].append(_nll(session, prompt, following, config.request(name)))
+            nll[name].append(_nll(session, prompt, following, requests[name]))
         for asked in prompts:
-            answer = _answer(session, asked, config.request(name))
+            answer = _answer(session, asked, requests[name])
             right[name].append(asked.example.answers[0] in answer)
-            found[name].append(_nll(session, asked.input_ids, asked.gold_ids, config.request(name)))
+            found[name].append(_nll(session, asked.input_ids, asked.gold_ids, requests[name]))
         progress(f"{length} tokens, {name}: NLL {statistics.mean(nll[name]):.3f}")
     return {
-        name: _summary(runs[name], runs[DENSE])
-        | _losses(nll[name], nll[DENSE], right[name], found[name], found[DENSE])
+        name: told[name]
+        | _summary(runs[name], runs[DENSE])
+        | _losses(nll[name], nll[DENSE], right[name], right[DENSE], found[name], found[DENSE])
         for name in names
     }
 
@@ -215,6 +246,7 @@ def _losses(
     nll: list[float],
     dense: list[float],
     right: list[bool],
+    right_dense: list[bool],
     found: list[float],
     found_dense: list[float],
 ) -> dict[str, Any]:
@@ -226,11 +258,13 @@ def _losses(
         "nll_delta_each": [
             round(own / other - 1, 5) for own, other in zip(nll, dense, strict=True)
         ],
+        "nll_delta_interval": interval(nll, dense, base),
         "nll_n": len(nll),
     }
     if right:
         made |= {
             "retrieval": round(sum(right) / len(right), 4),
+            "retrieval_delta_interval": interval(right, right_dense),
             "retrieval_n": len(right),
             "retrieval_nll": round(statistics.mean(found), 4),
             "retrieval_nll_dense": round(statistics.mean(found_dense), 4),
@@ -246,15 +280,15 @@ def table(report: Report) -> str:
     """One line per length and method."""
     head = (
         f"{'tokens':>7} {'method':<34} {'attention':>9} {'prefill':>8} {'density':>8} {'estimate':>8} "
-        f"{'NLL':>8} {'retrieval':>9}"
+        f"{'NLL':>8} {'retrieval':>9} {'recall':>7}"
     )
     lines = [head]
     for length, methods in report["lengths"].items():
         for name, row in methods.items():
             retrieval = f"{row['retrieval']:.0%}" if "retrieval" in row else "-"
             lines.append(
-                f"{length:>7} {name:<34} {row['attention_vs_dense']:>9.3f} {row['prefill_vs_dense']:>8.3f} "
-                f"{row['density']:>8.3f} {row['estimation_vs_dense']:>8.3f} {row['nll_delta']:>+8.2%} {retrieval:>9}"
+                f"{length:>7} {row.get('options', name):<34} {row['attention_vs_dense']:>9.3f} {row['prefill_vs_dense']:>8.3f} "
+                f"{row['density']:>8.3f} {row['estimation_vs_dense']:>8.3f} {row['nll_delta']:>+8.2%} {retrieval:>9} {row.get('recall', 1.0):>7.3f}"
             )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import dataclasses
 import random
 
 from rag_eval.arguments import require_at_least
+from rag_eval.benchmarks.attention_density import density_by_length, length_words
 from rag_eval.datasets import DatasetOptions, load_dataset
 from rag_eval.datasets.filler import filler_chunks
 from rag_eval.errors import EvalError
@@ -35,6 +36,8 @@ class PrefillMethodsConfig:
     """Tokens of each text that are followed."""
     retrievals: int = 8
     """Retrieval prompts per length."""
+    density: str = ""
+    """Share of the keys to which all methods are brought first, in torch; one, or one per length; as they are if not given."""
     seed: int = 0
     """Chooses text and keys."""
 
@@ -43,7 +46,14 @@ class PrefillMethodsConfig:
         require_at_least(self, 0, "retrievals")
         for name in self.method_names:
             self.request(name)
-        _ = self.length_list
+        _ = self.density_of_length
+
+    @property
+    def density_of_length(self) -> dict[int, float]:
+        """Density by length; 0 where none was asked for."""
+        if not self.density:
+            return dict.fromkeys(self.length_list, 0.0)
+        return density_by_length(self.lengths, self.density)
 
     @property
     def method_names(self) -> list[str]:
@@ -54,11 +64,7 @@ class PrefillMethodsConfig:
     @property
     def length_list(self) -> list[int]:
         """Lengths, short ones first."""
-        words = [word.strip() for word in self.lengths.split(",") if word.strip()]
-        if not words or not all(word.isdigit() and int(word) >= 256 for word in words):
-            raise EvalError(
-                f"lengths is {self.lengths!r}; give numbers from 256 on, such as 4096,8192"
-            )
+        words = length_words(self.lengths, shortest=256)
         return sorted({int(word) for word in words})
 
     @staticmethod

@@ -8,7 +8,7 @@ from rag_eval.metrics.answers import (
     rouge_l,
     token_f1,
 )
-from rag_eval.metrics.bootstrap import Interval, paired_bootstrap
+from rag_eval.metrics.bootstrap import Interval, interval, paired_bootstrap
 from rag_eval.metrics.distributions import answer_nll, kl_divergence, log_softmax
 from rag_eval.metrics.retrieval import retrieval_scores
 
@@ -17,6 +17,7 @@ __all__ = [
     "answer_nll",
     "exact_match",
     "first_line",
+    "interval",
     "kl_divergence",
     "log_softmax",
     "normalise",

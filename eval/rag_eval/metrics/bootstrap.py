@@ -55,3 +55,9 @@ def paired_bootstrap(
     return Interval(
         mean=float(differences.mean()), low=float(low), high=float(high), n=len(differences)
     )
+
+
+def interval(other: Sequence[float], reference: Sequence[float], unit: float = 1.0) -> list[float]:
+    """Low and high end of :func:`paired_bootstrap` in units of ``unit``, as a report has them."""
+    found = paired_bootstrap(other, reference)
+    return [round(found.low / unit, 5), round(found.high / unit, 5)]
