@@ -138,7 +138,8 @@ def plan_mean_shift(
 
     probe_chunk = owner[rows[probes]]
     weights = (strength / (counts + _DAMPING))[probe_chunk].astype(np.float32)
-    # One table of the places in a chunk for all: the rotation back is the same angle, negative.
+    # One table of the places in a chunk for all: the rotation back is the same angle, negative. `index_select` takes a
+    # fifth of the time of brackets.
     table = spec.table(torch.arange(int(lengths.max(initial=0))), device)
     back = torch.from_numpy(rows[probes] - bounds[probe_chunk, 0]).to(device)
     forth = torch.from_numpy(offset[others]).to(device)
@@ -147,13 +148,13 @@ def plan_mean_shift(
         probe_rows=torch.from_numpy(probes + first_row).to(device),
         probe_slots=slots[torch.from_numpy(rows[probes]).to(device)].long(),
         probe_ends=torch.from_numpy(np.cumsum(counts[is_shifted])),
-        probe_cos=table.cos[back, None],
-        probe_sin=-table.sin[back, None],
+        probe_cos=table.cos.index_select(0, back)[:, None],
+        probe_sin=-table.sin.index_select(0, back)[:, None],
         weights=torch.from_numpy(weights),
         other_slots=slots[torch.from_numpy(position[others]).to(device)].long(),
         other_ends=torch.from_numpy(np.cumsum(num_others[is_shifted])),
-        other_cos=table.cos[forth, None],
-        other_sin=table.sin[forth, None],
+        other_cos=table.cos.index_select(0, forth)[:, None],
+        other_sin=table.sin.index_select(0, forth)[:, None],
     )
 
 
