@@ -55,7 +55,7 @@ class PowerToyConfig:
     """Width of the model."""
     heads: int = 2
     """Attention heads."""
-    steps: int = 600
+    steps: int = 1200
     """Steps of training."""
     batch: int = 16
     """Prompts of a step."""

@@ -46,14 +46,33 @@ struct Scratch {
     Memory q, k, v, sums;
 };
 
+constexpr int MOST = 144, FEWEST = 24;  // query rows of a tile, those of all heads of its group counted
+constexpr int64_t PACKING = 30;         // about what packing the keys of a tile costs, in query rows
+
+// Parts to cut the rows of one request into: those that end first when all threads take tiles of equal cost.
+int64_t parts_of(int64_t rows, int group, int64_t heads, int64_t threads) {
+    const int64_t count = rows * group;
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t parts = 1; parts <= (count + FEWEST - 1) / FEWEST; parts++) {
+        const int64_t each = (rows + parts - 1) / parts * group;
+        const int64_t time = (parts * heads + threads - 1) / threads * (each + PACKING);
+        if (time < least) best = parts, least = time;
+    }
+    return best;
+}
+
 // Cut rows into tiles for every key/value head.
 std::vector<Tile> cut(const RagCall& c, int group) {
     int64_t rows = 0;
     for (int64_t i = 0; i < c.num_requests; i++) rows += c.requests[i].row_hi - c.requests[i].row_lo;
     // Large tiles pack keys for more rows; small ones keep all threads busy to the end.
     const int64_t share = rows * group * c.kv_heads / (4 * c.threads);
-    const int most = int(std::clamp<int64_t>(share, 24, 144));
-    const int tile_rows = std::max(1, up(std::max(1, most / group), MR));
+    const int most = int(std::clamp<int64_t>(share, FEWEST, MOST));
+    int64_t tile_rows = std::max(1, up(std::max(1, most / group), MR));
+    if (c.num_requests == 1 && rows > 0 && rows * group <= 2 * MOST) {
+        const int64_t parts = parts_of(rows, group, c.kv_heads, c.threads);
+        tile_rows = (rows + parts - 1) / parts;
+    }
     std::vector<Tile> tiles;
     for (int64_t i = 0; i < c.num_requests; i++) {
         const RagRequest& r = c.requests[i];
