@@ -164,7 +164,8 @@ def _shift(
     types |= dict.fromkeys(("rows_ptr", "old_rows_ptr", "slots_ptr"), "*i64")
     types |= dict.fromkeys(("bounds_ptr", "chunks_ptr"), "*i32")
     types |= dict.fromkeys(("weights_ptr", "cos_ptr", "sin_ptr", "shift_ptr"), "*fp32")
-    return kernel, types, {"DIM": 128, "DIM_PAD": 128, "HALF": 64, "NEOX": True} | extra, 4
+    sizes: dict[str, object] = {"DIM": 128, "DIM_PAD": 128, "HALF": 64, "NEOX": True}
+    return kernel, types, sizes | extra, 4
 
 
 def variants() -> Iterator[tuple[str, tuple[Any, dict[str, str], dict[str, object], int]]]:
