@@ -66,6 +66,7 @@ def test_the_stand_in_computes_what_a_llama_needs(monkeypatch):
     torch.testing.assert_close(x, want)
     gate, up = want.chunk(2, dim=-1)
     torch.testing.assert_close(stand_in.silu_and_mul(x), torch.nn.functional.silu(gate) * up)
+    assert stand_in.scalar_types.uint4b8 is not None
     with pytest.raises(NotImplementedError, match=r"kvcacheio\.transfer_kv"):
         below.transfer_kv(1)
     for name in [one for one in sys.modules if one.partition(".")[0] == "sgl_kernel"]:

@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,17 +36,25 @@ def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
     return made if out is None else out.copy_(made)
 
 
-def _absent(name: str) -> Callable[..., Any]:
-    def call(*args: object, **kwargs: object) -> Any:
-        raise NotImplementedError(f"sgl_kernel.{name} is not among the stand-ins")
+class _Absent:
+    """A name that may be imported, and looked into for others, and not called."""
 
-    return call
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        raise NotImplementedError(f"sgl_kernel.{self._name} is not among the stand-ins")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{self._name}.{name}")
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    return _absent(name)
+    return _Absent(name)
 
 
 class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -65,7 +73,7 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def find(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            return _absent(f"{below}.{name}")
+            return _Absent(f"{below}.{name}")
 
         module.__getattr__ = find  # type: ignore[method-assign]
 
