@@ -150,6 +150,25 @@ def test_no_pass_writes_a_slot_that_its_request_does_not_own(case, protected, fi
         guard.check(written)
 
 
+def test_a_pass_begins_no_request_in_front_of_its_own_part():
+    guard = WriteGuard(40, [torch.arange(5), torch.arange(10, 10)])
+    guard.check_rows([(0, 5), (1, 0)])
+    with pytest.raises(ProtectedWriteError, match="position 4 of request 0"):
+        guard.check_rows([(1, 0), (0, 4)])
+
+
+def test_borrowed_slots_that_are_protected_are_replaced_and_told():
+    guard = WriteGuard(40, [torch.tensor([7, 8])])
+    assert not guard.is_spared
+    free = torch.tensor([[9, 10], [11, 12]])
+    assert torch.equal(guard.spare(free, 0), free)
+    assert not guard.is_spared
+    assert guard.spare(torch.tensor([[9, 8], [7, 12]]), 0).tolist() == [[9, 0], [0, 12]]
+    assert guard.is_spared
+    guard.spare(free, 0)
+    assert guard.is_spared
+
+
 def test_union_is_sorted_and_without_repetition():
     assert union_rows(torch.tensor([5, 9]), torch.tensor([2, 9, 7])).tolist() == [2, 5, 7, 9]
 

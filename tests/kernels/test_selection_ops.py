@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretend_gpu import GPU, pretend_gpu
 
 from rag_kernels import (
     LogitRules,
@@ -14,6 +15,8 @@ from rag_kernels import (
     query_attention_mass,
     rerotate_keys,
     scatter_kv_inplace,
+    to_device,
+    to_host,
 )
 
 
@@ -207,3 +210,40 @@ def test_strength_zero_or_no_probe_changes_nothing():
     assert torch.equal(pool, before)
     with pytest.raises(ValueError, match="between 0 and 1"):
         plan_mean_shift([], torch.tensor([1]), torch.arange(3), spec, 1.5)
+
+
+def test_tensors_of_all_types_come_to_the_host_as_they_are():
+    with pretend_gpu() as gpu:
+        given = [torch.tensor([1.5, float("inf")]), torch.tensor([[2**40, -3]]), torch.tensor(True)]
+        there = [gpu.put(one) for one in given]
+        own = torch.arange(3)
+        found = to_host([there[0], own, *there[1:]])
+        assert len(gpu.waits) == 1
+        assert found[1] is own
+        assert [one.dtype for one in found] == [torch.float32, torch.int64, torch.int64, torch.bool]
+        for one, want in zip([found[0], *found[2:]], given, strict=True):
+            assert one.device.type == "cpu"
+            assert torch.equal(one, want)
+        assert to_host([own]) == [own]
+        assert len(gpu.waits) == 1
+
+
+def test_what_the_pretended_gpu_calls_a_wait():
+    with pretend_gpu() as gpu:
+        there = to_device(torch.arange(4), GPU)
+        assert there.device == GPU
+        assert not gpu.waits
+        for wait in (
+            lambda: there.sum().item(),
+            lambda: there[there > 1],
+            lambda: there.nonzero(),
+            lambda: there.unique(),
+            lambda: there.tolist(),
+            lambda: there.cpu(),
+            lambda: torch.arange(4).to(GPU),
+            lambda: torch.tensor([1, 2], device=GPU),
+            lambda: there[torch.tensor([1])],
+        ):
+            gpu.waits.clear()
+            wait()
+            assert len(gpu.waits) == 1, gpu.waits

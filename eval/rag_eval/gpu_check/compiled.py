@@ -92,7 +92,7 @@ def _in_cubin(cubin: bytes) -> dict[str, int]:
         file.flush()
 
         def told(option: str) -> str:
-            call = [tool, option, file.name]
+            call = [str(tool), option, file.name]
             return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
         found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told("--dump-resource-usage")))
@@ -142,8 +142,8 @@ def _load() -> tuple[Any, dict[str, str], dict[str, object], int]:
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("k_pool_ptr", "v_pool_ptr", "k_src_ptr", "v_src_ptr"), "*bf16")
     types |= {"slots_ptr": "*i64", "token_rows_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    sizes = {"DIM": 128, "DIM_PAD": 128, "V_DIM": 128, "V_DIM_PAD": 128, "HALF": 64, "NEOX": True}
-    return kernel, types, dict(sizes), 1
+    sizes: dict[str, object] = dict.fromkeys(("DIM", "DIM_PAD", "V_DIM", "V_DIM_PAD"), 128)
+    return kernel, types, sizes | {"HALF": 64, "NEOX": True}, 1
 
 
 def _mass(kernel: Any, dim: int) -> tuple[Any, dict[str, str], dict[str, object], int]:
@@ -151,8 +151,8 @@ def _mass(kernel: Any, dim: int) -> tuple[Any, dict[str, str], dict[str, object]
     types |= {"q_ptr": "*bf16", "k_ptr": "*bf16", "positions_ptr": "*i32", "slots_ptr": "*i64"}
     types |= {"runs_ptr": "*i32", "best_ptr": "*fp32", "total_ptr": "*fp32", "mass_ptr": "*fp32"}
     types |= {"scale": "fp32"}
-    sizes = {"GROUP": 4, "DIM": dim, "DIM_PAD": dim, "ROWS": 64, "KEYS": 64}
-    return kernel, types, dict(sizes), 4
+    sizes: dict[str, object] = {"GROUP": 4, "DIM": dim, "DIM_PAD": dim, "ROWS": 64, "KEYS": 64}
+    return kernel, types, sizes, 4
 
 
 def _shift(
@@ -164,7 +164,8 @@ def _shift(
     types |= dict.fromkeys(("rows_ptr", "old_rows_ptr", "slots_ptr"), "*i64")
     types |= dict.fromkeys(("bounds_ptr", "chunks_ptr"), "*i32")
     types |= dict.fromkeys(("weights_ptr", "cos_ptr", "sin_ptr", "shift_ptr"), "*fp32")
-    return kernel, types, {"DIM": 128, "DIM_PAD": 128, "HALF": 64, "NEOX": True} | extra, 4
+    sizes: dict[str, object] = {"DIM": 128, "DIM_PAD": 128, "HALF": 64, "NEOX": True}
+    return kernel, types, sizes | extra, 4
 
 
 def variants() -> Iterator[tuple[str, tuple[Any, dict[str, str], dict[str, object], int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,19 @@ from rag_kernels import (
     ATTENTION_KERNELS,
     AttentionCall,
     BlockMask,
+    MethodsOfPass,
     RequestBlocks,
     RotarySpec,
+    attention_mass,
     choose_kernel,
+    create_attention_method,
+    join_mean_shifts,
     load_spans_inplace,
     mean_shift_inplace,
+    plan_attention_mass,
     plan_mean_shift,
     plan_position_causal,
     plan_span_load,
-    query_attention_mass,
 )
 from rag_kernels.attention.reference import ReferenceKernel
 
@@ -42,6 +47,10 @@ class Case:
     cap: float | None = None
     mask: tuple[int, int, int] | None = None
     """Heads, query block and key block of a block mask."""
+    pool: torch.dtype | None = None
+    """Of the pool, if not that of the queries."""
+    method: str = ""
+    """A static attention method, whose mask is taken."""
 
 
 CASES = (
@@ -54,6 +63,8 @@ CASES = (
     Case(name="bf16 blocks, all heads", mask=(1, 64, 64)),
     Case(name="bf16 blocks, per key head", mask=(2, 128, 32)),
     Case(name="bf16 blocks, per query head", mask=(8, 64, 256)),
+    Case(name="bf16 power", method="power:block=64+window=2"),
+    Case(name="bf16 over fp8", pool=torch.float8_e4m3fn),
 )
 
 
@@ -78,12 +89,13 @@ def _check_case(kernel: str, case: Case, device: torch.device) -> dict[str, Any]
     refusal = chosen.refuse(call)
     if refusal is not None:
         return told | {"refused": refusal, "ok": True}
-    want = ReferenceKernel().attend(call).float()
+    wide = [pool.to(case.dtype) for pool in (call.k_pool, call.v_pool)]
+    want = ReferenceKernel().attend(dataclasses.replace(call, k_pool=wide[0], v_pool=wide[1]))
     try:
         got = chosen.attend(call).float()
     except Exception as error:  # the other kernels and cases are still worth the machine's time
         return told | {"failed": repr(error)[:300]}
-    return told | _verdict(got, want, _LIMITS[case.dtype])
+    return told | _verdict(got, want.float(), _LIMITS[case.dtype])
 
 
 def make_call(kernel: str, case: Case, device: torch.device) -> AttentionCall:
@@ -129,16 +141,21 @@ def make_call(kernel: str, case: Case, device: torch.device) -> AttentionCall:
                 for length in _LENGTHS
             )
         )
-    return AttentionCall(
+    call = AttentionCall(
         q_RNH=random(sum(_ROWS), case.q_heads, case.dim),
-        k_pool=random(total, case.kv_heads, case.dim),
-        v_pool=random(total, case.kv_heads, case.dim),
+        k_pool=random(total, case.kv_heads, case.dim).to(case.pool or case.dtype),
+        v_pool=random(total, case.kv_heads, case.dim).to(case.pool or case.dtype),
         plan=plan,
         scale=case.dim**-0.5,
         sliding_window=case.window,
         logit_cap=case.cap,
         mask=mask,
     )
+    if case.method:
+        one = create_attention_method(case.method)
+        methods = MethodsOfPass(plan, [one] * len(_LENGTHS))
+        call = dataclasses.replace(call, mask=methods.mask(1, call))
+    return call
 
 
 def check_operations(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -164,14 +181,17 @@ def check_operations(device: torch.device) -> Iterator[dict[str, Any]]:
     keys = torch.randn(2048, 4, 128, generator=generator)
     queries = torch.randn(40, 16, 128, generator=generator)
     places = torch.randperm(2048, generator=generator)
-    at = torch.arange(1960, 2000)
-    masses = [
-        query_attention_mass(
-            queries.to(place), keys.to(place), places.to(place), at, 2000, 0.088
-        ).cpu()
-        for place in (torch.device("cpu"), device)
+    rows_of, lengths_of = ((0, 25), (25, 25), (25, 40)), (1500, 48, 500)
+    at = [
+        torch.arange(length)[-max(1, high - low) :]
+        for (low, high), length in zip(rows_of, lengths_of, strict=True)
     ]
-    yield {"what": "attention mass", "case": "40 rows of 2000"} | _verdict(
+    at[1] = at[1][:0]
+    masses = []
+    for place in (torch.device("cpu"), device):
+        mass_plan = plan_attention_mass(rows_of, at, places.to(place).split(lengths_of))
+        masses.append(attention_mass(queries.to(place), keys.to(place), mass_plan, 0.088).cpu())
+    yield {"what": "attention mass", "case": "25, 0 and 15 rows of 2048"} | _verdict(
         masses[1], masses[0], 1e-5
     )
     shifted = []
@@ -179,12 +199,16 @@ def check_operations(device: torch.device) -> Iterator[dict[str, Any]]:
     rows = torch.randperm(1600, generator=generator)[:300].sort().values
     for place in (torch.device("cpu"), device):
         k_pool, v_pool = keys.to(place).clone(), keys.to(place).clone()
-        shift = plan_mean_shift(
-            [(at, at + 200) for at in range(0, 1600, 200)], rows, places.to(place), spec
+        spans = [(start, start + 200) for start in range(0, 1600, 200)]
+        shift = join_mean_shifts(
+            [
+                plan_mean_shift(spans, rows, places.to(place)[:1600], spec),
+                plan_mean_shift([(0, 448)], rows[:40] // 4, places.to(place)[1600:], spec),
+            ]
         )
         mean_shift_inplace(k_pool, v_pool, new[0].to(place), new[1].to(place), shift)
         shifted.append(torch.stack([k_pool, v_pool]).cpu())
-    yield {"what": "mean shift", "case": "8 chunks"} | _verdict(shifted[1], shifted[0], 2e-5)
+    yield {"what": "mean shift", "case": "8 chunks and 1"} | _verdict(shifted[1], shifted[0], 2e-5)
 
 
 def _verdict(got: Tensor, want: Tensor, limit: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and rotated layer by layer, the chosen rows are computed over it, and the last r
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,17 @@ from rag_eval.gpu_check.timing import time_calls
 from rag_kernels import (
     ATTENTION_METHODS,
     AttentionCall,
+    MassPlan,
     MethodsOfPass,
     PositionCausalPlan,
     RotarySpec,
+    attention_mass,
     create_attention_method,
     load_spans_inplace,
+    plan_attention_mass,
     plan_position_causal,
     plan_span_load,
     position_causal_attention,
-    query_attention_mass,
 )
 
 
@@ -174,18 +177,21 @@ class Watch:
     def __init__(self, llama: RandomLlama, slots: Sequence[Tensor]) -> None:
         self._first, self._last = llama.shape.layers // 2, max(1, int(0.8 * llama.shape.layers))
         self._slots = slots
+        self._mass_plan: MassPlan | None = None
         self.mass = torch.zeros(1)
+        """Of all requests, one behind the other."""
 
     def look(
         self, index: int, q: Tensor, k_pool: Tensor, plan: PositionCausalPlan, scale: float
     ) -> bool:
         """Look at one layer; true behind the last one."""
         if self._first <= index < self._last:
-            for request, slots in enumerate(self._slots):
-                low, high = plan.row_starts[request], plan.row_starts[request + 1]
-                at = plan.positions[low:high]
-                found = query_attention_mass(q[low:high], k_pool, slots, at, slots.numel(), scale)
-                self.mass = found if index == self._first else self.mass + found
+            if self._mass_plan is None:
+                rows = list(itertools.pairwise(plan.row_starts))
+                at = [plan.positions[low:high] for low, high in rows]
+                self._mass_plan = plan_attention_mass(rows, at, self._slots)
+            found = attention_mass(q, k_pool, self._mass_plan, scale)
+            self.mass = found if index == self._first else self.mass + found
         return index + 1 >= self._last
 
 
@@ -291,6 +297,9 @@ class _Prompts:
         plan, row_slots = self._plan(asked)
         watch = Watch(self.llama, self.slots)
         mass = self.llama.forward(plan, row_slots, load=self._load_once(), watch=watch)
-        rows = mass[:reused].topk(round(0.15 * reused)).indices.sort().values.cpu()
+        each = mass.view(self.requests, -1)[
+            0, :reused
+        ]  # the same rows of all: they are planned together
+        rows = each.topk(round(0.15 * reused)).indices.sort().values.cpu()
         plan, row_slots = self._plan(torch.cat([rows, asked]))
         return self.llama.forward(plan, row_slots)  # the pool holds the chunks already

@@ -76,8 +76,10 @@ def _compiler() -> str:
 
 
 def _cache_folder() -> Path:
-    from platformdirs import user_cache_path
-
+    try:
+        from platformdirs import user_cache_path
+    except ImportError as error:  # a machine for kernels alone
+        raise BuildError("platformdirs is not installed") from error
     return Path(user_cache_path("rag-pipeline")) / "kernels"
 
 
