@@ -197,6 +197,8 @@ def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
     """
     if len(plans) == 1:
         return plans[0]
+    if any(plan.spec is not plans[0].spec for plan in plans):
+        raise ValueError("plans of one rotation only can be joined.")
 
     def all_of(name: str) -> Tensor:
         return torch.cat([getattr(plan, name) for plan in plans])
