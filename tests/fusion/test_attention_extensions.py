@@ -6,6 +6,7 @@ written out in fp64, and nothing of it may be found as exact afterwards.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +23,7 @@ from fusion_helpers import (
     enter_prefix,
     logprobs,
     report,
+    store_chunks,
     tokens,
 )
 
@@ -34,6 +36,8 @@ BLOCK = 8
 
 REPORTED = {"mode": "fuse"}
 SPARSE, ALL = "edges:recent=2", "edges:recent=99"
+POWER = "power:block=8+window=1+sink=0"
+SALE = "sale:thresholds=inf+block_q=16+block_k=8+local_window=16+segment=16+min_tokens=16"
 
 
 def may_read(rows, length, recent):
@@ -230,6 +234,61 @@ def test_a_turn_is_kept_for_turns_of_the_same_method_only(stocked):
     assert report(again)["conversation_tokens"] == len(SWAPPED) + 3 - len(PREFIX_IDS)
 
 
+# -- sparse KV never passes for exact, whichever way it came in ------------------------------------
+
+
+WAYS = {
+    "plain": {},
+    "pieces": {"limit": 32},
+    "fused": {"fusion": {"spans": SWAPPED_SPANS, "policy": "reuse"}, "is_stocked": True},
+    "chosen rows, in pieces": {
+        "fusion": {"spans": SWAPPED_SPANS, "policy": "query:0.3"},
+        "is_stocked": True,
+        "limit": 48,
+    },
+    "conversation": {"fusion": {"mode": "fuse", "conversation": "c"}},
+    "fused conversation": {
+        "fusion": {"spans": SWAPPED_SPANS, "policy": "reuse", "conversation": "c"},
+        "is_stocked": True,
+    },
+}
+"""How a request of a method reaches the engine; what comes behind each of them is its decoded turn."""
+
+
+@pytest.mark.parametrize("method", [POWER, SALE])
+@pytest.mark.parametrize("way", WAYS)
+def test_sparse_kv_never_passes_for_exact(engine, way, method):
+    """A dense turn behind a sparse one, in the same conversation if there was one, is that of an engine without a past.
+
+    No chunk is made of what the method computed. A turn of a conversation is kept, under the method's name.
+    """
+    local = engine("llama")
+    how = WAYS[way]
+    if how.get("is_stocked"):
+        store_chunks(local, CHUNKS[:2])
+    in_store = local.runtime.store.keys()
+    fusion = how.get("fusion", {})
+    limit = how.get("limit")
+    with chunk_limit(local, limit) if limit else contextlib.nullcontext():
+        first = local.ask(SWAPPED, 4, fusion=fusion | {"attention": method})
+    assert report(first)["attention"] == method
+    local.settle()
+    if how.get("is_stocked") and "conversation" not in fusion:
+        assert local.runtime.store.keys() == in_store
+    turn = [*SWAPPED, *first.output_ids, *tokens(6, 5)]
+    named = {key: fusion[key] for key in ("conversation",) if key in fusion}
+    dense = local.ask(turn, 3, fusion=REPORTED | named)
+    assert report(dense)["exact_prefix_tokens"] == 0
+    assert report(dense)["conversation_tokens"] == 0
+    local.fresh()
+    alone = local.ask(turn, 3, fusion=REPORTED)
+    assert dense.output_ids == alone.output_ids
+    assert logprobs(dense) == pytest.approx(logprobs(alone), abs=1e-4)
+    local.flush()
+    # What was kept apart is another thing.
+    assert differs(first, local.ask(SWAPPED, 4, fusion=REPORTED))
+
+
 # -- batches and faults -------------------------------------------------------------------------
 
 
@@ -284,3 +343,25 @@ def test_the_field_travels_in_both_carriers():
     assert parse_custom_params(request.to_custom_params(), 9) == request
     assert request.to_kv_hints()["actions"][0]["payload"]["attention"] == SPARSE
     assert "rag_attention" not in FusionRequest().to_custom_params()
+
+
+def test_a_chunk_that_is_built_behind_a_sparse_prompt_is_dense(engine):
+    local = engine("llama")
+
+    def built(**more):
+        local.fresh()
+        for _ in range(2):  # text is built when it is missed again
+            local.ask(SWAPPED, 1, fusion={"spans": SWAPPED_SPANS, "policy": "reuse", **more})
+            local.settle()
+        store, found = local.runtime.store, {}
+        for key in store.keys():  # noqa: SIM118
+            with store.borrow(key) as record:
+                layers = range(local.runtime.facts.num_layers)
+                found[key] = [record.layer(i).k.clone() for i in layers]
+        return found
+
+    sparse, dense = built(attention=SALE), built()
+    assert sparse
+    assert sparse.keys() == dense.keys()
+    for key, layers in sparse.items():
+        torch.testing.assert_close(layers, dense[key], rtol=0, atol=1e-5)
