@@ -190,11 +190,20 @@ def plan_mean_shift(
     )
 
 
-def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
-    """One plan for all requests of a pass, at least one, whose slots differ: two launches per layer on a GPU.
+def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> list[MeanShiftPlan]:
+    """One plan per rotation for all requests of a pass, whose slots differ: two launches per layer on a GPU.
 
-    Their rows must be rows of the same new keys (``first_row``), and their rotation the same.
+    Their rows must be rows of the same new keys (``first_row``). Plans of different rotations are for different layers,
+    so they stay apart.
     """
+    by_rotation: dict[int, list[MeanShiftPlan]] = {}
+    for plan in plans:
+        by_rotation.setdefault(id(plan.spec), []).append(plan)
+    return [_joined(same) for same in by_rotation.values()]
+
+
+def _joined(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
+    """Put plans of one rotation together."""
     if len(plans) == 1:
         return plans[0]
 

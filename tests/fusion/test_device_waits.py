@@ -59,6 +59,20 @@ class PagedWrapper:
         return torch.empty_like(q)
 
 
+def make_layers():
+    return [
+        types.SimpleNamespace(
+            layer_id=index,
+            tp_q_head_num=HEADS,
+            tp_k_head_num=KV_HEADS,
+            tp_v_head_num=KV_HEADS,
+            qk_head_dim=DIM,
+            v_head_dim=DIM,
+        )
+        for index in range(LAYERS)
+    ]
+
+
 class Runner:
     """What a fused forward uses of SGLang's model runner, all of it on the GPU."""
 
@@ -84,17 +98,7 @@ class Runner:
         self.model_config = types.SimpleNamespace(context_len=8192)
         self.lora_manager = None
         self.dtype = DTYPE
-        self.layers = [
-            types.SimpleNamespace(
-                layer_id=index,
-                tp_q_head_num=HEADS,
-                tp_k_head_num=KV_HEADS,
-                tp_v_head_num=KV_HEADS,
-                qk_head_dim=DIM,
-                v_head_dim=DIM,
-            )
-            for index in range(LAYERS)
-        ]
+        self.layers = make_layers()
 
     def run(self, fused):
         """Every layer's attention over random activations."""
@@ -104,7 +108,7 @@ class Runner:
                 self.gpu.put(torch.randn(rows, heads * DIM).to(DTYPE))
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
-            fused.run_layer(layer, self.token_to_kv_pool, q, k, v, True)
+            fused.run_layer(layer, self.token_to_kv_pool, q, k, v)
 
     def _forward_raw(self, view, proxies):
         (fused,) = (view.model_specific_states or {}).values()
@@ -113,14 +117,18 @@ class Runner:
         return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
-def make_runtime(kernel):
+def make_runtime(kernel, bases):
+    specs = [RotarySpec.from_inv_freq(base ** -(torch.arange(0, DIM, 2) / DIM)) for base in bases]
     facts = types.SimpleNamespace(
+        layers=make_layers(),
         num_layers=LAYERS,
         num_q_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         scaling=DIM**-0.5,
-        rotary=RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, DIM, 2) / DIM)),
+        rotary=specs[0],
+        rotaries=tuple(specs),
+        rotary_by_layer=tuple(specs[n % len(specs)] for n in range(LAYERS)) if specs[1:] else (),
         qkv_share=0.16,
     )
     runtime = FusionRuntime(FusionConfig(attention_kernel=kernel), None)
@@ -180,7 +188,7 @@ def make_batch(gpu, requests):
     )
 
 
-def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
+def forward(monkeypatch, policy, requests=2, method="", kernel="triton", bases=(10000.0,)):
     """Run a forward; the waits of the host."""
     from rag_kernels import load_triton, mass_triton, shift_triton
     from rag_kernels.attention import triton as attention
@@ -200,7 +208,7 @@ def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
     with pretend_gpu() as gpu:
         runner, runtime, batch = (
             Runner(gpu, requests),
-            make_runtime(kernel),
+            make_runtime(kernel, bases),
             make_batch(gpu, requests),
         )
         entries = []
@@ -263,3 +271,17 @@ def test_flashinfer_is_planned_without_a_wait_once_per_pass_and_kind_of_layer(me
     # Scattered rows of both passes, the ordinary request's run in the final one; with a method once more, for its mask.
     assert PagedWrapper.planned == 3 * (2 if method else 1)
     assert kernel.batch_faults == 0
+
+
+def test_each_layer_is_shifted_once_by_the_plan_of_its_own_rotation(monkeypatch):
+    """All requests are joined on a GPU, but not the rotations of a model that has two."""
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass
+
+    seen = []
+    monkeypatch.setattr(layer_pass, "mean_shift_inplace", lambda *tensors: seen.append(tensors[-1]))
+    forward(monkeypatch, "query:0.3,draft_tokens=0", 4, bases=(10000.0, 1e6))
+    assert len(seen) == LAYERS - 1
+    for layer, plan in enumerate(seen, start=1):
+        assert float(plan.spec.inv_freq[1]) == pytest.approx((1e4, 1e6)[layer % 2] ** (-2 / DIM))
+        assert len(plan.parts) == 3
+        assert all(part.spec is plan.spec for part in plan.parts)
