@@ -270,6 +270,30 @@ def test_a_method_that_chooses_by_blocks_of_rows_shares_whole_ones(make_server, 
     assert not server.runtime.metrics.counts["prefixes.by_method"]
 
 
+@pytest.mark.parametrize("rows", [1000, 16])
+def test_rows_of_two_prompts_never_stand_in_one_block(make_server, rows):
+    """The tree would give the second prompt the first one's rows up to where they part, inside a block."""
+    method = {"attention": "block_topk:block=8"}
+    server = make_server()
+    space = server_space(server, method)
+    serve(server, submitted(server, method))
+    other = IDS[:21] + IDS[:19]
+    req = submitted(server, method, ids=other)
+    assert serve(server, req, rows=rows) == 16
+    assert (
+        held(server, space, other) == 21
+    )  # of the first prompt; the second one's own are not there
+    assert held(server, space, IDS) == 40
+    # Where nothing is in the way, a prompt that goes on behind whole blocks is published as ever.
+    longer = [*IDS, *IDS[:9]]
+    assert serve(server, submitted(server, method, ids=longer), rows=rows) == 40
+    assert held(server, space, longer) == 48
+    # When the first prompt is forgotten, there is room for the second.
+    server.tree.evict(16)
+    serve(server, submitted(server, method, ids=other), rows=rows)
+    assert held(server, space, other) == 40
+
+
 def test_a_page_that_is_no_part_of_a_block_cuts_at_both(make_server):
     method = {"attention": "block_topk:block=8"}
     server = make_server(page_size=12)
