@@ -8,12 +8,14 @@ import pytest
 from fusion_world import checks
 from fusion_world.server import Req, Server
 
+from rag_kernels import create_attention_method
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_custom_params
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.admission.method_space import enter_space, tenant_of
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import namespace_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import (
     METHOD_SPACE,
     RadixNamespace,
@@ -21,6 +23,7 @@ from rag_pipeline.sglang_plugin.fusion.request.namespace import (
 )
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.request.validation import after_tokenize
+from rag_pipeline.sglang_plugin.fusion.runtime import attention_methods
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import method_for_weights
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import set_runtime
 
@@ -220,6 +223,21 @@ def test_options_and_calibration_are_part_of_the_space(make_server, monkeypatch)
     method = method_for_weights(server.runtime, FusionRequest(attention="sale"))
     monkeypatch.setattr(method, "_tau", 0.25)  # as another table would
     assert state_of(submitted(server, {"attention": "sale"})).space not in spaces
+
+
+def test_turns_are_found_with_the_calibration_that_they_were_computed_with(
+    make_server, monkeypatch
+):
+    """A tier outlives the engine, and its model may be calibrated before the next one starts."""
+    server = make_server()
+    state = state_of(submitted(server, {"attention": "sale", "conversation": "c"}))
+    spaces = {namespace_of(server.runtime, state, NOBODY)}
+    for name in ("sale:thresholds=0.01", "sale:thresholds=0.02"):
+        monkeypatch.setattr(
+            attention_methods, "_for_checkpoint", lambda *_, m=name: create_attention_method(m)
+        )
+        spaces.add(namespace_of(server.runtime, state, NOBODY))
+    assert len(spaces) == 3
 
 
 # -- what is shared -----------------------------------------------------------------------------
