@@ -14,7 +14,7 @@ import torch
 from pretend_gpu import GPU, GpuTensor, pretend_gpu
 from store_writing import CONTEXT
 
-from chunk_cache import ChunkKey, ChunkKV, Match
+from chunk_cache import ChunkKey, ChunkKV, Match, layout_named
 from chunk_cache.policies import create_policy
 from rag_kernels import ATTENTION_METHODS, RotarySpec, create_attention_method
 from rag_kernels.attention.choice import kernel_named
@@ -25,6 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 64, 50
@@ -59,20 +60,6 @@ class PagedWrapper:
         return torch.empty_like(q)
 
 
-def make_layers():
-    return [
-        types.SimpleNamespace(
-            layer_id=index,
-            tp_q_head_num=HEADS,
-            tp_k_head_num=KV_HEADS,
-            tp_v_head_num=KV_HEADS,
-            qk_head_dim=DIM,
-            v_head_dim=DIM,
-        )
-        for index in range(LAYERS)
-    ]
-
-
 class Runner:
     """What a fused forward uses of SGLang's model runner, all of it on the GPU."""
 
@@ -98,7 +85,17 @@ class Runner:
         self.model_config = types.SimpleNamespace(context_len=8192)
         self.lora_manager = None
         self.dtype = DTYPE
-        self.layers = make_layers()
+        self.layers = [
+            types.SimpleNamespace(
+                layer_id=index,
+                tp_q_head_num=HEADS,
+                tp_k_head_num=KV_HEADS,
+                tp_v_head_num=KV_HEADS,
+                qk_head_dim=DIM,
+                v_head_dim=DIM,
+            )
+            for index in range(LAYERS)
+        ]
 
     def run(self, fused):
         """Every layer's attention over random activations."""
@@ -117,18 +114,19 @@ class Runner:
         return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
-def make_runtime(kernel, bases):
+def make_runtime(kernel, layers, bases):
     specs = [RotarySpec.from_inv_freq(base ** -(torch.arange(0, DIM, 2) / DIM)) for base in bases]
-    facts = types.SimpleNamespace(
-        layers=make_layers(),
-        num_layers=LAYERS,
+    facts = ModelFacts(
+        layers=tuple(layers),
         num_q_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         scaling=DIM**-0.5,
         rotary=specs[0],
-        rotaries=tuple(specs),
         rotary_by_layer=tuple(specs[n % len(specs)] for n in range(LAYERS)) if specs[1:] else (),
+        layout=layout_named("heads"),
+        fingerprint="w",
+        context_fields={},
         qkv_share=0.16,
     )
     runtime = FusionRuntime(FusionConfig(attention_kernel=kernel), None)
@@ -206,11 +204,8 @@ def forward(monkeypatch, policy, requests=2, method="", kernel="triton", bases=(
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
     torch.manual_seed(0)
     with pretend_gpu() as gpu:
-        runner, runtime, batch = (
-            Runner(gpu, requests),
-            make_runtime(kernel, bases),
-            make_batch(gpu, requests),
-        )
+        runner, batch = Runner(gpu, requests), make_batch(gpu, requests)
+        runtime = make_runtime(kernel, runner.layers, bases)
         entries = []
         for index in range(requests - 1):  # the last one is ordinary
             name, *options = policy.split(",")
