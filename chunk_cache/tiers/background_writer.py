@@ -260,9 +260,7 @@ class BackgroundWriter:
         if group is not None:
             try:
                 self.tier.note_member(group, waiting.record.key)
-            except (
-                Exception
-            ) as error:  # the record is there; whoever has only the group's name does not find it
+            except Exception as error:  # the record is there; only by its group nobody finds it
                 self._say(error)
 
     def _must_go(self, record: ChunkKV, tenant: str) -> bool:

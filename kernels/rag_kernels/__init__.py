@@ -24,12 +24,8 @@ from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.host_copy import to_device, to_host
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mass_batch import MassPlan, attention_mass, plan_attention_mass
-from rag_kernels.mean_shift import (
-    MeanShiftPlan,
-    join_mean_shifts,
-    mean_shift_inplace,
-    plan_mean_shift,
-)
+from rag_kernels.mean_shift import mean_shift_inplace
+from rag_kernels.mean_shift_plan import MeanShiftPlan, join_mean_shifts, plan_mean_shift
 from rag_kernels.paged import gather_kv, scatter_kv_inplace
 from rag_kernels.registry import Registry
 from rag_kernels.rotary import RotarySpec, RotationTable, rerotate_keys

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rag_kernels.mean_shift import MeanShiftPlan
+    from rag_kernels.mean_shift_plan import MeanShiftPlan
 
 _TOKENS = 16
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import (
     DENSE_ATTENTION,
     PREFIX_POLICY,
@@ -153,6 +154,8 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         )
     # What does not exist is refused before anything is searched; a method too: the engine's packages are ours.
     fusion.request(()).make_attention()
+    if options.document_order is not None:
+        check_document_order(options.document_order)
     index = service.indexes.get(tenant, options.index)
     talk = read_conversation(body.messages)
     wanted = options.k or service.settings.top_k

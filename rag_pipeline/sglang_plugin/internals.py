@@ -124,6 +124,13 @@ INTERNALS = (
     ),
     _row("layers.radix_attention.AttentionType", "which layers are causal", has="DECODER"),
     # -- memory
+    _row("mem_cache.base_prefix_cache.MatchPrefixParams", "what the tree holds of a prompt", "key"),
+    _row(
+        "mem_cache.base_prefix_cache.MatchResult",
+        "as above",
+        has="device_prefix_len host_hit_length",
+    ),
+    _row("mem_cache.radix_cache.RadixKey", "as above", "token_ids", "extra_key", "cache_salt"),
     _row("mem_cache.memory_pool.ReqToTokenPool", "slots by position", has="req_to_token"),
     _row(
         "mem_cache.memory_pool.MHATokenToKVPool",

@@ -114,14 +114,16 @@ class Runner:
         return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
-def make_runtime(kernel, layers):
+def make_runtime(kernel, layers, bases):
+    specs = [RotarySpec.from_inv_freq(base ** -(torch.arange(0, DIM, 2) / DIM)) for base in bases]
     facts = ModelFacts(
         layers=tuple(layers),
         num_q_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         scaling=DIM**-0.5,
-        rotary=RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, DIM, 2) / DIM)),
+        rotary=specs[0],
+        rotary_by_layer=tuple(specs[n % len(specs)] for n in range(LAYERS)) if specs[1:] else (),
         layout=layout_named("heads"),
         fingerprint="w",
         context_fields={},
@@ -184,7 +186,7 @@ def make_batch(gpu, requests):
     )
 
 
-def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
+def forward(monkeypatch, policy, requests=2, method="", kernel="triton", bases=(10000.0,)):
     """Run a forward; the waits of the host."""
     from rag_kernels import load_triton, mass_triton, shift_triton
     from rag_kernels.attention import triton as attention
@@ -203,7 +205,7 @@ def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
     torch.manual_seed(0)
     with pretend_gpu() as gpu:
         runner, batch = Runner(gpu, requests), make_batch(gpu, requests)
-        runtime = make_runtime(kernel, runner.layers)
+        runtime = make_runtime(kernel, runner.layers, bases)
         entries = []
         for index in range(requests - 1):  # the last one is ordinary
             name, *options = policy.split(",")
@@ -264,3 +266,17 @@ def test_flashinfer_is_planned_without_a_wait_once_per_pass_and_kind_of_layer(me
     # Scattered rows of both passes, the ordinary request's run in the final one; with a method once more, for its mask.
     assert PagedWrapper.planned == 3 * (2 if method else 1)
     assert kernel.batch_faults == 0
+
+
+def test_each_layer_is_shifted_once_by_the_plan_of_its_own_rotation(monkeypatch):
+    """All requests are joined on a GPU, but not the rotations of a model that has two."""
+    from rag_pipeline.sglang_plugin.fusion.forward import layer_pass
+
+    seen = []
+    monkeypatch.setattr(layer_pass, "mean_shift_inplace", lambda *tensors: seen.append(tensors[-1]))
+    forward(monkeypatch, "query:0.3,draft_tokens=0", 4, bases=(10000.0, 1e6))
+    assert len(seen) == LAYERS - 1
+    for layer, plan in enumerate(seen, start=1):
+        assert float(plan.spec.inv_freq[1]) == pytest.approx((1e4, 1e6)[layer % 2] ** (-2 / DIM))
+        assert len(plan.parts) == 3
+        assert all(part.spec is plan.spec for part in plan.parts)

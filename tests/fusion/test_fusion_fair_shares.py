@@ -114,4 +114,4 @@ def test_who_splits_its_salt_shares_a_row_of_the_tables_but_no_prefix_and_no_con
         request=FusionRequest(conversation="c", passage=True),
         policy=SimpleNamespace(identity="p"),
     )
-    assert len({namespace_of(state, tenant) for tenant in tenants}) == 3
+    assert len({namespace_of(runtime, state, tenant) for tenant in tenants}) == 3

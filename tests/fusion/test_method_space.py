@@ -8,12 +8,14 @@ import pytest
 from fusion_world import checks
 from fusion_world.server import Req, Server
 
+from rag_kernels import create_attention_method
 from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import FusionRequest, RequestError
 from rag_pipeline.protocol.fields import parse_custom_params
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission
 from rag_pipeline.sglang_plugin.fusion.admission.method_space import enter_space, tenant_of
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.conversations.turn_places import namespace_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import (
     METHOD_SPACE,
     RadixNamespace,
@@ -21,6 +23,7 @@ from rag_pipeline.sglang_plugin.fusion.request.namespace import (
 )
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.request.validation import after_tokenize
+from rag_pipeline.sglang_plugin.fusion.runtime import attention_methods
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import method_for_weights
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import set_runtime
 
@@ -222,6 +225,21 @@ def test_options_and_calibration_are_part_of_the_space(make_server, monkeypatch)
     assert state_of(submitted(server, {"attention": "sale"})).space not in spaces
 
 
+def test_turns_are_found_with_the_calibration_that_they_were_computed_with(
+    make_server, monkeypatch
+):
+    """A tier outlives the engine, and its model may be calibrated before the next one starts."""
+    server = make_server()
+    state = state_of(submitted(server, {"attention": "sale", "conversation": "c"}))
+    spaces = {namespace_of(server.runtime, state, NOBODY)}
+    for name in ("sale:thresholds=0.01", "sale:thresholds=0.02"):
+        monkeypatch.setattr(
+            attention_methods, "_for_checkpoint", lambda *_, m=name: create_attention_method(m)
+        )
+        spaces.add(namespace_of(server.runtime, state, NOBODY))
+    assert len(spaces) == 3
+
+
 # -- what is shared -----------------------------------------------------------------------------
 
 
@@ -268,6 +286,30 @@ def test_a_method_that_chooses_by_blocks_of_rows_shares_whole_ones(make_server, 
     )  # the last token is computed, so its block is
     assert held(server, server_space(server, method), IDS) == 40
     assert not server.runtime.metrics.counts["prefixes.by_method"]
+
+
+@pytest.mark.parametrize("rows", [1000, 16])
+def test_rows_of_two_prompts_never_stand_in_one_block(make_server, rows):
+    """The tree would give the second prompt the first one's rows up to where they part, inside a block."""
+    method = {"attention": "block_topk:block=8"}
+    server = make_server()
+    space = server_space(server, method)
+    serve(server, submitted(server, method))
+    other = IDS[:21] + IDS[:19]
+    req = submitted(server, method, ids=other)
+    assert serve(server, req, rows=rows) == 16
+    assert (
+        held(server, space, other) == 21
+    )  # of the first prompt; the second one's own are not there
+    assert held(server, space, IDS) == 40
+    # Where nothing is in the way, a prompt that goes on behind whole blocks is published as ever.
+    longer = [*IDS, *IDS[:9]]
+    assert serve(server, submitted(server, method, ids=longer), rows=rows) == 40
+    assert held(server, space, longer) == 48
+    # When the first prompt is forgotten, there is room for the second.
+    server.tree.evict(16)
+    serve(server, submitted(server, method, ids=other), rows=rows)
+    assert held(server, space, other) == 40
 
 
 def test_a_page_that_is_no_part_of_a_block_cuts_at_both(make_server):

@@ -9,6 +9,7 @@ from pretend_gpu import GPU, pretend_gpu
 from rag_kernels import (
     LogitRules,
     RotarySpec,
+    join_mean_shifts,
     kv_deviation,
     mean_shift_inplace,
     plan_mean_shift,
@@ -247,3 +248,29 @@ def test_what_the_pretended_gpu_calls_a_wait():
             gpu.waits.clear()
             wait()
             assert len(gpu.waits) == 1, gpu.waits
+
+
+def test_joined_plans_stay_apart_by_rotation_and_shift_as_one_by_one():
+    """Layers of a model rotate by one of two tables: a plan of the other table must never reach them."""
+    specs = (
+        make_spec(16),
+        RotarySpec.from_inv_freq(50.0 ** -(torch.arange(0, 16, 2) / 16), 16, True),
+    )
+    slots = torch.randperm(60).split(30)
+    rows = torch.tensor([3, 5, 9, 14])
+    plans = [
+        plan_mean_shift([(0, 12), (12, 28)], rows, own, spec, first_row=4 * request)
+        for request, own in enumerate(slots)
+        for spec in specs
+    ]
+    joined = join_mean_shifts(plans)
+    assert [id(one.spec) for one in joined] == [id(spec) for spec in specs]
+    pools, new = torch.randn(2, 60, 2, 16), torch.randn(2, 8, 2, 16)
+    for spec, together in zip(specs, joined, strict=True):
+        want, got = pools.clone(), pools.clone()
+        for plan in plans:
+            if plan.spec is spec:
+                mean_shift_inplace(want[0], want[1], new[0], new[1], plan)
+        mean_shift_inplace(got[0], got[1], new[0], new[1], together)
+        torch.testing.assert_close(got, want)
+    assert join_mean_shifts([]) == []

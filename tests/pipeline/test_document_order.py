@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from langchain_core.documents import Document
@@ -16,6 +17,8 @@ from rag_pipeline.prompts.document_order import check_document_order, ordered
 from rag_pipeline.prompts.power_order import placement_of
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.server.chat import prepare
+from rag_pipeline.server.schemas import ChatRequest
 from retrievers.types import Chunk, SearchHit
 
 POWER = "power:block=16+window=2"
@@ -148,3 +151,12 @@ def test_equal_scores_stay_in_the_order_of_the_retriever():
     assert ordered("best_last", [0.5, 0.9, 0.5], [1, 1, 1], before=1, behind=1) == [2, 0, 1]
     assert ordered("both_ends", [], [], before=1, behind=1) == []
     assert ordered(POWER, [1.0], [5], before=1, behind=1) == [0]
+
+
+def test_a_server_searches_nothing_for_a_request_that_names_no_order():
+    service = SimpleNamespace(settings=SimpleNamespace(policy="query"))  # no index to search
+    body = ChatRequest.model_validate(
+        {"messages": [{"role": "user", "content": "Why?"}], "rag": {"document_order": "best"}}
+    )
+    with pytest.raises(RagPipelineError, match="document_order is 'best'"):
+        prepare(service, None, body)

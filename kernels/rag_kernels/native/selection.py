@@ -17,7 +17,7 @@ from rag_kernels.native.library import (
 )
 
 if TYPE_CHECKING:
-    from rag_kernels.mean_shift import MeanShiftPlan
+    from rag_kernels.mean_shift_plan import MeanShiftPlan
 
 _TILE = 48
 """Rows times query heads of a key/value head that keys are packed for once."""

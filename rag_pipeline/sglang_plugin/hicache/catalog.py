@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ _NAMESPACE = re.compile(r"[0-9a-f]{32}")
 _MEMBER = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})-([1-9][0-9]*)")
 _MOST_MEMBERS = 256
 """Of one group, the newest."""
+_MOST_GROUPS = 16_384
+"""Those that were noted last; nobody says when a conversation is over."""
 
 
 class Entry(NamedTuple):
@@ -104,7 +107,9 @@ class Catalog:
             return None
 
     def note_member(self, group: str, key: ChunkKey) -> None:
-        """Put a record into a group; the oldest ones go where it has too many."""
+        """Put a record into a group; the oldest ones go where it has too many, and so do the oldest groups."""
+        if not self._group(group).is_dir():
+            self._drop_groups()
         write_private(self._group(group) / f"{key.namespace}-{key.digest}-{key.num_tokens}", b"")
         for file in self._files_of(group)[:-_MOST_MEMBERS]:
             file.unlink(missing_ok=True)
@@ -115,11 +120,15 @@ class Catalog:
         return [ChunkKey(found[1], found[2], int(found[3])) for found in named if found]
 
     def _files_of(self, group: str) -> list[Path]:
-        noted: list[tuple[int, str, Path]] = []
-        for file in self._group(group).glob("*-*-*"):
-            with contextlib.suppress(OSError):
-                noted.append((file.stat().st_mtime_ns, file.name, file))
-        return [file for _, _, file in sorted(noted)]
+        return _by_age(self._group(group).glob("*-*-*"))
+
+    def _drop_groups(self) -> None:
+        """Make room for another one; some more go at once, so that they are not gone through for each."""
+        groups = list((self.folder / "groups").glob("*/"))
+        if len(groups) < _MOST_GROUPS:
+            return
+        for folder in _by_age(groups)[: len(groups) - _MOST_GROUPS + max(1, _MOST_GROUPS // 16)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _group(self, group: str) -> Path:
         return self.folder / "groups" / group
@@ -131,10 +140,22 @@ class Catalog:
                 sync_folder(folder)
 
     def _folders(self) -> Iterator[Path]:
-        yield from self.folder.glob("*/*/")
+        """Folders of headers: what makes a record exist."""
+        for folder in self.folder.glob("*/*/"):
+            if _NAMESPACE.fullmatch(folder.parent.name):
+                yield folder
         yield self.folder
 
     def _file(self, key: ChunkKey) -> Path:
         return (
             self.folder / key.namespace / key.digest[:2] / f"{key.digest}-{key.num_tokens}.header"
         )
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    """Paths that are there, the one that was changed last at the end."""
+    found: list[tuple[int, str, Path]] = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path.name, path))
+    return [path for _, _, path in sorted(found)]

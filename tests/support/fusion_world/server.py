@@ -281,13 +281,10 @@ class Server:
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        def match(tree: Tree, params: Any) -> Any:
-            path = tree.path(req.tenant, params.key.raw_token_ids())
-            return SimpleNamespace(device_prefix_len=len(path), host_hit_length=0, path=path)
-
         ids, limit = req.full_untruncated_fill_ids, len(req.full_untruncated_fill_ids) - 1
-        params = MatchPrefixParams(key=RadixKey(ids, limit=limit), req=req)  # type: ignore[arg-type]
-        found: list[Any] = radix.around_match_prefix(match, self.tree, params).path
+        key = RadixKey(ids, req.extra_key, limit=limit, cache_salt=req.cache_salt)
+        params = MatchPrefixParams(key=key, req=req)  # type: ignore[arg-type]
+        found: list[Any] = radix.around_match_prefix(Tree.match_prefix, self.tree, params).path
         return found
 
     def _add(self, adder: Adder, req: Req) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 
 
 class Node:
@@ -35,6 +39,12 @@ class Tree:
                 break
             found.append(node)
         return found
+
+    def match_prefix(self, params: Any) -> Any:
+        """SGLang's look-up, with the path beside what fusion reads of the answer."""
+        key = params.key
+        path = self.path(RadixNamespace(key.extra_key, key.cache_salt), key.raw_token_ids())
+        return SimpleNamespace(device_prefix_len=len(path), host_hit_length=0, path=path)
 
     def insert(self, space: Hashable, ids: Sequence[int], slots: Sequence[int]) -> list[int]:
         """Store tokens; the slots that hold them now. Given slots that were there already are freed."""

@@ -3,7 +3,8 @@
 A fused request matches and publishes the exact namespace like any other, but no further than its first loaded token:
 everything behind has seen approximate KV. SGLang then frees the rest with the request; that of a conversation's
 turn is copied out before. In the space of a method both ends are cut to its units: rows of a part of one may have
-chosen their keys together with rows that another prompt does not have.
+chosen their keys together with rows that another prompt does not have. So nothing is published either from where the
+tree holds another prompt's part of a unit: the tree would put its rows in the place of the request's own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def around_match_prefix(original: Callable[..., Any], tree: Any, params: Any) ->
     if state is None or runtime is None or state.unit == 1:
         return found
     whole = math.lcm(state.unit, runtime.page_size)
-    while (count := int(found.device_prefix_len) + int(found.host_hit_length)) % whole:
+    while (count := _length(found)) % whole:
         shorter = params.key[: count - count % whole]
         found = original(tree, dataclasses.replace(params, key=shorter))
     return found
@@ -55,9 +56,29 @@ def around_checkpoint(
             runtime.metrics.count("turns", "not_stored")
     if state is not None and state.exact_limit is not None:
         up_to = min(up_to, max(state.exact_limit, int(req.kv.cache_protected_len)))
-    if state is not None and state.unit > 1:
-        up_to = max(up_to - up_to % state.unit, int(req.kv.cache_protected_len))
+    if state is not None and runtime is not None and state.unit > 1:
+        whole = math.lcm(state.unit, runtime.page_size)
+        up_to -= up_to % whole
+        if whole > runtime.page_size and up_to > req.kv.cache_protected_len:
+            up_to = _own_until(tree, req, up_to, whole)
+        up_to = max(up_to, int(req.kv.cache_protected_len))
     original(tree, req, up_to=up_to, **kwargs)
+
+
+def _own_until(tree: Any, req: Any, up_to: int, whole: int) -> int:
+    """Where the first unit begins of which the tree holds a part that goes on otherwise; `up_to` where there is none."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    ids = req.full_untruncated_fill_ids[:up_to]
+    key = RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+    there = _length(tree.match_prefix(MatchPrefixParams(key=key)))
+    return there - there % whole if there % whole else up_to
+
+
+def _length(found: Any) -> int:
+    """Tokens of a match, on the device and on the host."""
+    return int(found.device_prefix_len) + int(found.host_hit_length)
 
 
 def finished_turn(

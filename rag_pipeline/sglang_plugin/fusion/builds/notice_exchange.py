@@ -69,9 +69,8 @@ class NoticeExchange:
                 if name not in self._on_board:
                     self._board.post(name, notice.to_bytes())
                     self._on_board.add(name)
-                self._waiting.pop(
-                    name, None
-                )  # the thread that watches may have posted it meanwhile
+                # The thread that watches may have posted it meanwhile.
+                self._waiting.pop(name, None)
         except OSError:
             # An engine that is started anew has to find them.
             for name in list(self._waiting):

@@ -9,14 +9,15 @@ from chunk_cache import hash_token_ids
 from rag_pipeline.sglang_plugin.fusion.conversations.lineage import EXACT
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import method_for_weights
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 
-def namespace_of(state: RequestState, tenant: RadixNamespace) -> str:
+def namespace_of(runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace) -> str:
     """Digest of everything but tokens and model that a turn's KV depends on."""
     passage = state.request.passage is not False
     own = (tenant.salt, state.request.conversation, state.policy.identity, passage)
-    method = state.request.make_attention()
+    method = method_for_weights(runtime, state.request)  # with what it was calibrated to
     told = repr(own if method is None else (*own, method.identity))
     return hashlib.blake2b(told.encode(), digest_size=32, person=b"ragkv-turns").hexdigest()
 

@@ -86,7 +86,7 @@ class TurnMemory(ConversationMemory):
 
     def known(self, state: RequestState, tenant: RadixNamespace) -> str:
         """Namespace of a request's conversation, of which all turns are known to be its own."""
-        namespace, facts = namespace_of(state, tenant), self.runtime.facts
+        namespace, facts = namespace_of(self.runtime, state, tenant), self.runtime.facts
         assert facts is not None
         self.table.confirm(
             namespace,
@@ -100,7 +100,8 @@ class TurnMemory(ConversationMemory):
         facts = self.runtime.facts
         assert facts is not None
         context = facts.context(prefix_digest="-", tenant=tenant.salt)
-        return self._shared.ask(context, namespace_of(state, tenant), tenant.owner)
+        namespace = namespace_of(self.runtime, state, tenant)
+        return self._shared.ask(context, namespace, tenant.owner)
 
     def group_of(self, context: KVContext) -> str | None:
         """Name of the conversation's list; none for what is no turn."""
