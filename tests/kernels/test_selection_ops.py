@@ -9,6 +9,7 @@ from pretend_gpu import GPU, pretend_gpu
 from rag_kernels import (
     LogitRules,
     RotarySpec,
+    join_mean_shifts,
     kv_deviation,
     mean_shift_inplace,
     plan_mean_shift,
@@ -193,6 +194,25 @@ def test_shift_of_a_common_offset_repairs_the_others():
     mean_shift_inplace(pool, v_pool, truth[:96], torch.zeros(96, 1, 32), plan)
     left = (pool[596:] - truth[96:]).norm() / offset[96:].norm()
     assert left == pytest.approx(4 / 100, abs=1e-4)
+
+
+def test_shifts_of_layers_that_turn_otherwise_are_not_joined():
+    """A model with two rotations has a plan of each per request; a layer must be shifted by its own alone."""
+    specs = make_spec(16), make_spec(16)
+    slots = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    requests = [
+        ([(2, 20)], torch.tensor([3, 7, 9]), slots[:30]),
+        ([(0, 25)], torch.tensor([1, 2]), slots[30:]),
+    ]
+    plans = [
+        plan_mean_shift(*request, spec, first_row=3 * at)
+        for at, request in enumerate(requests)
+        for spec in specs
+    ]
+    joined = join_mean_shifts(plans)
+    assert [plan.spec for plan in joined] == list(specs)
+    assert [plan.num_shifted for plan in joined] == [15 + 23] * 2
+    assert join_mean_shifts([]) == []
 
 
 def test_strength_zero_or_no_probe_changes_nothing():
