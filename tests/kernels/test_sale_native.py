@@ -79,7 +79,7 @@ def test_the_blocks_of_torch(q_heads, kv_heads, dim, dtype, monkeypatch):
         "sale:block_q=16+block_k=32+local_window=0+segment=64+min_tokens=64",
         "sale:block_q=64+block_k=64+local_window=128+segment=64+min_tokens=100",
         "sale:block_q=19+block_k=38+local_window=20+segment=76+min_tokens=76",
-        "sale:block_q=5+block_k=3+local_window=7+segment=15+min_tokens=20",
+        "sale:block_q=15+block_k=9+local_window=7+segment=45+min_tokens=20",
     ],
 )
 def test_blocks_of_any_size(options, monkeypatch):
