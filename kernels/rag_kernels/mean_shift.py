@@ -190,27 +190,16 @@ def plan_mean_shift(
     )
 
 
-def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> list[MeanShiftPlan]:
-    """One plan for all requests of a pass whose keys turn alike: two launches per layer on a GPU.
+def join_mean_shifts(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
+    """One plan for all requests of a pass, at least one, whose slots differ: two launches per layer on a GPU.
 
-    Parameters
-    ----------
-    plans : sequence of MeanShiftPlan
-        Rows of the same new keys (``first_row``). The slots of those of one rotation differ; those of another one may
-        be the same, because a layer has one of them.
-
-    Returns
-    -------
-    list of MeanShiftPlan
-        One per rotation (:attr:`MeanShiftPlan.spec`, the same object).
+    Their rows must be rows of the same new keys (``first_row``), and their rotation the same.
     """
-    alike: dict[int, list[MeanShiftPlan]] = {}
-    for plan in plans:
-        alike.setdefault(id(plan.spec), []).append(plan)
-    return [members[0] if len(members) == 1 else _joined(members) for members in alike.values()]
+    if len(plans) == 1:
+        return plans[0]
+    if any(plan.spec is not plans[0].spec for plan in plans):
+        raise ValueError("plans of one rotation only can be joined.")
 
-
-def _joined(plans: Sequence[MeanShiftPlan]) -> MeanShiftPlan:
     def all_of(name: str) -> Tensor:
         return torch.cat([getattr(plan, name) for plan in plans])
 

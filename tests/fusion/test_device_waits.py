@@ -14,7 +14,7 @@ import torch
 from pretend_gpu import GPU, GpuTensor, pretend_gpu
 from store_writing import CONTEXT
 
-from chunk_cache import ChunkKey, ChunkKV, Match
+from chunk_cache import ChunkKey, ChunkKV, Match, layout_named
 from chunk_cache.policies import create_policy
 from rag_kernels import ATTENTION_METHODS, RotarySpec, create_attention_method
 from rag_kernels.attention.choice import kernel_named
@@ -25,6 +25,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.fused_item import BatchEntry
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.request.holdings import LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 5, 4, 2, 64, 50
@@ -104,7 +105,7 @@ class Runner:
                 self.gpu.put(torch.randn(rows, heads * DIM).to(DTYPE))
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
-            fused.run_layer(layer, self.token_to_kv_pool, q, k, v, True)
+            fused.run_layer(layer, self.token_to_kv_pool, q, k, v)
 
     def _forward_raw(self, view, proxies):
         (fused,) = (view.model_specific_states or {}).values()
@@ -113,14 +114,17 @@ class Runner:
         return types.SimpleNamespace(logits_output=types.SimpleNamespace(next_token_logits=logits))
 
 
-def make_runtime(kernel):
-    facts = types.SimpleNamespace(
-        num_layers=LAYERS,
+def make_runtime(kernel, layers):
+    facts = ModelFacts(
+        layers=tuple(layers),
         num_q_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         scaling=DIM**-0.5,
         rotary=RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, DIM, 2) / DIM)),
+        layout=layout_named("heads"),
+        fingerprint="w",
+        context_fields={},
         qkv_share=0.16,
     )
     runtime = FusionRuntime(FusionConfig(attention_kernel=kernel), None)
@@ -198,11 +202,8 @@ def forward(monkeypatch, policy, requests=2, method="", kernel="triton"):
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
     torch.manual_seed(0)
     with pretend_gpu() as gpu:
-        runner, runtime, batch = (
-            Runner(gpu, requests),
-            make_runtime(kernel),
-            make_batch(gpu, requests),
-        )
+        runner, batch = Runner(gpu, requests), make_batch(gpu, requests)
+        runtime = make_runtime(kernel, runner.layers)
         entries = []
         for index in range(requests - 1):  # the last one is ordinary
             name, *options = policy.split(",")

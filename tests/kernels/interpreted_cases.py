@@ -204,7 +204,7 @@ def shift_cases() -> dict[str, float]:
             slots, free = free[:length], free[length:]
             plans.append(plan_mean_shift(spans, rows, slots, spec, 0.5, first_row=first))
             first += rows.numel()
-        (plan,) = join_mean_shifts(plans)
+        plan = join_mean_shifts(plans)
         pools = torch.randn(2, 300, 3, dim).to(dtype)
         news, olds = (
             torch.randn(2, first, 3, dim).to(dtype),

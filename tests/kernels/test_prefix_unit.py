@@ -90,3 +90,23 @@ def test_a_cut_within_a_unit_changes_what_rows_read():
         or not torch.equal(kept(method, cut, TOKENS), whole[:, cut:])
         for cut in (121, 197, 203, 213, 299)
     )
+
+
+@pytest.mark.parametrize("text", [text for text, unit in UNITS.items() if unit])
+def test_a_prompt_that_ends_within_a_unit_reads_the_same_keys_behind_a_prefix(text):
+    method = create_attention_method(text)
+    for end in (299, 307, 318):
+        whole = kept(method, 0, end)
+        for cut in (208, end // 16 * 16):
+            assert torch.equal(kept(method, cut, end), whole[:, cut:])
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "torch"])
+def test_rows_of_a_short_block_choose_alone_as_beside_longer_ones(is_native, monkeypatch):
+    """Queries are smoothed by the mean of their block's own rows: where it is off, 4 bits hold other numbers."""
+    if not is_native:
+        monkeypatch.setattr("rag_kernels.native.estimate.load_library", lambda: None)
+    for tau in torch.logspace(-3, -0.5, 24).tolist():
+        method = create_attention_method(f"sale:{SALE.replace('0.02', str(tau))}")
+        for end in (305, 307, 311):
+            assert torch.equal(kept(method, 304, end), kept(method, 288, end)[:, 16:])

@@ -175,7 +175,9 @@ class PretendedGpu(TorchDispatchMode):
         own = [
             frame
             for frame in traceback.extract_stack()
-            if Path(frame.filename).is_relative_to(_ROOT) and frame.filename != __file__
+            if Path(frame.filename).is_relative_to(_ROOT)
+            and "site-packages" not in frame.filename
+            and frame.filename != __file__
         ]
         at = (
             f"{Path(own[-1].filename).relative_to(_ROOT)}:{own[-1].lineno} {own[-1].line}"

@@ -200,7 +200,7 @@ def check_operations(device: torch.device) -> Iterator[dict[str, Any]]:
     for place in (torch.device("cpu"), device):
         k_pool, v_pool = keys.to(place).clone(), keys.to(place).clone()
         spans = [(start, start + 200) for start in range(0, 1600, 200)]
-        (shift,) = join_mean_shifts(
+        shift = join_mean_shifts(
             [
                 plan_mean_shift(spans, rows, places.to(place)[:1600], spec),
                 plan_mean_shift([(0, 448)], rows[:40] // 4, places.to(place)[1600:], spec),

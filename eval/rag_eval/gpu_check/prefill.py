@@ -109,7 +109,7 @@ class RandomLlama:
         *,
         load: Load | None = None,
         loaded_layers: int = 0,
-        shifts: Sequence[MeanShiftPlan] = (),
+        shift: MeanShiftPlan | None = None,
         methods: MethodsOfPass | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
@@ -132,7 +132,7 @@ class RandomLlama:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
             if load is not None and index >= loaded_layers:
                 load.layer(index, k_pool, v_pool)
-            for shift in shifts if index else ():
+            if shift is not None and index > 0:
                 mean_shift_inplace(k_pool, v_pool, k, v, shift)
             k_pool.index_copy_(0, row_slots, k)
             v_pool.index_copy_(0, row_slots, v)
@@ -316,7 +316,7 @@ class _Prompts:
         both = torch.cat([rows, asked])
         plan, row_slots = self._plan(both)
         chunks = [(low, min(low + CHUNK, reused)) for low in range(0, reused, CHUNK)]
-        shifts = join_mean_shifts(
+        shift = join_mean_shifts(
             [
                 plan_mean_shift(
                     chunks, both, slots, self.llama.spec, first_row=index * both.numel()
@@ -329,5 +329,5 @@ class _Prompts:
             row_slots,
             load=self._load_once(),
             loaded_layers=watch.num_layers,
-            shifts=shifts,
+            shift=shift,
         )

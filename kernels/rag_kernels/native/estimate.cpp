@@ -59,7 +59,10 @@ void run_task(const SaleKeys& keys, int64_t head, int64_t index, SaleScratch& s)
         for (int i = 0; i < width; i++)
             put_row<InFloat, Q>(query(look, i), dim, reinterpret_cast<word*>(q + i * lanes), dim);
         const long first = long(m) * padded_width;
-        packer.put(q, thresholds + m * width, look,
+        const int64_t* rows = c.rows + g.first_row + look.block * width;
+        int own = width;
+        while (own > 1 && rows[own - 2] == rows[width - 1]) own--;
+        packer.put(q, thresholds + m * width, own, look,
                    {all_numbers.mean + long(m) * dim, all_numbers.rows + first * keys.padded,
                     all_numbers.starts + first * (STOPS + 1), all_numbers.norms + first / ROWS * STOPS});
     }

@@ -36,14 +36,15 @@ public:
                 std::fill_n(behind[stop] + keys.fours[size_t((pack.head * keys.padded + d) / 4)], 4, 1.0f);
     }
 
-    // Queries q [width][lanes], which are written over, with their thresholds
-    void put(float* q, float* threshold, Looking& look, const RowNumbers& out) {
+    // Queries q [width][lanes], which are written over, with their thresholds; those behind the first `count` repeat the
+    // last, and must not move the mean
+    void put(float* q, float* threshold, int count, Looking& look, const RowNumbers& out) {
         const int dim = keys.dim;
         double sums[256 + 16] = {};
-        for (int i = 0; i < width; i++)
+        for (int i = 0; i < count; i++)
             for (int d = 0; d < dim; d++) sums[d] += q[i * lanes + d];
         alignas(64) float mean_q[256 + 16] = {};
-        for (int d = 0; d < dim; d++) out.mean[d] = mean_q[d] = float(sums[d] / width);
+        for (int d = 0; d < dim; d++) out.mean[d] = mean_q[d] = float(sums[d] / count);
         vf largest = {};
         look.smallest = std::numeric_limits<float>::infinity();
         for (int i = 0; i < width; i++) {

@@ -106,6 +106,7 @@ def largest_excess(
     table: KeyTable,
     num_keys: int,
     granularity: Granularity = "token",
+    counts: Tensor | None = None,
 ) -> Tensor:
     """By how much a key's logit is above the threshold of a row, for the row where it is most so.
 
@@ -121,6 +122,8 @@ def largest_excess(
         First keys to look at.
     granularity : {'token', 'thread_group'}
         Who shares a 4-bit scale.
+    counts : Tensor, optional
+        Integer ``[M]``: rows of each group, the others repeat its last; all by default.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def largest_excess(
         fp32 ``[N, M, num_keys]``. A row whose threshold is very far above the smallest of its group counts with a
         lower one, so more is kept and never less.
     """
-    smooth_q, mean_q = smooth_queries(q_NMWD)
+    smooth_q, mean_q = smooth_queries(q_NMWD, counts)
     keys = table.smooth[:, :num_keys]
     # Without the term that all keys of a row share.
     threshold = threshold_NMW - (q_NMWD * table.mean[:, None]).sum(dim=-1)

@@ -30,6 +30,8 @@ class RowGroup:
     rows, positions : Tensor
         int64 ``[B, W]`` on the device: sorted rows of each and where they stand; a block with fewer rows repeats its
         last.
+    counts : Tensor
+        int64 ``[B]`` on the device: rows of each block; what is repeated behind them counts for nothing.
     """
 
     num_candidates: int
@@ -37,6 +39,7 @@ class RowGroup:
     blocks: Tensor
     rows: Tensor
     positions: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -118,6 +121,7 @@ def lay_out_rows(
                 blocks=to_device(torch.tensor([block for block, _, _ in members]), device),
                 rows=to_device(rows + first_row, device),
                 positions=to_device(positions[rows], device, torch.int64),
+                counts=to_device(torch.tensor([count for _, _, count in members]), device),
             )
         )
     first = int(found[0])

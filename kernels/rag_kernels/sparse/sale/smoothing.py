@@ -31,20 +31,30 @@ def smooth_keys(k_NKD: Tensor, num_frozen: int) -> tuple[Tensor, Tensor]:
     return k_NKD - mean, mean
 
 
-def smooth_queries(q: Tensor) -> tuple[Tensor, Tensor]:
+def smooth_queries(q: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Take the mean over the rows from queries: ``q . k == q' . k + mean . k`` for every key.
+
+    A block at the end of a piece has fewer rows than its neighbours, and has them alone or beside those; the mean is
+    that of its own rows either way.
 
     Parameters
     ----------
     q : Tensor
         Floating point ``[..., R, D]``: rows of one block.
+    counts : Tensor, optional
+        Integer ``[...]``: the first rows that count, at least 1; all by default.
 
     Returns
     -------
     tuple of Tensor
         Smoothed queries ``[..., R, D]`` and the mean ``[..., 1, D]``.
     """
-    mean = mean_of_tokens(q)
+    if counts is None:
+        mean = mean_of_tokens(q)
+    else:
+        is_row = torch.arange(q.shape[-2], device=q.device) < counts[..., None]
+        total = (q.double() * is_row[..., None]).sum(dim=-2, keepdim=True)
+        mean = (total / counts[..., None, None]).to(q.dtype)
     return q - mean, mean
 
 

@@ -77,7 +77,8 @@ def _kept(
     q = queries[group.rows].float().view(blocks, rows, heads, -1, dim)
     q = q.permute(2, 3, 0, 1, 4).reshape(heads, -1, rows, dim)
     threshold = _thresholds(group, q, scale, keys, tau, config)
-    excess = largest_excess(q, threshold, table, group.num_candidates, config.granularity)
+    counts = group.counts.repeat(q.shape[1] // blocks)
+    excess = largest_excess(q, threshold, table, group.num_candidates, config.granularity, counts)
     kept = kept_blocks(excess, config.block_k)
     return kept.view(heads, -1, blocks, kept.shape[-1])
 

@@ -88,8 +88,9 @@ class FusedForward:
                 shifts += self._shift(item, part, first)
             rows.append(part)
             first += part.count
-        if self._req_to_token.device.type != "cpu":
-            shifts = join_mean_shifts(shifts)
+        if shifts and self._req_to_token.device.type != "cpu":
+            alike = [[s for s in shifts if s.spec is spec] for spec in self._facts.rotaries]
+            shifts = [join_mean_shifts(plans) for plans in alike if plans]
         fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
         fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=True)
