@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rag_kernels.attention.base import LogitRules
+from rag_kernels.host_copy import to_device
 from rag_kernels.native.selection import native_mass
 from rag_kernels.paged import gather_kv
 
@@ -58,7 +59,7 @@ def query_attention_mass(
     kv_heads = k_pool.shape[1]
     group = q_heads // kv_heads
     keys = gather_kv(k_pool, slots[:kv_len]).transpose(0, 1).float()
-    positions = q_pos.to(q_RNH.device, torch.int64)
+    positions = to_device(q_pos, q_RNH.device, torch.int64)
     key_at = torch.arange(kv_len, device=q_RNH.device)
     packed = q_RNH.reshape(rows, kv_heads, group, dim).transpose(0, 1).float() * scale
     block = max(1, _BLOCK_ELEMENTS // (group * kv_len))

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from rag_eval.gpu_check import carry, engine, main
+from rag_eval.gpu_check import carry, engine, main, prefill
 from rag_eval.gpu_check.command import wrong
 from rag_eval.gpu_check.engine import try_engine
 from rag_kernels.attention.cpu import CpuKernel
@@ -125,3 +125,26 @@ def test_without_a_gpu_the_dry_run_is_named(tmp_path, capsys):
         main(["--out", str(tmp_path)])
     assert ended.value.code == 2
     assert "--device cpu --small" in capsys.readouterr().err
+
+
+def test_a_scored_prefill_pays_for_every_layer_once_and_for_the_shift(monkeypatch):
+    """What the scoring pass did not reach is loaded by the final one; the rows that stay are shifted, as in an engine."""
+    llama = prefill.RandomLlama(prefill.TINY, 2 * 128, torch.device("cpu"))
+    ways = prefill._Prompts(llama, 128, 2).ways()
+    loaded, shifted = [], []
+    load, shift = prefill.Load.layer, prefill.mean_shift_inplace
+
+    def note_load(self, index, *pools):
+        loaded.append(index)
+        load(self, index, *pools)
+
+    def note_shift(*call):
+        shifted.append(call[-1].num_shifted)
+        shift(*call)
+
+    monkeypatch.setattr(prefill.Load, "layer", note_load)
+    monkeypatch.setattr(prefill, "mean_shift_inplace", note_shift)
+    ways["query 15%, scoring included"]()
+    assert sorted(loaded) == list(range(prefill.TINY.layers))
+    assert len(shifted) == prefill.TINY.layers - 1
+    assert min(shifted) > 0

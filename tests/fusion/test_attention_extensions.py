@@ -364,4 +364,4 @@ def test_a_chunk_that_is_built_behind_a_sparse_prompt_is_dense(engine):
     assert sparse
     assert sparse.keys() == dense.keys()
     for key, layers in sparse.items():
-        torch.testing.assert_close(layers, dense[key], rtol=0, atol=1e-5)
+        torch.testing.assert_close(layers, dense[key], rtol=0, atol=1e-4)

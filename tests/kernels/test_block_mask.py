@@ -279,3 +279,26 @@ def test_options_behind_a_name():
 def test_a_bad_method_is_named(text, message):
     with pytest.raises(ValueError, match=message):
         create_attention_method(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "power:block=8",
+        "block_topk:block=8",
+        "xattention:block=8",
+        "vertical_slash:block=8",
+        "sale:block_q=8+block_k=8+segment=8",
+    ],
+)
+def test_small_blocks_of_a_long_prompt_are_refused_before_they_take_the_memory(text):
+    """A client names the options: what they cost must be its request's speed, never the process."""
+    rows, slots = torch.tensor([0, 199_999]), torch.arange(200_000) % 1_000
+    plan = plan_position_causal([rows], [slots], num_q_heads=8, num_kv_heads=1, head_dim=16)
+    pool = torch.zeros(1_000, 1, 16)
+    call = AttentionCall(
+        q_RNH=torch.zeros(2, 8, 16), k_pool=pool, v_pool=pool, plan=plan, scale=0.25
+    )
+    method = create_attention_method(text)
+    with pytest.raises(ValueError, match="ask for larger blocks"):
+        method.mask(0, call, method.prepare(plan, (0,)))

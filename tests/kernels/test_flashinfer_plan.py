@@ -245,6 +245,21 @@ def test_layers_of_a_pass_are_planned_once_and_before_the_first(kernel):
     assert len(Wrapper.plans) == 1
 
 
+def test_layers_with_and_without_a_window_do_not_plan_over_one_another(kernel):
+    rows = torch.arange(100)
+    plan = plan_position_causal(
+        [rows], [rows], num_q_heads=4, num_kv_heads=2, head_dim=64, kernel="reference"
+    )
+    q = torch.randn(100, 4, 64, dtype=torch.bfloat16)
+    pool = torch.zeros(100, 2, 64, dtype=torch.bfloat16)
+    for layer in range(6):
+        window = None if layer % 3 == 2 else 32
+        assert torch.equal(
+            position_causal_attention(q, pool, pool, plan, 0.5, sliding_window=window), q
+        )
+    assert [one.get("window_left") for one in Wrapper.plans] == [31, None]
+
+
 def test_window_and_cap_of_runs_and_the_pools_type_are_passed_on(kernel):
     assert attend(100, sliding_window=32, logit_cap=5.0)
     (planned,) = Wrapper.plans

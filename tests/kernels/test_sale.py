@@ -405,7 +405,8 @@ def test_where_nothing_is_known_everything_is_read():
     ("options", "message"),
     [
         ("block_q=48", "segment 128 is not a multiple of block_q 48"),
-        ("block_k=0", "must be at least 1"),
+        ("block_k=0", "must be at least 8"),
+        ("block_q=4+block_k=4+segment=4", "must be at least 8"),
         ("min_tokens=8", "more than block_k 32"),
         ("granularity=warp", "one of token, thread_group"),
         ("thresholds=nan", "must be at least 0"),

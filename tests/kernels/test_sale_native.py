@@ -79,7 +79,7 @@ def test_the_blocks_of_torch(q_heads, kv_heads, dim, dtype, monkeypatch):
         "sale:block_q=16+block_k=32+local_window=0+segment=64+min_tokens=64",
         "sale:block_q=64+block_k=64+local_window=128+segment=64+min_tokens=100",
         "sale:block_q=19+block_k=38+local_window=20+segment=76+min_tokens=76",
-        "sale:block_q=5+block_k=3+local_window=7+segment=15+min_tokens=20",
+        "sale:block_q=15+block_k=9+local_window=7+segment=45+min_tokens=20",
     ],
 )
 def test_blocks_of_any_size(options, monkeypatch):
@@ -126,3 +126,18 @@ def test_keys_and_queries_of_nothing_but_zeros(monkeypatch):
     call.k_pool.zero_()
     options = f"{SMALL}+thresholds=0.001"
     assert torch.equal(chosen(call, options), chosen(call, options, monkeypatch))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_are_no_numbers_cost_their_own_block_alone(value, dtype):
+    """A row of another request's batch must not end the process; the blocks of other rows stay as they are."""
+    options = f"{SMALL}+thresholds=0.2"
+    want = chosen(call_of(9, 3, 64, dtype), options)
+    for channels in (slice(3, 4), slice(None)):
+        call = call_of(9, 3, 64, dtype)
+        call.q_RNH[300, 4, channels] = value
+        got = chosen(call, options)
+        others = torch.arange(want.shape[1]) != 300 // 16
+        assert torch.equal(got[:, others], want[:, others])
+        assert bool(got[:, :, 0].all())

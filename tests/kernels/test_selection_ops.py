@@ -274,3 +274,14 @@ def test_joined_plans_stay_apart_by_rotation_and_shift_as_one_by_one():
         mean_shift_inplace(got[0], got[1], new[0], new[1], together)
         torch.testing.assert_close(got, want)
     assert join_mean_shifts([]) == []
+
+
+def test_mass_of_a_layer_with_a_window_makes_nobody_wait():
+    """Positions are on the host; their copy to a GPU comes from page-locked memory."""
+    with pretend_gpu() as gpu:
+        q, k, slots = (
+            gpu.put(one) for one in (torch.randn(3, 2, 8), torch.randn(9, 1, 8), torch.arange(9))
+        )
+        rules = LogitRules(sliding_window=4, logit_cap=20.0)
+        query_attention_mass(q, k, slots, torch.tensor([6, 7, 8]), 9, 0.3, rules)
+        assert gpu.waits == []

@@ -1,7 +1,8 @@
 """Prefill of a random-weight Llama by this project's kernels alone: full, reused, with chosen rows, with a sparse method.
 
 Weights are random, so only time is measured. The steps are those of a fused pass: chunk KV is loaded from host memory
-and rotated layer by layer, the chosen rows are computed over it, and the last row gives the logits.
+and rotated layer by layer, once per layer whatever passes there are, the chosen rows are computed over it, with the
+scoring pass also the mean shift of the others, and the last row gives the logits.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from rag_kernels import (
     ATTENTION_METHODS,
     AttentionCall,
     MassPlan,
+    MeanShiftPlan,
     MethodsOfPass,
     PositionCausalPlan,
     RotarySpec,
     attention_mass,
     create_attention_method,
+    join_mean_shifts,
     load_spans_inplace,
+    mean_shift_inplace,
     plan_attention_mass,
+    plan_mean_shift,
     plan_position_causal,
     plan_span_load,
     position_causal_attention,
@@ -103,12 +108,15 @@ class RandomLlama:
         row_slots: Tensor,
         *,
         load: Load | None = None,
+        loaded_layers: int = 0,
+        shift: MeanShiftPlan | None = None,
         methods: MethodsOfPass | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
         """Compute the rows of a plan; returns the logits of the last row of each request, fp32.
 
-        With ``watch`` the pass ends behind its last layer, and its sum is returned.
+        The first ``loaded_layers`` are there already. With ``watch`` the pass ends behind its last layer, and its sum is
+        returned.
         """
         shape, positions = self.shape, plan.positions.to(self.device)
         cos, sin = self.spec.cos_sin(positions.long(), self.device)
@@ -122,8 +130,10 @@ class RandomLlama:
                 .split([shape.q_heads, shape.kv_heads, shape.kv_heads], dim=1)
             )
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-            if load is not None:
+            if load is not None and index >= loaded_layers:
                 load.layer(index, k_pool, v_pool)
+            if shift is not None and index > 0:
+                mean_shift_inplace(k_pool, v_pool, k, v, shift)
             k_pool.index_copy_(0, row_slots, k)
             v_pool.index_copy_(0, row_slots, v)
             if watch is not None and watch.look(index, q, k_pool, plan, self.scale):
@@ -176,6 +186,8 @@ class Watch:
 
     def __init__(self, llama: RandomLlama, slots: Sequence[Tensor]) -> None:
         self._first, self._last = llama.shape.layers // 2, max(1, int(0.8 * llama.shape.layers))
+        self.num_layers = self._last
+        """Layers that the pass goes through."""
         self._slots = slots
         self._mass_plan: MassPlan | None = None
         self.mass = torch.zeros(1)
@@ -301,5 +313,21 @@ class _Prompts:
             0, :reused
         ]  # the same rows of all: they are planned together
         rows = each.topk(round(0.15 * reused)).indices.sort().values.cpu()
-        plan, row_slots = self._plan(torch.cat([rows, asked]))
-        return self.llama.forward(plan, row_slots)  # the pool holds the chunks already
+        both = torch.cat([rows, asked])
+        plan, row_slots = self._plan(both)
+        chunks = [(low, min(low + CHUNK, reused)) for low in range(0, reused, CHUNK)]
+        (shift,) = join_mean_shifts(
+            [
+                plan_mean_shift(
+                    chunks, both, slots, self.llama.spec, first_row=index * both.numel()
+                )
+                for index, slots in enumerate(self.slots)
+            ]
+        )
+        return self.llama.forward(
+            plan,
+            row_slots,
+            load=self._load_once(),
+            loaded_layers=watch.num_layers,
+            shift=shift,
+        )

@@ -11,6 +11,7 @@ Speed and numerics on a GPU: unmeasured.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 from collections.abc import Iterator
@@ -162,7 +163,8 @@ class _Planned:
 class _Wrappers:
     """The wrappers for one pair of element types, head size and device; they share a workspace.
 
-    Layers with a block mask and layers without one have their own, so that a model of both is planned once per pass.
+    Layers with a block mask, a window or a cap and layers without have their own, so that a model of both is planned once
+    per pass: planning anew for each layer takes time, and would write over tables that the device may not have read yet.
     """
 
     def __init__(
@@ -183,12 +185,16 @@ class _Wrappers:
                 _Planned(Wrapper(workspace, "NHD", **variant), is_causal=False),
             )
 
-        self._pairs = {False: pair(), True: pair()}
+        self._pairs = collections.defaultdict[
+            tuple[bool, int | None, float | None], tuple[_Planned, _Planned]
+        ](pair)
         self.has_run = False
 
-    def parts(self, groups: RowGroups, *, is_masked: bool) -> list[tuple[PagedLayout, _Planned]]:
+    def parts(self, call: AttentionCall) -> list[tuple[PagedLayout, _Planned]]:
         """Layouts with rows, and the wrapper of each."""
-        runs, scattered = self._pairs[is_masked]
+        groups = _groups(call.plan, call.mask)
+        rules = (call.mask is not None, call.sliding_window, call.logit_cap)
+        runs, scattered = self._pairs[rules]
         pairs = ((groups.runs, runs), (groups.scattered, scattered))
         return [(layout, planned) for layout, planned in pairs if layout is not None]
 
@@ -268,7 +274,7 @@ class FlashInferKernel(AttentionKernel):
         wrappers = self._wrappers.get(key)
         if wrappers is None:
             wrappers = self._wrappers[key] = _Wrappers(*key)
-        parts = wrappers.parts(_groups(call.plan, call.mask), is_masked=call.mask is not None)
+        parts = wrappers.parts(call)
         for layout, planned in parts:
             planned.plan(call.plan, layout, PlanOptions.of(call))
         return wrappers, parts

@@ -133,7 +133,10 @@ private:
         std::copy(rest.begin(), then, order.begin());
         float largest = TINY;
         for (auto at = then; at != rest.end(); at++) largest = std::max(largest, parts[size_t(*at)].norm[0]);
-        const auto step_of = [&](int row) { return STEPS - 1 - int(parts[size_t(row)].norm[0] / largest * (STEPS - 1)); };
+        const auto step_of = [&](int row) {
+            const float share = parts[size_t(row)].norm[0] / largest;
+            return share >= 0.0f && share <= 1.0f ? STEPS - 1 - int(share * (STEPS - 1)) : 0;  // NaN is no index
+        };
         size_t place[STEPS + 1] = {};
         for (auto at = then; at != rest.end(); at++) place[step_of(*at) + 1]++;
         place[0] = size_t(then - rest.begin());

@@ -15,7 +15,10 @@ from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.paged import gather_kv
 from rag_kernels.sparse.base import AttentionMethod
-from rag_kernels.sparse.row_blocks import block_range, check_block
+from rag_kernels.sparse.row_blocks import block_range, check_block, check_mask
+
+_ENTRY_BYTES = 16
+"""Of a mask while it is made: scores, their order, and what is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,7 @@ class ScoredBlocks(AttentionMethod):
         made: list[RequestBlocks | None] = [None] * len(plan.slots)
         q = call.sorted_q
         for request, (first, last) in state.items():
+            check_mask(plan.num_q_heads, last - first + 1, last + 1, _ENTRY_BYTES)
             lo, hi = plan.row_starts[request], plan.row_starts[request + 1]
             positions = plan.sorted_positions[lo:hi].long()
             slots = plan.slots[request][: self._num_keys(plan, request)]

@@ -15,7 +15,10 @@ from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.host_copy import to_device
 from rag_kernels.sparse.base import AttentionMethod
-from rag_kernels.sparse.row_blocks import block_range, check_block
+from rag_kernels.sparse.row_blocks import block_range, check_block, check_mask
+
+_ENTRY_BYTES = 24
+"""Of a mask while it is made: distances of blocks are 8 bytes, and a rule holds a few of them at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class StaticBlocks(AttentionMethod):
             if found is None:
                 continue
             first, last = found
+            check_mask(1, last - first + 1, last + 1, _ENTRY_BYTES)
             allowed = self.allowed(first, last)[None]
             made[request] = RequestBlocks(
                 allowed=to_device(allowed, plan.device),

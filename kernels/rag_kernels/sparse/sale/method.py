@@ -16,6 +16,7 @@ from rag_kernels.host_copy import to_device
 from rag_kernels.native.estimate import native_choice
 from rag_kernels.paged import gather_kv
 from rag_kernels.sparse.base import AttentionMethod
+from rag_kernels.sparse.row_blocks import SMALLEST_BLOCK, check_mask
 from rag_kernels.sparse.sale.layout import RequestLayout, lay_out_rows
 from rag_kernels.sparse.sale.quantization import Granularity
 from rag_kernels.sparse.sale.selection import DENSE_TAU, LARGEST_TAU
@@ -61,9 +62,10 @@ class SaleConfig:
     estimate: Literal["int4", "exact"] = "int4"
 
     def __post_init__(self) -> None:
-        if self.block_q < 1 or self.block_k < 1 or self.segment < 1:
+        if min(self.block_q, self.block_k, self.segment) < SMALLEST_BLOCK:
             raise ValueError(
-                f"block_q {self.block_q}, block_k {self.block_k} and segment {self.segment} must be at least 1."
+                f"block_q {self.block_q}, block_k {self.block_k} and segment {self.segment} must be at least "
+                f"{SMALLEST_BLOCK}."
             )
         if self.segment % self.block_q or self.segment % self.block_k:
             raise ValueError(
@@ -222,8 +224,10 @@ class SaleAttention(AttentionMethod):
         tau: Tensor,
     ) -> RequestBlocks:
         config, plan = self.config, call.plan
+        key_blocks = -(-layout.num_keys // config.block_k)
+        check_mask(plan.num_q_heads, layout.num_blocks, key_blocks, 1)
         allowed = torch.ones(
-            (plan.num_q_heads, layout.num_blocks, -(-layout.num_keys // config.block_k)),
+            (plan.num_q_heads, layout.num_blocks, key_blocks),
             dtype=torch.bool,
             device=call.q_RNH.device,
         )
