@@ -140,7 +140,7 @@ def run_on_server(
 
 
 def _show(report: dict[str, Any], *, json_output: bool) -> None:
-    """Print a report as JSON, or as lines: entries and tiers first, then one figure each."""
+    """Print a report as JSON, or as lines: entries and tiers first, then one figure each, and what each replica did."""
     if json_output:
         emit_json(report)
         return
@@ -149,8 +149,11 @@ def _show(report: dict[str, Any], *, json_output: bool) -> None:
     for tier in report.pop("tiers", ()):
         name = tier.pop("name")
         write(f"{name:16} {'  '.join(f'{k} {_figure(v)}' for k, v in tier.items())}\n")
+    replicas = report.pop("replicas", ())
     for name, value in report.items():
         write(f"{name:16} {_figure(value)}\n")
+    for number, replica in enumerate(replicas):
+        write(f"{f'replica {number}':16} {_figure(replica)}\n")
 
 
 def _line(entry: Mapping[str, Any]) -> str:
@@ -168,7 +171,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 def _figure(value: object) -> str:
     if isinstance(value, list):
-        return " ".join(str(one)[:16] for one in value) or "none"
+        return " ".join(_figure(o) if isinstance(o, dict) else str(o)[:16] for o in value) or "none"
     if isinstance(value, dict):
         return "; ".join(f"{name} {_figure(one)}" for name, one in value.items()) or "none"
     if isinstance(value, float):

@@ -96,3 +96,16 @@ def test_a_pin_with_an_end_is_shown_with_what_is_left(
     assert "pinned for 7" in capsys.readouterr().out.splitlines()[0]
     assert main(["cache", "unpin", key.digest, *where, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["unpinned"] == [key.digest]
+
+
+def test_what_each_replica_did_is_a_line_of_its_own(capsys):
+    from rag_pipeline.cli.cache import _show
+
+    replicas = [{"pinned": ["ab" * 32], "tiers": [{"name": "disk"}]}, {"pinned": []}]
+    _show({"action": "pin", "replicas": replicas}, json_output=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "action pin",
+        f"replica 0 pinned {'ab' * 8}; tiers name disk",
+        "replica 1 pinned none",
+    ]

@@ -343,25 +343,3 @@ def test_the_field_travels_in_both_carriers():
     assert parse_custom_params(request.to_custom_params(), 9) == request
     assert request.to_kv_hints()["actions"][0]["payload"]["attention"] == SPARSE
     assert "rag_attention" not in FusionRequest().to_custom_params()
-
-
-def test_a_chunk_that_is_built_behind_a_sparse_prompt_is_dense(engine):
-    local = engine("llama")
-
-    def built(**more):
-        local.fresh()
-        for _ in range(2):  # text is built when it is missed again
-            local.ask(SWAPPED, 1, fusion={"spans": SWAPPED_SPANS, "policy": "reuse", **more})
-            local.settle()
-        store, found = local.runtime.store, {}
-        for key in store.keys():  # noqa: SIM118
-            with store.borrow(key) as record:
-                layers = range(local.runtime.facts.num_layers)
-                found[key] = [record.layer(i).k.clone() for i in layers]
-        return found
-
-    sparse, dense = built(attention=SALE), built()
-    assert sparse
-    assert sparse.keys() == dense.keys()
-    for key, layers in sparse.items():
-        torch.testing.assert_close(layers, dense[key], rtol=0, atol=1e-4)
