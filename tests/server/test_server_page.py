@@ -65,8 +65,11 @@ class Page:
         box = self.find("#key")
         box.clear()
         box.send_keys(self.server.keys[tenant] + "\t")
+        # One tenant of this server has an index that is hurt on purpose; the operator sees it, other tenants do not.
+        state = "degraded" if tenant == "operator" else "ok"
         self.until(
-            lambda: self.find("#health").get_attribute("data-state") == "ok", "health is not ok"
+            lambda: self.find("#health").get_attribute("data-state") == state,
+            f"health is not {state}",
         )
 
     def ask(self, question: str) -> None:
@@ -111,6 +114,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(driver: Any, rag_server: Any) -> Page:
+    driver.get_log("browser")  # what it complained about in another test
     return Page(driver, rag_server)
 
 

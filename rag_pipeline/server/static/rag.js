@@ -11,7 +11,7 @@ async function showHealth() {
     const health = await (await call("health")).json();
     box.dataset.state = health.status;
     const fusion = health.gate.on ? `fusion on (${health.gate.policy})` : "fusion off";
-    const store = health.cache.store.chunks_now;
+    const store = health.cache.store?.chunks_now;
     box.textContent = `${health.model}, ${fusion}${store === undefined ? "" : `, ${count(store)} chunks cached`}`;
     box.title = health.problems.join("; ");
     const names = Object.keys(health.index);
