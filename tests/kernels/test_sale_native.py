@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -141,3 +143,11 @@ def test_queries_that_are_no_numbers_cost_their_own_block_alone(value, dtype):
         others = torch.arange(want.shape[1]) != 300 // 16
         assert torch.equal(got[:, others], want[:, others])
         assert bool(got[:, :, 0].all())
+
+
+def test_queries_of_another_plan_are_told():
+    call = call_of(4, 2, 64, torch.bfloat16)
+    for other in (call.q_RNH[:-1], call.q_RNH[:, :3], call.q_RNH[..., :32]):
+        wrong = dataclasses.replace(call, q_RNH=other)
+        with pytest.raises(IndexError, match="for a plan of 460 rows, 4 heads of 64"):
+            chosen(wrong, f"{SMALL}+thresholds=0.2")
