@@ -40,7 +40,7 @@ from rag_eval.benchmarks.frame import (
     time_in_turns,
     versions_of,
 )
-from rag_eval.benchmarks.power_nll import static_named
+from rag_eval.benchmarks.named_methods import static_density, static_named
 from rag_eval.command import Progress
 from rag_eval.errors import EvalError
 from rag_kernels import (
@@ -226,7 +226,7 @@ def _calls(
         )
         mask = method.prepare(plan, [0])
         calls[text] = attention(torch.arange(length), mask)
-        density[text] = float(_pairs(method, length)) / (length * (length + 1) / 2)
+        density[text] = static_density(method, length)
     if config.method_names:
         one = SimpleNamespace(req_pool_indices=torch.tensor([0]), seq_lens=torch.tensor([length]))
 
@@ -249,16 +249,6 @@ def _calls(
                 decode(kept_positions(method, length - 1)).keys_read / length
             )
     return calls, density, "/".join(sorted(kernels))
-
-
-def _pairs(method: StaticBlocks, length: int) -> int:
-    """Pairs of a row and a key that it reads."""
-    size = method.config.block
-    blocks = -(-length // size)
-    tokens = torch.full((blocks,), size)
-    tokens[-1] = length - (blocks - 1) * size
-    before = method.allowed(0, blocks - 1).tril(-1).long() @ tokens
-    return int((tokens * before + tokens * (tokens + 1) // 2).sum())
 
 
 def table(report: dict[str, Any]) -> str:

@@ -23,8 +23,9 @@ from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.attention_density import density_by_length
 from rag_eval.benchmarks.attention_model import MethodModel
 from rag_eval.benchmarks.attention_prompts import KINDS, Document, make_document
-from rag_eval.benchmarks.attention_seen import SeenAttention, named_method
+from rag_eval.benchmarks.attention_seen import SeenAttention
 from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
 from rag_eval.metrics import interval
 from rag_eval.runner.prompts import PromptMaker

@@ -10,18 +10,9 @@ import torch
 from rag_eval.benchmarks.attention_density import brought_to
 from rag_eval.benchmarks.attention_mass import Kept, MassGrid, added, density_of
 from rag_eval.benchmarks.attention_model import MethodModel, blocks_of
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
-from rag_eval.errors import EvalError
-from rag_kernels import AttentionMethod, create_attention_method
 from rag_kernels.attention.base import AttentionCall
-
-
-def named_method(text: str) -> AttentionMethod:
-    """Make a method; a text that names none is one line."""
-    try:
-        return create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
 
 
 class SeenAttention:

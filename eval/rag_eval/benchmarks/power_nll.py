@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.named_methods import static_density, static_named
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels import create_attention_method
 from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.models import resolve_llm
 from rag_pipeline.prompts import ModelTokenizer
@@ -56,17 +56,6 @@ class PowerNllConfig:
     def names(self) -> list[str]:
         """:attr:`methods` one by one."""
         return self.methods.split(",")
-
-
-def static_named(text: str) -> StaticBlocks:
-    """Make a static attention method; one line where there is none of that name."""
-    try:
-        method = create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
-    if not isinstance(method, StaticBlocks):
-        raise EvalError(f"{text!r} chooses by the prompt; give methods that are static")
-    return method
 
 
 def mask_of(method: StaticBlocks, tokens: int) -> Tensor:
@@ -143,11 +132,9 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
         deltas = [a - b for a, b in zip(losses[name], losses["dense"], strict=True)]
         found[name] = {"loss": _spread(losses[name]), "delta": _spread(deltas)}
         if method is not None:
-            read = mask_of(method, config.tokens)
-            pairs = config.tokens * (config.tokens + 1) // 2
             found[name] |= {
                 "blocks_last_row": method.decode_blocks(config.tokens - 1).numel(),
-                "density": round(int(read.sum()) / pairs, 4),
+                "density": round(static_density(method, config.tokens), 4),
             }
     return {
         "benchmark": "power_nll",

@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
-from rag_eval.benchmarks.power_nll import MaskedModel, mask_of, static_named
+from rag_eval.benchmarks.named_methods import static_density, static_named
+from rag_eval.benchmarks.power_nll import MaskedModel
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_kernels.sparse.static_blocks import StaticBlocks
@@ -121,10 +122,9 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
             "n": len(prompts),
         }
         if method is not None:
-            read = int(mask_of(method, tokens).sum())
             found[name] |= {
                 "blocks_last_row": method.decode_blocks(tokens - 1).numel(),
-                "density": round(read / (tokens * (tokens + 1) // 2), 4),
+                "density": round(static_density(method, tokens), 4),
             }
     return {
         "benchmark": "power_passkey",

@@ -27,9 +27,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels import create_attention_method
 from rag_kernels.sparse.static_blocks import StaticBlocks
 
 _FILLERS, _PASSKEYS = 16, 16
@@ -83,10 +83,7 @@ class PowerToyConfig:
 
 def _blocks_read(text: str, blocks: int) -> Tensor:
     """Which blocks each block of rows reads by a pattern; bool ``[blocks, blocks]``."""
-    try:
-        method = create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
+    method = named_method(text)
     if method.name == "dense":
         return torch.ones(blocks, blocks, dtype=torch.bool).tril()
     if not isinstance(method, StaticBlocks):
