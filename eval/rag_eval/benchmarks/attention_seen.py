@@ -59,8 +59,7 @@ class SeenAttention:
 
     def density(self, text: str) -> float:
         """Share of the keys that a method reads, all prompts together."""
-        parts = [part for layers in self.kept(text).values() for part in layers]
-        return density_of(parts)
+        return _density(self.kept(text))
 
     def report(self, text: str) -> dict[str, Any]:
         """Density and recall of attention mass, all together and by prompt."""
@@ -72,7 +71,7 @@ class SeenAttention:
             ]
         )
         made: dict[str, Any] = {
-            "density": round(self.density(text), 4),
+            "density": round(_density(kept), 4),
             "recall": round(float(by_head.mean()), 4),
             "recall_worst": round(float(by_head.min()), 4),
             "recall_heads": by_head.numel(),
@@ -99,3 +98,7 @@ class SeenAttention:
             told[name] = {"options": options} | self.report(options)
             progress(f"{tokens} tokens, {told[name]}")
         return told
+
+
+def _density(kept: Mapping[str, Sequence[Kept]]) -> float:
+    return density_of([part for layers in kept.values() for part in layers])
