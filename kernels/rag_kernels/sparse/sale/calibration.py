@@ -38,8 +38,11 @@ class Calibration:
         Options that the thresholds are for; its own thresholds are not used.
     """
 
-    def __init__(self, theta: float, config: SaleConfig | None = None) -> None:
+    def __init__(
+        self, theta: float, config: SaleConfig | None = None, first_tau: float = FIRST_TAU
+    ) -> None:
         self.theta = theta
+        self.first_tau = first_tau
         self.config = config or SaleConfig()
         self._tau: dict[int, Tensor] = {}
 
@@ -61,7 +64,7 @@ class Calibration:
             fp32 ``[H]``: error per row of each head with its threshold.
         """
         rows, heads, _ = q_RHD.shape
-        tau = self._tau.setdefault(layer, torch.full((heads,), FIRST_TAU, dtype=torch.float64))
+        tau = self._tau.setdefault(layer, torch.full((heads,), self.first_tau, dtype=torch.float64))
         error = torch.zeros(heads)
         group = heads // k_RND.shape[1]
         open_heads = (tau > 0).nonzero().flatten()
