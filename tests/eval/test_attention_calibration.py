@@ -121,6 +121,8 @@ def test_a_calibrated_model_is_found_by_its_weights(
     [
         (["--theta", "0"], 2, "--theta is 0.0; it must be positive"),
         (["--count", "0"], 2, "--count is 0"),
+        (["--largest", "0.0001"], 2, "largest threshold is 0.0001; give a number above 0.0001"),
+        (["--largest", "inf"], 2, "largest threshold is inf"),
         (["--tokens", "1024"], 1, "--tokens is 1024; only prompts of more than 1024"),
         (["--samples", "/none.jsonl"], 1, "samples /none.jsonl cannot be read"),
     ],

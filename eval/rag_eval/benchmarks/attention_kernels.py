@@ -36,6 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import (
     benchmark_parser,
+    keep_measured,
     run_benchmark,
     time_in_turns,
     versions_of,
@@ -119,31 +120,32 @@ def _numbers(config: AttentionKernelsConfig, name: str) -> list[float]:
 def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
     """Time every call; see the module."""
     before = torch.get_num_threads()
-    cases = []
+    cases: list[dict[str, Any]] = []
     try:
-        for length in map(int, _numbers(config, "lengths")):
-            calls, density, kernel = _calls(config, length)
-            for threads in map(int, _numbers(config, "threads")):
-                torch.set_num_threads(threads)
-                progress(f"{length} tokens, {threads} thread(s)")
-                timers = time_in_turns(calls, config.repeats, progress)
-                times = {name: timer.report() for name, timer in timers.items()}
-                cases.append(
-                    {
-                        "tokens": length,
-                        "threads": threads,
-                        "kernel": kernel,
-                        "calls": {
-                            name: {
-                                **time,
-                                "density": density.get(name, 1.0),
-                                "vs_torch": _ratios(time, times[_base(name, "torch causal")]),
-                                "vs_all_rows": _ratios(time, times[_base(name, "rows 1")]),
-                            }
-                            for name, time in times.items()
-                        },
-                    }
-                )
+        with keep_measured(lambda: cases) as end:
+            for length in map(int, _numbers(config, "lengths")):
+                calls, density, kernel = _calls(config, length)
+                for threads in map(int, _numbers(config, "threads")):
+                    torch.set_num_threads(threads)
+                    progress(f"{length} tokens, {threads} thread(s)")
+                    timers = time_in_turns(calls, config.repeats, progress)
+                    times = {name: timer.report() for name, timer in timers.items()}
+                    cases.append(
+                        {
+                            "tokens": length,
+                            "threads": threads,
+                            "kernel": kernel,
+                            "calls": {
+                                name: {
+                                    **time,
+                                    "density": density.get(name, 1.0),
+                                    "vs_torch": _ratios(time, times[_base(name, "torch causal")]),
+                                    "vs_all_rows": _ratios(time, times[_base(name, "rows 1")]),
+                                }
+                                for name, time in times.items()
+                            },
+                        }
+                    )
     finally:
         torch.set_num_threads(before)
     return {
@@ -151,7 +153,7 @@ def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
         "cases": cases,
         "versions": versions_of("python", "torch"),
         "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    } | end.report()
 
 
 def _base(name: str, other: str) -> str:

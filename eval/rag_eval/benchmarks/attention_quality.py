@@ -24,7 +24,13 @@ from rag_eval.benchmarks.attention_density import density_by_length
 from rag_eval.benchmarks.attention_model import MethodModel
 from rag_eval.benchmarks.attention_prompts import KINDS, Document, make_document
 from rag_eval.benchmarks.attention_seen import SeenAttention
-from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import (
+    Report,
+    benchmark_parser,
+    keep_measured,
+    run_benchmark,
+    versions_of,
+)
 from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
 from rag_eval.metrics import interval
@@ -109,20 +115,16 @@ def run(config: AttentionQualityConfig, progress: Progress = no_progress) -> Rep
     fingerprint = fingerprint_checkpoint(folder)
     model = MethodModel(folder)
     lengths: dict[str, Any] = {}
-    interrupted = False
-    try:
+    with keep_measured(lambda: any(lengths.values())) as end:
         for tokens, density in config.densities.items():
             rows = lengths[str(tokens)] = {}
             for name, row in _compare(config, model, fingerprint, maker, tokens, density, progress):
                 rows[name] = row
-    except KeyboardInterrupt:
-        interrupted = True
     return {
         "config": dataclasses.asdict(config),
         "lengths": lengths,
-        "interrupted": interrupted,
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def _compare(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.named_methods import static_density, static_named
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
@@ -120,13 +120,16 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
     folder = resolve_llm(config.model).path
     texts = _texts(ModelTokenizer.load(folder), config)
     masked = MaskedModel(str(folder))
-    losses: dict[str, list[float]] = {}
     methods: dict[str, StaticBlocks | None] = {"dense": None}
     methods |= {name: static_named(name) for name in config.names}
-    for number, ids in enumerate(texts, 1):
-        for name, method in methods.items():
-            progress(f"text {number} of {len(texts)}, {name}")
-            losses.setdefault(name, []).append(masked.loss(ids, method))
+    losses: dict[str, list[float]] = {name: [] for name in methods}
+    with keep_measured(lambda: all(losses.values())) as end:
+        for number, ids in enumerate(texts, 1):
+            for name, method in methods.items():
+                progress(f"text {number} of {len(texts)}, {name}")
+                losses[name].append(masked.loss(ids, method))
+    whole = min(map(len, losses.values()))  # texts that every method has gone through
+    losses = {name: values[:whole] for name, values in losses.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         deltas = [a - b for a, b in zip(losses[name], losses["dense"], strict=True)]
@@ -142,7 +145,7 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
         "methods": found,
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def _texts(tokenizer: ModelTokenizer, config: PowerNllConfig) -> list[Tensor]:

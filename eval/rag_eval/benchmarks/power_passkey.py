@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.named_methods import static_density, static_named
 from rag_eval.benchmarks.power_nll import MaskedModel
 from rag_eval.command import Progress, no_progress
@@ -105,21 +105,23 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
     methods |= {name: static_named(name) for name in config.names}
     right: dict[str, list[bool]] = {name: [] for name in methods}
     losses: dict[str, list[float]] = {name: [] for name in methods}
-    for number, (ids, count) in enumerate(prompts, 1):
-        for name, method in methods.items():
-            progress(f"prompt {number} of {len(prompts)}, {name}")
-            logits, key = masked.logits(ids, method, count + 1)[:-1], ids[-count:]
-            right[name].append(bool((logits.argmax(-1) == key).all()))
-            losses[name].append(float(cross_entropy(logits, key)))
+    with keep_measured(lambda: all(losses.values())) as end:
+        for number, (ids, count) in enumerate(prompts, 1):
+            for name, method in methods.items():
+                progress(f"prompt {number} of {len(prompts)}, {name}")
+                logits, key = masked.logits(ids, method, count + 1)[:-1], ids[-count:]
+                right[name].append(bool((logits.argmax(-1) == key).all()))
+                losses[name].append(float(cross_entropy(logits, key)))
+    whole = min(map(len, losses.values()))  # prompts that every method was asked
     tokens = max(len(ids) for ids, _ in prompts)
     found: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         found[name] = {
-            "right": round(statistics.mean(right[name]), 4),
-            "each": right[name],
-            "key_nll": round(statistics.mean(losses[name]), 4),
-            "key_nll_range": [round(min(losses[name]), 4), round(max(losses[name]), 4)],
-            "n": len(prompts),
+            "right": round(statistics.mean(right[name][:whole]), 4),
+            "each": right[name][:whole],
+            "key_nll": round(statistics.mean(losses[name][:whole]), 4),
+            "key_nll_range": [round(pick(losses[name][:whole]), 4) for pick in (min, max)],
+            "n": whole,
         }
         if method is not None:
             found[name] |= {
@@ -132,7 +134,7 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
         "tokens": tokens,
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:
