@@ -145,3 +145,12 @@ def test_the_packaged_model_has_its_thresholds(smollm2_path: Path) -> None:
     table = method.table  # type: ignore[attr-defined]
     assert table is not None
     assert (len(table.tau), len(table.tau[0])) == (30, 9)
+
+
+def test_a_table_that_comes_with_the_project_is_that_of_its_model() -> None:
+    table = thresholds.load_table("qwen2.5-coder-0.5b-instruct-q4")
+    assert (len(table.tau), len(table.tau[0])) == (24, 14)
+    assert thresholds.find_table(table.fingerprint) == table
+    config = create_attention_method("sale").config
+    for option in ("block_q", "block_k", "local_window", "segment", "granularity"):
+        assert getattr(config, option) == getattr(table, option)

@@ -185,6 +185,9 @@ def test_a_run_that_is_broken_off_keeps_every_method_and_length(small_run, inter
     assert len(prefill_methods.table(second).splitlines()) == 3
     with pytest.raises(KeyboardInterrupt):
         small_run(interrupt_at("256 tokens, dense: warmed up"))
+    # Dense comes first: with its prefill there is a report.
+    third = small_run(interrupt_at("256 tokens, dense: 0."))
+    assert [row["n"] for row in third["lengths"]["256"].values()] == [1]
 
 
 @pytest.mark.engine

@@ -127,17 +127,17 @@ class LengthRun:
             progress(f"{length} tokens, {name}: NLL {statistics.mean(lost.nll):.3f}")
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """By method what was measured: speed behind a whole round, losses where they are known.
+        """By method what was measured: its speed in the rounds that it and dense have, and its losses as far as they are known.
 
-        A method of which nothing was measured is left out.
+        A method without a round is left out.
         """
-        whole = min(map(len, self._runs.values()))
-        if not whole:
-            return {}
         made: dict[str, dict[str, Any]] = {}
         for name, facts in self._told.items():
-            made[name] = facts | speed_row(self._runs[name][:whole], self._runs[DENSE][:whole])
-            made[name] |= loss_row(self._losses[name], self._losses[DENSE])
+            rounds = min(len(self._runs[name]), len(self._runs[DENSE]))
+            if rounds:
+                speed = speed_row(self._runs[name][:rounds], self._runs[DENSE][:rounds])
+                losses = loss_row(self._losses[name], self._losses[DENSE])
+                made[name] = facts | speed | losses
         return made
 
 
