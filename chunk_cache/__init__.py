@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from chunk_cache.tiers.encoding import Buffer, RecordHeader, encode_record, read_header
     from chunk_cache.tiers.fetch import Candidate, Fetch
     from chunk_cache.tiers.fetcher import PATIENCE_S, Fetcher
-    from chunk_cache.tiers.guard import GuardedTier, TierDownError
+    from chunk_cache.tiers.guard import GuardedTier
+    from chunk_cache.tiers.guarded_calls import TierDownError
     from chunk_cache.tiers.pause import Pauses
     from chunk_cache.tiers.prefetch import FetchLayers
     from chunk_cache.tiers.remote.connect import check_remote, connect_board, connect_remote
@@ -124,7 +125,7 @@ _HOME = {
     "TextMarks": "text_marks",
     "Tier": "tiers.base",
     "TierChain": "tiers.tiered",
-    "TierDownError": "tiers.guard",
+    "TierDownError": "tiers.guarded_calls",
     "Timeline": "tiers.timeline",
     "TokenIds": "keys",
     "as_prompt_ids": "keys",

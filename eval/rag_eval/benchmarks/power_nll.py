@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
-from rag_eval.benchmarks.named_methods import static_density, static_named
+from rag_eval.benchmarks.masked_model import MaskedModel, reads_of, with_dense
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.models import resolve_llm
 from rag_pipeline.prompts import ModelTokenizer
 
@@ -50,62 +48,12 @@ class PowerNllConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "texts")
         require_at_least(self, 4, "tokens")
-        _ = [static_named(text) for text in self.names]
+        with_dense(self.names)
 
     @property
     def names(self) -> list[str]:
         """:attr:`methods` one by one."""
         return self.methods.split(",")
-
-
-def mask_of(method: StaticBlocks, tokens: int) -> Tensor:
-    """What each row reads, causality on top; bool ``[tokens, tokens]``."""
-    block = torch.arange(tokens) // method.config.block
-    return method.allowed(0, int(block[-1]))[block][:, block].tril()
-
-
-class MaskedModel:
-    """A model of ``transformers`` whose layers read by a method, as long as there is one.
-
-    Parameters
-    ----------
-    folder : str
-        Weights that transformers reads; computed in fp32.
-    """
-
-    def __init__(self, folder: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
-        self._method: StaticBlocks | None = None
-        self._mask: Tensor | None = None
-        for index, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-
-    def _hook(self, index: int) -> Any:
-        def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            if self._method is None or self._method.reads_all(index):
-                return None
-            assert self._mask is not None
-            return args, kwargs | {"attention_mask": self._mask[None, None]}
-
-        return replace
-
-    def logits(self, ids: Tensor, method: StaticBlocks | None, last: int) -> Tensor:
-        """fp32 ``[last, vocabulary]`` of the last tokens of a text; every key is read without a method."""
-        self._method = method
-        self._mask = None if method is None else mask_of(method, len(ids))
-        with torch.inference_mode():
-            found: Tensor = self.model(ids[None], use_cache=False, logits_to_keep=last).logits[0]
-        return found.float()
-
-    def loss(self, ids: Tensor, method: StaticBlocks | None) -> float:
-        """Mean loss of the second half of a text, nats per token."""
-        half = len(ids) // 2
-        logits = self.logits(ids, method, len(ids) - half)
-        return float(cross_entropy(logits[:-1], ids[half + 1 :]))
 
 
 def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -120,8 +68,7 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
     folder = resolve_llm(config.model).path
     texts = _texts(ModelTokenizer.load(folder), config)
     masked = MaskedModel(str(folder))
-    methods: dict[str, StaticBlocks | None] = {"dense": None}
-    methods |= {name: static_named(name) for name in config.names}
+    methods = with_dense(config.names)
     losses: dict[str, list[float]] = {name: [] for name in methods}
     with keep_measured(lambda: all(losses.values())) as end:
         for number, ids in enumerate(texts, 1):
@@ -134,11 +81,7 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
     for name, method in methods.items():
         deltas = [a - b for a, b in zip(losses[name], losses["dense"], strict=True)]
         found[name] = {"loss": _spread(losses[name]), "delta": _spread(deltas)}
-        if method is not None:
-            found[name] |= {
-                "blocks_last_row": method.decode_blocks(config.tokens - 1).numel(),
-                "density": round(static_density(method, config.tokens), 4),
-            }
+        found[name] |= reads_of(method, config.tokens)
     return {
         "benchmark": "power_nll",
         "dense": found.pop("dense"),

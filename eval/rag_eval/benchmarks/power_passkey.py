@@ -5,7 +5,7 @@
 A prompt is filler with one sentence that names a passkey, and a question for it at the end. The depth of the sentence
 goes through the prompt evenly. A prompt counts as right where every token of the passkey is the likeliest one behind
 those before it, which is what a greedy answer needs; ``key_nll`` is the mean loss of these tokens. The model is run as
-in :mod:`rag_eval.benchmarks.power_nll`. The paper's models for long prompts have 2 dense layers in every 7; its other
+in :mod:`rag_eval.benchmarks.masked_model`. The paper's models for long prompts have 2 dense layers in every 7; its other
 layers were trained with the pattern, which here they were not.
 """
 
@@ -24,11 +24,9 @@ from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
-from rag_eval.benchmarks.named_methods import static_density, static_named
-from rag_eval.benchmarks.power_nll import MaskedModel
+from rag_eval.benchmarks.masked_model import MaskedModel, reads_of, with_dense
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.models import resolve_llm
 from rag_pipeline.prompts import ModelTokenizer
 
@@ -62,7 +60,7 @@ class PowerPasskeyConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompts")
         require_at_least(self, 0, "seed")
-        _ = [static_named(text) for text in self.names]
+        with_dense(self.names)
 
     @property
     def names(self) -> list[str]:
@@ -101,8 +99,7 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
     folder = resolve_llm(config.model).path
     prompts = make_prompts(config, ModelTokenizer.load(folder))
     masked = MaskedModel(str(folder))
-    methods: dict[str, StaticBlocks | None] = {"dense": None}
-    methods |= {name: static_named(name) for name in config.names}
+    methods = with_dense(config.names)
     right: dict[str, list[bool]] = {name: [] for name in methods}
     losses: dict[str, list[float]] = {name: [] for name in methods}
     with keep_measured(lambda: all(losses.values())) as end:
@@ -123,11 +120,7 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
             "key_nll_range": [round(pick(losses[name][:whole]), 4) for pick in (min, max)],
             "n": whole,
         }
-        if method is not None:
-            found[name] |= {
-                "blocks_last_row": method.decode_blocks(tokens - 1).numel(),
-                "density": round(static_density(method, tokens), 4),
-            }
+        found[name] |= reads_of(method, tokens)
     return {
         "benchmark": "power_passkey",
         "methods": found,
