@@ -23,7 +23,7 @@ def attention_weights(
     queries : Tensor
         ``[R, Q, D]``, ``Q`` a multiple of ``H``; the query heads of a KV head are neighbours.
     first_hidden : Tensor, optional
-        int ``[H, R]``: columns from here on are hidden from the row; every row sees at least one.
+        int ``[R]``: columns from here on are hidden from the row; every row sees at least one.
 
     Yields
     ------
@@ -42,8 +42,8 @@ def attention_weights(
         q = q_HRGD[:, start : start + step]
         logits = torch.bmm(q.reshape(heads, -1, size), k_HDn).view(heads, -1, group, n)
         if first_hidden is not None:
-            hidden = columns >= first_hidden[:, start : start + step, None]
-            logits.masked_fill_(hidden[:, :, None], float("-inf"))
+            hidden = columns >= first_hidden[start : start + step, None, None]
+            logits.masked_fill_(hidden, float("-inf"))
         yield logits.softmax(-1)
 
 

@@ -11,6 +11,10 @@ RETENTION_RULES: Registry[type[RetentionRule]] = Registry(
     "rag_pipeline.retention_rules",
     {
         "epicache": "chunk_cache.retention.epicache:EpiCacheRule",
+        "snapkv": "chunk_cache.retention.snapkv:SnapKVRule",
+        "keydiff": "chunk_cache.retention.keydiff:KeyDiffRule",
+        "kvzip": "chunk_cache.retention.kvzip:KVzipRule",
+        "random": "chunk_cache.retention.random:RandomRule",
         "streaming": "chunk_cache.retention.streaming:StreamingRule",
     },
     base=RetentionRule,

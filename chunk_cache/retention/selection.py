@@ -36,11 +36,10 @@ def keep_top(scores: Tensor, budget: int, pinned: Tensor | None = None) -> Tenso
         raise RetentionError(f"budget is {budget} tokens; allowed is 1 or more")
     if scores.ndim != 2 or not scores.isfinite().all():
         raise RetentionError(f"scores {tuple(scores.shape)}: expected finite numbers [H, n]")
-    if pinned is not None:
-        if pinned.shape != scores.shape or pinned.dtype != torch.bool:
-            raise RetentionError(
-                f"pinned {pinned.dtype} {tuple(pinned.shape)}: expected bool {tuple(scores.shape)}"
-            )
+    if pinned is not None and (pinned.shape != scores.shape or pinned.dtype != torch.bool):
+        raise RetentionError(
+            f"pinned {pinned.dtype} {tuple(pinned.shape)}: expected bool {tuple(scores.shape)}"
+        )
     # Two stable sorts: among equal scores the earlier one is first, and pinned ones come to the front as they are.
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     if pinned is not None:
