@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 2**20
 """Largest block of logits at once: it stays in a core's cache, so softmax and maximum read no memory."""
 
 
