@@ -129,6 +129,7 @@ FUSION_ORDER = (
     "runtime",
     "builds",
     "conversations",
+    "memory",
     "forward",
     "admission",
     "management",
