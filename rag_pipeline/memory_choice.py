@@ -53,8 +53,6 @@ def choose_memory(
     RagPipelineError
         One line: an unknown method or field, or a value that is not allowed.
     """
-    from rag_pipeline.memory import MemoryConfig
-
     if asked is None:
         return default
     given = {"method": asked} if isinstance(asked, str) else asked
@@ -71,5 +69,7 @@ def choose_memory(
     method = given.get("method", default.method if default is not None else DEFAULT_METHOD)
     if method == OFF:
         return None
+    from rag_pipeline.memory import MemoryConfig
+
     base = default or MemoryConfig()
     return dataclasses.replace(base, **{**given, "method": method})  # type: ignore[arg-type]

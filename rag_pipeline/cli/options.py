@@ -47,11 +47,11 @@ MemoryOption = Annotated[
     ),
 ]
 MemoryBudgetOption = Annotated[
-    int, typer.Option("--memory-budget", "--budget", help="Tokens that a memory keeps.")
+    int, typer.Option("--memory-budget", "--budget", min=1, help="Tokens that a memory keeps.")
 ]
 MemoryEpisodesOption = Annotated[
-    int, typer.Option("--memory-episodes", "--episodes", help="Topics, each with a memory.")
+    int, typer.Option("--memory-episodes", "--episodes", min=1, help="Topics, each with a memory.")
 ]
 MemoryBlockOption = Annotated[
-    int, typer.Option("--memory-block", help="Tokens that join a memory at once.")
+    int, typer.Option("--memory-block", min=1, help="Tokens that join a memory at once.")
 ]

@@ -14,6 +14,7 @@ from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, reso
 from rag_pipeline.cli.console import say
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.memory_choice import choose_memory
 from rag_pipeline.prompts.document_order import check_document_order
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class ServeOptions:
     embedder: str | None = None
     policy: str = "query"
     attention: str | None = None
+    memory: str = "off"
+    memory_budget: int = 2048
+    memory_episodes: int = 4
+    memory_block: int = 512
     search: str = "dense"
     top_k: int = 4
     document_order: str = "retrieved"
@@ -84,6 +89,14 @@ def run_serve(options: ServeOptions) -> None:
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
     check_document_order(options.document_order)
+    memory = choose_memory(
+        {
+            "method": options.memory,
+            "budget_tokens": options.memory_budget,
+            "episodes": options.memory_episodes,
+            "block_tokens": options.memory_block,
+        }
+    )
     _choose_attention(options.attention)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
@@ -94,6 +107,7 @@ def run_serve(options: ServeOptions) -> None:
         model=resolve_llm_shown(options.model).path,
         embedder=options.embedder or DEFAULT_EMBEDDER,
         policy=options.policy,
+        memory=memory,
         search=options.search,
         top_k=options.top_k,
         document_order=options.document_order,

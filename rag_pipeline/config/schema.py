@@ -15,7 +15,16 @@ PREFIX_POLICY = "prefix"
 FUSION_POLICIES = ("full", "reuse", "cacheblend", "epic", "query", "adaptive")
 """Named here once more because the registry of policies imports torch; a test compares both."""
 
-MEMORY_METHODS = ("off", "epicache", "epicache-shared", "streaming", "snapkv", "keydiff", "kvzip", "retrieval")
+MEMORY_METHODS = (
+    "off",
+    "epicache",
+    "epicache-shared",
+    "streaming",
+    "snapkv",
+    "keydiff",
+    "kvzip",
+    "retrieval",
+)
 """``off``, and the methods of :mod:`rag_pipeline.memory` that bound a conversation; named once more for the same reason."""
 
 
@@ -162,10 +171,16 @@ class MemorySettings(_Section):
         description="off: the whole conversation; epicache: a cache of fixed size, approximate.",
     )
     budget_tokens: int = Field(
-        default=2048, ge=64, le=131_072, description="Tokens that a memory keeps per layer and head."
+        default=2048,
+        ge=64,
+        le=131_072,
+        description="Tokens that a memory keeps per layer and head.",
     )
     episodes: int = Field(
-        default=4, ge=1, le=16, description="Topics that a conversation is divided into, each with a memory."
+        default=4,
+        ge=1,
+        le=16,
+        description="Topics that a conversation is divided into, each with a memory.",
     )
     block_tokens: int = Field(
         default=512,
