@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.cli.chat_lines import COMMANDS, help_text, read_messages
-from rag_pipeline.cli.common import resolve_llm_shown
+from rag_pipeline.cli.common import chosen_memory, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.cli.transcript import Transcript
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.memory_choice import choose_memory
 
 if TYPE_CHECKING:
     from rag_pipeline.chat_session import ChatSession, FinishedTurn
@@ -41,14 +40,7 @@ def run_chat(options: ChatOptions, *, json_output: bool) -> None:
     from rag_pipeline.chat_session import ChatSession
     from rag_pipeline.protocol import SamplingOptions
 
-    memory = choose_memory(
-        {
-            "method": options.memory,
-            "budget_tokens": options.memory_budget,
-            "episodes": options.memory_episodes,
-            "block_tokens": options.memory_block,
-        }
-    )
+    memory = chosen_memory(options)
     transcript = None if options.history is None else Transcript(options.history)
     system = transcript.system if options.system is None and transcript else options.system or ""
     folder = resolve_llm_shown(options.model).path

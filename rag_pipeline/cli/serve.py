@@ -14,7 +14,7 @@ from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, reso
 from rag_pipeline.cli.console import say
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.memory_choice import choose_memory
+from rag_pipeline.cli.common import chosen_memory
 from rag_pipeline.prompts.document_order import check_document_order
 
 if TYPE_CHECKING:
@@ -89,14 +89,7 @@ def run_serve(options: ServeOptions) -> None:
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
     check_document_order(options.document_order)
-    memory = choose_memory(
-        {
-            "method": options.memory,
-            "budget_tokens": options.memory_budget,
-            "episodes": options.memory_episodes,
-            "block_tokens": options.memory_block,
-        }
-    )
+    memory = chosen_memory(options)
     _choose_attention(options.attention)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
+import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.memory import (
+    Chain,
     Memory,
     MemoryConfig,
     Planner,
@@ -40,11 +49,9 @@ MOST_MEMORIES = 64
 """Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
-_TAIL_BLOCKS = 2
+TAIL_BLOCKS = 2
 """Blocks behind a memory that stand in the prompt as they are: a history that is not longer needs none."""
 _EXISTING_S = 20.0
-
-logger = logging.getLogger(__name__)
 
 
 class MemoryBackend:
@@ -117,15 +124,36 @@ class MemoryBackend:
         ]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What was said.
+
+    Parameters
+    ----------
+    system : str
+        Instructions.
+    history : tuple of Utterance
+        Earlier messages, the oldest first.
+    question : str
+        The new message, as it stands in the prompt.
+    told : str
+        The question as later requests bring it, where that is less; the question itself where empty.
+    """
+
+    system: str
+    history: tuple[Utterance, ...]
+    question: str
+    told: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Remembered:
     """A conversation on its way through the engine."""
 
     memories: Memories
     memory: Memory
     prepared: Prepared
-    system: str
-    said: list[Utterance]
+    asked: Conversation
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -138,15 +166,14 @@ class Remembered:
         """What the prompt asks of the engine."""
         return self.prepared.candidate.fusion
 
-    def note(self, meta_info: Mapping[str, Any]) -> None:
-        """Take in what the engine reported."""
-        self.memory.note(self.prepared, meta_info)
-
     def ended(self, answer: str | None) -> None:
         """Build ahead, with the answer where it is known: the next request brings it."""
         self.memories.forget(self.rid)
-        said = [*self.said, Utterance("assistant", answer)] if answer else self.said
-        self.memory.after(self.system, said)
+        asked = self.asked
+        said = [*asked.history, Utterance("user", asked.told or asked.question)]
+        if answer:
+            said.append(Utterance("assistant", answer))
+        self.memory.after(asked.system, said)
 
 
 class Memories:
@@ -162,6 +189,8 @@ class Memories:
         The default one embeds what is said.
     default : MemoryConfig or None
         For conversations whose request says nothing; None for none.
+    run : callable
+        ``await run(tenant, function)`` runs blocking work beside the event loop, tenants taking turns.
     """
 
     def __init__(
@@ -170,12 +199,15 @@ class Memories:
         tokenizer: ModelTokenizer,
         embedders: EmbedderPool,
         default: MemoryConfig | None,
+        run: Callable[[str, Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._embedders = embedders
         self._default = default
+        self._run = run
         self._turns = Turns()
+        self._lock = threading.Lock()
         self._made: OrderedDict[tuple[str, MemoryConfig], Memory] = OrderedDict()
         self._under_way: dict[str, Remembered] = {}
         self._left_alone: Counter[str] = Counter()
@@ -204,30 +236,28 @@ class Memories:
         config = self.config(chat.wish)
         if config is None:
             return None
-        tenant: Tenant | None = chat.scope.get("state", {}).get("rag_tenant")
-        salt = str(namespaced(tenant.salt if tenant else "", chat.cache_salt) or "")
-        history = [Utterance(role, text) for role, text in chat.history if text.strip()]
+        asked = Conversation(
+            system=chat.system,
+            history=tuple(Utterance(role, text) for role, text in chat.history),
+            question=chat.question,
+        )
+        longest = min(_ANSWER_TOKENS, self._engine.context_length // 4)
         return await self.prepare(
             config,
-            salt,
-            chat.system,
-            history,
-            chat.question,
-            max_new_tokens=chat.max_new_tokens
-            or min(_ANSWER_TOKENS, self._engine.context_length // 4),
+            chat.scope["state"]["rag_tenant"],
+            asked,
+            SamplingOptions(max_new_tokens=chat.max_new_tokens or longest),
+            cache_salt=chat.cache_salt or "",
         )
 
     async def prepare(
         self,
         config: MemoryConfig,
-        salt: str,
-        system: str,
-        history: Sequence[Utterance],
-        question: str,
+        tenant: Tenant,
+        asked: Conversation,
+        sampling: SamplingOptions,
         *,
-        max_new_tokens: int,
-        told: str = "",
-        always: bool = False,
+        cache_salt: str = "",
     ) -> Remembered | None:
         """Lay out one answer of a conversation.
 
@@ -235,44 +265,42 @@ class Memories:
         ----------
         config : MemoryConfig
             Method and budget.
-        salt : str
-            Namespace of the conversation's records.
-        system, history, question : str, sequence of Utterance, str
-            The conversation.
-        max_new_tokens : int
-            Room for the answer.
-        told : str
-            What the next request will bring as this question, where it is not all of it; the question where empty.
-        always : bool
-            Lay a short conversation out too.
+        tenant : Tenant
+            Whose conversation it is.
+        asked : Conversation
+            What was said.
+        sampling : SamplingOptions
+            How it is decoded; room for the answer is left.
+        cache_salt : str
+            Namespace that the client names, inside the tenant's.
 
         Returns
         -------
         Remembered or None
             None where the history is short enough as it is; what it may need soon is built all the same.
+
+        Raises
+        ------
+        RagPipelineError
+            A question that does not fit.
         """
-        tail = _TAIL_BLOCKS * config.block_tokens
-        characters = sum(len(said.text) for said in history)
-        if not always and characters < config.budget_tokens:
-            return None  # a token has a character at least, in any text worth a memory
-        memory = await asyncio.to_thread(self._memory, salt, config, asyncio.get_running_loop())
-        sampling = SamplingOptions(max_new_tokens=max_new_tokens)
-        prepared = await memory.aprepare(system, history, question, sampling=sampling)
-        length = prepared.plan.history_tokens
-        if not always and length <= config.verbatim_limit + tail:
-            if length > config.verbatim_limit:
-                memory.after(system, history)
-            return None
-        if length > config.verbatim_limit and not prepared.candidate.needs:
-            # Nothing is built yet, as of a conversation that begins in the middle: a window would forget all before it.
-            prepared = await memory.aprepare(system, history, question, sampling=sampling, wait=True)
-        made = Remembered(
-            memories=self,
-            memory=memory,
-            prepared=prepared,
-            system=system,
-            said=[*history, Utterance("user", told or question)],
+        if sum(len(said.text) for said in asked.history) < config.budget_tokens:
+            return None  # a token has a character at least, in any text that is worth a memory
+        salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
+        loop = asyncio.get_running_loop()
+        memory, missing = await self._run(
+            tenant.name, lambda: self._plan(salt, config, asked, sampling, loop)
         )
+        if missing is None:
+            return None
+        # Nothing is built yet, as of a conversation that begins in the middle: a window would forget what is before it.
+        builds = [memory.builder.build(chain, urgent=True) for chain in missing]
+        await asyncio.gather(*map(asyncio.wrap_future, builds))
+        prepared = await self._run(
+            tenant.name,
+            lambda: memory.prepare(asked.system, asked.history, asked.question, sampling=sampling),
+        )
+        made = Remembered(memories=self, memory=memory, prepared=prepared, asked=asked)
         self._under_way[made.rid] = made
         return made
 
@@ -282,12 +310,14 @@ class Memories:
 
     def facts(self) -> dict[str, Any]:
         """Counts of all memories together, for people and metrics."""
-        together: Counter[str] = Counter()
-        for memory in self._made.values():
-            together.update(_flat(memory.stats().to_json()))
+        told = [_flat(memory.stats().to_json()) for memory in list(self._made.values())]
+        names = told[0] if told else ()
+        together = {
+            name: (max if "peak" in name else sum)(one[name] for one in told) for name in names
+        }
         return {
             "method": self._default.method if self._default else "off",
-            "memories": len(self._made),
+            "memories": len(told),
             **together,
             "left_alone": dict(self._left_alone),
         }
@@ -297,27 +327,55 @@ class Memories:
         while self._made:
             self._made.popitem()[1].close()
 
+    def _plan(
+        self,
+        salt: str,
+        config: MemoryConfig,
+        asked: Conversation,
+        sampling: SamplingOptions,
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[Memory, Sequence[Chain] | None]:
+        """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
+        memory = self._memory(salt, config, loop)
+        plan = memory.planner.plan(
+            asked.system, asked.history, asked.question, max_new_tokens=sampling.max_new_tokens
+        )
+        if plan.history_tokens <= config.verbatim_limit + TAIL_BLOCKS * config.block_tokens:
+            memory.after(asked.system, asked.history)
+            return memory, None
+        needs = [one.needs for one in plan.candidates]
+        known = memory.builder.is_known
+        if not needs[0] or any(all(map(known, one)) for one in needs):
+            return memory, ()
+        there = memory.builder.find([name for one in needs for name in one])
+        is_there = any(there.issuperset(one) for one in needs)
+        return memory, () if is_there else plan.candidates[-1].chains
+
     def _memory(self, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop) -> Memory:
-        key = (salt, config)
-        memory = self._made.get(key)
-        if memory is None:
-            backend = MemoryBackend(self._engine, loop, salt, self._turns)
-            planner = Planner(
-                config,
-                self._tokenizer,
-                self._embedders.get().encode_queries,
-                context_length=backend.context_length,
-            )
-            memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
-        self._made.move_to_end(key)
-        while len(self._made) > MOST_MEMORIES:
-            self._made.popitem(last=False)[1].close()
+        dropped = []
+        with self._lock:
+            key = (salt, config)
+            memory = self._made.get(key)
+            if memory is None:
+                backend = MemoryBackend(self._engine, loop, salt, self._turns)
+                planner = Planner(
+                    config,
+                    self._tokenizer,
+                    self._embedders.get().encode_queries,
+                    context_length=backend.context_length,
+                )
+                memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
+            self._made.move_to_end(key)
+            while len(self._made) > MOST_MEMORIES:
+                dropped.append(self._made.popitem(last=False)[1])
+        for one in dropped:
+            one.close()
         return memory
 
-    def _take_report(self, rid: str, meta_info: Mapping[str, Any]) -> None:
-        remembered = self._under_way.get(rid)
+    def _take_report(self, meta_info: Mapping[str, Any]) -> None:
+        remembered = self._under_way.pop(str(meta_info.get("id")), None)
         if remembered is not None:
-            remembered.note(meta_info)
+            remembered.memory.note(remembered.prepared, meta_info)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

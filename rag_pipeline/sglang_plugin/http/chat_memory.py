@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.protocol.fusion_request import PARAM_PREFIX, FusionRequest
-from rag_pipeline.sglang_plugin.hook_table import HookTarget
+from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, verify_targets
 
-__all__ = ["AskedChat", "ChatMemory", "RememberedChat", "around_handle_request", "hook_on_chat"]
+__all__ = ["AskedChat", "ChatMemory", "RememberedChat", "around_handle_request", "register", "registered"]
 
 FIELD = "memory"
 """Of the body of a request."""
@@ -95,8 +95,12 @@ class ChatMemory(Protocol):
         """Count a conversation that no memory can be of."""
 
 
-def hook_on_chat(memory: ChatMemory) -> tuple[HookTarget, Callable[..., Any]]:
-    """Row and hook of a server that keeps memories."""
+registered: list[HookTarget] = []
+"""Rows of this process."""
+
+
+def register(memory: ChatMemory) -> None:
+    """Hook the chat route of a server that keeps memories; called before its hooks are applied."""
     row = HookTarget(
         path="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat.handle_request",
         kind="around",
@@ -107,7 +111,9 @@ def hook_on_chat(memory: ChatMemory) -> tuple[HookTarget, Callable[..., Any]]:
     async def hook(original: Callable[..., Any], serving: Any, request: Any, *args: Any) -> Any:
         return await around_handle_request(memory, original, serving, request, *args)
 
-    return row, hook
+    verify_targets([row])
+    add_hooks([(row, hook)])
+    registered.append(row)
 
 
 async def around_handle_request(
@@ -145,7 +151,7 @@ async def around_handle_request(
         if pieces is None:
             remembered.ended(said)
         else:
-            answer.body_iterator = _until_ended(pieces, remembered)  # type: ignore[union-attr]
+            answer.body_iterator = _until_ended(pieces, remembered)
     return answer
 
 
