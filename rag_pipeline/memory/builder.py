@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rag_pipeline.errors import one_line
 from rag_pipeline.memory.bounded import BoundedTable
@@ -277,7 +277,8 @@ class MemoryBuilder:
     def _run(self, step: Step) -> bool | None:
         """Whether the step left its record; None where the record before was gone."""
         request = step.request()
-        started, meta = time.perf_counter(), {}
+        started = time.perf_counter()
+        meta: dict[str, Any] = {}
         with closing(self._backend.generate(request)) as pieces:
             for piece in pieces:
                 meta.update(piece.meta_info)

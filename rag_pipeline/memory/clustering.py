@@ -83,10 +83,11 @@ def medoids_of(vectors: Vectors, members: Sequence[int], count: int) -> tuple[in
 
 def centres_of(vectors: Vectors, labels: Sequence[int], count: int) -> Vectors:
     """Plain mean of each episode's segments, ``(count, dim)``; zeros for one without any."""
-    sums = np.zeros((count, vectors.shape[1]), dtype=np.float32)
+    centres = np.zeros((count, vectors.shape[1]), dtype=np.float32)
     rows = np.asarray(labels, dtype=np.int64)
-    np.add.at(sums, rows, vectors[: len(rows)])
-    return sums / np.maximum(1, np.bincount(rows, minlength=count))[:, None].astype(np.float32)
+    np.add.at(centres, rows, vectors[: len(rows)])
+    centres /= np.maximum(1, np.bincount(rows, minlength=count))[:, None]
+    return centres
 
 
 def own_distances(vectors: Vectors, labels: Sequence[int]) -> list[float]:
