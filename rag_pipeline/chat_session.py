@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import Backend
+from rag_pipeline.memory import Utterance
 from rag_pipeline.models.decoding import repetition_penalty_of
+from rag_pipeline.opened_memory import awaited, open_memory
 from rag_pipeline.prompts.history import HistoryMessage
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
@@ -20,9 +23,14 @@ from rag_pipeline.protocol import (
     SamplingOptions,
     Usage,
     finish_reason,
+    fusion_report,
+    memory_report,
     usage_from_meta,
 )
 from rag_pipeline.types import NOTHING_CUT, Truncated
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory import MemoryConfig, Prepared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +87,16 @@ class ChatSession:
         backend: Backend,
         model_folder: Path | str,
         *,
-        memory: Any = None,
+        memory: MemoryConfig | None = None,
         system: str = "",
         sampling: SamplingOptions | None = None,
         messages: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._backend = backend
         self._encoder = SegmentEncoder(ModelTokenizer.load(model_folder))
+        self._memory = (
+            None if memory is None else open_memory(memory, backend, self._encoder.tokenizer)
+        )
         self._system = system.strip()
         sampling = sampling or SamplingOptions()
         if sampling.repetition_penalty is None:
@@ -114,19 +125,21 @@ class ChatSession:
         text = text.strip()
         if not text:
             raise RagPipelineError("the message is empty; give at least one word")
-        request, cut = self._lay_out(text)
-        said, meta = "", {}
-        pieces = self._backend.generate(request)
-        try:
-            for piece in pieces:
-                meta = {**meta, **piece.meta_info}
-                new = piece.text if said else piece.text.lstrip()
-                said += new
-                if new:
-                    yield new
-        finally:
-            pieces.close()
-        self._take(text, said.strip(), meta, len(request.input_ids), cut)
+        with self._memory.answering() if self._memory else nullcontext():
+            request, prepared, cut = self._lay_out(text)
+            said = ""
+            meta: dict[str, Any] = {}
+            pieces = self._backend.generate(request)
+            try:
+                for piece in pieces:
+                    meta |= piece.meta_info
+                    new = piece.text if said else piece.text.lstrip()
+                    said += new
+                    if new:
+                        yield new
+            finally:
+                pieces.close()
+        self._take(text, said.strip(), meta, prepared, cut, len(request.input_ids))
 
     def clear(self) -> None:
         """Begin a new conversation; the system's words stay."""
@@ -134,10 +147,23 @@ class ChatSession:
 
     def memory_facts(self) -> dict[str, Any]:
         """What the memory holds and has cost."""
-        return {"method": "off"}
+        if self._memory is None:
+            return {"method": "off"}
+        config = self._memory.planner.config
+        facts = self._memory.stats().to_json()
+        build = facts.pop("build")
+        return {
+            "method": config.method,
+            "budget_tokens": config.budget_tokens,
+            "episodes": config.episodes,
+            **facts,
+            **{f"build_{name}": value for name, value in build.items()},
+        }
 
     def close(self) -> None:
         """End background work, and close the backend."""
+        if self._memory is not None:
+            self._memory.close()
         self._backend.close()
 
     def __enter__(self) -> Self:
@@ -146,19 +172,41 @@ class ChatSession:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _lay_out(self, text: str) -> tuple[GenerationRequest, Truncated]:
-        ids, cut = whole_chat(
-            self._encoder,
-            self._system,
-            self._messages,
-            text,
-            max_new_tokens=self._sampling.max_new_tokens,
-            context_length=self._backend.context_length,
+    def _lay_out(self, text: str) -> tuple[GenerationRequest, Prepared | None, Truncated]:
+        if self._memory is None:
+            ids, cut = whole_chat(
+                self._encoder,
+                self._system,
+                self._messages,
+                text,
+                max_new_tokens=self._sampling.max_new_tokens,
+                context_length=self._backend.context_length,
+            )
+            return GenerationRequest(input_ids=ids, sampling=self._sampling), None, cut
+        history = self._utterances()
+        plan = self._memory.planner.plan(
+            self._system, history, text, max_new_tokens=self._sampling.max_new_tokens
         )
-        return GenerationRequest(input_ids=ids, sampling=self._sampling), cut
+        prepared = self._memory.prepare(
+            self._system,
+            history,
+            text,
+            sampling=self._sampling,
+            wait=bool(awaited(self._memory, plan)),
+        )
+        return prepared.request, prepared, NOTHING_CUT
+
+    def _utterances(self) -> list[Utterance]:
+        return [Utterance(message.role, message.text) for message in self._messages]
 
     def _take(
-        self, question: str, answer: str, meta: dict[str, Any], prompt_tokens: int, cut: Truncated
+        self,
+        question: str,
+        answer: str,
+        meta: dict[str, Any],
+        prepared: Prepared | None,
+        cut: Truncated,
+        prompt_tokens: int,
     ) -> None:
         self._messages += [
             HistoryMessage(role="user", text=question),
@@ -169,6 +217,9 @@ class ChatSession:
             text=answer,
             usage=usage_from_meta(meta, prompt_tokens=prompt_tokens),
             finish_reason=finish_reason(meta)[0],
-            memory={},
+            memory=dict(memory_report(fusion_report(meta))),
             truncated=cut,
         )
+        if self._memory is not None and prepared is not None:
+            self._memory.note(prepared, meta)
+            self._memory.after(self._system, self._utterances())

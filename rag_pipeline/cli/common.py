@@ -55,10 +55,25 @@ def open_index(folder: Path, *, embedder: str | None, search: str) -> Index:
 class MemoryOptions(Protocol):
     """Options of a command by which a memory is chosen."""
 
-    memory: str
-    memory_budget: int
-    memory_episodes: int
-    memory_block: int
+    @property
+    def memory(self) -> str:
+        """``off``, or a method."""
+        ...
+
+    @property
+    def memory_budget(self) -> int:
+        """Tokens that it keeps."""
+        ...
+
+    @property
+    def memory_episodes(self) -> int:
+        """Topics."""
+        ...
+
+    @property
+    def memory_block(self) -> int:
+        """Tokens that join it at once."""
+        ...
 
 
 def chosen_memory(options: MemoryOptions) -> MemoryConfig | None:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, resolve_llm_shown
+from rag_pipeline.cli.common import (
+    DEFAULT_CHUNK_TOKENS,
+    DEFAULT_EMBEDDER,
+    chosen_memory,
+    resolve_llm_shown,
+)
 from rag_pipeline.cli.console import say
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.cli.common import chosen_memory
 from rag_pipeline.prompts.document_order import check_document_order
 
 if TYPE_CHECKING:

@@ -28,11 +28,13 @@ from rag_pipeline.memory import (
     Utterance,
     parse_memory,
 )
+from rag_pipeline.opened_memory import awaited
 from rag_pipeline.protocol import (
     FusionRequest,
     GenerationPiece,
     GenerationRequest,
     SamplingOptions,
+    memory_report,
 )
 from rag_pipeline.protocol.cache_order import CacheOrder
 from rag_pipeline.server.turns import Turns
@@ -125,7 +127,7 @@ class MemoryBackend:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conversation:
+class Asked:
     """What was said.
 
     Parameters
@@ -136,14 +138,14 @@ class Conversation:
         Earlier messages, the oldest first.
     question : str
         The new message, as it stands in the prompt.
-    told : str
-        The question as later requests bring it, where that is less; the question itself where empty.
+    asked : str
+        What of it the user has said, where documents stand in it too: later requests bring no more. All of it where empty.
     """
 
     system: str
     history: tuple[Utterance, ...]
     question: str
-    told: str = ""
+    asked: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Remembered:
     memories: Memories
     memory: Memory
     prepared: Prepared
-    asked: Conversation
+    asked: Asked
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -166,11 +168,25 @@ class Remembered:
         """What the prompt asks of the engine."""
         return self.prepared.candidate.fusion
 
+    def facts(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client is told, with the engine's report on the answer."""
+        config, candidate = self.memory.planner.config, self.prepared.candidate
+        told = memory_report(report)
+        return {
+            "method": config.method,
+            "budget_tokens": config.budget_tokens,
+            "history_tokens": self.prepared.plan.history_tokens,
+            "slots": candidate.slots,
+            "tail_tokens": candidate.tail_len,
+            "loaded": told.get("loaded", 0),
+            "missed": told.get("missed", 0),
+        }
+
     def ended(self, answer: str | None) -> None:
         """Build ahead, with the answer where it is known: the next request brings it."""
         self.memories.forget(self.rid)
         asked = self.asked
-        said = [*asked.history, Utterance("user", asked.told or asked.question)]
+        said = [*asked.history, Utterance("user", asked.asked or asked.question)]
         if answer:
             said.append(Utterance("assistant", answer))
         self.memory.after(asked.system, said)
@@ -236,7 +252,7 @@ class Memories:
         config = self.config(chat.wish)
         if config is None:
             return None
-        asked = Conversation(
+        asked = Asked(
             system=chat.system,
             history=tuple(Utterance(role, text) for role, text in chat.history),
             question=chat.question,
@@ -254,7 +270,7 @@ class Memories:
         self,
         config: MemoryConfig,
         tenant: Tenant,
-        asked: Conversation,
+        asked: Asked,
         sampling: SamplingOptions,
         *,
         cache_salt: str = "",
@@ -298,7 +314,9 @@ class Memories:
         await asyncio.gather(*map(asyncio.wrap_future, builds))
         prepared = await self._run(
             tenant.name,
-            lambda: memory.prepare(asked.system, asked.history, asked.question, sampling=sampling),
+            lambda: memory.prepare(
+                asked.system, asked.history, asked.question, sampling=sampling, query=asked.asked
+            ),
         )
         made = Remembered(memories=self, memory=memory, prepared=prepared, asked=asked)
         self._under_way[made.rid] = made
@@ -331,25 +349,23 @@ class Memories:
         self,
         salt: str,
         config: MemoryConfig,
-        asked: Conversation,
+        asked: Asked,
         sampling: SamplingOptions,
         loop: asyncio.AbstractEventLoop,
     ) -> tuple[Memory, Sequence[Chain] | None]:
         """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
         memory = self._memory(salt, config, loop)
         plan = memory.planner.plan(
-            asked.system, asked.history, asked.question, max_new_tokens=sampling.max_new_tokens
+            asked.system,
+            asked.history,
+            asked.question,
+            max_new_tokens=sampling.max_new_tokens,
+            query=asked.asked,
         )
         if plan.history_tokens <= config.verbatim_limit + TAIL_BLOCKS * config.block_tokens:
             memory.after(asked.system, asked.history)
             return memory, None
-        needs = [one.needs for one in plan.candidates]
-        known = memory.builder.is_known
-        if not needs[0] or any(all(map(known, one)) for one in needs):
-            return memory, ()
-        there = memory.builder.find([name for one in needs for name in one])
-        is_there = any(there.issuperset(one) for one in needs)
-        return memory, () if is_there else plan.candidates[-1].chains
+        return memory, awaited(memory, plan)
 
     def _memory(self, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop) -> Memory:
         dropped = []

@@ -18,7 +18,14 @@ from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.protocol.fusion_request import PARAM_PREFIX, FusionRequest
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, verify_targets
 
-__all__ = ["AskedChat", "ChatMemory", "RememberedChat", "around_handle_request", "register", "registered"]
+__all__ = [
+    "AskedChat",
+    "ChatMemory",
+    "RememberedChat",
+    "around_handle_request",
+    "register",
+    "registered",
+]
 
 FIELD = "memory"
 """Of the body of a request."""
@@ -62,9 +69,20 @@ class AskedChat:
 class RememberedChat(Protocol):
     """A conversation whose prompt is laid out."""
 
-    input_ids: tuple[int, ...]
-    fusion: FusionRequest
-    rid: str
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        ...
+
+    @property
+    def fusion(self) -> FusionRequest:
+        """What the prompt asks of the engine."""
+        ...
+
+    @property
+    def rid(self) -> str:
+        """Id for the request."""
+        ...
 
     def ended(self, answer: str | None) -> None:
         """Take note that the request has ended; None where it was refused, or its text is not known here."""
