@@ -83,6 +83,11 @@ class ChatRun(AnswerRun):
             )
         ]
 
+    @property
+    def rid(self) -> str | None:
+        """Id of the engine's request, where the memory waits for its report."""
+        return None if self.remembered is None else self.remembered.rid
+
     def ended(self) -> None:
         """Tell the memory, if there is one, that the answer is there."""
         if self.remembered is not None:
@@ -170,7 +175,9 @@ async def start(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatR
         return await service.for_question(tenant, prepare, service, tenant, body)
     found = await service.for_question(tenant, search, service, tenant, body)
     run = await remember(service, tenant, found, memory)
-    return run or await service.for_question(tenant, lay_out, service, found)
+    if run is not None:
+        return run
+    return await service.for_question(tenant, lay_out, service, found)
 
 
 def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
@@ -348,7 +355,7 @@ async def complete(service: RagService, run: ChatRun, http_request: Request) -> 
             params=run.params,
             http_request=http_request,
             stream=False,
-            rid=run.remembered and run.remembered.rid,
+            rid=run.rid,
         ):
             run.take(piece)
     finally:
@@ -381,7 +388,7 @@ async def stream(
         params=run.params,
         http_request=http_request,
         stream=True,
-        rid=run.remembered and run.remembered.rid,
+        rid=run.rid,
     )
     try:
         begun = False

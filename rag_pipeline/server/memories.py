@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import threading
 import uuid
 from collections import Counter, OrderedDict
@@ -11,7 +10,6 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
-    Collection,
     Generator,
     Mapping,
     Sequence,
@@ -36,7 +34,6 @@ from rag_pipeline.protocol import (
     SamplingOptions,
     memory_report,
 )
-from rag_pipeline.protocol.cache_order import CacheOrder
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
@@ -53,7 +50,6 @@ _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
 TAIL_BLOCKS = 2
 """Blocks behind a memory that stand in the prompt as they are: a history that is not longer needs none."""
-_EXISTING_S = 20.0
 
 
 class MemoryBackend:
@@ -101,17 +97,6 @@ class MemoryBackend:
 
     def close(self) -> None:
         """Nothing: the engine is the server's."""
-
-    def existing(self, ids: Sequence[str]) -> Collection[str]:
-        """Ask the engine which records it has; none where it does not tell in time."""
-        order = CacheOrder(
-            action="memories", ticket=secrets.token_hex(8), keys=tuple(ids), salt=self._salt
-        )
-        asked = asyncio.run_coroutine_threadsafe(
-            self._engine.order(order, timeout_s=_EXISTING_S), self._loop
-        )
-        told = asked.result()
-        return frozenset(told.get("memories", ()))
 
     async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
         return [
@@ -380,7 +365,7 @@ class Memories:
                     self._embedders.get().encode_queries,
                     context_length=backend.context_length,
                 )
-                memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
+                memory = self._made[key] = Memory(planner, backend)
             self._made.move_to_end(key)
             while len(self._made) > MOST_MEMORIES:
                 dropped.append(self._made.popitem(last=False)[1])

@@ -159,17 +159,17 @@ async def around_handle_request(
         **remembered.fusion.to_custom_params(),
     }
     request.rid = remembered.rid
-    answer, said = None, None
+    answer: Any = None
+    said: str | None = None
     try:
         answer = await original(serving, request, raw_request)
         choices = getattr(answer, "choices", None)
         said = choices[0].message.content if choices else None
     finally:
-        pieces = getattr(answer, "body_iterator", None)
-        if pieces is None:
+        if not hasattr(answer, "body_iterator"):
             remembered.ended(said)
-        else:
-            answer.body_iterator = _until_ended(pieces, remembered)
+    if hasattr(answer, "body_iterator"):
+        answer.body_iterator = _until_ended(answer.body_iterator, remembered)
     return answer
 
 
