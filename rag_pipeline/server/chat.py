@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.memory import Utterance
+from rag_pipeline.opened_memory import Asked, told_tokens
 from rag_pipeline.prompts.chunk_message import ChunkMessage, lay_out_message, write_message
 from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import (
@@ -25,7 +26,7 @@ from rag_pipeline.protocol import (
 from rag_pipeline.question_run import AnswerRun
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.errors import error_body, refusal_of
-from rag_pipeline.server.memories import TAIL_BLOCKS, Asked, Remembered
+from rag_pipeline.server.memories import Remembered
 from rag_pipeline.server.question_part import Conversation, read_conversation
 from rag_pipeline.server.token_strip import segments_of
 from retrievers.distinct import FETCHED, distinct
@@ -138,7 +139,7 @@ class ChatRun(AnswerRun):
             # Oldest turns of the conversation that did not fit any more.
             "truncated": self.layout.truncated.to_json(),
             # What the conversation was answered from, where that is not all of it.
-            **({"memory": self.remembered.facts(report)} if self.remembered else {}),
+            **({"memory": self.remembered.facts(self.meta)} if self.remembered else {}),
             "timing": {
                 "retrieve_s": round(timing.retrieve_s, 6),
                 # An answer that comes as one piece shows no first token.
@@ -306,7 +307,7 @@ async def remember(
             found.hits,
             max_new_tokens=found.sampling.max_new_tokens,
             context_length=service.engine.context_length,
-            told_tokens=memory.budget_tokens + TAIL_BLOCKS * memory.block_tokens,
+            told_tokens=told_tokens(memory),
             rules=talk.rules,
             document_order=found.body.rag.document_order,
         )

@@ -22,17 +22,14 @@ from rag_pipeline.memory import (
     Memory,
     MemoryConfig,
     Planner,
-    Prepared,
     Utterance,
     parse_memory,
 )
-from rag_pipeline.opened_memory import awaited
+from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
 from rag_pipeline.protocol import (
-    FusionRequest,
     GenerationPiece,
     GenerationRequest,
     SamplingOptions,
-    memory_report,
 )
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
@@ -48,8 +45,6 @@ MOST_MEMORIES = 64
 """Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
-TAIL_BLOCKS = 2
-"""Blocks behind a memory that stand in the prompt as they are: a history that is not longer needs none."""
 
 
 class MemoryBackend:
@@ -111,70 +106,17 @@ class MemoryBackend:
         ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What was said.
-
-    Parameters
-    ----------
-    system : str
-        Instructions.
-    history : tuple of Utterance
-        Earlier messages, the oldest first.
-    question : str
-        The new message, as it stands in the prompt.
-    asked : str
-        What of it the user has said, where documents stand in it too: later requests bring no more. All of it where empty.
-    """
-
-    system: str
-    history: tuple[Utterance, ...]
-    question: str
-    asked: str = ""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Remembered:
-    """A conversation on its way through the engine."""
+class Remembered(RememberedTurn):
+    """A turn on its way through the server's engine."""
 
     memories: Memories
-    memory: Memory
-    prepared: Prepared
-    asked: Asked
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    @property
-    def input_ids(self) -> tuple[int, ...]:
-        """Token ids of the prompt."""
-        return self.prepared.candidate.input_ids
-
-    @property
-    def fusion(self) -> FusionRequest:
-        """What the prompt asks of the engine."""
-        return self.prepared.candidate.fusion
-
-    def facts(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """What a client is told, with the engine's report on the answer."""
-        config, candidate = self.memory.planner.config, self.prepared.candidate
-        told = memory_report(report)
-        return {
-            "method": config.method,
-            "budget_tokens": config.budget_tokens,
-            "history_tokens": self.prepared.plan.history_tokens,
-            "slots": candidate.slots,
-            "tail_tokens": candidate.tail_len,
-            "loaded": told.get("loaded", 0),
-            "missed": told.get("missed", 0),
-        }
-
     def ended(self, answer: str | None) -> None:
-        """Build ahead, with the answer where it is known: the next request brings it."""
+        """Build ahead, and expect no report any more."""
         self.memories.forget(self.rid)
-        asked = self.asked
-        said = [*asked.history, Utterance("user", asked.asked or asked.question)]
-        if answer:
-            said.append(Utterance("assistant", answer))
-        self.memory.after(asked.system, said)
+        super().ended(answer)
 
 
 class Memories:
@@ -294,16 +236,10 @@ class Memories:
         )
         if missing is None:
             return None
-        # Nothing is built yet, as of a conversation that begins in the middle: a window would forget what is before it.
         builds = [memory.builder.build(chain, urgent=True) for chain in missing]
         await asyncio.gather(*map(asyncio.wrap_future, builds))
-        prepared = await self._run(
-            tenant.name,
-            lambda: memory.prepare(
-                asked.system, asked.history, asked.question, sampling=sampling, query=asked.asked
-            ),
-        )
-        made = Remembered(memories=self, memory=memory, prepared=prepared, asked=asked)
+        turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
+        made = Remembered(memory=memory, prepared=turn.prepared, asked=asked, memories=self)
         self._under_way[made.rid] = made
         return made
 
@@ -340,17 +276,7 @@ class Memories:
     ) -> tuple[Memory, Sequence[Chain] | None]:
         """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
         memory = self._memory(salt, config, loop)
-        plan = memory.planner.plan(
-            asked.system,
-            asked.history,
-            asked.question,
-            max_new_tokens=sampling.max_new_tokens,
-            query=asked.asked,
-        )
-        if plan.history_tokens <= config.verbatim_limit + TAIL_BLOCKS * config.block_tokens:
-            memory.after(asked.system, asked.history)
-            return memory, None
-        return memory, awaited(memory, plan)
+        return memory, plan_turn(memory, asked, sampling)
 
     def _memory(self, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop) -> Memory:
         dropped = []
