@@ -65,7 +65,6 @@ class ChatRun(AnswerRun):
     body: ChatRequest
     index_name: str
     params: dict[str, Any]
-    remembered: Remembered | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -87,7 +86,7 @@ class ChatRun(AnswerRun):
     @property
     def rid(self) -> str | None:
         """Id of the engine's request, where the memory waits for its report."""
-        return None if self.remembered is None else self.remembered.rid
+        return self.remembered.rid if isinstance(self.remembered, Remembered) else None
 
     def ended(self) -> None:
         """Tell the memory, if there is one, that the answer is there."""
