@@ -247,9 +247,15 @@ class Memories:
         """Expect no report on a request any more."""
         self._under_way.pop(rid, None)
 
-    def facts(self) -> dict[str, Any]:
-        """Counts of all memories together, for people and metrics."""
-        told = [_flat(memory.stats().to_json()) for memory in list(self._made.values())]
+    def facts(self, salt: str = "") -> dict[str, Any]:
+        """Counts of the memories of one tenant together; of all with an empty salt."""
+        with self._lock:
+            mine = [
+                memory
+                for (kept_in, _), memory in self._made.items()
+                if not salt or kept_in == salt or kept_in.startswith(f"{salt}/")
+            ]
+        told = [_flat(memory.stats().to_json()) for memory in mine]
         names = told[0] if told else ()
         together = {
             name: (max if "peak" in name else sum)(one[name] for one in told) for name in names
@@ -258,7 +264,7 @@ class Memories:
             "method": self._default.method if self._default else "off",
             "memories": len(told),
             **together,
-            "left_alone": dict(self._left_alone),
+            **({} if salt else {"left_alone": dict(self._left_alone)}),
         }
 
     def close(self) -> None:
