@@ -51,7 +51,7 @@ def _lines() -> Iterator[str]:
         # A byte that is no UTF-8 is one character of a message, not the end of the chat.
         with contextlib.suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        yield from sys.stdin
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and the lines before
