@@ -54,6 +54,27 @@ def make_config(
     return config_type(**values)
 
 
+def split_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
+    """Split ``NAME`` or ``NAME:OPTION=VALUE+OPTION=VALUE`` into the name and its options, not read yet.
+
+    Raises
+    ------
+    ValueError
+        An option without a value, or one that is given twice; one line, with ``kind`` at its head.
+    """
+    name, _, tail = text.partition(":")
+    options: dict[str, str] = {}
+    for pair in tail.split("+") if tail else ():
+        key, equals, value = pair.partition("=")
+        if not equals or key in options:
+            raise ValueError(
+                f"{kind} {text!r}: {pair!r} is not OPTION=VALUE, each once; "
+                f"write {name}:OPTION=VALUE+OPTION=VALUE."
+            )
+        options[key] = value
+    return name, options
+
+
 def _kinds(hint: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rag_kernels.options import make_config
+from rag_kernels.options import make_config, split_options
 from rag_kernels.registry import Registry
 from rag_kernels.sparse.base import AttentionMethod
 
@@ -39,16 +39,7 @@ def create_attention_method(text: str) -> AttentionMethod:
     ValueError
         An unknown name or option, a wrong type or value; one line that says what is allowed.
     """
-    name, _, tail = text.partition(":")
+    name, options = split_options("attention method", text)
     method = ATTENTION_METHODS.get(name)
-    options: dict[str, str] = {}
-    for pair in tail.split("+") if tail else ():
-        key, equals, value = pair.partition("=")
-        if not equals or key in options:
-            raise ValueError(
-                f"attention method {text!r}: {pair!r} is not OPTION=VALUE, each once; "
-                f"write {name}:OPTION=VALUE+OPTION=VALUE."
-            )
-        options[key] = value
     owner = f"attention method {name!r}"
     return method(make_config(owner, method.config_type, options, from_text=True))

@@ -1,0 +1,19 @@
+"""Retention rules: which tokens of a long conversation stay in a cache of fixed size. One file per rule."""
+
+from __future__ import annotations
+
+from chunk_cache.retention.base import RetentionConfig, RetentionError, RetentionRule
+from chunk_cache.retention.registry import RETENTION_RULES, create_rule
+from chunk_cache.retention.selection import Kept, gather_slots, keep_top, merge_kept
+
+__all__ = [
+    "RETENTION_RULES",
+    "Kept",
+    "RetentionConfig",
+    "RetentionError",
+    "RetentionRule",
+    "create_rule",
+    "gather_slots",
+    "keep_top",
+    "merge_kept",
+]

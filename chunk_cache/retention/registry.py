@@ -1,0 +1,41 @@
+"""From ``NAME`` or ``NAME:OPTION=VALUE+OPTION=VALUE`` to a retention rule."""
+
+from __future__ import annotations
+
+from chunk_cache.retention.base import RetentionRule
+from rag_kernels import Registry
+from rag_kernels.options import make_config, split_options
+
+RETENTION_RULES: Registry[type[RetentionRule]] = Registry(
+    "retention rule",
+    "rag_pipeline.retention_rules",
+    {
+        "epicache": "chunk_cache.retention.epicache:EpiCacheRule",
+        "snapkv": "chunk_cache.retention.snapkv:SnapKVRule",
+        "keydiff": "chunk_cache.retention.keydiff:KeyDiffRule",
+        "kvzip": "chunk_cache.retention.kvzip:KVzipRule",
+        "random": "chunk_cache.retention.random:RandomRule",
+        "streaming": "chunk_cache.retention.streaming:StreamingRule",
+    },
+    base=RetentionRule,
+)
+"""Rules by name. A client names one in its request; each process that reads it must know it."""
+
+
+def create_rule(text: str) -> RetentionRule:
+    """Make a rule.
+
+    Parameters
+    ----------
+    text : str
+        A name in :data:`RETENTION_RULES`, with options behind a colon: ``snapkv:window=32+kernel=7``.
+
+    Raises
+    ------
+    ValueError
+        An unknown name or option, a wrong type or value; one line that says what is allowed.
+    """
+    name, options = split_options("retention rule", text)
+    rule = RETENTION_RULES.get(name)
+    owner = f"retention rule {name!r}"
+    return rule(make_config(owner, rule.config_type, options, from_text=True))
