@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Self
+from typing import Any, Self
 
 from rag_pipeline.generation import Backend
 from rag_pipeline.memory.builder import BuildStats
