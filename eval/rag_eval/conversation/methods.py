@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rag_eval.command import Progress
 from rag_eval.runner.session import EngineSession
 from rag_pipeline.memory import Candidate, MemoryBuilder, Planner, Utterance
-
-if TYPE_CHECKING:
-    from rag_pipeline.generation import EngineBackend
 
 SYSTEM = (
     "You read a long conversation and then answer a question about it. "
@@ -44,8 +41,8 @@ class MethodRun:
     ----------
     session : EngineSession
         The engine.
-    backend : EngineBackend
-        The same engine, for the builds.
+    builder : MemoryBuilder
+        Builds on the same engine; stays open.
     planner : Planner
         Of the method.
     history : sequence of Utterance
@@ -55,17 +52,19 @@ class MethodRun:
     def __init__(
         self,
         session: EngineSession,
-        backend: EngineBackend,
+        builder: MemoryBuilder,
         planner: Planner,
         history: Sequence[Utterance],
     ) -> None:
         self._session = session
         self._planner = planner
         self._history = list(history)
-        self._builder = MemoryBuilder(backend)
+        self._builder = builder
 
     def build(self, progress: Progress) -> dict[str, Any]:
         """Make every record that is worth making, or prefill the history where the method answers from all of it.
+
+        What the builder has made for a shorter history is not made again.
 
         Returns
         -------
@@ -75,6 +74,7 @@ class MethodRun:
             answers, ``history_tokens``.
         """
         plan = self._planner.plan(SYSTEM, self._history, "?", max_new_tokens=1)
+        before = self._builder.stats()
         cpu, began = self._session.cpu_seconds(), time.perf_counter()
         first = plan.candidates[0]
         found: dict[str, Any] = {"history_tokens": plan.history_tokens}
@@ -90,13 +90,13 @@ class MethodRun:
             prefilled = len(ids)
         stats = self._builder.stats()
         return found | {
-            "build_tokens": stats.forward_tokens + prefilled,
-            "probe_tokens": stats.probe_tokens,
+            "build_tokens": stats.forward_tokens - before.forward_tokens + prefilled,
+            "probe_tokens": stats.probe_tokens - before.probe_tokens,
             "build_s": time.perf_counter() - began,
             "build_cpu_s": self._session.cpu_seconds() - cpu,
             "peak_tokens": max(stats.peak_tokens, prefilled),
-            "steps": stats.steps,
-            "failed": stats.failed,
+            "steps": stats.steps - before.steps,
+            "failed": stats.failed - before.failed,
             "records": len(chains),
             "record_tokens": sum(chain[-1].budget for chain in chains.values()),
         }
@@ -110,10 +110,6 @@ class MethodRun:
         for chain in candidate.chains:
             self._builder.build(chain, urgent=True).result()
         return Laid(candidate=candidate, plan_s=took, plan_cpu_s=took_cpu)
-
-    def close(self) -> None:
-        """End the builder; the engine goes on."""
-        self._builder.close()
 
 
 def _is_whole(candidate: Candidate, history_tokens: int) -> bool:

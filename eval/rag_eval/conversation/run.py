@@ -22,7 +22,7 @@ from rag_eval.runner.prompts import PromptMaker
 from rag_eval.runner.run import TABLE, model_folder, run_notes
 from rag_eval.runner.session import EngineSession
 from rag_pipeline import ModelTokenizer
-from rag_pipeline.memory import MemoryConfig, Planner, parse_memory
+from rag_pipeline.memory import MemoryBuilder, MemoryConfig, Planner, parse_memory
 from rag_pipeline.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_conversations(
     model, vocabulary = model_folder(config.model, progress)
     context = context_of(model)
     tokenizer = ModelTokenizer.load(model)
-    encode = _embedder(config.embedder, progress)
+    encode = sentence_encoder(config.embedder, progress)
     talks = [place(config, talk, tokenizer, encode, context) for talk in conversations]
     notes = run_notes(
         methods=config.method_names,
@@ -133,8 +133,9 @@ class _Measuring:
         where = f"{talk.conversation.id} {name}"
         # What another method left in the radix tree would be found by this one.
         self._session.flush()
-        run = MethodRun(self._session, self._backend, planner, talk.history)
+        builder = MemoryBuilder(self._backend)
         try:
+            run = MethodRun(self._session, builder, planner, talk.history)
             built = run.build(lambda line: self._progress(f"{where}: {line}"))
             head = {"conversation": talk.conversation.id, "method": name}
             key = _build_key(talk, name)
@@ -148,7 +149,7 @@ class _Measuring:
                     f"{row['turn_s']:.2f} s"
                 )
         finally:
-            run.close()
+            builder.close()
 
     def _asked(self, run: MethodRun, talk: Talk, question: Question) -> dict[str, Any]:
         most = self._config.max_new_tokens
@@ -199,7 +200,8 @@ def _memory_config(config: ConversationConfig, name: str, budget: int) -> Memory
     return found
 
 
-def _embedder(name: str, progress: Progress) -> Encode:
+def sentence_encoder(name: str, progress: Progress = no_progress) -> Encode:
+    """Vectors of texts by a sentence model, on the CPU: what evaluates must not take an engine's GPU memory."""
     from rag_pipeline import resolve_embedder
     from retrievers import Embedder
 
