@@ -10,6 +10,8 @@ from rag_pipeline.protocol import (
     FusionRequest,
     GenerationRequest,
     MemoryFields,
+    MemoryLoad,
+    MemoryStore,
     SamplingOptions,
 )
 
@@ -82,8 +84,25 @@ class Step:
         return len(self.prefix_ids) + len(self.slot_ids) + self.forward_tokens
 
     def request(self, spans: Sequence[Range] = ()) -> GenerationRequest:
-        """Write the request; `spans` are true positions whose kept share the report tells."""
-        raise NotImplementedError
+        """Write the request.
+
+        Parameters
+        ----------
+        spans : sequence of (int, int)
+            True positions whose share that stays the report tells.
+        """
+        start = len(self.prefix_ids)
+        slots = start + len(self.slot_ids)
+        memory = MemoryFields(
+            load=(MemoryLoad(start=start, end=slots, id=self.previous),) if self.previous else (),
+            store=MemoryStore(end=slots + len(self.block_ids), budget=self.budget, rule=self.rule),
+            spans=tuple(spans),
+        )
+        return GenerationRequest(
+            input_ids=self.input_ids,
+            fusion=FusionRequest(prefix_len=start, memory=memory),
+            sampling=SamplingOptions(max_new_tokens=1),
+        )
 
 
 class Chain(Sequence[Step]):
@@ -134,6 +153,11 @@ class Candidate:
     tail_len: int = 0
     episodes: tuple[int, ...] = ()
 
+    @property
+    def told(self) -> int:
+        """Tokens of the history in the prompt."""
+        return self.slots + self.tail_len
+
     def request(
         self, sampling: SamplingOptions | None = None, spans: Sequence[Range] = ()
     ) -> GenerationRequest:
@@ -146,7 +170,12 @@ class Candidate:
         spans : sequence of (int, int)
             True positions whose kept share the report tells; only a prompt with a memory reports one.
         """
-        raise NotImplementedError
+        fusion = self.fusion
+        if spans and fusion.memory is not None:
+            fusion = replace(fusion, memory=replace(fusion.memory, spans=tuple(spans)))
+        return GenerationRequest(
+            input_ids=self.input_ids, fusion=fusion, sampling=sampling or SamplingOptions()
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,8 +192,6 @@ class MemoryPlan:
         What is worth building now, in order; each chain up to its last step.
     history_tokens : int
         Tokens of the whole history.
-    version : int
-        How many times the conversation was clustered.
     prefix_len : int
         Tokens in front of the history.
     """
@@ -173,17 +200,4 @@ class MemoryPlan:
     fallback: Candidate
     ahead: tuple[Chain, ...] = ()
     history_tokens: int = 0
-    version: int = 0
     prefix_len: int = 0
-
-
-__all__ = [
-    "Candidate",
-    "Chain",
-    "MemoryFields",
-    "MemoryPlan",
-    "Range",
-    "Step",
-    "Utterance",
-    "replace",
-]

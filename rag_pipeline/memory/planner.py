@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.memory.config import MemoryConfig
-from rag_pipeline.memory.plan import MemoryPlan, Range, Utterance
-from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from rag_pipeline.memory.conversation import Conversations, TextVectors, View
+from rag_pipeline.memory.layout import Question, plain_candidate, window_candidate
+from rag_pipeline.memory.methods import create_method
+from rag_pipeline.memory.plan import Chain, MemoryPlan, Range, Utterance
+from rag_pipeline.memory.rendering import Renderer, checked
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from rag_pipeline.memory.clustering import Vectors
+    from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
-    Encode = Callable[[list[str]], NDArray[np.float32]]
-    """Texts to vectors of unit length, ``(len(texts), dim)``, such as ``Embedder.encode_documents``."""
+BLOCKS_EARLY = 2
+"""How many blocks before a history outgrows the prompt its records are begun."""
 
 
 class Planner:
@@ -31,25 +35,36 @@ class Planner:
     tokenizer : ModelTokenizer
         The model's.
     encode : callable
-        Texts to unit vectors, float32 ``(len(texts), dim)``; only asked by methods that have episodes or retrieve.
+        Texts to unit vectors, float32 ``(len(texts), dim)``, such as ``Embedder.encode_documents``; asked only by
+        methods that have episodes or retrieve.
     context_length : int
         Most tokens of prompt and answer together.
 
     Raises
     ------
     RagPipelineError
-        A budget and a block that do not fit the context, in one line.
+        A method that is not known, or a budget that does not fit the context, in one line.
     """
 
     def __init__(
         self,
         config: MemoryConfig,
         tokenizer: ModelTokenizer,
-        encode: Encode,
+        encode: Callable[[list[str]], Vectors],
         *,
         context_length: int,
     ) -> None:
-        raise NotImplementedError
+        self.config = config
+        self.context_length = context_length
+        self.method = create_method(config)
+        if (wanted := self.method.step_tokens()) >= context_length:
+            raise RagPipelineError(
+                f"memory: a step of {config.budget_tokens} slots and a block of {config.block_tokens} needs {wanted} "
+                f"tokens, the context has {context_length}; lower budget_tokens or block_tokens"
+            )
+        self._renderer = Renderer(tokenizer)
+        self._vectors = TextVectors(encode)
+        self._conversations = Conversations(self._renderer, config, self._vectors)
 
     def plan(
         self,
@@ -77,12 +92,77 @@ class Planner:
         RagPipelineError
             A question that does not fit, an empty one, or a role that is not known.
         """
-        raise NotImplementedError
+        view = self._view(system, history)
+        asked = self._question(view, question, max_new_tokens)
+        fallback = window_candidate(view, asked)
+        if self._is_verbatim(view, asked):
+            candidates = [plain_candidate(view, asked, [(0, view.num_tokens)])]
+        else:
+            made = self.method.candidates(view, asked)
+            candidates = [one for one in made if one.prefix_len + one.told <= asked.room]
+        return MemoryPlan(
+            candidates=tuple(candidates) or (fallback,),
+            fallback=fallback,
+            ahead=self._ahead(view, asked),
+            history_tokens=view.num_tokens,
+            prefix_len=len(view.prefix_ids),
+        )
 
-    def ahead(self, system: str, history: Sequence[Utterance]) -> MemoryPlan:
-        """Plan what to build behind an answer, without a question: `candidates` are empty."""
-        raise NotImplementedError
+    def ahead(self, system: str, history: Sequence[Utterance]) -> tuple[Chain, ...]:
+        """Chains that are worth building behind an answer, in order."""
+        return self._ahead(self._view(system, history), None)
 
     def utterance_ranges(self, system: str, history: Sequence[Utterance]) -> list[Range]:
-        """True positions of each message's text, for evaluation."""
-        raise NotImplementedError
+        """True positions of each message, for evaluation; an empty range for an empty message."""
+        kept = [bool(said.text.strip()) for said in history]
+        view = self._view(system, history)
+        prefix = len(view.prefix_ids)
+        ranges, end, message = [], prefix, 0
+        for there in kept:
+            start = end
+            if there:
+                end = prefix + view.message_range(message)[1]
+                message += 1
+            ranges.append((start, end))
+        return ranges
+
+    def episodes(self, system: str, history: Sequence[Utterance]) -> list[int]:
+        """Episode of each whole segment in the newest version, for evaluation; for methods that have episodes."""
+        view = self._view(system, history)
+        return view.labels(view.versions()[0])
+
+    def _view(self, system: str, history: Sequence[Utterance]) -> View:
+        told = [checked(said) for said in history]
+        return self._conversations.view(system, [said for said in told if said.text])
+
+    def _question(self, view: View, question: str, max_new_tokens: int) -> Question:
+        text = question.strip()
+        if not text:
+            raise RagPipelineError("the question is empty; give at least one word")
+        ids = self._renderer.question_ids(view.last_role, text)
+        room = self.context_length - max_new_tokens - len(ids)
+        if room < len(view.prefix_ids):
+            raise RagPipelineError(
+                f"the question does not fit: {len(ids)} tokens with {len(view.prefix_ids)} of the system prompt and "
+                f"{max_new_tokens} for the answer exceed the context of {self.context_length}; shorten it or let the "
+                "answer have fewer tokens"
+            )
+        return Question(
+            text=text, ids=ids, room=room, encode=lambda asked: self._vectors.of([asked])[0]
+        )
+
+    def _is_verbatim(self, view: View, question: Question) -> bool:
+        tokens = view.num_tokens
+        fits = len(view.prefix_ids) + tokens <= question.room
+        return fits and tokens <= self.config.verbatim_limit and self.method.keeps_verbatim
+
+    def _ahead(self, view: View, question: Question | None) -> tuple[Chain, ...]:
+        early = BLOCKS_EARLY * self.config.block_tokens
+        if view.num_tokens + early <= self.config.verbatim_limit:
+            return ()
+        room = self.context_length - len(view.prefix_ids)
+        return tuple(
+            chain
+            for chain in self.method.ahead(view, question)
+            if chain[-1].peak_tokens - len(view.prefix_ids) < room
+        )
