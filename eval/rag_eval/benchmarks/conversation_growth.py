@@ -15,16 +15,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rag_eval.benchmarks.conversation_growth_config import GrowthConfig
 from rag_eval.benchmarks.conversation_growth_plot import bars, plot_growth
 from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
 from rag_eval.command import Progress
 from rag_eval.conversation.config import FULL
-from rag_eval.conversation.methods import MethodRun
+from rag_eval.conversation.methods import SYSTEM, MethodRun
 from rag_eval.conversation.run import sentence_encoder
-from rag_eval.conversation.talk import ROOM, context_of
+from rag_eval.conversation.talk import ROOM, SentenceEncoder, context_of
 from rag_eval.datasets import read_conversations
 from rag_eval.datasets.filler import paragraphs
 from rag_eval.errors import EvalError
@@ -36,11 +36,6 @@ from rag_eval.runner.session import EngineSession
 from rag_pipeline import ModelTokenizer
 from rag_pipeline.generation import EngineBackend
 from rag_pipeline.memory import MemoryBuilder, Planner, Utterance, parse_memory
-
-if TYPE_CHECKING:
-    from rag_pipeline.memory.planner import Encode
-
-_SYSTEM = ""
 
 
 def history_of(config: GrowthConfig) -> list[Utterance]:
@@ -61,8 +56,8 @@ def cut_to(planner: Planner, history: Sequence[Utterance], tokens: int) -> list[
     EvalError
         The conversation is shorter.
     """
-    ranges = planner.utterance_ranges(_SYSTEM, history)
-    start = planner.ahead(_SYSTEM, history).prefix_len
+    ranges = planner.utterance_ranges(SYSTEM, history)
+    start = ranges[0][0]
     kept = [said for said, (_, end) in zip(history, ranges, strict=True) if end - start <= tokens]
     if len(kept) == len(history) and ranges[-1][1] - start < 0.95 * tokens:
         raise EvalError(
@@ -77,7 +72,11 @@ class _Growing:
     """One engine, and methods whose conversation grows."""
 
     def __init__(
-        self, config: GrowthConfig, session: EngineSession, encode: Encode, progress: Progress
+        self,
+        config: GrowthConfig,
+        session: EngineSession,
+        encode: SentenceEncoder,
+        progress: Progress,
     ) -> None:
         self._config, self._session, self._progress = config, session, progress
         self._backend = EngineBackend(session.engine)

@@ -14,8 +14,15 @@ from rag_eval.errors import EvalError
 DEFAULT_METHODS = "full,epicache,streaming,snapkv,keydiff,retrieval"
 FULL = "full"
 LEAST_BUDGET = 16
+EPISODIC = "epicache"
+"""Methods whose name begins like this have a record for each topic."""
 
 _TIMES = re.compile(r"(\d+(?:\.\d+)?)x")
+
+
+def is_episodic(method: str) -> bool:
+    """Whether a method has a record for each topic; every other one is a baseline for those."""
+    return method.startswith(EPISODIC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rag_eval.command import Progress
+from rag_eval.conversation.config import is_episodic
 from rag_eval.runner.session import EngineSession
 from rag_pipeline.memory import Candidate, MemoryBuilder, Planner, Utterance
 
@@ -110,6 +111,30 @@ class MethodRun:
         for chain in candidate.chains:
             self._builder.build(chain, urgent=True).result()
         return Laid(candidate=candidate, plan_s=took, plan_cpu_s=took_cpu)
+
+    def in_episodes(self, places: Sequence[int], candidate: Candidate) -> float | None:
+        """Share of utterances that lie in the episodes that a prompt answers from.
+
+        Parameters
+        ----------
+        places : sequence of int
+            Utterances that hold the evidence of its question.
+        candidate : Candidate
+            The prompt.
+
+        Returns
+        -------
+        float or None
+            None for a method without episodes, and where all of them stand behind the last whole segment.
+        """
+        if not candidate.episodes or not is_episodic(self._planner.config.method):
+            return None
+        labels = self._planner.episodes(SYSTEM, self._history)
+        size = self._planner.config.segment_utterances
+        segments = [at // size for at in places if at // size < len(labels)]
+        if not segments:
+            return None
+        return sum(labels[one] in candidate.episodes for one in segments) / len(segments)
 
 
 def _is_whole(candidate: Candidate, history_tokens: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rag_eval.command import Progress, no_progress
 from rag_eval.conversation.config import ConversationConfig
@@ -12,7 +12,7 @@ from rag_eval.conversation.measure import measure_question
 from rag_eval.conversation.methods import MethodRun
 from rag_eval.conversation.summary import summarise
 from rag_eval.conversation.table import table
-from rag_eval.conversation.talk import ROOM, Talk, context_of, place
+from rag_eval.conversation.talk import ROOM, SentenceEncoder, Talk, context_of, place
 from rag_eval.datasets import Question, read_conversations
 from rag_eval.errors import EvalError
 from rag_eval.runner.engine import DEFAULT_ENGINE_ARGS, start_session
@@ -24,9 +24,6 @@ from rag_eval.runner.session import EngineSession
 from rag_pipeline import ModelTokenizer
 from rag_pipeline.memory import MemoryBuilder, MemoryConfig, Planner, parse_memory
 from rag_pipeline.whole_file import write_whole
-
-if TYPE_CHECKING:
-    from rag_pipeline.memory.planner import Encode
 
 
 def run_conversations(
@@ -111,7 +108,7 @@ class _Measuring:
         config: ConversationConfig,
         session: EngineSession,
         maker: PromptMaker,
-        encode: Encode,
+        encode: SentenceEncoder,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
@@ -156,7 +153,7 @@ class _Measuring:
         room = max(most, self._config.gold_tokens)
         laid = run.lay_out(question.text, max_new_tokens=room)
         gold = self._maker.encode(question.answer)[: self._config.gold_tokens]
-        return measure_question(
+        row = measure_question(
             self._session,
             laid,
             question,
@@ -164,6 +161,7 @@ class _Measuring:
             gold,
             max_new_tokens=most,
         )
+        return row | {"in_episode": run.in_episodes(talk.places(question), laid.candidate)}
 
 
 def _key(question: Question, method: str) -> str:
@@ -200,7 +198,7 @@ def _memory_config(config: ConversationConfig, name: str, budget: int) -> Memory
     return found
 
 
-def sentence_encoder(name: str, progress: Progress = no_progress) -> Encode:
+def sentence_encoder(name: str, progress: Progress = no_progress) -> SentenceEncoder:
     """Vectors of texts by a sentence model, on the CPU: what evaluates must not take an engine's GPU memory."""
     from rag_pipeline import resolve_embedder
     from retrievers import Embedder

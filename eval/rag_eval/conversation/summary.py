@@ -7,20 +7,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rag_eval.conversation.config import FULL
+from rag_eval.conversation.config import FULL, is_episodic
 from rag_eval.metrics import paired_bootstrap
 
 Row = Mapping[str, Any]
 
 MEANS = ("evidence_recall", "nll", "f1")
 MEDIANS = ("turn_s", "turn_cpu_s", "plan_s", "plan_cpu_s", "prompt_tokens", "tail_tokens")
-EPISODIC = "epicache"
-"""Methods whose name begins like this have a record for each topic."""
-
-
-def is_episodic(method: str) -> bool:
-    """Whether a method has a record for each topic; every other one is a baseline for those."""
-    return method.startswith(EPISODIC)
 
 
 def summarise(

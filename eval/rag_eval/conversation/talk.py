@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rag_eval.conversation.config import FULL, ConversationConfig
 from rag_eval.conversation.methods import SYSTEM
@@ -16,8 +18,8 @@ from rag_eval.errors import EvalError
 from rag_pipeline import ModelTokenizer
 from rag_pipeline.memory import MemoryConfig, Planner, Utterance
 
-if TYPE_CHECKING:
-    from rag_pipeline.memory.planner import Encode
+SentenceEncoder = Callable[[list[str]], NDArray[np.float32]]
+"""Texts to unit vectors, ``(len(texts), dim)``."""
 
 ROOM = 256
 """Tokens of a prompt besides history and answer: system part, question, and what a template writes."""
@@ -47,6 +49,14 @@ class Talk:
     tokens: int
     budget: int
 
+    def places(self, question: Question) -> list[int]:
+        """Which utterances hold the evidence of a question, counted from 0."""
+        return [
+            number
+            for number, remark in enumerate(self.conversation.remarks)
+            if remark.id in question.evidence
+        ]
+
     def evidence(self, question: Question) -> list[Range]:
         """True positions of a question's evidence."""
         return [self.ranges[one] for one in question.evidence]
@@ -56,7 +66,7 @@ def place(
     config: ConversationConfig,
     whole: Conversation,
     tokenizer: ModelTokenizer,
-    encode: Encode,
+    encode: SentenceEncoder,
     context: int,
 ) -> Talk:
     """Cut a conversation to the tokens that were asked for, or that fit the model, and place its utterances.
@@ -69,7 +79,7 @@ def place(
         As the data set has it.
     tokenizer : ModelTokenizer
         The model's.
-    encode : Encode
+    encode : SentenceEncoder
         Sentence vectors; placing asks for none.
     context : int
         Longest prompt of the model.
@@ -87,14 +97,11 @@ def place(
             "history; give fewer, or leave out the method full"
         )
     planner = Planner(MemoryConfig(method=FULL), tokenizer, encode, context_length=1 << 30)
-    said = _utterances(whole)
-    start = planner.ahead(SYSTEM, said).prefix_len
-    ends = [start, *(end for _, end in planner.utterance_ranges(SYSTEM, said))]
-    lengths = [after - before for before, after in itertools.pairwise(ends)]
-    kept = whole.cut(lengths, most, config.cut)
+    told = planner.utterance_ranges(SYSTEM, _utterances(whole))
+    kept = whole.cut([end - start for start, end in told], most, config.cut)
     history = _utterances(kept)
     places = planner.utterance_ranges(SYSTEM, history)
-    tokens = planner.ahead(SYSTEM, history).history_tokens
+    tokens = places[-1][1] - places[0][0]
     return Talk(
         conversation=kept,
         history=history,
