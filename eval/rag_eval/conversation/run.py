@@ -88,7 +88,7 @@ def run_conversations(
                 maker, vocabulary, {"max_total_tokens": pool} | config.engine_args
             )
         try:
-            measuring = _Measuring(config, session, maker, encode, folder, progress)
+            measuring = Measuring(config, session, maker, encode, folder, progress)
             for talk, name, left in work:
                 measuring.measure(talk, name, left)
         except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def run_conversations(
     return _finish(config, talks, folder) | {"interrupted": interrupted}
 
 
-class _Measuring:
+class Measuring:
     """One engine that measures methods on conversations."""
 
     def __init__(
