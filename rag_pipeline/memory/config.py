@@ -37,13 +37,13 @@ class MemoryConfig:
     """Segments closest to the centre of an episode, whose text asks what to keep for it."""
     probe_tokens: int = 512
     """Most tokens of that text."""
-    merge_margin: float = 0.05
-    """A question whose second-best episode is within this cosine of the best is answered from both; 0 from the best only."""
+    merge_margin: float = 0.03
+    """A question whose second-best episode is within this similarity of the best is answered from both; 0 from the best only."""
     verbatim_tokens: int | None = None
     """Histories up to this length stand in the prompt as they are; None for as long as the budget."""
     recluster_growth: float = 1.5
     """How many times as long a history must be as at the last clustering before it is clustered again."""
-    recluster_drift: float = 1.25
+    recluster_drift: float = 1.05
     """How many times as far from their episodes new segments must lie as those that were clustered."""
     switch_segments: int = 3
     """Consecutive segments far from every episode that open a new one; 0 for never."""
