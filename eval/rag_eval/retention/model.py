@@ -79,6 +79,11 @@ class LayerCache:
         return LayerCache(k=self.k.gather(1, index), v=self.v.gather(1, index), positions=positions)
 
 
+def joined(a: Sequence[LayerCache], b: Sequence[LayerCache]) -> list[LayerCache]:
+    """Put the caches of all layers behind others; either may be empty."""
+    return [x + y for x, y in zip(a, b, strict=True)] if a and b else list(a or b)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Pass:
     """What a forward pass gave: fp32 logits ``[rows, vocabulary]`` of its last rows, and the rows of each layer."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from chunk_cache.retention import RetentionRule, keep_top
 from rag_eval.errors import EvalError
-from rag_eval.retention.model import LayerCache, LayerRows, Pass, ShownModel
+from rag_eval.retention.model import LayerCache, LayerRows, Pass, ShownModel, joined
 
 Level = Literal["pair", "pair-uniform"]
 
@@ -109,7 +109,7 @@ class ReferenceMemory:
     @property
     def caches(self) -> list[LayerCache]:
         """System part and memory as one."""
-        return _joined(self.system, self.kept)
+        return joined(self.system, self.kept)
 
     def answer(self, model: ShownModel, ids: Sequence[int], *, logits: int = 1) -> Pass:
         """Run what follows the history: tail, question, answer."""
@@ -160,27 +160,27 @@ def build_memory(
     start : sequence of LayerCache
         The history's first blocks, computed elsewhere and not evicted from; they must fit the budgets.
     """
-    if len(history) % block_tokens or len(budgets) != model.num_layers:
+    done = start[0].k.shape[1] if start else 0
+    if (len(history) - done) % block_tokens or len(budgets) != model.num_layers:
         raise EvalError(
-            f"{len(history)} tokens, {len(budgets)} budgets; give whole blocks of {block_tokens} and "
+            f"{len(history) - done} tokens, {len(budgets)} budgets; give whole blocks of {block_tokens} and "
             f"{model.num_layers} budgets"
         )
     whole = (
         [LayerCache.of_rows(rows, 0) for rows in model.forward(system, 0).layers] if system else []
     )
     kept = list(start)
-    done = kept[0].k.shape[1] if kept else 0
     peak = [done] * model.num_layers
     for first in range(done, len(history), block_tokens):
         position = len(system) + first
         block = history[first : first + block_tokens]
-        rows = model.forward(block, position, _joined(whole, kept)).layers
-        kept = _joined(kept, [LayerCache.of_rows(one, position) for one in rows])
+        rows = model.forward(block, position, joined(whole, kept)).layers
+        kept = joined(kept, [LayerCache.of_rows(one, position) for one in rows])
         position += block_tokens
         peak = [max(a, _size(cache)) for a, cache in zip(peak, kept, strict=True)]
         asked = list(probe(first // block_tokens))
         if asked:
-            rows = model.forward(asked, position, _joined(whole, kept)).layers
+            rows = model.forward(asked, position, joined(whole, kept)).layers
         elif window_rows:
             rows = [LayerRows(q=one.q[:, -window_rows:], k=one.k, v=one.v) for one in rows]
         for layer, cache in enumerate(kept):
@@ -199,10 +199,6 @@ def build_memory(
     return ReferenceMemory(
         system=whole, kept=kept, next_position=len(system) + len(history), peak=tuple(peak)
     )
-
-
-def _joined(a: Sequence[LayerCache], b: Sequence[LayerCache]) -> list[LayerCache]:
-    return [x + y for x, y in zip(a, b, strict=True)] if a and b else list(a or b)
 
 
 def _size(cache: LayerCache) -> int:
