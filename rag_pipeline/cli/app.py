@@ -270,7 +270,7 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command("eval", context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Measure answer quality and cost of every mode; `eval gate` checks a model before it serves."""
+    """Measure answer quality and cost of every mode; `eval gate` checks a model, `eval conversation` memories."""
     from rag_eval.fidelity import main as run
 
     raise typer.Exit(run(context.args))
