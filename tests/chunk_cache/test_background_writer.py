@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 
-from chunk_cache import (
-    BackgroundWriter,
-    ChunkKey,
-    ChunkKV,
-    KVContext,
-    StoreFolder,
-)
+from chunk_cache import BackgroundWriter, ChunkKey, ChunkKV, KVContext, StoreFolder
 from chunk_cache.tiers import background_writer
 
 Make = Callable[..., ChunkKV]

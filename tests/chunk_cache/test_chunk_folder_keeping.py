@@ -16,14 +16,7 @@ from typing import Any
 
 import pytest
 
-from chunk_cache import (
-    ChunkKey,
-    ChunkKV,
-    KVContext,
-    MemoryStore,
-    StoreFolder,
-    load_store,
-)
+from chunk_cache import ChunkKey, ChunkKV, KVContext, MemoryStore, StoreFolder, load_store
 from chunk_cache.tiers.disk import allocate
 from chunk_cache.tiers.disk.layout import chunk_path, usage_path
 from chunk_cache.tiers.disk.private_files import Draft, write_private

@@ -266,3 +266,18 @@ def stocked(engine: Callable[..., LocalEngine]) -> LocalEngine:
 def _one_thread() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Make the world's server with a default attention method; one at a time is the runtime of this process."""
+    from fusion_world import checks
+    from method_spaces import method_server
+
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import set_runtime
+
+    # That what is called exact is plain prefill: of a method's own namespace it is not.
+    for name in ("check", "_check_spans"):
+        monkeypatch.setattr(checks.Plan, name, lambda plan: None)
+    yield method_server
+    set_runtime(None)
