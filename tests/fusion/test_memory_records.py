@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +20,13 @@ from rag_pipeline.sglang_plugin.fusion.admission import fetching
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.management.memories import memories
-from rag_pipeline.sglang_plugin.fusion.memory import leasing
+from rag_pipeline.sglang_plugin.fusion.memory import keeping, leasing
 from rag_pipeline.sglang_plugin.fusion.memory.keeping import conclude
 from rag_pipeline.sglang_plugin.fusion.memory.records import name_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
+from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 8
@@ -35,7 +39,8 @@ _IDLE = SimpleNamespace(can_run_list=[], running_batch=SimpleNamespace(is_empty=
 class Engine:
     """One life of an engine; what its pool holds for a prompt is drawn from the token ids."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, group: RankGroup | None = None, **settings: Any) -> None:
+        group = group or RankGroup()
         layer = SimpleNamespace(sliding_window_size=-1, logit_cap=0.0)
         facts = ModelFacts(
             layers=(layer,) * LAYERS,
@@ -51,10 +56,13 @@ class Engine:
                 "dtype": "float32",
                 "kv_dtype": "float32",
                 "rope": "{}",
+                "tp_rank": group.rank,
+                "tp_size": group.size,
             },
             qkv_share=0.1,
         )
-        self.runtime = FusionRuntime(FusionConfig(store_bytes=1 << 20, **settings), facts)
+        config = FusionConfig(store_bytes=1 << 20, **settings)
+        self.runtime = FusionRuntime(config, facts, group=group)
         kv = torch.zeros(LAYERS, 1, HEADS, DIM)
         self.runtime.record_form = RecordForm("heads", kv, kv)
         persistence.start_tiers(self.runtime, "no-model")
@@ -113,6 +121,22 @@ class Engine:
             assert self.runtime.fetcher.close(60)
             assert self.runtime.tiers.close(60)
         self.runtime.store.check_integrity(expect_idle=True)
+
+
+class Rank(RankGroup):
+    """One of two ranks; a vote that the other one does not come to breaks the barrier."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, votes: list[Any]) -> None:
+        super().__init__()
+        self.size, self.rank = 2, rank
+        self._barrier, self._votes = barrier, votes
+
+    def _exchange(self, vote: tuple[bool, Any]) -> list[tuple[bool, Any]]:
+        self._votes[self.rank] = vote
+        self._barrier.wait(30)
+        votes = list(self._votes)
+        self._barrier.wait(30)
+        return votes
 
 
 class Talk:
@@ -354,3 +378,48 @@ def test_new_weights_find_no_memory_and_none_is_stored_over_an_update(engines):
     state = engine.state([*talk.begin(), 5, 5], MemoryFields(load=talk.load))
     assert state.memory.is_missed
     state.finish(state.prompt.size)
+
+
+def test_ranks_load_and_store_a_memory_together_or_not_at_all(engines, monkeypatch):
+    barrier, votes = threading.Barrier(2), [None, None]
+    ranks = [engines(group=Rank(rank, barrier, votes)) for rank in range(2)]
+    talks = [Talk(), Talk()]
+
+    def both(work: Callable[[int], Any]) -> list[Any]:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(work, range(2)))
+
+    def step(rank: int) -> str:
+        talks[rank].step(ranks[rank])
+        return talks[rank].name
+
+    assert len(set(both(step))) == 1
+    assert len(set(both(step))) == 1
+    keys = [ranks[rank].found(talks[rank].name).key for rank in range(2)]
+    assert keys[0] != keys[1]  # each has its own heads
+    # A rank that cannot score takes the other along.
+    fine = [set(engine.runtime.store.keys()) for engine in ranks]
+    target, original = ranks[1], keeping.keep_top
+
+    def fail(*args: Any) -> Any:
+        if threading.current_thread().name.endswith("_1"):
+            raise RuntimeError("a fault of the test")
+        return original(*args)
+
+    before = [(list(talk.history), talk.name, talk.slots) for talk in talks]
+    monkeypatch.setattr(keeping, "keep_top", fail)
+    both(step)
+    monkeypatch.setattr(keeping, "keep_top", original)
+    assert [set(engine.runtime.store.keys()) for engine in ranks] == fine
+    for talk, (history, name, slots) in zip(talks, before, strict=True):
+        talk.history, talk.name, talk.slots = history, name, slots
+
+    def missed(rank: int) -> bool:
+        talk = talks[rank]
+        state = ranks[rank].state([*talk.begin(), 5, 5], MemoryFields(load=talk.load))
+        state.finish(state.prompt.size)
+        return bool(state.memory.is_missed)
+
+    assert both(missed) == [False, False]
+    assert target.runtime.store.evict(keys[1])
+    assert both(missed) == [True, True]
