@@ -61,6 +61,8 @@ class RetentionConfig:
     """Tokens of a block."""
     episodes: int = 4
     """Episodes of a conversation."""
+    sensitivity: str = ""
+    """File of `rag-pipeline memory calibrate`; measured on the last conversation where none is given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the model; scores are fp32."""
 
@@ -93,15 +95,14 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         ``variants{NAME}`` with the mean of each measure, its paired difference to ``epicache`` (``mean``, ``low``,
         ``high``, ``n``) and ``peak_tokens``; ``sensitivity``, ``budgets`` by variant, ``config``, ``versions``.
     """
-    import torch
-
     from rag_eval.datasets.talk_files import read_conversations
     from rag_eval.retention.model import ShownModel
     from rag_eval.retention.sensitivity import key_sensitivity
+    from rag_eval.retention.sensitivity_file import read_sensitivity
     from rag_eval.retention.talk import lay_out
     from rag_eval.retention.variants import budgets_of, variant_named
     from rag_pipeline.memory.rendering import Renderer
-    from rag_pipeline.models import resolve_embedder, resolve_llm
+    from rag_pipeline.models import fingerprint_checkpoint, resolve_embedder, resolve_llm
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
     from retrievers import Embedder
 
@@ -120,11 +121,15 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         )
         for one in asked
     ]  # fmt: skip
-    model = ShownModel.load(folder, getattr(torch, config.dtype))
-    text = "\n".join(one.text for one in sample.remarks)
-    ids = renderer.tokenizer.encode(text)[: config.tokens]
-    progress("sensitivity of layers")
-    sensitivity = key_sensitivity(model, ids)
+    model = ShownModel.load(folder, config.dtype)
+    if config.sensitivity:
+        fingerprint = fingerprint_checkpoint(folder)
+        sensitivity = list(read_sensitivity(Path(config.sensitivity), fingerprint).cosines)
+    else:
+        progress("sensitivity of layers")
+        text = "\n".join(one.text for one in sample.remarks)
+        ids = renderer.tokenizer.encode(text)[: config.tokens]
+        sensitivity = key_sensitivity(model, ids)
     budgets = {
         name: budgets_of(variant_named(name), sensitivity, config.budget) for name in config.names
     }
