@@ -15,6 +15,13 @@ from rag_pipeline.protocol.fusion_request import (
     RequestError,
     build_requests,
 )
+from rag_pipeline.protocol.memory_step import (
+    MemoryFields,
+    MemoryLoad,
+    MemoryStore,
+    memory_id,
+    memory_report,
+)
 from rag_pipeline.protocol.messages import (
     GenerationPiece,
     GenerationRequest,
@@ -43,6 +50,9 @@ __all__ = [
     "FusionRequest",
     "GenerationPiece",
     "GenerationRequest",
+    "MemoryFields",
+    "MemoryLoad",
+    "MemoryStore",
     "RequestError",
     "SamplingOptions",
     "StreamReader",
@@ -50,5 +60,7 @@ __all__ = [
     "build_requests",
     "finish_reason",
     "fusion_report",
+    "memory_id",
+    "memory_report",
     "usage_from_meta",
 ]

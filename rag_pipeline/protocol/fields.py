@@ -15,6 +15,7 @@ from rag_pipeline.protocol.fusion_request import (
     FusionRequest,
     RequestError,
 )
+from rag_pipeline.protocol.memory_fields import read_memory
 
 MAX_CONVERSATION = 200
 """Characters of a conversation's name."""
@@ -83,7 +84,11 @@ def parse_fields(fields: Mapping[str, Any], prompt_len: int) -> FusionRequest:
         passage=passage,
         attention=_read_attention(fields.get("attention"), mode),
         truncated=_read_truncated(fields.get("truncated")),
+        memory=read_memory(
+            fields.get("memory"), mode=mode, prefix_len=prefix_len, prompt_len=prompt_len
+        ),
     )
+    _check_beside_memory(request)
     if mode == "build" and (len(spans) != 1 or spans[0][0] != prefix_len):
         raise RequestError(
             "fusion mode 'build' needs exactly one span, right behind the shared prefix: chunk KV must not "
@@ -205,6 +210,31 @@ def _read_attention(value: Any, mode: str) -> str:
             f"fusion attention {value!r:.80} in mode {mode!r}; only mode 'fuse' may be approximate, leave one out."
         )
     return value
+
+
+def _check_beside_memory(request: FusionRequest) -> None:
+    """Refuse what cannot go together with a memory."""
+    memory = request.memory
+    if memory is None:
+        return
+    if request.conversation:
+        raise RequestError(
+            "fusion memory and conversation; a prompt with a memory is no continued turn, leave one out."
+        )
+    if not request.is_dense:
+        raise RequestError(
+            f"fusion attention {request.attention!r:.80} beside a memory; a memory needs {DENSE_ATTENTION!r}, "
+            "leave one out."
+        )
+    if request.spans and memory.store is not None:
+        raise RequestError(
+            "fusion spans beside memory store; a record is made of a history alone, leave the chunks out."
+        )
+    if request.spans and request.spans[0][0] < memory.load_end:
+        raise RequestError(
+            f"fusion span starts at {request.spans[0][0]}, among the slots of the memory; give positions from "
+            f"{memory.load_end} on."
+        )
 
 
 def _read_options(value: Any) -> tuple[tuple[str, Any], ...]:

@@ -6,7 +6,7 @@ Two carriers hold the same fields. ``kv_hints`` on ``/generate`` (one action of 
      "policy": "query", "ratio": 0.15, "options": {"mean_shift": 0.4}, "conversation": "c-17"}
 
 ``custom_params`` (OpenAI endpoints, ``sgl.Engine`` sampling parameters) allows flat lists only, so every
-field is prefixed and the spans are written start, end, start, end::
+field is prefixed, the spans are written start, end, start, end, and ``memory`` as a string of JSON::
 
     {"rag_mode": "fuse", "rag_spans": [120, 520, 520, 900], "rag_prefix_len": 120, "rag_policy": "query:0.15"}
 
@@ -20,6 +20,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.protocol.memory_step import MemoryFields
 
 if TYPE_CHECKING:
     from chunk_cache.policies import Policy
@@ -88,6 +89,8 @@ class FusionRequest:
         for the engine's default.
     truncated : (int, int)
         Oldest turns of the conversation that were cut before it was sent, and about their tokens; told in the report.
+    memory : MemoryFields or None
+        Records of a conversation's memory that the prompt loads, and one that it makes.
     """
 
     mode: Mode = "fuse"
@@ -100,6 +103,7 @@ class FusionRequest:
     passage: bool | None = None
     attention: str = ""
     truncated: tuple[int, int] = (0, 0)
+    memory: MemoryFields | None = None
 
     def make_policy(self, default: str) -> Policy:
         """Build the policy; ``default`` is used where the request names none.
@@ -133,6 +137,8 @@ class FusionRequest:
         fields = self._fields()
         if self.spans:
             fields["spans"] = [edge for span in self.spans for edge in span]
+        if self.memory is not None:
+            fields["memory"] = self.memory.to_text()
         return {f"{PARAM_PREFIX}{name}": value for name, value in fields.items()}
 
     def to_kv_hints(self, message_id: str = "rag") -> dict[str, Any]:
@@ -165,6 +171,8 @@ class FusionRequest:
             fields["attention"] = self.attention
         if self.truncated[0]:
             fields["truncated"] = list(self.truncated)
+        if self.memory is not None:
+            fields["memory"] = self.memory.to_json()
         return fields
 
 

@@ -15,9 +15,10 @@ import typer
 
 from rag_pipeline.cli import main
 from rag_pipeline.cli.app import app
-from rag_pipeline.cli.config import MEASURING, command_defaults
+from rag_pipeline.cli.config import MEASURING, MEMORY_OPTIONS, command_defaults
 from rag_pipeline.config import FILE_NAME, HOME_VARIABLE, load_settings, settings_table, template
 from rag_pipeline.config.schema import FUSION_POLICIES
+from rag_pipeline.config.schema import MEMORY_METHODS as MEMORY_SETTING_METHODS
 from rag_pipeline.config.settings import all_keys, fields_by_key
 from rag_pipeline.config.sources import _NOT_SETTINGS, _TEST_PREFIX, variable_of
 from rag_pipeline.errors import RagPipelineError
@@ -39,6 +40,8 @@ NOT_SETTINGS = {
     "automatic",
     # The same of fusion.remote.
     "kv_remote",
+    # Of one conversation.
+    "system", "history",
 }  # fmt: skip
 """Options that say what one run is about, and are no defaults of a user or a project."""
 
@@ -292,7 +295,9 @@ def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
     for place, name, option in options_of(COMMANDS):
         if name in MEASURING or option.name in NOT_SETTINGS or place.startswith("config"):
             continue
-        key = f"{name}.{option.name}" if f"{name}.{option.name}" in fields else option.name
+        key = f"{name}.{option.name}"
+        if key not in fields:
+            key = MEMORY_OPTIONS.get(option.name, option.name)
         if " " in place and key not in fields:
             continue  # inside a group: what one run of `cache pin` is about
         assert key in fields, f"{place}: {option.name} is in no section of the schema"
@@ -303,6 +308,25 @@ def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
         )
     left = set(fields) - seen - {"home", "plugin", "fast_start", "cpu_decode", "cpu_kernels"}
     assert {key for key in left if not key.startswith("fusion.")} == set()
+
+
+def test_the_settings_of_a_memory_are_those_of_its_own_configuration() -> None:
+    from rag_pipeline.memory import MEMORY_METHODS, MemoryConfig
+
+    settings = {key: field for key, field in fields_by_key().items() if key.startswith("memory.")}
+    assert {key: field.default for key, field in settings.items()} == {
+        f"memory.{name}": getattr(MemoryConfig(), name)
+        for name in ("method", "budget_tokens", "episodes", "block_tokens")
+    } | {"memory.method": "off"}
+    assert {"off", *MEMORY_METHODS.names()} == {"full", *MEMORY_SETTING_METHODS}
+
+
+def test_a_command_takes_its_memory_from_the_settings() -> None:
+    given = {"memory.method": "epicache", "memory.episodes": 2}
+    defaults = command_defaults(COMMANDS, given)
+    assert defaults == {
+        name: {"memory": "epicache", "memory_episodes": 2} for name in ("chat", "serve")
+    }
 
 
 def test_defaults_of_commands_are_built_for_groups_too() -> None:

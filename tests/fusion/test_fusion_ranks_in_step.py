@@ -18,15 +18,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_facts import tiny_facts
 
-from chunk_cache import ChunkKV, layout_named
+from chunk_cache import ChunkKV
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import fetching, next_batch, radix_tree
 from rag_pipeline.sglang_plugin.fusion.admission import prefill_adder as batching
 from rag_pipeline.sglang_plugin.fusion.builds import idle as background
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState, state_of
-from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.rank_group import RankGroup
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -89,25 +89,7 @@ class Request:
 
 
 def make_runtime(meeting, rank, memory="turns"):
-    facts = ModelFacts(
-        layers=(None,),
-        num_q_heads=1,
-        num_kv_heads=1,
-        head_dim=2,
-        scaling=1.0,
-        rotary=None,
-        layout=layout_named("heads"),
-        fingerprint=f"shard {rank}",
-        context_fields={
-            "model_fingerprint": f"shard {rank}",
-            "dtype": "float32",
-            "kv_dtype": "float32",
-            "rope": "{}",
-            "tp_rank": rank,
-            "tp_size": 2,
-        },
-        qkv_share=0.1,
-    )
+    facts = tiny_facts(f"shard {rank}", tp_rank=rank, tp_size=2)
     config = FusionConfig(
         automatic=True,
         min_reused_tokens=4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from rag_pipeline.errors import EngineError, one_line
@@ -76,6 +76,8 @@ class ServedEngine:
         params: dict[str, Any],
         http_request: Any,
         stream: bool,
+        cache_salt: str | None = None,
+        rid: str | None = None,
     ) -> AsyncGenerator[GenerationPiece, None]:
         """Generate for one HTTP request.
 
@@ -89,6 +91,10 @@ class ServedEngine:
             The request being answered: SGLang reads the tenant from it and notices when it is gone.
         stream : bool
             Yield pieces as they come; else one piece.
+        cache_salt : str, optional
+            Namespace of its KV, where no request of a tenant is being answered.
+        rid : str, optional
+            Id for the request.
 
         Raises
         ------
@@ -97,7 +103,7 @@ class ServedEngine:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        manager, rid = self._manager, uuid.uuid4().hex
+        manager, rid = self._manager, rid or uuid.uuid4().hex
         reader = StreamReader(incremental=self._incremental)
         try:
             obj = GenerateReqInput(
@@ -106,6 +112,7 @@ class ServedEngine:
                 stream=stream,
                 rid=rid,
                 kv_hints=request.fusion.to_kv_hints(),
+                cache_salt=cache_salt,
             )
             async for message in manager.generate_request(obj, http_request):
                 yield reader.read(message)
@@ -122,6 +129,13 @@ class ServedEngine:
         finally:
             if reader.finish is None:
                 manager.abort_request(rid)
+
+    @staticmethod
+    def on_report(listen: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have every ``meta_info`` that carries fusion's report told, in the server's event loop."""
+        from rag_pipeline.sglang_plugin.fusion.forward.report import LISTENERS
+
+        LISTENERS.append(listen)
 
     async def state(self) -> dict[str, Any]:
         """What the scheduler processes report about themselves, in the shape of ``/server_info``.

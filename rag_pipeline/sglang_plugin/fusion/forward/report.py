@@ -6,15 +6,19 @@ request-level value, so that it is sent once, and requests without one get no fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from rag_pipeline.protocol import FUSION_KEY
+from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.types import Truncated
+
+LISTENERS: list[Callable[[Mapping[str, Any]], None]] = []
+"""Told each ``meta_info`` with a report, in the tokenizer process: for who gave SGLang a request and reads no answer."""
 
 
 def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
@@ -39,6 +43,10 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.moved_tokens = min(moved, report.conversation_tokens)
     if state.request.truncated[0]:
         report.truncated = Truncated(*state.request.truncated).to_json()
+    if state.request.memory is not None:
+        report.memory = _memory(state)
+        runtime.metrics.count("memory", "missed", report.memory["missed"])
+        runtime.metrics.count("memory", "slots_loaded", report.memory["loaded"])
     if loaded:
         report.policy = state.policy.name
         report.ratio = round(state.planned_ratio, 6)
@@ -57,6 +65,23 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     runtime.metrics.count("tokens", "recomputed", report.recomputed_tokens)
     runtime.metrics.count("tokens", "fresh", report.fresh_tokens)
     runtime.metrics.count("turns", "tokens_loaded", report.conversation_tokens)
+
+
+def _memory(state: RequestState) -> dict[str, Any]:
+    asked, work = state.request.memory, state.memory
+    assert asked is not None
+    if work is None:  # it was given up before anything was looked for
+        work = MemoryWork(is_missed=bool(asked.load))
+    told: dict[str, Any] = {
+        "loaded": work.loaded,
+        "missed": int(work.is_missed),
+        "stored": bool(work.name),
+    }
+    if work.name:
+        told |= {"id": work.name, "kept": work.kept}
+    if asked.spans:
+        told["kept_share"] = work.shares
+    return told
 
 
 def prompt_runs(state: RequestState) -> list[list[int]]:
@@ -118,6 +143,8 @@ def around_update_meta_info(
     report = state.customized_info_accumulated.get(FUSION_KEY)
     if report:
         meta_info[FUSION_KEY] = report[0]
+        for listen in LISTENERS:
+            listen(meta_info)
 
 
 def after_coalesce(
