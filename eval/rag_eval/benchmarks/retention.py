@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_eval.metrics.bootstrap import paired_bootstrap
@@ -63,12 +64,14 @@ class RetentionConfig:
     """Episodes of a conversation."""
     sensitivity: str = ""
     """File of `rag-pipeline memory calibrate`; measured on the last conversation where none is given."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model; scores are fp32."""
+    dtype: str = "bfloat16"
+    """Of the model: bfloat16 or float32; scores are fp32."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "conversations", "questions", "budget", "block", "episodes")
         require_at_least(self, 2 * self.block, "tokens")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise EvalError(f"dtype is {self.dtype!r}; give bfloat16 or float32")
         _ = self.names
 
     @property
@@ -135,17 +138,13 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
     }
     rows: Rows = {}
     peaks: dict[str, int] = {}
-    interrupted = False
-    try:
+    with keep_measured(lambda: len(rows) > 1) as end:
         for number, talk in enumerate(talks, 1):
-            place = f"conversation {number} of {len(talks)}"
             _measure_talk(
                 config, model, renderer, talk, budgets, rows, peaks,
-                lambda what, place=place: progress(f"{place}: {what}"),  # type: ignore[misc]
+                partial(_say, progress, f"conversation {number} of {len(talks)}"),
             )  # fmt: skip
-    except KeyboardInterrupt:
-        interrupted = True
-    report = {
+    return {
         "benchmark": "retention",
         "variants": {name: _summary(name, rows, peaks) for name in rows},
         "questions": [len(talk.questions) for talk in talks],
@@ -153,8 +152,11 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         "budgets": {name: list(one) for name, one in budgets.items() if len(set(one)) > 1},
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
-    return report | ({"interrupted": True} if interrupted else {})
+    } | end.report()
+
+
+def _say(progress: Progress, place: str, what: str) -> None:
+    progress(f"{place}: {what}")
 
 
 def _measure_talk(
