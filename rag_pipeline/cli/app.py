@@ -298,6 +298,13 @@ def attention(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_FORWARD)
+def memory(context: typer.Context) -> None:
+    """Measure how far a model's layers depend on distant tokens (calibrate)."""
+    modules = {"calibrate": "rag_eval.calibration.layers_command"}
+    _run_named("memory", "command", modules, context.args)
+
+
+@app.command(context_settings=_FORWARD)
 def simulate(context: typer.Context) -> None:
     """Play a trace of requests through a model of the store (tiers); needs no engine."""
     _run_named("simulate", "simulation", {"tiers": "rag_eval.simulator.command"}, context.args)
