@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from chunk_cache.codecs.base import codec_named
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, TokenIds, as_token_ids
 from chunk_cache.layouts.base import LayerKV, layout_named
+from chunk_cache.side_tensors import SEEN_IDS, freeze
 
 _RECORD_OVERHEAD_BYTES = 1024
 """Charged per record for keys, fingerprints and Python objects, so tiny chunks are not free."""
@@ -46,6 +49,10 @@ class ChunkKV:
     codec : str
         Name in :data:`chunk_cache.codecs.base.CODECS`: what the KV went through since a model computed it. After a
         lossy one it is approximate, wherever it is copied to; see :attr:`is_lossless`.
+    side : mapping of str to Tensor
+        Small tensors on the host that say more of the tokens (:mod:`chunk_cache.side_tensors`). A record that has some is
+        made from an earlier one, and another is made from it: tiers write it lossless, whatever their codec, so that
+        no error grows along the chain.
 
     Raises
     ------
@@ -62,6 +69,9 @@ class ChunkKV:
     checksum: str | None = None
     """Set by :meth:`sealed`; ``None`` means nobody asked for one."""
     codec: str = "plain"
+    side: Mapping[str, torch.Tensor] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({}), repr=False
+    )
 
     def __post_init__(self) -> None:
         layout = layout_named(self.layout)
@@ -75,6 +85,7 @@ class ChunkKV:
         codec_named(self.codec)
         object.__setattr__(self, "k", self.k.detach())
         object.__setattr__(self, "v", self.v.detach())
+        object.__setattr__(self, "side", freeze(self.side))
 
     @property
     def num_layers(self) -> int:
@@ -90,7 +101,13 @@ class ChunkKV:
     def num_bytes(self) -> int:
         """What the record is charged against a byte budget: tensors, ids and a fixed overhead."""
         tensors = layout_named(self.layout).num_bytes(self)
-        return int(tensors + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
+        beside = sum(tensor.nbytes for tensor in self.side.values())
+        return int(tensors + beside + self.token_ids.nbytes + _RECORD_OVERHEAD_BYTES)
+
+    @property
+    def seen_ids(self) -> TokenIds:
+        """Ids of all tokens that the KV was computed from: more than :attr:`token_ids` where the record says so."""
+        return seen_ids(self.side, self.token_ids)
 
     @property
     def is_lossless(self) -> bool:
@@ -114,6 +131,9 @@ class ChunkKV:
         )
         digest.update(header.encode())
         digest.update(self.token_ids.tobytes())
+        for name, tensor in sorted(self.side.items()):
+            digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+            digest.update(tensor.numpy().tobytes())
         for tensor in (self.k, self.v):
             flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
             digest.update(memoryview(flat.numpy()))
@@ -136,3 +156,9 @@ class ChunkKV:
                 f"chunk {self.key} has no checksum: seal it (MemoryStore(checksums=True)) first"
             )
         return self.compute_checksum() == self.checksum
+
+
+def seen_ids(side: Mapping[str, torch.Tensor], token_ids: TokenIds) -> TokenIds:
+    """Ids of all text that the KV of a record was computed from, by its side tensors and its own token ids."""
+    seen = side.get(SEEN_IDS)
+    return token_ids if seen is None else as_token_ids(seen.numpy())

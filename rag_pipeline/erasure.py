@@ -252,7 +252,7 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
         if folder not in decoders:
             decoders[folder] = decoder_of(Path(folder))
         read = decoders[folder]
-        ids = store.token_ids(key)
+        ids = store.seen_ids(key)
         # What nobody here can read may hold the text: it is a cache, and goes.
         text = None if read is None or ids is None else read(ids)
         if not any(notice.is_about(text, tenant) for notice in asking):

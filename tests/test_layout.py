@@ -116,6 +116,7 @@ FUSION_ORDER = (
     "runtime",
     "builds",
     "conversations",
+    "memory",
     "forward",
     "admission",
     "management",

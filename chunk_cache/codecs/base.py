@@ -121,7 +121,8 @@ def codec_named(name: str) -> Codec:
 def encode_layers(record: ChunkKV, wanted: str) -> tuple[str, list[dict[str, Tensor]]]:
     """Encode every layer of a record, with the codec that it must be written with.
 
-    That is the one that is wanted, but for two cases. KV that went through a lossy codec keeps that codec: another
+    That is the one that is wanted, but for three cases. A record with side tensors is a link of a chain: it is written
+    lossless, or every further link would add an error. KV that went through a lossy codec keeps that codec: another
     name in a file would hide the loss, or add a second one. KV that the wanted codec cannot store is written lossless.
 
     Parameters
@@ -143,7 +144,7 @@ def encode_layers(record: ChunkKV, wanted: str) -> tuple[str, list[dict[str, Ten
     ChunkCacheError
         For an unknown name, or approximate KV that its own codec refuses.
     """
-    name = wanted if record.is_lossless else record.codec
+    name = (LOSSLESS if record.side else wanted) if record.is_lossless else record.codec
     layers = range(record.num_layers)
     try:
         return name, [codec_named(name).encode(record.layer(index)) for index in layers]

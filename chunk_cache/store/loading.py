@@ -11,6 +11,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -57,9 +58,14 @@ class RecordForm:
         )
 
     def empty(
-        self, key: ChunkKey, token_ids: TokenIds, base_position: int, codec: str = "plain"
+        self,
+        key: ChunkKey,
+        token_ids: TokenIds,
+        base_position: int,
+        codec: str = "plain",
+        side: Mapping[str, Tensor] | None = None,
     ) -> ChunkKV:
-        """Make a record on the host whose tensors nobody has written yet."""
+        """Make a record on the host whose K and V nobody has written yet."""
         k, v = (
             torch.empty(part.shape[0], key.num_tokens, *part.shape[2:], dtype=part.dtype)
             for part in (self.k, self.v)
@@ -72,6 +78,7 @@ class RecordForm:
             v=v,
             layout=self.layout,
             codec=codec,
+            side=side or {},
         )
 
 
@@ -149,6 +156,11 @@ class LoadingChunk:
     def codec(self) -> str:
         """Name of the codec that the KV went through."""
         return self.record.codec
+
+    @property
+    def side(self) -> Mapping[str, Tensor]:
+        """Side tensors of the record, there from the beginning on."""
+        return self.record.side
 
     @property
     def is_lossless(self) -> bool:

@@ -57,6 +57,8 @@ class LayerReader(Protocol):
         """Whether every bit is as the model computed it; what is not is never taken for exact KV."""
         ...
 
+    # A reader of a record with side tensors (:attr:`ChunkKV.side`) has them as ``side``; most records have none.
+
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
         """Tokens ``[start, end)`` of one layer, on any device; blocks until they are there."""
         ...
@@ -204,6 +206,14 @@ class Tier(abc.ABC):
         """Token ids of a record, ``None`` where it is damaged or gone; by default it is read whole for them."""
         record = self.read(key)
         return None if record is None else record.token_ids
+
+    def seen_ids(self, key: ChunkKey) -> TokenIds | None:
+        """:attr:`ChunkKV.seen_ids` of a record, in which erased text is looked for; ``None`` where it is damaged or gone.
+
+        By default it is read whole for them.
+        """
+        record = self.read(key)
+        return None if record is None else record.seen_ids
 
     def keys_by_use(self) -> list[ChunkKey]:
         """All keys, the longest unused first; by default in the order of :meth:`keys`."""

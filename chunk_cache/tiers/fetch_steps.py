@@ -126,12 +126,16 @@ class FetchSteps:
             candidate.token_ids,
             reader.base_position,
             reader.codec,
+            getattr(reader, "side", None),
         )
-        if self._is_erased(candidate, candidate.tenant):
+        if self._is_erased(record, candidate.tenant):
             self._end(fetch, "erased")
             return False
         parallel = min(self._threads, self._pending())
-        if not self._is_worth(fetch.tier, record.num_bytes, record.num_tokens, parallel):
+        # What a record with side tensors holds is no prompt's to compute: it is worth its time in any case.
+        if not record.side and not self._is_worth(
+            fetch.tier, record.num_bytes, record.num_tokens, parallel
+        ):
             self._end(fetch, "too_slow")
             return False
         build = self._store.begin_build(
@@ -160,14 +164,14 @@ class FetchSteps:
         assert build is not None
         assert loading is not None
         record, tenant = loading.record, chosen.tenant
-        if fetch.cancelled or self._is_erased(chosen, tenant):
+        if fetch.cancelled or self._is_erased(record, tenant):
             self._end(fetch, fetch.cancelled or "erased")
             return
         if not build.commit(record):
             self._end(fetch, "superseded")
             return
         # It may have been erased meanwhile, by somebody who did not see it in memory yet.
-        if fetch.cancelled or self._is_erased(chosen, tenant):
+        if fetch.cancelled or self._is_erased(record, tenant):
             self._store.erase([record.key])
             self._end(fetch, fetch.cancelled or "erased")
             return

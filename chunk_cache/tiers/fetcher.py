@@ -185,7 +185,11 @@ class Fetcher:
         with self._changed:
             fetches = list(self._fetches.values())
         for fetch in fetches:
-            if any(self._is_erased(one, one.tenant) for one in fetch.candidates):
+            loading = fetch.loading  # its header tells all that its KV has seen
+            if any(
+                self._is_erased(one if loading is None else loading.record, one.tenant)
+                for one in fetch.candidates
+            ):
                 fetch.cancelled = "erased"
 
     def drain(self, timeout_s: float) -> bool:

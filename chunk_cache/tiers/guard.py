@@ -145,6 +145,10 @@ class GuardedTier(Tier):
         """Token ids of a record; ``None`` where the tier does not answer either."""
         return self._ask(lambda: self.tier.token_ids(key), None)
 
+    def seen_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids that a record's KV was computed from; ``None`` where the tier does not answer either."""
+        return self._ask(lambda: self.tier.seen_ids(key), None)
+
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a record; 0 where the tier does not answer either."""
         return self._ask(lambda: self.tier.size_of(key), 0)

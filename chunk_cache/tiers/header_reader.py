@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from chunk_cache.codecs.base import codec_named
 from chunk_cache.keys import TokenIds
@@ -25,6 +28,11 @@ class HeaderReader(abc.ABC):
     def token_ids(self) -> TokenIds:
         """Token ids of the record."""
         return self.header.token_ids
+
+    @property
+    def side(self) -> Mapping[str, Tensor]:
+        """Side tensors of the record."""
+        return self.header.side
 
     @property
     def base_position(self) -> int:

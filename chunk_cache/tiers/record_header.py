@@ -15,6 +15,7 @@ from chunk_cache.codecs.base import codec_named
 from chunk_cache.errors import ChunkCacheError, DamagedRecordError
 from chunk_cache.keys import STORE_FORMAT_VERSION, ChunkKey, TokenIds, as_token_ids
 from chunk_cache.layouts.base import layout_named
+from chunk_cache.side_tensors import read_side
 
 STORE_FORMAT = "rag-chunk-store"
 """Name of the format, in every record."""
@@ -25,8 +26,8 @@ _PREFIX = b'{"__metadata__":{"checksum":"'
 """The JSON begins so: the header's checksum stands at one place, and covers all but itself."""
 _CHECKSUM_AT = 8 + len(_PREFIX)
 _CHECKSUM_LENGTH = 32
-_MOST_JSON_BYTES = 16 << 20
-"""A length beyond this is damage; nobody allocates what a flipped bit asks for."""
+_MOST_JSON_BYTES = 128 << 20
+"""Side tensors stand there too. A length beyond this is damage; nobody allocates what a flipped bit asks for."""
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -78,6 +79,8 @@ class RecordHeader:
     """Of the layers."""
     tensors: tuple[tuple[StoredTensor, ...], ...] = field(repr=False)
     """Of each layer."""
+    side: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """Side tensors of the record; empty for most."""
 
     @property
     def num_layers(self) -> int:
@@ -219,6 +222,7 @@ def _describe(
         num_bytes=end,
         checksums=checksums,
         tensors=tuple(map(tuple, layers)),
+        side=read_side(told["side"]) if "side" in told else {},
     )
 
 

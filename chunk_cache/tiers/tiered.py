@@ -153,6 +153,14 @@ class TierChain(Tier):
                 return ids
         return None
 
+    def seen_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids that a record's KV was computed from, from the nearest tier that knows them."""
+        for link in self._links:
+            ids: TokenIds | None = self._ask(link, lambda tier: tier.seen_ids(key), None)
+            if ids is not None:
+                return ids
+        return None
+
     def keys(self) -> Iterator[ChunkKey]:
         """Keys of all tiers, each once."""
         found: dict[ChunkKey, None] = {}

@@ -54,6 +54,10 @@ def read_memory(value: Any, *, mode: str, prefix_len: int, prompt_len: int) -> M
     load = _read_loads(fields.get("load"), prefix_len, prompt_len)
     end = load[0].end if load else prefix_len
     store = _read_store(fields.get("store"), end, prompt_len)
+    if len(load) > 1 and store is not None:
+        raise RequestError(
+            "fusion memory store behind two loads; a record is made from one other: load one, or store nothing."
+        )
     if not load and store is None:
         raise RequestError("fusion memory asks for nothing; give load, store or both.")
     return MemoryFields(load=load, store=store, spans=_read_spans(fields.get("spans")))
@@ -142,7 +146,24 @@ def _read_store(value: Any, load_end: int, prompt_len: int) -> MemoryStore | Non
             f"fusion memory rule is {rule!r:.80}; give a name such as 'epicache', with its parameters, of at "
             f"most {MAX_RULE} characters."
         )
+    _check_rule(rule, has_probe=end < prompt_len)
     return MemoryStore(end=end, budget=budget, rule=rule)
+
+
+def _check_rule(text: str, *, has_probe: bool) -> None:
+    # Brings torch in, which a client that only writes requests has no use for.
+    from chunk_cache.retention import create_rule
+
+    try:
+        rule = create_rule(text)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestError(str(error)) from None
+    except Exception as error:  # one of another distribution
+        raise RequestError(f"retention rule {text!r:.80} cannot be made: {error!r:.200}") from error
+    if rule.probe in ("patched", "repeat") and not has_probe:
+        raise RequestError(
+            f"fusion memory rule {text!r:.80} scores by a probe, and none stands behind the store's end; add one."
+        )
 
 
 def _read_spans(value: Any) -> tuple[tuple[int, int], ...]:

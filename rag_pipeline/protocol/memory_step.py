@@ -113,7 +113,7 @@ def memory_id(
 ) -> str:
     """Name the record that a step makes, by all that goes into it.
 
-    Client and engine compute it alike. The engine stores under the id of what it has processed, so an id never names
+    Client and engine compute it alike; a rule with its defaults spelled out, or not, is the same. The engine stores under the id of what it has processed, so an id never names
     other content. Model, engine settings and tenant are no part of it: they are part of every record's key.
 
     Parameters
@@ -127,7 +127,7 @@ def memory_id(
     probe_ids : sequence of int
         Tokens of the probe; may be empty.
     rule : str
-        Identity of the rule: name and all parameters.
+        As of :class:`MemoryStore`.
     budget : int
         Slots per layer and head.
 
@@ -136,13 +136,16 @@ def memory_id(
     str
         64 hex digits.
     """
+    # Brings torch in, which a client that only writes requests has no use for.
+    from chunk_cache.retention import create_rule
+
     digest = hashlib.blake2b(digest_size=ID_DIGITS // 2, person=b"ragkv-memory")
     for part in (
         previous.encode(),
         _id_bytes(prefix_ids),
         _id_bytes(block_ids),
         _id_bytes(probe_ids),
-        rule.encode(),
+        create_rule(rule).identity.encode(),
         str(int(budget)).encode(),
     ):
         digest.update(struct.pack("<Q", len(part)))

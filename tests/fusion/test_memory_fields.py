@@ -29,9 +29,9 @@ STORE = {"end": 20, "budget": 6, "rule": "epicache"}
 def test_both_carriers_give_back_what_was_written():
     memory = MemoryFields(
         load=(MemoryLoad(**LOAD), MemoryLoad(start=4, end=10, id=OTHER)),
-        store=MemoryStore(**STORE),
         spans=((2, 7), (100, 140)),
     )
+    assert MemoryFields(store=MemoryStore(**STORE)).to_json() == {"store": STORE}
     request = FusionRequest(prefix_len=4, memory=memory)
     params = request.to_custom_params()
     assert isinstance(params["rag_memory"], str)
@@ -84,6 +84,10 @@ def test_nested_custom_params_become_a_string_before_they_travel():
         ({"store": STORE | {"budget": True}}, "from 1"),
         ({"store": STORE | {"rule": ""}}, "epicache"),
         ({"store": STORE | {"rule": "x" * 201}}, "at most 200"),
+        ({"store": STORE | {"rule": "best"}}, "'best'"),
+        ({"store": STORE | {"rule": "snapkv:windows=3"}}, "'windows'"),
+        ({"store": STORE | {"end": 30}}, "scores by a probe"),
+        ({"load": [LOAD, LOAD | {"id": OTHER}], "store": STORE}, "behind two loads"),
         ({"load": [LOAD], "spans": 7}, "[[start, end], ...]"),
         ({"load": [LOAD], "spans": [[1]]}, "[start, end]"),
         ({"load": [LOAD], "spans": [[3, 3]]}, "the end above the start"),
@@ -136,5 +140,6 @@ def test_an_id_names_all_that_goes_into_a_record():
     assert len({name, *(memory_id(*one) for one in changed)}) == 7
     arrays = [np.array(ids, dtype=np.int32) for ids in given[1:4]]
     assert memory_id("", *arrays, "epicache", 8) == name
+    assert memory_id("", *arrays, "epicache:first=0", 8) == name  # its default, spelled out
     assert len(name) == 64
     assert set(name) <= set("0123456789abcdef")

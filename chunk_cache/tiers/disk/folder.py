@@ -20,7 +20,7 @@ import numpy as np
 
 from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
-from chunk_cache.records import ChunkKV
+from chunk_cache.records import ChunkKV, seen_ids
 from chunk_cache.tiers.base import Tier
 from chunk_cache.tiers.disk.budget import DISK_BYTES, FolderBudget
 from chunk_cache.tiers.disk.layout import (
@@ -36,7 +36,12 @@ from chunk_cache.tiers.disk.listing import folders_of, list_folder, prune
 from chunk_cache.tiers.disk.pins import read_pin, remove_pin, write_pin
 from chunk_cache.tiers.disk.private_files import sync_folder
 from chunk_cache.tiers.disk.reader import FileReader
-from chunk_cache.tiers.encoding import DamagedRecordError, EncodedRecord, encode_record
+from chunk_cache.tiers.encoding import (
+    DamagedRecordError,
+    EncodedRecord,
+    RecordHeader,
+    encode_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,12 +268,21 @@ class StoreFolder(Tier):
 
     def token_ids(self, key: ChunkKey) -> TokenIds | None:
         """Token ids of a record, without reading its KV; ``None`` where the file is damaged or gone, and it stays."""
+        header = self._header_of(key)
+        return None if header is None else header.token_ids
+
+    def seen_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids that a record's KV was computed from, as :meth:`token_ids`."""
+        header = self._header_of(key)
+        return None if header is None else seen_ids(header.side, header.token_ids)
+
+    def _header_of(self, key: ChunkKey) -> RecordHeader | None:
         try:
             reader = FileReader(chunk_path(self.path, key), key)
         except (OSError, ChunkCacheError):
             return None
         reader.close()
-        return reader.token_ids
+        return reader.header
 
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note that records were used just now: they are evicted last, and loaded first."""

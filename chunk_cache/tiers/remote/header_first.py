@@ -11,7 +11,7 @@ import numpy as np
 
 from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, TokenIds
-from chunk_cache.records import ChunkKV
+from chunk_cache.records import ChunkKV, seen_ids
 from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.encoding import RecordHeader
 from chunk_cache.tiers.prefetch import Fetch, FetchGate, PrefetchedRecord
@@ -97,6 +97,11 @@ class HeaderFirstTier(Tier):
         """Token ids of a record, from its header."""
         found = self.find(key)
         return None if found is None else found.header.token_ids
+
+    def seen_ids(self, key: ChunkKey) -> TokenIds | None:
+        """Token ids that a record's KV was computed from, from its header."""
+        found = self.find(key)
+        return None if found is None else seen_ids(found.header.side, found.header.token_ids)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a record, from its header."""

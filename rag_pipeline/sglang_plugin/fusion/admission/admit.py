@@ -19,6 +19,7 @@ from rag_pipeline.sglang_plugin.fusion.admission.method_space import enter_space
 from rag_pipeline.sglang_plugin.fusion.builds.variants import build_behind_passage, variant_at
 from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
+from rag_pipeline.sglang_plugin.fusion.memory import leasing as memories
 from rag_pipeline.sglang_plugin.fusion.request.consent import (
     may_attend_unasked,
     may_match_unasked,
@@ -80,9 +81,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _with_attention(runtime: FusionRuntime, req: Any, request: FusionRequest) -> FusionRequest:
-    """Name the engine's default method where the request names none; what is built is dense."""
+    """Name the engine's default method where the request names none; what is built, or has a memory, is dense."""
     default = runtime.config.attention if request.mode == "fuse" else DENSE_ATTENTION
-    if is_internal(req) or not default:
+    if is_internal(req) or not default or request.memory is not None:
         default = DENSE_ATTENTION
     return dataclasses.replace(request, attention=request.attention or default)
 
@@ -141,6 +142,10 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
     request = state.request
     if request.conversation:
         runtime.conversations.lease(state, tenant)
+    if request.memory is not None:
+        memories.lease(runtime, state, tenant)
+        if not request.spans:
+            return  # chunks that nobody named are not looked for behind a memory
     prefix: KnownPrefix | None = None
 
     def offer() -> tuple[list[tuple[Any, ...]], list[tuple[int, int]], costs.RankCost]:
@@ -156,7 +161,11 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
     state.retain(s for s in state.spans if s.is_turn or _run_of(s, prefix) in agreed)
     state.note_looked_up(sum(not span.is_turn for span in state.spans), len(missing))
     state.note_cost(costs.agree([cost for _, _, cost in offers], agreed))
-    if sum(s.end - s.start for s in state.spans) < runtime.config.min_reused_tokens:
+    reused = sum(span.end - span.start for span in state.spans)
+    has_memory = (
+        state.memory is not None and state.memory.loaded
+    )  # loaded however few its slots are
+    if reused < runtime.config.min_reused_tokens and not has_memory:
         state.drop()
         if request.spans and not missing:
             state.note_fallback("in_exact_prefix")

@@ -1,7 +1,7 @@
 """Chunks and turns of a request that are not in memory: fetched from lower tiers from its arrival on.
 
-Two things are fetched: explicit spans, which name their chunks by content, and the turns of the request's conversation
-that its prompt goes through. Automatic matching finds chunks by the token ids that are in memory, and stays with memory.
+Three things are fetched: explicit spans, which name their chunks by content, the turns of the request's conversation
+that its prompt goes through, and the memory that it names. Automatic matching finds chunks by the token ids that are in memory, and stays with memory.
 
 The wait for them is bounded. A request whose chunks are on their way is left in the waiting queue, and those behind it
 go first. It waits for the headers of its records only (so that it is known what there is), and for as many layers as
@@ -16,6 +16,7 @@ from typing import Any
 from chunk_cache import Candidate, ChunkCacheError, ChunkKey, Fetch, Fetcher, as_token_ids
 from chunk_cache.tiers.fetcher import PATIENCE_S
 from rag_pipeline.sglang_plugin.fusion.builds.variants import variant_at
+from rag_pipeline.sglang_plugin.fusion.memory.leasing import wanted as wanted_memories
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -57,7 +58,11 @@ def _candidates(
     request = state.request
     tenant = _tenant(req)
     turns = runtime.conversations.wanted(state, tenant) if request.conversation else ()
-    return (*_chunks(runtime, state, tenant), *((turn,) for turn in turns))
+    return (
+        *wanted_memories(runtime, state, tenant),
+        *_chunks(runtime, state, tenant),
+        *((turn,) for turn in turns),
+    )
 
 
 def _tenant(req: Any) -> RadixNamespace:
@@ -172,7 +177,7 @@ def _may_fetch(runtime: FusionRuntime, state: RequestState) -> bool:
     """The same on every rank."""
     request = state.request
     return bool(
-        (request.spans or request.conversation)
+        (request.spans or request.conversation or request.memory is not None)
         and request.mode not in ("off", "build")
         and runtime.is_on
         and not state.internal

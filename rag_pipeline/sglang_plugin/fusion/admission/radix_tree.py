@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
+from rag_pipeline.sglang_plugin.fusion.memory.leasing import matched_until
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState, state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
@@ -27,10 +28,18 @@ _NO_FAULTS = ("miss", "in_exact_prefix")
 
 
 def around_match_prefix(original: Callable[..., Any], tree: Any, params: Any) -> Any:
-    """Wrap ``UnifiedRadixCache.match_prefix``: in a method's space a match ends where one of its units does."""
+    """Wrap ``UnifiedRadixCache.match_prefix``: in a method's space a match ends where one of its units does.
+
+    One of a prompt with a memory ends in front of its slots.
+    """
     found = original(tree, params)
     state, runtime = None if params.req is None else state_of(params.req), get_runtime()
-    if state is None or runtime is None or state.unit == 1:
+    if state is None or runtime is None:
+        return found
+    most = matched_until(state)
+    if most is not None and _length(found) > most:
+        return original(tree, dataclasses.replace(params, key=params.key[:most]))
+    if state.unit == 1:
         return found
     whole = math.lcm(state.unit, runtime.page_size)
     while (count := _length(found)) % whole:

@@ -99,7 +99,9 @@ class ErasedText:
         """Whether a record, in memory or to be fetched, of a tenant (:func:`chunk_cache.tenant_mark`) holds erased text."""
         if record.key in self._condemned:
             return True
-        return self._is_erased(record.token_ids, tenant)
+        # Of a record that is still below memory its own tokens are known, until its header is there.
+        seen = record.seen_ids if isinstance(record, ChunkKV) else record.token_ids
+        return self._is_erased(seen, tenant)
 
     def is_in_written(self, record: ChunkKV, tenant: str) -> bool:
         """As :meth:`is_in`, for a record that is just being written to a tier.
@@ -111,7 +113,7 @@ class ErasedText:
         if self.notices.exchange is not None:
             self.notices.hear()
         with self._noting:
-            self._written[record.key] = record.token_ids, tenant
+            self._written[record.key] = record.seen_ids, tenant
         return self.is_in(record, tenant)
 
     def look(self) -> int:

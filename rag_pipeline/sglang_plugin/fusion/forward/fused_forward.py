@@ -23,6 +23,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader, LoadItem
 from rag_pipeline.sglang_plugin.fusion.forward.probing import Prober
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
+from rag_pipeline.sglang_plugin.fusion.memory.queries import add_tap
 from rag_pipeline.sglang_plugin.fusion.runtime.rates import MEMORY
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
@@ -52,6 +53,7 @@ class FusedForward:
         self._batch = batch
         self._req_to_token = runner.req_to_token_pool.req_to_token
         self._items = {e.index: self._item(e) for e in entries if e.state.is_fused}
+        self._memories = {e.index: e.state.memory for e in entries}
         self._loader = Loader(
             self._loads(),
             self._facts.rotary,
@@ -93,6 +95,7 @@ class FusedForward:
         fused = make_pass(self._runtime, self._loader, rows, self._guard, shifts=tuple(shifts))
         fused.prepare(self._runner)
         view = make_view(self._batch, rows, fused, whole_batch=True)
+        add_tap(view, [(self._memories.get(part.index), part.positions) for part in rows])
         self._runtime.metrics.observe("plan_seconds", time.perf_counter() - began)
         return view, fused
 

@@ -25,6 +25,7 @@ from rag_kernels import (
     prepare_attention,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
+from rag_pipeline.sglang_plugin.fusion.memory.queries import find_tap
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock, timed
 from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
@@ -220,7 +221,11 @@ def around_radix_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Wrap ``RadixAttention.forward``: ordinary batches pass through untouched."""
-    fused = None if forward_batch.model_specific_states is None else find_pass(forward_batch)
+    fused = None
+    if forward_batch.model_specific_states is not None:
+        fused, tap = find_pass(forward_batch), find_tap(forward_batch)
+        if tap is not None:
+            tap.take(layer, q)
     if fused is None:
         return timed(
             _clock_of(forward_batch),
@@ -249,7 +254,7 @@ def _clock_of(forward_batch: Any) -> AttentionClock | None:
 def around_can_run_graph(
     original: Callable[..., bool], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> bool:
-    """Wrap ``PrefillCudaGraphRunner.can_run_graph``: a fused batch is never replayed from a graph."""
-    if find_pass(forward_batch) is not None:
+    """Wrap ``PrefillCudaGraphRunner.can_run_graph``: a batch that is looked into is never replayed from a graph."""
+    if find_pass(forward_batch) is not None or find_tap(forward_batch) is not None:
         return False
     return original(runner, forward_batch, *args, **kwargs)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from chunk_cache import LoadError
 from rag_pipeline.sglang_plugin.fusion.builds import persistence as disk
 from rag_pipeline.sglang_plugin.fusion.builds.capture import capture_chunk
@@ -21,6 +23,8 @@ from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import (
     mark_reads,
 )
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError
+from rag_pipeline.sglang_plugin.fusion.memory.keeping import conclude
+from rag_pipeline.sglang_plugin.fusion.memory.queries import add_tap
 from rag_pipeline.sglang_plugin.fusion.request.state import state_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, get_runtime
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_batch
@@ -100,11 +104,26 @@ def _forward(
         output = _fused(runtime, original, runner, forward_batch, plan, args, kwargs)
         runtime.metrics.observe("forward_seconds", time.perf_counter() - began)
     else:
+        _watch_queries(forward_batch, plan)
         output = _timed(runtime, original, runner, forward_batch, args, kwargs)
         _count_rows(runtime, forward_batch, plan)
     for entry in plan.entries:
         _conclude(runtime, runner, forward_batch, entry)
     return output
+
+
+def _watch_queries(batch: Any, plan: BatchPlan) -> None:
+    """Have the queries kept that score keys for a memory; the rows are those of SGLang's own batch."""
+    works = {e.index: e.state.memory for e in plan.entries if e.state.memory is not None}
+    if works:
+        starts, counts = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+        add_tap(
+            batch,
+            [
+                (works.get(index), torch.arange(int(start), int(start) + int(count)))
+                for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+            ],
+        )
 
 
 def _fused(
@@ -220,6 +239,10 @@ def _conclude(runtime: FusionRuntime, runner: Any, batch: Any, entry: BatchEntry
         num_layers = runtime.facts.num_layers if runtime.facts else 0
         state.charge(piece.end - piece.start, num_layers)
     if piece.is_last:
+        if state.memory is not None:
+            table = runner.req_to_token_pool.req_to_token
+            slots = slots_of(table, batch, entry.index, piece.end)
+            conclude(runtime, state, runner.token_to_kv_pool, slots)
         fill_report(runtime, state)
         attach_report(entry.req, state)
         state.finish(piece.end, decodes_alone=not runtime.mixes_decoding)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rag_pipeline.protocol import FUSION_KEY
+from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.types import Truncated
@@ -39,6 +40,10 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.moved_tokens = min(moved, report.conversation_tokens)
     if state.request.truncated[0]:
         report.truncated = Truncated(*state.request.truncated).to_json()
+    if state.request.memory is not None:
+        report.memory = _memory(state)
+        runtime.metrics.count("memory", "missed", report.memory["missed"])
+        runtime.metrics.count("memory", "slots_loaded", report.memory["loaded"])
     if loaded:
         report.policy = state.policy.name
         report.ratio = round(state.planned_ratio, 6)
@@ -57,6 +62,23 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     runtime.metrics.count("tokens", "recomputed", report.recomputed_tokens)
     runtime.metrics.count("tokens", "fresh", report.fresh_tokens)
     runtime.metrics.count("turns", "tokens_loaded", report.conversation_tokens)
+
+
+def _memory(state: RequestState) -> dict[str, Any]:
+    asked, work = state.request.memory, state.memory
+    assert asked is not None
+    if work is None:  # it was given up before anything was looked for
+        work = MemoryWork(is_missed=bool(asked.load))
+    told: dict[str, Any] = {
+        "loaded": work.loaded,
+        "missed": int(work.is_missed),
+        "stored": bool(work.name),
+    }
+    if work.name:
+        told |= {"id": work.name, "kept": work.kept}
+    if asked.spans:
+        told["kept_share"] = work.shares
+    return told
 
 
 def prompt_runs(state: RequestState) -> list[list[int]]:

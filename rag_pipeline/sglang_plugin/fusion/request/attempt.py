@@ -6,6 +6,7 @@ import dataclasses
 
 from rag_kernels import AttentionMethod
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture
+from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
 
@@ -86,6 +87,8 @@ class Resolved:
         Says which keys decoded tokens read, once the prompt is computed; None for all.
     computed_end : int
         Tokens that were prefilled, once all are.
+    memory : MemoryWork or None
+        What the request does with a conversation's memory.
     """
 
     resolved: bool = False
@@ -99,3 +102,4 @@ class Resolved:
     method: AttentionMethod | None = None
     decode_method: AttentionMethod | None = None
     computed_end: int = 0
+    memory: MemoryWork | None = None

@@ -16,6 +16,7 @@ from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request.attempt import Attempt, Resolved, ReuseCost
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
+from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
 
 ATTRIBUTE = "rag_fusion"
@@ -176,6 +177,11 @@ class RequestState:
         return self._found.turn
 
     @property
+    def memory(self) -> MemoryWork | None:
+        """What the request does with a conversation's memory; None where it asks for none, or was given up."""
+        return self._found.memory
+
+    @property
     def radix_len(self) -> int:
         """Exact tokens found in the tree when the prompt was admitted."""
         return self._attempt.radix_len
@@ -323,6 +329,10 @@ class RequestState:
             at = span.end
         self._found.turns_end, self._found.turn = end, turn
 
+    def begin_memory(self, work: MemoryWork) -> None:
+        """Note :attr:`memory`."""
+        self._found.memory = work
+
     def note_looked_up(self, hits: int, misses: int) -> None:
         """Note how many chunks were found and how many are missing."""
         self._attempt.looked_up = (hits, misses)
@@ -412,6 +422,8 @@ class RequestState:
     def forget_spans(self, reason: str) -> None:
         """Load nothing any more, read every key, and say why; what may be published as exact stays as it is."""
         self.retain(())
+        if self._found.memory is not None:
+            self._found.memory.lose_load()
         self._found.method = None
         self._claim_nothing()
         self._attempt.row_layers = 0.0

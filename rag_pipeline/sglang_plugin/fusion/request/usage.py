@@ -40,6 +40,10 @@ class UsageReport:
     truncated : dict
         ``turns`` and ``tokens`` of the conversation that were cut before the prompt was laid out, as whoever cut them
         told; not in the report where none were.
+    memory : dict
+        ``loaded`` slots and whether a record was ``missed`` (0 or 1); whether one was ``stored``, with its ``id`` and
+        ``kept`` slots; the ``kept_share`` of each span that was asked about. Not in the report of a request without a
+        memory.
     """
 
     prompt_tokens: int = 0
@@ -57,6 +61,7 @@ class UsageReport:
     attention: str = ""
     moved_tokens: int = 0
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
@@ -67,4 +72,6 @@ class UsageReport:
             del fields["moved_tokens"]
         if not self.truncated:
             del fields["truncated"]
+        if not self.memory:
+            del fields["memory"]
         return fields
