@@ -18,7 +18,7 @@ from rag_pipeline.protocol.cache_replicas import merge_replicas
 CACHE_KEY = "rag_cache"
 """Where the answer stands in each of SGLang's ``internal_states``."""
 
-CACHE_ACTIONS = ("stats", "ls", "pin", "unpin", "prefetch", "evict", "verify")
+CACHE_ACTIONS = ("stats", "ls", "pin", "unpin", "prefetch", "evict", "verify", "memories")
 
 MAX_KEYS = 1024
 """Keys of one order; bounds what one request can cause."""
@@ -49,7 +49,7 @@ class CacheOrder:
     ticket : str
         Names the answer.
     keys : tuple of str
-        Digests of chunks, or their first digits.
+        Digests of chunks, or their first digits; of ``memories`` whole memory ids.
     tier : str
         Only this tier; empty for all.
     ttl_s : float or None

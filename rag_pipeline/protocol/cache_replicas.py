@@ -14,6 +14,7 @@ _DONE_FOR = {
     "not_pinned": "pinned",
     "not_fetched": "fetched",
     "already_there": "fetched",
+    "absent": "present",
 }
 """Lists of chunks that some replica could not serve, and the list of those that another one did."""
 _BY_TIER = ("damaged_removed", "trimmed")

@@ -9,6 +9,7 @@ from chunk_cache import Candidate, ChunkKey, ChunkState, KVContext, StoreFolder,
 from chunk_cache.tiers.guard import GuardedTier
 from chunk_cache.tiers.transfer import pin_as_in
 from rag_pipeline.protocol.cache_order import CACHE_ACTIONS, CacheOrder, CacheOrderError
+from rag_pipeline.sglang_plugin.fusion.management.memories import memories
 from rag_pipeline.sglang_plugin.fusion.management.view import (
     MEMORY,
     figures,
@@ -218,4 +219,5 @@ _ACTIONS: dict[str, Callable[[FusionRuntime, CacheOrder, list[ChunkKey]], dict[s
     "prefetch": _prefetch,
     "evict": _evict,
     "verify": _verify,
+    "memories": lambda runtime, order, keys: {**memories(runtime, order)},
 }

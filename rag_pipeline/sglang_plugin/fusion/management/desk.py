@@ -74,7 +74,9 @@ class CacheDesk:
                 raise CacheOrderError(
                     f"{waiting} orders to the chunk cache wait already; send it again later", 503
                 )
-            if runtime.group.size > 1 and order.keys:
+            if order.action == "memories":
+                keys = []  # its words are no keys
+            elif runtime.group.size > 1 and order.keys:
                 keys = self._names.shared(order)
         except Exception as error:
             failed: Future[dict[str, Any]] = Future()

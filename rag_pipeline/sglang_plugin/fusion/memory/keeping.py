@@ -19,7 +19,13 @@ from chunk_cache.retention import gather_slots, keep_top
 from chunk_cache.side_tensors import SEEN_IDS
 from rag_kernels import gather_kv, rerotate_keys
 from rag_pipeline.sglang_plugin.fusion.builds.persistence import write_record
-from rag_pipeline.sglang_plugin.fusion.memory.records import POSITIONS, SCORES, kept_shares
+from rag_pipeline.sglang_plugin.fusion.memory.records import (
+    NAME,
+    POSITIONS,
+    SCORES,
+    kept_shares,
+    name_tensor,
+)
 from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryTarget, MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -162,6 +168,7 @@ def _make_record(
             POSITIONS: torch.stack([layer.positions for layer in layers]),
             SCORES: torch.stack([layer.scores for layer in layers]),
             SEEN_IDS: seen,
+            NAME: name_tensor(target.name),
         },
     )
 

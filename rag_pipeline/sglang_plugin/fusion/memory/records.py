@@ -7,6 +7,7 @@ shift moves them all: ``base_position`` is the true position of the token that c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import TokenArray
 
 POSITIONS, SCORES = "positions", "scores"
 """Side tensors: int32 and fp16 ``[L, H, M]``, the true position of each slot's token, and by what it stayed."""
+
+NAME = "memory_id"
+"""Side tensor: int32 ``[8]``, the memory id."""
 
 _MARK = "memory:1:"
 """Begins the ``prefix_digest`` of every record's context; the number is raised when the meaning of a record changes."""
@@ -49,6 +53,17 @@ def id_of(prefix_digest: object) -> str | None:
         return None
     name, _, _ = prefix_digest.removeprefix(_MARK).partition(":")
     return name if len(name) == ID_DIGITS else None
+
+
+def name_tensor(name: str) -> Tensor:
+    """A memory id as the side tensor :data:`NAME`."""
+    return torch.from_numpy(np.frombuffer(bytes.fromhex(name), dtype="<i4").copy())
+
+
+def name_of(record: ChunkKV) -> str | None:
+    """Memory id of a record; None for what is no memory record."""
+    name = record.side.get(NAME)
+    return None if name is None else name.numpy().astype("<i4").tobytes().hex()
 
 
 def is_memory(record: ChunkKV | LoadingChunk, num_layers: int, num_heads: int) -> bool:
