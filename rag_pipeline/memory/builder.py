@@ -264,9 +264,11 @@ class MemoryBuilder:
             )
             self._count(failed=1)
             made = False
-        if made is None:  # the record before is gone: begin behind an older one
-            job.lost += 1
-            self.forget(step.previous)
+        if made is None:
+            # Others of the chain may be gone with it, and each that is tried costs the prefill of its slots.
+            job.lost, job.asked = job.lost + 1, False
+            for one in ids:
+                self.forget(one)
             return None
         if not made:
             self._failures.put(step.id, (self._failures.get(step.id) or 0) + 1)

@@ -63,20 +63,37 @@ def test_a_new_segment_joins_the_nearest_and_medoids_stay(
     assert [sorted(episode.medoids) for episode in version.episodes] == [[0, 1], [2, 3]]
 
 
-def test_a_switch_of_topic_opens_an_episode_that_branches_off(
-    encode: Callable[[list[str]], Any],
-) -> None:
+def around(*topics: int) -> Any:
+    """Unit vectors close to axes, with a little noise."""
+    rng = np.random.default_rng(1)
+    vectors = np.eye(16, dtype=np.float32)[list(topics)]
+    vectors += rng.normal(scale=0.05, size=vectors.shape).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_a_switch_of_topic_opens_an_episode_that_branches_off() -> None:
     config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
-    growth = grown(config, vectors_of(encode, ("garden", 8), ("music", 8), ("travel", 12)))
+    growth = grown(config, around(0, 0, 1, 1, 7, 7, 7, 0))
     version = growth.versions[-1]
-    assert version.labels_at(7)[4:] == [2, 2, 2]
+    assert version.labels_at(8) == [0, 0, 1, 1, 2, 2, 2, 0]
     opened = version.episodes[2]
-    assert (opened.opened_at, opened.branch_segment, opened.medoids) == (6, 4, opened.medoids)
-    assert set(opened.medoids) == {4, 5}
+    assert (opened.opened_at, opened.branch_segment, set(opened.medoids)) == (6, 4, {4, 5})
     assert opened.parent in (0, 1)
     # A history that ends before the switch does not know of it.
     assert len(version.episodes_at(5)) == 2
     assert 2 not in version.labels_at(5)
+
+
+def test_one_segment_off_topic_is_no_switch() -> None:
+    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
+    growth = grown(config, around(0, 0, 1, 1, 7, 0, 7, 1, 7))
+    assert len(growth.versions[-1].episodes) == 2
+
+
+def test_switches_are_bounded() -> None:
+    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=1)
+    growth = grown(config, around(0, 0, 1, 1, *range(2, 14)))
+    assert len(growth.versions[-1].episodes) == 4
 
 
 def test_a_conversation_that_drifts_is_clustered_again(encode: Callable[[list[str]], Any]) -> None:
@@ -102,11 +119,12 @@ def test_clustering_again_costs_a_constant_number_of_passes(growth_factor: float
     assert passes <= 1 / (1 - 1 / growth_factor)
 
 
-def test_the_running_centres_are_those_of_the_labels(encode: Callable[[list[str]], Any]) -> None:
+def test_the_running_centres_are_those_of_the_labels() -> None:
     config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
-    vectors = vectors_of(encode, ("garden", 8), ("music", 8), ("travel", 12))
+    vectors = around(0, 0, 1, 1, 7, 7, 7)
     growth = grown(config, vectors)
     version = growth.versions[-1]
+    assert len(version.episodes) == 3
     labels = np.asarray(version.labels_at(7))
     for index, centre in enumerate(growth.centres(version, 7)):
         np.testing.assert_allclose(centre, vectors[labels == index].mean(axis=0), atol=1e-6)

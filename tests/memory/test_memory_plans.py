@@ -120,14 +120,14 @@ def test_another_answer_to_the_same_history_keeps_what_was_before(
     mine = planner.plan(SYSTEM, other, "q?")
     fresh = make_planner().plan(SYSTEM, other, "q?")
     assert [one.needs for one in mine.candidates] == [one.needs for one in fresh.candidates]
+    # A shorter history of a known conversation is what it was.
     again = planner.plan(SYSTEM, LONG[:20], "q?")
-    assert again.candidates == make_planner().plan(SYSTEM, LONG[:20], "q?").candidates or [
-        one.needs for one in again.candidates
-    ] == [one.needs for one in make_planner().plan(SYSTEM, LONG[:20], "q?").candidates]
+    fresh = make_planner().plan(SYSTEM, LONG[:20], "q?")
+    assert [one.needs for one in again.candidates] == [one.needs for one in fresh.candidates]
 
 
 def test_a_question_is_matched_to_its_topic(make_planner: MakePlanner) -> None:
-    planner = make_planner(merge_margin=0.0, recluster_drift=50.0)
+    planner = make_planner(merge_margin=0.0, recluster_drift=50.0, switch_segments=0)
     labels = planner.episodes(SYSTEM, LONG)
     assert len(set(labels[:9])) == 3
     for question, segment in (("Who plays the violin?", 4), ("What grows in the garden?", 0)):
@@ -177,7 +177,7 @@ def test_a_switch_of_topic_keeps_the_steps_before_it(make_planner: MakePlanner) 
 
 @pytest.mark.parametrize("method", MEMORY_METHODS.names())
 def test_a_short_history_stands_as_it_is(make_planner: MakePlanner, method: str) -> None:
-    history = LONG[:4]
+    history = LONG[:2]
     plan = make_planner(method=method).plan(SYSTEM, history, "q?")
     (only,) = plan.candidates
     assert only.needs == ()
