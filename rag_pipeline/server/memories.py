@@ -17,6 +17,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from chunk_cache import tenant_mark
 from rag_pipeline.memory import (
     Chain,
     Memory,
@@ -31,6 +32,7 @@ from rag_pipeline.protocol import (
     GenerationRequest,
     SamplingOptions,
 )
+from rag_pipeline.protocol.cache_order import memories_order
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 MOST_MEMORIES = 64
 """Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
+_EXISTING_S = 20.0
+"""Longest wait for the engine to say which records it has."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
 
@@ -92,6 +96,19 @@ class MemoryBackend:
 
     def close(self) -> None:
         """Nothing: the engine is the server's."""
+
+    def existing(self, ids: Sequence[str]) -> Collection[str]:
+        """Ask the engine which records it has.
+
+        Raises
+        ------
+        EngineError
+            It does not answer in time.
+        """
+        order = memories_order(ids, tenant_mark(self._salt))
+        asked = self._engine.order(order, timeout_s=_EXISTING_S)
+        told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+        return frozenset(told["present"])
 
     async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
         return [
@@ -297,7 +314,7 @@ class Memories:
                     self._embedders.get().encode_queries,
                     context_length=backend.context_length,
                 )
-                memory = self._made[key] = Memory(planner, backend)
+                memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
             self._made.move_to_end(key)
             while len(self._made) > MOST_MEMORIES:
                 dropped.append(self._made.popitem(last=False)[1])
