@@ -10,6 +10,7 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
+    Collection,
     Generator,
     Mapping,
     Sequence,
@@ -105,7 +106,7 @@ class MemoryBackend:
         EngineError
             It does not answer in time.
         """
-        order = memories_order(ids, tenant_mark(self._salt))
+        order = memories_order(ids, tenant_mark(self._salt.partition("/")[0]))
         asked = self._engine.order(order, timeout_s=_EXISTING_S)
         told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
         return frozenset(told["present"])
