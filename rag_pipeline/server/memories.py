@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 MOST_MEMORIES = 64
 """Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
+_FRAME_TOKENS = 16
+"""More than a chat template writes around a message."""
 _EXISTING_S = 20.0
 """Longest wait for the engine to say which records it has."""
 _ANSWER_TOKENS = 512
@@ -245,8 +247,8 @@ class Memories:
         RagPipelineError
             A question that does not fit.
         """
-        if sum(len(said.text) for said in asked.history) < config.budget_tokens:
-            return None  # a token has a character at least, in any text that is worth a memory
+        if _most_tokens(asked.history) <= config.budget_tokens:
+            return None
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
         memory, missing = await self._run(
@@ -327,6 +329,11 @@ class Memories:
         remembered = self._under_way.pop(str(meta_info.get("id")), None)
         if remembered is not None:
             remembered.memory.note(remembered.prepared, meta_info)
+
+
+def _most_tokens(history: Sequence[Utterance]) -> int:
+    """More tokens than a history has, without a tokenizer: a token is a byte at least, a message has a frame."""
+    return sum(len(said.text.encode()) + _FRAME_TOKENS for said in history)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
