@@ -146,7 +146,8 @@ def open_memory(config: MemoryConfig, backend: Backend, tokenizer: ModelTokenize
     planner = Planner(
         config, tokenizer, embedder.encode_documents, context_length=backend.context_length
     )
-    return Memory(planner, backend)
+    # A server by URL is not asked: that is its administrator's. What a step makes again is the same record.
+    return Memory(planner, backend, existing=getattr(backend, "memories", None))
 
 
 def awaited(memory: Memory, plan: MemoryPlan) -> Sequence[Chain]:

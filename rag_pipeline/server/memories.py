@@ -10,6 +10,7 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
+    Collection,
     Generator,
     Mapping,
     Sequence,
@@ -17,6 +18,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from chunk_cache import tenant_mark
 from rag_pipeline.memory import (
     Chain,
     Memory,
@@ -31,6 +33,7 @@ from rag_pipeline.protocol import (
     GenerationRequest,
     SamplingOptions,
 )
+from rag_pipeline.protocol.cache_order import memories_order
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
@@ -43,6 +46,10 @@ if TYPE_CHECKING:
 
 MOST_MEMORIES = 64
 """Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
+_FRAME_TOKENS = 16
+"""More than a chat template writes around a message."""
+_EXISTING_S = 20.0
+"""Longest wait for the engine to say which records it has."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
 
@@ -92,6 +99,19 @@ class MemoryBackend:
 
     def close(self) -> None:
         """Nothing: the engine is the server's."""
+
+    def existing(self, ids: Sequence[str]) -> Collection[str]:
+        """Ask the engine which records it has.
+
+        Raises
+        ------
+        EngineError
+            It does not answer in time.
+        """
+        order = memories_order(ids, tenant_mark(self._salt.partition("/")[0]))
+        asked = self._engine.order(order, timeout_s=_EXISTING_S)
+        told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+        return frozenset(told["present"])
 
     async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
         return [
@@ -227,8 +247,8 @@ class Memories:
         RagPipelineError
             A question that does not fit.
         """
-        if sum(len(said.text) for said in asked.history) < config.budget_tokens:
-            return None  # a token has a character at least, in any text that is worth a memory
+        if _most_tokens(asked.history) <= config.budget_tokens:
+            return None
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
         memory, missing = await self._run(
@@ -297,7 +317,7 @@ class Memories:
                     self._embedders.get().encode_queries,
                     context_length=backend.context_length,
                 )
-                memory = self._made[key] = Memory(planner, backend)
+                memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
             self._made.move_to_end(key)
             while len(self._made) > MOST_MEMORIES:
                 dropped.append(self._made.popitem(last=False)[1])
@@ -309,6 +329,11 @@ class Memories:
         remembered = self._under_way.pop(str(meta_info.get("id")), None)
         if remembered is not None:
             remembered.memory.note(remembered.prepared, meta_info)
+
+
+def _most_tokens(history: Sequence[Utterance]) -> int:
+    """More tokens than a history has, without a tokenizer: a token is a byte at least, a message has a frame."""
+    return sum(len(said.text.encode()) + _FRAME_TOKENS for said in history)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

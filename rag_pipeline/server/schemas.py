@@ -146,7 +146,7 @@ class ChatRequest(NeutralRequest):
     """
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
     rag: RagOptions = Field(default_factory=lambda: RagOptions())
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

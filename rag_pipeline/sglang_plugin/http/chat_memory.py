@@ -126,8 +126,8 @@ def register(memory: ChatMemory) -> None:
         params=("request", "raw_request"),
     )
 
-    async def hook(original: Callable[..., Any], serving: Any, request: Any, *args: Any) -> Any:
-        return await around_handle_request(memory, original, serving, request, *args)
+    async def hook(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return await around_handle_request(memory, original, *args, **kwargs)
 
     verify_targets([row])
     add_hooks([(row, hook)])

@@ -17,7 +17,7 @@ from rag_pipeline.protocol.cache_order import (
 )
 from rag_pipeline.sglang_plugin.activation import Activation, activation_of
 
-__all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
+__all__ = ["RefusedRequestError", "ServedEngine", "activation_in", "carry_out"]
 
 STATE_TIMEOUT_S = 20.0
 """Longest wait for the scheduler's own report; it answers between two batches."""
@@ -167,35 +167,41 @@ class ServedEngine:
         CacheOrderError
             With a line and an HTTP status: of the refusal, or 503 where no answer came in time or fusion is not there.
         """
-        from sglang.srt.managers.io_struct import GetInternalStateReq
+        return await carry_out(self._manager, order, timeout_s=timeout_s)
 
-        manager = self._manager
-        manager.auto_create_handle_loop()
-        pause, without = 0.02, 0
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    # It is queued behind others' questions for the state, and each gets its own answer.
-                    reports = await manager.get_internal_state_communicator(
-                        GetInternalStateReq(rid=order.encode())
+
+async def carry_out(
+    manager: Any, order: CacheOrder, *, timeout_s: float = ORDER_TIMEOUT_S
+) -> dict[str, Any]:
+    """Have the scheduler processes behind a tokenizer manager carry out an order; see :meth:`ServedEngine.order`."""
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager.auto_create_handle_loop()
+    pause, without = 0.02, 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                # It is queued behind others' questions for the state, and each gets its own answer.
+                reports = await manager.get_internal_state_communicator(
+                    GetInternalStateReq(rid=order.encode())
+                )
+                states = [report.internal_state for report in reports]
+                answer = read_answer(states, order.ticket)
+                if answer is not None:
+                    return answer
+                without += not all(CACHE_KEY in state for state in states)
+                if without > _MISSED:
+                    raise CacheOrderError(
+                        "the engine keeps no chunk KV: fusion is not active in it", 503
                     )
-                    states = [report.internal_state for report in reports]
-                    answer = read_answer(states, order.ticket)
-                    if answer is not None:
-                        return answer
-                    without += not all(CACHE_KEY in state for state in states)
-                    if without > _MISSED:
-                        raise CacheOrderError(
-                            "the engine keeps no chunk KV: fusion is not active in it", 503
-                        )
-                    await asyncio.sleep(pause)
-                    pause = min(1.0, 2 * pause)
-        except TimeoutError:
-            raise CacheOrderError(
-                f"the engine did not carry out {order.action} within {timeout_s:.0f} s; it goes on with it: "
-                "look later whether it has",
-                503,
-            ) from None
+                await asyncio.sleep(pause)
+                pause = min(1.0, 2 * pause)
+    except TimeoutError:
+        raise CacheOrderError(
+            f"the engine did not carry out {order.action} within {timeout_s:.0f} s; it goes on with it: "
+            "look later whether it has",
+            503,
+        ) from None
 
 
 class _Info:
