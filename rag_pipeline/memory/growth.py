@@ -8,7 +8,7 @@ A replay: segments are taken in one by one, and everything follows from them and
   since then lie :attr:`~.MemoryConfig.recluster_drift` times as far from their episodes, everything is clustered again: a new
   version. Each version costs one pass over the history, and their lengths form a geometric series, so
   building costs a constant number of passes per token, however long a conversation becomes.
-* :attr:`~.MemoryConfig.switch_segments` consecutive segments that all lie farther from every episode than any that was clustered are a
+* :attr:`~.MemoryConfig.switch_segments` consecutive segments that all lie farther from every episode than any that was clustered, and closer to unrelated, are a
   switch of topic: they open an episode of their own. Its record branches off that of the episode they had joined, so
   nothing is built again.
 """
@@ -59,6 +59,8 @@ class Version:
         The largest of these distances.
     sums, counts : list of ndarray, list of int
         Sum and number of each episode's vectors, as of the last segment.
+    anchors : list of ndarray
+        Centre of each episode when it was opened, unit length.
     joined, joined_distance : int, float
         Segments that joined since, and the sum of their distances from the episodes that they joined.
     far : int
@@ -73,6 +75,7 @@ class Version:
     reach: float = 2.0
     sums: list[Vectors] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    anchors: list[Vectors] = field(default_factory=list)
     joined: int = 0
     joined_distance: float = 0.0
     far: int = 0
@@ -148,7 +151,11 @@ class Growth:
         distance = 1 - near[nearest]
         version.joined += 1
         version.joined_distance += distance
-        version.far = version.far + 1 if distance > version.reach else 0
+        # From the centres as they were found: the first segment of a new topic draws the one that it joins after it. The
+        # reach of a few segments is small by chance, so far is also what lies closer to unrelated than to an episode.
+        away = 1 - max(float(anchor @ vector) for anchor in version.anchors)
+        is_far = away > max(version.reach, (version.spread + 1) / 2)
+        version.far = version.far + 1 if is_far else 0
 
     def _switch(self, version: Version) -> None:
         """Open an episode for the last segments, if all of them lie far from every other."""
@@ -170,6 +177,7 @@ class Growth:
         version.episodes.append(opened)
         version.sums.append(np.zeros_like(self._vectors[0]))
         version.counts.append(0)
+        version.anchors.append(unit(np.sum(self._vectors[first:], axis=0)))
         for member in members:
             left, _ = version.labels[member][-1]
             version.labels[member].append((opened.index, now))
@@ -202,6 +210,7 @@ class Growth:
             labels=[[(label, 0)] for label in labels],
             sums=[centre * count for centre, count in zip(centres, counts, strict=True)],
             counts=counts,
+            anchors=[unit(centre) for centre in centres],
             spread=float(np.mean(distances)) if distances else 0.0,
             reach=max(distances, default=2.0),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from erasing import CONTEXT, OTHER, SECRET, SHARED, bytes_below, put, texts
 
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder, TextMarks, tenant_mark
+from chunk_cache.side_tensors import SEEN_IDS
 from rag_pipeline import erasure
 from rag_pipeline.erasure import Reach, erase_folder, make_eraser, post
 from rag_pipeline.notices import Notice, combined
@@ -121,6 +124,21 @@ def test_records_that_nobody_here_can_read_go_with_any_deletion(
     delete_documents(index, ["a"], erase=make_eraser(store.path))
     assert not {unreadable.key, unnamed.key} & set(store.keys())
     assert len(list(store.keys())) == 2
+
+
+def test_a_memory_goes_with_any_text_that_its_kv_has_seen(
+    index: Path, store: StoreFolder, record: Callable[..., ChunkKV]
+) -> None:
+    """The tokens of its slots say nothing of it: what was evicted is in the KV of what was kept."""
+    memories = {}
+    for name, seen in (("m", f"{OTHER} {SECRET} {SHARED}"), ("n", f"{OTHER} {SHARED}")):
+        context = KVContext(**{**CONTEXT.to_json(), "prefix_digest": name})  # type: ignore[arg-type]
+        ids = torch.from_numpy(record(seen).token_ids.copy())
+        memories[name] = dataclasses.replace(record(OTHER, context), side={SEEN_IDS: ids})
+        store.put(memories[name], context=context)
+    delete_documents(index, ["a"], erase=make_eraser(store.path))
+    assert memories["m"].key not in set(store.keys())
+    assert memories["n"].key in set(store.keys())
 
 
 def test_what_a_tenant_deletes_stays_in_the_folder_of_those_who_cannot_have_seen_it(
