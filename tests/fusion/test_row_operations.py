@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rag_kernels import gate_rows, norm_rows, turn_rows
+from rag_kernels import gate_rows, linear_rows, norm_rows, turn_rows
 from rag_kernels.native.library import load_library
 from rag_pipeline.sglang_plugin.fusion.forward.row_operations import (
     around_gate,
+    around_linear,
     around_norm,
     around_rotation,
     row_operations,
@@ -102,6 +105,21 @@ def test_gated_units(original, x):
         found = around_gate(original, None, x)
     assert torch.equal(found, gate_rows(x))
     torch.testing.assert_close(found, SiluAndMul.forward_native(None, x), atol=1e-2, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_products(original, x):
+    layer = SimpleNamespace(weight=torch.randn(32, 64).bfloat16())
+    assert around_linear(original, None, layer, x) == "SGLang's"
+    wanted = linear_rows(x, layer.weight)
+    with row_operations():
+        if wanted is None:  # this CPU has no such instructions, or something better
+            assert around_linear(original, None, layer, x) == "SGLang's"
+        else:
+            assert torch.equal(around_linear(original, None, layer, x), wanted)
+        assert around_linear(original, None, layer, x.float()) == "SGLang's"
+        layer.use_intel_amx_backend = True
+        assert around_linear(original, None, layer, x) == "SGLang's"
 
 
 def test_a_pass_that_fails_leaves_them_off(original, x):

@@ -117,6 +117,16 @@ class GateStruct(ctypes.Structure):
     )
 
 
+class LinearStruct(ctypes.Structure):
+    """``RagLinear`` of the source: rows, weights and what is added."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "depth", "columns", "x_row", "w_row")),
+        ("threads", ctypes.c_int64),
+    )
+
+
 class SaleGroupStruct(ctypes.Structure):
     """``RagSaleGroup`` of the source: row blocks that look at the same keys."""
 
@@ -171,6 +181,7 @@ def load_library() -> ctypes.CDLL | None:
         (library.rag_norm, NormStruct),
         (library.rag_turn, TurnStruct),
         (library.rag_gate, GateStruct),
+        (library.rag_linear, LinearStruct),
     ):
         function.argtypes = (ctypes.POINTER(struct),)
         function.restype = ctypes.c_int

@@ -171,6 +171,15 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "x",
         ),
         _row(
+            _SRT + "layers.quantization.unquant.UnquantizedLinearMethod.apply",
+            "around",
+            "products of a fused pass on a CPU, cut for few rows",
+            rows.around_linear,
+            "layer",
+            "x",
+            "bias",
+        ),
+        _row(
             _STREAMER + "is_request_level_customized_info_key",
             "around",
             "the usage report is sent once per request",

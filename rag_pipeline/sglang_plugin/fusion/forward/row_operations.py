@@ -1,7 +1,8 @@
-"""Norms, rotations and gated units of a fused pass on a CPU: one call each, all threads, where SGLang calls torch often.
+"""Operations of a fused pass on a CPU: one call each for norms, rotations and gated units, and products for few rows.
 
-A fused pass has few rows. On a CPU SGLang computes these operations with several torch operations each, which then take
-longer to begin than to compute and use one thread. Every other batch keeps SGLang's own operations, and so its bits.
+A fused pass has few rows. On a CPU SGLang computes most of these operations with several torch operations each, which
+then take longer to begin than to compute and use one thread. Every other batch keeps SGLang's own operations, and so its
+bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rag_kernels import gate_rows, norm_rows, turn_rows
+from rag_kernels import gate_rows, linear_rows, norm_rows, turn_rows
 
 _depth = 0
 """Fused passes that this process is in; a scheduler computes on one thread of Python."""
@@ -89,3 +90,19 @@ def around_gate(original: Callable[..., Tensor], gate: Any, x: Tensor) -> Tensor
     """Wrap ``SiluAndMul.forward_native``."""
     found = gate_rows(x) if _depth else None
     return original(gate, x) if found is None else found
+
+
+def around_linear(
+    original: Callable[..., Tensor],
+    method: Any,
+    layer: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Wrap ``UnquantizedLinearMethod.apply``; a weight that SGLang has packed for AMX stays with it."""
+    if _depth and not kwargs and not getattr(layer, "use_intel_amx_backend", False):
+        found = linear_rows(x, layer.weight, bias)
+        if found is not None:
+            return found
+    return original(method, layer, x, bias, **kwargs)
