@@ -33,7 +33,8 @@ namespace {
 
 using namespace rag;
 
-constexpr int64_t FEWEST = 8192;  // numbers for which a further thread is worth waking
+// Numbers for which a further thread is worth waking: a thread that sleeps takes as long to wake as this does in one.
+constexpr int64_t FEWEST = 65536;
 
 template <class F>
 void for_rows(int64_t rows, int64_t width, int64_t threads, F work) {
