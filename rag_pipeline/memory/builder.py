@@ -1,0 +1,338 @@
+"""Makes records: one step at a time, behind the answers, each once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rag_pipeline.errors import one_line
+from rag_pipeline.memory.bounded import BoundedTable
+from rag_pipeline.protocol import fusion_report, memory_report, usage_from_meta
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory.plan import Chain, Step
+    from rag_pipeline.protocol import GenerationPiece, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+_KNOWN = 65_536
+"""Memory ids that are remembered."""
+_QUEUED = 1024
+"""Chains that wait in the background; the oldest is dropped for another."""
+_TRIES = 3
+"""Attempts at one step, and new beginnings of one chain whose records go while it is made."""
+_CHEAP = 2
+"""Steps that are missing from which on the engine is asked first: one step alone it notices by itself."""
+_CLOSE_S = 60.0
+"""Longest wait at the end for the step that runs."""
+_ASKED = 256
+"""Memory ids in one question for what exists."""
+
+
+class StepBackend(Protocol):
+    """The part of :class:`rag_pipeline.generation.Backend` that building needs."""
+
+    def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
+        """Yield pieces as they come; closing the generator aborts the request."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildStats:
+    """What building has cost so far.
+
+    Attributes
+    ----------
+    steps, failed, lost : int
+        Steps that were run; those among them that gave no record; those whose record before was gone.
+    forward_tokens : int
+        Tokens that were computed, as the engine reports: blocks, probes, and whatever was missing.
+    planned_tokens : int
+        Tokens of the blocks and probes of these steps.
+    probe_tokens : int
+        Those of the probes among them.
+    wall_s : float
+        Seconds of the steps, waits for answers left out.
+    peak_tokens : int
+        Tokens of the longest prompt of a step.
+    """
+
+    steps: int = 0
+    failed: int = 0
+    lost: int = 0
+    forward_tokens: int = 0
+    planned_tokens: int = 0
+    probe_tokens: int = 0
+    wall_s: float = 0.0
+    peak_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    chain: Chain
+    urgent: bool
+    done: Future[bool]
+    asked: bool = False
+    lost: int = 0
+
+
+class MemoryBuilder:
+    """Runs the steps of chains on a backend, from one thread of its own.
+
+    One step runs at a time, so whoever asks for a record that is being made waits for it and makes none. A chain is begun
+    behind its newest step whose record is known to be there. A step that fails is counted, never raised. Safe for several
+    threads. Tenants' records are apart: use one builder per tenant.
+
+    Parameters
+    ----------
+    backend : StepBackend
+        Runs the requests; not closed here.
+    existing : callable, optional
+        Of memory ids, those whose records the engine has, in memory or a tier below; asked where nothing is known,
+        for example after a restart. It may raise: nothing exists then.
+    """
+
+    def __init__(
+        self,
+        backend: StepBackend,
+        *,
+        existing: Callable[[Sequence[str]], Collection[str]] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._existing = existing
+        self._known: BoundedTable[str, bool] = BoundedTable(_KNOWN)
+        self._failures: BoundedTable[str, int] = BoundedTable(_KNOWN)
+        self._state = threading.Condition()
+        self._urgent: deque[_Job] = deque()
+        self._waiting: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._answers = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._stats = BuildStats()
+
+    def build(self, chain: Chain, *, urgent: bool = False) -> Future[bool]:
+        """Queue a chain up to its last step; the result says whether its record is there then.
+
+        Parameters
+        ----------
+        chain : Chain
+            What to make.
+        urgent : bool
+            Whether somebody waits for it: it goes in front of the others, and does not wait for answers.
+        """
+        job = _Job(chain=chain, urgent=urgent, done=Future())
+        wanted = chain.ids[-1]
+        if self.is_known(wanted):
+            _resolve(job, True)
+            return job.done
+        with self._state:
+            if self._closed:
+                _resolve(job, False)
+                return job.done
+            queue = self._urgent if urgent else self._waiting
+            twin = next((other for other in queue if other.chain.ids[-1] == wanted), None)
+            if twin is not None:
+                return twin.done
+            queue.append(job)
+            if len(queue) > _QUEUED:
+                _resolve(queue.popleft(), False)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="memory-builds", daemon=True
+                )
+                self._thread.start()
+            self._state.notify_all()
+        return job.done
+
+    def find(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids whose records are there; asks the engine where that is possible."""
+        known = {one for one in ids if self._known.get(one)}
+        unknown = [one for one in ids if one not in known]
+        return known | self._ask(unknown) if unknown and self._existing is not None else known
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether the engine can be asked what exists."""
+        return self._existing is not None
+
+    def is_known(self, memory_id: str) -> bool:
+        """Whether the record was there when it was last seen."""
+        return bool(self._known.get(memory_id))
+
+    def forget(self, memory_id: str) -> None:
+        """Note that a record is gone, as an answer has reported."""
+        self._known.drop(memory_id)
+
+    def note(self, memory_id: str) -> None:
+        """Note that a record is there."""
+        self._known.put(memory_id, True)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Hold builds that nobody waits for while an answer is made; a step that runs goes on."""
+        with self._state:
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._answers -= 1
+                self._state.notify_all()
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is queued; whether that came in time."""
+        with self._state:
+            return self._state.wait_for(
+                lambda: not (self._urgent or self._waiting or self._running), timeout_s
+            )
+
+    def stats(self) -> BuildStats:
+        """What building has cost so far."""
+        with self._state:
+            return self._stats
+
+    def close(self) -> None:
+        """Abort the step that runs and drop what is queued; a second call does nothing."""
+        with self._state:
+            self._closed = True
+            dropped = [*self._urgent, *self._waiting]
+            self._urgent.clear()
+            self._waiting.clear()
+            self._state.notify_all()
+            thread = self._thread
+        for job in dropped:
+            _resolve(job, False)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_CLOSE_S)
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                made = self._advance(job)
+            except Exception as error:
+                # One of others' code: a memory is never an error to who asks.
+                logger.warning("a conversation's memory was not built: %s", one_line(error, 300))
+                made = False
+            with self._state:
+                self._running = None
+                if made is None and not self._closed:
+                    (self._urgent if job.urgent else self._waiting).appendleft(job)
+                self._state.notify_all()
+            if made is not None or self._closed:
+                _resolve(job, bool(made))
+
+    def _next(self) -> _Job | None:
+        """Wait for the next job; None when closed."""
+        with self._state:
+            while not self._closed:
+                if self._urgent:
+                    self._running = self._urgent.popleft()
+                    return self._running
+                if self._waiting and not self._answers:
+                    self._running = self._waiting.popleft()
+                    return self._running
+                self._state.wait()
+        return None
+
+    def _advance(self, job: _Job) -> bool | None:
+        """Run the next step of a chain; whether its record is there, or None while there is more to do."""
+        ids = job.chain.ids
+        newest = self._newest(ids)
+        if not job.asked and len(ids) - newest > _CHEAP and self._existing is not None:
+            job.asked = True
+            self._ask_backwards(ids[newest + 1 :])
+            newest = self._newest(ids)
+        if newest == len(ids) - 1:
+            return True
+        step = job.chain[newest + 1]
+        if (self._failures.get(step.id) or 0) >= _TRIES or job.lost >= _TRIES:
+            return False
+        try:
+            made = self._run(step)
+        except Exception as error:
+            logger.warning(
+                "a step of a conversation's memory failed; answers use a window instead: %s",
+                one_line(error, 300),
+            )
+            self._count(failed=1)
+            made = False
+        if made is None:
+            # Others of the chain may be gone with it, and each that is tried costs the prefill of its slots.
+            job.lost, job.asked = job.lost + 1, False
+            for one in ids:
+                self.forget(one)
+            return None
+        if not made:
+            self._failures.put(step.id, (self._failures.get(step.id) or 0) + 1)
+            return False
+        self.note(step.id)
+        return True if newest + 1 == len(ids) - 1 else None
+
+    def _run(self, step: Step) -> bool | None:
+        """Whether the step left its record; None where the record before was gone."""
+        request = step.request()
+        started = time.perf_counter()
+        meta: dict[str, Any] = {}
+        with closing(self._backend.generate(request)) as pieces:
+            for piece in pieces:
+                meta.update(piece.meta_info)
+                if self._closed:
+                    return False
+        usage = usage_from_meta(meta, prompt_tokens=len(request.input_ids))
+        report = memory_report(fusion_report(meta))
+        lost = bool(report.get("missed")) and bool(step.previous)
+        stored = bool(report.get("stored")) and report.get("id") == step.id
+        self._count(
+            steps=1,
+            failed=int(not stored and not lost),
+            lost=int(lost),
+            forward_tokens=usage.fresh_tokens + usage.recomputed_tokens,
+            planned_tokens=step.forward_tokens,
+            probe_tokens=len(step.probe_ids),
+            wall_s=time.perf_counter() - started,
+            peak_tokens=step.peak_tokens,
+        )
+        if stored:
+            return True
+        return None if lost else False
+
+    def _count(self, *, peak_tokens: int = 0, **more: float) -> None:
+        with self._state:
+            known = self._stats
+            sums = {name: getattr(known, name) + value for name, value in more.items()}
+            self._stats = replace(known, peak_tokens=max(known.peak_tokens, peak_tokens), **sums)
+
+    def _newest(self, ids: Sequence[str]) -> int:
+        """Last step whose record is known to be there; -1 for none."""
+        places = range(len(ids) - 1, -1, -1)
+        return next((place for place in places if self.is_known(ids[place])), -1)
+
+    def _ask_backwards(self, ids: Sequence[str]) -> None:
+        """Learn the newest of these that exist."""
+        for end in range(len(ids), 0, -_ASKED):
+            if self._ask(ids[max(0, end - _ASKED) : end]):
+                return
+
+    def _ask(self, ids: Sequence[str]) -> set[str]:
+        assert self._existing is not None
+        try:
+            there = set(self._existing(list(ids))) & set(ids)
+        except Exception as error:
+            logger.warning("the engine did not say which memories exist: %s", one_line(error, 300))
+            return set()
+        for one in there:
+            self.note(one)
+        return there
+
+
+def _resolve(job: _Job, made: bool) -> None:
+    with suppress(InvalidStateError):  # nobody waits any more
+        job.done.set_result(made)

@@ -1,0 +1,106 @@
+"""Prompts of answers: ``[prefix][slots][tail][question]``, and what becomes of it without a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from rag_pipeline.memory.plan import Candidate, Chain, Range
+from rag_pipeline.protocol import FusionRequest, MemoryFields, MemoryLoad
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory.clustering import Vectors
+    from rag_pipeline.memory.conversation import View
+
+
+@dataclass(kw_only=True)
+class Question:
+    """The new user message.
+
+    Parameters
+    ----------
+    text : str
+        As asked.
+    ids : tuple of int
+        Its tokens, with the opening of the answer.
+    room : int
+        Most tokens of prefix and history in front of it.
+    encode : callable
+        Text to its sentence vector.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    room: int
+    encode: Callable[[str], Vectors]
+
+    @cached_property
+    def vector(self) -> Vectors:
+        """Its sentence vector, ``(dim,)``; computed when it is asked for first."""
+        return self.encode(self.text)
+
+
+def plain_candidate(view: View, question: Question, ranges: Sequence[Range]) -> Candidate:
+    """Lay out a prompt without a memory: ranges of the history's tokens, in order, as they are."""
+    prefix = len(view.prefix_ids)
+    told = tuple(token for start, end in ranges for token in view.ids(start, end))
+    return Candidate(
+        input_ids=(*view.prefix_ids, *told, *question.ids),
+        fusion=FusionRequest(prefix_len=prefix),
+        verbatim=tuple((prefix + start, prefix + end) for start, end in ranges if end > start),
+        prefix_len=prefix,
+        tail_len=len(told),
+    )
+
+
+def window_candidate(view: View, question: Question) -> Candidate:
+    """Lay out a sliding window: what the newest record's prompt becomes where the record is missing.
+
+    It begins where the slots' tokens begin, so it moves by blocks, and turns within a block share it.
+    """
+    end = view.num_tokens
+    behind = view.num_blocks * view.config.block_tokens
+    start = max(0, behind - view.config.budget_tokens)
+    start = max(start, end - (question.room - len(view.prefix_ids)))
+    return plain_candidate(view, question, [(start, end)])
+
+
+def memory_candidate(
+    view: View, question: Question, chains: Sequence[Chain], blocks: int
+) -> Candidate:
+    """Lay out a prompt with one record, or with two that the engine merges.
+
+    Parameters
+    ----------
+    view : View
+        The history.
+    question : Question
+        The new message.
+    chains : sequence of Chain
+        What makes the records, the best episode first.
+    blocks : int
+        Blocks of the history that the records have seen; the tokens behind them are the tail.
+    """
+    prefix, seen = len(view.prefix_ids), blocks * view.config.block_tokens
+    slots = min(view.config.budget_tokens, seen)
+    by_id = {chain.ids[-1]: chain for chain in chains}  # records of two episodes may be one
+    load = tuple(MemoryLoad(start=prefix, end=prefix + slots, id=one) for one in by_id)
+    tail = view.ids(seen, view.num_tokens)
+    return Candidate(
+        input_ids=(
+            *view.prefix_ids,
+            *view.ids(seen - slots, seen),
+            *tail,
+            *question.ids,
+        ),
+        fusion=FusionRequest(prefix_len=prefix, memory=MemoryFields(load=load)),
+        needs=tuple(by_id),
+        chains=tuple(by_id.values()),
+        verbatim=((prefix + seen, prefix + view.num_tokens),) if tail else (),
+        prefix_len=prefix,
+        slots=slots,
+        tail_len=len(tail),
+        episodes=tuple(chain.episode for chain in by_id.values()),
+    )

@@ -1,0 +1,260 @@
+"""A conversation's memory from end to end: plan, wait or not, answer, build ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from rag_pipeline.errors import one_line
+from rag_pipeline.memory.builder import BuildStats, MemoryBuilder, StepBackend
+from rag_pipeline.protocol import SamplingOptions, fusion_report, memory_report, usage_from_meta
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory.plan import Candidate, Chain, MemoryPlan, Utterance
+    from rag_pipeline.memory.planner import Planner
+    from rag_pipeline.protocol import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """The prompt that an answer is made from.
+
+    Parameters
+    ----------
+    request : GenerationRequest
+        For the backend.
+    candidate : Candidate
+        Its layout.
+    plan : MemoryPlan
+        Whole plan.
+    """
+
+    request: GenerationRequest
+    candidate: Candidate
+    plan: MemoryPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryStats:
+    """Counts since the memory was made.
+
+    Attributes
+    ----------
+    answers : int
+        Prompts that were prepared.
+    loaded, missed, plain, window : int
+        How they came out: from a record, with a record that was gone, without a memory because the history is short or the
+        method has none, and with a sliding window because nothing was built yet.
+    forward_tokens : int
+        Tokens of the prompts that were computed, of the answers that were noted.
+    peak_tokens : int
+        Tokens of the longest prompt of an answer.
+    build : BuildStats
+        What the records have cost.
+    """
+
+    answers: int
+    loaded: int
+    missed: int
+    plain: int
+    window: int
+    forward_tokens: int
+    peak_tokens: int
+    build: BuildStats
+
+    def to_json(self) -> dict[str, Any]:
+        """One object, `build` nested."""
+        return asdict(self)
+
+
+class Memory:
+    """Answers questions of long conversations from records of a fixed size.
+
+    Use it in this order, per turn::
+
+        with memory.answering():
+            prepared = memory.prepare(system, history, question)
+            ... backend.generate(prepared.request) ...
+            memory.note(prepared, meta_info)
+        memory.after(system, [*history, Utterance("user", question), Utterance("assistant", answer)])
+
+    One memory serves any number of conversations of one tenant. Safe for several threads and tasks.
+
+    Parameters
+    ----------
+    planner : Planner
+        Lays out prompts.
+    backend : StepBackend
+        Runs the builds; not closed here.
+    existing : callable, optional
+        See :class:`~rag_pipeline.memory.builder.MemoryBuilder`.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        backend: StepBackend,
+        *,
+        existing: Callable[[Sequence[str]], Collection[str]] | None = None,
+    ) -> None:
+        self.planner = planner
+        self.builder = MemoryBuilder(backend, existing=existing)
+        self._counts: Counter[str] = Counter()
+        self._peak = 0
+        self._lock = threading.Lock()
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="memory-plans")
+
+    def prepare(
+        self,
+        system: str,
+        history: Sequence[Utterance],
+        question: str,
+        *,
+        sampling: SamplingOptions | None = None,
+        wait: bool = False,
+        query: str = "",
+    ) -> Prepared:
+        """Lay out the prompt of an answer, and queue what is worth building.
+
+        Parameters
+        ----------
+        system, history, question : str, sequence of Utterance, str
+            As for :meth:`.Planner.plan`.
+        sampling : SamplingOptions, optional
+            How it is decoded; its `max_new_tokens` are left room for.
+        wait : bool
+            Build the newest record first instead of answering from what is there.
+        query : str
+            As for :meth:`.Planner.plan`.
+
+        Raises
+        ------
+        RagPipelineError
+            As :meth:`.Planner.plan` does. A build that fails is none: the prompt is then a sliding window.
+        """
+        sampling = sampling or SamplingOptions()
+        plan = self.planner.plan(
+            system, history, question, max_new_tokens=sampling.max_new_tokens, query=query
+        )
+        if wait:
+            for job in [self.builder.build(one, urgent=True) for one in plan.candidates[0].chains]:
+                job.result()
+        candidate = self._choose(plan)
+        kind = "" if candidate.needs else "window" if plan.candidates[0].needs else "plain"
+        with self._lock:
+            self._counts.update(answers=1, **({kind: 1} if kind else {}))
+            self._peak = max(self._peak, len(candidate.input_ids))
+        self._queue(plan.ahead)
+        return Prepared(request=candidate.request(sampling), candidate=candidate, plan=plan)
+
+    async def aprepare(
+        self,
+        system: str,
+        history: Sequence[Utterance],
+        question: str,
+        *,
+        sampling: SamplingOptions | None = None,
+        wait: bool = False,
+        query: str = "",
+    ) -> Prepared:
+        """As :meth:`prepare`, without blocking the event loop."""
+        return await asyncio.to_thread(
+            self.prepare, system, history, question, sampling=sampling, wait=wait, query=query
+        )
+
+    def note(self, prepared: Prepared, meta_info: Mapping[str, Any]) -> None:
+        """Take in what the engine reported on the answer; a record that was gone is built again.
+
+        Parameters
+        ----------
+        prepared : Prepared
+            What the answer was made from.
+        meta_info : mapping
+            The engine's report, of all pieces together.
+        """
+        candidate = prepared.candidate
+        usage = usage_from_meta(meta_info, prompt_tokens=len(candidate.input_ids))
+        counts = {"forward_tokens": usage.fresh_tokens + usage.recomputed_tokens}
+        if candidate.needs:
+            loaded = bool(memory_report(fusion_report(meta_info)).get("loaded"))
+            counts["loaded" if loaded else "missed"] = 1
+            for one in candidate.needs:
+                (self.builder.note if loaded else self.builder.forget)(one)
+            if not loaded:
+                self._queue(candidate.chains)
+        with self._lock:
+            self._counts.update(counts)
+
+    def after(self, system: str, history: Sequence[Utterance]) -> None:
+        """Build ahead in the background; returns at once, and raises nothing for a history that cannot be planned."""
+        try:
+            self._planning.submit(self._plan_ahead, system, list(history))
+        except RuntimeError:  # closed
+            return
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Context manager around an answer: builds that nobody waits for stand still."""
+        return self.builder.answering()
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything that was asked for is built; whether that came in time."""
+        try:
+            self._planning.submit(int).result(timeout_s)
+        except TimeoutError:
+            return False
+        return self.builder.finish(timeout_s)
+
+    def stats(self) -> MemoryStats:
+        """Counts so far."""
+        with self._lock:
+            counts, peak = dict(self._counts), self._peak
+        names = ("answers", "loaded", "missed", "plain", "window", "forward_tokens")
+        return MemoryStats(
+            **{name: counts.get(name, 0) for name in names},
+            peak_tokens=peak,
+            build=self.builder.stats(),
+        )
+
+    def close(self) -> None:
+        """End the builds; the backend runs on. A second call does nothing."""
+        self._planning.shutdown(wait=False, cancel_futures=True)
+        self.builder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _choose(self, plan: MemoryPlan) -> Candidate:
+        """Return the first candidate whose records are there."""
+        for candidate in plan.candidates:
+            if all(map(self.builder.is_known, candidate.needs)):
+                return candidate
+        if not self.builder.can_ask:
+            # A record may be there from before a restart. If not, the engine makes a window of the same prompt.
+            return min(plan.candidates, key=lambda one: len(one.needs))
+        there = self.builder.find([one for candidate in plan.candidates for one in candidate.needs])
+        for candidate in plan.candidates:
+            if there.issuperset(candidate.needs):
+                return candidate
+        return plan.fallback
+
+    def _plan_ahead(self, system: str, history: Sequence[Utterance]) -> None:
+        try:
+            self._queue(self.planner.ahead(system, history))
+        except Exception as error:
+            logger.warning("a conversation's memory was not planned: %s", one_line(error, 300))
+
+    def _queue(self, chains: Sequence[Chain]) -> None:
+        for chain in chains:
+            self.builder.build(chain)

@@ -1,0 +1,74 @@
+"""What methods share that keep a record up to date block by block."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from rag_pipeline.memory.chains import BlockChain, Recipe, rule_identity
+from rag_pipeline.memory.layout import memory_candidate
+from rag_pipeline.memory.methods.base import MemoryMethod
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory.conversation import View
+    from rag_pipeline.memory.layout import Question
+    from rag_pipeline.memory.plan import Candidate, Chain
+
+BLOCKS_BEHIND = 1
+"""How many blocks a record may be behind the history: the tail has fewer than two blocks."""
+
+
+class ChainedMethod(MemoryMethod):
+    """Answers from a record of the newest block, or of the one before it.
+
+    A subclass sets ``name``, which is that of its retention rule unless :attr:`rule_name` says otherwise, and writes
+    :meth:`recipes` and :meth:`probe_tokens`.
+    """
+
+    rule_name: ClassVar[str] = ""
+    rule: str
+
+    def _read_options(self, options: str) -> None:
+        name = self.rule_name or self.name
+        self.rule = rule_identity(f"{name}:{options}" if options else name)
+
+    @abstractmethod
+    def recipes(self, view: View, question: Question | None) -> Sequence[Recipe]:
+        """How each record of the conversation is made, the one that is wanted first in front."""
+
+    @abstractmethod
+    def probe_tokens(self) -> int:
+        """Most tokens of a probe, about."""
+
+    def step_tokens(self) -> int:
+        """Slots, block and probe."""
+        return self.config.budget_tokens + self.config.block_tokens + self.probe_tokens()
+
+    def chain(self, view: View, recipe: Recipe, blocks: int) -> Chain:
+        """The steps of a record."""
+        return BlockChain(view, recipe, blocks)
+
+    def choices(
+        self, view: View, question: Question | None
+    ) -> Iterator[Sequence[Sequence[Recipe]]]:
+        """Per version of the conversation, the newest first: what may be loaded together, best first."""
+        yield [self.recipes(view, question)]
+
+    def candidates(self, view: View, question: Question) -> Sequence[Candidate]:
+        """Newest version first, and within it the newest record."""
+        newest = view.num_blocks
+        found = []
+        for choices in self.choices(view, question):
+            for blocks in range(newest, max(0, newest - 1 - BLOCKS_BEHIND), -1):
+                for recipes in choices:
+                    chains = [self.chain(view, recipe, blocks) for recipe in recipes]
+                    found.append(memory_candidate(view, question, chains, blocks))
+        return found
+
+    def ahead(self, view: View, question: Question | None) -> Sequence[Chain]:
+        """Every record of the newest version."""
+        if not view.num_blocks:
+            return ()
+        recipes = self.recipes(view, question)
+        return [self.chain(view, recipe, view.num_blocks) for recipe in recipes]

@@ -1,0 +1,100 @@
+"""EpiCache (arXiv 2509.17396) as a memory: a record per episode of the conversation, each kept for its own questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rag_pipeline.memory.chains import Recipe
+from rag_pipeline.memory.methods.chained import ChainedMethod
+from rag_pipeline.memory.probes import patched_probe
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory.clustering import Episode
+    from rag_pipeline.memory.conversation import View
+    from rag_pipeline.memory.growth import Version
+    from rag_pipeline.memory.layout import Question
+
+
+class EpiCache(ChainedMethod):
+    """Loads the record of the episode whose centre is closest to the question.
+
+    Every record has seen the whole history; they differ in the text that decides what stays: the segments that stand for the
+    episode. Where the paper is silent, see :mod:`rag_pipeline.memory.growth` for a conversation that grows and for a
+    switch of topic. A question whose second-best episode is within :attr:`~.MemoryConfig.merge_margin` of the best is answered
+    from both records, merged to the budget of one.
+
+    https://arxiv.org/abs/2509.17396
+    """
+
+    name = "epicache"
+
+    def recipes(self, view: View, question: Question | None) -> Sequence[Recipe]:
+        """Those of the newest version."""
+        version = view.versions()[0]
+        recipes = self._of_version(view, version)
+        return [recipes[place] for place, _ in self._ranked(view, version, question)]
+
+    def probe_tokens(self) -> int:
+        """The patched prompt."""
+        return self.config.probe_tokens
+
+    def choices(
+        self, view: View, question: Question | None
+    ) -> Iterator[Sequence[Sequence[Recipe]]]:
+        """The best episode, in front of it the best two where the second is about as good."""
+        for version in view.versions():
+            recipes = self._of_version(view, version)
+            ranked = self._ranked(view, version, question)
+            best = recipes[ranked[0][0]]
+            both = []
+            if len(ranked) > 1 and ranked[0][1] - ranked[1][1] < self.config.merge_margin:
+                both = [[best, recipes[ranked[1][0]]]]
+            yield [*both, [best]]
+
+    def _ranked(
+        self, view: View, version: Version, question: Question | None
+    ) -> list[tuple[int, float]]:
+        """Episodes with their similarity to the question, the best first; without one, the latest topic first."""
+        count = len(version.episodes_at(view.num_segments))
+        if count == 1:
+            return [(0, 1.0)]
+        if question is None:
+            latest = view.latest_episode(version)
+            return sorted(((place, float(place == latest)) for place in range(count)), key=_last)
+        near = view.centres(version) @ question.vector
+        return sorted(((place, float(near[place])) for place in range(count)), key=_last)
+
+    def _of_version(self, view: View, version: Version) -> list[Recipe]:
+        recipes: list[Recipe] = []
+        for episode in version.episodes_at(view.num_segments):
+            block = view.segment_start(episode.branch_segment) // self.config.block_tokens
+            recipes.append(
+                Recipe(
+                    key=(self.name, version.number, episode.index),
+                    rule=self.rule,
+                    probe=self._probe(view, version, episode),
+                    episode=episode.index,
+                    parent=None if episode.parent is None else recipes[episode.parent],
+                    branch=block,
+                )
+            )
+        return recipes
+
+    def _probe(
+        self, view: View, version: Version, episode: Episode
+    ) -> Callable[[Sequence[int]], tuple[int, ...]]:
+        key = (version.number, episode.index)
+        log, room = view.log, self.config.probe_tokens
+
+        def probe(block_ids: Sequence[int]) -> tuple[int, ...]:
+            if key not in log.probes:
+                texts = [view.segment_text(segment) for segment in sorted(episode.medoids)]
+                log.probes[key] = patched_probe(view.renderer, texts, room)
+            return log.probes[key]
+
+        return probe
+
+
+def _last(ranked: tuple[int, float]) -> tuple[float, int]:
+    return (-ranked[1], ranked[0])
