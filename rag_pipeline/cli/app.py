@@ -270,7 +270,7 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command("eval", context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Measure answer quality and cost of every mode; `eval gate` checks a model before it serves."""
+    """Measure answer quality and cost of every mode; `eval gate` checks a model, `eval conversation` memories."""
     from rag_eval.fidelity import main as run
 
     raise typer.Exit(run(context.args))
@@ -295,6 +295,13 @@ def attention(context: typer.Context) -> None:
     """Find the thresholds that a model's heads allow sparse attention (calibrate)."""
     modules = {"calibrate": "rag_eval.calibration.command"}
     _run_named("attention", "command", modules, context.args)
+
+
+@app.command(context_settings=_FORWARD)
+def memory(context: typer.Context) -> None:
+    """Measure how far a model's layers depend on distant tokens (calibrate)."""
+    modules = {"calibrate": "rag_eval.calibration.layers_command"}
+    _run_named("memory", "command", modules, context.args)
 
 
 @app.command(context_settings=_FORWARD)

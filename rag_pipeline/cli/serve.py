@@ -181,7 +181,7 @@ def _choose_attention(given: str | None) -> None:
 
 def _choose_remote(given: str | None) -> None:
     """Tell the engine its remote tier: the flag, else the setting. A bad address ends the command here."""
-    from chunk_cache.tiers.remote.url import parse_remote_url
+    from chunk_cache import parse_remote_url
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()

@@ -37,9 +37,10 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.reused_tokens = max(0, loaded - report.recomputed_tokens - forced)
     report.recomputed_tokens = loaded - report.reused_tokens
     report.fresh_tokens = report.prompt_tokens - report.exact_prefix_tokens - loaded
-    turns = sum(span.end - span.start for span in state.spans if span.is_turn)
-    report.conversation_tokens = min(turns, report.reused_tokens)
-    moved = sum(span.end - span.start for span in state.spans if span.is_turn and span.delta)
+    # The slots of a memory stand for turns that are gone: they have figures of their own.
+    turns = [s for s in state.spans if s.is_turn and state.request.memory is None]
+    report.conversation_tokens = min(sum(s.end - s.start for s in turns), report.reused_tokens)
+    moved = sum(span.end - span.start for span in turns if span.delta)
     report.moved_tokens = min(moved, report.conversation_tokens)
     if state.request.truncated[0]:
         report.truncated = Truncated(*state.request.truncated).to_json()
