@@ -155,6 +155,7 @@ PIPELINE_ORDER = (
     {"config", "protocol"},
     {"models", "types"},
     {"prompts"},
+    {"memory"},
     {"erasure"},
     {"sglang_plugin"},
     {"generation"},
