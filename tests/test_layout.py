@@ -159,7 +159,6 @@ PIPELINE_ORDER = (
     {"erasure"},
     {"sglang_plugin"},
     {"generation"},
-    {"memory"},
     {"opened_memory"},
     {"chat_session", "question_run"},
     {"pipeline"},
