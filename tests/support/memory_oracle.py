@@ -102,33 +102,42 @@ class MemoryOracle(Oracle):
             )
         )
 
-    def keep(self, cache, scores, budget):
-        """The best `budget` of each head, in order of position; and their scores."""
+    def prefill(self, prefix):
+        """Cache of what stands in front of all."""
+        return self.extend(prefix, 0, [])[2]
+
+    def step(self, shared, memory, block, probe, start):
+        """Cache of all that competes after a block at true position `start`, and the scores of it."""
+        held = [shared] if memory is None else [shared, memory]
+        _, _, new = self.extend(block, start, held)
+        past = new if memory is None else self.join(memory, new)
+        _, queries, _ = self.extend(probe, start + len(block), [*held, new])
+        return past, self.look([past], queries)
+
+    def follow(self, past, scores, positions, tolerance=1e-5):
+        """The memory of these true positions ``[L, H, M]``, and its scores.
+
+        Fails unless they are a right choice: rising, there, and none that was dropped has a better score. Scores near 1
+        are equal in fp32 and not here, so a choice among equals is followed.
+        """
         kept, by = Cache([], [], []), []
         for layer in range(self.layers):
-            chosen = [
-                sorted(sorted(range(len(s)), key=lambda i, s=s: (-float(s[i]), i))[:budget])
-                for s in scores[layer]
-            ]
+            chosen = []
+            for head in range(self.kv_heads):
+                there = past.positions[layer][head].tolist()
+                wanted = positions[layer, head].tolist()
+                assert wanted == sorted(set(wanted) & set(there))
+                score = scores[layer][head]
+                columns = [there.index(one) for one in wanted]
+                dropped = [n for n in range(len(there)) if n not in set(columns)]
+                if dropped:
+                    assert float(score[dropped].max()) <= float(score[columns].min()) + tolerance
+                chosen.append(columns)
             for name in ("keys", "values", "positions"):
-                part = getattr(cache, name)[layer]
+                part = getattr(past, name)[layer]
                 getattr(kept, name).append([part[g][c] for g, c in enumerate(chosen)])
             by.append([scores[layer][g][c] for g, c in enumerate(chosen)])
         return kept, by
-
-    def build(self, prefix, blocks, probes, budget):
-        """Cache of the prefix, memory after each block, and its scores; the paper's algorithm by its definition."""
-        _, _, shared = self.extend(prefix, 0, [])
-        memory, at, steps = None, len(prefix), []
-        for block, probe in zip(blocks, probes, strict=True):
-            held = [shared] if memory is None else [shared, memory]
-            _, _, new = self.extend(block, at, held)
-            at += len(block)
-            past = new if memory is None else self.join(memory, new)
-            _, queries, _ = self.extend(probe, at, [*held, new])
-            memory, by = self.keep(past, self.look([past], queries), budget)
-            steps.append((memory, by))
-        return shared, steps
 
     def answer(self, question, start, caches):
         """Log-probabilities of the token behind a question at its true position."""

@@ -139,8 +139,8 @@ def _looks_up(
 def must_wait(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) -> bool:
     """Whether a request stays in the queue for now; a vote where there are several ranks.
 
-    Bounded: each rank says so for :data:`HEADER_WAIT_S`, and for ``PATIENCE_S`` where layers are to be there first,
-    from the first time that it is asked.
+    Bounded: each rank says so for :data:`HEADER_WAIT_S`, and for ``PATIENCE_S`` where layers are to be there first or a
+    memory is fetched, from the first time that it is asked.
     """
     if not _may_fetch(runtime, state):
         return False
@@ -158,12 +158,16 @@ def _waits(runtime: FusionRuntime, adder: Any, req: Any, state: RequestState) ->
     if fetcher is None or not state.fetches:
         return False
 
+    memory = state.request.memory
+    # What a memory holds no prefill can give: a miss of it costs more than a wait.
+    header_s = HEADER_WAIT_S if memory is None or not memory.load else PATIENCE_S
+
     def is_ready() -> bool:
         waited = time.monotonic() - state.asked_at
-        if waited >= HEADER_WAIT_S and (waited >= PATIENCE_S or not layers):
+        if waited >= header_s and (waited >= PATIENCE_S or not layers):
             return True
         # What has no header by now is a miss, and nothing more is waited for.
-        late = waited >= HEADER_WAIT_S
+        late = waited >= header_s
         return all(f.has_layers(layers) if f.has_header else late for f in state.fetches)
 
     state.note_asked()

@@ -77,10 +77,9 @@ class ConversationMemory(ABC):
     *Faults* cost speed only: whatever ``lease`` raises makes the request ordinary and releases what the state was
     given by then; whatever ``keep`` raises is logged and counted, and the turn is not kept.
 
-    *Limits.* What a memory does not lease is computed: it can leave no token of the past unread. A memory with a
-    budget per episode (EpiCache, arXiv 2509.17396) chooses the episode in ``lease``, leases the tokens that the
-    episode kept as runs of records and clusters in ``keep``; that rows skip the tokens that were let go of is up to
-    an attention method, not to the memory.
+    *Limits.* What a memory does not lease is computed: it can leave no token of the past unread. Memories of a fixed
+    number of slots (EpiCache, arXiv 2509.17396) are another thing: a client lays out a shorter prompt for them
+    (:mod:`rag_pipeline.protocol.memory_step`), and the room ``memory`` loads and makes their records.
 
     Parameters
     ----------

@@ -147,7 +147,7 @@ def _make_record(
     slots: Tensor,
 ) -> ChunkKV:
     loaded = state.spans[0].lease.record if work.loaded else None
-    layers = [
+    kept = [
         _keep_layer(facts, work, target, layer, pool, slots, loaded)
         for layer in range(facts.num_layers)
     ]
@@ -160,13 +160,13 @@ def _make_record(
         key=target.key,
         token_ids=target.token_ids,
         base_position=target.end - work.delta - count,
-        k=torch.stack([layer.k for layer in layers]),
-        v=torch.stack([layer.v for layer in layers]),
+        k=torch.stack([one.k for one in kept]),
+        v=torch.stack([one.v for one in kept]),
         layout=facts.layout.name,
         codec="plain" if loaded is None else loaded.codec,
         side={
-            POSITIONS: torch.stack([layer.positions for layer in layers]),
-            SCORES: torch.stack([layer.scores for layer in layers]),
+            POSITIONS: torch.stack([one.positions for one in kept]),
+            SCORES: torch.stack([one.scores for one in kept]),
             SEEN_IDS: seen,
             NAME: name_tensor(target.name),
         },

@@ -73,8 +73,8 @@ class MergedMemory:
         """Positions of the merged slots, once all layers were merged; merges those that are left."""
         kept = [self._merged(index) for index in range(self.num_layers)]
         return {
-            POSITIONS: torch.stack([layer.positions for layer in kept]),
-            SCORES: torch.stack([layer.scores for layer in kept]),
+            POSITIONS: torch.stack([one.positions for one in kept]),
+            SCORES: torch.stack([one.scores for one in kept]),
         }
 
     def layer(self, index: int, start: int = 0, end: int | None = None) -> LayerKV:
