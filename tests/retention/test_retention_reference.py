@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from chunk_cache.retention import create_rule
 from rag_eval.retention import (
@@ -26,23 +26,6 @@ SYSTEM = [3, 1, 4, 1, 5]
 HISTORY = [(7 * i * i + 3 * i) % 61 for i in range(4 * BLOCK)]
 PROBE = [9, 2, 6, 5]
 QUESTION = [8, 9, 7, 9]
-
-
-@pytest.fixture(scope="module")
-def plain() -> LlamaForCausalLM:
-    """A small Llama with random weights, and its own attention."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=LAYERS,
-            num_attention_heads=6, num_key_value_heads=2, initializer_range=0.5,
-        )
-    ).eval()  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(plain: LlamaForCausalLM) -> ShownModel:
-    return ShownModel(deepcopy(plain))
 
 
 def build(model: ShownModel, budget: int | list[int], **more: object) -> ReferenceMemory:

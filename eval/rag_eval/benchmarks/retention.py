@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_eval.metrics.bootstrap import paired_bootstrap
@@ -61,12 +62,16 @@ class RetentionConfig:
     """Tokens of a block."""
     episodes: int = 4
     """Episodes of a conversation."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model; scores are fp32."""
+    sensitivity: str = ""
+    """File of `rag-pipeline memory calibrate`; measured on the last conversation where none is given."""
+    dtype: str = "bfloat16"
+    """Of the model: bfloat16 or float32; scores are fp32."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "conversations", "questions", "budget", "block", "episodes")
         require_at_least(self, 2 * self.block, "tokens")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise EvalError(f"dtype is {self.dtype!r}; give bfloat16 or float32")
         _ = self.names
 
     @property
@@ -93,15 +98,14 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         ``variants{NAME}`` with the mean of each measure, its paired difference to ``epicache`` (``mean``, ``low``,
         ``high``, ``n``) and ``peak_tokens``; ``sensitivity``, ``budgets`` by variant, ``config``, ``versions``.
     """
-    import torch
-
     from rag_eval.datasets.talk_files import read_conversations
     from rag_eval.retention.model import ShownModel
     from rag_eval.retention.sensitivity import key_sensitivity
+    from rag_eval.retention.sensitivity_file import read_sensitivity
     from rag_eval.retention.talk import lay_out
     from rag_eval.retention.variants import budgets_of, variant_named
     from rag_pipeline.memory.rendering import Renderer
-    from rag_pipeline.models import resolve_embedder, resolve_llm
+    from rag_pipeline.models import fingerprint_checkpoint, resolve_embedder, resolve_llm
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
     from retrievers import Embedder
 
@@ -120,27 +124,27 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         )
         for one in asked
     ]  # fmt: skip
-    model = ShownModel.load(folder, getattr(torch, config.dtype))
-    text = "\n".join(one.text for one in sample.remarks)
-    ids = renderer.tokenizer.encode(text)[: config.tokens]
-    progress("sensitivity of layers")
-    sensitivity = key_sensitivity(model, ids)
+    model = ShownModel.load(folder, config.dtype)
+    if config.sensitivity:
+        fingerprint = fingerprint_checkpoint(folder)
+        sensitivity = list(read_sensitivity(Path(config.sensitivity), fingerprint).cosines)
+    else:
+        progress("sensitivity of layers")
+        text = "\n".join(one.text for one in sample.remarks)
+        ids = renderer.tokenizer.encode(text)[: config.tokens]
+        sensitivity = key_sensitivity(model, ids)
     budgets = {
         name: budgets_of(variant_named(name), sensitivity, config.budget) for name in config.names
     }
     rows: Rows = {}
     peaks: dict[str, int] = {}
-    interrupted = False
-    try:
+    with keep_measured(lambda: len(rows) > 1) as end:
         for number, talk in enumerate(talks, 1):
-            place = f"conversation {number} of {len(talks)}"
             _measure_talk(
                 config, model, renderer, talk, budgets, rows, peaks,
-                lambda what, place=place: progress(f"{place}: {what}"),  # type: ignore[misc]
+                partial(_say, progress, f"conversation {number} of {len(talks)}"),
             )  # fmt: skip
-    except KeyboardInterrupt:
-        interrupted = True
-    report = {
+    return {
         "benchmark": "retention",
         "variants": {name: _summary(name, rows, peaks) for name in rows},
         "questions": [len(talk.questions) for talk in talks],
@@ -148,8 +152,11 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         "budgets": {name: list(one) for name, one in budgets.items() if len(set(one)) > 1},
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
-    return report | ({"interrupted": True} if interrupted else {})
+    } | end.report()
+
+
+def _say(progress: Progress, place: str, what: str) -> None:
+    progress(f"{place}: {what}")
 
 
 def _measure_talk(

@@ -110,8 +110,8 @@ class ShownModel:
         self.num_layers = int(model.config.num_hidden_layers)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> ShownModel:
-        """Load weights in Hugging Face format."""
+    def load(cls, folder: Path, dtype: str = "float32") -> ShownModel:
+        """Load weights in Hugging Face format, with a dtype of torch by name or that of the file (``auto``)."""
         from transformers import AutoModelForCausalLM
 
         return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))

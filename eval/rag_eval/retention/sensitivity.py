@@ -22,6 +22,11 @@ _FULL_BLOCK = 1024
 """Rows of a pass over the whole context, so that memory stays bounded."""
 
 
+def least_tokens(sinks: int = SINKS) -> int:
+    """Shortest sample whose windows reach behind the sinks."""
+    return _BLOCKS * max(2, sinks)
+
+
 def window_of(tokens: int) -> int:
     """Window for a sample of so many tokens: the published one, or a quarter of a short sample."""
     return min(WINDOW, tokens // _BLOCKS)
@@ -67,7 +72,7 @@ def key_sensitivity(
     if window < max(2, sinks) or len(ids) < 2 * window:
         raise EvalError(
             f"{len(ids)} tokens with windows of {window} are too short to cut the context behind {sinks} first tokens; "
-            f"give {_BLOCKS * max(2, sinks)} tokens or more"
+            f"give {least_tokens(sinks)} tokens or more"
         )
     full: list[LayerCache] = []
     for start in range(0, len(ids), _FULL_BLOCK):

@@ -8,6 +8,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 from rag_kernels.native.build import BuildError, built_library
 
@@ -143,3 +144,13 @@ def load_library() -> ctypes.CDLL | None:
     library.rag_load.argtypes = (ctypes.POINTER(LoadStruct), ctypes.c_int64, ctypes.c_int64)
     library.rag_load.restype = ctypes.c_int
     return library
+
+
+def check_slots(slots: Tensor, *pools: Tensor) -> None:
+    """Refuse slots that one of the pools does not have: the library does not look where it reads and writes."""
+    if not slots.numel():
+        return
+    least, most = (int(slot) for slot in slots.aminmax())
+    room = min(pool.shape[0] for pool in pools)
+    if least < 0 or most >= room:
+        raise IndexError(f"slots {least}..{most} for a pool of {room} slots.")

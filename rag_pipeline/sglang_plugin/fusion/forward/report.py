@@ -6,7 +6,7 @@ request-level value, so that it is sent once, and requests without one get no fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.types import Truncated
+
+LISTENERS: list[Callable[[Mapping[str, Any]], None]] = []
+"""Told each ``meta_info`` with a report, in the tokenizer process: for who gave SGLang a request and reads no answer."""
 
 
 def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
@@ -140,6 +143,8 @@ def around_update_meta_info(
     report = state.customized_info_accumulated.get(FUSION_KEY)
     if report:
         meta_info[FUSION_KEY] = report[0]
+        for listen in LISTENERS:
+            listen(meta_info)
 
 
 def after_coalesce(
