@@ -76,6 +76,16 @@ INTERNALS = (
         "slots of a request",
         has="cache_protected_len req_pool_idx",
     ),
+    _row(
+        "layers.layernorm.RMSNorm",
+        "whether a norm is the common one, and its weight",
+        has="cast_x_before_out_mul fp32_residual override_orig_dtype variance_epsilon variance_size_override weight",
+    ),
+    _row(
+        "layers.rotary_embedding.base.RotaryEmbedding",
+        "angles of a rotation",
+        has="cos_sin_cache head_size is_neox_style",
+    ),
     _row("managers.schedule_batch.ScheduleBatch", "requests of a batch", has="is_empty reqs"),
     _row("managers.schedule_batch.FINISH_ABORT", "turns of aborted requests are not kept"),
     _row(

@@ -35,6 +35,8 @@ OBJECTS = {
     "forward_batch": "model_executor.forward_batch_info.ForwardBatch",
     "forward_mode": "model_executor.forward_batch_info.ForwardMode",
     "layer": "layers.radix_attention.RadixAttention",
+    "norm": "layers.layernorm.RMSNorm",
+    "rotation": "layers.rotary_embedding.base.RotaryEmbedding",
     "req_to_token_pool": "mem_cache.memory_pool.ReqToTokenPool",
     "token_to_kv_pool": "mem_cache.memory_pool.MHATokenToKVPool",
     "token_to_kv_pool_allocator": "mem_cache.allocator.token.TokenToKVPoolAllocator",

@@ -95,14 +95,14 @@ def around_gate(original: Callable[..., Tensor], gate: Any, x: Tensor) -> Tensor
 def around_linear(
     original: Callable[..., Tensor],
     method: Any,
-    layer: Any,
+    module: Any,
     x: Tensor,
     bias: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Wrap ``UnquantizedLinearMethod.apply``; a weight that SGLang has packed for AMX stays with it."""
-    if _depth and not kwargs and not getattr(layer, "use_intel_amx_backend", False):
-        found = linear_rows(x, layer.weight, bias)
+    if _depth and not kwargs and not getattr(module, "use_intel_amx_backend", False):
+        found = linear_rows(x, module.weight, bias)
         if found is not None:
             return found
-    return original(method, layer, x, bias, **kwargs)
+    return original(method, module, x, bias, **kwargs)
