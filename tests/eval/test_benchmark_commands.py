@@ -18,7 +18,7 @@ import pytest
 
 import rag_eval.benchmarks
 from rag_eval.arguments import add_engine_option, require_at_least
-from rag_eval.benchmarks import store
+from rag_eval.benchmarks import attention, store
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.benchmarks.frame import (
     benchmark_parser,
@@ -254,3 +254,17 @@ def test_the_timer_counts_calls_and_sums() -> None:
     assert report["n"] == 2
     assert (report["wall_ms_max"], report["cpu_ms_max"]) == (250.0, 125.0)
     assert report["wall_ms_min"] < report["wall_ms_p50"] == pytest.approx(125, rel=0.1)
+
+
+def test_backends_of_attention_agree_in_every_kind_of_batch() -> None:
+    cases = [
+        attention.Case(name="extend", new=16, cached=48),
+        attention.Case(name="cold", new=40, cached=0),
+        attention.Case(name="decode", new=1, cached=48, batch=2, decode=True),
+    ]
+    report = attention.run(
+        cases, shape=attention.Shape(heads=4, kv_heads=2, head_dim=16), repeats=1
+    )
+    assert [row["name"] for row in report["cases"]] == ["extend", "cold", "decode"]
+    assert all(row["max_abs_diff"] < 0.05 for row in report["cases"])
+    assert len(attention.table(report).splitlines()) == 6

@@ -85,12 +85,14 @@ def _backend(name: str, pool: _Pool, req_to_token: torch.Tensor) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     from rag_pipeline.sglang_plugin.cpu.attention_backend import RagCpuAttentionBackend
+    from rag_pipeline.sglang_plugin.cpu.slot_plan import PADDING_ALLOWED
 
     kind: Any = TorchNativeAttnBackend if name == "torch_native" else RagCpuAttentionBackend
     backend: Any = object.__new__(kind)
     backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
     backend.token_to_kv_pool = pool
     backend._fast_decode = name == "rag_cpu fast"
+    backend._padding = PADDING_ALLOWED if backend._fast_decode else 1.0
     backend._window_pool = backend.use_sliding_window_kv_pool = False
     return backend
 
@@ -117,6 +119,7 @@ def _batch(case: Case, shape: Shape) -> tuple[Any, Any, torch.Tensor, _Pool, tor
         head_dim=shape.head_dim,
         scaling=shape.head_dim**-0.5,
         sliding_window_size=-1,
+        logit_cap=0.0,
         is_cross_attention=False,
         attn_type=AttentionType.DECODER,
     )
