@@ -32,6 +32,8 @@ _CHEAP = 2
 """Steps that are missing from which on the engine is asked first: one step alone it notices by itself."""
 _CLOSE_S = 60.0
 """Longest wait at the end for the step that runs."""
+_REST_S = 60.0
+"""How long a step that has failed in each attempt is left alone, seconds."""
 _ASKED = 256
 """Memory ids in one question for what exists."""
 
@@ -108,7 +110,7 @@ class MemoryBuilder:
         self._backend = backend
         self._existing = existing
         self._known: BoundedTable[str, bool] = BoundedTable(_KNOWN)
-        self._failures: BoundedTable[str, int] = BoundedTable(_KNOWN)
+        self._failures: BoundedTable[str, tuple[int, float]] = BoundedTable(_KNOWN)
         self._state = threading.Condition()
         self._urgent: deque[_Job] = deque()
         self._waiting: deque[_Job] = deque()
@@ -253,7 +255,7 @@ class MemoryBuilder:
         if newest == len(ids) - 1:
             return True
         step = job.chain[newest + 1]
-        if (self._failures.get(step.id) or 0) >= _TRIES or job.lost >= _TRIES:
+        if self._rests(step.id) or job.lost >= _TRIES:
             return False
         try:
             made = self._run(step)
@@ -271,10 +273,22 @@ class MemoryBuilder:
                 self.forget(one)
             return None
         if not made:
-            self._failures.put(step.id, (self._failures.get(step.id) or 0) + 1)
+            failures, _ = self._failures.get(step.id) or (0, 0.0)
+            self._failures.put(step.id, (failures + 1, time.monotonic()))
             return False
         self.note(step.id)
         return True if newest + 1 == len(ids) - 1 else None
+
+    def _rests(self, memory_id: str) -> bool:
+        """Whether a step has failed so often and so lately that it is not tried."""
+        failures, last = self._failures.get(memory_id) or (0, 0.0)
+        if failures < _TRIES:
+            return False
+        if time.monotonic() - last < _REST_S:
+            return True
+        # All later steps of its conversation stand behind it, so it is not given up for good.
+        self._failures.drop(memory_id)
+        return False
 
     def _run(self, step: Step) -> bool | None:
         """Whether the step left its record; None where the record before was gone."""

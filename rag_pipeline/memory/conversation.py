@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rag_pipeline.memory.clustering import Vectors
 
 _CONVERSATIONS = 64
-_VECTORS = 4096
+_VECTORS = 16_384
 
 
 class TextVectors:

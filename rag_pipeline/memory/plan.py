@@ -201,3 +201,9 @@ class MemoryPlan:
     ahead: tuple[Chain, ...] = ()
     history_tokens: int = 0
     prefix_len: int = 0
+
+    @property
+    def build_tokens(self) -> int:
+        """Tokens that building all of `ahead` from nothing computes; lays out every step."""
+        steps = {step.id: step.forward_tokens for chain in self.ahead for step in chain}
+        return sum(steps.values())

@@ -104,7 +104,10 @@ def test_an_engine_that_loses_everything_ends_the_chain_and_raises_nothing(
 
 
 def test_a_step_that_fails_is_counted_and_not_tried_for_ever(
-    chains: Sequence[Any], closing: list[Any], caplog: pytest.LogCaptureFixture
+    chains: Sequence[Any],
+    closing: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("WARNING", logger="rag_pipeline.memory.builder")
 
@@ -117,6 +120,10 @@ def test_a_step_that_fails_is_counted_and_not_tried_for_ever(
     assert len(book.requests) == 3
     assert builder.stats().failed == 3
     assert "the pool is full" in caplog.text
+    # Later blocks stand behind it: after a rest it is tried again.
+    monkeypatch.setattr("rag_pipeline.memory.builder._REST_S", 0.0)
+    book._before = None
+    assert builder.build(chains[0]).result(30)
 
 
 def test_builds_stand_behind_answers_but_not_those_that_somebody_waits_for(

@@ -162,6 +162,21 @@ def test_steps_that_evict_nothing_are_the_same_for_every_method(make_planner: Ma
     assert len(fourth) == 6
 
 
+def test_a_plan_tells_what_it_costs_and_counts_a_shared_step_once(
+    make_planner: MakePlanner,
+) -> None:
+    plan = make_planner().plan(SYSTEM, LONG, "q?")
+    blocks, tokens = len(plan.ahead[0]), 0
+    for chain in plan.ahead:
+        tokens += sum(64 + len(step.probe_ids) for step in chain[3:])
+    assert len(plan.ahead) > 1
+    assert plan.build_tokens == 3 * 64 + tokens
+    shared = make_planner(method="epicache-shared").plan(SYSTEM, LONG, "q?")
+    whole = [chain[0] for chain in shared.ahead]
+    assert all(len(step.block_ids) == blocks * 64 for step in whole)
+    assert shared.build_tokens == sum(step.forward_tokens for step in whole)
+
+
 def test_a_switch_of_topic_keeps_the_steps_before_it(make_planner: MakePlanner) -> None:
     history = chat(("garden", 12), ("music", 12), ("travel", 24))
     planner = make_planner(episodes=2, recluster_growth=100.0, switch_segments=2, probe_tokens=64)
