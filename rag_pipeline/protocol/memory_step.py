@@ -8,6 +8,11 @@ they are prefilled, and the prompt is one with a sliding window.
 A prompt that makes one is ``[prefix][slots of the record before][block][probe]``: slots and block compete for the budget,
 the queries of the probe score their keys, the probe's own KV is dropped. Some rules need no probe.
 
+Slots and all that stands behind them are as far from one another as they were in the history. The prefix is not: it
+keeps its place at the beginning, so everything sees it nearer, by as many tokens as were evicted (as StreamingLLM has its
+sinks). Whoever wants it at its true distance, too, makes it the beginning of the first block, with ``prefix_len`` 0 and a
+rule that pins it (``epicache:first=120``); its tokens then count as slots, and no other prompt shares its KV.
+
 On the wire, inside the fusion fields (:mod:`rag_pipeline.protocol.fusion_request`)::
 
     {"prefix_len": 120, "memory": {

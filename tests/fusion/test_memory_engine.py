@@ -80,21 +80,21 @@ def oracle(tiny_model):
     return MemoryOracle(tiny_model("llama"))
 
 
-def follow(oracle, chat, shared, memory, block, probe, true_len):
+def follow(oracle, chat, shared, memory, block, probe, true_len, *, first=0):
     """Make a step in the engine and by the definition; the record must be the definition's, slot by slot."""
     past, scores = oracle.step(shared, memory, block, probe, true_len)
     told = chat.step(block, probe)
     assert told["stored"]
-    assert (told["id"], told["kept"]) == (chat.name, BUDGET)
-    assert told["loaded"] == (0 if memory is None else BUDGET)
+    assert (told["id"], told["kept"]) == (chat.name, chat.budget)
+    assert told["loaded"] == (0 if memory is None else chat.budget)
     record = chat.record()
-    assert record.base_position == true_len + len(block) - BUDGET
-    kept, by = oracle.follow(past, scores, record.side["positions"])
+    assert record.base_position == true_len + len(block) - chat.budget
+    kept, by = oracle.follow(past, scores, record.side["positions"], first=first)
     for layer in range(oracle.layers):
         for head in range(oracle.kv_heads):
-            near = {"rtol": 1e-4, "atol": 1e-4}
+            near = {"rtol": 1e-3, "atol": 1e-3}
             got = record.side["scores"][layer, head].double()
-            torch.testing.assert_close(got, by[layer][head], rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(got, by[layer][head], rtol=2e-3, atol=5e-4)
             # The record's keys lie in the frame of true positions.
             got = record.k[layer, :, head].double()
             torch.testing.assert_close(got, kept.keys[layer][head], **near)
@@ -103,12 +103,19 @@ def follow(oracle, chat, shared, memory, block, probe, true_len):
     return kept
 
 
+def nearer(oracle, shared, memory, true_len):
+    """The prefix as what stands behind the slots sees it: nearer by what was evicted between them."""
+    evicted = true_len - PREFIX - (0 if memory is None else BUDGET)
+    return shared if not evicted else oracle.moved(shared, evicted)
+
+
 def test_what_is_kept_and_the_answer_are_those_of_the_algorithm_by_its_definition(engine, oracle):
     local = engine("llama")
     chat = Chat(local)
     shared, memory, true_len = oracle.prefill(PREFIX_IDS), None, PREFIX
     for block, probe in zip(BLOCKS, PROBES, strict=True):
-        memory = follow(oracle, chat, shared, memory, block, probe, true_len)
+        prefix = nearer(oracle, shared, memory, true_len)
+        memory = follow(oracle, chat, prefix, memory, block, probe, true_len)
         true_len += len(block)
     req = chat.answer(QUESTION)
     told = report(req)
@@ -116,10 +123,25 @@ def test_what_is_kept_and_the_answer_are_those_of_the_algorithm_by_its_definitio
     assert (told["reused_tokens"], told["fresh_tokens"]) == (BUDGET, len(QUESTION))
     assert told["conversation_tokens"] == 0
     assert "moved_tokens" not in told
-    wanted = oracle.answer(QUESTION, true_len, [shared, memory])
-    agrees_with_oracle(req, wanted, 1e-4)
+    prefix = nearer(oracle, shared, memory, true_len)
+    agrees_with_oracle(req, oracle.answer(QUESTION, true_len, [prefix, memory]), 5e-4)
+
+
+def test_a_prefix_that_is_pinned_in_the_record_stands_at_its_true_position(engine, oracle):
+    """The published order: no token is nearer to any other than it was in the conversation."""
+    local = engine("llama")
+    chat = Chat(local, budget=PREFIX + BUDGET, rule=f"epicache:first={PREFIX}")
+    chat.prefix = []
+    memory, true_len = None, 0
+    for block, probe in zip([[*PREFIX_IDS, *BLOCKS[0]], *BLOCKS[1:]], PROBES, strict=True):
+        memory = follow(oracle, chat, None, memory, block, probe, true_len, first=PREFIX)
+        true_len += len(block)
+    req = chat.answer(QUESTION)
+    assert report(req)["memory"] == {"loaded": PREFIX + BUDGET, "missed": 0, "stored": False}
+    wanted = oracle.answer(QUESTION, true_len, [memory])
+    agrees_with_oracle(req, wanted, 5e-4)
     # The test can tell: positions that begin behind the slots give another answer.
-    wrong = oracle.answer(QUESTION, PREFIX + BUDGET, [shared, memory])
+    wrong = oracle.answer(QUESTION, PREFIX + BUDGET, [memory])
     assert float((wrong - wanted).abs().max()) > 1e-2
 
 
@@ -318,7 +340,9 @@ def test_a_question_that_spans_two_episodes_loads_the_best_of_both(engine, oracl
     for probe in (tokens(PROBE, 50), tokens(PROBE, 51)):
         chat, memory = Chat(local), None
         for number, block in enumerate(BLOCKS[:2]):
-            memory = follow(oracle, chat, shared, memory, block, probe, PREFIX + number * BLOCK)
+            at = PREFIX + number * BLOCK
+            prefix = nearer(oracle, shared, memory, at)
+            memory = follow(oracle, chat, prefix, memory, block, probe, at)
         chats.append(chat)
         caches.append((memory, chat.record().side["scores"]))
     one, two = chats
@@ -343,8 +367,9 @@ def test_a_question_that_spans_two_episodes_loads_the_best_of_both(engine, oracl
                 row.append(torch.stack(parts))
         for name, row in rows.items():
             getattr(best, name).append(row)
-    wanted = oracle.answer(QUESTION, PREFIX + 2 * BLOCK, [shared, best])
-    agrees_with_oracle(req, wanted, 1e-4)
+    at = PREFIX + 2 * BLOCK
+    prefix = nearer(oracle, shared, best, at)
+    agrees_with_oracle(req, oracle.answer(QUESTION, at, [prefix, best]), 5e-4)
 
 
 def test_a_fault_of_the_pass_leaves_no_record_and_the_usual_answer(engine, monkeypatch):

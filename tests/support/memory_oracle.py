@@ -106,19 +106,30 @@ class MemoryOracle(Oracle):
         """Cache of what stands in front of all."""
         return self.extend(prefix, 0, [])[2]
 
+    def moved(self, cache, distance):
+        """The same cache with keys that stand so much further on."""
+        turn = [
+            [self.rope(k[:, None], torch.full((len(k),), distance))[:, 0] for k in heads]
+            for heads in cache.keys
+        ]
+        return Cache(turn, cache.values, cache.positions)
+
     def step(self, shared, memory, block, probe, start):
-        """Cache of all that competes after a block at true position `start`, and the scores of it."""
-        held = [shared] if memory is None else [shared, memory]
+        """Cache of all that competes after a block at true position `start`, and the scores of it.
+
+        `shared` is read besides and does not compete; None for nothing.
+        """
+        held = [one for one in (shared, memory) if one is not None]
         _, _, new = self.extend(block, start, held)
         past = new if memory is None else self.join(memory, new)
         _, queries, _ = self.extend(probe, start + len(block), [*held, new])
         return past, self.look([past], queries)
 
-    def follow(self, past, scores, positions, tolerance=1e-5):
+    def follow(self, past, scores, positions, tolerance=1e-4, first=0):
         """The memory of these true positions ``[L, H, M]``, and its scores.
 
         Fails unless they are a right choice: rising, there, and none that was dropped has a better score. Scores near 1
-        are equal in fp32 and not here, so a choice among equals is followed.
+        are equal in fp32 and not here, so a choice among equals is followed. The `first` columns stay in any case.
         """
         kept, by = Cache([], [], []), []
         for layer in range(self.layers):
@@ -129,9 +140,13 @@ class MemoryOracle(Oracle):
                 assert wanted == sorted(set(wanted) & set(there))
                 score = scores[layer][head]
                 columns = [there.index(one) for one in wanted]
+                assert columns[:first] == list(range(first))
                 dropped = [n for n in range(len(there)) if n not in set(columns)]
                 if dropped:
-                    assert float(score[dropped].max()) <= float(score[columns].min()) + tolerance
+                    assert (
+                        float(score[dropped].max())
+                        <= float(score[columns[first:]].min()) + tolerance
+                    )
                 chosen.append(columns)
             for name in ("keys", "values", "positions"):
                 part = getattr(past, name)[layer]
