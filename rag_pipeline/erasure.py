@@ -69,7 +69,7 @@ def make_eraser(*stores: Path, reach: Reach = EVERYBODY, remote: str = "") -> Er
     """
 
     def erase(removal: Removal) -> None:
-        from chunk_cache.tiers.remote.connect import connect_board
+        from chunk_cache import connect_board
 
         marks = marks_of(removal)
         if not marks:
@@ -189,9 +189,7 @@ def erase_folder(path: Path, marks: TextMarks, *, reach: Reach = EVERYBODY) -> i
 
 def sweep_folder(path: Path, told: Sequence[Notice]) -> int:
     """Do what several notices say in one pass through a folder, as :func:`erase_folder` does for one."""
-    from chunk_cache import ChunkCacheError, StoreFolder
-    from chunk_cache.tiers.disk.layout import holds_store
-    from chunk_cache.tiers.guard import GuardedTier
+    from chunk_cache import ChunkCacheError, GuardedTier, StoreFolder, holds_store
 
     class NoStoreError(Exception):
         """Nothing of ours can lie there."""
@@ -231,8 +229,7 @@ def sweep(store: Tier, told: Sequence[Notice], *, models: Mapping[str, str] | No
         The first thing that failed: where a record cannot be deleted, when all others are gone; where the tier does not
         answer, at once.
     """
-    from chunk_cache import ChunkCacheError
-    from chunk_cache.tiers.guard import TierDownError
+    from chunk_cache import ChunkCacheError, TierDownError
 
     refused: Exception | None = None
     namespaces: dict[str, tuple[str, str]] = {}

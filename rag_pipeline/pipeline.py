@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Self, Unpack
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from rag_pipeline.generation import Backend
+from rag_pipeline.memory import MemoryConfig, parse_memory
+from rag_pipeline.opened_memory import open_memory
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.prompts.warm_up import warm_requests
 from rag_pipeline.question_run import AnswerRun, QuestionOptions, QuestionRun, check_top_k
 from rag_pipeline.types import Answer
 from retrievers.types import Chunk, Retriever
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory import Memory
 
 DEFAULT_TOP_K = 4
 
@@ -31,6 +37,14 @@ class RagPipeline:
         Lays out the prompts, or the model's folder for a builder with default templates.
     top_k : int
         Chunks to retrieve when a call does not say.
+    memory : MemoryConfig, mapping, str or None
+        What long histories are answered from when a call does not say
+        (:class:`~rag_pipeline.question_run.QuestionOptions`); all of them when None.
+
+    Raises
+    ------
+    RagPipelineError
+        A memory that is not allowed, or `top_k` below 1.
 
     Examples
     --------
@@ -45,8 +59,12 @@ class RagPipeline:
         builder: PromptBuilder | Path | str,
         *,
         top_k: int = DEFAULT_TOP_K,
+        memory: MemoryConfig | Mapping[str, Any] | str | None = None,
     ) -> None:
         check_top_k(top_k)
+        self.memory = parse_memory(memory)
+        self._memories: dict[MemoryConfig, Memory] = {}
+        self._lock = Lock()
         self.retriever = retriever
         self.backend = backend
         self.builder = builder if isinstance(builder, PromptBuilder) else PromptBuilder(builder)
@@ -61,7 +79,7 @@ class RagPipeline:
             The question.
         **options : QuestionOptions
             ``top_k``, ``sampling``, ``where``, ``history``, ``truncation``, ``policy``, ``ratio``,
-            ``attention``; see
+            ``attention``, ``memory``; see
             :class:`~rag_pipeline.question_run.QuestionOptions`.
 
         Returns
@@ -94,7 +112,7 @@ class RagPipeline:
         str or Answer
             Pieces of text as they come, then the whole :class:`~rag_pipeline.types.Answer`.
         """
-        run = QuestionRun.start(question, self.top_k, **options)
+        run = self._start(question, options)
         answer = self._prepare(run)
         pieces = self.backend.generate(answer.request)
         try:
@@ -121,7 +139,7 @@ class RagPipeline:
 
         Retrieval and layout run in a worker thread.
         """
-        run = QuestionRun.start(question, self.top_k, **options)
+        run = self._start(question, options)
         answer = await asyncio.to_thread(self._prepare, run)
         pieces = self.backend.agenerate(answer.request)
         try:
@@ -133,9 +151,21 @@ class RagPipeline:
             await pieces.aclose()
         yield answer.answer()
 
+    def _start(self, question: str, options: QuestionOptions) -> QuestionRun:
+        run = QuestionRun.start(question, self.top_k, **options)
+        if options.get("memory") is None:
+            run.memory = self.memory
+        return run
+
     def _prepare(self, run: QuestionRun) -> AnswerRun:
         """Retrieve and lay out: all that comes before the backend."""
         hits = self.retriever.search(run.question, k=run.top_k, where=run.where)
+        if run.memory is not None and run.history:
+            memory = self._memory_of(run.memory)
+            length = self.backend.context_length
+            answer = run.remember(self.builder, memory, hits, context_length=length)
+            if answer is not None:
+                return answer
         return run.lay_out(self.builder, hits, context_length=self.backend.context_length)
 
     def warm(
@@ -168,8 +198,20 @@ class RagPipeline:
                 progress(done)
         return done
 
+    def _memory_of(self, config: MemoryConfig) -> Memory:
+        with self._lock:
+            memory = self._memories.get(config)
+            if memory is None:
+                memory = open_memory(config, self.backend, self.builder.tokenizer)
+                self._memories[config] = memory
+            return memory
+
     def close(self) -> None:
-        """Close the backend."""
+        """End the building of memories, and close the backend."""
+        with self._lock:
+            memories, self._memories = self._memories, {}
+        for memory in memories.values():
+            memory.close()
         self.backend.close()
 
     def __enter__(self) -> Self:

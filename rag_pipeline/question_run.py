@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.memory import MemoryConfig, Utterance, parse_memory
+from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn, told_tokens
 from rag_pipeline.prompts.builder import PromptBuilder
+from rag_pipeline.prompts.chunk_message import lay_out_message, write_message
 from rag_pipeline.prompts.history import HistoryMessage, Turn, turns_of
 from rag_pipeline.prompts.truncation import Truncation, check_truncation
 from rag_pipeline.protocol import (
@@ -23,6 +26,9 @@ from rag_pipeline.protocol import (
 )
 from rag_pipeline.types import Answer, PromptLayout, Source, Timing
 from retrievers.types import SearchHit
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory import Memory
 
 
 class QuestionOptions(FusionFields, total=False):
@@ -43,6 +49,9 @@ class QuestionOptions(FusionFields, total=False):
         ``auto`` cuts the oldest turns of a history that does not fit the context, ``disabled`` refuses it.
     policy, ratio, attention : str, float or None, str
         See :class:`~rag_pipeline.protocol.FusionChoice`.
+    memory : MemoryConfig, mapping, str or None
+        What a long history is answered from: a method such as ``epicache``, a mapping such as ``{"budget_tokens": 2048}``,
+        ``off`` for all of it; the pipeline's own when None. Chunks are then computed with the question.
     """
 
     top_k: int | None
@@ -50,6 +59,7 @@ class QuestionOptions(FusionFields, total=False):
     where: Mapping[str, object] | None
     history: Sequence[HistoryMessage | Mapping[str, object]] | None
     truncation: Truncation
+    memory: MemoryConfig | Mapping[str, Any] | str | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +78,8 @@ class AnswerRun:
         As asked.
     started, retrieved : float
         When the question came, and when its chunks were found.
+    remembered : RememberedTurn or None
+        The memory that its history is answered from.
     """
 
     layout: PromptLayout
@@ -75,6 +87,7 @@ class AnswerRun:
     fusion: FusionChoice
     started: float
     retrieved: float
+    remembered: RememberedTurn | None = None
     first: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -108,7 +121,10 @@ class AnswerRun:
         )
 
     def answer(self) -> Answer:
-        """Sum up when the last piece has come."""
+        """Sum up when the last piece has come; a memory is built further behind it."""
+        if self.remembered is not None:
+            self.remembered.memory.note(self.remembered.prepared, self.meta)
+            self.remembered.ended(self.text.strip() or None)
         return Answer(
             answer=self.text.strip(),
             sources=tuple(Source.from_hit(hit) for hit in self.layout.chunks),
@@ -119,6 +135,7 @@ class AnswerRun:
             dropped_sources=tuple(Source.from_hit(hit) for hit in self.layout.dropped),
             finish_reason=self.finish,
             truncated=self.layout.truncated,
+            memory=self.remembered.facts(self.meta) if self.remembered else None,
         )
 
 
@@ -134,6 +151,7 @@ class QuestionRun:
     started: float
     history: tuple[Turn, ...] = ()
     truncation: Truncation = "auto"
+    memory: MemoryConfig | None = None
 
     @classmethod
     def start(
@@ -146,6 +164,7 @@ class QuestionRun:
         where: Mapping[str, object] | None = None,
         history: Sequence[HistoryMessage | Mapping[str, object]] | None = None,
         truncation: Truncation = "auto",
+        memory: MemoryConfig | Mapping[str, Any] | str | None = None,
         **fusion: Unpack[FusionFields],
     ) -> QuestionRun:
         """Check everything that can be checked before any work."""
@@ -167,6 +186,50 @@ class QuestionRun:
             started=started,
             history=turns,
             truncation=truncation,
+            memory=None if memory is None else parse_memory(memory),
+        )
+
+    def remember(
+        self, builder: PromptBuilder, memory: Memory, hits: list[SearchHit], *, context_length: int
+    ) -> AnswerRun | None:
+        """Turn the hits into a prompt whose history is a memory; None for a history that is short enough as it is."""
+        retrieved = time.perf_counter()
+        sampling = self._sampling(builder)
+        message = write_message(
+            builder,
+            self.question,
+            hits,
+            max_new_tokens=sampling.max_new_tokens,
+            context_length=context_length,
+            told_tokens=told_tokens(memory.planner.config),
+        )
+        asked = Asked(
+            system=builder.system_prompt,
+            history=tuple(
+                Utterance(said.role, said.text) for turn in self.history for said in turn
+            ),
+            question=message.text,
+            asked=self.question,
+        )
+        missing = plan_turn(memory, asked, sampling)
+        if missing is None:
+            return None
+        for build in [memory.builder.build(chain, urgent=True) for chain in missing]:
+            build.result()
+        turn = prepare_turn(memory, asked, sampling)
+        layout = lay_out_message(builder, message, turn.input_ids)
+        return AnswerRun(
+            layout=layout,
+            request=turn.prepared.request,
+            fusion=FusionChoice(),
+            started=self.started,
+            retrieved=retrieved,
+            remembered=turn,
+        )
+
+    def _sampling(self, builder: PromptBuilder) -> SamplingOptions:
+        return self.sampling.filled(
+            repetition_penalty=builder.repetition_penalty, stop=builder.echo(self.question)
         )
 
     def lay_out(
@@ -174,9 +237,7 @@ class QuestionRun:
     ) -> AnswerRun:
         """Turn the hits into a prompt; retrieval ends here."""
         retrieved = time.perf_counter()
-        sampling = self.sampling.filled(
-            repetition_penalty=builder.repetition_penalty, stop=builder.echo(self.question)
-        )
+        sampling = self._sampling(builder)
         layout = builder.build(
             self.question,
             hits,

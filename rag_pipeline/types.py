@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -139,6 +140,8 @@ class Answer:
         ``stop``, ``length`` or ``abort`` as the engine reports it.
     truncated : Truncated
         Oldest turns of the conversation that did not fit the context.
+    memory : mapping or None
+        What a long conversation was answered from; None for all of it.
     """
 
     answer: str
@@ -150,9 +153,10 @@ class Answer:
     dropped_sources: tuple[Source, ...] = ()
     finish_reason: str | None = None
     truncated: Truncated = NOTHING_CUT
+    memory: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``, and ``truncated`` if any."""
+        """Return the JSON contract of ``rag-pipeline ask`` plus ``dropped_sources``, and ``truncated`` and ``memory`` if any."""
         return {
             "answer": self.answer,
             "sources": [source.to_json() for source in self.sources],
@@ -162,4 +166,5 @@ class Answer:
             "ratio": self.ratio,
             "dropped_sources": [source.to_json() for source in self.dropped_sources],
             **({"truncated": self.truncated.to_json()} if self.truncated.turns else {}),
+            **({"memory": dict(self.memory)} if self.memory else {}),
         }

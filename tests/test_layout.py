@@ -73,6 +73,19 @@ def test_imports_point_one_way(package: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("package", ["rag_pipeline", "rag_eval"])
+def test_chunk_cache_is_entered_by_its_doors(package: str) -> None:
+    """What others use of it stands in the ``__init__`` of a package; its modules may move."""
+    root = PACKAGES["chunk_cache"]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of(package)
+        for name in imported_modules(path)
+        if name.split(".")[0] == "chunk_cache" and not root.joinpath(*name.split(".")[1:]).is_dir()
+    ]
+    assert wrong == []
+
+
 def place_of(path: Path, root: Path) -> str:
     """Folder of a module below the root of its package; where the folder has folders, the module itself."""
     has_folders = any(path.parent.glob("*/__init__.py"))
@@ -146,7 +159,8 @@ PIPELINE_ORDER = (
     {"erasure"},
     {"sglang_plugin"},
     {"generation"},
-    {"question_run"},
+    {"opened_memory"},
+    {"chat_session", "question_run"},
     {"pipeline"},
     {"frontend", "langchain", "server"},
     {"cli"},

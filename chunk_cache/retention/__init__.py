@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from chunk_cache.retention.base import RetentionConfig, RetentionError, RetentionRule
+from chunk_cache.retention.base import Candidates, RetentionConfig, RetentionError, RetentionRule
+from chunk_cache.retention.budgets import layer_budgets
 from chunk_cache.retention.registry import RETENTION_RULES, create_rule
 from chunk_cache.retention.selection import Kept, gather_slots, keep_top, merge_kept
 
 __all__ = [
     "RETENTION_RULES",
+    "Candidates",
     "Kept",
     "RetentionConfig",
     "RetentionError",
@@ -15,5 +17,6 @@ __all__ = [
     "create_rule",
     "gather_slots",
     "keep_top",
+    "layer_budgets",
     "merge_kept",
 ]

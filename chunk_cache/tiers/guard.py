@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from chunk_cache.errors import ChunkCacheError
 from chunk_cache.keys import ChunkKey, KVContext, TokenIds
 from chunk_cache.records import ChunkKV
 from chunk_cache.tiers.base import LayerReader, Member, Tier
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
+from chunk_cache.tiers.guarded_calls import LONG_WAITS, GuardedCalls
 from chunk_cache.tiers.guarded_reader import GuardedReader
-
-logger = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 """Longest that a look-up waits for its answer, seconds."""
@@ -24,17 +19,9 @@ HANG_S = 2.0
 """The same for a folder, which a busy disk may keep waiting: as long as forwards wait for all records of a request."""
 CONNECT_S = 120.0
 """Longest that a folder may take to be opened and listed, seconds; 100,000 records take three."""
-_LONG_WAITS = 10
-"""What no request waits for, such as a whole record or a listing, may take so many times as long."""
-
-T = TypeVar("T")
 
 
-class TierDownError(OSError):
-    """A tier is not asked now, because it did not answer lately."""
-
-
-class GuardedTier(Tier):
+class GuardedTier(GuardedCalls, Tier):
     """Any tier behind a :class:`CircuitBreaker`.
 
     Reading (`contains`, `get`, `read`, `open`, `token_ids`, `size_of`, `sizes_of`, `members`, `pinned_until`, `used`) never raises
@@ -80,16 +67,10 @@ class GuardedTier(Tier):
         may_hang: bool = False,
         is_shared: bool = True,
     ) -> None:
+        super().__init__(name, breaker or CircuitBreaker(), wait_s=wait_s, may_hang=may_hang)
         self.tier = tier
         self.is_shared = is_shared
         self.has_groups = tier.has_groups
-        self.name = name
-        self.breaker = breaker or CircuitBreaker()
-        self.counts: Counter[str] = Counter()
-        self._wait_s = wait_s
-        self._may_hang = may_hang
-        self._counting = threading.Lock()
-        self._calls = BoundedCalls()
 
     @classmethod
     def connect(cls, location: str, *, byte_budget: int, model: str) -> Self:
@@ -115,11 +96,6 @@ class GuardedTier(Tier):
         """
         return cls.of_folder(BoundedCalls(1).run(connect, CONNECT_S), name=name)
 
-    def stats(self) -> dict[str, int | str]:
-        """JSON-ready counts and the breaker's state."""
-        with self._counting:
-            return {"state": self.breaker.state, **self.counts}
-
     # -- reading: a miss at worst ---------------------------------------------------------------
 
     def contains(self, key: ChunkKey) -> bool:
@@ -128,13 +104,11 @@ class GuardedTier(Tier):
 
     def read(self, key: ChunkKey) -> ChunkKV | None:
         """Read a whole record; ``None`` where the tier does not answer either."""
-        return self._found(self._ask(lambda: self.tier.read(key), None, waits=_LONG_WAITS))
+        return self._found(self._ask(lambda: self.tier.read(key), None, waits=LONG_WAITS))
 
     def get(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
         """Read a whole record of these tokens; ``None`` where the tier does not answer either."""
-        return self._found(
-            self._ask(lambda: self.tier.get(key, token_ids), None, waits=_LONG_WAITS)
-        )
+        return self._found(self._ask(lambda: self.tier.get(key, token_ids), None, waits=LONG_WAITS))
 
     def open(self, key: ChunkKey, token_ids: TokenIds) -> LayerReader | None:
         """Begin to read a record; ``None`` where the tier does not answer either."""
@@ -155,7 +129,7 @@ class GuardedTier(Tier):
 
     def sizes_of(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Bytes of records; 0 for all where the tier does not answer."""
-        return self._ask(lambda: self.tier.sizes_of(keys), [0] * len(keys), waits=_LONG_WAITS)
+        return self._ask(lambda: self.tier.sizes_of(keys), [0] * len(keys), waits=LONG_WAITS)
 
     def members(self, group: str, known: Container[ChunkKey] = ()) -> list[Member]:
         """Records of a group; none where the tier does not answer either."""
@@ -168,7 +142,7 @@ class GuardedTier(Tier):
     def used(self, keys: Iterable[ChunkKey]) -> None:
         """Note use, if the tier answers."""
         noted = list(keys)
-        self._ask(lambda: self.tier.used(noted), None, waits=_LONG_WAITS)
+        self._ask(lambda: self.tier.used(noted), None, waits=LONG_WAITS)
 
     def heed_queue(self, awaited: Callable[[], Sequence[ChunkKey]]) -> None:
         """Let the waiting queue say what is evicted last; asks nobody now."""
@@ -259,81 +233,3 @@ class GuardedTier(Tier):
     def trim(self, byte_budget: int) -> list[ChunkKey]:
         """Remove records until the rest fits; raises as :meth:`remove`."""
         return self.demand(lambda: self.tier.trim(byte_budget))
-
-    # -- how ------------------------------------------------------------------------------------
-
-    def count(self, kind: str, number: int = 1) -> None:
-        """Add to :attr:`counts`; from any thread."""
-        with self._counting:
-            self.counts[kind] += number
-
-    def demand(self, call: Callable[[], T]) -> T:
-        """Call, unless the tier is known to be down; a tier that may hang is waited for as long as for a listing.
-
-        Raises
-        ------
-        TierDownError
-            It is not asked now.
-        OSError, ChunkCacheError
-            What the call raised; an :class:`OSError` says that the tier did not answer.
-        """
-        return self._call(call, _LONG_WAITS * self._wait_s if self._may_hang else None)
-
-    def demand_layer(self, call: Callable[[], T]) -> T:
-        """As :meth:`demand`, for what a request waits for: no longer than for a look-up where the tier may hang."""
-        return self._call(call, self._wait_s if self._may_hang else None)
-
-    def _call(self, call: Callable[[], T], seconds: float | None) -> T:
-        """Call under a permit: in a thread that may be left behind after so many seconds, or in this one (None)."""
-        permit = self.breaker.enter()
-        if permit is None:
-            self.count("skipped")
-            raise TierDownError(
-                f"{self.name} did not answer lately; it is tried again in {self.breaker.wait_s:.1f} s"
-            )
-        try:
-            value = call() if seconds is None else self._calls.run(call, seconds)
-        except ChunkCacheError:
-            self._answered(permit)
-            raise
-        except Exception as error:
-            if self._may_hang and not isinstance(error, TimeoutError):
-                self.count("failures")
-                self._answered(permit)
-            else:
-                self.failed(permit, error)
-            if isinstance(error, OSError):
-                raise
-            raise OSError(f"{self.name}: {type(error).__name__}: {error}") from error
-        self._answered(permit)
-        return value
-
-    def failed(self, permit: int, error: Exception) -> None:
-        """Report a failure under a permit, and say so once."""
-        self.count("timeouts" if isinstance(error, TimeoutError) else "failures")
-        if self.breaker.failure(permit):
-            self.count("opened")
-            logger.warning(
-                "%s does not answer (%s); requests do without it meanwhile",
-                self.name,
-                " ".join(str(error).split()) or type(error).__name__,
-            )
-
-    def _answered(self, permit: int) -> None:
-        if self.breaker.success(permit):
-            self.count("closed")
-            logger.info("%s answers again", self.name)
-
-    def _found(self, value: T | None) -> T | None:
-        self.count("misses" if value is None else "hits")
-        return value
-
-    def _ask(self, call: Callable[[], T], otherwise: T, *, waits: int = 1) -> T:
-        """Call in a thread that may be left behind, and wait for it no longer than allowed."""
-        try:
-            return self._call(call, waits * self._wait_s)
-        except ChunkCacheError:
-            self.count("damaged")
-        except OSError:
-            pass
-        return otherwise

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from chunk_cache.errors import ChunkCacheError, GoneRecordError
 from chunk_cache.layouts.base import LayerKV
-
-if TYPE_CHECKING:
-    from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache.tiers.guarded_calls import GuardedCalls
 
 T = TypeVar("T")
 
@@ -17,7 +15,7 @@ T = TypeVar("T")
 class GuardedReader:
     """A :class:`LayerReader` whose failures open the breaker of its tier, and which fails at once while it is open."""
 
-    def __init__(self, guard: GuardedTier, reader: Any) -> None:
+    def __init__(self, guard: GuardedCalls, reader: Any) -> None:
         self._guard = guard
         self._reader = reader
         self._hangs = False

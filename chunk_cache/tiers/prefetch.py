@@ -25,7 +25,7 @@ _STEP_BYTES = 4 << 20
 _UNREAD_S = 120.0
 """A record that nobody reads for so long is let go, seconds."""
 
-Fetch = Callable[[int, int], Sequence[Buffer | None]]
+FetchLayers = Callable[[int, int], Sequence[Buffer | None]]
 """Bytes of the layers ``[first, last)``; ``None`` for all where the record is gone. Raises :class:`OSError`."""
 
 
@@ -62,7 +62,7 @@ class PrefetchedRecord(HeaderReader):
     header : RecordHeader
         Of the record.
     fetch : callable
-        See :data:`Fetch`; called from the thread, for layers in order.
+        See :data:`FetchLayers`; called from the thread, for layers in order.
     wait_s : float
         Longest that all calls of :meth:`layer` together wait for `fetch`, seconds: a place that is slow without being
         dead costs a request no more than this either. What they wait behind other records does not count, unless
@@ -78,7 +78,7 @@ class PrefetchedRecord(HeaderReader):
     def __init__(
         self,
         header: RecordHeader,
-        fetch: Fetch,
+        fetch: FetchLayers,
         *,
         wait_s: float,
         gate: FetchGate,

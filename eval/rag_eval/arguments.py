@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
+_EXAMPLES = {"--engine-arg": "page_size=16", "--memory-arg": "episodes=4"}
+
 INTERRUPTED = 130
 """Exit code of a measurement that was interrupted; what it had measured is printed."""
 
@@ -168,8 +170,8 @@ def add_engine_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``NAME=JSON`` words into arguments of ``sglang.Engine``.
+def engine_arguments(pairs: Sequence[str], *, option: str = "--engine-arg") -> dict[str, Any]:
+    """Read ``NAME=JSON`` words of an option, such as arguments of ``sglang.Engine``.
 
     Raises
     ------
@@ -184,7 +186,7 @@ def engine_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             equals = ""
         if not equals or not name:
-            raise EvalError(f"--engine-arg {pair!r} is not NAME=JSON; write page_size=16")
+            raise EvalError(f"{option} {pair!r} is not NAME=JSON; write {_EXAMPLES[option]}")
     return found
 
 

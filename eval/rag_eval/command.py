@@ -15,6 +15,9 @@ from retrievers.errors import RetrievalError
 
 _P = ParamSpec("_P")
 
+MEASURED_IS_PRINTED = "what was measured until then is printed"
+"""Said where a run ends early."""
+
 Progress = Callable[[str], None]
 """Called with one line of text as a measurement goes on."""
 
@@ -47,7 +50,7 @@ def refusals_in_one_line(main: Callable[_P, int]) -> Callable[_P, int]:
 
 def broken_off(*, measured: bool) -> int:
     """Say in one line that a run was interrupted, behind what it printed; returns the exit code."""
-    what = "what was measured until then is printed" if measured else "there is no report yet"
+    what = MEASURED_IS_PRINTED if measured else "there is no report yet"
     say_progress(f"error: interrupted; {what}")
     return INTERRUPTED
 

@@ -19,7 +19,8 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="rag-pipeline eval",
         description="Quality, distance to full prefill, and cost of every mode, in one engine. "
-        "`rag-pipeline eval gate` checks one model before it serves.",
+        "`rag-pipeline eval gate` checks one model before it serves, `rag-pipeline eval conversation` compares "
+        "memories of long conversations.",
     )
     add = parser.add_argument
     add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")
@@ -47,12 +48,16 @@ def _parser() -> OneLineParser:
 
 @refusals_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code. The word ``gate`` first runs the model gate."""
+    """Run the command; returns the exit code. The words ``gate`` and ``conversation`` run the model gate, and memories."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["gate"]:
         from rag_eval.gate import main as gate
 
         return gate(words[1:])
+    if words[:1] == ["conversation"]:
+        from rag_eval.conversation.command import main as conversation
+
+        return conversation(words[1:])
     given = _parser().parse_args(words)
     from rag_eval.runner import EvalConfig, run_eval, table_text
 

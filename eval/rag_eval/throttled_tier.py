@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chunk_cache import TIERS, ChunkKey, LayerReader, StoreFolder
-from chunk_cache.keys import TokenIds
+from chunk_cache import TIERS, ChunkKey, LayerReader, StoreFolder, TokenIds
 from rag_eval.slow_reader import SlowReader
 from rag_pipeline.whole_file import write_whole
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rag_kernels.rotary_triton import pair_of, rotated
 from rag_kernels.span_load import SpanLoadPlan
 
 
@@ -49,23 +50,16 @@ def load_spans_kernel(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     dims = tl.arange(0, DIM_PAD)
     inside = dims < DIM
-    rotated = dims < 2 * HALF
-    if NEOX:
-        partner = tl.where(dims < HALF, dims + HALF, dims - HALF)
-        pair = tl.where(dims < HALF, dims, dims - HALF)
-        is_first = dims < HALF
-    else:
-        partner = dims ^ 1
-        pair = dims // 2
-        is_first = (dims % 2) == 0
+    is_turned = dims < 2 * HALF
+    partner, pair, is_first = pair_of(dims, HALF, NEOX)
     source = k_src_ptr + token.to(tl.int64) * k_src_token + head * k_src_head
     stored = tl.load(source + dims, mask=inside, other=0.0)
     x = stored.to(tl.float32)
-    other = tl.load(source + partner, mask=rotated, other=0.0).to(tl.float32)
+    other = tl.load(source + partner, mask=is_turned, other=0.0).to(tl.float32)
     row = tl.load(token_rows_ptr + token).to(tl.int64) * table_row
-    cos = tl.load(cos_ptr + row + pair, mask=rotated, other=1.0)
-    sin = tl.load(sin_ptr + row + pair, mask=rotated, other=0.0)
-    turned = x * cos + tl.where(is_first, -other, other) * sin
+    cos = tl.load(cos_ptr + row + pair, mask=is_turned, other=1.0)
+    sin = tl.load(sin_ptr + row + pair, mask=is_turned, other=0.0)
+    turned = rotated(x, other, is_first, cos, sin)
     # Adding a zero may flip the sign of a zero: what is not rotated is taken as it is.
     stays = (sin == 0.0) & (cos == 1.0)
     turned = tl.where(stays, x, turned)

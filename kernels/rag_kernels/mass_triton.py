@@ -18,12 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from rag_kernels.host_copy import to_device
+from rag_kernels.softmax_triton import dot_keys, raised
 
 _KEYS = 64
 _ROWS = 64
 _SHORTEST_RUN = 256
 _MOST_RUNS = 64
 """Runs of a request, so that putting a row's statistics together stays short."""
+
+
+@triton.jit
+def _load_run(run_ptr, num_runs):
+    """First row, rows, first slot of the request, first key and end of the keys: the front of a column of the table."""
+    return (
+        tl.load(run_ptr),
+        tl.load(run_ptr + num_runs),
+        tl.load(run_ptr + 2 * num_runs),
+        tl.load(run_ptr + 3 * num_runs),
+        tl.load(run_ptr + 4 * num_runs),
+    )
 
 
 @triton.jit
@@ -51,16 +64,10 @@ def _logits(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Logits in base 2 of the rows for keys from ``first`` on; minus infinity where a row does not see the key."""
-    dims = tl.arange(0, DIM_PAD)
     keys = first + tl.arange(0, KEYS)
     is_key = keys < key_hi
-    slot = tl.load(slot_base + keys, mask=is_key, other=0)
-    k = tl.load(
-        k_base + slot[None, :] * k_slot + dims[:, None],
-        mask=(dims < DIM)[:, None] & is_key[None, :],
-        other=0.0,
-    )
-    logits = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (scale * 1.4426950408889634)
+    logits, _ = dot_keys(q, k_base, slot_base, keys, is_key, k_slot, DIM, DIM_PAD)
+    logits *= scale * 1.4426950408889634
     seen = is_key[None, :] & (keys[None, :] <= position[:, None])
     return tl.where(seen, logits, float("-inf"))
 
@@ -94,11 +101,7 @@ def mass_statistics_kernel(
     """
     run = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row_lo = tl.load(runs_ptr + run)
-    num_rows = tl.load(runs_ptr + num_runs + run)
-    slot_base = slots_ptr + tl.load(runs_ptr + 2 * num_runs + run)
-    key_lo = tl.load(runs_ptr + 3 * num_runs + run)
-    key_hi = tl.load(runs_ptr + 4 * num_runs + run)
+    row_lo, num_rows, slot_at, key_lo, key_hi = _load_run(runs_ptr + run, num_runs)
     base = (run.to(tl.int64) * tl.num_programs(1) + kv_head) * width
     k_base = k_ptr + kv_head.to(tl.int64) * k_head
     for start in range(0, num_rows * GROUP, ROWS):
@@ -110,12 +113,11 @@ def mass_statistics_kernel(
         total = tl.zeros([ROWS], tl.float32)
         for first in range(key_lo, key_hi, KEYS):
             logits = _logits(
-                q, position, k_base, slot_base, first, key_hi, scale, k_slot, DIM, DIM_PAD, KEYS
-            )
-            new_best = tl.maximum(best, tl.max(logits, 1))
-            level = tl.where(new_best == float("-inf"), 0.0, new_best)
-            total = total * tl.exp2(best - level) + tl.sum(tl.exp2(logits - level[:, None]), 1)
-            best = new_best
+                q, position, k_base, slots_ptr + slot_at, first, key_hi, scale, k_slot,
+                DIM, DIM_PAD, KEYS,
+            )  # fmt: skip
+            best, level, fade = raised(best, tl.max(logits, 1))
+            total = total * fade + tl.sum(tl.exp2(logits - level[:, None]), 1)
         at = start + tl.arange(0, ROWS)
         tl.store(best_ptr + base + at, best, mask=at < num_rows * GROUP)
         tl.store(total_ptr + base + at, total, mask=at < num_rows * GROUP)
@@ -151,11 +153,7 @@ def mass_kernel(
     """
     run = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row_lo = tl.load(runs_ptr + run)
-    num_rows = tl.load(runs_ptr + num_runs + run)
-    slot_at = tl.load(runs_ptr + 2 * num_runs + run)
-    key_lo = tl.load(runs_ptr + 3 * num_runs + run)
-    key_hi = tl.load(runs_ptr + 4 * num_runs + run)
+    row_lo, num_rows, slot_at, key_lo, key_hi = _load_run(runs_ptr + run, num_runs)
     run_lo = tl.load(runs_ptr + 5 * num_runs + run)
     run_count = tl.load(runs_ptr + 6 * num_runs + run)
     heads = tl.num_programs(1)
@@ -175,10 +173,8 @@ def mass_kernel(
             at = (other * heads + kv_head.to(tl.int64)) * width + packed
             its_best = tl.load(best_ptr + at, mask=is_row, other=float("-inf"))
             its_total = tl.load(total_ptr + at, mask=is_row, other=0.0)
-            new_best = tl.maximum(best, its_best)
-            level = tl.where(new_best == float("-inf"), 0.0, new_best)
-            total = total * tl.exp2(best - level) + its_total * tl.exp2(its_best - level)
-            best = new_best
+            best, level, fade = raised(best, its_best)
+            total = total * fade + its_total * tl.exp2(its_best - level)
         level = tl.where(best == float("-inf"), 0.0, best)
         factor = share / tl.where(total == 0.0, 1.0, total)
         for first in range(key_lo, key_hi, KEYS):

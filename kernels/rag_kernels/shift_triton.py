@@ -13,24 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rag_kernels.rotary_triton import pair_of, rotated
+
 if TYPE_CHECKING:
     from rag_kernels.mean_shift_plan import MeanShiftPlan
 
 _TOKENS = 16
-
-
-@triton.jit
-def _partner(dims, HALF: tl.constexpr, NEOX: tl.constexpr):
-    """Of each rotated dimension: the other one of its pair, the pair, and whether it is the first of the two."""
-    if NEOX:
-        partner = tl.where(dims < HALF, dims + HALF, dims - HALF)
-        pair = tl.where(dims < HALF, dims, dims - HALF)
-        is_first = dims < HALF
-    else:
-        partner = dims ^ 1
-        pair = dims // 2
-        is_first = (dims % 2) == 0
-    return partner, pair, is_first
 
 
 @triton.jit
@@ -68,7 +56,7 @@ def chunk_shift_kernel(
     dims = tl.arange(0, DIM_PAD)
     is_dim = dims < DIM
     is_turned = dims < 2 * HALF
-    partner, pair, is_first = _partner(dims, HALF, NEOX)
+    partner, pair, is_first = pair_of(dims, HALF, NEOX)
     k_sum = tl.zeros([DIM_PAD], tl.float32)
     v_sum = tl.zeros([DIM_PAD], tl.float32)
     for start in range(low, high, PROBES):
@@ -88,7 +76,7 @@ def chunk_shift_kernel(
         table = (probe * HALF)[:, None] + pair[None, :]
         cos = tl.load(cos_ptr + table, mask=turned, other=1.0)
         sin = tl.load(sin_ptr + table, mask=turned, other=0.0)
-        level = moved * cos + tl.where(is_first[None, :], -other, other) * sin
+        level = rotated(moved, other, is_first[None, :], cos, sin)
         k_sum += tl.sum(level * weight, 0)
         v_new = tl.load(
             v_new_ptr + (row * v_new_row + head * v_new_head)[:, None] + dims[None, :],
@@ -132,7 +120,7 @@ def add_shift_kernel(
     is_token = token < num_tokens
     dims = tl.arange(0, DIM_PAD)
     is_turned = dims < 2 * HALF
-    partner, pair, is_first = _partner(dims, HALF, NEOX)
+    partner, pair, is_first = pair_of(dims, HALF, NEOX)
     slot = tl.load(slots_ptr + token, mask=is_token, other=0)
     chunk = tl.load(chunks_ptr + token, mask=is_token, other=0)
     here = is_token[:, None] & (dims < DIM)[None, :]
@@ -145,7 +133,7 @@ def add_shift_kernel(
     sin = tl.load(sin_ptr + table, mask=turned, other=0.0)
     k_at = k_pool_ptr + (slot * k_slot + head * k_head)[:, None] + dims[None, :]
     k = tl.load(k_at, mask=here, other=0.0).to(tl.float32)
-    k += k_shift * cos + tl.where(is_first[None, :], -other, other) * sin
+    k += rotated(k_shift, other, is_first[None, :], cos, sin)
     tl.store(k_at, k.to(k_pool_ptr.dtype.element_ty), mask=here)
     v_at = v_pool_ptr + (slot * v_slot + head * v_head)[:, None] + dims[None, :]
     v = tl.load(v_at, mask=here, other=0.0).to(tl.float32)

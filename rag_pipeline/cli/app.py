@@ -21,6 +21,10 @@ from rag_pipeline.cli.options import (
     EmbedderOption,
     IndexOption,
     JsonOption,
+    MemoryBlockOption,
+    MemoryBudgetOption,
+    MemoryEpisodesOption,
+    MemoryOption,
     ModelOption,
     OverlapOption,
     SearchOption,
@@ -202,6 +206,49 @@ def ask(
 
 
 @app.command()
+def chat(
+    model: ModelOption = DEFAULT_MODEL,
+    memory: MemoryOption = "off",
+    memory_budget: MemoryBudgetOption = 2048,
+    memory_episodes: MemoryEpisodesOption = 4,
+    memory_block: MemoryBlockOption = 512,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the conversation.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a running server to chat through.")
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines file to go on from; each turn is appended to it."),
+    ] = None,
+    store: StoreOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per turn on stdout.")
+    ] = False,
+) -> None:
+    """Chat in the terminal or through a pipe; with --memory from a cache of fixed size."""
+    from rag_pipeline.cli.chat import ChatOptions, run_chat
+
+    run_chat(
+        ChatOptions(
+            model=model,
+            memory=memory,
+            memory_budget=memory_budget,
+            memory_episodes=memory_episodes,
+            memory_block=memory_block,
+            system=system,
+            server=server or None,
+            history=history,
+            store=store,
+            max_new_tokens=max_new_tokens,
+        ),
+        json_output=json_output,
+    )
+
+
+@app.command()
 def doctor(
     model: ModelOption = DEFAULT_MODEL,
     server: Annotated[
@@ -223,7 +270,7 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command("eval", context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Measure answer quality and cost of every mode; `eval gate` checks a model before it serves."""
+    """Measure answer quality and cost of every mode; `eval gate` checks a model, `eval conversation` memories."""
     from rag_eval.fidelity import main as run
 
     raise typer.Exit(run(context.args))
@@ -248,6 +295,13 @@ def attention(context: typer.Context) -> None:
     """Find the thresholds that a model's heads allow sparse attention (calibrate)."""
     modules = {"calibrate": "rag_eval.calibration.command"}
     _run_named("attention", "command", modules, context.args)
+
+
+@app.command(context_settings=_FORWARD)
+def memory(context: typer.Context) -> None:
+    """Measure how far a model's layers depend on distant tokens (calibrate)."""
+    modules = {"calibrate": "rag_eval.calibration.layers_command"}
+    _run_named("memory", "command", modules, context.args)
 
 
 @app.command(context_settings=_FORWARD)

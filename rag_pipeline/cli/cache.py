@@ -243,7 +243,7 @@ def _evict(
 
 def _find(folder: StoreFolder, prefixes: tuple[str, ...]) -> list[ChunkKey]:
     """Keys that begin with any of the words; each word must be the beginning of one."""
-    from chunk_cache.keys import keys_named
+    from chunk_cache import keys_named
 
     found, unknown = keys_named(folder.keys(), prefixes)
     if unknown:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rag_pipeline.cli.console import Advance, step
 
 if TYPE_CHECKING:
+    from rag_pipeline.memory import MemoryConfig
     from rag_pipeline.models import ResolvedModel
     from retrievers import Embedder, Index
 
@@ -49,3 +50,43 @@ def open_index(folder: Path, *, embedder: str | None, search: str) -> Index:
         return Index.open(folder)
     name = embedder or Manifest.read(folder).embedder_name
     return Index.open(folder, embedder=make_embedder(name))
+
+
+class MemoryOptions(Protocol):
+    """Options of a command by which a memory is chosen."""
+
+    @property
+    def memory(self) -> str:
+        """``off``, or a method."""
+        ...
+
+    @property
+    def memory_budget(self) -> int:
+        """Tokens that it keeps."""
+        ...
+
+    @property
+    def memory_episodes(self) -> int:
+        """Topics."""
+        ...
+
+    @property
+    def memory_block(self) -> int:
+        """Tokens that join it at once."""
+        ...
+
+
+def chosen_memory(options: MemoryOptions) -> MemoryConfig | None:
+    """Memory that a command's options choose; None for none."""
+    if options.memory == "off":
+        return None
+    from rag_pipeline.memory import parse_memory
+
+    return parse_memory(
+        {
+            "method": options.memory,
+            "budget_tokens": options.memory_budget,
+            "episodes": options.memory_episodes,
+            "block_tokens": options.memory_block,
+        }
+    )

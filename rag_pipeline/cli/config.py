@@ -16,6 +16,14 @@ from rag_pipeline.whole_file import write_whole
 MEASURING = frozenset({"eval", "bench"})
 """Commands whose settings are all on their command line; a file only says where the project's folder is."""
 
+MEMORY_OPTIONS = {
+    "memory": "memory.method",
+    "memory_budget": "memory.budget_tokens",
+    "memory_episodes": "memory.episodes",
+    "memory_block": "memory.block_tokens",
+}
+"""Settings of the options by which several commands choose a memory."""
+
 
 def command_defaults(commands: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as click's ``default_map``: what a command takes where no flag is given.
@@ -26,7 +34,7 @@ def command_defaults(commands: Mapping[str, Any], given: Mapping[str, Any]) -> d
         Commands of a click group by name; groups inside are followed.
     given : mapping
         Given settings by dotted key. An option takes ``COMMAND.option`` of its own command's
-        section, else the shared ``option``.
+        section, else the shared ``option``; those of a memory stand in :data:`MEMORY_OPTIONS`.
 
     Returns
     -------
@@ -41,7 +49,7 @@ def command_defaults(commands: Mapping[str, Any], given: Mapping[str, Any]) -> d
         found = {
             option.name: given[key]
             for option in command.params
-            for key in (f"{name}.{option.name}", option.name)
+            for key in (f"{name}.{option.name}", MEMORY_OPTIONS.get(option.name, option.name))
             if key in given
         }
         if "index" in given and any(option.name == "indexes" for option in command.params):

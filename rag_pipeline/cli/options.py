@@ -38,3 +38,20 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Folder of chunk KV; default below RAG_PIPELINE_HOME."),
 ]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        help="What long conversations are answered from: off (all of it), epicache (a cache of fixed size), or "
+        "another method.",
+    ),
+]
+MemoryBudgetOption = Annotated[
+    int, typer.Option("--memory-budget", "--budget", min=1, help="Tokens that a memory keeps.")
+]
+MemoryEpisodesOption = Annotated[
+    int, typer.Option("--memory-episodes", "--episodes", min=1, help="Topics, each with a memory.")
+]
+MemoryBlockOption = Annotated[
+    int, typer.Option("--memory-block", min=1, help="Tokens that join a memory at once.")
+]

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, DEFAULT_EMBEDDER, resolve_llm_shown
+from rag_pipeline.cli.common import (
+    DEFAULT_CHUNK_TOKENS,
+    DEFAULT_EMBEDDER,
+    chosen_memory,
+    resolve_llm_shown,
+)
 from rag_pipeline.cli.console import say
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import RagPipelineError
@@ -45,6 +50,10 @@ class ServeOptions:
     embedder: str | None = None
     policy: str = "query"
     attention: str | None = None
+    memory: str = "off"
+    memory_budget: int = 2048
+    memory_episodes: int = 4
+    memory_block: int = 512
     search: str = "dense"
     top_k: int = 4
     document_order: str = "retrieved"
@@ -84,6 +93,7 @@ def run_serve(options: ServeOptions) -> None:
     fusion = FusionChoice(policy=options.policy)
     fusion.check()
     check_document_order(options.document_order)
+    memory = chosen_memory(options)
     _choose_attention(options.attention)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
@@ -94,6 +104,7 @@ def run_serve(options: ServeOptions) -> None:
         model=resolve_llm_shown(options.model).path,
         embedder=options.embedder or DEFAULT_EMBEDDER,
         policy=options.policy,
+        memory=memory,
         search=options.search,
         top_k=options.top_k,
         document_order=options.document_order,
@@ -170,7 +181,7 @@ def _choose_attention(given: str | None) -> None:
 
 def _choose_remote(given: str | None) -> None:
     """Tell the engine its remote tier: the flag, else the setting. A bad address ends the command here."""
-    from chunk_cache.tiers.remote.url import parse_remote_url
+    from chunk_cache import parse_remote_url
     from rag_pipeline.sglang_plugin import FUSION_VARIABLE, FusionConfig
 
     config = FusionConfig.from_env()

@@ -13,6 +13,7 @@ from rag_pipeline.config.folders import (
     home_dir,
     indexes_dir,
     kv_store_dir,
+    layers_dir,
     models_dir,
     uploads_dir,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "home_dir",
     "indexes_dir",
     "kv_store_dir",
+    "layers_dir",
     "load_settings",
     "models_dir",
     "settings_table",

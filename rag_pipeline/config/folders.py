@@ -41,6 +41,11 @@ def attention_dir() -> Path:
     return home_dir() / "attention"
 
 
+def layers_dir() -> Path:
+    """Folder of what was measured of models' layers, for the study of retention."""
+    return home_dir() / "layers"
+
+
 def kv_store_dir() -> Path:
     """Folder of the chunk-KV store on disk."""
     return home_dir() / "kv"

@@ -15,6 +15,18 @@ PREFIX_POLICY = "prefix"
 FUSION_POLICIES = ("full", "reuse", "cacheblend", "epic", "query", "adaptive")
 """Named here once more because the registry of policies imports torch; a test compares both."""
 
+MEMORY_METHODS = (
+    "off",
+    "epicache",
+    "epicache-shared",
+    "streaming",
+    "snapkv",
+    "keydiff",
+    "kvzip",
+    "retrieval",
+)
+"""``off``, and the methods of :mod:`rag_pipeline.memory` that bound a conversation; named once more for the same reason."""
+
 
 def _policy(text: str, names: tuple[str, ...]) -> str:
     base, colon, tail = text.partition(":")
@@ -142,6 +154,39 @@ class ServeSettings(_Section):
     )
     stop_seconds: int = Field(
         default=15, ge=0, le=3600, description="For requests to end after SIGTERM."
+    )
+
+
+class ChatSettings(_Section):
+    """Defaults of ``rag-pipeline chat``."""
+
+    max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens.")
+
+
+class MemorySettings(_Section):
+    """What long conversations are answered from: defaults of ``serve`` and ``chat``."""
+
+    method: Literal[MEMORY_METHODS] = Field(  # type: ignore[valid-type]
+        default="off",
+        description="off: the whole conversation; epicache: a cache of fixed size, approximate.",
+    )
+    budget_tokens: int = Field(
+        default=2048,
+        ge=64,
+        le=131_072,
+        description="Tokens that a memory keeps per layer and head.",
+    )
+    episodes: int = Field(
+        default=4,
+        ge=1,
+        le=16,
+        description="Topics that a conversation is divided into, each with a memory.",
+    )
+    block_tokens: int = Field(
+        default=512,
+        ge=32,
+        le=8192,
+        description="Tokens that join a memory at once; what is newer stands in the prompt as it is.",
     )
 
 
@@ -291,5 +336,7 @@ class Settings(_Section):
     )
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     ask: AskSettings = Field(default_factory=AskSettings)
+    chat: ChatSettings = Field(default_factory=ChatSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)

@@ -192,7 +192,7 @@ def all_keys() -> list[str]:
 def _effective(key: str, value: Any) -> Any:
     """What a value stands for, as people may see it."""
     if key == "fusion.remote":
-        from chunk_cache.tiers.remote.url import shown_url
+        from chunk_cache import shown_url
 
         return shown_url(value)
     return str(home_dir()) if key == "home" and value is None else value

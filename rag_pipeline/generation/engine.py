@@ -8,13 +8,14 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import EngineError, one_line
 from rag_pipeline.generation.loop_runner import LoopRunner
 from rag_pipeline.protocol import FUSION_KEY, GenerationPiece, GenerationRequest, StreamReader
+from rag_pipeline.protocol.cache_order import memories_order
 
 _END = object()
 
@@ -25,6 +26,10 @@ _POLL_S = 0.2
 
 ABORT_WAIT_S = 10.0
 """Longest wait for the engine to confirm an abort; the loop must turn until then."""
+
+
+ORDER_WAIT_S = 20.0
+"""Longest wait for the engine to say which memories it has; it answers between two batches."""
 
 
 class EngineBackend:
@@ -154,6 +159,21 @@ class EngineBackend:
                     return False
                 time.sleep(_POLL_S)
         return True
+
+    def memories(self, ids: Sequence[str]) -> frozenset[str]:
+        """Of memory ids, those whose records the engine has, in memory or in a folder.
+
+        Raises
+        ------
+        EngineError
+            The engine keeps no records, or does not answer in time.
+        """
+        from rag_pipeline.sglang_plugin.http.served_engine import carry_out
+
+        order = memories_order(ids)
+        with self._runner:
+            answer = carry_out(self.engine.tokenizer_manager, order, timeout_s=ORDER_WAIT_S)
+            return frozenset(self._runner.submit(answer).result()["present"])
 
     def close(self) -> None:
         """Shut down an engine made by :meth:`start`."""

@@ -20,6 +20,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import Field, PrivateAttr, SecretStr
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.langchain.document_text import with_documents
 from rag_pipeline.langchain.layout import (
     ChatLayout,
     ChatLayouter,
@@ -39,10 +40,13 @@ from rag_pipeline.prompts.builder import DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT
 from rag_pipeline.prompts.document_order import RETRIEVED
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.truncation import CUT_SHARE, Truncation
-from rag_pipeline.protocol import FusionChoice
+from rag_pipeline.protocol import PARAM_PREFIX, FusionChoice
 
 DEFAULT_ANSWER_TOKENS = 512
 """Length of an answer with documents where nobody says: room for it must be kept in the context."""
+
+MEMORY_PARAM = f"{PARAM_PREFIX}memory"
+"""In ``custom_params``: a server that keeps no memory refuses it, where it would drop a field that it does not know."""
 
 _NEUTRAL = {"top_k": -1, "min_p": 0.0}
 """SGLang's chat endpoint takes what is unsaid from the model's generation config, ``/generate`` does
@@ -62,6 +66,9 @@ class ChatSGLangRag(ChatOpenAI):
     ``{"type": "text-plain", "text": ..., "title": ..., "id": ...}``. With ``conversation="NAME"``
     beside them or without them, what this turn computed is kept for the next turn of that name, as
     far as the server's ``fusion.conversation_memory`` keeps it.
+
+    With ``memory`` a long conversation is answered from a cache of fixed size that ``rag-pipeline serve`` keeps: the whole
+    conversation is sent as ever, the server lays the prompt out, and documents are text in it.
 
     Parameters
     ----------
@@ -86,6 +93,10 @@ class ChatSGLangRag(ChatOpenAI):
         ``response_metadata["rag"]["truncated"]``; ``disabled`` refuses it. For requests that are
         laid out here: with documents or a conversation's name. (``truncation`` is a field of
         ``ChatOpenAI``, for OpenAI's Responses API.)
+    memory : str, mapping or None
+        What a long conversation is answered from: a method such as ``epicache``, or a mapping such as ``{"method":
+        "epicache", "budget_tokens": 2048, "episodes": 4}``; ``off`` for all of it; the server's default when None. May
+        also be given with a call or bound.
     document_order : str
         Where documents stand that are given beside the messages, the best first; as for
         :class:`rag_pipeline.PromptBuilder`.
@@ -120,6 +131,7 @@ class ChatSGLangRag(ChatOpenAI):
     chat_truncation: Truncation = "auto"
     cut_share: float = CUT_SHARE
     document_order: str = RETRIEVED
+    memory: str | dict[str, Any] | None = None
 
     _lock: Lock = PrivateAttr(default_factory=Lock)
     _served: ServedModel | None = PrivateAttr(default=None)
@@ -237,7 +249,19 @@ class ChatSGLangRag(ChatOpenAI):
         kwargs = dict(kwargs)
         documents: Sequence[Document] | None = kwargs.pop("documents", None)
         conversation: str = kwargs.pop("conversation", None) or ""
+        memory: str | Mapping[str, Any] | None = kwargs.pop("memory", self.memory)
         body = {**(self.extra_body or {}), **(kwargs.get("extra_body") or {})}
+        if memory not in (None, "off"):
+            if conversation:
+                raise RagPipelineError(
+                    f"memory beside conversation {conversation!r:.80}; leave one out"
+                )
+            messages = with_documents(
+                messages, documents or (), self.chunk_template, self.context_header
+            )
+            documents = None
+        if memory is not None:
+            body["custom_params"] = {**(body.get("custom_params") or {}), MEMORY_PARAM: memory}
         if documents is None and not conversation and not has_documents(messages):
             if not stream:  # SGLang refuses it in a stream
                 body.setdefault("return_meta_info", True)

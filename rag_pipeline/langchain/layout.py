@@ -209,6 +209,8 @@ class ChatLayouter:
         self, messages: Sequence[BaseMessage], documents: Sequence[Segment], layout: ChatLayout
     ) -> ChatLayout:
         """Put the documents of a layout, which are the best first, where the order wants them."""
+        # An empty one has no tokens, so it stands nowhere.
+        documents = [part for part in documents if self.encoder.chunk_ids(part.text)]
         if self._document_order == RETRIEVED or len(documents) < 2:
             return layout
         lengths = [len(self.encoder.chunk_ids(part.text)) for part in documents]

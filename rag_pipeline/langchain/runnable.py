@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.langchain.chat_model import ChatSGLangRag
-from rag_pipeline.langchain.documents import document_title
+from rag_pipeline.langchain.document_text import written
 from rag_pipeline.langchain.wire import RAG_KEY
 from rag_pipeline.prompts.builder import (
     DEFAULT_CHUNK_TEMPLATE,
@@ -92,7 +92,7 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
         k : int, optional
             Documents to retrieve; the retriever's own number when None.
         **kwargs
-            For the model, such as ``max_tokens`` or ``stop``.
+            For the model, such as ``max_tokens``, ``stop`` or ``memory``.
 
         Raises
         ------
@@ -226,11 +226,7 @@ class RagRunnable(RunnableSerializable[Question, dict[str, Any]]):
         text = self.question_template.format(question=question)
         extra: dict[str, Any] = {"documents": list(documents)}
         if not _takes_documents(self.llm):
-            written = [
-                DEFAULT_CHUNK_TEMPLATE.format(title=document_title(d), text=d.page_content)
-                for d in documents
-            ]
-            text = f"{DEFAULT_CONTEXT_HEADER if written else ''}{''.join(written)}{text}"
+            text = written(documents, DEFAULT_CHUNK_TEMPLATE, DEFAULT_CONTEXT_HEADER) + text
             extra = {}
         head = [SystemMessage(self.system_prompt)] if self.system_prompt else []
         return [*head, *history, HumanMessage(text)], extra

@@ -13,7 +13,7 @@ from langchain_core.outputs import ChatGenerationChunk
 
 from rag_pipeline.generation import ServerBackend
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
-from rag_pipeline.protocol import StreamReader, fusion_report, usage_from_meta
+from rag_pipeline.protocol import StreamReader, fusion_report, memory_report, usage_from_meta
 
 RAG_KEY = "rag"
 """Key of this project's report in ``response_metadata``."""
@@ -136,7 +136,7 @@ def generate_body(payload: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def token_report(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What happened to a prompt's tokens: ``usage``, ``policy``, ``ratio``, and ``fallback`` if any."""
+    """What happened to a prompt's tokens: ``usage``, ``policy``, ``ratio``, and ``fallback`` and ``memory`` if any."""
     prompt_tokens = int(meta.get("prompt_tokens") or 0)
     report = fusion_report(meta) or {}
     facts: dict[str, Any] = {
@@ -146,6 +146,8 @@ def token_report(meta: Mapping[str, Any]) -> dict[str, Any]:
     }
     if report.get("fallback"):
         facts["fallback"] = report["fallback"]
+    if memory := memory_report(report):
+        facts["memory"] = dict(memory)
     return facts
 
 

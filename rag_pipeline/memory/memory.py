@@ -121,6 +121,7 @@ class Memory:
         *,
         sampling: SamplingOptions | None = None,
         wait: bool = False,
+        query: str = "",
     ) -> Prepared:
         """Lay out the prompt of an answer, and queue what is worth building.
 
@@ -132,6 +133,8 @@ class Memory:
             How it is decoded; its `max_new_tokens` are left room for.
         wait : bool
             Build the newest record first instead of answering from what is there.
+        query : str
+            As for :meth:`.Planner.plan`.
 
         Raises
         ------
@@ -139,7 +142,9 @@ class Memory:
             As :meth:`.Planner.plan` does. A build that fails is none: the prompt is then a sliding window.
         """
         sampling = sampling or SamplingOptions()
-        plan = self.planner.plan(system, history, question, max_new_tokens=sampling.max_new_tokens)
+        plan = self.planner.plan(
+            system, history, question, max_new_tokens=sampling.max_new_tokens, query=query
+        )
         if wait:
             for job in [self.builder.build(one, urgent=True) for one in plan.candidates[0].chains]:
                 job.result()
@@ -159,10 +164,11 @@ class Memory:
         *,
         sampling: SamplingOptions | None = None,
         wait: bool = False,
+        query: str = "",
     ) -> Prepared:
         """As :meth:`prepare`, without blocking the event loop."""
         return await asyncio.to_thread(
-            self.prepare, system, history, question, sampling=sampling, wait=wait
+            self.prepare, system, history, question, sampling=sampling, wait=wait, query=query
         )
 
     def note(self, prepared: Prepared, meta_info: Mapping[str, Any]) -> None:

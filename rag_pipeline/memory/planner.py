@@ -73,6 +73,7 @@ class Planner:
         question: str,
         *,
         max_new_tokens: int = 128,
+        query: str = "",
     ) -> MemoryPlan:
         """Plan one answer.
 
@@ -86,6 +87,8 @@ class Planner:
             The new user message; its tokens are never cut.
         max_new_tokens : int
             Room for the answer.
+        query : str
+            What the question is compared with the conversation by, where documents stand in it; itself where empty.
 
         Raises
         ------
@@ -93,7 +96,7 @@ class Planner:
             A question that does not fit, an empty one, or a role that is not known.
         """
         view = self._view(system, history)
-        asked = self._question(view, question, max_new_tokens)
+        asked = self._question(view, question, max_new_tokens, query)
         fallback = window_candidate(view, asked)
         if self._is_verbatim(view, asked):
             candidates = [plain_candidate(view, asked, [(0, view.num_tokens)])]
@@ -135,7 +138,7 @@ class Planner:
         told = [checked(said) for said in history]
         return self._conversations.view(system, [said for said in told if said.text])
 
-    def _question(self, view: View, question: str, max_new_tokens: int) -> Question:
+    def _question(self, view: View, question: str, max_new_tokens: int, query: str) -> Question:
         text = question.strip()
         if not text:
             raise RagPipelineError("the question is empty; give at least one word")
@@ -148,7 +151,10 @@ class Planner:
                 "answer have fewer tokens"
             )
         return Question(
-            text=text, ids=ids, room=room, encode=lambda asked: self._vectors.of([asked])[0]
+            text=query.strip() or text,
+            ids=ids,
+            room=room,
+            encode=lambda asked: self._vectors.of([asked])[0],
         )
 
     def _is_verbatim(self, view: View, question: Question) -> bool:

@@ -109,12 +109,14 @@ class PromptBuilder:
             raise RagPipelineError(f"context_length is {context_length}; it must be at least 1")
         self.tokenizer = tokenizer
         self.context_length = context_length
+        self.system_prompt = system_prompt.strip()
+        self.context_header = context_header
         self._chunk_template = chunk_template
         self._question_template = question_template
         self._cut_share = cut_share
         self._document_order = document_order
         self._texts = TokenCache(tokenizer, chunk_cache_size)
-        self._head, self._tail = self._template_parts(system_prompt.strip(), context_header)
+        self._head, self._tail = self._template_parts(self.system_prompt, context_header)
         self._system_ids = tuple(tokenizer.encode_runs(self._head))
 
     def echo(self, question: str) -> str:
@@ -125,6 +127,11 @@ class PromptBuilder:
     def system_ids(self) -> tuple[int, ...]:
         """Token ids of the system part, the prefix that all prompts share."""
         return self._system_ids
+
+    @property
+    def closing(self) -> tuple[tuple[str, bool], ...]:
+        """Runs ``(text, is_template)`` behind the question: what opens the answer."""
+        return tuple(self._tail)
 
     def forget_texts(self) -> None:
         """Keep no text of a chunk: some were deleted, and nothing says which."""
@@ -237,15 +244,7 @@ class PromptBuilder:
                 f"{len(self._system_ids)} of the system prompt and {max_new_tokens} for the answer "
                 f"exceed the context of {limit}; shorten it or let the answer have fewer tokens"
             )
-        kept, dropped = self._fit(hits, room)
-        places = ordered(
-            order,
-            [hit.score for hit in kept],
-            [len(self.chunk_ids(hit.chunk)) for hit in kept],
-            before=len(self._system_ids),
-            behind=len(question_ids),
-        )
-        kept = [kept[place] for place in places]
+        kept, dropped = self.choose(hits, room, order, behind=len(question_ids))
         pieces = [self._system_ids, *(self.chunk_ids(hit.chunk) for hit in kept), question_ids]
         edges = list(accumulate((len(piece) for piece in pieces), initial=0))
         spans = [Span(start=a, end=b) for a, b in pairwise(edges)]
@@ -269,6 +268,41 @@ class PromptBuilder:
             dropped=tuple(dropped),
             truncated=truncated(lengths, cut),
         )
+
+    def asked(self, question: str) -> str:
+        """Write a question as it stands at the end of a prompt."""
+        return self._question_template.format(question=question)
+
+    def choose(
+        self, hits: Sequence[SearchHit], room: int, order: str | None = None, *, behind: int
+    ) -> tuple[list[SearchHit], list[SearchHit]]:
+        """Choose the chunks of a prompt and put them in order.
+
+        Parameters
+        ----------
+        hits : sequence of SearchHit
+            Retrieved chunks.
+        room : int
+            Tokens that there is place for.
+        order : str, optional
+            Overrides the builder's.
+        behind : int
+            Tokens behind the chunks.
+
+        Returns
+        -------
+        tuple
+            Those that stand in the prompt, in its order, and those that do not fit, best first.
+        """
+        kept, dropped = self._fit(hits, room)
+        places = ordered(
+            self._document_order if order is None else order,
+            [hit.score for hit in kept],
+            [len(self.chunk_ids(hit.chunk)) for hit in kept],
+            before=len(self._system_ids),
+            behind=behind,
+        )
+        return [kept[place] for place in places], dropped
 
     def _fit(self, hits: Sequence[SearchHit], room: int) -> tuple[list[SearchHit], list[SearchHit]]:
         lengths = [len(self.chunk_ids(hit.chunk)) for hit in hits]

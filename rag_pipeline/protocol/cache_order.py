@@ -8,7 +8,8 @@ need no hook of their own and no socket. The answer is asked for by the same tic
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -87,6 +88,13 @@ class CacheOrder:
             return cls(**{**given, "keys": tuple(given["keys"])}) if known >= set(given) else None
         except (ValueError, TypeError, KeyError):
             return None
+
+
+def memories_order(ids: Sequence[str], tenant: str | None = None) -> CacheOrder:
+    """Ask which of these memory ids have a record; the answer names those that have under ``present``."""
+    return CacheOrder(
+        action="memories", ticket=secrets.token_hex(8), keys=tuple(ids), tenant=tenant
+    )
 
 
 def read_answer(states: list[Mapping[str, Any]], ticket: str) -> dict[str, Any] | None:

@@ -89,7 +89,10 @@ def make_cache_router(service: RagService) -> APIRouter:
         """Count chunks, bytes and hits per tier: all of them for the operator, its own for a tenant."""
         tenant = service.tenant(request)
         told = await of_tenants.of(tenant)
-        return JSONResponse({"object": "rag.cache", "tenant": tenant.name, **told})
+        memory = service.memories.facts(tenant.salt)
+        return JSONResponse(
+            {"object": "rag.cache", "tenant": tenant.name, **told, "memory": memory}
+        )
 
     @router.get("/entries", response_model=EntriesAnswer)
     async def entries(

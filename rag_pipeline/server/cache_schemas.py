@@ -90,6 +90,10 @@ class CacheAnswer(_OpenAnswer):
     object: Literal["rag.cache"] = "rag.cache"
     tenant: str
     tiers: list[TierFigures]
+    memory: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Answers from memories of long conversations, and what these have cost.",
+    )
 
 
 class EntriesAnswer(_OpenAnswer):

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.memory import Utterance
+from rag_pipeline.opened_memory import Asked, told_tokens
+from rag_pipeline.prompts.chunk_message import ChunkMessage, lay_out_message, write_message
 from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import (
     DENSE_ATTENTION,
     PREFIX_POLICY,
     FusionChoice,
+    FusionRequest,
     GenerationRequest,
     SamplingOptions,
     fusion_report,
@@ -22,16 +26,19 @@ from rag_pipeline.protocol import (
 from rag_pipeline.question_run import AnswerRun
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.errors import error_body, refusal_of
-from rag_pipeline.server.question_part import read_conversation
+from rag_pipeline.server.memories import Remembered
+from rag_pipeline.server.question_part import Conversation, read_conversation
 from rag_pipeline.server.token_strip import segments_of
 from retrievers.distinct import FETCHED, distinct
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from rag_pipeline.memory import MemoryConfig
     from rag_pipeline.server.schemas import ChatRequest
     from rag_pipeline.server.service import RagService
     from rag_pipeline.server.tenants import Tenant
+    from rag_pipeline.types import PromptLayout
     from retrievers import SearchHit
 
 DEFAULT_ANSWER_TOKENS = 256
@@ -75,6 +82,16 @@ class ChatRun(AnswerRun):
                 zip(self.layout.chunks, self.layout.chunk_spans, strict=True), start=1
             )
         ]
+
+    @property
+    def rid(self) -> str | None:
+        """Id of the engine's request, where the memory waits for its report."""
+        return self.remembered.rid if isinstance(self.remembered, Remembered) else None
+
+    def ended(self) -> None:
+        """Tell the memory, if there is one, that the answer is there."""
+        if self.remembered is not None:
+            self.remembered.ended(self.text.strip() or None)
 
     def openai_usage(self) -> dict[str, Any]:
         """OpenAI's usage; the four kinds of prompt tokens stand in its details and add up."""
@@ -120,6 +137,8 @@ class ChatRun(AnswerRun):
             ],
             # Oldest turns of the conversation that did not fit any more.
             "truncated": self.layout.truncated.to_json(),
+            # What the conversation was answered from, where that is not all of it.
+            **({"memory": self.remembered.facts(self.meta)} if self.remembered else {}),
             "timing": {
                 "retrieve_s": round(timing.retrieve_s, 6),
                 # An answer that comes as one piece shows no first token.
@@ -129,13 +148,76 @@ class ChatRun(AnswerRun):
         }
 
 
-def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
-    """Do everything before the engine; runs in a worker thread.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A checked request with what was retrieved for it."""
+
+    body: ChatRequest
+    index_name: str
+    talk: Conversation
+    hits: list[SearchHit]
+    fusion: FusionChoice
+    sampling: SamplingOptions
+    started: float
+    retrieved: float
+
+
+async def start(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
+    """Do everything before the engine, in worker threads.
 
     Raises
     ------
     ApiError, RagPipelineError, RetrievalError
         Whatever the request has wrong.
+    """
+    memory = memory_of(service, body)
+    if memory is None:
+        return await service.for_question(tenant, prepare, service, tenant, body)
+    found = await service.for_question(tenant, search, service, tenant, body)
+    run = await remember(service, tenant, found, memory)
+    if run is not None:
+        return run
+    return await service.for_question(tenant, lay_out, service, found)
+
+
+def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
+    """Search and lay out, without a memory; runs in a worker thread.
+
+    Raises
+    ------
+    ApiError, RagPipelineError, RetrievalError
+        Whatever the request has wrong.
+    """
+    return lay_out(service, search(service, tenant, body))
+
+
+def memory_of(service: RagService, body: ChatRequest) -> MemoryConfig | None:
+    """Memory that a request is answered from; None for all of its conversation."""
+    options = body.rag
+    wish = options.memory
+    given = wish if wish is None or isinstance(wish, str) else wish.model_dump(exclude_none=True)
+    memory = service.memories.config(given)
+    # Of these a request may have one; what it says of them wins over the server's default memory.
+    others = [name for name in ("conversation", "attention") if getattr(options, name)]
+    if options.policy == PREFIX_POLICY:
+        others.append("policy")
+    if memory is None or not others:
+        return memory
+    if wish is None:
+        service.memories.left_alone(others[0])
+        return None
+    raise RagPipelineError(
+        f"rag.memory beside rag.{others[0]} {getattr(options, others[0])!r:.80}; leave one out"
+    )
+
+
+def search(service: RagService, tenant: Tenant, body: ChatRequest) -> Found:
+    """Check a request, and retrieve for it.
+
+    Raises
+    ------
+    ApiError, RagPipelineError, RetrievalError
+        Whatever it has wrong.
     """
     started = time.perf_counter()
     options = body.rag
@@ -165,47 +247,119 @@ def prepare(service: RagService, tenant: Tenant, body: ChatRequest) -> ChatRun:
         mode=options.search or service.settings.search,
         where=options.where,
     )
-    retrieved = time.perf_counter()
+    return Found(
+        body=body,
+        index_name=index.name,
+        talk=talk,
+        hits=distinct(hits, wanted),
+        fusion=fusion,
+        sampling=sampling.filled(
+            repetition_penalty=service.builder.repetition_penalty, stop=talk.echo
+        ),
+        started=started,
+        retrieved=time.perf_counter(),
+    )
+
+
+def lay_out(service: RagService, found: Found) -> ChatRun:
+    """Lay out a prompt with all of its conversation that fits.
+
+    Raises
+    ------
+    RagPipelineError
+        A question that does not fit.
+    """
+    options, talk = found.body.rag, found.talk
     layout = service.builder.build(
         talk.asked,
-        distinct(hits, wanted),
-        max_new_tokens=sampling.max_new_tokens,
+        found.hits,
+        max_new_tokens=found.sampling.max_new_tokens,
         context_length=service.engine.context_length,
         history=talk.turns,
         rules=talk.rules,
         truncation=options.truncation,
         document_order=options.document_order,
     )
-    sampling = sampling.filled(
-        repetition_penalty=service.builder.repetition_penalty, stop=talk.echo
+    fusion = found.fusion.request(layout.chunk_spans, conversation=options.conversation or "")
+    return _run(found, layout, fusion)
+
+
+async def remember(
+    service: RagService, tenant: Tenant, found: Found, memory: MemoryConfig
+) -> ChatRun | None:
+    """Lay out a prompt whose conversation is a memory; None for one that is short enough as it is.
+
+    Raises
+    ------
+    RagPipelineError
+        A question that does not fit.
+    """
+    builder, talk = service.builder, found.talk
+    history = tuple(
+        Utterance(message.role, message.text) for turn in talk.turns for message in turn
     )
-    params = sampling.to_params()
+
+    def write() -> ChunkMessage:
+        return write_message(
+            builder,
+            talk.asked,
+            found.hits,
+            max_new_tokens=found.sampling.max_new_tokens,
+            context_length=service.engine.context_length,
+            told_tokens=told_tokens(memory),
+            rules=talk.rules,
+            document_order=found.body.rag.document_order,
+        )
+
+    message = await service.for_question(tenant, write)
+    asked = Asked(
+        system=builder.system_prompt, history=history, question=message.text, asked=talk.said
+    )
+    remembered = await service.memories.prepare(memory, tenant, asked, found.sampling)
+    if remembered is None:
+        return None
+    layout = await service.for_question(
+        tenant, lay_out_message, builder, message, remembered.input_ids
+    )
+    return _run(found, layout, remembered.fusion, remembered)
+
+
+def _run(
+    found: Found, layout: PromptLayout, fusion: FusionRequest, remembered: Remembered | None = None
+) -> ChatRun:
+    params = found.sampling.to_params()
     for name in ("presence_penalty", "frequency_penalty"):
-        value = getattr(body, name)
+        value = getattr(found.body, name)
         if value is not None:
             params[name] = value
     return ChatRun(
-        body=body,
-        index_name=index.name,
+        body=found.body,
+        index_name=found.index_name,
         layout=layout,
         request=GenerationRequest(
-            input_ids=layout.input_ids,
-            fusion=fusion.request(layout.chunk_spans, conversation=options.conversation or ""),
-            sampling=sampling,
+            input_ids=layout.input_ids, fusion=fusion, sampling=found.sampling
         ),
-        fusion=fusion,
+        fusion=found.fusion if remembered is None else FusionChoice(),
         params=params,
-        started=started,
-        retrieved=retrieved,
+        remembered=remembered,
+        started=found.started,
+        retrieved=found.retrieved,
     )
 
 
 async def complete(service: RagService, run: ChatRun, http_request: Request) -> dict[str, Any]:
     """Generate the whole answer."""
-    async for piece in service.engine.generate(
-        run.request, params=run.params, http_request=http_request, stream=False
-    ):
-        run.take(piece)
+    try:
+        async for piece in service.engine.generate(
+            run.request,
+            params=run.params,
+            http_request=http_request,
+            stream=False,
+            rid=run.rid,
+        ):
+            run.take(piece)
+    finally:
+        run.ended()
     message = {"role": "assistant", "content": run.text.rstrip()}
     run.text = run.text.rstrip()
     return {
@@ -230,7 +384,11 @@ async def stream(
     HTTP status and not an event: the caller takes one step before it starts the response.
     """
     pieces = service.engine.generate(
-        run.request, params=run.params, http_request=http_request, stream=True
+        run.request,
+        params=run.params,
+        http_request=http_request,
+        stream=True,
+        rid=run.rid,
     )
     try:
         begun = False
@@ -254,6 +412,7 @@ async def stream(
         yield _line(error_body(*refusal))
     finally:
         await pieces.aclose()
+        run.ended()
     yield b"data: [DONE]\n\n"
 
 

@@ -29,6 +29,8 @@ class Conversation:
         What the client's system messages say.
     turns : tuple
         Earlier turns, the oldest first.
+    said : str
+        The last user message, all of it.
     asked : str
         The question, with how it is to be answered.
     echo : str
@@ -38,6 +40,7 @@ class Conversation:
     query: str
     rules: str
     turns: tuple[Turn, ...]
+    said: str
     asked: str
     echo: str
 
@@ -56,6 +59,7 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
         query=query[:MAX_QUERY],
         rules="\n".join(rules),
         turns=turns_of(earlier),
+        said=query,
         asked=asked,
         echo=echo_of(asked),
     )

@@ -59,7 +59,7 @@ def make_router(service: RagService) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer from the indexed documents; OpenAI's schema with `rag` beside it."""
         tenant = service.tenant(request)
-        run = await service.for_question(tenant, chat.prepare, service, tenant, body)
+        run = await chat.start(service, tenant, body)
         if not body.stream:
             return JSONResponse(await chat.complete(service, run, request))
         events = chat.stream(service, run, request)

@@ -29,6 +29,7 @@ from rag_pipeline.server.routes import make_router
 from rag_pipeline.server.service import RagService
 from rag_pipeline.server.stock_faults import answer_stock_fault
 from rag_pipeline.sglang_plugin import FusionConfig
+from rag_pipeline.sglang_plugin.http import chat_memory
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 from rag_pipeline.sglang_plugin.http.server import (
     HttpLimits,
@@ -112,6 +113,7 @@ def serve(
             indexes=indexes,
             jobs=jobs,
             model_name=facts.model_name,
+            embedders=embedders,
             health=Health(
                 engine=engine,
                 settings=settings,
@@ -122,6 +124,7 @@ def serve(
                 model_gate=model_gate,
             ),
         )
+        chat_memory.register(service.memories)
         app.include_router(make_router(service))
         app.include_router(make_cache_router(service))
         app.include_router(make_page_router())

@@ -74,6 +74,22 @@ class Message(NeutralMessage):
         return self.content or self.refusal or ""
 
 
+class MemoryOptions(Strict):
+    """Memory of a long conversation; what is not said is the server's default."""
+
+    method: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    budget_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
+    episodes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
+    block_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
+
+
+MemoryWish = Annotated[
+    Annotated[str, Field(min_length=1, max_length=64), Tag("name")]
+    | Annotated[MemoryOptions, Tag("options")],
+    Discriminator(lambda given: "name" if isinstance(given, str) else "options"),
+]
+
+
 class RagOptions(Strict):
     """Retrieval and fusion of one request; the server's own settings where nothing is said."""
 
@@ -107,6 +123,10 @@ class RagOptions(Strict):
         default="auto",
         description="`auto` cuts the oldest turns of a conversation that does not fit the context, `disabled` refuses it.",
     )
+    memory: MemoryWish | None = Field(
+        default=None,
+        description="What a long conversation is answered from: `off` (all of it), a method such as `epicache` (a cache of fixed size, approximate), or an object; the server's default when unset.",
+    )
     include_text: bool = Field(
         default=True, description="Whether citations carry their chunk's text."
     )
@@ -126,7 +146,7 @@ class ChatRequest(NeutralRequest):
     """
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
     rag: RagOptions = Field(default_factory=lambda: RagOptions())
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

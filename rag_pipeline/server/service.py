@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag_pipeline.server.errors import ApiError
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from rag_pipeline.prompts.builder import PromptBuilder
+    from rag_pipeline.server.embedders import EmbedderPool
     from rag_pipeline.server.health import Health
     from rag_pipeline.server.indexes import IndexTable
     from rag_pipeline.server.ingest_jobs import IngestJobs
+    from rag_pipeline.server.memories import Memories
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenant
     from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
@@ -41,6 +44,7 @@ class RagService:
     jobs: IngestJobs
     health: Health
     model_name: str
+    embedders: EmbedderPool
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -49,6 +53,19 @@ class RagService:
         self._work = WorkPool(RETRIEVAL_THREADS, limit=limit, share=share)
         # An answer that is there is not refused for want of room: as many wait as the engine answers.
         self._after = ThreadPoolExecutor(1, thread_name_prefix="rag-after")
+
+    @cached_property
+    def memories(self) -> Memories:
+        """Memories of long conversations."""
+        from rag_pipeline.server.memories import Memories
+
+        return Memories(
+            self.engine,
+            self.builder.tokenizer,
+            self.embedders,
+            self.settings.memory,
+            self._work.run_held,
+        )
 
     def tenant(self, request: Request) -> Tenant:
         """Tenant of a request, as the guard found it; nobody's requests get no answer here."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.server.parse_worker import ParseLimits
+
+if TYPE_CHECKING:
+    from rag_pipeline.memory import MemoryConfig
 
 MIN_PARSE_BYTES = 256 << 20
 
@@ -25,6 +29,8 @@ class ServerSettings:
         Embedder of new indexes, by name, folder or hub id.
     policy, search, top_k, document_order : str, str, int, str
         Used where a request does not say.
+    memory : MemoryConfig or None
+        What long conversations are answered from where a request does not say; None for all of them.
     chunk_tokens, overlap : int
         Splitter of new indexes; an existing index keeps its own.
     max_upload_bytes, max_upload_files : int
@@ -57,6 +63,7 @@ class ServerSettings:
     model: Path
     embedder: str
     policy: str = "query"
+    memory: MemoryConfig | None = None
     search: str = "dense"
     top_k: int = 4
     document_order: str = "retrieved"

@@ -99,7 +99,7 @@ INTERNALS = (
     _row(
         "configs.model_config.ModelConfig",
         "limits and architecture",
-        has="context_len hf_config model_path vocab_size",
+        has="context_len hf_config is_multimodal model_path vocab_size",
     ),
     _row(
         "model_executor.forward_batch_info.ForwardBatch",

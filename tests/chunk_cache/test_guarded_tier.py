@@ -12,7 +12,8 @@ import pytest
 from chunk_cache import ChunkKey, ChunkKV, KVContext, StoreFolder
 from chunk_cache.tiers.base import Tier
 from chunk_cache.tiers.breaker import CircuitBreaker
-from chunk_cache.tiers.guard import GuardedTier, TierDownError
+from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache.tiers.guarded_calls import TierDownError
 
 Make = Callable[..., ChunkKV]
 

@@ -22,7 +22,8 @@ from chunk_cache import (
 from chunk_cache.tiers import guard
 from chunk_cache.tiers.breaker import CircuitBreaker
 from chunk_cache.tiers.deadline import BoundedCalls
-from chunk_cache.tiers.guard import GuardedTier, TierDownError
+from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache.tiers.guarded_calls import TierDownError
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 

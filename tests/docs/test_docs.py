@@ -34,6 +34,7 @@ GROUP: Any = typer.main.get_command(app)
 OWN_PARSERS = {
     "eval": "rag_eval.fidelity",
     "eval gate": "rag_eval.gate.command",
+    "eval conversation": "rag_eval.conversation.command",
     "bench ttft": "rag_eval.benchmarks.ttft",
     "bench throughput": "rag_eval.benchmarks.throughput",
     "bench store": "rag_eval.benchmarks.store",

@@ -71,12 +71,14 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def tiny_session(tiny_path: Path) -> Iterator[Any]:
-    """A session on an engine with the tiny model."""
+    """A session on an engine with the tiny model, which measures attention."""
     from rag_eval.runner.engine import start_session
+    from rag_eval.runner.passage import fusion_settings
     from rag_eval.runner.prompts import PromptMaker
 
     keep_fork_server()
     maker = PromptMaker(tiny_path, gold_tokens=6)
-    session = start_session(maker, 49152, {"max_total_tokens": 8192, "dtype": "float32"})
+    with fusion_settings(time_attention=True):
+        session = start_session(maker, 49152, {"max_total_tokens": 8192, "dtype": "float32"})
     yield session
     session.close()

@@ -121,6 +121,8 @@ def test_a_calibrated_model_is_found_by_its_weights(
     [
         (["--theta", "0"], 2, "--theta is 0.0; it must be positive"),
         (["--count", "0"], 2, "--count is 0"),
+        (["--largest", "0.0001"], 2, "largest threshold is 0.0001; give a number above 0.0001"),
+        (["--largest", "inf"], 2, "largest threshold is inf"),
         (["--tokens", "1024"], 1, "--tokens is 1024; only prompts of more than 1024"),
         (["--samples", "/none.jsonl"], 1, "samples /none.jsonl cannot be read"),
     ],
@@ -143,3 +145,12 @@ def test_the_packaged_model_has_its_thresholds(smollm2_path: Path) -> None:
     table = method.table  # type: ignore[attr-defined]
     assert table is not None
     assert (len(table.tau), len(table.tau[0])) == (30, 9)
+
+
+def test_a_table_that_comes_with_the_project_is_that_of_its_model() -> None:
+    table = thresholds.load_table("qwen2.5-coder-0.5b-instruct-q4")
+    assert (len(table.tau), len(table.tau[0])) == (24, 14)
+    assert thresholds.find_table(table.fingerprint) == table
+    config = create_attention_method("sale").config
+    for option in ("block_q", "block_k", "local_window", "segment", "granularity"):
+        assert getattr(config, option) == getattr(table, option)

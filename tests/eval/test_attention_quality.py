@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -314,6 +315,29 @@ def test_the_report_of_a_small_run(tiny_path: Path, capsys: pytest.CaptureFixtur
     lines = attention_quality.table(report).splitlines()
     assert len(lines) == 4
     assert lines[1].split()[1] == "dense"
+
+
+def test_methods_as_they_are_on_one_kind_of_documents(tiny_path: Path):
+    config = AttentionQualityConfig(
+        model=str(tiny_path),
+        lengths="1408",
+        density="",
+        kinds="key_value",
+        documents=1,
+        questions=2,
+        methods="streaming:block=64+window=2",
+    )
+    report = attention_quality.run(config)
+    dense, sparse = report["lengths"]["1408"].values()
+    assert sparse["options"] == "streaming:block=64+window=2"
+    assert (dense["density"], dense["attention_cpu_vs_dense"]) == (1, 1)
+    assert 0 < sparse["density"] < 0.4
+    assert 0 < sparse["attention_cpu_s"] < sparse["prefill_cpu_s"]
+    assert sparse["retrieval_n"] == sparse["key_value_n"] == 2
+    assert {"nll", "passkey", "recall"}.isdisjoint(sparse)
+    assert attention_quality.table(report).splitlines()[2].split()[7:11] == ["-", "-", "0%", "-"]
+    with pytest.raises(EvalError, match="give some of key_value,passkey"):
+        dataclasses.replace(config, kinds="prose")
 
 
 def test_a_run_that_is_broken_off_keeps_the_methods_that_were_done(tiny_path: Path, interrupt_at):

@@ -20,7 +20,12 @@ import rag_eval.benchmarks
 from rag_eval.arguments import add_engine_option, require_at_least
 from rag_eval.benchmarks import store
 from rag_eval.benchmarks.call_timer import CallTimer
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, time_in_turns
+from rag_eval.benchmarks.frame import (
+    benchmark_parser,
+    keep_measured,
+    run_benchmark,
+    time_in_turns,
+)
 from rag_eval.errors import EvalError
 from rag_pipeline import interrupts
 
@@ -67,6 +72,14 @@ def test_every_field_of_a_config_has_an_option_with_its_default(
     assert "--json" in told
 
 
+ENDS: dict[str, BaseException] = {
+    "refused": EvalError("the text is\ntoo short"),
+    "broken": RuntimeError("nobody saw this coming"),
+    "stopped": KeyboardInterrupt(),
+}
+"""How the toy benchmark ends behind its first step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     size: int = 3
@@ -101,6 +114,13 @@ def measure(config: Outer, progress: Callable[[str], None]) -> dict[str, Any]:
             time.sleep(0.1)
     if config.name == "absent":
         raise EvalError("name is absent; take another")
+    if config.name in ENDS:
+        done: list[int] = []
+        with keep_measured(lambda: done) as end:
+            for number in range(config.count):
+                done.append(number)
+                raise ENDS[config.name]
+        return {"n": len(done)} | end.report()
     return {"n": config.count, "of": asdict(config), "interrupted": config.name in ("cut", "twice")}
 
 
@@ -151,6 +171,33 @@ def test_an_interrupted_benchmark_says_so_in_one_line_behind_what_it_has(
     assert said.out == ("table 2\n" if name == "twice" else "")
     assert said.err.count("error: interrupted; ") == said.err.count("\n") - 1 == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "code"),
+    [
+        ("refused", "error: the text is too short; what was measured until then is printed", 1),
+        ("broken", "error: nobody saw this coming; what was measured until then is printed", 1),
+        ("stopped", "error: interrupted; what was measured until then is printed", 130),
+    ],
+)
+def test_what_was_measured_is_printed_however_a_run_ends(
+    name: str, line: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--name", name, "--json") == code
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert report["n"] == 1
+    assert report["interrupted"] is (code == 130)
+    assert bool(report.get("failure")) is (code == 1)
+    assert said.err.endswith(line + "\n")
+    assert ("Traceback" in said.err) is (name == "broken")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, EvalError, RuntimeError])
+def test_with_nothing_measured_there_is_no_report(kind: type[BaseException]) -> None:
+    with pytest.raises(kind, match="so"), keep_measured(lambda: []):
+        raise kind("so")
 
 
 @pytest.mark.parametrize("name", ["twice", "interrupted"])

@@ -14,6 +14,7 @@ from rag_eval import DatasetOptions, EvalError, fidelity
 from rag_eval.gate import GateConfig, Thresholds, gate, last_gate, run_gate, save_gate
 from rag_eval.gate.exactness import Distance, Exactness
 from rag_eval.gate.record import gates_dir, model_identity
+from rag_eval.gate.verdict import notes
 from rag_eval.runner.modes import PLAIN_REUSE, Mode, parse_modes
 from rag_pipeline.cli.doctor import gate_facts
 from rag_pipeline.config import HOME_VARIABLE
@@ -80,6 +81,9 @@ def test_a_sound_engine_passes_with_every_check_made(result: dict[str, Any]) -> 
         > 100 * result["thresholds"]["exact_kl"]
     )
     assert result["fidelity"]["n"] == 1
+    # Its answers are random, which is said; its exactness is proven all the same.
+    (note,) = result["notes"]
+    assert "finds none of the planted facts" in note
     json.dumps(result, allow_nan=False)
 
 
@@ -138,6 +142,7 @@ def test_the_command_keeps_the_verdict_and_an_impossible_limit_ends_with_one(
     printed = capsys.readouterr().out
     assert "FAIL" in printed
     assert "KL / reuse" in printed
+    assert "\nnote: full prefill finds none" in printed
     stored = json.loads(out.read_text("utf-8"))
     assert stored["policies"]["query:0.1"]["failed"] == ["KL / reuse"]
     assert gate_facts(tiny_path, "", name="tiny")["status"] == "failed"
@@ -239,6 +244,19 @@ def test_a_verdict_on_broken_logits_can_still_be_written() -> None:
     result = gate.judge(found, None, MODES, Thresholds())
     assert not result["passed"]
     json.dumps(result, allow_nan=False)
+
+
+def test_what_a_model_cannot_show_is_said_in_a_line_each() -> None:
+    def said(f1: float, kl: float) -> list[str]:
+        return notes({"full": {"f1": f1}, PLAIN_REUSE: {"kl_answer": kl}}, exact_kl=1e-6)
+
+    assert said(0.5, 0.2) == []
+    assert [line.partition(":")[0] for line in said(0.0, 0.2)] == [
+        "full prefill finds none of the planted facts, as with random weights"
+    ]
+    # Weights without any effect, such as a head of zeros: the exactness checks could not fail.
+    (line,) = said(0.5, 1e-9)
+    assert "prove nothing here" in line
 
 
 def test_half_precision_is_noisier_and_a_large_floor_raises_the_limit() -> None:

@@ -14,6 +14,7 @@ from rag_eval.metrics import (
     exact_match,
     first_line,
     kl_divergence,
+    locomo_f1,
     log_softmax,
     normalise,
     paired_bootstrap,
@@ -151,3 +152,22 @@ def test_retrieval_scores_follow_trec() -> None:
     ideal = 1 + 1 / math.log2(3)
     assert scores["recall_at_k"] == pytest.approx((0.5 + 0) / 2)
     assert scores["ndcg_at_k"] == pytest.approx((1 / ideal + 0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "category", "score"),
+    [
+        ("She was running and painting", "painting, she runs", "single-hop", 6 / 7),
+        ("north", "north, south", "multi-hop", 0.5),
+        ("south, north", "north, south", "multi-hop", 1.0),
+        ("yes", "Yes; since she collects books", "open-domain", 1.0),
+        ("yes", "Yes; since she collects books", "single-hop", 2 / 6),
+        ("", "one", "single-hop", 0.0),
+        ("the", "a", "single-hop", 0.0),
+    ],
+)
+def test_locomo_f1_is_the_published_score(
+    said: str, answer: str, category: str, score: float
+) -> None:
+    # By hand: "she was running and painting" has the stems she, wa, run, paint.
+    assert locomo_f1(said, answer, category) == pytest.approx(score)

@@ -9,6 +9,7 @@ import torch
 from fp64_oracle import Oracle
 
 from rag_eval.benchmarks import power_nll, power_order, power_passkey, power_toy
+from rag_eval.benchmarks.masked_model import MaskedModel
 from rag_eval.benchmarks.power_toy import PowerToyConfig, ToyModel, draw_prompts, reachable
 from rag_eval.benchmarks.tiny_model import write_tiny_model
 from rag_eval.errors import EvalError
@@ -132,7 +133,7 @@ def test_the_loss_is_that_of_the_pattern_written_out(tiny_folder, text, dense):
 
     want = losses_of(oracle, ids, reads, dense)
     method = create_attention_method(text)
-    got = power_nll.MaskedModel(str(tiny_folder)).loss(ids, method)
+    got = MaskedModel(str(tiny_folder)).loss(ids, method)
     assert got == pytest.approx(want, abs=1e-4)
     assert got != pytest.approx(losses_of(oracle, ids, reads, [0, 1, 2]), abs=1e-3)
 

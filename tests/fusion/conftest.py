@@ -17,63 +17,7 @@ import pytest
 import torch
 from fusion_helpers import CHUNKS, VOCAB, store_chunks
 
-from rag_eval.benchmarks.tiny_model import peak_attention
-
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-_TANH = "gelu_pytorch_tanh"
-WINDOW = 24
-"""Tokens that a sliding-window layer of a tiny model sees: fewer than stand in a chunk."""
-
-
-def _windowed(layers: int) -> dict[str, Any]:
-    """A window in every layer but each second one."""
-    kinds = ("sliding_attention", "full_attention")
-    return {"sliding_window": WINDOW, "layer_types": [kinds[i % 2] for i in range(layers)]}
-
-
-def _later_family(family: str, common: dict[str, Any]) -> Any:
-    """Configuration of a family with experts, windows or caps."""
-    import transformers
-
-    layers = common["num_hidden_layers"]
-    gemma = {"head_dim": 16, "query_pre_attn_scalar": 16, "hidden_activation": _TANH}
-    if family == "mixtral":
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-        return transformers.MixtralConfig(sliding_window=None, **experts, **common)
-    if family == "qwen3_moe":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-        return transformers.Qwen3MoeConfig(head_dim=16, norm_topk_prob=True, **experts, **common)
-    common = common | {"tie_word_embeddings": True}
-    if family == "gemma2":
-        caps = {"attn_logit_softcapping": 5.0, "hidden_act": _TANH, "sliding_window": WINDOW}
-        return transformers.Gemma2Config(**caps, **gemma, **common)
-    return transformers.Gemma3TextConfig(**_windowed(layers), **gemma, **common)
-
-
-def _config(family: str, **overrides: Any) -> Any:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-    common: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    } | overrides
-    if family == "llama":
-        return LlamaConfig(**common)
-    if family == "qwen2":
-        return Qwen2Config(use_sliding_window=False, **common)
-    if family == "qwen3":
-        return Qwen3Config(use_sliding_window=False, head_dim=16, **common)
-    if family == "mistral":
-        return MistralConfig(sliding_window=None, head_dim=16, **common)
-    return _later_family(family, common)
+from rag_eval.benchmarks.tiny_model import peak_attention, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +31,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             from transformers import AutoModelForCausalLM
 
             torch.manual_seed(7)
-            model = AutoModelForCausalLM.from_config(_config(family, **overrides))
+            common = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1}
+            model = AutoModelForCausalLM.from_config(tiny_config(family, **common, **overrides))
             peak_attention(model)
             folder = tmp_path_factory.mktemp(key)
             model.to(torch.float32).save_pretrained(folder)
@@ -321,3 +266,18 @@ def stocked(engine: Callable[..., LocalEngine]) -> LocalEngine:
 def _one_thread() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Make the world's server with a default attention method; one at a time is the runtime of this process."""
+    from fusion_world import checks
+    from method_spaces import method_server
+
+    from rag_pipeline.sglang_plugin.fusion.runtime.runtime import set_runtime
+
+    # That what is called exact is plain prefill: of a method's own namespace it is not.
+    for name in ("check", "_check_spans"):
+        monkeypatch.setattr(checks.Plan, name, lambda plan: None)
+    yield method_server
+    set_runtime(None)

@@ -11,7 +11,7 @@ from fusion_helpers import PREFIX, PREFIX_IDS, store_chunks, tokens
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.request.consent import (
-    may_match_unasked,
+    may_unasked,
     refuse_asked,
     refuse_engine,
 )
@@ -48,11 +48,11 @@ ON = FusionConfig(automatic=True)
 
 
 def test_nothing_is_matched_unasked_unless_the_operator_says_so():
-    assert not may_match_unasked(FusionConfig(), req())
-    assert may_match_unasked(ON, req())
+    assert may_unasked(FusionConfig(), req()) == (False, False)
+    assert may_unasked(ON, req()) == (True, False)
     acme = FusionConfig(automatic_tenants=("tenant-1",))
     seen = {
-        salt: may_match_unasked(acme, req(cache_salt=salt))
+        salt: may_unasked(acme, req(cache_salt=salt)).matching
         for salt in ("tenant-1", "tenant-1/own", "tenant-11", "tenant-2/tenant-1", None)
     }
     assert [salt for salt, matched in seen.items() if matched] == ["tenant-1", "tenant-1/own"]
@@ -72,7 +72,9 @@ def test_nothing_is_matched_unasked_unless_the_operator_says_so():
     ],
 )
 def test_a_request_for_numbers_is_never_matched_unasked(fields):
-    assert not may_match_unasked(ON, req(**fields))
+    config = dataclasses.replace(ON, attention="power")
+    assert may_unasked(config, req()) == (True, True)
+    assert may_unasked(config, req(**fields)) == (False, False)
 
 
 def test_what_asks_is_refused_only_where_it_only_scores():

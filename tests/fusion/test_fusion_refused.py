@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fusion_world.server import Req
+from fusion_world.requests import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from rag_pipeline.sglang_plugin.fusion.admission import admit as admission

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from rag_kernels import LogitRules, create_attention_method, rotary_spec_from_config
+from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.runtime.attention_methods import is_useless
 from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.rotations import (
     UnsupportedModelError,
     read_rotations,
 )
+from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_model
 
 KINDS = ["sliding_attention", "full_attention"]
@@ -110,3 +113,25 @@ def test_methods_that_weigh_logits_refuse_a_cap_and_all_refuse_windows_alone():
         assert ("caps at 50" in str(method.refuse_layers(capped))) == weighs
         assert "sliding window" in str(method.refuse_layers(windows))
         assert method.refuse_layers([*windows, LogitRules()]) is None
+
+
+@pytest.mark.parametrize("fault", ["method", "layer"])
+def test_a_method_that_fails_on_the_layers_is_refused_and_said_once(fault, caplog, monkeypatch):
+    """An engine starts with such a default method, and every prompt reads every key."""
+    method = create_attention_method("streaming")
+    layer = SimpleNamespace(sliding_window_size="wide" if fault == "layer" else -1, logit_cap=0.0)
+    if fault == "method":
+
+        def broken(self, rules):
+            raise IndexError("layer 7")
+
+        monkeypatch.setattr(type(method), "refuse_layers", broken)
+    runtime = FusionRuntime(FusionConfig(), None)
+    runtime.facts = SimpleNamespace(layers=[layer])
+    caplog.set_level("WARNING", logger="rag_pipeline.sglang_plugin")
+    assert is_useless(runtime, method)
+    assert is_useless(runtime, method)
+    said = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    (line,) = (text for text in said if "streaming" in text)
+    assert "Prompts read every key" in line
+    assert ("IndexError: layer 7" if fault == "method" else "TypeError") in line

@@ -111,7 +111,11 @@ def test_what_is_kept_and_the_answer_are_those_of_the_algorithm_by_its_definitio
         memory = follow(oracle, chat, shared, memory, block, probe, true_len)
         true_len += len(block)
     req = chat.answer(QUESTION)
-    assert report(req)["memory"] == {"loaded": BUDGET, "missed": 0, "stored": False}
+    told = report(req)
+    assert told["memory"] == {"loaded": BUDGET, "missed": 0, "stored": False}
+    assert (told["reused_tokens"], told["fresh_tokens"]) == (BUDGET, len(QUESTION))
+    assert told["conversation_tokens"] == 0
+    assert "moved_tokens" not in told
     wanted = oracle.answer(QUESTION, true_len, [shared, memory])
     agrees_with_oracle(req, wanted, 1e-4)
     # The test can tell: positions that begin behind the slots give another answer.
@@ -424,6 +428,7 @@ def test_a_restart_finds_what_was_written_and_erased_text_goes(engine, monkeypat
         assert torch.equal(back.k, record.k)  # lossless, whatever the folder's codec
         assert chat.step(BLOCKS[2], PROBES[2])["stored"]
         # A slot's KV holds something of all tokens before it, its own ids may be others.
+        assert runtime.tiers.drain(60)
         seen: list[list[int]] = []
         runtime.erased._is_erased = lambda ids, tenant: bool(seen.append(ids.tolist()))
         runtime.erased.is_in(chat.record(), "")

@@ -176,6 +176,21 @@ def test_a_slot_outside_of_the_pool_is_told():
         )
 
 
+@needs_library
+def test_a_shift_reads_and_writes_nothing_outside_of_its_tensors():
+    k_pool, v_pool = torch.zeros(9, 1, 8), torch.zeros(8, 1, 8)
+    spec = RotarySpec.from_inv_freq(10000.0 ** -(torch.arange(0, 8, 2) / 8))
+    shift = plan_mean_shift([(0, 9)], torch.tensor([3, 5, 7]), torch.arange(9), spec)
+    new = torch.ones(3, 1, 8)
+    with pytest.raises(IndexError, match=r"slots 0\.\.8 for a pool of 8"):
+        mean_shift_inplace(k_pool, v_pool, new, new, shift)
+    for short in ({"v_new": new[:2]}, {"k_old": new[:2], "v_old": new}):
+        rows = {"k_new": new, "v_new": new} | short
+        with pytest.raises(IndexError, match="row 2 of 2 rows"):
+            mean_shift_inplace(k_pool, k_pool.clone(), plan=shift, **rows)
+    assert not bool(k_pool.any())
+
+
 def test_types_that_it_does_not_read_go_to_torch():
     heads = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
     plan = plan_position_causal([torch.arange(9)], [torch.arange(9)], **heads)

@@ -2,108 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
+from sale_calls import (
+    DIM,
+    KV_HEADS,
+    Q_HEADS,
+    SMALL,
+    TOKENS,
+    always_read,
+    call_of,
+    choose,
+    keys_read,
+    lookups,
+    planted,
+    weights_of,
+)
 from tolerances import TOLERANCE
 
-from rag_kernels import (
-    AttentionCall,
-    create_attention_method,
-    plan_position_causal,
-    position_causal_attention,
-)
 from rag_kernels.sparse.sale.estimate import KeyTable, largest_excess
 from rag_kernels.sparse.sale.quantization import quantize_int4
 from rag_kernels.sparse.sale.selection import row_thresholds
 from rag_kernels.sparse.sale.smoothing import smooth_keys, smooth_queries
 
-SMALL = "block_q=16+block_k=8+local_window=32+segment=32+min_tokens=64"
-Q_HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 32, 460
-
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(3)
-
-
-def lookups(tokens=TOKENS):
-    """Which row of which head looks for which key."""
-    keys = range(33, tokens - 120, 17)
-    return [(key, key + far, key % Q_HEADS) for key in keys for far in (90, 119)]
-
-
-def planted(tokens=TOKENS, dtype=torch.float32):
-    """Queries, keys, values: a mean, neighbours that matter, and single far keys that a row here and there looks for."""
-    rest = torch.randn(tokens, KV_HEADS, DIM)
-    k = rest + 2 * torch.randn(KV_HEADS, DIM)
-    q = 0.3 * torch.randn(tokens, Q_HEADS, DIM) + 0.1 * torch.randn(Q_HEADS, DIM)
-    near = torch.zeros(tokens, DIM)
-    for token in range(1, tokens):  # alike over some thirty tokens
-        near[token] = 0.97 * near[token - 1] + 0.24 * torch.randn(DIM)
-    k += near[:, None]
-    q += near[:, None]
-    for key, row, head in lookups(tokens):
-        q[row, head] += 1.5 * rest[key, head // (Q_HEADS // KV_HEADS)]
-    return q.to(dtype), k.to(dtype), torch.randn(tokens, KV_HEADS, DIM).to(dtype)
-
-
-def call_of(q, k, v, positions=None, slots=None, scale=DIM**-0.5, **more):
-    positions = torch.arange(len(q)) if positions is None else positions
-    plan = plan_position_causal(
-        [positions],
-        [torch.arange(len(k)) if slots is None else slots],
-        num_q_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-    )
-    return AttentionCall(q_RNH=q, k_pool=k, v_pool=v, plan=plan, scale=scale, **more)
-
-
-def choose(method, call, layer=0):
-    made = create_attention_method(method)
-    mask = made.mask(layer, call, made.prepare(call.plan, (0,)))
-    if mask is None or mask.requests[0] is None:
-        return None
-    mask.check(call.plan)
-    return mask
-
-
-def attend(call, mask=None):
-    return position_causal_attention(
-        call.q_RNH, call.k_pool, call.v_pool, call.plan, call.scale, mask=mask
-    )
-
-
-def keys_read(mask, tokens):
-    """bool ``[Hq, rows, keys]`` by the rule of masks."""
-    rows = torch.arange(tokens)
-    blocks = mask.requests[0]
-    read = blocks.rows(rows).repeat_interleave(blocks.key_block, dim=2)[..., :tokens]
-    return read & (rows[None, :] <= rows[:, None])
-
-
-def always_read(tokens, block_q=16, block_k=8, local=32, segment=32, min_tokens=64):
-    """Sink, neighbourhood and early rows by their definition, bool ``[rows, keys]``."""
-    read = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for row in range(tokens):
-        start = row // block_q * block_q
-        end = max(0, start - local) // segment * segment
-        read[row, :block_k] = read[row, end:] = True
-        if start < min_tokens:
-            read[row] = True
-    return read.tril()
-
-
-def weights_of(call):
-    """Softmax weights of every row, fp32 ``[Hq, rows, keys]``."""
-    q, k = call.q_RNH.float(), call.k_pool.float()
-    group = q.shape[1] // k.shape[1]
-    logits = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * call.scale
-    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
-    return logits.masked_fill(hidden, -math.inf).softmax(-1)
 
 
 # -- S1: smoothing and quantisation -----------------------------------------------------------------
@@ -324,97 +251,3 @@ def test_heavy_keys_are_found_that_block_means_hide():
 
 
 # -- pieces, other rows, batches --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("estimate", ["int4", "exact"])
-@pytest.mark.parametrize("cuts", [(160, 320), (16, 48, 448), (256,)])
-def test_pieces_choose_what_the_whole_prompt_chooses(estimate, cuts):
-    q, k, v = planted()
-    method = f"sale:thresholds=0.02+{SMALL}+estimate={estimate}"
-    whole = choose(method, call_of(q, k, v)).requests[0]
-    edges = (0, *cuts, TOKENS)
-    for start, stop in itertools.pairwise(edges):
-        unwritten = k.clone()
-        unwritten[stop:] = float("nan")
-        call = call_of(q[start:stop], unwritten, v, torch.arange(start, stop), torch.arange(stop))
-        mask = choose(method, call)
-        if mask is None:
-            assert stop <= 96  # so early that everything is read
-            continue
-        piece = mask.requests[0]
-        rows = torch.arange(start, stop)
-        read = piece.rows(rows)
-        assert torch.equal(read, whole.rows(rows)[..., : read.shape[2]])
-
-
-def test_scattered_rows_in_any_order_choose_from_the_right_keys():
-    """Exact logits of a row block do not depend on which other rows of it are there, a kept block does."""
-    q, k, v = planted()
-    rows = torch.randperm(TOKENS)[:90]
-    method = f"sale:thresholds=0.02+{SMALL}+estimate=exact"
-    whole = choose(method, call_of(q, k, v)).requests[0]
-    slots = torch.randperm(TOKENS)
-    pool_k, pool_v = torch.empty_like(k), torch.empty_like(v)
-    pool_k[slots], pool_v[slots] = k, v
-    call = call_of(q[rows], pool_k, pool_v, rows, slots)
-    mask = choose(method, call)
-    part = mask.requests[0].rows(rows)
-    assert not bool((part & ~whole.rows(rows)[..., : part.shape[2]]).any())
-    weights = weights_of(call_of(q, k, v))[:, rows]
-    read = part.repeat_interleave(8, dim=2)[..., :TOKENS]
-    assert weights[..., : read.shape[2]].masked_fill(read, 0).max() <= 0.02 * (1 + 1e-4)
-    got = attend(call, mask)
-    torch.testing.assert_close(got, attend(call_of(q, k, v), None)[rows], atol=0.2, rtol=0.2)
-
-
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
-def test_a_batch_of_several_prompts(kernel):
-    lengths = (TOKENS, 40, 0, 200)
-    made = [planted(max(n, 1)) for n in lengths]
-    q, k, v = (torch.cat([m[i][:n] for m, n in zip(made, lengths, strict=True)]) for i in range(3))
-    slots = list(torch.arange(sum(lengths)).split(lengths))
-    plan = plan_position_causal(
-        [torch.arange(n) for n in lengths],
-        slots,
-        num_q_heads=Q_HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        kernel=kernel,
-    )
-    call = AttentionCall(q_RNH=q, k_pool=k, v_pool=v, plan=plan, scale=DIM**-0.5)
-    method = create_attention_method(f"sale:thresholds=0.02+{SMALL}")
-    mask = method.mask(0, call, method.prepare(plan, (0, 1, 2)))
-    assert [blocks is None for blocks in mask.requests] == [False, True, True, True]
-    alone = choose(f"sale:thresholds=0.02+{SMALL}", call_of(*made[0]))
-    assert torch.equal(mask.requests[0].allowed, alone.requests[0].allowed)
-    got = attend(call, mask)
-    torch.testing.assert_close(
-        got[:TOKENS], attend(call_of(*made[0]), alone), **TOLERANCE[torch.float32]
-    )
-
-
-def test_where_nothing_is_known_everything_is_read():
-    q, k, v = planted()
-    method = f"sale:thresholds=0.02+{SMALL}"
-    assert choose(method, call_of(q, k, v)) is not None
-    assert choose(method, call_of(q, k, v, sliding_window=200)) is None
-    assert choose(method, call_of(q, k, v, logit_cap=30.0)) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("block_q=48", "segment 128 is not a multiple of block_q 48"),
-        ("block_k=0", "must be at least 8"),
-        ("block_q=4+block_k=4+segment=4", "must be at least 8"),
-        ("min_tokens=8", "more than block_k 32"),
-        ("granularity=warp", "one of token, thread_group"),
-        ("thresholds=nan", "must be at least 0"),
-        ("thresholds=-1", "must be at least 0"),
-        ("thresholds=no-such", "'no-such' are not known; give auto, a number, or one of"),
-        ("thresholds=../../etc/passwd", "are not known"),
-    ],
-)
-def test_a_bad_option_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        create_attention_method(f"sale:{options}")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -141,3 +146,42 @@ def test_queries_that_are_no_numbers_cost_their_own_block_alone(value, dtype):
         others = torch.arange(want.shape[1]) != 300 // 16
         assert torch.equal(got[:, others], want[:, others])
         assert bool(got[:, :, 0].all())
+
+
+def test_queries_of_another_plan_are_told():
+    call = call_of(4, 2, 64, torch.bfloat16)
+    for other in (call.q_RNH[:-1], call.q_RNH[:, :3], call.q_RNH[..., :32]):
+        wrong = dataclasses.replace(call, q_RNH=other)
+        with pytest.raises(IndexError, match="for a plan of 460 rows, 4 heads of 64"):
+            chosen(wrong, f"{SMALL}+thresholds=0.2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+def test_memory_of_a_long_prompt_is_given_back():
+    """400,000 keys of 256 dimensions are 410 MB without their mean; all stand in one slot."""
+    script = f"""
+import os, sys, torch
+from rag_kernels import AttentionCall, create_attention_method, plan_position_causal
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def choose(keys):
+    plan = plan_position_causal([torch.tensor([keys - 1])], [torch.zeros(keys, dtype=torch.int64)],
+                                num_q_heads=1, num_kv_heads=1, head_dim=256)
+    pool = torch.ones(1, 1, 256)
+    call = AttentionCall(q_RNH=torch.ones(1, 1, 256), k_pool=pool, v_pool=pool, plan=plan, scale=0.1)
+    method = create_attention_method("{SMALL}+thresholds=0.2")
+    method.mask(0, call, method.prepare(plan, (0,)))
+choose(4_000)
+before = resident()
+choose(400_000)
+print(resident() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert float(done.stdout) < 256 + 32

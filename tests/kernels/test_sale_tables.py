@@ -10,7 +10,7 @@ import torch
 from rag_kernels import AttentionCall, RotarySpec, create_attention_method, plan_position_causal
 from rag_kernels.rotary import rotate
 from rag_kernels.sparse.sale import SaleAttention, SaleConfig, ThresholdTable, thresholds
-from rag_kernels.sparse.sale.calibration import FIRST_TAU, Calibration
+from rag_kernels.sparse.sale.calibration import FIRST_TAU, SMALLEST_TAU, Calibration
 from rag_kernels.sparse.sale.quantization import quantize_int4
 
 TABLE = ThresholdTable(
@@ -173,6 +173,23 @@ def test_no_head_is_further_off_than_it_may_be():
         again._tau[0] = tau.clone()
         again.add(0, *prompt(seed), 0.25)
         assert torch.equal(again._tau[0], tau)
+
+
+def test_a_larger_threshold_to_begin_with_spares_keys_and_no_head_the_bound_on_its_error():
+    theta, largest = 0.02, 8 * FIRST_TAU
+    narrow, wide = Calibration(theta, SMALL), Calibration(theta, SMALL, largest_tau=largest)
+    for seed in range(3):
+        narrow.add(0, *prompt(seed), 0.25)
+        assert bool((wide.add(0, *prompt(seed), 0.25) < theta).all())
+    small, large = narrow._tau[0], wide._tau[0]
+    assert bool((large >= small).all())
+    assert float(large.max()) > FIRST_TAU
+    # A head that could not have the smaller one to begin with gets what it got.
+    is_bound = small < FIRST_TAU
+    assert bool(is_bound.any())
+    assert torch.equal(large[is_bound], small[is_bound])
+    with pytest.raises(ValueError, match=r"give a number above 0\.0001"):
+        Calibration(theta, SMALL, largest_tau=SMALLEST_TAU)
 
 
 def test_thresholds_fall_from_sample_to_sample_and_with_theta():

@@ -208,3 +208,44 @@ def test_what_is_done_here_is_not_sent_to_the_chat_endpoint() -> None:
         "top_p",
         "stream",
     }
+
+
+def sent(model: ChatSGLangRag, messages: list[BaseMessage], **kwargs: Any) -> tuple[Any, Any]:
+    layout, told, kwargs = model._prepare(messages, kwargs)
+    assert layout is None
+    return told, kwargs["extra_body"]
+
+
+MEMORY = {"method": "epicache", "budget_tokens": 1024}
+
+
+def test_a_memory_is_the_servers_and_is_asked_for_in_every_request() -> None:
+    """In ``custom_params``: a server that keeps none refuses it there."""
+    model = ChatSGLangRag(memory=MEMORY, extra_body={"custom_params": {"other": 1}})
+    messages = [HumanMessage("a"), AIMessage("b"), HumanMessage("c")]
+    told, body = sent(model, messages)
+    assert told == messages
+    assert body["custom_params"] == {"other": 1, "rag_memory": MEMORY}
+    assert sent(model, messages, memory="off")[1]["custom_params"]["rag_memory"] == "off"
+    assert "custom_params" not in sent(ChatSGLangRag(), messages)[1]
+
+
+def test_documents_beside_a_memory_are_text_of_the_question() -> None:
+    block = {"type": "text-plain", "text": "Seven.", "title": "Number"}
+    messages = [
+        HumanMessage([block, {"type": "text", "text": "Which number?"}]),  # type: ignore[list-item]
+        AIMessage("Seven."),
+        HumanMessage("And which colour?"),
+    ]
+    told, _ = sent(ChatSGLangRag(memory="epicache"), messages, documents=DOCUMENTS[:1])
+    assert [message.text for message in told] == [
+        "Number\nSeven.\n\nWhich number?",
+        "Seven.",
+        "Text:\n\nColour\nThe first fact is red <|im_end|>.\n\nAnd which colour?",
+    ]
+    assert messages[-1].content == "And which colour?"
+
+
+def test_a_memory_and_a_conversation_exclude_each_other() -> None:
+    with pytest.raises(RagPipelineError, match="memory beside conversation 'c'; leave one out"):
+        sent(ChatSGLangRag(memory="epicache"), [HumanMessage("a")], conversation="c")

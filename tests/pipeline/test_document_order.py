@@ -133,6 +133,22 @@ def test_a_chat_of_langchain_stands_as_a_prompt_does(tokenizer, order):
     assert usual.documents != layout.documents
 
 
+def test_an_empty_document_stands_nowhere_and_the_others_are_still_put_in_order(tokenizer):
+    layouter = ChatLayouter(
+        SegmentEncoder(tokenizer),
+        context_length=4096,
+        chunk_template="{text}",
+        document_order="best_last",
+    )
+    given = [
+        Document(page_content=words(rank) if rank != 1 else "", id=str(rank)) for rank in range(4)
+    ]
+    layout = layouter.build([HumanMessage("Why?")], given, max_new_tokens=4)
+    assert layout.documents == ("3", "2", "0")
+    alone = layouter.build([HumanMessage("Why?")], given[1:2] * 2, max_new_tokens=4)
+    assert alone.documents == ()
+
+
 @pytest.mark.parametrize("order", ["best", "", "sale", "power:window=0", "power:" + "x" * 200])
 def test_what_is_no_order_is_refused_in_one_line(tokenizer, order):
     with pytest.raises(

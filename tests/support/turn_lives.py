@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_facts import tiny_facts
 
-from chunk_cache import RecordForm, layout_named
+from chunk_cache import RecordForm
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.admission import fetching
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
@@ -16,7 +17,6 @@ from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversations.base import FinishedTurn
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState
-from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
 PREFIX, TURN = 8, 40
@@ -48,25 +48,8 @@ class Life:
     """
 
     def __init__(self, *, weights: str = "w", room: int = 1 << 20, **settings: Any) -> None:
-        facts = ModelFacts(
-            layers=(None,),
-            num_q_heads=1,
-            num_kv_heads=1,
-            head_dim=2,
-            scaling=1.0,
-            rotary=None,
-            layout=layout_named("heads"),
-            fingerprint=weights,
-            context_fields={
-                "model_fingerprint": weights,
-                "dtype": "float32",
-                "kv_dtype": "float32",
-                "rope": "{}",
-            },
-            qkv_share=0.1,
-        )
         config = FusionConfig(store_bytes=room, **settings)
-        self.runtime = FusionRuntime(config, facts)
+        self.runtime = FusionRuntime(config, tiny_facts(weights))
         kv = torch.zeros(1, 1, 1, 2)
         self.runtime.record_form = RecordForm("heads", kv, kv)
         persistence.start_tiers(self.runtime, "no-model")

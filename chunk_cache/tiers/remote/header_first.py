@@ -14,7 +14,7 @@ from chunk_cache.keys import ChunkKey, TokenIds
 from chunk_cache.records import ChunkKV, seen_ids
 from chunk_cache.tiers.base import LayerReader, Tier
 from chunk_cache.tiers.encoding import RecordHeader
-from chunk_cache.tiers.prefetch import Fetch, FetchGate, PrefetchedRecord
+from chunk_cache.tiers.prefetch import FetchGate, FetchLayers, PrefetchedRecord
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -26,11 +26,11 @@ class FoundRecord:
     header : RecordHeader
         Of the record.
     fetch : callable
-        Brings its layers, see :data:`~chunk_cache.tiers.prefetch.Fetch`.
+        Brings its layers, see :data:`~chunk_cache.tiers.prefetch.FetchLayers`.
     """
 
     header: RecordHeader
-    fetch: Fetch
+    fetch: FetchLayers
 
 
 class HeaderFirstTier(Tier):

@@ -36,11 +36,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import (
     benchmark_parser,
+    keep_measured,
     run_benchmark,
     time_in_turns,
     versions_of,
 )
-from rag_eval.benchmarks.power_nll import static_named
+from rag_eval.benchmarks.named_methods import static_density, static_named
 from rag_eval.command import Progress
 from rag_eval.errors import EvalError
 from rag_kernels import (
@@ -119,31 +120,32 @@ def _numbers(config: AttentionKernelsConfig, name: str) -> list[float]:
 def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
     """Time every call; see the module."""
     before = torch.get_num_threads()
-    cases = []
+    cases: list[dict[str, Any]] = []
     try:
-        for length in map(int, _numbers(config, "lengths")):
-            calls, density, kernel = _calls(config, length)
-            for threads in map(int, _numbers(config, "threads")):
-                torch.set_num_threads(threads)
-                progress(f"{length} tokens, {threads} thread(s)")
-                timers = time_in_turns(calls, config.repeats, progress)
-                times = {name: timer.report() for name, timer in timers.items()}
-                cases.append(
-                    {
-                        "tokens": length,
-                        "threads": threads,
-                        "kernel": kernel,
-                        "calls": {
-                            name: {
-                                **time,
-                                "density": density.get(name, 1.0),
-                                "vs_torch": _ratios(time, times[_base(name, "torch causal")]),
-                                "vs_all_rows": _ratios(time, times[_base(name, "rows 1")]),
-                            }
-                            for name, time in times.items()
-                        },
-                    }
-                )
+        with keep_measured(lambda: cases) as end:
+            for length in map(int, _numbers(config, "lengths")):
+                calls, density, kernel = _calls(config, length)
+                for threads in map(int, _numbers(config, "threads")):
+                    torch.set_num_threads(threads)
+                    progress(f"{length} tokens, {threads} thread(s)")
+                    timers = time_in_turns(calls, config.repeats, progress)
+                    times = {name: timer.report() for name, timer in timers.items()}
+                    cases.append(
+                        {
+                            "tokens": length,
+                            "threads": threads,
+                            "kernel": kernel,
+                            "calls": {
+                                name: {
+                                    **time,
+                                    "density": density.get(name, 1.0),
+                                    "vs_torch": _ratios(time, times[_base(name, "torch causal")]),
+                                    "vs_all_rows": _ratios(time, times[_base(name, "rows 1")]),
+                                }
+                                for name, time in times.items()
+                            },
+                        }
+                    )
     finally:
         torch.set_num_threads(before)
     return {
@@ -151,7 +153,7 @@ def run(config: AttentionKernelsConfig, progress: Progress) -> dict[str, Any]:
         "cases": cases,
         "versions": versions_of("python", "torch"),
         "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    } | end.report()
 
 
 def _base(name: str, other: str) -> str:
@@ -226,7 +228,7 @@ def _calls(
         )
         mask = method.prepare(plan, [0])
         calls[text] = attention(torch.arange(length), mask)
-        density[text] = float(_pairs(method, length)) / (length * (length + 1) / 2)
+        density[text] = static_density(method, length)
     if config.method_names:
         one = SimpleNamespace(req_pool_indices=torch.tensor([0]), seq_lens=torch.tensor([length]))
 
@@ -249,16 +251,6 @@ def _calls(
                 decode(kept_positions(method, length - 1)).keys_read / length
             )
     return calls, density, "/".join(sorted(kernels))
-
-
-def _pairs(method: StaticBlocks, length: int) -> int:
-    """Pairs of a row and a key that it reads."""
-    size = method.config.block
-    blocks = -(-length // size)
-    tokens = torch.full((blocks,), size)
-    tokens[-1] = length - (blocks - 1) * size
-    before = method.allowed(0, blocks - 1).tril(-1).long() @ tokens
-    return int((tokens * before + tokens * (tokens + 1) // 2).sum())
 
 
 def table(report: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from rag_eval.errors import EvalError
 from rag_kernels import AttentionMethod, plan_position_causal, position_causal_attention
 from rag_kernels.attention.base import AttentionCall
-from rag_kernels.attention.mask import RequestBlocks
+from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.sparse.methods_of_pass import MethodsOfPass
 
@@ -22,6 +24,30 @@ _LOGIT_ROWS = 128
 
 SeeLayer = Callable[[int, AttentionCall], object]
 """``see(layer, call)``: what a layer's attention is given, before it is computed."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Spent:
+    """What prefills cost.
+
+    Attributes
+    ----------
+    prefill_s, attention_s, mask_s : float
+        CPU time of this process: of all, of attention with finding the keys, of finding them.
+    read, seen : float
+        Pairs of a row and a key that were read, and that causality allows, the mean over the heads.
+    """
+
+    prefill_s: float = 0.0
+    attention_s: float = 0.0
+    mask_s: float = 0.0
+    read: float = 0.0
+    seen: float = 0.0
+
+    @property
+    def density(self) -> float:
+        """Share of the keys that were read; 1 where nothing was prefilled."""
+        return self.read / self.seen if self.seen else 1.0
 
 
 class MethodModel:
@@ -52,6 +78,13 @@ class MethodModel:
         self._passes: MethodsOfPass | None = None
         self._plan: PositionCausalPlan | None = None
         self._see: SeeLayer | None = None
+        self._spent = Spent()
+        self._is_counted = False
+
+    def take_spent(self) -> Spent:
+        """What :meth:`prefill` cost since this was last asked for."""
+        spent, self._spent = self._spent, Spent()
+        return spent
 
     def prefill(
         self,
@@ -78,7 +111,11 @@ class MethodModel:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        return self._pass(ids, method, cache, see), cache
+        self._is_counted, began = True, time.process_time()
+        hidden = self._pass(ids, method, cache, see)
+        self._spent.prefill_s += time.process_time() - began
+        self._is_counted = False
+        return hidden, cache
 
     def losses(self, hidden: Tensor, following: Sequence[int]) -> Tensor:
         """Negative log-likelihood of a token behind each row; fp64 ``[R]``."""
@@ -178,9 +215,23 @@ class MethodModel:
         layer = module.layer_idx
         if self._see is not None:
             self._see(layer, call)
+        began = time.process_time()
         kept = self._passes.mask(layer, call)
+        found = time.process_time()
         out = position_causal_attention(q, k, v, self._plan, scale, mask=kept)
+        if self._is_counted:
+            self._count(kept, found - began, time.process_time() - began)
         return out[None], None
+
+    def _count(self, kept: BlockMask | None, mask_s: float, attention_s: float) -> None:
+        assert self._plan is not None
+        positions = self._plan.positions
+        seen = int(positions.sum()) + positions.numel()
+        blocks = None if kept is None else kept.requests[0]
+        self._spent.mask_s += mask_s
+        self._spent.attention_s += attention_s
+        self._spent.seen += seen
+        self._spent.read += float(seen) if blocks is None else blocks.keys_read(positions)
 
 
 def blocks_of(method: AttentionMethod, layer: int, call: AttentionCall) -> RequestBlocks | None:

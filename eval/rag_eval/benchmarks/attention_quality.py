@@ -7,7 +7,8 @@ they keep there, all layers and heads, ``recall_worst`` that of the worst head. 
 method. ``nll_delta`` is the loss of the prose behind the first 1,024 tokens, relative to dense. Questions are prefilled by
 the method, too, each as a piece behind its document; what follows reads every key. An answer is right where greedy
 decoding says it in full; chance is 0. All methods see the same documents, and intervals are those of pairs with
-dense (bootstrap, 95%). ``vertical_slash`` chooses for a document by the last rows of the document.
+dense (bootstrap, 95%). ``prefill_cpu_vs_dense`` and ``attention_cpu_vs_dense`` compare the CPU time of all prefills with that of
+dense, in this process; an engine's is told by ``rag-pipeline bench attention``. ``vertical_slash`` chooses for a document by the last rows of the document.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.attention_density import density_by_length
-from rag_eval.benchmarks.attention_model import MethodModel
+from rag_eval.benchmarks.attention_density import SHORTEST, density_by_length, length_words
+from rag_eval.benchmarks.attention_model import MethodModel, Spent
 from rag_eval.benchmarks.attention_prompts import KINDS, Document, make_document
-from rag_eval.benchmarks.attention_seen import SeenAttention, named_method
-from rag_eval.benchmarks.frame import Report, benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.attention_seen import SeenAttention
+from rag_eval.benchmarks.frame import (
+    Report,
+    benchmark_parser,
+    keep_measured,
+    run_benchmark,
+    versions_of,
+)
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
+from rag_eval.errors import EvalError
 from rag_eval.metrics import interval
 from rag_eval.runner.prompts import PromptMaker
 from rag_kernels import AttentionMethod
@@ -52,7 +60,9 @@ class AttentionQualityConfig:
     lengths: str = "4096"
     """Tokens of the prompts, comma between."""
     density: str = "0.3"
-    """Share of the keys that all read: one for all lengths, or one per length, comma between."""
+    """Share of the keys that all read: one for all lengths, or one per length, comma between; as they are if empty."""
+    kinds: str = ",".join(KINDS)
+    """Kinds of documents, comma between; only the prose of ``passkey`` has a loss."""
     documents: int = 2
     """Documents of each kind, per length."""
     questions: int = 12
@@ -67,6 +77,13 @@ class AttentionQualityConfig:
         for name in self.method_names:
             named_method(name)
         _ = self.densities
+        if not self.kind_list or set(self.kind_list) - set(KINDS):
+            raise EvalError(f"kinds is {self.kinds!r}; give some of {','.join(KINDS)}")
+
+    @property
+    def kind_list(self) -> list[str]:
+        """Kinds as given."""
+        return list(dict.fromkeys(word.strip() for word in self.kinds.split(",") if word.strip()))
 
     @property
     def method_names(self) -> list[str]:
@@ -76,7 +93,11 @@ class AttentionQualityConfig:
 
     @property
     def densities(self) -> dict[int, float]:
-        """Density by length."""
+        """Density by length; 0 where none was asked for."""
+        if not self.density:
+            return dict.fromkeys(
+                sorted(map(int, length_words(self.lengths, shortest=SHORTEST))), 0.0
+            )
         return density_by_length(self.lengths, self.density)
 
 
@@ -91,7 +112,7 @@ class _Scores:
     answer_loss: dict[str, list[float]] = dataclasses.field(
         default_factory=lambda: {kind: [] for kind in KINDS}
     )
-    seconds: float = 0.0
+    spent: Spent = dataclasses.field(default_factory=Spent)
 
 
 def run(config: AttentionQualityConfig, progress: Progress = no_progress) -> Report:
@@ -108,20 +129,16 @@ def run(config: AttentionQualityConfig, progress: Progress = no_progress) -> Rep
     fingerprint = fingerprint_checkpoint(folder)
     model = MethodModel(folder)
     lengths: dict[str, Any] = {}
-    interrupted = False
-    try:
+    with keep_measured(lambda: any(lengths.values())) as end:
         for tokens, density in config.densities.items():
             rows = lengths[str(tokens)] = {}
             for name, row in _compare(config, model, fingerprint, maker, tokens, density, progress):
                 rows[name] = row
-    except KeyboardInterrupt:
-        interrupted = True
     return {
         "config": dataclasses.asdict(config),
         "lengths": lengths,
-        "interrupted": interrupted,
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def _compare(
@@ -137,24 +154,25 @@ def _compare(
     documents = [
         make_document(kind, tokens, config.questions, maker.encode, f"{config.seed}/{number}")
         for number in range(config.documents)
-        for kind in KINDS
+        for kind in config.kind_list
     ]
-    seen = SeenAttention(
-        model, fingerprint, {one.kind: one.ids for one in documents[: len(KINDS)]}, progress
-    )
-    told = {DENSE: {"options": DENSE}} | seen.brought_to(
-        density, config.method_names, tokens, progress
-    )
-    del seen
+    told: dict[str, dict[str, Any]] = {
+        name: {"options": name} for name in (DENSE, *config.method_names)
+    }
+    if density:
+        first = {one.kind: one.ids for one in documents[: len(config.kind_list)]}
+        seen = SeenAttention(model, fingerprint, first, progress)
+        told |= seen.brought_to(density, config.method_names, tokens, progress)
+        del seen
     dense: _Scores | None = None
     for name, facts in told.items():
         method = None if name == DENSE else named_method(facts["options"]).for_model(fingerprint)
         scores = _Scores()
-        began = time.process_time()
+        model.take_spent()
         for number, document in enumerate(documents, 1):
             _score(model, method, document, config, scores)
             progress(f"{tokens} tokens, {facts['options']}, document {number} of {len(documents)}")
-        scores.seconds = time.process_time() - began
+        scores.spent = model.take_spent()
         dense = dense or scores
         row = facts | _compared(scores, dense)
         progress(f"{tokens} tokens, {row}")
@@ -182,14 +200,19 @@ def _score(
 
 def _compared(scores: _Scores, dense: _Scores) -> dict[str, Any]:
     """Means, and differences to dense with their intervals."""
-    base = statistics.mean(dense.losses)
-    made: dict[str, Any] = {
-        "nll": round(statistics.mean(scores.losses), 4),
-        "nll_delta": round(statistics.mean(scores.losses) / base - 1, 5),
-        "nll_delta_interval": interval(scores.losses, dense.losses, base),
-        "nll_n": len(scores.losses),
-    }
-    for kind in KINDS:
+    made: dict[str, Any] = {"density": round(scores.spent.density, 4)} | _cost(
+        scores.spent, dense.spent
+    )
+    if dense.losses:
+        base = statistics.mean(dense.losses)
+        made |= {
+            "nll": round(statistics.mean(scores.losses), 4),
+            "nll_delta": round(statistics.mean(scores.losses) / base - 1, 5),
+            "nll_delta_interval": interval(scores.losses, dense.losses, base),
+            "nll_n": len(scores.losses),
+        }
+    kinds = [kind for kind in KINDS if dense.right[kind]]
+    for kind in kinds:
         right = scores.right[kind]
         made |= {
             kind: round(statistics.mean(right), 4),
@@ -198,30 +221,45 @@ def _compared(scores: _Scores, dense: _Scores) -> dict[str, Any]:
             f"{kind}_n": len(right),
         }
     whole, whole_dense = (
-        [value for kind in KINDS for value in one.right[kind]] for one in (scores, dense)
+        [value for kind in kinds for value in one.right[kind]] for one in (scores, dense)
     )
     return made | {
         "retrieval": round(statistics.mean(whole), 4),
         "retrieval_delta_interval": interval(whole, whole_dense),
         "retrieval_n": len(whole),
-        "cpu_s": round(scores.seconds, 1),
+    }
+
+
+def _cost(own: Spent, dense: Spent) -> dict[str, Any]:
+    """CPU time of the prefills, and its ratio to dense attention in the same run."""
+    return {
+        "prefill_cpu_s": round(own.prefill_s, 2),
+        "attention_cpu_s": round(own.attention_s, 2),
+        "prefill_cpu_vs_dense": round(own.prefill_s / dense.prefill_s, 4),
+        "attention_cpu_vs_dense": round(own.attention_s / dense.attention_s, 4),
+        "estimation_cpu_vs_dense": round(own.mask_s / dense.attention_s, 4),
     }
 
 
 def table(report: Report) -> str:
     """One line per length and method."""
     lines = [
-        f"{'tokens':>6} {'method':<44} {'density':>7} {'recall':>7} {'worst':>6} {'NLL':>8} "
+        f"{'tokens':>6} {'method':<44} {'density':>7} {'recall':>7} {'worst':>6} {'attention':>9} {'prefill':>8} {'NLL':>8} "
         f"{'95%':>17} {'key-value':>9} {'passkey':>8} {'difference, 95%':>17}"
     ]
     for length, methods in report["lengths"].items():
         for row in methods.values():
-            low, high = row["nll_delta_interval"]
             less, more = row["retrieval_delta_interval"]
+            key_value, passkey = (f"{row[kind]:.0%}" if kind in row else "-" for kind in KINDS)
+            nll = span = "-"
+            if "nll_delta" in row:
+                low, high = row["nll_delta_interval"]
+                nll, span = f"{row['nll_delta']:+.2%}", f"{low:+.2%} {high:+.2%}"
             lines.append(
-                f"{length:>6} {row['options']:<44} {row.get('density', 1.0):>7.3f} {row.get('recall', 1.0):>7.3f} "
-                f"{row.get('recall_worst', 1.0):>6.2f} {row['nll_delta']:>+8.2%} {low:>+8.2%} {high:>+8.2%} "
-                f"{row['key_value']:>9.0%} {row['passkey']:>8.0%} {less:>+8.0%} {more:>+8.0%}"
+                f"{length:>6} {row['options']:<44} {row['density']:>7.3f} {row.get('recall', 1.0):>7.3f} "
+                f"{row.get('recall_worst', 1.0):>6.2f} {row['attention_cpu_vs_dense']:>9.3f} "
+                f"{row['prefill_cpu_vs_dense']:>8.3f} {nll:>8} {span:>17} {key_value:>9} {passkey:>8} "
+                f"{less:>+8.0%} {more:>+8.0%}"
             )
     return "\n".join(lines)
 

@@ -10,18 +10,9 @@ import torch
 from rag_eval.benchmarks.attention_density import brought_to
 from rag_eval.benchmarks.attention_mass import Kept, MassGrid, added, density_of
 from rag_eval.benchmarks.attention_model import MethodModel, blocks_of
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
-from rag_eval.errors import EvalError
-from rag_kernels import AttentionMethod, create_attention_method
 from rag_kernels.attention.base import AttentionCall
-
-
-def named_method(text: str) -> AttentionMethod:
-    """Make a method; a text that names none is one line."""
-    try:
-        return create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
 
 
 class SeenAttention:
@@ -68,8 +59,7 @@ class SeenAttention:
 
     def density(self, text: str) -> float:
         """Share of the keys that a method reads, all prompts together."""
-        parts = [part for layers in self.kept(text).values() for part in layers]
-        return density_of(parts)
+        return _density(self.kept(text))
 
     def report(self, text: str) -> dict[str, Any]:
         """Density and recall of attention mass, all together and by prompt."""
@@ -81,7 +71,7 @@ class SeenAttention:
             ]
         )
         made: dict[str, Any] = {
-            "density": round(self.density(text), 4),
+            "density": round(_density(kept), 4),
             "recall": round(float(by_head.mean()), 4),
             "recall_worst": round(float(by_head.min()), 4),
             "recall_heads": by_head.numel(),
@@ -108,3 +98,7 @@ class SeenAttention:
             told[name] = {"options": options} | self.report(options)
             progress(f"{tokens} tokens, {told[name]}")
         return told
+
+
+def _density(kept: Mapping[str, Sequence[Kept]]) -> float:
+    return density_of([part for layers in kept.values() for part in layers])

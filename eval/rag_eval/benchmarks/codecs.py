@@ -28,7 +28,7 @@ import torch
 from chunk_cache import CODECS, LOSSLESS
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.codec_store import copy_with_codec, fill_folder
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark
 from rag_eval.command import Progress, no_progress
 from rag_eval.datasets import DatasetOptions, load_dataset
 from rag_eval.errors import EvalError
@@ -129,26 +129,28 @@ def run(config: CodecBenchConfig, progress: Progress = no_progress) -> dict[str,
             full, _ = _follow(session, prompts, Mode(name=FULL))
         finally:
             session.close()
-        for codec in config.codec_names:
-            target = Path(scratch) / codec
-            found[codec] = copy_with_codec(source, target, codec)
-            progress(f"{codec}: {found[codec]}")
-            with fusion_settings(store_dir=str(target), passage_file=passage, background=False):
-                session = start_session(maker, vocabulary, {})
-            try:
-                logits[codec] = {}
-                for mode in config.fused_modes:
-                    rows, reused = _follow(session, prompts, mode)
-                    logits[codec][mode.name] = rows
-                    found[codec][mode.name] = {
-                        "reused_tokens": statistics.fmean(reused),
-                        "kl_to_full": _spread(_distances(full, rows)),
-                        "kl_to_plain": _spread(_distances(logits[LOSSLESS][mode.name], rows)),
-                        "same_tokens_as_plain": _agreement(logits[LOSSLESS][mode.name], rows),
-                    }
-                    progress(f"{codec} {mode.name}: {found[codec][mode.name]}")
-            finally:
-                session.close()
+        with keep_measured(lambda: found) as end:
+            for codec in config.codec_names:
+                target = Path(scratch) / codec
+                row = copy_with_codec(source, target, codec)
+                progress(f"{codec}: {row}")
+                with fusion_settings(store_dir=str(target), passage_file=passage, background=False):
+                    session = start_session(maker, vocabulary, {})
+                try:
+                    logits[codec] = {}
+                    for mode in config.fused_modes:
+                        rows, reused = _follow(session, prompts, mode)
+                        logits[codec][mode.name] = rows
+                        row[mode.name] = {
+                            "reused_tokens": statistics.fmean(reused),
+                            "kl_to_full": _spread(_distances(full, rows)),
+                            "kl_to_plain": _spread(_distances(logits[LOSSLESS][mode.name], rows)),
+                            "same_tokens_as_plain": _agreement(logits[LOSSLESS][mode.name], rows),
+                        }
+                        progress(f"{codec} {mode.name}: {row[mode.name]}")
+                finally:
+                    session.close()
+                found[codec] = row
     return {
         "benchmark": "codecs",
         "codecs": found,
@@ -158,7 +160,7 @@ def run(config: CodecBenchConfig, progress: Progress = no_progress) -> dict[str,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": {"machine": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    } | end.report()
 
 
 def _follow(

@@ -33,7 +33,7 @@ from rag_eval.benchmarks.conversation_chats import (
     read_locomo,
     windows_of,
 )
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_eval.metrics import answer_nll, kl_divergence, log_softmax
@@ -214,14 +214,15 @@ def run(config: ConversationConfig, progress: Progress = no_progress) -> dict[st
     with fusion_settings(conversation_memory=MEMORY, background=False):
         session = start_session(maker, vocabulary, {})
     try:
-        for number, chat in enumerate([chats[0], *chats]):
-            name = dataclasses.replace(chat, id=f"{chat.id}-{number}")
-            one = turn_after_eviction(session, encoder, name, turns=config.turns)
-            two = past_the_window(session, encoder, name, answer_tokens=config.answer_tokens)
-            progress(f"chat {chat.id}: {one['ratio']:.2f} of full prefill, KL {two['kl']:.4f}")
-            if number:  # the first one warms up
-                kept.append(one)
-                cut.append(two)
+        with keep_measured(lambda: cut) as end:
+            for number, chat in enumerate([chats[0], *chats]):
+                name = dataclasses.replace(chat, id=f"{chat.id}-{number}")
+                one = turn_after_eviction(session, encoder, name, turns=config.turns)
+                two = past_the_window(session, encoder, name, answer_tokens=config.answer_tokens)
+                progress(f"chat {chat.id}: {one['ratio']:.2f} of full prefill, KL {two['kl']:.4f}")
+                if number:  # the first one warms up
+                    kept.append(one)
+                    cut.append(two)
     finally:
         session.close()
     return {
@@ -230,7 +231,7 @@ def run(config: ConversationConfig, progress: Progress = no_progress) -> dict[st
         "past_the_window": _spread(cut),
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "sglang", "torch", "rag-pipeline"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:

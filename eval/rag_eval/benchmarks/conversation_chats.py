@@ -11,6 +11,7 @@ from typing import Any
 
 from rag_eval.datasets.core import Encode
 from rag_eval.datasets.filler import paragraphs, sentences
+from rag_eval.datasets.locomo import ordered_sessions
 from rag_eval.errors import EvalError
 from rag_pipeline.prompts.chat_template import (
     ChatTurn,
@@ -63,16 +64,8 @@ def read_locomo(file: Path) -> list[list[Exchange]]:
 
 def _exchanges(talk: dict[str, Any]) -> list[Exchange]:
     first = talk["speaker_a"]
-    sessions = sorted(
-        (
-            key
-            for key, value in talk.items()
-            if key.startswith("session_") and isinstance(value, list)
-        ),
-        key=lambda key: int(key.split("_")[1]),
-    )
     runs: list[tuple[bool, list[str]]] = []
-    for line in (line for key in sessions for line in talk[key]):
+    for line in (line for _, lines in ordered_sessions(talk) for line in lines):
         is_user = line["speaker"] == first
         if not runs or runs[-1][0] != is_user:
             runs.append((is_user, []))

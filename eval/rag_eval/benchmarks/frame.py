@@ -12,20 +12,31 @@ A new benchmark brings its own measuring alone:
     parser = benchmark_parser("python -m rag_eval.benchmarks.NAME", __doc__)
     return run_benchmark(parser, Config, run, table, words)
 
-It is then told from every other by its numbers only: a mistake is one line and exit code 2, a refusal
-behind the options one line and 1, an interrupted run prints what it has and ends with 130.
+What takes minutes is measured inside of :func:`keep_measured`, and the report has what that says of the end::
+
+    with keep_measured(lambda: rows) as end:
+        for size in config.sizes:
+            rows[size] = measure(size)
+    return {"rows": rows} | end.report()
+
+The benchmark is then told from every other by its numbers only: a mistake is one line and exit code 2, a refusal
+behind the options one line and 1. A run that is interrupted or fails on its way prints what it has, and ends with 130 or 1.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.command import (
+    MEASURED_IS_PRINTED,
     Progress,
     broken_off,
     json_line,
@@ -33,6 +44,8 @@ from rag_eval.command import (
     refusals_in_one_line,
     say_progress,
 )
+from rag_pipeline.errors import RagPipelineError
+from retrievers.errors import RetrievalError
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +55,52 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=DataclassInstance)
 
 Report = dict[str, Any]
-"""JSON-ready numbers of a run; ``interrupted`` is true where it was broken off."""
+"""JSON-ready numbers of a run; ``interrupted`` is true where it was broken off, ``failure`` says of what it failed."""
+
+
+@dataclass(slots=True)
+class MeasuringEnd:
+    """How the measuring of a run ended.
+
+    Attributes
+    ----------
+    interrupted : bool
+        Whether it was told to end, by Ctrl-C or SIGTERM.
+    failure : str
+        One line: of what it failed; empty where it did not.
+    """
+
+    interrupted: bool = False
+    failure: str = ""
+
+    def report(self) -> Report:
+        """Fields of the report: ``interrupted``, and ``failure`` where there is one."""
+        said: Report = {"interrupted": self.interrupted}
+        return said | {"failure": self.failure} if self.failure else said
+
+
+@contextmanager
+def keep_measured(measured: Callable[[], object]) -> Iterator[MeasuringEnd]:
+    """Keep what is measured where the block is interrupted or fails; yields how it ended.
+
+    Parameters
+    ----------
+    measured : callable
+        Returns something that is true as soon as a report can be made. Until then every exception goes on.
+    """
+    end = MeasuringEnd()
+    try:
+        yield end
+    except KeyboardInterrupt:
+        if not measured():
+            raise
+        end.interrupted = True
+    except Exception as error:
+        if not measured():
+            raise
+        if not isinstance(error, RagPipelineError | RetrievalError):
+            traceback.print_exc()  # nobody foresaw it, and a line does not say where it was
+        end.failure = " ".join(str(error).split()) or type(error).__name__
 
 
 def benchmark_parser(prog: str, text: str | None) -> OneLineParser:
@@ -85,6 +143,9 @@ def run_benchmark(
 def print_report(report: Report, table: Callable[[Report], str], *, as_json: bool) -> int:
     """Print a report on stdout, and return the exit code that goes with it."""
     print(json_line(report) if as_json else table(report), flush=True)
+    if report.get("failure"):
+        say_progress(f"error: {report['failure']}; {MEASURED_IS_PRINTED}")
+        return 1
     return broken_off(measured=True) if report.get("interrupted") else 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chunk_cache import layer_wise_seconds
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.overlap_config import OverlapConfig
 from rag_eval.benchmarks.overlap_trace import COLUMNS, RequestTrace, plot_traces
 from rag_eval.benchmarks.tiers_config import TiersConfig
@@ -153,7 +153,6 @@ def run(config: OverlapConfig, progress: Progress) -> dict[str, Any]:
     )
     pairs: dict[int, list[Pair]] = {k: [] for k in config.layers_ahead}
     traces: dict[int, RequestTrace] = {}
-    interrupted = False
     skipped = 0
     with tempfile.TemporaryDirectory(prefix="bench-overlap-") as name, throttled_tier() as tier:
         folder = Path(name) / "kv"
@@ -162,7 +161,7 @@ def run(config: OverlapConfig, progress: Progress) -> dict[str, Any]:
         settings: dict[str, Any] = {"tier": tier, "store_dir": str(folder), "trace": True}
         with bench.engine(tier, store_bytes=room, **settings) as session:
             measuring = _Measuring(config, bench, session, folder)
-            try:
+            with keep_measured(lambda: traces) as end:
                 measuring.warm_up()
                 while any(len(rows) < config.repeats for rows in pairs.values()):
                     for k, rows in pairs.items():
@@ -175,10 +174,6 @@ def run(config: OverlapConfig, progress: Progress) -> dict[str, Any]:
                             "the chunks of most requests did not come as they should have; run it on a machine that "
                             "is less busy"
                         )
-            except KeyboardInterrupt:
-                if not traces:
-                    raise
-                interrupted = True
             skipped = measuring.skipped
     told = {str(k): _told(rows, traces[k]) for k, rows in pairs.items() if rows}
     if config.plot:
@@ -192,8 +187,7 @@ def run(config: OverlapConfig, progress: Progress) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions_of("sglang", "torch", "rag-pipeline"),
-        "interrupted": interrupted,
-    }
+    } | end.report()
 
 
 def _told(pairs: Sequence[Pair], trace: RequestTrace) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chunk_cache import Timeline
-from chunk_cache.tiers.timeline import Interval
+from chunk_cache import Interval, Timeline
 
 COLUMNS = ("load_start", "load_end", "wait_start", "compute_start", "compute_end")
 """Of a row of a trace, milliseconds since the request was sent; loads are null where all came from memory."""

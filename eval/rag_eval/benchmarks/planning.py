@@ -39,7 +39,7 @@ from chunk_cache import ChunkKey, ChunkKV, Match, as_token_ids, layout_named
 from chunk_cache.policies import DEFAULT_POLICY, Policy, ScoredPolicy, create_policy
 from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.call_timer import CallTimer, timer_line
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_kernels import RotarySpec, plan_mean_shift
@@ -119,22 +119,25 @@ def run(config: PlanningConfig, progress: Progress = no_progress) -> dict[str, A
         (processes that wanted to run on ``cpus`` cores: with more than those, wall times hold waiting),
         ``versions``.
     """
-    stores = {}
-    for size in config.store_sizes:
-        progress(f"{size} chunks in the store")
-        stores[str(size)] = _Bench(config, size).measure()
+    stores: dict[str, Any] = {}
+    shifts: dict[str, Any] = {}
+    with keep_measured(lambda: stores) as end:
+        for size in config.store_sizes:
+            progress(f"{size} chunks in the store")
+            stores[str(size)] = _Bench(config, size).measure()
+        shifts = measure_shifts(config)
     prompt = config.system_tokens + config.chunks * config.chunk_tokens + config.question_tokens
     return {
         "benchmark": "planning",
         "prompt_tokens": prompt,
         "stores": stores,
-        **measure_shifts(config),
+        **shifts,
         "config": dataclasses.asdict(config),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": versions_of("python", "numpy", "torch"),
-    }
+    } | end.report()
 
 
 def measure_shifts(config: PlanningConfig) -> dict[str, Any]:
@@ -338,6 +341,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         f"  {kind:22} {timer_line(report[kind])}"
         for kind in ("shift", "shift_one_of_many", "shift_many")
+        if kind in report
     ]
     return "\n".join(lines)
 

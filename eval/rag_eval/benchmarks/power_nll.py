@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
+from rag_eval.benchmarks.masked_model import MaskedModel, reads_of, with_dense
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels import create_attention_method
-from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.models import resolve_llm
 from rag_pipeline.prompts import ModelTokenizer
 
@@ -50,73 +48,12 @@ class PowerNllConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "texts")
         require_at_least(self, 4, "tokens")
-        _ = [static_named(text) for text in self.names]
+        with_dense(self.names)
 
     @property
     def names(self) -> list[str]:
         """:attr:`methods` one by one."""
         return self.methods.split(",")
-
-
-def static_named(text: str) -> StaticBlocks:
-    """Make a static attention method; one line where there is none of that name."""
-    try:
-        method = create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
-    if not isinstance(method, StaticBlocks):
-        raise EvalError(f"{text!r} chooses by the prompt; give methods that are static")
-    return method
-
-
-def mask_of(method: StaticBlocks, tokens: int) -> Tensor:
-    """What each row reads, causality on top; bool ``[tokens, tokens]``."""
-    block = torch.arange(tokens) // method.config.block
-    return method.allowed(0, int(block[-1]))[block][:, block].tril()
-
-
-class MaskedModel:
-    """A model of ``transformers`` whose layers read by a method, as long as there is one.
-
-    Parameters
-    ----------
-    folder : str
-        Weights that transformers reads; computed in fp32.
-    """
-
-    def __init__(self, folder: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
-        self._method: StaticBlocks | None = None
-        self._mask: Tensor | None = None
-        for index, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-
-    def _hook(self, index: int) -> Any:
-        def replace(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            if self._method is None or self._method.reads_all(index):
-                return None
-            assert self._mask is not None
-            return args, kwargs | {"attention_mask": self._mask[None, None]}
-
-        return replace
-
-    def logits(self, ids: Tensor, method: StaticBlocks | None, last: int) -> Tensor:
-        """fp32 ``[last, vocabulary]`` of the last tokens of a text; every key is read without a method."""
-        self._method = method
-        self._mask = None if method is None else mask_of(method, len(ids))
-        with torch.inference_mode():
-            found: Tensor = self.model(ids[None], use_cache=False, logits_to_keep=last).logits[0]
-        return found.float()
-
-    def loss(self, ids: Tensor, method: StaticBlocks | None) -> float:
-        """Mean loss of the second half of a text, nats per token."""
-        half = len(ids) // 2
-        logits = self.logits(ids, method, len(ids) - half)
-        return float(cross_entropy(logits[:-1], ids[half + 1 :]))
 
 
 def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -131,31 +68,27 @@ def run(config: PowerNllConfig, progress: Progress = no_progress) -> dict[str, A
     folder = resolve_llm(config.model).path
     texts = _texts(ModelTokenizer.load(folder), config)
     masked = MaskedModel(str(folder))
-    losses: dict[str, list[float]] = {}
-    methods: dict[str, StaticBlocks | None] = {"dense": None}
-    methods |= {name: static_named(name) for name in config.names}
-    for number, ids in enumerate(texts, 1):
-        for name, method in methods.items():
-            progress(f"text {number} of {len(texts)}, {name}")
-            losses.setdefault(name, []).append(masked.loss(ids, method))
+    methods = with_dense(config.names)
+    losses: dict[str, list[float]] = {name: [] for name in methods}
+    with keep_measured(lambda: all(losses.values())) as end:
+        for number, ids in enumerate(texts, 1):
+            for name, method in methods.items():
+                progress(f"text {number} of {len(texts)}, {name}")
+                losses[name].append(masked.loss(ids, method))
+    whole = min(map(len, losses.values()))  # texts that every method has gone through
+    losses = {name: values[:whole] for name, values in losses.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         deltas = [a - b for a, b in zip(losses[name], losses["dense"], strict=True)]
         found[name] = {"loss": _spread(losses[name]), "delta": _spread(deltas)}
-        if method is not None:
-            read = mask_of(method, config.tokens)
-            pairs = config.tokens * (config.tokens + 1) // 2
-            found[name] |= {
-                "blocks_last_row": method.decode_blocks(config.tokens - 1).numel(),
-                "density": round(int(read.sum()) / pairs, 4),
-            }
+        found[name] |= reads_of(method, config.tokens)
     return {
         "benchmark": "power_nll",
         "dense": found.pop("dense"),
         "methods": found,
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def _texts(tokenizer: ModelTokenizer, config: PowerNllConfig) -> list[Tensor]:

@@ -5,7 +5,7 @@
 A prompt is filler with one sentence that names a passkey, and a question for it at the end. The depth of the sentence
 goes through the prompt evenly. A prompt counts as right where every token of the passkey is the likeliest one behind
 those before it, which is what a greedy answer needs; ``key_nll`` is the mean loss of these tokens. The model is run as
-in :mod:`rag_eval.benchmarks.power_nll`. The paper's models for long prompts have 2 dense layers in every 7; its other
+in :mod:`rag_eval.benchmarks.masked_model`. The paper's models for long prompts have 2 dense layers in every 7; its other
 layers were trained with the pattern, which here they were not.
 """
 
@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
-from rag_eval.benchmarks.power_nll import MaskedModel, mask_of, static_named
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
+from rag_eval.benchmarks.masked_model import MaskedModel, reads_of, with_dense
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels.sparse.static_blocks import StaticBlocks
 from rag_pipeline.models import resolve_llm
 from rag_pipeline.prompts import ModelTokenizer
 
@@ -61,7 +60,7 @@ class PowerPasskeyConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompts")
         require_at_least(self, 0, "seed")
-        _ = [static_named(text) for text in self.names]
+        with_dense(self.names)
 
     @property
     def names(self) -> list[str]:
@@ -100,39 +99,35 @@ def run(config: PowerPasskeyConfig, progress: Progress = no_progress) -> dict[st
     folder = resolve_llm(config.model).path
     prompts = make_prompts(config, ModelTokenizer.load(folder))
     masked = MaskedModel(str(folder))
-    methods: dict[str, StaticBlocks | None] = {"dense": None}
-    methods |= {name: static_named(name) for name in config.names}
+    methods = with_dense(config.names)
     right: dict[str, list[bool]] = {name: [] for name in methods}
     losses: dict[str, list[float]] = {name: [] for name in methods}
-    for number, (ids, count) in enumerate(prompts, 1):
-        for name, method in methods.items():
-            progress(f"prompt {number} of {len(prompts)}, {name}")
-            logits, key = masked.logits(ids, method, count + 1)[:-1], ids[-count:]
-            right[name].append(bool((logits.argmax(-1) == key).all()))
-            losses[name].append(float(cross_entropy(logits, key)))
+    with keep_measured(lambda: all(losses.values())) as end:
+        for number, (ids, count) in enumerate(prompts, 1):
+            for name, method in methods.items():
+                progress(f"prompt {number} of {len(prompts)}, {name}")
+                logits, key = masked.logits(ids, method, count + 1)[:-1], ids[-count:]
+                right[name].append(bool((logits.argmax(-1) == key).all()))
+                losses[name].append(float(cross_entropy(logits, key)))
+    whole = min(map(len, losses.values()))  # prompts that every method was asked
     tokens = max(len(ids) for ids, _ in prompts)
     found: dict[str, dict[str, Any]] = {}
     for name, method in methods.items():
         found[name] = {
-            "right": round(statistics.mean(right[name]), 4),
-            "each": right[name],
-            "key_nll": round(statistics.mean(losses[name]), 4),
-            "key_nll_range": [round(min(losses[name]), 4), round(max(losses[name]), 4)],
-            "n": len(prompts),
+            "right": round(statistics.mean(right[name][:whole]), 4),
+            "each": right[name][:whole],
+            "key_nll": round(statistics.mean(losses[name][:whole]), 4),
+            "key_nll_range": [round(pick(losses[name][:whole]), 4) for pick in (min, max)],
+            "n": whole,
         }
-        if method is not None:
-            read = int(mask_of(method, tokens).sum())
-            found[name] |= {
-                "blocks_last_row": method.decode_blocks(tokens - 1).numel(),
-                "density": round(read / (tokens * (tokens + 1) // 2), 4),
-            }
+        found[name] |= reads_of(method, tokens)
     return {
         "benchmark": "power_passkey",
         "methods": found,
         "tokens": tokens,
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "torch", "transformers"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:

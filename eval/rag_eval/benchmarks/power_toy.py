@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
+from rag_eval.benchmarks.named_methods import named_method
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_kernels import create_attention_method
 from rag_kernels.sparse.static_blocks import StaticBlocks
 
 _FILLERS, _PASSKEYS = 16, 16
@@ -83,10 +83,7 @@ class PowerToyConfig:
 
 def _blocks_read(text: str, blocks: int) -> Tensor:
     """Which blocks each block of rows reads by a pattern; bool ``[blocks, blocks]``."""
-    try:
-        method = create_attention_method(text)
-    except ValueError as error:
-        raise EvalError(str(error)) from None
+    method = named_method(text)
     if method.name == "dense":
         return torch.ones(blocks, blocks, dtype=torch.bool).tril()
     if not isinstance(method, StaticBlocks):
@@ -236,15 +233,12 @@ def run(config: PowerToyConfig, progress: Progress = no_progress) -> dict[str, A
     """
     began = time.perf_counter()
     found: dict[str, list[Tensor]] = {name: [] for name in config.names}
-    is_interrupted = False
-    try:
+    with keep_measured(lambda: any(found.values())) as end:
         for seed in range(config.seeds):
             for name in config.names:
                 progress(f"{name}, seed {seed + 1} of {config.seeds}")
                 model = train(config, _blocks_read(name, config.blocks), seed, progress)
                 found[name].append(accuracy_by_pair(config, model, seed))
-    except KeyboardInterrupt:
-        is_interrupted = True
     return {
         "benchmark": "power_toy",
         "patterns": {name: _summary(config, name, pairs) for name, pairs in found.items() if pairs},
@@ -253,9 +247,8 @@ def run(config: PowerToyConfig, progress: Progress = no_progress) -> dict[str, A
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "seconds": round(time.perf_counter() - began, 1),
-        "interrupted": is_interrupted,
         "versions": versions_of("python", "torch"),
-    }
+    } | end.report()
 
 
 def _summary(config: PowerToyConfig, name: str, pairs: list[Tensor]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
 from rag_eval.benchmarks.local_server import local_server
 from rag_eval.benchmarks.router_process import (
     HINTS,
@@ -126,10 +126,9 @@ def run(
         ``versions``.
     """
     report: dict[str, Any] = {}
-    with two_servers(progress) as urls:
+    with two_servers(progress) as urls, keep_measured(lambda: report) as end:
         for program in programs:
             entry: dict[str, Any] = {"version": program.version, "policies": {}}
-            report[program.name] = entry
             for policy in (name for name in _POLICIES if name in program.policies):
                 progress(f"{program.name} {program.version}: {policy}")
                 with running_router(program, policy, urls) as address:
@@ -139,12 +138,13 @@ def run(
                         warm(requests, urls)
                     entry["policies"][policy] = send(config, requests, address, urls)
             entry["warmed"] = not entry["passes"][HINTS]
+            report[program.name] = entry
     return {
         "benchmark": "router",
         "routers": report,
         "config": dataclasses.asdict(config),
         "versions": versions_of("rag-pipeline", "sglang", "torch"),
-    }
+    } | end.report()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rag_eval.arguments import add_json_option
-from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
-from rag_eval.command import say_progress
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
+from rag_eval.command import refusals_in_one_line, say_progress
 
 __all__ = ["VARIANTS", "main", "run"]
 
@@ -99,7 +99,7 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
     names = variants or list(VARIANTS)
     load = os.getloadavg()[0]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, keep_measured(lambda: any(times.values())) as end:
         _start_once(model, names[0], folder)
         for repeat in range(repeats):
             for name in names[:: 1 if repeat % 2 == 0 else -1]:
@@ -114,12 +114,13 @@ def run(model: str, *, repeats: int = 3, variants: list[str] | None = None) -> d
                 "cpu_s_p50": statistics.median(cpu for _, cpu in rows),
             }
             for name, rows in times.items()
+            if rows
         },
         "repeats": repeats,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load_before": load,
         "versions": versions_of("rag-pipeline", "sglang", "torch"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -135,6 +136,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@refusals_in_one_line
 def main(words: Sequence[str] | None = None) -> int:
     """Run from a shell."""
     parser = benchmark_parser("python -m rag_eval.benchmarks.startup", __doc__)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rag_eval.arguments import add_engine_option, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.throughput_server import ServerUnderTest, reached_server
 from rag_eval.benchmarks.workload import WorkloadConfig, make_workload
 from rag_eval.command import Progress, no_progress
@@ -118,14 +118,9 @@ def run(config: ThroughputConfig, progress: Progress = no_progress) -> dict[str,
         bound = config.ttft_bound_s or 3 * alone[BASELINE]["ttft_p50_s"]
         threads = server.threads()
         runs: list[dict[str, Any]] = []
-        interrupted = False
-        try:
+        with keep_measured(lambda: runs) as end:
             for one in server.drive(modes, config.given_rates() or _auto(alone[BASELINE]), bound):
                 runs.append(one)
-        except KeyboardInterrupt:
-            if not runs:
-                raise
-            interrupted = True
     return {
         "config": asdict(config),
         "mean_prompt_tokens": round(workload.mean_prompt_tokens, 1),
@@ -133,12 +128,11 @@ def run(config: ThroughputConfig, progress: Progress = no_progress) -> dict[str,
         "warm": warm,
         "modes": summary(alone, runs),
         "runs": runs,
-        "interrupted": interrupted,
         "engine": "sglang",
         "threads": threads,
         "cpus": os.cpu_count(),
         "versions": versions_of("sglang", "torch", "rag-pipeline"),
-    }
+    } | end.report()
 
 
 def _auto(alone: dict[str, Any]) -> tuple[float, ...]:

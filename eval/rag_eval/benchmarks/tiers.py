@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.tiers_config import FIGURES, TiersConfig
 from rag_eval.benchmarks.tiers_parts import TiersBench
 from rag_eval.command import Progress
@@ -32,21 +32,16 @@ def run(config: TiersConfig, progress: Progress) -> dict[str, Any]:
         for look-ahead the smallest and largest fifth), ``cpu`` and ``cpu_spread`` (the same ratio of the CPU time of
         the engine's processes), and the medians of both sides in seconds. ``missing`` says why a figure is null.
     """
-    interrupted = False
     with tempfile.TemporaryDirectory(prefix="bench-tiers-") as folder:
         bench = TiersBench(config, Path(folder), progress)
-        try:
+        with keep_measured(lambda: bench.details) as end:
             for part in config.wanted:
                 getattr(bench, part)()
-        except KeyboardInterrupt:
-            if not bench.details:
-                raise
-            interrupted = True
     asked = {figure for part in config.wanted for figure in FIGURES[part]}
     for figure, value in bench.figures.items():
         if value is None:
             bench.missing.setdefault(
-                figure, "interrupted" if figure in asked else "not among the parts"
+                figure, end.failure or "interrupted" if figure in asked else "not among the parts"
             )
     return {
         **bench.figures,
@@ -57,8 +52,7 @@ def run(config: TiersConfig, progress: Progress) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions_of("sglang", "torch", "rag-pipeline"),
-        "interrupted": interrupted,
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:

@@ -14,14 +14,14 @@ from chunk_cache import (
     ChunkKey,
     ChunkKV,
     Fetcher,
+    GuardedTier,
     MemoryStore,
     RecordForm,
     StoreFolder,
     TierChain,
     as_token_ids,
+    chunk_path,
 )
-from chunk_cache.tiers.disk.layout import chunk_path
-from chunk_cache.tiers.guard import GuardedTier
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.benchmarks.store_config import CONTEXT
 from rag_eval.errors import EvalError

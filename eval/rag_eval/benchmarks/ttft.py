@@ -16,13 +16,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
 from rag_eval.benchmarks.ttft_prompts import Point, make_prompts
 from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from rag_eval.runner.prompts import EvalPrompt
 
 BASELINE = "prefix"
 DEFAULT_CHUNKS = 6
@@ -108,7 +111,7 @@ def run(
         ``points`` (a list, one per prompt: ``prompt_tokens``, ``chunks``, ``modes{NAME{ttft_p50_s,
         ttft_cpu_p50_s, speedup_vs_prefix, cpu_speedup_vs_prefix, computed_fraction, ...}}``),
         ``engine``, ``threads``, ``versions``. With one prompt, its fields stand outside as well. A run
-        that is interrupted behind its first round returns what it has, with ``interrupted`` true.
+        that is interrupted or fails behind its first round returns what it has, and says so.
     """
     from rag_eval.runner.engine import start_session
     from rag_eval.runner.modes import parse_modes
@@ -139,40 +142,32 @@ def run(
     # The pool holds the longest prompt beside the chunk that is being built.
     pool = {"max_total_tokens": max(16_384, 2 * longest)}
     opened = session or start_session(maker, facts["vocab_size"], pool)
-    points: list[dict[str, Any]] = []
-    interrupted = False
+    measured: list[tuple[Point, EvalPrompt, dict[str, list[Any]]]] = []
     try:
-        for point, (seen, asked) in prompts:
-            size = f"{len(asked.input_ids)} tokens in {point.chunks} chunks"
-            runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
-            try:
+        with keep_measured(lambda: any(all(runs.values()) for _, _, runs in measured)) as end:
+            for point, (seen, asked) in prompts:
+                runs: dict[str, list[Any]] = {mode.name: [] for mode in modes}
+                measured.append((point, asked, runs))
                 _measure(opened, seen, asked, modes, config.repeats, runs)
-            except KeyboardInterrupt:
-                interrupted = True  # the rounds that were whole count
-            rounds = min(map(len, runs.values()))
-            if not rounds:
-                raise KeyboardInterrupt
-            rows = summary({name: served[:rounds] for name, served in runs.items()})
-            points.append(
-                {
-                    "prompt_tokens": len(asked.input_ids),
-                    "chunks": point.chunks,
-                    "chunk_tokens": max(len(chunk.ids) for chunk in asked.chunks),
-                    "modes": rows,
-                }
-            )
-            medians = {name: row["ttft_p50_s"] for name, row in rows.items()}
-            progress(f"{size}: TTFT {medians}")
-            if interrupted:
-                break
-    except KeyboardInterrupt:
-        if not points:
-            raise
-        interrupted = True
+                medians = {name: row["ttft_p50_s"] for name, row in summary(runs).items()}
+                size = f"{len(asked.input_ids)} tokens in {point.chunks} chunks"
+                progress(f"{size}: TTFT {medians}")
     finally:
         if session is None:
             opened.close()
-    return {**report(config, points), "interrupted": interrupted}
+    points = [_row(point, asked, runs) for point, asked, runs in measured if all(runs.values())]
+    return report(config, points) | end.report()
+
+
+def _row(point: Point, asked: EvalPrompt, runs: dict[str, list[Any]]) -> dict[str, Any]:
+    """One prompt's part of the report: of the rounds that are whole."""
+    rounds = min(map(len, runs.values()))
+    return {
+        "prompt_tokens": len(asked.input_ids),
+        "chunks": point.chunks,
+        "chunk_tokens": max(len(chunk.ids) for chunk in asked.chunks),
+        "modes": summary({name: served[:rounds] for name, served in runs.items()}),
+    }
 
 
 def _measure(

@@ -1,3 +1,3 @@
-"""Calibration of sparse attention: thresholds of a model's heads, found on prompts that need far keys."""
+"""Calibration of a model: thresholds of its heads for sparse attention, and how far its layers need distant tokens."""
 
 from __future__ import annotations

@@ -18,9 +18,14 @@ from rag_eval.errors import EvalError
 @refusals_in_one_line
 def main(words: Sequence[str] | None = None) -> int:
     """Calibrate; print where the file is, or one JSON object."""
+    from rag_kernels.sparse.sale.calibration import FIRST_TAU, Calibration
+
     parser = OneLineParser(prog="rag-pipeline attention calibrate", description=__doc__)
     parser.add_argument("--model", required=True, help="packaged name, folder, GGUF file or hub id")
     parser.add_argument("--theta", type=float, default=0.4, help="error per row of each head")
+    parser.add_argument(
+        "--largest", type=float, default=FIRST_TAU, help="threshold that every head begins with"
+    )
     parser.add_argument(
         "--samples", type=Path, help="JSON lines; random key-value prompts if not given"
     )
@@ -37,13 +42,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
     from rag_eval.calibration.run import calibrate
     from rag_eval.calibration.samples import read_prompts, retrieval_prompts
-    from rag_kernels.sparse.sale.calibration import Calibration
     from rag_pipeline.config import attention_dir
     from rag_pipeline.models import fingerprint_checkpoint, resolve_llm
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
     from rag_pipeline.whole_file import write_whole
 
-    calibration = Calibration(given.theta)
+    try:
+        calibration = Calibration(given.theta, largest_tau=given.largest)
+    except ValueError as error:
+        parser.error(str(error))
     if given.tokens <= calibration.config.min_tokens:
         raise EvalError(
             f"--tokens is {given.tokens}; only prompts of more than {calibration.config.min_tokens} are sparse"

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rag_eval.datasets.filler import paragraphs
 from rag_eval.errors import EvalError
 
 _TEXT_FIELDS = ("text", "prompt", "input")
@@ -50,6 +51,22 @@ def _prompt(tokens: int, encode: Encode, rng: random.Random) -> list[int]:
         body += pair
     room = tokens - len(head) - len(tail)
     return [*head, *(body + pair)[:room], *tail][:tokens]
+
+
+def long_text(tokens: int, encode: Encode) -> list[int]:
+    """Take paragraphs of Python's language reference, one behind the other, until they are so many tokens.
+
+    Raises
+    ------
+    EvalError
+        There is less of it.
+    """
+    found: list[int] = []
+    for text in paragraphs():
+        found += encode(text + "\n\n")
+        if len(found) >= tokens:
+            return found[:tokens]
+    raise EvalError(f"the text that comes with Python has {len(found)} tokens; {tokens} asked")
 
 
 def read_prompts(path: Path, tokens: int, encode: Encode) -> list[list[int]]:

@@ -11,21 +11,30 @@ from rag_eval.datasets.core import (
     Passage,
 )
 from rag_eval.datasets.files import FORMATS, read_examples
+from rag_eval.datasets.talk_files import TALK_FORMATS, read_conversations
+from rag_eval.datasets.talks import CUT_SIDES, Conversation, CutSide, Question, Remark
 
 __all__ = [
+    "CUT_SIDES",
     "FORMATS",
     "GENERATORS",
     "ORDERS",
+    "TALK_FORMATS",
+    "Conversation",
+    "CutSide",
     "DatasetOptions",
     "Encode",
     "Example",
     "Order",
     "Passage",
     "PromptChunk",
+    "Question",
+    "Remark",
     "arrange",
     "check_dataset",
     "corpus_texts",
     "load_dataset",
+    "read_conversations",
     "read_examples",
     "shared_chunks",
 ]

@@ -41,7 +41,7 @@ def read_examples(path: Path) -> list[Example]:
     examples: list[Example] = []
     seen: set[str] = set()
     expected: str | None = None
-    for number, record in enumerate(_records(path), start=1):
+    for number, record in enumerate(json_records(path, FORMATS), start=1):
         where = f"{path}: record {number}"
         if not isinstance(record, dict):
             raise EvalError(f"{where} is {type(record).__name__}, expected an object; {FORMATS}")
@@ -76,7 +76,14 @@ def _parsed(items: Iterator[Example], where: str, name: str) -> Iterator[Example
         raise EvalError(f"{where} ({name}) is not well formed: {error}") from error
 
 
-def _records(path: Path) -> Iterator[Any]:
+def json_records(path: Path, expected: str) -> Iterator[Any]:
+    """Records of a JSON or JSON lines file, plain or gzip; `expected` names the formats for an empty file.
+
+    Raises
+    ------
+    EvalError
+        The file is missing, empty or not JSON.
+    """
     if not path.is_file():
         raise EvalError(f"data set {path} is not a file; give a file or a generator's name")
     try:
@@ -87,7 +94,7 @@ def _records(path: Path) -> Iterator[Any]:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise EvalError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
-        raise EvalError(f"{path} is empty; expected {FORMATS}")
+        raise EvalError(f"{path} is empty; expected {expected}")
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:

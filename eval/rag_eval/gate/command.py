@@ -99,7 +99,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"{policy:22} {check['name']:12} {value:>9} {limit:>9}  {verdict}{detail}")
     if result["fidelity"]:
         lines += ["", *_scores(result["fidelity"])]
-    lines.append("")
+    lines += ["", *(f"note: {note}" for note in result["notes"])]
     for name, verdict in result["policies"].items():
         why = f": {', '.join(verdict['failed'])}" if verdict["failed"] else ""
         lines.append(f"{name:22} {'PASS' if verdict['passed'] else 'FAIL'}{why}")

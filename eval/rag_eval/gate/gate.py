@@ -24,6 +24,7 @@ from rag_eval.gate.verdict import (
     judge_fidelity,
     largest,
     mean_kl,
+    notes,
     verdicts,
 )
 from rag_eval.result import EvalResult
@@ -137,8 +138,8 @@ def run_gate(
     Returns
     -------
     dict
-        JSON-ready: ``passed``, ``policies`` (verdict by policy), ``checks``, ``noise_floor``,
-        ``thresholds``, ``fidelity``, ``identity``, ``versions``, ``engine``, ``settings``.
+        JSON-ready: ``passed``, ``policies`` (verdict by policy), ``checks``, ``notes`` (what these cannot
+        say about the model), ``noise_floor``, ``thresholds``, ``fidelity``, ``identity``, ``versions``, ``engine``, ``settings``.
 
     Raises
     ------
@@ -187,7 +188,9 @@ def judge(
     floor = mean_kl(exact.floor)
     exact_kl = limits.exact_kl(floor, fp32=exact.fp32)
     checks: list[Check] = judge_exactness(exact, modes, limits)
+    unsaid: list[str] = []
     if fidelity is not None:
+        unsaid = notes(fidelity.modes, exact_kl=exact_kl)
         served = [mode for mode in modes if mode.name in fidelity.modes]
         checks += judge_fidelity(fidelity.modes, served, limits, exact_kl=exact_kl)
     policies = verdicts(checks, modes)
@@ -195,6 +198,7 @@ def judge(
         "passed": all(verdict["passed"] for verdict in policies.values()),
         "policies": policies,
         "checks": [check.to_json() for check in checks],
+        "notes": unsaid,
         "noise_floor": {
             "kl": finite(floor),
             "kl_max": finite(largest(d.kl_max for d in exact.floor)),

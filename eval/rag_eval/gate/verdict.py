@@ -181,6 +181,31 @@ def _kl_of_reuse(
     )
 
 
+def notes(scores: Mapping[str, Mapping[str, Any]], *, exact_kl: float) -> list[str]:
+    """What the checks cannot say about this model, one line each.
+
+    Parameters
+    ----------
+    scores : mapping of str to mapping
+        ``EvalResult.modes``, with ``full`` and plain reuse among them.
+    exact_kl : float
+        KL below which a mode is as good as exact, nats.
+    """
+    found = []
+    if scores["full"]["f1"] <= 0:
+        found.append(
+            "full prefill finds none of the planted facts, as with random weights: F1, agreement and the gain over "
+            "reuse say nothing about answers here; the exactness checks hold as ever"
+        )
+    reuse = scores[PLAIN_REUSE]["kl_answer"]
+    if reuse <= exact_kl:
+        found.append(
+            f"reuse without recomputation is within the noise too (KL {reuse:.2g}): a wrong key would not have been "
+            "seen, so the exactness checks prove nothing here"
+        )
+    return found
+
+
 def verdicts(checks: Sequence[Check], modes: Sequence[Mode]) -> dict[str, dict[str, Any]]:
     """By mode: ``passed``, and in ``failed`` the names of the checks that say no.
 

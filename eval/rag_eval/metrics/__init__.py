@@ -10,6 +10,7 @@ from rag_eval.metrics.answers import (
 )
 from rag_eval.metrics.bootstrap import Interval, interval, paired_bootstrap
 from rag_eval.metrics.distributions import answer_nll, kl_divergence, log_softmax
+from rag_eval.metrics.locomo import locomo_f1
 from rag_eval.metrics.retrieval import retrieval_scores
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "first_line",
     "interval",
     "kl_divergence",
+    "locomo_f1",
     "log_softmax",
     "normalise",
     "paired_bootstrap",

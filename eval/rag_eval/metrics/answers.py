@@ -19,8 +19,12 @@ _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def normalise(text: str) -> str:
     """Text as SQuAD compares it."""
-    lowered = text.lower().translate(_DROP_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", lowered).split())
+    return " ".join(_ARTICLES.sub(" ", plain_words(text)).split())
+
+
+def plain_words(text: str) -> str:
+    """Text in lower case without punctuation."""
+    return text.lower().translate(_DROP_PUNCTUATION)
 
 
 def first_line(text: str) -> str:
@@ -38,11 +42,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """Best F1 over the answers, on multisets of normalised words, between 0 and 1."""
     return max(
-        (_f1(normalise(prediction).split(), normalise(a).split()) for a in answers), default=0.0
+        (bag_f1(normalise(prediction).split(), normalise(a).split()) for a in answers), default=0.0
     )
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
+def bag_f1(found: list[str], wanted: list[str]) -> float:
+    """F1 of two multisets of words; two empty ones agree."""
     # Two empty answers agree (SQuAD v2 convention for answers that are only articles).
     if not found or not wanted:
         return float(found == wanted)

@@ -65,7 +65,7 @@ def run_eval(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     examples = load_dataset(
         config.dataset, encode=maker.encode, options=options, limit=config.limit
     )
-    folder = RunFolder(config.out, config.identity(), _notes(config))
+    folder = RunFolder(config.out, config.identity(), run_notes(limit=config.limit))
     missing = [example for example in examples if example.id not in folder.records]
     report(f"{len(examples)} examples, {len(examples) - len(missing)} done before")
     if missing:
@@ -178,7 +178,8 @@ def _program() -> str:
     return "python -m rag_eval.fidelity" if name == "fidelity.py" else name
 
 
-def _notes(config: EvalConfig) -> dict[str, Any]:
+def run_notes(**asked: Any) -> dict[str, Any]:
+    """Facts of a call for the reader of a run's folder: command, versions, machine, and what was asked besides."""
     found: dict[str, str | None] = {}
     for package in _VERSIONS:
         try:
@@ -187,7 +188,7 @@ def _notes(config: EvalConfig) -> dict[str, Any]:
             found[package] = None
     return {
         "command": [_program(), *sys.argv[1:]],
-        "limit": config.limit,
+        **asked,
         "versions": found,
         "python": platform.python_version(),
         "machine": platform.machine(),

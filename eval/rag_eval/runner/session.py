@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,15 @@ class Served:
     usage: dict[str, Any]
 
 
+class Answered(NamedTuple):
+    """Greedy answer to any prompt: its tokens, seconds to the first, and the engine's ``meta_info``."""
+
+    output_ids: tuple[int, ...]
+    ttft_s: float
+    ttft_cpu_s: float
+    meta: dict[str, Any]
+
+
 class EngineSession:
     """One engine, one request at a time.
 
@@ -76,6 +85,11 @@ class EngineSession:
         self._scratch = tempfile.TemporaryDirectory(prefix="rag-eval-")
         self._processor = processor_string()
         self._proven: set[str] = set()
+
+    @property
+    def engine(self) -> Any:
+        """The ``sglang.Engine``."""
+        return self._engine
 
     @property
     def is_fp32(self) -> bool:
@@ -155,10 +169,36 @@ class EngineSession:
         ModeUnavailableError
             The engine does not fuse at all, or not the first prompt it is asked to.
         """
+        request = mode_request(prompt, mode)
+        served = self.answer(prompt.input_ids, request, max_new_tokens=max_new_tokens)
+        # SGLang may merge streamed pieces that nobody has read yet, and the report goes with them.
+        lost = mode.fused and not fusion_report(served.meta)
+        usage = {} if lost else self._usage(served.meta, mode)
+        return Served(
+            output_ids=served.output_ids,
+            ttft_s=served.ttft_s,
+            ttft_cpu_s=served.ttft_cpu_s,
+            usage=usage,
+        )
+
+    def answer(
+        self, input_ids: Sequence[int], fusion: FusionRequest, *, max_new_tokens: int
+    ) -> Answered:
+        """Answer any prompt greedily and time the first token.
+
+        Parameters
+        ----------
+        input_ids : sequence of int
+            The prompt.
+        fusion : FusionRequest
+            What the request asks of fusion.
+        max_new_tokens : int
+            Most tokens of the answer.
+        """
         stream = self._engine.generate(
-            input_ids=prompt.input_ids,
+            input_ids=list(input_ids),
             sampling_params={"temperature": 0.0, "max_new_tokens": max_new_tokens},
-            kv_hints=mode_request(prompt, mode).to_kv_hints(),
+            kv_hints=fusion.to_kv_hints(),
             stream=True,
         )
         cpu_before = self._cpu.seconds()
@@ -172,12 +212,7 @@ class EngineSession:
             if ttft_s < 0:
                 ttft_s = time.perf_counter() - started
                 ttft_cpu_s = self._cpu.seconds() - cpu_before
-        # SGLang may merge streamed pieces that nobody has read yet, and the report goes with them.
-        lost = mode.fused and not fusion_report(reader.meta)
-        usage = {} if lost else self._usage(reader.meta, mode)
-        return Served(
-            output_ids=tuple(last["output_ids"]), ttft_s=ttft_s, ttft_cpu_s=ttft_cpu_s, usage=usage
-        )
+        return Answered(tuple(last["output_ids"]), ttft_s, ttft_cpu_s, reader.meta)
 
     def follow_gold(
         self, prompt: EvalPrompt, mode: Mode, *, without_hints: bool = False

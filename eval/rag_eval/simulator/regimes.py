@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from chunk_cache.eviction import EVICTIONS, EvictionPolicy
-from chunk_cache.eviction.lookahead import DEFAULT_TTL_S, LookAheadPolicy
+from chunk_cache.eviction import DEFAULT_TTL_S, EVICTIONS, EvictionPolicy, LookAheadPolicy
 from rag_eval.errors import EvalError
 from rag_eval.simulator.traces import Trace
 

@@ -7,9 +7,7 @@ import math
 from collections import deque
 from collections.abc import Hashable
 
-from chunk_cache.eviction import WaitingJob
-from chunk_cache.eviction.belady import BeladyPolicy
-from chunk_cache.eviction.lookahead import LookAheadPolicy
+from chunk_cache.eviction import BeladyPolicy, LookAheadPolicy, WaitingJob
 from rag_eval.simulator.traces import Trace
 from rag_eval.simulator.two_tiers import DISK, MEMORY, TwoTiers
 

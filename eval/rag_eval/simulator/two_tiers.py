@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
-from chunk_cache.eviction import EvictionPolicy
-from chunk_cache.eviction.lookahead import LookAheadPolicy
+from chunk_cache.eviction import EvictionPolicy, LookAheadPolicy
 from rag_eval.simulator.traces import Trace
 
 MEMORY, DISK = "memory", "disk"

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rag_kernels.softmax_triton import dot_keys, raised
+
 
 @triton.jit
 def _attend_keys(
@@ -46,13 +48,8 @@ def _attend_keys(
     is_dim = dims < DIM
     keys = start + tl.arange(0, KEYS)
     is_key = keys < kv_len
-    slot = tl.load(slot_base + keys, mask=is_key, other=0)
-    k = tl.load(
-        k_base + slot[None, :] * k_slot + dims[:, None],
-        mask=is_dim[:, None] & is_key[None, :],
-        other=0.0,
-    )
-    logits = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+    logits, slot = dot_keys(q, k_base, slot_base, keys, is_key, k_slot, DIM, DIM_PAD)
+    logits *= scale
     if HAS_CAP:
         # tanh through exp: 1 - 2 / (exp(2x) + 1) is right at both ends.
         logits = logit_cap * (1.0 - 2.0 / (tl.exp(2.0 * logits / logit_cap) + 1.0))
@@ -62,11 +59,8 @@ def _attend_keys(
         if HAS_WINDOW:
             seen = seen & (keys[None, :] > position[:, None] - window)
         logits = tl.where(seen, logits, float("-inf"))
-    new_best = tl.maximum(best, tl.max(logits, 1))
-    # A row that has seen nothing yet (padding, or before its window) keeps exponents of 0.
-    base = tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(logits - base[:, None])
-    fade = tl.exp2(best - base)
+    new_best, level, fade = raised(best, tl.max(logits, 1))
+    weights = tl.exp2(logits - level[:, None])
     total = total * fade + tl.sum(weights, 1)
     v = tl.load(
         v_base + slot[:, None] * v_slot + dims[None, :],

@@ -102,6 +102,7 @@ int choose(const RagSale& c) {
         static thread_local SaleScratch scratch;
         run_task<T, Q, E>(keys, tasks[size_t(i)].head, tasks[size_t(i)].group, scratch);
     });
+    memory.give_back();
     return 0;
 }
 

@@ -13,6 +13,7 @@ from rag_kernels.native.library import (
     TYPES,
     SaleGroupStruct,
     SaleStruct,
+    check_slots,
     load_library,
 )
 
@@ -69,9 +70,12 @@ def native_choice(
     if library is None:
         return False
     slots = slots[: layout.num_keys].to(torch.int64).contiguous()
-    least, most = (int(x) for x in slots.aminmax())
-    if least < 0 or most >= pool.shape[0]:
-        raise IndexError(f"slots {least}..{most} for a pool of {pool.shape[0]} slots.")
+    check_slots(slots, pool)
+    if q.shape != (plan.num_rows, plan.num_q_heads, plan.head_dim):
+        raise IndexError(
+            f"queries of shape {list(q.shape)} for a plan of {plan.num_rows} rows, {plan.num_q_heads} heads of "
+            f"{plan.head_dim}."
+        )
     groups = (SaleGroupStruct * len(layout.groups))()
     first_block = first_row = 0
     for one, group in zip(groups, layout.groups, strict=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rag_kernels.native.library import TYPES, LoadStruct, load_library
+from rag_kernels.native.library import TYPES, LoadStruct, check_slots, load_library
 
 if TYPE_CHECKING:
     from rag_kernels.span_load import SpanLoadPlan
@@ -32,12 +32,7 @@ def native_load(
     library = load_library()
     if library is None:
         return False
-    if plan.slots.numel():
-        # The library does not look where it writes.
-        least, most = (int(slot) for slot in plan.slots.aminmax())
-        room = min(k_pool.shape[0], v_pool.shape[0])
-        if least < 0 or most >= room:
-            raise IndexError(f"slots {least}..{most} for a pool of {room} slots.")
+    check_slots(plan.slots, k_pool, v_pool)
     distinct = {delta: row for row, delta in enumerate(sorted(set(plan.deltas)))}
     angles = [distinct[delta] if delta else -1 for delta in plan.deltas]
     k_load, k_spans = _load(k_pool, k_srcs, plan, angles)

@@ -157,6 +157,11 @@ struct Memory {
     void* at = nullptr;
     size_t size = 0;
     ~Memory() { std::free(at); }
+    void clear() {
+        std::free(at);
+        at = nullptr;
+        size = 0;
+    }
     template <class X>
     X* get(size_t count) {
         const size_t bytes = (count * sizeof(X) + 4095) / 4096 * 4096;

@@ -44,7 +44,19 @@ constexpr int STOPS = 2;
 
 // Memory of one call, for the next one: new pages cost as much as what is written to them.
 struct SaleMemory {
+    static constexpr size_t MOST = size_t(256) << 20;  // bytes that stay; a prompt of 128k tokens takes twice as much
     Memory smooth, scales, strips, norms;
+
+    void give_back() {
+        Memory* parts[] = {&smooth, &strips, &scales, &norms};  // the largest first
+        size_t held = 0;
+        for (const Memory* part : parts) held += part->size;
+        for (Memory* part : parts) {
+            if (held <= MOST) return;
+            held -= part->size;
+            part->clear();
+        }
+    }
 };
 
 struct SaleKeys {

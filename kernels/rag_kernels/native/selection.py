@@ -13,6 +13,7 @@ from rag_kernels.native.library import (
     TYPES,
     MassStruct,
     ShiftStruct,
+    check_slots,
     load_library,
 )
 
@@ -31,7 +32,7 @@ def native_mass(
     if library is None or scale <= 0.0:
         return None
     slots, q_pos = slots.to(torch.int64).contiguous(), q_pos.to(torch.int64).contiguous()
-    _check_slots(slots, k_pool)
+    check_slots(slots, k_pool)
     rows, q_heads, dim = q_RNH.shape
     kv_heads, kv_len = k_pool.shape[1], slots.numel()
     tiles = kv_heads * -(-rows * (q_heads // kv_heads) // _TILE)
@@ -79,12 +80,11 @@ def native_shift(
         return False
     if v_pool.shape[1:] != (heads, dim):
         return False
-    _check_slots(plan.probe_slots, k_pool)
-    _check_slots(plan.other_slots, k_pool)
-    if int(plan.probe_rows.max()) >= k_new.shape[0]:
-        raise IndexError(
-            f"the plan names row {int(plan.probe_rows.max())} of {k_new.shape[0]} rows."
-        )
+    check_slots(plan.probe_slots, k_pool, v_pool)
+    check_slots(plan.other_slots, k_pool, v_pool)
+    most, count = int(plan.probe_rows.max()), min(one.shape[0] for one in rows)
+    if most >= count:
+        raise IndexError(f"the plan names row {most} of {count} rows.")
     tables = [
         one.contiguous() for one in (plan.probe_cos, plan.probe_sin, plan.other_cos, plan.other_sin)
     ]
@@ -135,10 +135,3 @@ def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
         if one.device.type != "cpu" or one.dtype != dtype or one.stride(-1) != 1:
             return None
     return load_library()
-
-
-def _check_slots(slots: Tensor, pool: Tensor) -> None:
-    """The library does not look where it reads and writes."""
-    least, most = (int(x) for x in slots.aminmax())
-    if least < 0 or most >= pool.shape[0]:
-        raise IndexError(f"slots {least}..{most} for a pool of {pool.shape[0]} slots.")

@@ -32,6 +32,8 @@ class AttentionMethod(ABC):
         Frozen dataclass of the options; clients set its fields by name.
     acts_on_decode : bool
         Decoded tokens read the blocks of :meth:`decode_blocks`, where the attention backend can gather them.
+    weighs_logits : bool
+        It chooses by logits as they are, so it is of no use for a model that makes others of them by a cap.
     config : object
         Options of this instance.
     """
@@ -39,6 +41,7 @@ class AttentionMethod(ABC):
     name: ClassVar[str]
     config_type: ClassVar[type[Any]]
     acts_on_decode: ClassVar[bool] = False
+    weighs_logits: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         """Make the method with its options, whose types were checked."""
@@ -78,6 +81,9 @@ class AttentionMethod(ABC):
 
         It is never asked for the blocks of a layer with a sliding window: rows read everything within it.
         """
+        cap = next((one.logit_cap for one in rules if one.logit_cap), None)
+        if self.weighs_logits and cap is not None:
+            return f"it weighs keys by their logits, which the model caps at {cap:g}"
         if all(one.sliding_window is not None for one in rules):
             return "every layer has a sliding window, within which everything is read"
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall, LogitRules
+from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.paged import gather_kv
@@ -91,6 +91,7 @@ class ScoredBlocks(AttentionMethod):
     """
 
     config: ScoredConfig
+    weighs_logits = True
 
     @abstractmethod
     def choose(self, rows: RequestRows) -> Tensor:
@@ -111,13 +112,6 @@ class ScoredBlocks(AttentionMethod):
     def reads_all(self, layer: int) -> bool:
         """Whether a layer is one of the first, dense ones."""
         return layer < self.config.dense_layers
-
-    def refuse_layers(self, rules: Sequence[LogitRules]) -> str | None:
-        """Refuse capped logits: keys are weighed by logits as they are, and a cap makes others of them."""
-        cap = next((one.logit_cap for one in rules if one.logit_cap), None)
-        if cap is not None:
-            return f"it weighs keys by their logits, which the model caps at {cap:g}"
-        return super().refuse_layers(rules)
 
     def prepare(self, plan: PositionCausalPlan, requests: Sequence[int]) -> dict[int, Any]:
         """Find the blocks of each request's rows."""

@@ -42,10 +42,15 @@ export async function showCache() {
     );
     const down = told.tiers.filter((tier) => tier.guard && tier.guard.state !== "closed");
     note(down.map((tier) => `${tier.name} does not answer`).join("; "));
+    if (!down.length && told.memory.answers) $("cache-note").textContent = memoryLine(told.memory);
   } catch (error) {
     note(error.message);
   }
 }
+
+const memoryLine = (memory) =>
+  `Memories of long conversations: ${count(memory.loaded)} of ${count(memory.answers)} answers loaded one, ` +
+  `${count(memory.missed)} missed it; ${count(memory.build_forward_tokens)} tokens were computed to build them`;
 
 function head(scope, name) {
   const cell = make("th", name);

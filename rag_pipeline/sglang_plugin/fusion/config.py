@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS
+from chunk_cache import CODECS, DISK_BYTES, LOSSLESS, TIERS, parse_remote_url, shown_url
 from chunk_cache.eviction import DEFAULT_EVICTION, EvictionPolicy, create_eviction
 from chunk_cache.policies import DEFAULT_POLICY, create_policy
-from chunk_cache.tiers.remote.url import parse_remote_url, shown_url
 from rag_kernels import ATTENTION_KERNELS
 from rag_pipeline.config import kv_store_dir
 from rag_pipeline.errors import EngineError

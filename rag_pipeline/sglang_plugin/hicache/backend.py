@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from chunk_cache import ChunkCacheError, make_private
-from chunk_cache.tiers.encoding import Buffer
-from chunk_cache.tiers.remote.url import RemoteURL
+from chunk_cache import Buffer, ChunkCacheError, RemoteURL, make_private
 from rag_pipeline.sglang_plugin.hicache.pages import HostPages
 from rag_pipeline.sglang_plugin.hook_table import verify_targets
 from rag_pipeline.sglang_plugin.internals import HICACHE

@@ -20,9 +20,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chunk_cache import ChunkKey, make_private, sync_folder, write_private
-from chunk_cache.tiers.encoding import RecordHeader, read_header
-from chunk_cache.tiers.remote.described import read_description
+from chunk_cache import (
+    ChunkKey,
+    RecordHeader,
+    make_private,
+    read_description,
+    read_header,
+    sync_folder,
+    write_private,
+)
 
 _NAME = re.compile(r"([0-9a-f]{64})-([1-9][0-9]*)\.header")
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")

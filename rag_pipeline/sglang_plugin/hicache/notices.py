@@ -7,8 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from chunk_cache import make_private, write_private
-from chunk_cache.tiers.remote.notices import KEEP_S, NoticeBoard, Posted
+from chunk_cache import KEEP_S, NoticeBoard, Posted, make_private, write_private
 
 _NAME = re.compile(r"[0-9a-z-]{1,64}")
 

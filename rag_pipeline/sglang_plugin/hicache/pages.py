@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chunk_cache.tiers.encoding import Buffer
+from chunk_cache import Buffer
 
 
 class HostPages:

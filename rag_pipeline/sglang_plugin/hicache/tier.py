@@ -14,14 +14,20 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from chunk_cache import ChunkKey, ChunkKV, KVContext
-from chunk_cache.tiers.base import Member
-from chunk_cache.tiers.encoding import encode_record
-from chunk_cache.tiers.prefetch import Fetch
-from chunk_cache.tiers.remote.described import describe_context
-from chunk_cache.tiers.remote.header_first import FoundRecord, HeaderFirstTier
-from chunk_cache.tiers.remote.notices import NoticeBoard
-from chunk_cache.tiers.remote.url import RemoteURL, parse_remote_url
+from chunk_cache import (
+    ChunkKey,
+    ChunkKV,
+    FetchLayers,
+    FoundRecord,
+    HeaderFirstTier,
+    KVContext,
+    Member,
+    NoticeBoard,
+    RemoteURL,
+    describe_context,
+    encode_record,
+    parse_remote_url,
+)
 from rag_pipeline.config import home_dir
 from rag_pipeline.sglang_plugin.hicache.backend import PageStore, check_backend
 from rag_pipeline.sglang_plugin.hicache.catalog import Catalog, Entry
@@ -119,7 +125,7 @@ class HiCacheTier(HeaderFirstTier):
             return None  # of a server that was given another page_kib
         return entry
 
-    def _fetch_of(self, entry: Entry) -> Fetch:
+    def _fetch_of(self, entry: Entry) -> FetchLayers:
         header = entry.header
         body, size = header.header_bytes, self._page_bytes
         names = self._names(entry.label, header.num_bytes - body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from rag_pipeline.errors import EngineError, one_line
@@ -17,7 +17,7 @@ from rag_pipeline.protocol.cache_order import (
 )
 from rag_pipeline.sglang_plugin.activation import Activation, activation_of
 
-__all__ = ["RefusedRequestError", "ServedEngine", "activation_in"]
+__all__ = ["RefusedRequestError", "ServedEngine", "activation_in", "carry_out"]
 
 STATE_TIMEOUT_S = 20.0
 """Longest wait for the scheduler's own report; it answers between two batches."""
@@ -76,6 +76,8 @@ class ServedEngine:
         params: dict[str, Any],
         http_request: Any,
         stream: bool,
+        cache_salt: str | None = None,
+        rid: str | None = None,
     ) -> AsyncGenerator[GenerationPiece, None]:
         """Generate for one HTTP request.
 
@@ -89,6 +91,10 @@ class ServedEngine:
             The request being answered: SGLang reads the tenant from it and notices when it is gone.
         stream : bool
             Yield pieces as they come; else one piece.
+        cache_salt : str, optional
+            Namespace of its KV, where no request of a tenant is being answered.
+        rid : str, optional
+            Id for the request.
 
         Raises
         ------
@@ -97,7 +103,7 @@ class ServedEngine:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        manager, rid = self._manager, uuid.uuid4().hex
+        manager, rid = self._manager, rid or uuid.uuid4().hex
         reader = StreamReader(incremental=self._incremental)
         try:
             obj = GenerateReqInput(
@@ -106,6 +112,7 @@ class ServedEngine:
                 stream=stream,
                 rid=rid,
                 kv_hints=request.fusion.to_kv_hints(),
+                cache_salt=cache_salt,
             )
             async for message in manager.generate_request(obj, http_request):
                 yield reader.read(message)
@@ -122,6 +129,13 @@ class ServedEngine:
         finally:
             if reader.finish is None:
                 manager.abort_request(rid)
+
+    @staticmethod
+    def on_report(listen: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have every ``meta_info`` that carries fusion's report told, in the server's event loop."""
+        from rag_pipeline.sglang_plugin.fusion.forward.report import LISTENERS
+
+        LISTENERS.append(listen)
 
     async def state(self) -> dict[str, Any]:
         """What the scheduler processes report about themselves, in the shape of ``/server_info``.
@@ -153,35 +167,41 @@ class ServedEngine:
         CacheOrderError
             With a line and an HTTP status: of the refusal, or 503 where no answer came in time or fusion is not there.
         """
-        from sglang.srt.managers.io_struct import GetInternalStateReq
+        return await carry_out(self._manager, order, timeout_s=timeout_s)
 
-        manager = self._manager
-        manager.auto_create_handle_loop()
-        pause, without = 0.02, 0
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    # It is queued behind others' questions for the state, and each gets its own answer.
-                    reports = await manager.get_internal_state_communicator(
-                        GetInternalStateReq(rid=order.encode())
+
+async def carry_out(
+    manager: Any, order: CacheOrder, *, timeout_s: float = ORDER_TIMEOUT_S
+) -> dict[str, Any]:
+    """Have the scheduler processes behind a tokenizer manager carry out an order; see :meth:`ServedEngine.order`."""
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager.auto_create_handle_loop()
+    pause, without = 0.02, 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                # It is queued behind others' questions for the state, and each gets its own answer.
+                reports = await manager.get_internal_state_communicator(
+                    GetInternalStateReq(rid=order.encode())
+                )
+                states = [report.internal_state for report in reports]
+                answer = read_answer(states, order.ticket)
+                if answer is not None:
+                    return answer
+                without += not all(CACHE_KEY in state for state in states)
+                if without > _MISSED:
+                    raise CacheOrderError(
+                        "the engine keeps no chunk KV: fusion is not active in it", 503
                     )
-                    states = [report.internal_state for report in reports]
-                    answer = read_answer(states, order.ticket)
-                    if answer is not None:
-                        return answer
-                    without += not all(CACHE_KEY in state for state in states)
-                    if without > _MISSED:
-                        raise CacheOrderError(
-                            "the engine keeps no chunk KV: fusion is not active in it", 503
-                        )
-                    await asyncio.sleep(pause)
-                    pause = min(1.0, 2 * pause)
-        except TimeoutError:
-            raise CacheOrderError(
-                f"the engine did not carry out {order.action} within {timeout_s:.0f} s; it goes on with it: "
-                "look later whether it has",
-                503,
-            ) from None
+                await asyncio.sleep(pause)
+                pause = min(1.0, 2 * pause)
+    except TimeoutError:
+        raise CacheOrderError(
+            f"the engine did not carry out {order.action} within {timeout_s:.0f} s; it goes on with it: "
+            "look later whether it has",
+            503,
+        ) from None
 
 
 class _Info:

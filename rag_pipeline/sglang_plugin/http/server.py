@@ -19,6 +19,7 @@ from rag_pipeline.errors import EngineError, RagPipelineError
 from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, verify_targets
 from rag_pipeline.sglang_plugin.http import access as http_access
+from rag_pipeline.sglang_plugin.http import chat_memory
 from rag_pipeline.sglang_plugin.http.flags import ServerKeys, read_flags
 from rag_pipeline.sglang_plugin.http.protocol import HttpLimits, limited_protocol
 from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine, activation_in
@@ -194,6 +195,7 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
     verify_targets(rows)
     add_hooks(hooks)
     HookRegistry.apply_hooks()
+    rows += chat_memory.registered
     missing = [row.path for row in rows if row.path not in HookRegistry._patched]
     if missing:
         raise EngineError(f"SGLang did not take the hook on {', '.join(missing)}; its log says why")

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import TIERS
-from chunk_cache.tiers.remote.connect import check_remote
+from chunk_cache import TIERS, check_remote
 from rag_pipeline.config import VERBOSE_VARIABLE
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig

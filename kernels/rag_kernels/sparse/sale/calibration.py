@@ -6,6 +6,7 @@ Shape suffixes: R rows, H query heads, N key/value heads, D head dimension.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from rag_kernels.sparse.sale.method import SaleAttention, SaleConfig
 from rag_kernels.sparse.sale.thresholds import ThresholdTable
 
 FIRST_TAU = 0.008
-"""Where calibration begins."""
+"""Where the paper's calibration begins: no head gets a larger threshold."""
 SMALLEST_TAU = 1e-4
 """A head that needs one as small reads everything."""
 
@@ -36,10 +37,25 @@ class Calibration:
         Error per row that a head is allowed; positive.
     config : SaleConfig
         Options that the thresholds are for; its own thresholds are not used.
+    largest_tau : float
+        Where every head begins; above :data:`SMALLEST_TAU`. One at which the error of most heads is small already says
+        little of them: a larger one lets those read fewer keys, and holds the others to the same error.
+
+    Raises
+    ------
+    ValueError
+        A threshold to begin with at which every head would read everything.
     """
 
-    def __init__(self, theta: float, config: SaleConfig | None = None) -> None:
+    def __init__(
+        self, theta: float, config: SaleConfig | None = None, largest_tau: float = FIRST_TAU
+    ) -> None:
+        if not SMALLEST_TAU < largest_tau < math.inf:
+            raise ValueError(
+                f"the largest threshold is {largest_tau:g}; give a number above {SMALLEST_TAU:g}, such as {FIRST_TAU:g}"
+            )
         self.theta = theta
+        self.largest_tau = largest_tau
         self.config = config or SaleConfig()
         self._tau: dict[int, Tensor] = {}
 
@@ -61,7 +77,9 @@ class Calibration:
             fp32 ``[H]``: error per row of each head with its threshold.
         """
         rows, heads, _ = q_RHD.shape
-        tau = self._tau.setdefault(layer, torch.full((heads,), FIRST_TAU, dtype=torch.float64))
+        tau = self._tau.setdefault(
+            layer, torch.full((heads,), self.largest_tau, dtype=torch.float64)
+        )
         error = torch.zeros(heads)
         group = heads // k_RND.shape[1]
         open_heads = (tau > 0).nonzero().flatten()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rag_kernels.attention.base import AttentionCall, LogitRules
+from rag_kernels.attention.base import AttentionCall
 from rag_kernels.attention.mask import BlockMask, RequestBlocks
 from rag_kernels.attention.plan import PositionCausalPlan
 from rag_kernels.host_copy import to_device
@@ -113,6 +113,7 @@ class SaleAttention(AttentionMethod):
     name = "sale"
     config_type = SaleConfig
     config: SaleConfig
+    weighs_logits = True
 
     def __init__(self, config: SaleConfig, table: ThresholdTable | None = None) -> None:
         super().__init__(config)
@@ -177,13 +178,6 @@ class SaleAttention(AttentionMethod):
                 f"thresholds for {len(tau)} layers of {len(tau[0])} heads; layer {layer} with {num_heads} is none."
             )
         return torch.tensor(tau[layer]).view(-1, num_heads).amin(dim=0)
-
-    def refuse_layers(self, rules: Sequence[LogitRules]) -> str | None:
-        """Refuse capped logits: keys are weighed by logits as they are, and a cap makes others of them."""
-        cap = next((one.logit_cap for one in rules if one.logit_cap), None)
-        if cap is not None:
-            return f"it weighs keys by their logits, which the model caps at {cap:g}"
-        return super().refuse_layers(rules)
 
     def prepare(
         self, plan: PositionCausalPlan, requests: Sequence[int]

@@ -21,8 +21,7 @@ from rag_pipeline.sglang_plugin.fusion.forward import plan as planning
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import plan_item
 from rag_pipeline.sglang_plugin.fusion.memory import leasing as memories
 from rag_pipeline.sglang_plugin.fusion.request.consent import (
-    may_attend_unasked,
-    may_match_unasked,
+    may_unasked,
     refuse_asked,
 )
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
@@ -51,8 +50,9 @@ def after_req_init(result: Any, req: Any, *args: Any, **kwargs: Any) -> None:
         if request is None:
             # With several ranks the store of one must not decide: a look-up is a vote.
             stored = runtime.group.size > 1 or runtime.store.stats().chunks_now
-            searches = bool(stored) and may_match_unasked(runtime.config, req)
-            if not (runtime.is_on and (searches or may_attend_unasked(runtime.config, req))):
+            allowed = may_unasked(runtime.config, req)
+            searches = bool(stored) and allowed.matching
+            if not (runtime.is_on and (searches or allowed.attention)):
                 return
             request = FusionRequest()
         request = _with_attention(runtime, req, request)

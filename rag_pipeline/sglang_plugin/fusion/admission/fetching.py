@@ -13,8 +13,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from chunk_cache import Candidate, ChunkCacheError, ChunkKey, Fetch, Fetcher, as_token_ids
-from chunk_cache.tiers.fetcher import PATIENCE_S
+from chunk_cache import (
+    PATIENCE_S,
+    Candidate,
+    ChunkCacheError,
+    ChunkKey,
+    Fetch,
+    Fetcher,
+    as_token_ids,
+)
 from rag_pipeline.sglang_plugin.fusion.builds.variants import variant_at
 from rag_pipeline.sglang_plugin.fusion.memory.leasing import wanted as wanted_memories
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace

@@ -10,10 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rag_pipeline.erasure as erasure
-from chunk_cache import write_private
-from chunk_cache.tiers.remote.connect import connect_board
-from chunk_cache.tiers.remote.notices import NoticeBoard
-from chunk_cache.tiers.remote.url import shown_url
+from chunk_cache import NoticeBoard, connect_board, shown_url, write_private
 from rag_pipeline.notices import Notice
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 

@@ -20,14 +20,14 @@ from chunk_cache import (
     TIERS,
     ChunkKV,
     Fetcher,
+    GuardedTier,
     KVContext,
     Tier,
     TierChain,
+    connect_remote,
     load_store,
+    shown_url,
 )
-from chunk_cache.tiers.guard import GuardedTier
-from chunk_cache.tiers.remote.connect import connect_remote
-from chunk_cache.tiers.remote.url import shown_url
 from rag_pipeline.sglang_plugin.fusion.builds import erased
 from rag_pipeline.sglang_plugin.fusion.builds.notice_exchange import open_exchange
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import hash_token_ids
-from chunk_cache.keys import canonical_json
+from chunk_cache import canonical_json, hash_token_ids
 
 EXACT = "exact"
 """Plain prefill computed it, and all in front of it."""

@@ -6,7 +6,7 @@ request-level value, so that it is sent once, and requests without one get no fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.types import Truncated
+
+LISTENERS: list[Callable[[Mapping[str, Any]], None]] = []
+"""Told each ``meta_info`` with a report, in the tokenizer process: for who gave SGLang a request and reads no answer."""
 
 
 def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
@@ -34,9 +37,10 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
     report.reused_tokens = max(0, loaded - report.recomputed_tokens - forced)
     report.recomputed_tokens = loaded - report.reused_tokens
     report.fresh_tokens = report.prompt_tokens - report.exact_prefix_tokens - loaded
-    turns = sum(span.end - span.start for span in state.spans if span.is_turn)
-    report.conversation_tokens = min(turns, report.reused_tokens)
-    moved = sum(span.end - span.start for span in state.spans if span.is_turn and span.delta)
+    # The slots of a memory stand for turns that are gone: they have figures of their own.
+    turns = [s for s in state.spans if s.is_turn and state.request.memory is None]
+    report.conversation_tokens = min(sum(s.end - s.start for s in turns), report.reused_tokens)
+    moved = sum(span.end - span.start for span in turns if span.delta)
     report.moved_tokens = min(moved, report.conversation_tokens)
     if state.request.truncated[0]:
         report.truncated = Truncated(*state.request.truncated).to_json()
@@ -140,6 +144,8 @@ def around_update_meta_info(
     report = state.customized_info_accumulated.get(FUSION_KEY)
     if report:
         meta_info[FUSION_KEY] = report[0]
+        for listen in LISTENERS:
+            listen(meta_info)
 
 
 def after_coalesce(

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import Candidate, ChunkKey, ChunkState, KVContext, StoreFolder, Tier
-from chunk_cache.tiers.guard import GuardedTier
-from chunk_cache.tiers.transfer import pin_as_in
+from chunk_cache import (
+    Candidate,
+    ChunkKey,
+    ChunkState,
+    GuardedTier,
+    KVContext,
+    StoreFolder,
+    Tier,
+    pin_as_in,
+)
 from rag_pipeline.protocol.cache_order import CACHE_ACTIONS, CacheOrder, CacheOrderError
 from rag_pipeline.sglang_plugin.fusion.management.memories import memories
 from rag_pipeline.sglang_plugin.fusion.management.view import (

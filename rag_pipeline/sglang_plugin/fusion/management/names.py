@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chunk_cache import ChunkKey
-from chunk_cache.keys import keys_named
+from chunk_cache import ChunkKey, keys_named
 from rag_pipeline.protocol.cache_order import CacheOrder, CacheOrderError
 from rag_pipeline.sglang_plugin.fusion.management.view import known_prefix, listed_tiers
 

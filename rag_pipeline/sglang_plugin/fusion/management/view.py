@@ -6,8 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import ChunkKey, ChunkState, Tier, codec_named
-from chunk_cache.tiers.guard import GuardedTier
+from chunk_cache import ChunkKey, ChunkState, GuardedTier, Tier, codec_named
 
 if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime, KnownPrefix

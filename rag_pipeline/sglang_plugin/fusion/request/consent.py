@@ -17,7 +17,7 @@ automatic (:attr:`.FusionConfig.automatic`) where the operator says so, for the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from rag_pipeline.protocol import DENSE_ATTENTION, FusionRequest
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
@@ -64,8 +64,17 @@ def refuse_asked(request: FusionRequest, req: Any) -> str | None:
     return "scoring" if request.mode == "fuse" and _only_scores(req) else None
 
 
-def may_match_unasked(config: FusionConfig, req: Any) -> bool:
-    """Whether stored chunks may be looked for in the prompt of a request that has no fusion fields.
+class Unasked(NamedTuple):
+    """What a request gets that has no fusion fields."""
+
+    matching: bool
+    """Whether stored chunks may be looked for in its prompt."""
+    attention: bool
+    """Whether the engine's default attention method serves it."""
+
+
+def may_unasked(config: FusionConfig, req: Any) -> Unasked:
+    """What a request may get that has no fusion fields.
 
     Parameters
     ----------
@@ -74,27 +83,13 @@ def may_match_unasked(config: FusionConfig, req: Any) -> bool:
     req : Req
         SGLang's.
     """
+    if _only_scores(req) or any(getattr(req, name) for name in _NUMBERS):
+        return Unasked(matching=False, attention=False)
     tenant = (req.cache_salt or "").partition("/")[0]
-    if not (config.automatic or tenant in config.automatic_tenants):
-        return False
-    return _wants_tokens_alone(req)
-
-
-def may_attend_unasked(config: FusionConfig, req: Any) -> bool:
-    """Whether the engine's default attention method serves a request that has no fusion fields.
-
-    Parameters
-    ----------
-    config : FusionConfig
-        The operator's switches.
-    req : Req
-        SGLang's.
-    """
-    return config.attention != DENSE_ATTENTION and _wants_tokens_alone(req)
-
-
-def _wants_tokens_alone(req: Any) -> bool:
-    return not _only_scores(req) and not any(getattr(req, name) for name in _NUMBERS)
+    return Unasked(
+        matching=config.automatic or tenant in config.automatic_tenants,
+        attention=config.attention != DENSE_ATTENTION,
+    )
 
 
 def _only_scores(req: Any) -> bool:

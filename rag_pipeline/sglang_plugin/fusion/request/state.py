@@ -1,20 +1,19 @@
-"""What fusion knows of one request while it lives in the scheduler: every field has one writer, and it is here."""
+"""What fusion knows of one request while it lives in the scheduler: every field has one writer, and it is here or in :mod:`.awaited`."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chunk_cache import Candidate, Fetch, as_prompt_ids
+from chunk_cache import as_prompt_ids
 from chunk_cache.policies import Policy
 from rag_kernels import AttentionMethod
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request.attempt import Attempt, Resolved, ReuseCost
+from rag_pipeline.sglang_plugin.fusion.request.awaited import Awaited
 from rag_pipeline.sglang_plugin.fusion.request.holdings import Capture, LeasedSpan
 from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.usage import UsageReport
@@ -23,7 +22,7 @@ ATTRIBUTE = "rag_fusion"
 """Name under which the state hangs on SGLang's ``Req``."""
 
 
-class RequestState:
+class RequestState(Awaited):
     """State of one request; lives on ``Req`` as :data:`ATTRIBUTE`.
 
     Others read its fields and change them by its methods alone. Lengths and ends are token counts from the start of
@@ -72,15 +71,10 @@ class RequestState:
 
     __slots__ = (
         "__weakref__",
-        "_asked_at",
         "_attempt",
-        "_fetches",
         "_found",
-        "_has_begun",
-        "_lookup",
         "_row_limit",
         "_spans",
-        "_wanted",
         "explicit",
         "internal",
         "policy",
@@ -102,15 +96,11 @@ class RequestState:
         internal: bool = False,
         searches: bool = True,
     ) -> None:
+        super().__init__()
         self.ratio = _checked(policy, policy.ratio)
         self._spans: tuple[LeasedSpan, ...] = ()
         self._found = Resolved()
         self._row_limit = 0
-        self._fetches: tuple[Fetch, ...] = ()
-        self._asked_at = 0.0
-        self._has_begun = False
-        self._wanted: tuple[tuple[Candidate, ...], ...] = ()
-        self._lookup: threading.Event | None = None
         self.request = request
         self.policy = policy
         self.prompt: npt.NDArray[np.int64] = as_prompt_ids(np.asarray(prompt_ids, dtype=np.int64))
@@ -248,49 +238,7 @@ class RequestState:
         holds = bool(self.is_fused or self._found.captures or self.explicit)
         return self.resolved and not self.done and holds
 
-    @property
-    def fetches(self) -> tuple[Fetch, ...]:
-        """Chunks that are on their way from a lower tier."""
-        return self._fetches
-
-    @property
-    def asked_at(self) -> float:
-        """When the scheduler first considered the request while they were, :func:`time.monotonic`."""
-        return self._asked_at
-
-    @property
-    def wanted(self) -> tuple[tuple[Candidate, ...], ...]:
-        """Per chunk the records that would serve it, the best first; empty where nobody will ask."""
-        return self._wanted
-
-    @property
-    def lookup(self) -> threading.Event | None:
-        """Set as soon as it is known what shared tiers have of the conversation; None where nobody asks, or waits."""
-        return self._lookup
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether its chunks were looked for below memory."""
-        return self._has_begun
-
     # -- admission ----------------------------------------------------------------------------
-
-    def expect(self, wanted: tuple[tuple[Candidate, ...], ...]) -> None:
-        """Note :attr:`wanted`."""
-        self._wanted = wanted
-
-    def await_lookup(self, lookup: threading.Event | None) -> None:
-        """Note :attr:`lookup`."""
-        self._lookup = lookup
-
-    def await_fetches(self, fetches: Iterable[Fetch]) -> None:
-        """Wait for these chunks, or for none any more."""
-        self._fetches = tuple(fetches)
-        self._has_begun = True
-
-    def note_asked(self) -> None:
-        """Note :attr:`asked_at`, the first time."""
-        self._asked_at = self._asked_at or time.monotonic()
 
     def enter(self, space: str, unit: int) -> None:
         """Note :attr:`space` and :attr:`unit`."""

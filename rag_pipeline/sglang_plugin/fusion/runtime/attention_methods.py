@@ -35,9 +35,14 @@ def method_for_weights(runtime: FusionRuntime, request: FusionRequest) -> Attent
 
 
 def is_useless(runtime: FusionRuntime, method: AttentionMethod) -> bool:
-    """Whether a method has no business with the loaded model's layers; why is said once."""
+    """Whether a method has no business with the loaded model's layers, or cannot say; why is said once."""
     assert runtime.facts is not None
-    reason = method.refuse_layers([rules_of(layer) for layer in runtime.facts.layers])
+    reason: str | None
+    try:
+        reason = method.refuse_layers([rules_of(layer) for layer in runtime.facts.layers])
+    except Exception as error:  # the method may be another distribution's
+        runtime.say_fault(f"attention method {method.name} on layers", error)
+        reason = f"it failed on the model's layers: {type(error).__name__}: {error}"
     if reason is None:
         return False
     runtime.say_once(

@@ -15,12 +15,12 @@ from chunk_cache import (
     Fetcher,
     KVContext,
     MemoryStore,
+    Pauses,
     RecordForm,
     TierChain,
     Timeline,
     hash_token_ids,
 )
-from chunk_cache.tiers.pause import Pauses
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
 from rag_pipeline.sglang_plugin.fusion.conversation_memories import CONVERSATION_MEMORIES
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace

@@ -1,0 +1,166 @@
+"""A memory as the doors of this project use it: when a conversation needs it, when an answer waits for it, what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rag_pipeline.memory import Utterance
+from rag_pipeline.protocol import FusionRequest, SamplingOptions, fusion_report, memory_report
+
+if TYPE_CHECKING:
+    from rag_pipeline.generation import Backend
+    from rag_pipeline.memory import Chain, Memory, MemoryConfig, MemoryPlan, Prepared
+    from rag_pipeline.prompts.tokenizer import ModelTokenizer
+
+EMBEDDER = "all-minilm-l6-v2"
+"""Embeds what is said, where no index has an embedder."""
+
+_TAIL_BLOCKS = 2
+"""Blocks behind a record that stand in the prompt as they are, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What was said.
+
+    Parameters
+    ----------
+    system : str
+        Instructions.
+    history : tuple of Utterance
+        Earlier messages, the oldest first.
+    question : str
+        The new message, as it stands in the prompt.
+    asked : str
+        What of it the user has said, where documents stand in it too: later requests bring no more. All of it where empty.
+    """
+
+    system: str
+    history: tuple[Utterance, ...]
+    question: str
+    asked: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RememberedTurn:
+    """A turn whose prompt was laid out with a memory."""
+
+    memory: Memory
+    prepared: Prepared
+    asked: Asked
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self.prepared.candidate.input_ids
+
+    @property
+    def fusion(self) -> FusionRequest:
+        """What the prompt asks of the engine."""
+        return self.prepared.candidate.fusion
+
+    def facts(self, meta_info: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client is told, with the engine's report on the answer."""
+        config, candidate = self.memory.planner.config, self.prepared.candidate
+        told = memory_report(fusion_report(meta_info))
+        return {
+            "method": config.method,
+            "budget_tokens": config.budget_tokens,
+            "history_tokens": self.prepared.plan.history_tokens,
+            "slots": candidate.slots,
+            "tail_tokens": candidate.tail_len,
+            "loaded": told.get("loaded", 0),
+            "missed": told.get("missed", 0),
+        }
+
+    def ended(self, answer: str | None) -> None:
+        """Build ahead, with the answer where it is known."""
+        asked = self.asked
+        said = [*asked.history, Utterance("user", asked.asked or asked.question)]
+        if answer:
+            said.append(Utterance("assistant", answer))
+        self.memory.after(asked.system, said)
+
+
+def told_tokens(config: MemoryConfig) -> int:
+    """Most tokens of a conversation in a prompt with a memory: the slots, and what stands behind them as it is."""
+    return config.budget_tokens + _TAIL_BLOCKS * config.block_tokens
+
+
+def prepare_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> RememberedTurn:
+    """Lay out the prompt of an answer."""
+    prepared = memory.prepare(
+        asked.system, asked.history, asked.question, sampling=sampling, query=asked.asked
+    )
+    return RememberedTurn(memory=memory, prepared=prepared, asked=asked)
+
+
+def plan_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> Sequence[Chain] | None:
+    """What an answer must wait for; None for a conversation that is short enough as it is.
+
+    What the next turns of such a one may need is built behind it.
+
+    Raises
+    ------
+    RagPipelineError
+        A question that does not fit.
+    """
+    config = memory.planner.config
+    plan = memory.planner.plan(
+        asked.system,
+        asked.history,
+        asked.question,
+        max_new_tokens=sampling.max_new_tokens,
+        query=asked.asked,
+    )
+    if plan.history_tokens <= told_tokens(config):
+        memory.after(asked.system, asked.history)
+        return None
+    return awaited(memory, plan)
+
+
+def open_memory(config: MemoryConfig, backend: Backend, tokenizer: ModelTokenizer) -> Memory:
+    """Make a memory of the conversations with a backend's model.
+
+    Parameters
+    ----------
+    config : MemoryConfig
+        Method and budget.
+    backend : Backend
+        Builds the records; not closed by the memory.
+    tokenizer : ModelTokenizer
+        Of its model.
+
+    Raises
+    ------
+    RagPipelineError
+        A budget that the backend's context has no room for.
+    """
+    from rag_pipeline.memory import Memory, Planner
+    from rag_pipeline.models import resolve_embedder
+    from retrievers import Embedder
+
+    embedder = Embedder(resolve_embedder(EMBEDDER).path, name=EMBEDDER)
+    planner = Planner(
+        config, tokenizer, embedder.encode_documents, context_length=backend.context_length
+    )
+    # A server by URL is not asked: that is its administrator's. What a step makes again is the same record.
+    return Memory(planner, backend, existing=getattr(backend, "memories", None))
+
+
+def awaited(memory: Memory, plan: MemoryPlan) -> Sequence[Chain]:
+    """Chains that an answer must wait for: those of a conversation of which no record is there.
+
+    Such a conversation began before it had a memory. A sliding window would forget all that is before it, without a word;
+    to compute it once takes about as long as to prefill it.
+    """
+    needs = [one.needs for one in plan.candidates]
+    known = memory.builder.is_known
+    if not needs[0] or any(all(map(known, one)) for one in needs):
+        return ()
+    there = memory.builder.find([name for one in needs for name in one])
+    if any(there.issuperset(one) for one in needs):
+        return ()
+    return min(plan.candidates, key=lambda one: len(one.needs)).chains

@@ -1,0 +1,346 @@
+"""Memories of the conversations that a server answers: one per tenant and configuration, built behind the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from chunk_cache import tenant_mark
+from rag_pipeline.memory import (
+    Chain,
+    Memory,
+    MemoryConfig,
+    Planner,
+    Utterance,
+    parse_memory,
+)
+from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
+from rag_pipeline.protocol import (
+    GenerationPiece,
+    GenerationRequest,
+    SamplingOptions,
+)
+from rag_pipeline.protocol.cache_order import memories_order
+from rag_pipeline.server.turns import Turns
+from rag_pipeline.sglang_plugin.http.access import namespaced
+from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
+
+if TYPE_CHECKING:
+    from rag_pipeline.prompts.tokenizer import ModelTokenizer
+    from rag_pipeline.server.embedders import EmbedderPool
+    from rag_pipeline.server.tenants import Tenant
+    from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
+
+MOST_MEMORIES = 64
+"""Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
+_FRAME_TOKENS = 16
+"""More than a chat template writes around a message."""
+_EXISTING_S = 20.0
+"""Longest wait for the engine to say which records it has."""
+_ANSWER_TOKENS = 512
+"""Room for an answer whose length nobody says; at most a quarter of the context."""
+
+
+class MemoryBackend:
+    """The server's engine for the builds of one namespace, from threads beside the event loop.
+
+    Parameters
+    ----------
+    engine : ServedEngine
+        Behind the server.
+    loop : asyncio.AbstractEventLoop
+        The server's.
+    salt : str
+        Namespace that records are kept in; empty for the operator's.
+    turns : Turns
+        Shared by all namespaces: one step at a time, and whoever has just had one waits behind the others.
+    """
+
+    def __init__(
+        self, engine: ServedEngine, loop: asyncio.AbstractEventLoop, salt: str, turns: Turns
+    ) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._salt = salt
+        self._turns = turns
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.context_length
+
+    def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
+        """Yield the answer when it is whole; an answer of a build is one token."""
+        with self._turns.turn():
+            future = asyncio.run_coroutine_threadsafe(self._whole(request), self._loop)
+            try:
+                pieces = future.result()
+            finally:
+                future.cancel()
+        yield from pieces
+
+    async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
+        """As :meth:`generate`, in the server's event loop."""
+        for piece in await self._whole(request):
+            yield piece
+
+    def close(self) -> None:
+        """Nothing: the engine is the server's."""
+
+    def existing(self, ids: Sequence[str]) -> Collection[str]:
+        """Ask the engine which records it has.
+
+        Raises
+        ------
+        EngineError
+            It does not answer in time.
+        """
+        order = memories_order(ids, tenant_mark(self._salt.partition("/")[0]))
+        asked = self._engine.order(order, timeout_s=_EXISTING_S)
+        told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+        return frozenset(told["present"])
+
+    async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
+        return [
+            piece
+            async for piece in self._engine.generate(
+                request,
+                params=request.sampling.to_params(),
+                http_request=None,
+                stream=False,
+                cache_salt=self._salt or None,
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered(RememberedTurn):
+    """A turn on its way through the server's engine."""
+
+    memories: Memories
+    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def ended(self, answer: str | None) -> None:
+        """Build ahead, and expect no report any more."""
+        self.memories.forget(self.rid)
+        super().ended(answer)
+
+
+class Memories:
+    """All memories of one server. Used in its event loop.
+
+    Parameters
+    ----------
+    engine : ServedEngine
+        Whose KV they are.
+    tokenizer : ModelTokenizer
+        Of its model.
+    embedders : EmbedderPool
+        The default one embeds what is said.
+    default : MemoryConfig or None
+        For conversations whose request says nothing; None for none.
+    run : callable
+        ``await run(tenant, function)`` runs blocking work beside the event loop, tenants taking turns.
+    """
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        tokenizer: ModelTokenizer,
+        embedders: EmbedderPool,
+        default: MemoryConfig | None,
+        run: Callable[[str, Callable[[], Any]], Awaitable[Any]],
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._embedders = embedders
+        self._default = default
+        self._run = run
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._made: OrderedDict[tuple[str, MemoryConfig], Memory] = OrderedDict()
+        self._under_way: dict[str, Remembered] = {}
+        self._left_alone: Counter[str] = Counter()
+        engine.on_report(self._take_report)
+
+    def config(self, wish: Any) -> MemoryConfig | None:
+        """What a request's wish comes to; None for no memory.
+
+        Raises
+        ------
+        RagPipelineError
+            A wish that is not allowed.
+        """
+        return parse_memory(wish, self._default)
+
+    def may_apply(self, wish: Any) -> bool:
+        """See :class:`~rag_pipeline.sglang_plugin.http.chat_memory.ChatMemory`."""
+        return self.config(wish) is not None
+
+    def left_alone(self, reason: str) -> None:
+        """Count a conversation that no memory can be of."""
+        self._left_alone[reason] += 1
+
+    async def remember(self, chat: AskedChat) -> Remembered | None:
+        """Lay out a conversation of SGLang's own chat route; None where it is short enough as it is."""
+        config = self.config(chat.wish)
+        if config is None:
+            return None
+        asked = Asked(
+            system=chat.system,
+            history=tuple(Utterance(role, text) for role, text in chat.history),
+            question=chat.question,
+        )
+        longest = min(_ANSWER_TOKENS, self._engine.context_length // 4)
+        return await self.prepare(
+            config,
+            chat.scope["state"]["rag_tenant"],
+            asked,
+            SamplingOptions(max_new_tokens=chat.max_new_tokens or longest),
+            cache_salt=chat.cache_salt or "",
+        )
+
+    async def prepare(
+        self,
+        config: MemoryConfig,
+        tenant: Tenant,
+        asked: Asked,
+        sampling: SamplingOptions,
+        *,
+        cache_salt: str = "",
+    ) -> Remembered | None:
+        """Lay out one answer of a conversation.
+
+        Parameters
+        ----------
+        config : MemoryConfig
+            Method and budget.
+        tenant : Tenant
+            Whose conversation it is.
+        asked : Conversation
+            What was said.
+        sampling : SamplingOptions
+            How it is decoded; room for the answer is left.
+        cache_salt : str
+            Namespace that the client names, inside the tenant's.
+
+        Returns
+        -------
+        Remembered or None
+            None where the history is short enough as it is; what it may need soon is built all the same.
+
+        Raises
+        ------
+        RagPipelineError
+            A question that does not fit.
+        """
+        if _most_tokens(asked.history) <= config.budget_tokens:
+            return None
+        salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
+        loop = asyncio.get_running_loop()
+        memory, missing = await self._run(
+            tenant.name, lambda: self._plan(salt, config, asked, sampling, loop)
+        )
+        if missing is None:
+            return None
+        builds = [memory.builder.build(chain, urgent=True) for chain in missing]
+        await asyncio.gather(*map(asyncio.wrap_future, builds))
+        turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
+        made = Remembered(memory=memory, prepared=turn.prepared, asked=asked, memories=self)
+        self._under_way[made.rid] = made
+        return made
+
+    def forget(self, rid: str) -> None:
+        """Expect no report on a request any more."""
+        self._under_way.pop(rid, None)
+
+    def facts(self, salt: str = "") -> dict[str, Any]:
+        """Counts of the memories of one tenant together; of all with an empty salt."""
+        with self._lock:
+            mine = [
+                memory
+                for (kept_in, _), memory in self._made.items()
+                if not salt or kept_in == salt or kept_in.startswith(f"{salt}/")
+            ]
+        told = [_flat(memory.stats().to_json()) for memory in mine]
+        names = told[0] if told else ()
+        together = {
+            name: (max if "peak" in name else sum)(one[name] for one in told) for name in names
+        }
+        return {
+            "method": self._default.method if self._default else "off",
+            "memories": len(told),
+            **together,
+            **({} if salt else {"left_alone": dict(self._left_alone)}),
+        }
+
+    def close(self) -> None:
+        """End all builds."""
+        while self._made:
+            self._made.popitem()[1].close()
+
+    def _plan(
+        self,
+        salt: str,
+        config: MemoryConfig,
+        asked: Asked,
+        sampling: SamplingOptions,
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[Memory, Sequence[Chain] | None]:
+        """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
+        memory = self._memory(salt, config, loop)
+        return memory, plan_turn(memory, asked, sampling)
+
+    def _memory(self, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop) -> Memory:
+        dropped = []
+        with self._lock:
+            key = (salt, config)
+            memory = self._made.get(key)
+            if memory is None:
+                backend = MemoryBackend(self._engine, loop, salt, self._turns)
+                planner = Planner(
+                    config,
+                    self._tokenizer,
+                    self._embedders.get().encode_queries,
+                    context_length=backend.context_length,
+                )
+                memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
+            self._made.move_to_end(key)
+            while len(self._made) > MOST_MEMORIES:
+                dropped.append(self._made.popitem(last=False)[1])
+        for one in dropped:
+            one.close()
+        return memory
+
+    def _take_report(self, meta_info: Mapping[str, Any]) -> None:
+        remembered = self._under_way.pop(str(meta_info.get("id")), None)
+        if remembered is not None:
+            remembered.memory.note(remembered.prepared, meta_info)
+
+
+def _most_tokens(history: Sequence[Utterance]) -> int:
+    """More tokens than a history has, without a tokenizer: a token is a byte at least, a message has a frame."""
+    return sum(len(said.text.encode()) + _FRAME_TOKENS for said in history)
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}_")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,149 @@
+"""Long conversations answered from a memory, over HTTP: SGLang's own chat route and the RAG route, with tenants."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+STOCK, RAG, CACHE = "/v1/chat/completions", "/v1/rag/chat/completions", "/v1/rag/cache"
+BUDGET, BLOCK = 128, 32
+MEMORY = {"method": "epicache", "budget_tokens": BUDGET, "episodes": 2, "block_tokens": BLOCK}
+TOPICS = ("the lighthouse", "a violin", "my garden", "the night train")
+
+
+def talk(turns: int) -> list[dict[str, str]]:
+    """So many turns of about forty tokens, with a question behind them."""
+    messages = [{"role": "system", "content": "Be brief."}]
+    for turn in range(turns):
+        topic = TOPICS[turn // 3 % len(TOPICS)]
+        messages += [
+            {"role": "user", "content": f"Note {turn}: tell me something about {topic}, please."},
+            {
+                "role": "assistant",
+                "content": f"Gladly. Of {topic} one says in year {turn} that it was blue and old.",
+            },
+        ]
+    return [*messages, {"role": "user", "content": "What did I say about the lighthouse?"}]
+
+
+def ask(server: Any, tenant: str = "operator", **body: Any) -> dict[str, Any]:
+    answer = server.post(STOCK, {"model": "default", "max_tokens": 4, **body}, tenant)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def facts(server: Any, tenant: str = "operator") -> dict[str, Any]:
+    with server.client(tenant) as client:
+        return client.get(CACHE).json()["memory"]
+
+
+def built(server: Any, tenant: str = "operator") -> None:
+    """Wait until the builds behind the answers have come to rest."""
+    deadline, before = time.monotonic() + 120, -1
+    while (steps := facts(server, tenant).get("build_steps", 0)) != before:
+        assert time.monotonic() < deadline
+        before = steps
+        time.sleep(0.5)
+
+
+def test_a_growing_chat_is_answered_from_prompts_of_one_size(rag_server: Any) -> None:
+    lengths, loaded = [], []
+    for turns in (3, 8, 9, 16, 32):
+        answer = ask(rag_server, messages=talk(turns), memory=MEMORY, return_meta_info=True)
+        lengths.append(answer["usage"]["prompt_tokens"])
+        report = answer["choices"][0]["meta_info"]["rag_fusion"]
+        loaded.append(report.get("memory", {}).get("loaded", 0))
+    whole = ask(rag_server, messages=talk(32))["usage"]["prompt_tokens"]
+    assert loaded[0] == 0
+    assert loaded[1:] == [BUDGET] * 4
+    assert whole > 1000
+    assert max(lengths) < BUDGET + 2 * BLOCK + 60
+    told = facts(rag_server)
+    assert told["loaded"] >= 4
+    assert told["missed"] == 0
+    assert told["build_forward_tokens"] > 0
+
+
+def test_a_stream_has_the_same_prompt_and_says_its_usage(rag_server: Any) -> None:
+    body = {"model": "default", "max_tokens": 4, "messages": talk(8), "memory": MEMORY}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with rag_server.client() as client, client.stream("POST", STOCK, json=body) as response:
+        assert response.status_code == 200
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    usage = json.loads(lines[-2])["usage"]
+    answer = ask(rag_server, messages=talk(8), memory=MEMORY)
+    assert usage["prompt_tokens"] == answer["usage"]["prompt_tokens"] < BUDGET + 2 * BLOCK + 60
+    assert usage["completion_tokens"] == 4
+
+
+def test_a_chat_without_a_memory_is_that_of_stock(rag_server: Any) -> None:
+    plain = ask(rag_server, messages=talk(8))
+    off = ask(rag_server, messages=talk(8), memory="off")
+    short = ask(rag_server, messages=talk(2), memory=MEMORY)
+    assert plain["usage"]["prompt_tokens"] == off["usage"]["prompt_tokens"] > 300
+    assert plain["choices"] == off["choices"]
+    assert short["choices"] == ask(rag_server, messages=talk(2))["choices"]
+
+
+def test_the_rag_route_answers_from_documents_and_the_memory(rag_server: Any) -> None:
+    body = {"messages": talk(16), "max_tokens": 4, "rag": {"k": 1, "memory": MEMORY}}
+    answer = rag_server.post(RAG, body)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()["rag"]
+    assert told["memory"]["loaded"] == told["memory"]["slots"] == BUDGET
+    assert told["memory"]["missed"] == 0
+    assert told["memory"]["history_tokens"] > 500
+    usage = answer.json()["usage"]
+    details = usage["prompt_tokens_details"]
+    kinds = ("exact_prefix", "reused", "recomputed", "fresh")
+    assert sum(details[f"{kind}_tokens"] for kind in kinds) == usage["prompt_tokens"]
+    start, end = told["citations"][0]["tokens"]
+    assert BUDGET < start < end < usage["prompt_tokens"]
+    # A short one has its chunk where it always stands.
+    body["messages"] = talk(1)
+    assert "memory" not in rag_server.post(RAG, body).json()["rag"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        (STOCK, {"memory": "elephant"}, "elephant"),
+        (STOCK, {"memory": {"budget": 5}}, "'budget' is not known"),
+        (STOCK, {"memory": {"budget_tokens": 5}}, "budget_tokens is 5"),
+        (STOCK, {"memory": {"budget_tokens": 2040}}, "lower budget_tokens or block_tokens"),
+        (RAG, {"rag": {"memory": "elephant"}}, "elephant"),
+        (RAG, {"rag": {"memory": {"budget": 5}}}, "budget"),
+        (RAG, {"rag": {"memory": "epicache", "conversation": "c"}}, "leave one out"),
+        (RAG, {"rag": {"memory": "epicache", "policy": "prefix"}}, "leave one out"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused_in_one_line(
+    path: str, fields: dict[str, Any], named: str, rag_server: Any
+) -> None:
+    body = {"model": "default", "messages": talk(40), "max_tokens": 4, **fields}
+    refusal = rag_server.post(path, body)
+    assert refusal.status_code == 400, refusal.text
+    error = refusal.json()
+    message = error.get("error", error)["message"]
+    assert named in message
+    assert "\n" not in message
+
+
+def test_a_tenants_memory_is_its_own(rag_server: Any) -> None:
+    """Records of one tenant are not found by another, and each sees its own figures."""
+    for tenant in ("acme", "globex"):
+        answer = ask(rag_server, tenant, messages=talk(10), memory=MEMORY, return_meta_info=True)
+        memory = answer["choices"][0]["meta_info"]["rag_fusion"]["memory"]
+        assert (memory["loaded"], memory["missed"]) == (BUDGET, 0)
+        built(rag_server, tenant)
+    acme, globex = (facts(rag_server, tenant) for tenant in ("acme", "globex"))
+    assert acme["answers"] == globex["answers"] == 1
+    assert acme["build_steps"] == globex["build_steps"] > 0
+    assert "left_alone" not in acme
+    assert facts(rag_server)["answers"] > 2
