@@ -85,8 +85,12 @@ class Version:
         return [episode for episode in self.episodes if episode.opened_at <= segments]
 
     def labels_at(self, segments: int) -> list[int]:
-        """Episode of each of the first `segments` segments, as it was when there were so many."""
-        return [self.label_at(segment, segments) for segment in range(segments)]
+        """Episode of each of the first `segments` segments, as it was when there were so many.
+
+        Of a version that another has replaced, those until then.
+        """
+        known = min(segments, len(self.labels))
+        return [self.label_at(segment, segments) for segment in range(known)]
 
     def label_at(self, segment: int, segments: int) -> int:
         """Episode of a segment when there were `segments`."""

@@ -105,6 +105,25 @@ def test_a_conversation_that_drifts_is_clustered_again(encode: Callable[[list[st
     assert made_at == {0.0: [0, 4, 6, 9], 50.0: [0, 4]}
 
 
+def test_a_shorter_history_is_what_it_was_in_every_version() -> None:
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(40, 6)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    config = MemoryConfig(episodes=2, recluster_drift=0.0, switch_segments=2)
+    growth = grown(config, vectors)
+    assert len(growth.versions) > 4
+    for segments in range(1, 40):
+        replay = grown(config, vectors[:segments])
+        known, wanted = growth.versions_at(segments), replay.versions_at(segments)
+        assert [one.number for one in known] == [one.number for one in wanted]
+        for one, other in zip(known, wanted, strict=True):
+            assert one.episodes_at(segments) == other.episodes_at(segments)
+            assert one.labels_at(segments) == other.labels_at(segments)
+            if one.number:
+                centres = growth.centres(one, segments), replay.centres(other, segments)
+                np.testing.assert_allclose(*centres, atol=1e-5)
+
+
 @pytest.mark.parametrize("growth_factor", [1.5, 2.0])
 def test_clustering_again_costs_a_constant_number_of_passes(growth_factor: float) -> None:
     rng = np.random.default_rng(0)

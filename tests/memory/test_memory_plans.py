@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conversations import chat
@@ -124,6 +126,26 @@ def test_another_answer_to_the_same_history_keeps_what_was_before(
     again = planner.plan(SYSTEM, LONG[:20], "q?")
     fresh = make_planner().plan(SYSTEM, LONG[:20], "q?")
     assert [one.needs for one in again.candidates] == [one.needs for one in fresh.candidates]
+
+
+def test_threads_that_plan_one_conversation_at_once_get_the_plans_of_a_replay(
+    make_planner: MakePlanner,
+) -> None:
+    fields = {"recluster_drift": 0.5, "switch_segments": 1}
+    other = [*LONG[:30], *chat(("travel", 31))[30:]]
+    histories = [LONG[:count] for count in range(4, len(LONG) + 1, 3)] * 2
+    histories += [other[:count] for count in (31, 12, 30)]
+
+    def ids(planner: Planner, history: list[Utterance]) -> list[tuple[str, ...]]:
+        plan = planner.plan(SYSTEM, history, "And the garden?")
+        return [*(one.needs for one in plan.candidates), *(tuple(one.ids) for one in plan.ahead)]
+
+    wanted = [ids(make_planner(**fields), history) for history in histories]
+    shared = make_planner(**fields)
+    order = random.Random(3).sample(range(len(histories)), len(histories))
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda place: ids(shared, histories[place]), order))
+    assert found == [wanted[place] for place in order]
 
 
 def test_a_question_is_matched_to_its_topic(make_planner: MakePlanner) -> None:
