@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from chunk_cache.layouts.base import KV_LAYOUTS, KVLayout, LayerKV, layout_named, layout_of_pool
     from chunk_cache.matching import ChunkMatcher, MatchResult
     from chunk_cache.records import ChunkKV
+    from chunk_cache.side_tensors import SEEN_IDS
     from chunk_cache.spans import Match, check_spans, merge_matches
     from chunk_cache.store.builds import Build, ChunkState
     from chunk_cache.store.lease import Lease
@@ -117,6 +118,7 @@ _HOME = {
     "RecordHeader": "tiers.encoding",
     "RemoteURL": "tiers.remote.url",
     "Resolution": "store.listing",
+    "SEEN_IDS": "side_tensors",
     "STORE_FORMAT_VERSION": "keys",
     "StoreFolder": "tiers.disk.folder",
     "StoreLoadReport": "tiers.transfer",
@@ -167,6 +169,7 @@ __all__ = [
     "KV_LAYOUTS",
     "LOSSLESS",
     "PATIENCE_S",
+    "SEEN_IDS",
     "STORE_FORMAT_VERSION",
     "TIERS",
     "BackgroundWriter",

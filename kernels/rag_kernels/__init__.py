@@ -22,6 +22,8 @@ from rag_kernels.attention import (
 from rag_kernels.deviation import kv_deviation
 from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.host_copy import to_device, to_host
+from rag_kernels.layer_rows import gate_rows, norm_rows, turn_rows
+from rag_kernels.linear_rows import linear_rows
 from rag_kernels.mass import query_attention_mass
 from rag_kernels.mass_batch import MassPlan, attention_mass, plan_attention_mass
 from rag_kernels.mean_shift import mean_shift_inplace
@@ -60,11 +62,14 @@ __all__ = [
     "attention_mass",
     "choose_kernel",
     "create_attention_method",
+    "gate_rows",
     "gather_kv",
     "join_mean_shifts",
     "kv_deviation",
+    "linear_rows",
     "load_spans_inplace",
     "mean_shift_inplace",
+    "norm_rows",
     "plan_attention_mass",
     "plan_mean_shift",
     "plan_position_causal",
@@ -77,4 +82,5 @@ __all__ = [
     "scatter_kv_inplace",
     "to_device",
     "to_host",
+    "turn_rows",
 ]

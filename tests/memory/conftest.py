@@ -40,7 +40,13 @@ def make_planner(tokenizer: ModelTokenizer, encode: Encode) -> Callable[..., Pla
     """A planner of small sizes; names of fields change them."""
 
     def make(context_length: int = 4096, **fields: Any) -> Planner:
-        sizes = {"budget_tokens": 192, "block_tokens": 64, "episodes": 3, "probe_tokens": 128}
+        sizes = {
+            "budget_tokens": 192,
+            "block_tokens": 64,
+            "episodes": 3,
+            "probe_tokens": 128,
+            "cluster_segments": 2,
+        }
         config = MemoryConfig(**{**sizes, **fields})
         return Planner(config, tokenizer, encode, context_length=context_length)
 

@@ -54,7 +54,7 @@ def test_fewer_different_segments_than_episodes_are_no_fault() -> None:
 def test_a_new_segment_joins_the_nearest_and_medoids_stay(
     encode: Callable[[list[str]], Any],
 ) -> None:
-    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=0)
+    config = MemoryConfig(episodes=2, cluster_segments=2, recluster_growth=100.0, switch_segments=0)
     vectors = vectors_of(encode, ("garden", 8), ("music", 8), ("garden", 4), ("music", 4))
     growth = grown(config, vectors)
     version = growth.versions[-1]
@@ -72,7 +72,7 @@ def around(*topics: int) -> Any:
 
 
 def test_a_switch_of_topic_opens_an_episode_that_branches_off() -> None:
-    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
+    config = MemoryConfig(episodes=2, cluster_segments=2, recluster_growth=100.0, switch_segments=2)
     growth = grown(config, around(0, 0, 1, 1, 7, 7, 7, 0))
     version = growth.versions[-1]
     assert version.labels_at(8) == [0, 0, 1, 1, 2, 2, 2, 0]
@@ -85,13 +85,13 @@ def test_a_switch_of_topic_opens_an_episode_that_branches_off() -> None:
 
 
 def test_one_segment_off_topic_is_no_switch() -> None:
-    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
+    config = MemoryConfig(episodes=2, cluster_segments=2, recluster_growth=100.0, switch_segments=2)
     growth = grown(config, around(0, 0, 1, 1, 7, 0, 7, 1, 7))
     assert len(growth.versions[-1].episodes) == 2
 
 
 def test_switches_are_bounded() -> None:
-    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=1)
+    config = MemoryConfig(episodes=2, cluster_segments=2, recluster_growth=100.0, switch_segments=1)
     growth = grown(config, around(0, 0, 1, 1, *range(2, 14)))
     assert len(growth.versions[-1].episodes) == 4
 
@@ -100,7 +100,9 @@ def test_a_conversation_that_drifts_is_clustered_again(encode: Callable[[list[st
     vectors = vectors_of(encode, ("garden", 12), ("music", 12), ("travel", 24))
     made_at = {}
     for drift in (0.0, 50.0):
-        config = MemoryConfig(episodes=2, recluster_drift=drift, switch_segments=0)
+        config = MemoryConfig(
+            episodes=2, cluster_segments=2, recluster_drift=drift, switch_segments=0
+        )
         made_at[drift] = [version.made_at for version in grown(config, vectors).versions]
     assert made_at == {0.0: [0, 4, 6, 9], 50.0: [0, 4]}
 
@@ -139,7 +141,7 @@ def test_clustering_again_costs_a_constant_number_of_passes(growth_factor: float
 
 
 def test_the_running_centres_are_those_of_the_labels() -> None:
-    config = MemoryConfig(episodes=2, recluster_growth=100.0, switch_segments=2)
+    config = MemoryConfig(episodes=2, cluster_segments=2, recluster_growth=100.0, switch_segments=2)
     vectors = around(0, 0, 1, 1, 7, 7, 7)
     growth = grown(config, vectors)
     version = growth.versions[-1]

@@ -146,6 +146,7 @@ class ShownModel:
                 logits_to_keep=logits,
                 retention_caches=caches,
                 retention_rows=seen,
+                retention_biases={},
             )
         if len(seen) != self.num_layers:
             raise EvalError(
@@ -165,6 +166,7 @@ def _attention(
     *,
     retention_caches: Sequence[LayerCache],
     retention_rows: dict[int, LayerRows],
+    retention_biases: dict[int, Tensor],
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attend to the cached keys and, causally, to the rows' own."""
@@ -173,18 +175,27 @@ def _attention(
     q, k, v = query[0], key[0], value[0]
     retention_rows[module.layer_idx] = LayerRows(q=q, k=k, v=v)
     heads, rows, size = k.shape
-    visible = torch.ones(rows, rows, dtype=torch.bool).tril().expand(heads, rows, rows)
+    group = q.shape[0] // heads
+    cached, holes = 0, None
     if retention_caches:
         cache = retention_caches[module.layer_idx]
+        cached = cache.k.shape[1]
         k, v = torch.cat((cache.k, k), 1), torch.cat((cache.v, v), 1)
-        past = (cache.positions >= 0)[:, None].expand(-1, rows, -1)
-        visible = torch.cat((past, visible), 2)
-    group = q.shape[0] // heads
+        if bool((cache.positions < 0).any()):
+            holes = (cache.positions < 0).repeat_interleave(group, 0)
+    # Added to logits. It is the same in all layers that hold as many keys; a mask of truth values is slow.
+    bias = retention_biases.get(cached)
+    if bias is None:
+        bias = torch.full((rows, cached + rows), float("-inf"), dtype=q.dtype).triu(cached + 1)
+        retention_biases[cached] = bias
+    if holes is not None:
+        bias = bias.repeat(q.shape[0], 1, 1)
+        bias[..., :cached].masked_fill_(holes[:, None], float("-inf"))
     out = scaled_dot_product_attention(
-        q,
-        k.repeat_interleave(group, 0),
-        v.repeat_interleave(group, 0),
-        attn_mask=visible.repeat_interleave(group, 0),
+        q[None],
+        k.repeat_interleave(group, 0)[None],
+        v.repeat_interleave(group, 0)[None],
+        attn_mask=bias if holes is None else bias[None],
         scale=more.get("scaling") or size**-0.5,
     )
-    return out.transpose(0, 1)[None], None
+    return out.transpose(1, 2), None

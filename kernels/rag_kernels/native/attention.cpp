@@ -49,16 +49,43 @@ struct Scratch {
 constexpr int MOST = 144, FEWEST = 24;  // query rows of a tile, those of all heads of its group counted
 constexpr int64_t PACKING = 30;         // about what packing the keys of a tile costs, in query rows
 
-// Parts to cut the rows of one request into: those that end first when all threads take tiles of equal cost.
-int64_t parts_of(int64_t rows, int group, int64_t heads, int64_t threads) {
+// Parts to cut the rows of so many heads into, and when the last of them ends if all threads take tiles of equal cost.
+struct Parts {
+    int64_t count, time;
+};
+
+Parts parts_of(int64_t rows, int group, int64_t heads, int64_t threads) {
     const int64_t count = rows * group;
-    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    Parts best{1, std::numeric_limits<int64_t>::max()};
     for (int64_t parts = 1; parts <= (count + FEWEST - 1) / FEWEST; parts++) {
         const int64_t each = (rows + parts - 1) / parts * group;
         const int64_t time = (parts * heads + threads - 1) / threads * (each + PACKING);
-        if (time < least) best = parts, least = time;
+        if (time < best.time) best = {parts, time};
     }
     return best;
+}
+
+// Cut a request's rows for key/value heads `first` to `stop` into tiles of at most `size` rows.
+void cut_heads(const RagCall& c, int group, int64_t request, int64_t first, int64_t stop, int64_t size,
+               std::vector<Tile>& tiles) {
+    const RagRequest& r = c.requests[request];
+    for (int64_t lo = r.row_lo; lo < r.row_hi;) {
+        int64_t hi = std::min<int64_t>(lo + size, r.row_hi);
+        if (r.allowed != nullptr) {
+            // Rows of one query block read the same keys: a block whole, or in equal parts; few rows with the next.
+            int64_t end = lo;
+            do {
+                const int64_t block = c.positions[end] / r.query_block;
+                while (end < r.row_hi && c.positions[end] / r.query_block == block) end++;
+            } while (end < r.row_hi && (end - lo) * group < 24);
+            const int64_t parts = std::max<int64_t>(1, (end - lo + size / 2) / size);
+            hi = std::min(end, lo + (end - lo + parts - 1) / parts);
+        }
+        int64_t cost = 0;
+        for (int64_t at = lo; at < hi; at++) cost += c.positions[at] + 1;
+        for (int64_t h = first; h < stop; h++) tiles.push_back({int(request), int(h), int(lo), int(hi), cost});
+        lo = hi;
+    }
 }
 
 // Cut rows into tiles for every key/value head.
@@ -66,32 +93,29 @@ std::vector<Tile> cut(const RagCall& c, int group) {
     int64_t rows = 0;
     for (int64_t i = 0; i < c.num_requests; i++) rows += c.requests[i].row_hi - c.requests[i].row_lo;
     // Large tiles pack keys for more rows; small ones keep all threads busy to the end.
-    const int64_t share = rows * group * c.kv_heads / (4 * c.threads);
+    const int64_t heads = c.kv_heads, share = rows * group * heads / (4 * c.threads);
     const int most = int(std::clamp<int64_t>(share, FEWEST, MOST));
-    int64_t tile_rows = std::max(1, up(std::max(1, most / group), MR));
-    if (c.num_requests == 1 && rows > 0 && rows * group <= 2 * MOST) {
-        const int64_t parts = parts_of(rows, group, c.kv_heads, c.threads);
-        tile_rows = (rows + parts - 1) / parts;
-    }
+    const int64_t tile_rows = std::max(1, up(std::max(1, most / group), MR));
+    const auto equal = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };
     std::vector<Tile> tiles;
-    for (int64_t i = 0; i < c.num_requests; i++) {
-        const RagRequest& r = c.requests[i];
-        for (int64_t lo = r.row_lo; lo < r.row_hi;) {
-            int64_t hi = std::min<int64_t>(lo + tile_rows, r.row_hi);
-            if (r.allowed != nullptr) {
-                // Rows of one query block read the same keys: a block whole, or in equal parts; few rows with the next.
-                int64_t end = lo;
-                do {
-                    const int64_t block = c.positions[end] / r.query_block;
-                    while (end < r.row_hi && c.positions[end] / r.query_block == block) end++;
-                } while (end < r.row_hi && (end - lo) * group < 24);
-                const int64_t parts = std::max<int64_t>(1, (end - lo + tile_rows / 2) / tile_rows);
-                hi = std::min(end, lo + (end - lo + parts - 1) / parts);
-            }
-            int64_t cost = 0;
-            for (int64_t at = lo; at < hi; at++) cost += c.positions[at] + 1;
-            for (int64_t h = 0; h < c.kv_heads; h++) tiles.push_back({int(i), int(h), int(lo), int(hi), cost});
-            lo = hi;
+    if (c.num_requests == 1 && rows > 0 && rows * group <= 2 * MOST) {
+        const Parts alike = parts_of(rows, group, heads, c.threads);
+        // As many heads as all threads can take at once stay whole and pack their keys once; the others are shared out.
+        const int64_t left = heads % c.threads, whole = heads - left;
+        const Parts rest = parts_of(rows, group, std::max<int64_t>(left, 1), c.threads);
+        const int64_t time = whole / c.threads * (rows * group + PACKING) + rest.time;
+        if (left > 0 && whole > 0 && time < alike.time) {
+            cut_heads(c, group, 0, 0, whole, rows, tiles);
+            cut_heads(c, group, 0, whole, heads, equal(rows, rest.count), tiles);
+        } else {
+            cut_heads(c, group, 0, 0, heads, equal(rows, alike.count), tiles);
+        }
+    } else {
+        for (int64_t i = 0; i < c.num_requests; i++) {
+            const int64_t own = c.requests[i].row_hi - c.requests[i].row_lo;
+            // Parts of one size: a last one of few rows would pack all keys for them.
+            const int64_t parts = std::max<int64_t>(1, (own + tile_rows / 2) / tile_rows);
+            cut_heads(c, group, i, 0, heads, c.requests[i].allowed == nullptr ? equal(own, parts) : tile_rows, tiles);
         }
     }
     std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });

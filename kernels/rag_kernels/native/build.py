@@ -15,7 +15,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "selection.cpp", "estimate.cpp", "load.cpp")
+SOURCES = ("attention.cpp", "selection.cpp", "estimate.cpp", "load.cpp", "rows.cpp", "linear.cpp")
 HEADERS = (
     "numbers.h",
     "product.h",

@@ -87,6 +87,47 @@ class LoadStruct(ctypes.Structure):
     )
 
 
+class NormStruct(ctypes.Structure):
+    """``RagNorm`` of the source: rows, what is added to them, and the weight of the norm."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "sums")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "x_row", "residual_row")),
+        *((name, ctypes.c_int64) for name in ("type", "threads")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class TurnStruct(ctypes.Structure):
+    """``RagTurn`` of the source: queries and keys, their positions, and the table of angles."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "table", "q_out", "k_out", "positions")),
+        *((name, ctypes.c_int64) for name in ("rows", "table_rows", "q_row", "k_row", "q_heads")),
+        *((name, ctypes.c_int64) for name in ("k_heads", "dim", "rotary_dim", "is_neox")),
+        *((name, ctypes.c_int64) for name in ("type", "threads")),
+    )
+
+
+class GateStruct(ctypes.Structure):
+    """``RagGate`` of the source: rows of a gate and of what it lets through."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "x_row", "type", "threads")),
+    )
+
+
+class LinearStruct(ctypes.Structure):
+    """``RagLinear`` of the source: rows, weights and what is added."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "depth", "columns", "x_row", "w_row")),
+        ("threads", ctypes.c_int64),
+    )
+
+
 class SaleGroupStruct(ctypes.Structure):
     """``RagSaleGroup`` of the source: row blocks that look at the same keys."""
 
@@ -138,6 +179,10 @@ def load_library() -> ctypes.CDLL | None:
         (library.rag_mass, MassStruct),
         (library.rag_mean_shift, ShiftStruct),
         (library.rag_sale, SaleStruct),
+        (library.rag_norm, NormStruct),
+        (library.rag_turn, TurnStruct),
+        (library.rag_gate, GateStruct),
+        (library.rag_linear, LinearStruct),
     ):
         function.argtypes = (ctypes.POINTER(struct),)
         function.restype = ctypes.c_int

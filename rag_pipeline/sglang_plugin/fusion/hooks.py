@@ -15,6 +15,7 @@ from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 from rag_pipeline.sglang_plugin.fusion.forward import model_forward as forward
 from rag_pipeline.sglang_plugin.fusion.forward import report as usage
+from rag_pipeline.sglang_plugin.fusion.forward import row_operations as rows
 from rag_pipeline.sglang_plugin.fusion.request import internal as internal_requests
 from rag_pipeline.sglang_plugin.fusion.request import validation
 from rag_pipeline.sglang_plugin.fusion.runtime import weight_updates
@@ -141,6 +142,42 @@ def hook_rows() -> list[tuple[HookTarget, Callable[..., Any]]]:
             "v",
             "forward_batch",
             "save_kv_cache",
+        ),
+        _row(
+            _SRT + "layers.layernorm.RMSNorm.forward_native",
+            "around",
+            "norms of a fused pass on a CPU, one call each",
+            rows.around_norm,
+            "x",
+            "residual",
+            "post_residual_addition",
+        ),
+        _row(
+            _SRT + "layers.rotary_embedding.base.RotaryEmbedding.forward_native",
+            "around",
+            "rotations of a fused pass on a CPU, one call each",
+            rows.around_rotation,
+            "positions",
+            "query",
+            "key",
+            "offsets",
+            "fused_set_kv_buffer_arg",
+        ),
+        _row(
+            _SRT + "layers.activation.SiluAndMul.forward_native",
+            "around",
+            "gated units of a fused pass on a CPU, one call each",
+            rows.around_gate,
+            "x",
+        ),
+        _row(
+            _SRT + "layers.quantization.unquant.UnquantizedLinearMethod.apply",
+            "around",
+            "products of a fused pass on a CPU, cut for few rows",
+            rows.around_linear,
+            "layer",
+            "x",
+            "bias",
         ),
         _row(
             _STREAMER + "is_request_level_customized_info_key",

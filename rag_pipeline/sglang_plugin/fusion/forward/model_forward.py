@@ -18,6 +18,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.ordinary import ordinary_views
 from rag_pipeline.sglang_plugin.fusion.forward.plan import Piece
 from rag_pipeline.sglang_plugin.fusion.forward.report import attach_report, fill_report
+from rag_pipeline.sglang_plugin.fusion.forward.row_operations import row_operations
 from rag_pipeline.sglang_plugin.fusion.forward.sparse_decode import (
     decode_densely,
     mark_reads,
@@ -146,7 +147,8 @@ def _fused(
         stage = "pass"
         with runtime.group.in_step():
             bind_adapters(runner, view)
-            output = _timed(runtime, original, runner, view, args, kwargs, fused.loader)
+            with row_operations():
+                output = _timed(runtime, original, runner, view, args, kwargs, fused.loader)
             if fused.fault is not None:
                 raise fused.fault
             fused.loader.finish()

@@ -24,6 +24,7 @@ from rag_pipeline.sglang_plugin.fusion.forward.batch_view import (
 from rag_pipeline.sglang_plugin.fusion.forward.fused_item import FusedItem
 from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import StopPassError
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
+from rag_pipeline.sglang_plugin.fusion.forward.row_operations import row_operations
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import ProtectedWriteError, WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
@@ -122,7 +123,7 @@ class Prober:
         bind_adapters(self._runner, view)
         self._runtime.group.all_true(True)  # no rank starts a pass that another one does not reach
         output = None
-        with contextlib.suppress(StopPassError):
+        with contextlib.suppress(StopPassError), row_operations():
             output = self._runner._forward_raw(view, None)
         ids: list[Tensor] = []
 

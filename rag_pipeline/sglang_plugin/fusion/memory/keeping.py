@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chunk_cache import Build, ChunkKV, ChunkState, LoadingChunk
+from chunk_cache import SEEN_IDS, Build, ChunkKV, ChunkState, LoadingChunk
 from chunk_cache.retention import gather_slots, keep_top
-from chunk_cache.side_tensors import SEEN_IDS
 from rag_kernels import gather_kv, rerotate_keys
 from rag_pipeline.sglang_plugin.fusion.builds.persistence import write_record
 from rag_pipeline.sglang_plugin.fusion.memory.records import (

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from chunk_cache import ChunkKV, LayerKV, LoadingChunk
-from chunk_cache.keys import TokenIds
+from chunk_cache import ChunkKV, LayerKV, LoadingChunk, TokenIds
 from chunk_cache.retention import Kept, merge_kept
 from rag_pipeline.sglang_plugin.fusion.memory.records import POSITIONS, SCORES
 

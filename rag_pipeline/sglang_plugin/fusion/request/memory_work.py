@@ -6,8 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from chunk_cache import ChunkKey, KVContext
-from chunk_cache.keys import TokenIds
+from chunk_cache import ChunkKey, KVContext, TokenIds
 from chunk_cache.retention import RetentionRule
 
 
