@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +176,61 @@ def test_what_a_chat_cannot_be_is_one_line(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert named in captured.err
+
+
+@pytest.mark.engine
+def test_a_chat_through_a_server_is_answered_from_a_memory_and_goes_on(
+    model_server: str,
+    smollm2_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Any SGLang server with the plugin will do: the prompts are laid out here."""
+    file = tmp_path / "chat.jsonl"
+    words = ["chat", "--model", str(smollm2_path), "--server", model_server, "--json"]
+    words += ["--memory", "epicache", "--budget", "64", "--memory-block", "32", "--episodes", "1"]
+    words += ["--max-new-tokens", "8", "--history", str(file), "--system", "Be brief."]
+    said = "".join(
+        f"Note {turn}: the tower number {turn} was built of blue stone.\n" for turn in range(9)
+    )
+    typed(monkeypatch, f"{said}/memory\n")
+    assert main(words) == 0
+    *turns, facts = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [turn["turn"] for turn in turns] == list(range(1, 10))
+    assert turns[0]["memory"] == {}
+    assert turns[-1]["memory"]["loaded"] == 64
+    assert max(turn["usage"]["prompt_tokens"] for turn in turns) < 64 + 2 * 32 + 60
+    assert facts["memory"]["build_steps"] > 0
+    # Another run goes on where this one ended.
+    typed(monkeypatch, "What was built of blue stone?\n")
+    assert main(words) == 0
+    (turn,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert turn["memory"]["loaded"] == 64
+    assert len(Transcript(file).messages) == 20
+
+
+@pytest.mark.engine
+def test_an_interrupted_chat_ends_in_one_line(
+    model_server: str, smollm2_path: Path, tmp_path: Path
+) -> None:
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; from rag_pipeline.cli import main; sys.exit(main())",
+    ]
+    words += ["chat", "--model", str(smollm2_path), "--server", model_server, "--json"]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("Hello\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["turn"] == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        errors = process.stderr.read().splitlines()
+    assert errors[-1] == "error: interrupted; what was already written is kept"
+    assert not any(line.startswith("Traceback") for line in errors)

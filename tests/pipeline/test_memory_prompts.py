@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_steps import meta_of
 
 from rag_pipeline import PromptBuilder, RagPipeline, RagPipelineError
 from rag_pipeline.memory import Memory, MemoryConfig, Planner, Utterance
@@ -21,7 +22,6 @@ from rag_pipeline.protocol import (
     GenerationPiece,
     GenerationRequest,
     SamplingOptions,
-    memory_id,
 )
 from retrievers import Chunk, SearchHit
 
@@ -36,31 +36,11 @@ class Backend:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.asked: list[GenerationRequest] = []
 
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
-        memory, ids = request.fusion.memory, request.input_ids
-        told: dict[str, Any] = {}
-        if memory is not None and memory.store is not None:
-            self.steps += 1
-            start = memory.load_end or request.fusion.prefix_len
-            told["stored"], told["id"] = (
-                True,
-                memory_id(
-                    memory.load[0].id if memory.load else "",
-                    ids[: request.fusion.prefix_len],
-                    ids[start : memory.store.end],
-                    ids[memory.store.end :],
-                    memory.store.rule,
-                    memory.store.budget,
-                ),
-            )
-        elif memory is not None:
-            told["loaded"] = memory.load_end - request.fusion.prefix_len
-        self.asked.append(request)
-        kinds = dict.fromkeys(("exact_prefix_tokens", "reused_tokens", "recomputed_tokens"), 0)
-        meta = {"completion_tokens": 1, "finish_reason": {"type": "stop"}}
-        yield GenerationPiece(text="Yes.", meta_info=meta | {FUSION_KEY: {"memory": told} | kinds})
+        memory = request.fusion.memory
+        self.steps += memory is not None and memory.store is not None
+        yield GenerationPiece(text="Yes.", meta_info=meta_of(request))
 
     async def agenerate(self, request: GenerationRequest) -> Any:
         for piece in self.generate(request):
