@@ -149,6 +149,8 @@ def test_methods_are_compared_over_the_questions_that_all_of_them_have() -> None
     best = compared["best_baseline"]
     assert (best["evidence_recall"]["method"], best["nll"]["method"]) == ("retrieval", "streaming")
     assert best["evidence_recall"]["ratio"] == pytest.approx(1.5)
+    assert compared["best_cache"]["evidence_recall"]["method"] == "streaming"
+    assert compared["best_cache"]["evidence_recall"]["ratio"] == pytest.approx(2.0)
     assert "best_baseline" not in found["methods"]["streaming"]["compared"]
 
 

@@ -13,6 +13,7 @@ from rag_eval.errors import EvalError
 
 DEFAULT_METHODS = "full,epicache,streaming,snapkv,keydiff,retrieval"
 FULL = "full"
+RETRIEVAL = "retrieval"
 LEAST_BUDGET = 16
 EPISODIC = "epicache"
 """Methods whose name begins like this have a record for each topic."""

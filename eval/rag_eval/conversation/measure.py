@@ -65,6 +65,10 @@ def measure_question(
         )
     missed = bool(told.get("missed"))
     shares = [] if missed or not candidate.slots else list(told.get("kept_share") or [])
+    if candidate.slots and not missed and len(shares) != len(parts):
+        raise RuntimeError(
+            f"the engine told {len(shares)} kept shares of {len(parts)} spans: {told}"
+        )
     answer = first_line(session.decode(served.output_ids))
     nll = answer_nll(log_softmax(logits), gold_ids)
     if not math.isfinite(nll):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rag_eval.conversation.config import FULL, is_episodic
+from rag_eval.conversation.config import FULL, RETRIEVAL, is_episodic
 from rag_eval.metrics import paired_bootstrap
 
 Row = Mapping[str, Any]
@@ -32,7 +32,8 @@ def summarise(
     -------
     dict
         ``n``, the number of questions that every method with any has; ``methods`` with the numbers of each over those
-        same questions, among them ``compared``: paired differences to full history and to the best baseline.
+        same questions, among them ``compared``: paired differences to the full history, to the best method without
+        episodes, and to the best one of those that keep a cache, which is all but retrieval.
     """
     measured = [name for name, found in rows.items() if found]
     shared: set[str] = (
@@ -86,17 +87,25 @@ def _compared(name: str, columns: Mapping[str, Sequence[Row]]) -> dict[str, Any]
         found[FULL]["nll"]["relative"] = _mean([row["nll"] for row in columns[name]]) / full - 1
     if is_episodic(name):
         baselines = [other for other in columns if other != FULL and not is_episodic(other)]
-        choose: dict[str, Callable[..., str]] = {"evidence_recall": max, "nll": min, "f1": max}
-        if baselines:
-            found["best_baseline"] = {}
-            for score, best_of in choose.items():
-                means = {
-                    other: _mean([row[score] for row in columns[other]]) for other in baselines
-                }
-                best = best_of(baselines, key=means.__getitem__)
-                difference = _difference(columns[name], columns[best], score)
-                ratio = _mean([row[score] for row in columns[name]]) / (means[best] or math.inf)
-                found["best_baseline"][score] = {"method": best, "ratio": ratio} | difference
+        caches = [other for other in baselines if other != RETRIEVAL]
+        for group, others in (("best_baseline", baselines), ("best_cache", caches)):
+            if others:
+                found[group] = _against_best(columns, name, others)
+    return found
+
+
+def _against_best(
+    columns: Mapping[str, Sequence[Row]], name: str, others: Sequence[str]
+) -> dict[str, Any]:
+    """A method against that of some others which is best at each score."""
+    choose: dict[str, Callable[..., str]] = {"evidence_recall": max, "nll": min, "f1": max}
+    found = {}
+    for score, best_of in choose.items():
+        means = {other: _mean([row[score] for row in columns[other]]) for other in others}
+        best = best_of(others, key=means.__getitem__)
+        ratio = _mean([row[score] for row in columns[name]]) / (means[best] or math.inf)
+        difference = _difference(columns[name], columns[best], score)
+        found[score] = {"method": best, "ratio": ratio} | difference
     return found
 
 

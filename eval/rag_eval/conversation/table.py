@@ -70,10 +70,12 @@ def _differences(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(
                 f"{name} - full: NLL {_interval(nll)} ({nll['relative']:+.1%}), F1 {_interval(full['f1'])}"
             )
-        for score, best in compared.get("best_baseline", {}).items():
-            lines.append(
-                f"{name} - best baseline in {score} ({best['method']}): {_interval(best)}, {best['ratio']:.2f} times"
-            )
+        for group in ("best_baseline", "best_cache"):
+            lines += [
+                f"{name} - {group.replace('_', ' ')} in {score} ({best['method']}): {_interval(best)}, "
+                f"{best['ratio']:.2f} times"
+                for score, best in compared.get(group, {}).items()
+            ]
     return lines
 
 
