@@ -56,7 +56,7 @@ def test_a_growing_chat_is_answered_from_prompts_of_one_size(rag_server: Any) ->
     for turns in (3, 8, 9, 16, 32):
         answer = ask(rag_server, messages=talk(turns), memory=MEMORY, return_meta_info=True)
         lengths.append(answer["usage"]["prompt_tokens"])
-        report = answer["choices"][0]["meta_info"]["rag_fusion"]
+        report = answer["choices"][0]["meta_info"].get("rag_fusion", {})
         loaded.append(report.get("memory", {}).get("loaded", 0))
     whole = ask(rag_server, messages=talk(32))["usage"]["prompt_tokens"]
     assert loaded[0] == 0
@@ -83,9 +83,10 @@ def test_a_stream_has_the_same_prompt_and_says_its_usage(rag_server: Any) -> Non
 
 
 def test_a_chat_without_a_memory_is_that_of_stock(rag_server: Any) -> None:
-    plain = ask(rag_server, messages=talk(8))
+    # The first of two fills the radix tree, behind which a CPU may round otherwise.
+    plain = [ask(rag_server, messages=talk(8)) for _ in range(2)][-1]
     off = ask(rag_server, messages=talk(8), memory="off")
-    short = ask(rag_server, messages=talk(2), memory=MEMORY)
+    short = [ask(rag_server, messages=talk(2), memory=MEMORY) for _ in range(2)][-1]
     assert plain["usage"]["prompt_tokens"] == off["usage"]["prompt_tokens"] > 300
     assert plain["choices"] == off["choices"]
     assert short["choices"] == ask(rag_server, messages=talk(2))["choices"]
