@@ -72,7 +72,9 @@ def test_ids_are_those_of_what_a_step_sends(make_planner: MakePlanner, method: s
             probe = request.input_ids[memory.store.end :]
             prefix = request.input_ids[: request.fusion.prefix_len]
             rule = memory.store.rule
-            assert name == step.id == memory_id(previous, prefix, block, probe, rule, 192)
+            own, share = memory.store.own, memory.store.own_share
+            wanted = memory_id(previous, prefix, block, probe, rule, 192, own, share)
+            assert name == step.id == wanted
             assert len(request.input_ids) == step.peak_tokens
             if method != "epicache-shared":
                 assert block == history[step.block * 64 : step.block * 64 + 64]
