@@ -2,7 +2,7 @@
 
 A fused pass has few rows. On a CPU SGLang computes most of these operations with several torch operations each, which
 then take longer to begin than to compute and use one thread. Every other batch keeps SGLang's own operations, and so its
-bits.
+bits. So does a model in fp32: there a fused pass is compared with plain prefill bit by bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rag_kernels import gate_rows, linear_rows, norm_rows, turn_rows
@@ -30,6 +31,11 @@ def row_operations() -> Iterator[None]:
         _depth -= 1
 
 
+def _serves(x: Tensor) -> bool:
+    """Whether the operation is one of a fused pass, in a number format that rounds more than the order of a sum does."""
+    return _depth > 0 and x.dtype is not torch.float32
+
+
 def around_norm(
     original: Callable[..., Any],
     norm: Any,
@@ -40,7 +46,7 @@ def around_norm(
     **kwargs: Any,
 ) -> Any:
     """Wrap ``RMSNorm.forward_native``."""
-    if _depth and post_residual_addition is None and _is_plain(norm, x):
+    if _serves(x) and post_residual_addition is None and _is_plain(norm, x):
         found = norm_rows(x, norm.weight, norm.variance_epsilon, residual)
         if found is not None:
             return found[0] if residual is None else found
@@ -68,7 +74,7 @@ def around_rotation(
 ) -> Any:
     """Wrap ``RotaryEmbedding.forward_native``."""
     if (
-        _depth
+        _serves(query)
         and offsets is None
         and fused_set_kv_buffer_arg is None
         and not hasattr(rotation, "sin_cos_cache")
@@ -88,7 +94,7 @@ def around_rotation(
 
 def around_gate(original: Callable[..., Tensor], gate: Any, x: Tensor) -> Tensor:
     """Wrap ``SiluAndMul.forward_native``."""
-    found = gate_rows(x) if _depth else None
+    found = gate_rows(x) if _serves(x) else None
     return original(gate, x) if found is None else found
 
 
@@ -101,7 +107,7 @@ def around_linear(
     **kwargs: Any,
 ) -> Tensor:
     """Wrap ``UnquantizedLinearMethod.apply``; a weight that SGLang has packed for AMX stays with it."""
-    if _depth and not kwargs and not getattr(module, "use_intel_amx_backend", False):
+    if _serves(x) and not kwargs and not getattr(module, "use_intel_amx_backend", False):
         found = linear_rows(x, module.weight, bias)
         if found is not None:
             return found
