@@ -34,6 +34,11 @@ def keep_top(scores: Tensor, budget: int, pinned: Tensor | None = None) -> Tenso
     """
     if budget < 1:
         raise RetentionError(f"budget is {budget} tokens; allowed is 1 or more")
+    return stay_order(scores, pinned)[:, :budget].sort(dim=1).values
+
+
+def stay_order(scores: Tensor, pinned: Tensor | None = None) -> Tensor:
+    """Columns of each head in the order in which they stay, int64 ``[H, n]``; see :func:`keep_top`."""
     if scores.ndim != 2 or not scores.isfinite().all():
         raise RetentionError(f"scores {tuple(scores.shape)}: expected finite numbers [H, n]")
     if pinned is not None and (pinned.shape != scores.shape or pinned.dtype != torch.bool):
@@ -42,12 +47,12 @@ def keep_top(scores: Tensor, budget: int, pinned: Tensor | None = None) -> Tenso
         )
     # Two stable sorts: among equal scores the earlier one is first, and pinned ones come to the front as they are.
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    if pinned is not None:
-        first = torch.sort(
-            pinned.gather(1, order).to(torch.uint8), dim=1, descending=True, stable=True
-        ).indices
-        order = order.gather(1, first)
-    return order[:, :budget].sort(dim=1).values
+    if pinned is None:
+        return order
+    first = torch.sort(
+        pinned.gather(1, order).to(torch.uint8), dim=1, descending=True, stable=True
+    ).indices
+    return order.gather(1, first)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,12 +67,15 @@ class Kept:
         int ``[H, m]``: true positions, rising along each head.
     scores : Tensor
         float ``[H, m]``: by what each stayed.
+    ranks : Tensor, optional
+        int ``[H, m]``: place of each in the order in which they stay, 0 for the last to go; None where scores tell it.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
     scores: Tensor
+    ranks: Tensor | None = None
 
     def __post_init__(self) -> None:
         m, heads = self.k.shape[:2]
@@ -76,6 +84,7 @@ class Kept:
             or self.v.shape[:2] != (m, heads)
             or self.positions.shape != (heads, m)
             or self.scores.shape != (heads, m)
+            or (self.ranks is not None and self.ranks.shape != (heads, m))
         ):
             raise RetentionError(
                 f"k {tuple(self.k.shape)}, v {tuple(self.v.shape)}, positions {tuple(self.positions.shape)}, "
@@ -96,7 +105,9 @@ def gather_slots(tensor: Tensor, columns: Tensor) -> Tensor:
 def merge_kept(a: Kept, b: Kept, budget: int) -> Kept:
     """Join what two memories of one conversation kept in a layer, and keep the best of both.
 
-    A token that both kept counts once, with the KV and the score of the better one (of equals, that of ``a``). Scores of
+    Better is the higher score, or, where both have ranks, the lower rank: each memory then keeps at least the better half
+    of the budget, since by score alone what one of them put first could lose to what both see everywhere. A token that
+    both kept counts once, with the KV and the score of the better one (of equals, that of ``a``). Scores of
     two rules cannot be compared: both memories must come from the same one. Both keys must be in the same frame.
 
     Returns
@@ -122,14 +133,18 @@ def merge_kept(a: Kept, b: Kept, budget: int) -> Kept:
         )
     positions = torch.cat((a.positions, b.positions.to(a.positions.dtype)), 1)
     scores = torch.cat((a.scores, b.scores), 1).float()
-    # By position, within it by score: the first of equal positions is the one that counts.
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    goodness = scores
+    if a.ranks is not None and b.ranks is not None:
+        goodness = -torch.cat((a.ranks, b.ranks), 1).float()
+    # By position, within it by how good: the first of equal positions is the one that counts.
+    order = torch.sort(goodness, dim=1, descending=True, stable=True).indices
     order = order.gather(1, torch.sort(positions.gather(1, order), dim=1, stable=True).indices)
     positions, scores = positions.gather(1, order), scores.gather(1, order)
+    goodness = goodness.gather(1, order)
     again = torch.zeros_like(positions, dtype=torch.bool)
     again[:, 1:] = positions[:, 1:] == positions[:, :-1]
     most = positions.shape[1] - int(again.sum(1).max())  # every head must fill its slots
-    columns = keep_top(scores, max(1, min(budget, most)), ~again)
+    columns = keep_top(goodness, max(1, min(budget, most)), ~again)
     source = order.gather(1, columns)
     return Kept(
         k=gather_slots(torch.cat((a.k, b.k)), source),

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, overload
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.memory.plan import Chain, Step
+from rag_pipeline.memory.plan import Chain, Range, Step
 from rag_pipeline.protocol import memory_id
 
 if TYPE_CHECKING:
@@ -39,6 +39,34 @@ def rule_identity(text: str) -> str:
         raise RagPipelineError(f"memory: {error}") from None
 
 
+OwnOf = Callable[[int], tuple[Range, ...]]
+"""From a block's number to the spans whose tokens stay before others behind it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a step asks of the engine beside its tokens.
+
+    Attributes
+    ----------
+    rule : str
+        Identity of the retention rule.
+    probe : tuple of int
+        Its probe.
+    own, own_share : tuple of (int, int), float
+        As of :class:`~rag_pipeline.protocol.MemoryStore`.
+    """
+
+    rule: str
+    probe: tuple[int, ...] = ()
+    own: tuple[Range, ...] = ()
+    own_share: float = 1.0
+
+
+def _nothing_own(block: int) -> tuple[Range, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """How the record of one episode is made.
@@ -57,6 +85,8 @@ class Recipe:
         Makes the blocks in front of `branch`, if given.
     branch : int
         First block that this recipe makes itself.
+    own : callable
+        From a block's number to what stays before others.
     """
 
     key: Hashable
@@ -65,6 +95,7 @@ class Recipe:
     episode: int = 0
     parent: Recipe | None = None
     branch: int = 0
+    own: OwnOf = _nothing_own
 
     def maker(self, block: int) -> Recipe:
         """Return the recipe by which a block is made."""
@@ -110,24 +141,26 @@ class BlockChain(Chain):
         view, config = self._view, self._view.config
         start = block * config.block_tokens
         block_ids = view.ids(start, start + config.block_tokens)
-        rule, probe = asked(view, self._recipe, block, block_ids)
+        step = asked(view, self._recipe, block, block_ids)
         return Step(
             id=self.ids[block],
             previous=self.ids[block - 1] if block else "",
             prefix_ids=view.prefix_ids,
             slot_ids=view.ids(start - min(start, config.budget_tokens), start),
             block_ids=block_ids,
-            probe_ids=probe,
+            probe_ids=step.probe,
             budget=config.budget_tokens,
-            rule=rule,
+            rule=step.rule,
             block=block,
             episode=self.episode,
+            own=step.own,
+            own_share=step.own_share,
         )
 
 
 def chain_ids(view: View, recipe: Recipe, blocks: int) -> tuple[str, ...]:
     """Memory ids of a chain; those of a shorter history are kept from before."""
-    size, budget = view.config.block_tokens, view.config.budget_tokens
+    size = view.config.block_tokens
     with view.log.lock:
         ids = view.log.chain_ids.setdefault(recipe.key, [])
         if len(ids) < blocks and recipe.parent is not None:
@@ -135,20 +168,33 @@ def chain_ids(view: View, recipe: Recipe, blocks: int) -> tuple[str, ...]:
             ids += inherited[len(ids) :]
         for block in range(len(ids), blocks):
             block_ids = view.ids(block * size, (block + 1) * size)
-            rule, probe = asked(view, recipe, block, block_ids)
-            previous = ids[-1] if ids else ""
-            ids.append(memory_id(previous, view.prefix_ids, block_ids, probe, rule, budget))
+            step = asked(view, recipe, block, block_ids)
+            ids.append(step_id(view, ids[-1] if ids else "", block_ids, step))
         return tuple(ids[:blocks])
 
 
-def asked(
-    view: View, recipe: Recipe, block: int, block_ids: Sequence[int]
-) -> tuple[str, tuple[int, ...]]:
-    """Rule and probe of a step."""
+def asked(view: View, recipe: Recipe, block: int, block_ids: Sequence[int]) -> Asked:
+    """What a step asks for; where nothing is evicted, the same for every recipe."""
     if (block + 1) * view.config.block_tokens <= view.config.budget_tokens:
-        return rule_identity(FILLING_RULE), ()
+        return Asked(rule=rule_identity(FILLING_RULE))
     maker = recipe.maker(block)
-    return maker.rule, maker.probe(block_ids)
+    own = maker.own(block)
+    share = view.config.own_share if own else 1.0
+    return Asked(rule=maker.rule, probe=maker.probe(block_ids), own=own, own_share=share)
+
+
+def step_id(view: View, previous: str, block_ids: Sequence[int], step: Asked) -> str:
+    """Memory id of a step."""
+    return memory_id(
+        previous,
+        view.prefix_ids,
+        block_ids,
+        step.probe,
+        step.rule,
+        view.config.budget_tokens,
+        step.own,
+        step.own_share,
+    )
 
 
 class WholeChain(Chain):
@@ -167,13 +213,11 @@ class WholeChain(Chain):
     def __init__(self, view: View, recipe: Recipe, blocks: int) -> None:
         config = view.config
         history = view.ids(0, blocks * config.block_tokens)
-        rule, probe = asked(view, recipe, blocks - 1, history)
+        step = asked(view, recipe, blocks - 1, history)
         with view.log.lock:
             ids = view.log.chain_ids.setdefault((recipe.key, blocks), [])
             if not ids:
-                ids.append(
-                    memory_id("", view.prefix_ids, history, probe, rule, config.budget_tokens)
-                )
+                ids.append(step_id(view, "", history, step))
         self.ids = tuple(ids)
         self.episode = recipe.episode
         self._step = Step(
@@ -182,11 +226,13 @@ class WholeChain(Chain):
             prefix_ids=view.prefix_ids,
             slot_ids=(),
             block_ids=history,
-            probe_ids=probe,
+            probe_ids=step.probe,
             budget=config.budget_tokens,
-            rule=rule,
+            rule=step.rule,
             block=blocks - 1,
             episode=recipe.episode,
+            own=step.own,
+            own_share=step.own_share,
         )
 
     def __len__(self) -> int:

@@ -39,6 +39,8 @@ class MemoryConfig:
     """Most tokens of that text."""
     merge_margin: float = 0.03
     """A question whose second-best episode is within this similarity of the best is answered from both; 0 from the best only."""
+    own_share: float = 1.0
+    """Share of a record that tokens of the episode's own segments fill before others, whatever they score; 0 is the published rule."""
     verbatim_tokens: int | None = None
     """Histories up to this length stand in the prompt as they are; None for as long as the budget."""
     cluster_segments: int = 4
@@ -67,6 +69,7 @@ class MemoryConfig:
         if self.verbatim_tokens is not None:
             self._check_whole("verbatim_tokens", 0, 1 << 24)
         self._check_number("merge_margin", 0.0, 2.0)
+        self._check_number("own_share", 0.0, 1.0)
         self._check_number("recluster_growth", 1.01, 100.0)
         self._check_number("recluster_drift", 0.0, 100.0)
 

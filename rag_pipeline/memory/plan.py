@@ -55,6 +55,8 @@ class Step:
         Which block of the history it adds, from 0.
     episode : int
         Of which episode, for reports.
+    own, own_share : tuple of (int, int), float
+        As of :class:`~rag_pipeline.protocol.MemoryStore`.
     """
 
     id: str
@@ -67,6 +69,8 @@ class Step:
     rule: str
     block: int
     episode: int
+    own: tuple[Range, ...] = ()
+    own_share: float = 1.0
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -95,7 +99,13 @@ class Step:
         slots = start + len(self.slot_ids)
         memory = MemoryFields(
             load=(MemoryLoad(start=start, end=slots, id=self.previous),) if self.previous else (),
-            store=MemoryStore(end=slots + len(self.block_ids), budget=self.budget, rule=self.rule),
+            store=MemoryStore(
+                end=slots + len(self.block_ids),
+                budget=self.budget,
+                rule=self.rule,
+                own=self.own,
+                own_share=self.own_share,
+            ),
             spans=tuple(spans),
         )
         return GenerationRequest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rag_pipeline.protocol.fusion_request import RequestError
@@ -13,6 +14,8 @@ MAX_LOADS = 2
 """Records that one request may load."""
 MAX_MEMORY_SPANS = 256
 """Spans whose kept share one report tells."""
+MAX_OWN_SPANS = 1024
+"""Spans of tokens that stay before others."""
 MAX_RULE = 200
 """Characters of a rule with its parameters."""
 MAX_BUDGET = 1 << 20
@@ -60,7 +63,9 @@ def read_memory(value: Any, *, mode: str, prefix_len: int, prompt_len: int) -> M
         )
     if not load and store is None:
         raise RequestError("fusion memory asks for nothing; give load, store or both.")
-    return MemoryFields(load=load, store=store, spans=_read_spans(fields.get("spans")))
+    return MemoryFields(
+        load=load, store=store, spans=_read_ranges(fields.get("spans"), "spans", MAX_MEMORY_SPANS)
+    )
 
 
 def _object(value: Any) -> Mapping[str, Any]:
@@ -130,7 +135,7 @@ def _read_store(value: Any, load_end: int, prompt_len: int) -> MemoryStore | Non
         return None
     if not isinstance(value, Mapping):
         raise RequestError(f"fusion memory store is {value!r:.80}; give end, budget and rule.")
-    _known(value, ("end", "budget", "rule"), "memory store")
+    _known(value, ("end", "budget", "rule", "own", "own_share"), "memory store")
     end, budget, rule = value.get("end"), value.get("budget"), value.get("rule")
     if type(end) is not int or not load_end < end <= prompt_len:
         raise RequestError(
@@ -147,7 +152,28 @@ def _read_store(value: Any, load_end: int, prompt_len: int) -> MemoryStore | Non
             f"most {MAX_RULE} characters."
         )
     _check_rule(rule, has_probe=end < prompt_len)
-    return MemoryStore(end=end, budget=budget, rule=rule)
+    own, share = _read_own(value)
+    return MemoryStore(end=end, budget=budget, rule=rule, own=own, own_share=share)
+
+
+def _read_own(store: Mapping[str, Any]) -> tuple[tuple[tuple[int, int], ...], float]:
+    own = _read_ranges(store.get("own"), "own", MAX_OWN_SPANS)
+    if any(later[0] < earlier[1] for earlier, later in pairwise(own)):
+        raise RequestError(
+            "fusion memory own spans overlap or do not rise; give disjoint ones in rising order."
+        )
+    share = store.get("own_share")
+    if share is None:
+        return own, 1.0
+    if not own:
+        raise RequestError(
+            f"fusion memory own_share is {share!r:.80} without own spans; give them, or leave it out."
+        )
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+        raise RequestError(
+            f"fusion memory own_share is {share!r:.80}; give a number above 0 and up to 1."
+        )
+    return own, float(share)
 
 
 def _check_rule(text: str, *, has_probe: bool) -> None:
@@ -166,23 +192,23 @@ def _check_rule(text: str, *, has_probe: bool) -> None:
         )
 
 
-def _read_spans(value: Any) -> tuple[tuple[int, int], ...]:
+def _read_ranges(value: Any, what: str, most: int) -> tuple[tuple[int, int], ...]:
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RequestError(f"fusion memory spans is {value!r:.80}; give [[start, end], ...].")
-    if len(value) > MAX_MEMORY_SPANS:
+        raise RequestError(f"fusion memory {what} is {value!r:.80}; give [[start, end], ...].")
+    if len(value) > most:
         raise RequestError(
-            f"{len(value)} fusion memory spans; at most {MAX_MEMORY_SPANS} are allowed."
+            f"fusion memory {what} has {len(value)} ranges; at most {most} are allowed."
         )
-    spans = []
+    ranges = []
     for pair in value:
         is_pair = isinstance(pair, Sequence) and not isinstance(pair, (str, bytes))
         if not is_pair or len(pair) != 2 or not all(type(edge) is int for edge in pair):
-            raise RequestError(f"fusion memory span {pair!r:.80}; give [start, end].")
+            raise RequestError(f"fusion memory {what} {pair!r:.80}; give [start, end].")
         if not 0 <= pair[0] < pair[1] < 2**31:
             raise RequestError(
-                f"fusion memory span {pair!r:.80}; give true positions, 0 or more, the end above the start."
+                f"fusion memory {what} {pair!r:.80}; give true positions, 0 or more, the end above the start."
             )
-        spans.append((pair[0], pair[1]))
-    return tuple(spans)
+        ranges.append((pair[0], pair[1]))
+    return tuple(ranges)

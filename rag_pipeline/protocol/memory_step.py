@@ -17,7 +17,7 @@ On the wire, inside the fusion fields (:mod:`rag_pipeline.protocol.fusion_reques
 
     {"prefix_len": 120, "memory": {
         "load": [{"start": 120, "end": 2168, "id": "5f..."}],
-        "store": {"end": 2680, "budget": 2048, "rule": "epicache"},
+        "store": {"end": 2680, "budget": 2048, "rule": "epicache", "own": [[120, 310]], "own_share": 0.75},
         "spans": [[300, 340]]}}
 
 ``custom_params`` holds the same object as one string of JSON, ``rag_memory``. This module imports nothing heavy.
@@ -66,11 +66,28 @@ class MemoryStore:
         Most slots that are kept per layer and KV head.
     rule : str
         Scores the keys, with its parameters, such as ``snapkv:window=64``.
+    own : tuple of (int, int)
+        Spans ``[start, end)`` of true positions, counted as :attr:`MemoryFields.spans` are, rising and disjoint: their tokens
+        stay before others whatever these score. None for scores alone.
+    own_share : float
+        Share of the budget in which they do, above 0 and up to 1; the rest is filled by score first. Without own spans it
+        says nothing.
     """
 
     end: int
     budget: int
     rule: str
+    own: tuple[tuple[int, int], ...] = ()
+    own_share: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not left at its default."""
+        fields: dict[str, Any] = {"end": self.end, "budget": self.budget, "rule": self.rule}
+        if self.own:
+            fields["own"] = [list(span) for span in self.own]
+            if self.own_share != 1.0:
+                fields["own_share"] = self.own_share
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +120,7 @@ class MemoryFields:
         if self.load:
             fields["load"] = [dataclasses.asdict(load) for load in self.load]
         if self.store is not None:
-            fields["store"] = dataclasses.asdict(self.store)
+            fields["store"] = self.store.to_json()
         if self.spans:
             fields["spans"] = [list(span) for span in self.spans]
         return fields
@@ -114,12 +131,19 @@ class MemoryFields:
 
 
 def memory_id(
-    previous: str, prefix_ids: Ids, block_ids: Ids, probe_ids: Ids, rule: str, budget: int
+    previous: str,
+    prefix_ids: Ids,
+    block_ids: Ids,
+    probe_ids: Ids,
+    rule: str,
+    budget: int,
+    own: Sequence[tuple[int, int]] = (),
+    own_share: float = 1.0,
 ) -> str:
     """Name the record that a step makes, by all that goes into it.
 
-    Client and engine compute it alike; a rule with its defaults spelled out, or not, is the same. The engine stores under the id of what it has processed, so an id never names
-    other content. Model, engine settings and tenant are no part of it: they are part of every record's key.
+    Client and engine compute it alike; a rule with its defaults spelled out, or not, is the same. The engine stores under
+    the id of what it has processed, so an id never names other content. Model, engine settings and tenant are no part of it: they are part of every record's key.
 
     Parameters
     ----------
@@ -135,6 +159,8 @@ def memory_id(
         As of :class:`MemoryStore`.
     budget : int
         Slots per layer and head.
+    own, own_share : sequence of (int, int), float
+        As of :class:`MemoryStore`.
 
     Returns
     -------
@@ -145,14 +171,20 @@ def memory_id(
     from chunk_cache.retention import create_rule
 
     digest = hashlib.blake2b(digest_size=ID_DIGITS // 2, person=b"ragkv-memory")
-    for part in (
+    parts = [
         previous.encode(),
         _id_bytes(prefix_ids),
         _id_bytes(block_ids),
         _id_bytes(probe_ids),
         create_rule(rule).identity.encode(),
         str(int(budget)).encode(),
-    ):
+    ]
+    if own:
+        parts += [
+            _id_bytes([edge for span in own for edge in span]),
+            repr(float(own_share)).encode(),
+        ]
+    for part in parts:
         digest.update(struct.pack("<Q", len(part)))
         digest.update(part)
     return digest.hexdigest()

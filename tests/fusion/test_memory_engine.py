@@ -43,12 +43,17 @@ class Chat:
         """Prefix and placeholders: the last tokens of the history."""
         return [*self.prefix, *(self.history[-self.slots :] if self.slots else [])]
 
-    def step(self, block: list[int], probe: list[int], **asked: Any) -> dict[str, Any]:
+    def step(
+        self, block: list[int], probe: list[int], own: list[list[int]] | None = None, **asked: Any
+    ) -> dict[str, Any]:
         ids = [*self.begin(), *block]
         store = {"end": len(ids), "budget": self.budget, "rule": self.rule}
+        if own:
+            store["own"] = own
         memory = {"store": store, **asked} | ({"load": self.load()} if self.name else {})
         req = self.ask([*ids, *probe], memory, 1)
-        wanted = memory_id(self.name, self.prefix, block, probe, self.rule, self.budget)
+        pairs = [(start, end) for start, end in own or ()]
+        wanted = memory_id(self.name, self.prefix, block, probe, self.rule, self.budget, pairs)
         self.history += block
         self.slots = min(self.budget, self.slots + len(block))
         self.name = wanted
@@ -370,6 +375,20 @@ def test_a_question_that_spans_two_episodes_loads_the_best_of_both(engine, oracl
     at = PREFIX + 2 * BLOCK
     prefix = nearer(oracle, shared, best, at)
     agrees_with_oracle(req, oracle.answer(QUESTION, at, [prefix, best]), 5e-4)
+
+
+def test_own_tokens_are_all_there_when_the_budget_holds_them(engine):
+    chat, own = Chat(engine("llama")), [[PREFIX + 3, PREFIX + 9], [PREFIX + 40, PREFIX + 52]]
+    for block, probe in zip(BLOCKS, PROBES, strict=True):
+        told = chat.step(block, probe, own, spans=own)
+        assert told["stored"]
+        assert told["id"] == chat.name
+    assert told["kept_share"] == [1.0, 1.0]
+    assert report(chat.answer(QUESTION))["memory"]["loaded"] == BUDGET
+    positions = chat.record().side["positions"]
+    free = BUDGET - 18  # what own tokens leave goes by score, per head
+    others = (positions >= PREFIX + 9) & (positions < PREFIX + 40) | (positions >= PREFIX + 52)
+    assert (others.sum(-1) + (positions < PREFIX + 3).sum(-1)).unique().tolist() == [free]
 
 
 def test_a_fault_of_the_pass_leaves_no_record_and_the_usual_answer(engine, monkeypatch):

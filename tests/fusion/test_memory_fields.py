@@ -32,7 +32,18 @@ def test_both_carriers_give_back_what_was_written():
         spans=((2, 7), (100, 140)),
     )
     assert MemoryFields(store=MemoryStore(**STORE)).to_json() == {"store": STORE}
-    request = FusionRequest(prefix_len=4, memory=memory)
+    _survives(FusionRequest(prefix_len=4, memory=memory))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_own_spans_travel_and_are_read_back(share):
+    store = MemoryStore(**STORE, own=((0, 5), (9, 12)), own_share=share)
+    written = STORE | {"own": [[0, 5], [9, 12]]} | ({"own_share": share} if share < 1 else {})
+    assert MemoryFields(store=store).to_json() == {"store": written}
+    _survives(FusionRequest(prefix_len=4, memory=MemoryFields(store=store)))
+
+
+def _survives(request):
     params = request.to_custom_params()
     assert isinstance(params["rag_memory"], str)
     assert parse_custom_params(params, 30) == request
@@ -89,6 +100,16 @@ def test_nested_custom_params_become_a_string_before_they_travel():
         ({"store": STORE | {"rule": "snapkv:windows=3"}}, "'windows'"),
         ({"store": STORE | {"end": 30}}, "scores by a probe"),
         ({"load": [LOAD, LOAD | {"id": OTHER}], "store": STORE}, "behind two loads"),
+        ({"store": STORE | {"own": 7}}, "own is 7; give [[start, end], ...]"),
+        ({"store": STORE | {"own": [[3]]}}, "own [3]"),
+        ({"store": STORE | {"own": [[3, 2]]}}, "the end above the start"),
+        ({"store": STORE | {"own": [[3, 5], [4, 6]]}}, "disjoint"),
+        ({"store": STORE | {"own": [[3, 5], [0, 2]]}}, "rising order"),
+        ({"store": STORE | {"own": [[2 * n, 2 * n + 1] for n in range(1025)]}}, "at most 1024"),
+        ({"store": STORE | {"own": [[3, 5]], "own_share": 0}}, "above 0 and up to 1"),
+        ({"store": STORE | {"own": [[3, 5]], "own_share": float("nan")}}, "above 0 and up to 1"),
+        ({"store": STORE | {"own": [[3, 5]], "own_share": True}}, "above 0 and up to 1"),
+        ({"store": STORE | {"own_share": 0.5}}, "without own spans"),
         ({"load": [LOAD], "spans": 7}, "[[start, end], ...]"),
         ({"load": [LOAD], "spans": [[1]]}, "[start, end]"),
         ({"load": [LOAD], "spans": [[3, 3]]}, "the end above the start"),
@@ -137,8 +158,16 @@ def test_an_id_names_all_that_goes_into_a_record():
         ("", [1, 2], [3, 4, 5], [7], "epicache", 8),
         ("", [1, 2], [3, 4, 5], [6], "snapkv:window=64", 8),
         ("", [1, 2], [3, 4, 5], [6], "epicache", 9),
+        (*given, [(0, 4)]),
+        (*given, [(0, 5)]),
+        (*given, [(0, 2), (2, 4)]),
+        (*given, [(0, 4)], 0.5),
     ]
-    assert len({name, *(memory_id(*one) for one in changed)}) == 7
+    assert len({name, *(memory_id(*one) for one in changed)}) == 11
+    assert memory_id(*given, (), 0.5) == name  # a share of nothing
+    assert (
+        name == "a9da44ab11849f8779539036188422e860e3d0acd0d3a263ce65f11b684091a7"
+    )  # ids without own spans are what they were
     arrays = [np.array(ids, dtype=np.int32) for ids in given[1:4]]
     assert memory_id("", *arrays, "epicache", 8) == name
     assert memory_id("", *arrays, "epicache:first=0", 8) == name  # its default, spelled out

@@ -143,8 +143,17 @@ class Rank(RankGroup):
 class Talk:
     """A conversation whose blocks are steps."""
 
-    def __init__(self, *, rule: str = "epicache", budget: int = BUDGET, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        rule: str = "epicache",
+        budget: int = BUDGET,
+        seed: int = 0,
+        own: tuple[tuple[int, int], ...] = (),
+        own_share: float = 1.0,
+    ) -> None:
         self.rule, self.budget, self.seed = rule, budget, seed
+        self.own, self.own_share = own, own_share
         self.prefix = list(range(PREFIX))
         self.history: list[int] = []
         self.name, self.slots = "", 0
@@ -163,10 +172,17 @@ class Talk:
         block = [100 + at + n for n in range(BLOCK)]
         probe = [] if self.rule != "epicache" else [1000 + self.seed + n for n in range(PROBE)]
         ids = [*self.begin(), *block]
-        store = MemoryStore(end=len(ids), budget=self.budget, rule=self.rule)
+        store = MemoryStore(
+            end=len(ids),
+            budget=self.budget,
+            rule=self.rule,
+            own=self.own,
+            own_share=self.own_share,
+        )
         state = engine.state([*ids, *probe], MemoryFields(load=self.load, store=store), tenant)
         held = engine.prefill(state, **rows)
-        self.name = memory_id(self.name, self.prefix, block, probe, self.rule, self.budget)
+        how = self.rule, self.budget, self.own, self.own_share
+        self.name = memory_id(self.name, self.prefix, block, probe, *how)
         self.history += block
         self.slots = min(self.budget, self.slots + BLOCK)
         state.finish(state.prompt.size)
@@ -236,6 +252,62 @@ def test_the_best_of_each_head_stay_at_their_true_positions_and_old_ones_bit_for
         before = record
     assert engine.counts()["memories.stored"] == 4
     assert state.memory is not None
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_own_tokens_stay_before_others_and_scores_are_the_rules(engines, share):
+    own = ((PREFIX + 2, PREFIX + 5), (PREFIX + 14, PREFIX + 23))  # the last one goes on behind
+    engine, talk = engines(), Talk(own=own, own_share=share)
+    free, old = round(BUDGET * (1 - share)), [[[] for _ in range(HEADS)] for _ in range(LAYERS)]
+    for number in range(3):
+        _, (keys, _, queries) = talk.step(engine)
+        record = engine.found(talk.name)
+        assert record is not None
+        end = PREFIX + (BUDGET if number else 0) + BLOCK
+        for layer in range(LAYERS):
+            probe = queries[layer, end : end + PROBE]
+            _, scores = brute_force(keys[layer, PREFIX:end], probe, BUDGET)
+            for head, by in enumerate(scores):
+                true = [*old[layer][head], *range(PREFIX + number * BLOCK, PREFIX + (number + 1) * BLOCK)]  # fmt: skip
+                order = sorted(range(len(by)), key=lambda c, by=by: (-float(by[c]), c))
+                mine = [c for c in order if any(a <= true[c] < b for a, b in own)]
+                kept = list(dict.fromkeys([*order[:free], *mine, *order]))[:BUDGET]
+                got = record.side["positions"][layer, head].tolist()
+                assert got == sorted(true[c] for c in kept)
+                near = record.side["scores"][layer, head].double()
+                torch.testing.assert_close(near, by[sorted(kept)], rtol=1e-3, atol=1e-6)
+                old[layer][head] = got
+    assert record.side["own_spans"].tolist() == [list(span) for span in own]
+    assert record.side["own_free"].tolist() == [free]
+    plain = Talk()
+    plain.step(engine)
+    assert "own_spans" not in engine.found(plain.name).side
+
+
+def test_two_memories_with_own_tokens_are_loaded_as_half_of_each_also_behind_a_restart(
+    engines, tmp_path
+):
+    spans = ((PREFIX, PREFIX + 8),), ((PREFIX + 8, PREFIX + 16),)
+    settings = {"store_dir": str(tmp_path / "kv")}
+    engine, merged = engines(**settings), []
+    talks = [Talk(seed=20 * number, own=own) for number, own in enumerate(spans)]
+    for talk in talks:
+        talk.step(engine)
+        talk.step(engine)
+    one, two = talks
+    asked = MemoryFields(load=(*one.load, *two.load))
+    for life in (engine, None):
+        if life is None:
+            engine.end()
+            life = engines(**settings)
+        state = life.state([*one.begin(), 5, 5], asked)
+        assert state.memory.loaded == BUDGET
+        merged.append(state.spans[0].lease.record.side["positions"])
+        state.finish(state.prompt.size)
+    assert torch.equal(*merged)
+    for (own,) in spans:
+        mine = ((merged[0] >= own[0]) & (merged[0] < own[1])).sum(-1)
+        assert int(mine.min()) >= BUDGET // 2
 
 
 def test_a_budget_above_the_history_keeps_everything_and_nothing_is_rotated(engines):

@@ -44,6 +44,7 @@ def test_what_is_not_given_is_the_servers() -> None:
         ({"budget": 3}, "'budget' is not known; allowed: method, budget_tokens"),
         ({"budget_tokens": "many"}, "budget_tokens is 'many'; give a whole number from 16"),
         ({"budget_tokens": True}, "budget_tokens is True"),
+        ({"own_share": 1.5}, "own_share is 1.5; give a number from 0.0 to 1.0"),
         ({"merge_margin": "x"}, "merge_margin is 'x'; give a number"),
         ({"recluster_drift": float("nan")}, "recluster_drift is nan"),
         ({"method": 5}, "method is 5"),

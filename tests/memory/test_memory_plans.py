@@ -72,7 +72,9 @@ def test_ids_are_those_of_what_a_step_sends(make_planner: MakePlanner, method: s
             probe = request.input_ids[memory.store.end :]
             prefix = request.input_ids[: request.fusion.prefix_len]
             rule = memory.store.rule
-            assert name == step.id == memory_id(previous, prefix, block, probe, rule, 192)
+            own, share = memory.store.own, memory.store.own_share
+            wanted = memory_id(previous, prefix, block, probe, rule, 192, own, share)
+            assert name == step.id == wanted
             assert len(request.input_ids) == step.peak_tokens
             if method != "epicache-shared":
                 assert block == history[step.block * 64 : step.block * 64 + 64]
@@ -100,6 +102,7 @@ def test_peak_of_a_step_is_slots_block_and_probe_however_long_the_history(
 def test_growing_by_messages_gives_the_ids_of_a_replay(make_planner: MakePlanner) -> None:
     growing = make_planner(recluster_drift=0.5)
     seen: dict[tuple[int, int], tuple[str, ...]] = {}
+    owned = 0
     for count in range(2, len(LONG) + 1, 2):
         plan = growing.plan(SYSTEM, LONG[:count], "And the garden?")
         replay = make_planner(recluster_drift=0.5).plan(SYSTEM, LONG[:count], "And the garden?")
@@ -107,10 +110,12 @@ def test_growing_by_messages_gives_the_ids_of_a_replay(make_planner: MakePlanner
         assert [tuple(one.ids) for one in plan.ahead] == [tuple(one.ids) for one in replay.ahead]
         version = len(growing._view(SYSTEM, LONG[:count]).versions())
         for chain in plan.ahead:
+            owned += sum(bool(step.own) for step in chain)
             known = seen.get((version, chain.episode), ())
             assert tuple(chain.ids[: len(known)]) == known
             seen[version, chain.episode] = tuple(chain.ids)
     assert max(version for version, _ in seen) > 2
+    assert owned
 
 
 def test_another_answer_to_the_same_history_keeps_what_was_before(
@@ -210,6 +215,62 @@ def test_a_switch_of_topic_keeps_the_steps_before_it(make_planner: MakePlanner) 
     parent = chains[opened.parent]
     assert chains[2].ids[:branch] == parent.ids[:branch]
     assert not set(chains[2].ids[branch:]) & set(parent.ids[branch:])
+
+
+@pytest.mark.parametrize("method", ["epicache", "epicache-shared"])
+def test_own_tokens_are_those_of_the_segments_of_the_episode(
+    make_planner: MakePlanner, method: str
+) -> None:
+    planner = make_planner(method=method, recluster_drift=50.0, switch_segments=0, own_share=0.5)
+    labels = planner.episodes(SYSTEM, LONG)
+    ranges = planner.utterance_ranges(SYSTEM, LONG)
+    plan = planner.plan(SYSTEM, LONG, "q?")
+    clustered = planner._view(SYSTEM, LONG).versions()[0].made_at
+    seen = set()
+    for chain in plan.ahead:
+        for step in chain:
+            border = plan.prefix_len + (step.block + 1) * 64
+            finished = sum(end < border for _, end in ranges) + 1  # the block ends in this one
+            known = max(finished // 4, clustered)
+            mine = []
+            for token in range(plan.prefix_len, border):
+                segment = next(i for i, (_, end) in enumerate(ranges) if token < end) // 4
+                if segment >= known or labels[segment] == chain.episode:
+                    mine.append(token)
+            told = [token for start, end in step.own for token in range(start, end)]
+            # Where nothing is evicted all episodes share a step.
+            assert told == ([] if border <= plan.prefix_len + 192 else mine)
+            assert step.own_share == (0.5 if told else 1.0)
+            assert all(a[1] < b[0] for a, b in zip(step.own, step.own[1:], strict=False))
+            seen.add((chain.episode, step.own[:1]))
+    assert len({episode for episode, _ in seen}) == 3
+    assert len({own for _, own in seen if own}) >= 3
+
+
+def test_without_a_share_the_rule_is_the_published_one(make_planner: MakePlanner) -> None:
+    planners = [make_planner(own_share=share) for share in (0.0, 0.5, 1.0)]
+    plans = [planner.plan(SYSTEM, LONG, "q?") for planner in planners]
+    assert not any(step.own for chain in plans[0].ahead for step in chain)
+    for mine in zip(*(plan.ahead for plan in plans), strict=True):
+        assert len({chain.ids[2] for chain in mine}) == 1
+        assert len({chain.ids[-1] for chain in mine}) == 3
+    one = make_planner(episodes=1, switch_segments=0).plan(SYSTEM, LONG, "q?")  # all is its own
+    assert not any(step.own for chain in one.ahead for step in chain)
+
+
+def test_a_switch_of_topic_brings_its_own_tokens(make_planner: MakePlanner) -> None:
+    history = chat(("garden", 12), ("music", 12), ("travel", 24))
+    planner = make_planner(episodes=2, recluster_growth=100.0, switch_segments=2, probe_tokens=64)
+    plan = planner.plan(SYSTEM, history, "q?")
+    view = planner._view(SYSTEM, history)
+    opened = view.versions()[0].episodes[2]
+    start = plan.prefix_len + view.segment_start(opened.branch_segment)
+    (chain,) = (chain for chain in plan.ahead if chain.episode == 2)
+    first = chain[view.segment_start(opened.branch_segment) // 64]
+    assert first.own[0][0] == start
+    (parent,) = (chain for chain in plan.ahead if chain.episode == opened.parent)
+    left = plan.prefix_len + view.segment_start(opened.opened_at)
+    assert not any(first < left and start < last for first, last in parent[-1].own)
 
 
 @pytest.mark.parametrize("method", MEMORY_METHODS.names())

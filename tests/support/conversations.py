@@ -110,6 +110,8 @@ class RecordBook:
                 ids[memory.store.end :],
                 memory.store.rule,
                 memory.store.budget,
+                memory.store.own,
+                memory.store.own_share,
             )
             self.records[name] = seen[-memory.store.budget :]
             report |= {"stored": True, "id": name}

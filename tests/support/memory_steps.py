@@ -21,6 +21,8 @@ def meta_of(request: GenerationRequest) -> dict[str, Any]:
             ids[memory.store.end :],
             memory.store.rule,
             memory.store.budget,
+            memory.store.own,
+            memory.store.own_share,
         )
     elif memory is not None:
         told["loaded"] = memory.load_end - request.fusion.prefix_len

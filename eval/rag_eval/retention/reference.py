@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from chunk_cache.retention import RetentionRule, keep_top
+from chunk_cache.retention import RetentionRule, keep_own, keep_top, own_columns, own_free
 from rag_eval.errors import EvalError
 from rag_eval.retention.model import LayerCache, LayerRows, Pass, ShownModel, joined
 
@@ -130,6 +130,8 @@ def build_memory(
     pinned: Callable[[Tensor, int], Tensor] | None = None,
     system_in_softmax: bool = False,
     start: Sequence[LayerCache] = (),
+    own: Callable[[int], Sequence[tuple[int, int]]] | None = None,
+    own_share: float = 1.0,
 ) -> ReferenceMemory:
     """Build a memory block by block.
 
@@ -159,6 +161,10 @@ def build_memory(
         Whether the system's keys take part in the rule's softmax.
     start : sequence of LayerCache
         The history's first blocks, computed elsewhere and not evicted from; they must fit the budgets.
+    own : callable, optional
+        Spans of true positions that stay before others, by the block's number; for ``pair-uniform``.
+    own_share : float
+        Share of the budget in which they do.
     """
     done = start[0].k.shape[1] if start else 0
     if (len(history) - done) % block_tokens or len(budgets) != model.num_layers:
@@ -179,6 +185,7 @@ def build_memory(
         position += block_tokens
         peak = [max(a, _size(cache)) for a, cache in zip(peak, kept, strict=True)]
         asked = list(probe(first // block_tokens))
+        mine = own(first // block_tokens) if own is not None else ()
         if asked:
             rows = model.forward(asked, position, joined(whole, kept)).layers
         elif window_rows:
@@ -194,6 +201,10 @@ def build_memory(
                 stays = pinned(cache.positions, position) & (cache.positions >= 0)
             if level == "pair":
                 kept[layer] = cache.take(*keep_pair(scores, budgets[layer], stays))
+            elif mine:
+                free = own_free(budgets[layer], own_share)
+                columns = own_columns(cache.positions, mine)
+                kept[layer] = cache.take(keep_own(scores, budgets[layer], columns, free, stays))
             else:
                 kept[layer] = cache.take(keep_top(scores, budgets[layer], stays))
     return ReferenceMemory(

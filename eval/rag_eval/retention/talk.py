@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rag_eval.datasets.talks import Conversation
 from rag_eval.errors import EvalError
-from rag_pipeline.memory.clustering import centres_of, cluster, medoids_of
-from rag_pipeline.memory.plan import Utterance
-from rag_pipeline.memory.probes import patched_probe
-from rag_pipeline.memory.rendering import Renderer
+from rag_pipeline.memory import MemoryConfig, Utterance
+from rag_pipeline.memory.conversation import Conversations, TextVectors
+from rag_pipeline.memory.layout import Question
+from rag_pipeline.memory.methods.epicache import EpiCache
+from rag_pipeline.memory.plan import Range
+from rag_pipeline.memory.rendering import Renderer, checked
 from retrievers import TextEmbedder
 
-SEGMENT = 4
-"""Utterances of a segment."""
-MEDOIDS = 4
-"""Segments of a patched prompt."""
 PROBE_TOKENS = 256
 SYSTEM = "You answer questions about a conversation that you took part in. Answer in a few words."
 
@@ -58,6 +54,8 @@ class Talk:
         Patched prompt of each episode.
     questions : tuple of AskedQuestion
         Asked behind the tail.
+    own : tuple of tuple of tuple of (int, int)
+        Of each episode and block, true positions of what is the episode's own by then; none where nothing is known of it.
     """
 
     system: tuple[int, ...]
@@ -65,6 +63,7 @@ class Talk:
     tail: tuple[int, ...]
     probes: tuple[tuple[int, ...], ...]
     questions: tuple[AskedQuestion, ...]
+    own: tuple[tuple[tuple[Range, ...], ...], ...] = ()
 
 
 def lay_out(
@@ -77,58 +76,56 @@ def lay_out(
     episodes: int,
     most_questions: int,
 ) -> Talk:
-    """Tokenise the first utterances of a conversation, cluster them, and match its questions.
+    """Tokenise the first utterances of a conversation, and find its episodes and match its questions as a memory does.
 
     Raises
     ------
     EvalError
         The conversation is shorter than ``tokens``.
     """
-    said = [Utterance(one.role, one.text) for one in conversation.remarks]
+    said = [checked(Utterance(one.role, one.text)) for one in conversation.remarks]
     before = [None, *(one.role for one in said)]
-    ids = [renderer.message_ids(role, one) for role, one in zip(before, said, strict=False)]
-    lengths = [len(one) for one in ids]
+    lengths = [
+        len(renderer.message_ids(role, one)) for role, one in zip(before, said, strict=False)
+    ]
     if sum(lengths) < tokens:
         raise EvalError(f"conversation {conversation.id} has {sum(lengths)} tokens; {tokens} asked")
     cut = conversation.cut(lengths, tokens, "first")
     count = len(cut.remarks)
-    ends = np.cumsum(lengths[:count]).tolist()
-    spans = {
-        one.id: (end - length, end)
-        for one, length, end in zip(cut.remarks, lengths, ends, strict=False)
-    }
-    history = tuple(token for one in ids[:count] for token in one)
-    whole = len(history) // block_tokens * block_tokens
-    texts = [
-        "\n".join(one.text for one in said[first : first + SEGMENT])
-        for first in range(0, count, SEGMENT)
-    ]
-    vectors = embedder.encode_documents(texts)
-    labels = cluster(vectors, episodes)
-    number = max(labels) + 1
-    centres = centres_of(vectors, labels, number)
-    probes = []
-    for episode in range(number):
-        members = [i for i, label in enumerate(labels) if label == episode]
-        medoids = sorted(medoids_of(vectors, members, MEDOIDS))
-        probes.append(patched_probe(renderer, [texts[i] for i in medoids], PROBE_TOKENS))
-    chosen = _spread(len(cut.questions), most_questions)
-    questions = [
-        AskedQuestion(
-            id=one.id,
-            ids=renderer.question_ids(said[count - 1].role, one.text),
-            answer_ids=tuple(renderer.tokenizer.encode(one.answer)),
-            evidence=tuple(spans[name] for name in one.evidence),
-            episode=int(np.argmax(centres @ embedder.encode_query(one.text))),
+    segments = count // MemoryConfig().segment_utterances
+    config = MemoryConfig(
+        episodes=episodes,
+        block_tokens=block_tokens,
+        probe_tokens=PROBE_TOKENS,
+        # So that a short conversation has episodes, too.
+        cluster_segments=max(1, min(MemoryConfig().cluster_segments, segments // episodes)),
+    )
+    vectors, method = TextVectors(embedder.encode_documents), EpiCache(config)
+    view = Conversations(renderer, config, vectors).view(SYSTEM, said[:count])
+    recipes = sorted(method.recipes(view, None), key=lambda one: one.episode)
+    blocks = range(view.num_blocks)
+    spans = {one.id: view.message_range(place) for place, one in enumerate(cut.remarks)}
+    questions = []
+    for one in (cut.questions[i] for i in _spread(len(cut.questions), most_questions)):
+        ids = renderer.question_ids(view.last_role, one.text)
+        asked = Question(text=one.text, ids=ids, room=0, encode=lambda text: vectors.of([text])[0])
+        questions.append(
+            AskedQuestion(
+                id=one.id,
+                ids=ids,
+                answer_ids=tuple(renderer.tokenizer.encode(one.answer)),
+                evidence=tuple(spans[name] for name in one.evidence),
+                episode=method.recipes(view, asked)[0].episode,
+            )
         )
-        for one in (cut.questions[i] for i in chosen)
-    ]
+    whole = view.num_blocks * block_tokens
     return Talk(
-        system=renderer.prefix_ids(SYSTEM, said[0].role),
-        history=history[:whole],
-        tail=history[whole:],
-        probes=tuple(probes),
+        system=view.prefix_ids,
+        history=view.ids(0, whole),
+        tail=view.ids(whole, view.num_tokens),
+        probes=tuple(one.probe(()) for one in recipes),
         questions=tuple(questions),
+        own=tuple(tuple(one.maker(block).own(block) for block in blocks) for one in recipes),
     )
 
 

@@ -34,12 +34,17 @@ class Variant:
     """Weights of the layers in random order: as uneven, without meaning."""
     system_competes: bool = False
     """The system part is part of the history, and its tokens are added to the budget."""
+    own_share: float = 0.0
+    """Share of the budget in which the episode's own tokens stay before others."""
     system_in_softmax: bool = False
     """The system part's keys take part in the rule's softmax, though they stay anyway."""
 
 
 VARIANTS = {
     "epicache": Variant(),
+    "epicache-own": Variant(own_share=1.0),
+    "epicache-own0.75": Variant(own_share=0.75),
+    "epicache-own0.5": Variant(own_share=0.5),
     "epicache-system-softmax": Variant(system_in_softmax=True),
     "epicache-system-competes": Variant(system_competes=True),
     "epicache-first4": Variant(rule="epicache:first=4"),
@@ -128,8 +133,12 @@ def build(
             pinned=rule.pinned,
             system_in_softmax=variant.system_in_softmax,
             start=known,
+            own=talk.own[episode].__getitem__ if variant.own_share else None,
+            own_share=variant.own_share,
         )
-        for patched in (talk.probes if rule.probe == "patched" else talk.probes[:1])
+        for episode, patched in enumerate(
+            talk.probes if rule.probe == "patched" else talk.probes[:1]
+        )
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from rag_pipeline.memory.chains import Recipe
 from rag_pipeline.memory.clustering import unit
 from rag_pipeline.memory.methods.chained import ChainedMethod
+from rag_pipeline.memory.owned import own_spans
 from rag_pipeline.memory.probes import patched_probe
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from rag_pipeline.memory.conversation import View
     from rag_pipeline.memory.growth import Version
     from rag_pipeline.memory.layout import Question
+    from rag_pipeline.memory.plan import Range
 
 
 class EpiCache(ChainedMethod):
@@ -26,6 +29,9 @@ class EpiCache(ChainedMethod):
     episode. Where the paper is silent, see :mod:`rag_pipeline.memory.growth` for a conversation that grows and for a
     switch of topic. A question whose second-best episode is within :attr:`~.MemoryConfig.merge_margin` of the best is answered
     from both records, merged to the budget of one.
+
+    Deviation: tokens of the episode's own segments stay before others in :attr:`~.MemoryConfig.own_share` of the budget
+    (:mod:`rag_pipeline.memory.owned`); 0 is the published rule.
 
     https://arxiv.org/abs/2509.17396
     """
@@ -82,9 +88,13 @@ class EpiCache(ChainedMethod):
                     episode=episode.index,
                     parent=None if episode.parent is None else recipes[episode.parent],
                     branch=block,
+                    own=partial(self._own, view, version, episode),
                 )
             )
         return recipes
+
+    def _own(self, view: View, version: Version, episode: Episode, block: int) -> tuple[Range, ...]:
+        return own_spans(view, version, episode, block) if self.config.own_share else ()
 
     def _probe(
         self, view: View, version: Version, episode: Episode

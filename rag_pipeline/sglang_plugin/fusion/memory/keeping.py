@@ -5,6 +5,9 @@ Here a block is one request. What it keeps is copied out of the pool, the pool g
 and the next block loads the record: so no slot table per layer and head is needed, and a block can be computed on any
 engine that finds the record. Keys that were loaded are kept bit for bit as they lay in the record; those of the block
 are moved into the frame of true positions once, in fp32.
+
+Deviation: a request may name spans of the history whose tokens stay before others, whatever they score
+(:mod:`chunk_cache.retention.owned`); without any, scores alone decide, as published.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor
 
 from chunk_cache import SEEN_IDS, Build, ChunkKV, ChunkState, LoadingChunk
-from chunk_cache.retention import gather_slots, keep_top
+from chunk_cache.retention import gather_slots, keep_own, keep_top, own_columns
 from rag_kernels import gather_kv, rerotate_keys
 from rag_pipeline.sglang_plugin.fusion.builds.persistence import write_record
 from rag_pipeline.sglang_plugin.fusion.memory.records import (
     NAME,
+    OWN_FREE,
+    OWN_SPANS,
     POSITIONS,
     SCORES,
     kept_shares,
@@ -168,8 +173,19 @@ def _make_record(
             SCORES: torch.stack([one.scores for one in kept]),
             SEEN_IDS: seen,
             NAME: name_tensor(target.name),
+            **_own_side(target),
         },
     )
+
+
+def _own_side(target: MemoryTarget) -> dict[str, Tensor]:
+    """What a merge needs to know of own tokens."""
+    if not target.own:
+        return {}
+    return {
+        OWN_SPANS: torch.tensor(target.own, dtype=torch.int32),
+        OWN_FREE: torch.tensor([target.free], dtype=torch.int32),
+    }
 
 
 def _keep_layer(
@@ -195,9 +211,12 @@ def _keep_layer(
     scores = target.rule.scores(
         keys, values, _scaled(facts, queries) if queries else None, positions, next_position
     )
-    columns = keep_top(
-        scores, int(target.token_ids.size), target.rule.pinned(positions, next_position)
-    )
+    count, pinned = int(target.token_ids.size), target.rule.pinned(positions, next_position)
+    if target.own:
+        own = own_columns(positions, target.own)
+        columns = keep_own(scores, count, own, target.free, pinned)
+    else:
+        columns = keep_top(scores, count, pinned)
     if work.delta:
         keys[num_old:] = rerotate_keys(keys[num_old:], -work.delta, facts.rotary_of(layer))
     keys, values, host = keys.cpu(), values.cpu(), columns.cpu()

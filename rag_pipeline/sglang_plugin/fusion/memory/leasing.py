@@ -14,7 +14,7 @@ from chunk_cache import (
     Match,
     as_token_ids,
 )
-from chunk_cache.retention import create_rule
+from chunk_cache.retention import create_rule, own_free
 from rag_pipeline.protocol import MemoryFields, memory_id
 from rag_pipeline.sglang_plugin.fusion.memory.merged import MergedMemory
 from rag_pipeline.sglang_plugin.fusion.memory.records import context_of, is_memory
@@ -197,6 +197,8 @@ def _target(
         prompt[store.end :],
         rule.identity,
         store.budget,
+        store.own,
+        store.own_share,
     )
     context = context_of(facts, name, prompt[:start], tenant)
     first = first_query(memory, int(prompt.size))
@@ -212,4 +214,6 @@ def _target(
         end=store.end,
         first_query=first,
         last_query=last,
+        own=store.own,
+        free=own_free(store.budget, store.own_share),
     )

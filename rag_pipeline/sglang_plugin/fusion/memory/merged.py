@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from chunk_cache import ChunkKV, LayerKV, LoadingChunk, TokenIds
-from chunk_cache.retention import Kept, merge_kept
-from rag_pipeline.sglang_plugin.fusion.memory.records import POSITIONS, SCORES
+from chunk_cache.retention import Kept, merge_kept, own_columns, own_ranks
+from rag_pipeline.sglang_plugin.fusion.memory.records import (
+    OWN_FREE,
+    OWN_SPANS,
+    POSITIONS,
+    SCORES,
+)
 
 Stored = ChunkKV | LoadingChunk
 
@@ -83,11 +88,19 @@ class MergedMemory:
 
     def _merged(self, index: int) -> Kept:
         if index not in self._layers:
-            one, other = (_kept(part, index) for part in self._parts)
+            is_ranked = any(OWN_SPANS in part.side for part in self._parts)
+            one, other = (_kept(part, index, is_ranked=is_ranked) for part in self._parts)
             self._layers[index] = merge_kept(one, other, self.num_tokens)
         return self._layers[index]
 
 
-def _kept(part: Stored, index: int) -> Kept:
+def _kept(part: Stored, index: int, *, is_ranked: bool) -> Kept:
+    """One layer; with the ranks by which its slots stayed, where one of the two memories has own tokens."""
     k, v = part.layer(index)
-    return Kept(k=k, v=v, positions=part.side[POSITIONS][index], scores=part.side[SCORES][index])
+    positions, scores = part.side[POSITIONS][index], part.side[SCORES][index]
+    ranks = None
+    if is_ranked:
+        spans, free = part.side.get(OWN_SPANS), part.side.get(OWN_FREE)
+        own = own_columns(positions, () if spans is None else spans)
+        ranks = own_ranks(scores.float(), own, 0 if free is None else int(free))
+    return Kept(k=k, v=v, positions=positions, scores=scores, ranks=ranks)

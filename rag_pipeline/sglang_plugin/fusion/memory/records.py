@@ -20,6 +20,10 @@ from rag_pipeline.sglang_plugin.fusion.runtime.runtime import TokenArray
 POSITIONS, SCORES = "positions", "scores"
 """Side tensors: int32 and fp16 ``[L, H, M]``, the true position of each slot's token, and by what it stayed."""
 
+OWN_SPANS, OWN_FREE = "own_spans", "own_free"
+"""Side tensors of a record whose own tokens stayed before others: int32 ``[S, 2]``, their spans of true positions, and
+``[1]``, the slots that scores alone decided."""
+
 NAME = "memory_id"
 """Side tensor: int32 ``[8]``, the memory id."""
 
@@ -77,6 +81,18 @@ def is_memory(record: ChunkKV | LoadingChunk, num_layers: int, num_heads: int) -
         and scores is not None
         and (positions.shape, positions.dtype) == (shape, torch.int32)
         and (scores.shape, scores.dtype) == (shape, torch.float16)
+        and _has_fit_own(record)
+    )
+
+
+def _has_fit_own(record: ChunkKV | LoadingChunk) -> bool:
+    spans, free = record.side.get(OWN_SPANS), record.side.get(OWN_FREE)
+    if spans is None or free is None:
+        return spans is None and free is None
+    return (
+        (spans.ndim, spans.dtype) == (2, torch.int32)
+        and spans.shape[1] == 2
+        and (free.shape, free.dtype) == ((1,), torch.int32)
     )
 
 

@@ -32,6 +32,10 @@ class MemoryTarget:
         Prompt positions whose keys compete.
     first_query, last_query : int
         Prompt positions ``[first, last)`` whose queries score; empty for a rule that asks for none.
+    own : tuple of (int, int)
+        Spans of true positions whose tokens stay before others.
+    free : int
+        Slots that scores alone decide where there are own spans.
     """
 
     name: str
@@ -44,6 +48,8 @@ class MemoryTarget:
     end: int
     first_query: int
     last_query: int
+    own: tuple[tuple[int, int], ...] = ()
+    free: int = 0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, eq=False)
