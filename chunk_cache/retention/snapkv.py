@@ -17,6 +17,9 @@ from chunk_cache.retention.base import (
     check_count,
 )
 
+MOST_POOLED = 255
+"""Neighbours that are pooled at most: the work of a step grows with them, in the scheduler, and a client names them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapKVConfig(RetentionConfig):
@@ -33,8 +36,8 @@ class SnapKVConfig(RetentionConfig):
         RetentionConfig.__post_init__(self)
         check_count("window", self.window, 1)
         check_count("kernel", self.kernel, 1)
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; it must be odd.")
+        if self.kernel % 2 == 0 or self.kernel > MOST_POOLED:
+            raise ValueError(f"kernel is {self.kernel}; it must be odd, and {MOST_POOLED} at most.")
 
 
 class SnapKVRule(RetentionRule):

@@ -111,6 +111,8 @@ class MemoryBuilder:
         self._existing = existing
         self._known: BoundedTable[str, bool] = BoundedTable(_KNOWN)
         self._failures: BoundedTable[str, tuple[int, float]] = BoundedTable(_KNOWN)
+        # Said to exist, and then not loaded: in another namespace of the tenant, or damaged.
+        self._doubted: BoundedTable[str, bool] = BoundedTable(_KNOWN)
         self._state = threading.Condition()
         self._urgent: deque[_Job] = deque()
         self._waiting: deque[_Job] = deque()
@@ -131,6 +133,8 @@ class MemoryBuilder:
             Whether somebody waits for it: it goes in front of the others, and does not wait for answers.
         """
         job = _Job(chain=chain, urgent=urgent, done=Future())
+        # Several may wait for it: one that goes away must not cancel it for the others.
+        job.done.set_running_or_notify_cancel()
         wanted = chain.ids[-1]
         if self.is_known(wanted):
             _resolve(job, True)
@@ -170,11 +174,13 @@ class MemoryBuilder:
         return bool(self._known.get(memory_id))
 
     def forget(self, memory_id: str) -> None:
-        """Note that a record is gone, as an answer has reported."""
+        """Note that a record is gone, as an answer has reported; whoever says that it exists is not believed."""
         self._known.drop(memory_id)
+        self._doubted.put(memory_id, True)
 
     def note(self, memory_id: str) -> None:
-        """Note that a record is there."""
+        """Note that a record is there, as a step or an answer has reported."""
+        self._doubted.drop(memory_id)
         self._known.put(memory_id, True)
 
     @contextmanager
@@ -201,8 +207,8 @@ class MemoryBuilder:
         with self._state:
             return self._stats
 
-    def close(self) -> None:
-        """Abort the step that runs and drop what is queued; a second call does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Abort the step that runs, without `wait` not before it gives way, and drop what is queued; may be called again."""
         with self._state:
             self._closed = True
             dropped = [*self._urgent, *self._waiting]
@@ -212,7 +218,7 @@ class MemoryBuilder:
             thread = self._thread
         for job in dropped:
             _resolve(job, False)
-        if thread is not None and thread is not threading.current_thread():
+        if wait and thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSE_S)
 
     def _work(self) -> None:
@@ -260,6 +266,8 @@ class MemoryBuilder:
         try:
             made = self._run(step)
         except Exception as error:
+            if self._closed:
+                return False
             logger.warning(
                 "a step of a conversation's memory failed; answers use a window instead: %s",
                 one_line(error, 300),
@@ -270,6 +278,8 @@ class MemoryBuilder:
             # Others of the chain may be gone with it, and each that is tried costs the prefill of its slots.
             job.lost, job.asked = job.lost + 1, False
             for one in ids:
+                self._known.drop(one)
+            for one in ids if job.lost > 1 else (step.previous,):
                 self.forget(one)
             return None
         if not made:
@@ -342,8 +352,9 @@ class MemoryBuilder:
         except Exception as error:
             logger.warning("the engine did not say which memories exist: %s", one_line(error, 300))
             return set()
+        there = {one for one in there if not self._doubted.get(one)}
         for one in there:
-            self.note(one)
+            self._known.put(one, True)
         return there
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PLANNED = 64
+"""Histories that wait to be planned ahead, each held whole."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
@@ -109,7 +112,7 @@ class Memory:
         self.planner = planner
         self.builder = MemoryBuilder(backend, existing=existing)
         self._counts: Counter[str] = Counter()
-        self._peak = 0
+        self._peak = self._planned = 0
         self._lock = threading.Lock()
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="memory-plans")
 
@@ -195,7 +198,14 @@ class Memory:
             self._counts.update(counts)
 
     def after(self, system: str, history: Sequence[Utterance]) -> None:
-        """Build ahead in the background; returns at once, and raises nothing for a history that cannot be planned."""
+        """Build ahead in the background; returns at once, and raises nothing for a history that cannot be planned.
+
+        Where many histories wait for that, this one is left out: the next turn brings it again.
+        """
+        with self._lock:
+            if self._planned >= _PLANNED:
+                return
+            self._planned += 1
         try:
             self._planning.submit(self._plan_ahead, system, list(history))
         except RuntimeError:  # closed
@@ -224,10 +234,10 @@ class Memory:
             build=self.builder.stats(),
         )
 
-    def close(self) -> None:
-        """End the builds; the backend runs on. A second call does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the builds; the backend runs on. Without `wait` a step that runs ends later. A second call does nothing."""
         self._planning.shutdown(wait=False, cancel_futures=True)
-        self.builder.close()
+        self.builder.close(wait=wait)
 
     def __enter__(self) -> Self:
         return self
@@ -250,6 +260,8 @@ class Memory:
         return plan.fallback
 
     def _plan_ahead(self, system: str, history: Sequence[Utterance]) -> None:
+        with self._lock:
+            self._planned -= 1
         try:
             self._queue(self.planner.ahead(system, history))
         except Exception as error:

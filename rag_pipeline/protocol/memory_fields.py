@@ -72,7 +72,7 @@ def _object(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(f"fusion memory is {value!r:.80}; give an object of JSON.") from None
     if not isinstance(value, Mapping):
         raise RequestError(f"fusion memory is {value!r:.80}; give an object with load or store.")

@@ -132,6 +132,13 @@ class Guard:
         """Requests that were admitted and have not ended."""
         self.stopping = False
         """Set, no further request is admitted; :attr:`in_flight` then only falls."""
+        self.background: list[Callable[[], None]] = []
+        """Each ends work that goes on behind the answers, without waiting."""
+
+    def end_background(self) -> None:
+        """End all work that no request waits for."""
+        for end in self.background:
+            end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse one request."""

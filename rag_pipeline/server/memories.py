@@ -15,10 +15,12 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chunk_cache import tenant_mark
+from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import (
     Chain,
     Memory,
@@ -45,7 +47,10 @@ if TYPE_CHECKING:
     from rag_pipeline.sglang_plugin.http.served_engine import ServedEngine
 
 MOST_MEMORIES = 64
-"""Tenants and configurations with a memory of their own; the one that was not used for longest is planned anew."""
+"""Namespaces and configurations with a memory of their own. Beyond, of the tenant with most of them the one that was not used
+for longest is planned anew."""
+_UNDER_WAY = 4096
+"""Requests whose report is waited for."""
 _FRAME_TOKENS = 16
 """More than a chat template writes around a message."""
 _EXISTING_S = 20.0
@@ -65,17 +70,26 @@ class MemoryBackend:
         The server's.
     salt : str
         Namespace that records are kept in; empty for the operator's.
-    turns : Turns
-        Shared by all namespaces: one step at a time, and whoever has just had one waits behind the others.
+    turns : sequence of Turns
+        Those of the tenant, then those that all tenants share: one step at a time, and whoever has just had one waits
+        behind the others, in however many namespaces and configurations.
+    check : callable
+        Called while a step waits for its turn; gives up by raising.
     """
 
     def __init__(
-        self, engine: ServedEngine, loop: asyncio.AbstractEventLoop, salt: str, turns: Turns
+        self,
+        engine: ServedEngine,
+        loop: asyncio.AbstractEventLoop,
+        salt: str,
+        turns: Sequence[Turns],
+        check: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._salt = salt
         self._turns = turns
+        self._check = check
 
     @property
     def context_length(self) -> int:
@@ -84,7 +98,10 @@ class MemoryBackend:
 
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
         """Yield the answer when it is whole; an answer of a build is one token."""
-        with self._turns.turn():
+        with ExitStack() as held:
+            for turns in self._turns:
+                held.enter_context(turns.turn(self._check))
+            self._check()
             future = asyncio.run_coroutine_threadsafe(self._whole(request), self._loop)
             try:
                 pieces = future.result()
@@ -170,9 +187,11 @@ class Memories:
         self._default = default
         self._run = run
         self._turns = Turns()
+        self._tenant_turns: dict[str, Turns] = {}
         self._lock = threading.Lock()
-        self._made: OrderedDict[tuple[str, MemoryConfig], Memory] = OrderedDict()
-        self._under_way: dict[str, Remembered] = {}
+        self._closed = False
+        self._made: OrderedDict[tuple[str, str, MemoryConfig], Memory] = OrderedDict()
+        self._under_way: OrderedDict[str, Remembered] = OrderedDict()
         self._left_alone: Counter[str] = Counter()
         engine.on_report(self._take_report)
 
@@ -252,7 +271,7 @@ class Memories:
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
         memory, missing = await self._run(
-            tenant.name, lambda: self._plan(salt, config, asked, sampling, loop)
+            tenant.name, lambda: self._plan(tenant.name, salt, config, asked, sampling, loop)
         )
         if missing is None:
             return None
@@ -261,6 +280,10 @@ class Memories:
         turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
         made = Remembered(memory=memory, prepared=turn.prepared, asked=asked, memories=self)
         self._under_way[made.rid] = made
+        while len(self._under_way) > _UNDER_WAY:
+            self._under_way.popitem(
+                last=False
+            )  # of clients that went away before their answer began
         return made
 
     def forget(self, rid: str) -> None:
@@ -272,7 +295,7 @@ class Memories:
         with self._lock:
             mine = [
                 memory
-                for (kept_in, _), memory in self._made.items()
+                for (_, kept_in, _), memory in self._made.items()
                 if not salt or kept_in == salt or kept_in.startswith(f"{salt}/")
             ]
         told = [_flat(memory.stats().to_json()) for memory in mine]
@@ -288,12 +311,20 @@ class Memories:
         }
 
     def close(self) -> None:
-        """End all builds."""
-        while self._made:
-            self._made.popitem()[1].close()
+        """End all builds, without waiting for the step that runs; conversations have windows from now on."""
+        self._closed = True
+        with self._lock:
+            made = list(self._made.values())
+        for memory in made:
+            memory.close(wait=False)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the server stops")
 
     def _plan(
         self,
+        tenant: str,
         salt: str,
         config: MemoryConfig,
         asked: Asked,
@@ -301,29 +332,40 @@ class Memories:
         loop: asyncio.AbstractEventLoop,
     ) -> tuple[Memory, Sequence[Chain] | None]:
         """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
-        memory = self._memory(salt, config, loop)
+        memory = self._memory(tenant, salt, config, loop)
         return memory, plan_turn(memory, asked, sampling)
 
-    def _memory(self, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop) -> Memory:
+    def _memory(
+        self, tenant: str, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop
+    ) -> Memory:
         dropped = []
         with self._lock:
-            key = (salt, config)
+            key = (tenant, salt, config)
             memory = self._made.get(key)
             if memory is None:
-                backend = MemoryBackend(self._engine, loop, salt, self._turns)
+                turns = self._tenant_turns.setdefault(tenant, Turns())
+                backend = MemoryBackend(
+                    self._engine, loop, salt, (turns, self._turns), self._check_open
+                )
                 planner = Planner(
                     config,
                     self._tokenizer,
-                    self._embedders.get().encode_queries,
+                    lambda texts: self._embedders.get().encode_queries(texts),  # may load it
                     context_length=backend.context_length,
                 )
                 memory = self._made[key] = Memory(planner, backend, existing=backend.existing)
             self._made.move_to_end(key)
             while len(self._made) > MOST_MEMORIES:
-                dropped.append(self._made.popitem(last=False)[1])
+                dropped.append(self._made.pop(self._least_wanted(key)))
         for one in dropped:
-            one.close()
+            one.close(wait=False)
         return memory
+
+    def _least_wanted(self, beside: tuple[str, str, MemoryConfig]) -> tuple[str, str, MemoryConfig]:
+        """Of the tenant with most memories the one that was not used for longest."""
+        counts = Counter(tenant for tenant, _, _ in self._made)
+        most = max(counts.values())
+        return next(key for key in self._made if counts[key[0]] == most and key != beside)
 
     def _take_report(self, meta_info: Mapping[str, Any]) -> None:
         remembered = self._under_way.pop(str(meta_info.get("id")), None)

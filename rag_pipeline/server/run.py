@@ -153,7 +153,9 @@ def serve(
             rooms={SEARCH: service.check_room},
             closed=facts.closed,
         )
-        return Guard(app, rules)
+        guard = Guard(app, rules)
+        guard.background.append(service.memories.close)
+        return guard
 
     log_requests()
     limits = HttpLimits(max_connections=settings.max_connections, stop_s=settings.stop_seconds)

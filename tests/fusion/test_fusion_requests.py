@@ -161,6 +161,20 @@ def test_configuration_is_read_from_the_environment_and_checked():
     assert {f.name for f in dataclasses.fields(FusionConfig)} >= {"background", "self_check"}
 
 
+def test_who_takes_reports_in_and_fails_stops_no_answers(monkeypatch):
+    from rag_pipeline.sglang_plugin.fusion.forward import report
+
+    heard = []
+    monkeypatch.setattr(report, "LISTENERS", [lambda meta: {}["a fault"], heard.append])
+    state = SimpleNamespace(
+        customized_info_accumulated={"rag_fusion": [{"reused_tokens": 5}]},
+        customized_info_reported_keys=set(),
+    )
+    meta = {}
+    report.around_update_meta_info(lambda *args: None, None, meta, state, {}, 0, None)
+    assert heard == [meta] == [{"rag_fusion": {"reused_tokens": 5}}]
+
+
 def test_every_message_of_a_stream_shows_the_report_as_one_dict():
     from rag_pipeline.sglang_plugin.fusion.forward.report import around_update_meta_info
 

@@ -481,3 +481,25 @@ def test_a_restart_finds_what_was_written_and_erased_text_goes(engine, monkeypat
         assert runtime.fetcher.close(60)
         assert runtime.tiers.close(60)
         local.fresh()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_an_answer_keeps_its_memory_beside_a_request_that_forbids_fusion(engine, first):
+    """Another's request in the same batch must not make an answer forget its conversation: one waits for the next batch."""
+    local = engine("llama")
+    chat = Chat(local)
+    chat.build(2)
+    wanted = list(chat.answer(QUESTION).output_ids)
+    local.flush()
+    memory = {"load": chat.load()}
+    fusion = {"prefix_len": PREFIX, "memory": json.dumps(memory)}
+    req = local.submit([*chat.begin(), *QUESTION], 4, fusion=fusion)
+    alone = local.submit(tokens(30, 40), 4, return_logprob=False)
+    alone.return_hidden_states = True
+    if first:
+        local.scheduler.waiting_queue.reverse()
+    local.run(req, alone)
+    assert report(req)["memory"]["loaded"] == BUDGET
+    assert list(req.output_ids) == wanted
+    local.settle()
+    local.runtime.store.check_integrity(expect_idle=True)

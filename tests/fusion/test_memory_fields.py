@@ -67,6 +67,7 @@ def test_nested_custom_params_become_a_string_before_they_travel():
     ("memory", "words"),
     [
         ("{", "an object of JSON"),
+        ("[" * 100_000, "an object of JSON"),
         ("[]", "load or store"),
         (7, "load or store"),
         ({}, "asks for nothing"),

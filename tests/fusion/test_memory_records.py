@@ -19,10 +19,11 @@ from rag_pipeline.protocol.cache_order import CacheOrder
 from rag_pipeline.sglang_plugin.fusion.admission import fetching
 from rag_pipeline.sglang_plugin.fusion.builds import persistence
 from rag_pipeline.sglang_plugin.fusion.config import FusionConfig
+from rag_pipeline.sglang_plugin.fusion.forward import model_forward
 from rag_pipeline.sglang_plugin.fusion.management.memories import memories
 from rag_pipeline.sglang_plugin.fusion.memory import keeping, leasing
 from rag_pipeline.sglang_plugin.fusion.memory.keeping import conclude
-from rag_pipeline.sglang_plugin.fusion.memory.records import name_of
+from rag_pipeline.sglang_plugin.fusion.memory.records import kept_shares, name_of
 from rag_pipeline.sglang_plugin.fusion.request.namespace import RadixNamespace
 from rag_pipeline.sglang_plugin.fusion.request.state import ATTRIBUTE, RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
@@ -495,3 +496,68 @@ def test_ranks_load_and_store_a_memory_together_or_not_at_all(engines, monkeypat
     assert both(missed) == [False, False]
     assert target.runtime.store.evict(keys[1])
     assert both(missed) == [True, True]
+
+
+def test_an_order_names_no_memory_of_other_weights(engines, tmp_path):
+    """One folder holds the records of several models, and models of one tokenizer share ids."""
+    first = engines(store_dir=str(tmp_path / "kv"))
+    talk = Talk()
+    talk.step(first)
+    first.end()
+    order = CacheOrder(action="memories", ticket="t", keys=(talk.name,))
+    second = engines(store_dir=str(tmp_path / "kv"))
+    assert memories(second.runtime, order)["present"] == [talk.name]
+    for key in second.runtime.store.keys():  # noqa: SIM118 - not a mapping
+        second.runtime.store.evict(key)
+    second.runtime.facts.context_fields["model_fingerprint"] = "v"
+    assert memories(second.runtime, order)["present"] == []
+    second.runtime.facts.context_fields["model_fingerprint"] = "w"
+    second.runtime.epoch = 1
+    assert memories(second.runtime, order)["present"] == []
+
+
+def test_kept_shares_are_counted_as_slot_by_slot():
+    draw = torch.Generator().manual_seed(3)
+    positions = torch.stack(
+        [torch.randperm(60, generator=draw)[:20].sort().values for _ in range(6)]
+    )
+    positions = positions.to(torch.int32).reshape(2, 3, 20)
+    spans = ((0, 60), (10, 11), (5, 40), (59, 2**31 - 1))
+    for (a, b), share in zip(spans, kept_shares(positions, spans), strict=True):
+        kept = [sum(a <= p < b for p in head) for layer in positions.tolist() for head in layer]
+        assert share == pytest.approx(sum(kept) / 6 / (b - a), abs=1e-6)
+
+
+def test_a_forward_that_was_given_up_leaves_no_memory(engines, monkeypatch):
+    """With several ranks a fused pass goes on with zeros behind a fault; its queries are of no use to any request in it."""
+    engine, talk = engines(), Talk()
+    ids = [*talk.prefix, *range(100, 110), *range(1000, 1003)]
+    store = MemoryStore(end=PREFIX + BLOCK, budget=BUDGET, rule="epicache")
+    state = engine.state(ids, MemoryFields(store=store))
+    assert state.memory.target is not None
+    entry = SimpleNamespace(state=state, index=0)
+
+    class Forward:
+        def __init__(self, *args: Any) -> None: ...
+
+        def prepare(self) -> Any:
+            for layer in range(LAYERS):
+                state.memory.note_queries(layer, torch.zeros(PROBE, HEADS * GROUP, DIM))
+            raise RuntimeError("a fault")
+
+    neighbour = SimpleNamespace(row_limit=1, method=None, forget_spans=lambda reason: None)
+    plan = SimpleNamespace(entries=[entry], fused=[SimpleNamespace(state=neighbour)], refused="")
+    monkeypatch.setattr(model_forward, "FusedForward", Forward)
+    monkeypatch.setattr(model_forward, "ordinary_views", lambda *args: ["batch"])
+    monkeypatch.setattr(model_forward, "bind_adapters", lambda *args: None)
+    monkeypatch.setattr(model_forward, "_count_rows", lambda *args: None)
+    said = model_forward._fused(engine.runtime, lambda runner, part: part, None, None, plan, (), {})
+    assert said == "batch"
+    pool = SimpleNamespace(
+        get_key_buffer=lambda i: torch.randn(len(ids), HEADS, DIM),
+        get_value_buffer=lambda i: torch.randn(len(ids), HEADS, DIM),
+    )
+    conclude(engine.runtime, state, pool, torch.arange(len(ids)))
+    state.finish(len(ids))
+    assert not list(engine.runtime.store.keys())
+    assert not state.memory.name

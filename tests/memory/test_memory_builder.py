@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from conversations import RecordBook, chat
 
 from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import Memory, MemoryBuilder, Planner, Utterance
-from rag_pipeline.protocol import GenerationRequest
+from rag_pipeline.protocol import FUSION_KEY, GenerationRequest
 
 MakePlanner = Callable[..., Planner]
 SYSTEM = "Be brief."
@@ -263,3 +264,66 @@ def test_what_cannot_be_planned_is_no_error_behind_an_answer(
     assert "role 'tool'" in caplog.text
     memory.close()
     memory.after(SYSTEM, LONG)
+
+
+def test_one_of_several_who_wait_for_a_record_may_go_away(
+    chains: Sequence[Any], closing: list[Any]
+) -> None:
+    gate = threading.Event()
+    book = RecordBook(before=lambda request: gate.wait(30) and None)
+    closing.append(builder := MemoryBuilder(book))
+
+    async def ask() -> bool:
+        builder.build(chains[1], urgent=True)  # runs, so that the next one waits
+        one, two = (
+            asyncio.ensure_future(asyncio.wrap_future(builder.build(chains[0], urgent=True)))
+            for _ in range(2)
+        )
+        await asyncio.sleep(0)
+        one.cancel()
+        await asyncio.sleep(0.01)
+        later = asyncio.wrap_future(builder.build(chains[0], urgent=True))
+        gate.set()
+        return await two and await later
+
+    assert asyncio.run(ask())
+
+
+def test_a_record_that_exists_elsewhere_alone_is_built(
+    make_planner: MakePlanner, closing: list[Any]
+) -> None:
+    """An engine may name records that this namespace cannot load; a conversation must not be a window for ever."""
+    book = RecordBook()
+    closing.append(memory := Memory(make_planner(), book, existing=list))
+    prepared = memory.prepare(SYSTEM, LONG, "Where is the hotel?")
+    assert prepared.candidate.needs
+    assert not book.records
+    kinds = dict.fromkeys(("exact_prefix_tokens", "reused_tokens", "recomputed_tokens"), 0)
+    memory.note(prepared, {FUSION_KEY: {"memory": {"loaded": 0, "missed": 1}, **kinds}})
+    assert memory.finish(30)
+    assert set(prepared.candidate.needs) <= set(book.records)
+    again = memory.prepare(SYSTEM, LONG, "Where is the hotel?")
+    assert set(again.candidate.needs) <= set(book.records)
+
+
+def test_few_histories_wait_to_be_planned(
+    make_planner: MakePlanner, closing: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, planned = threading.Event(), []
+    closing.append(memory := Memory(make_planner(), RecordBook()))
+
+    def ahead(system: str, history: Sequence[Utterance]) -> tuple[()]:
+        gate.wait(30)
+        planned.append(history)
+        return ()
+
+    monkeypatch.setattr(memory.planner, "ahead", ahead)
+    for _ in range(1000):
+        memory.after(SYSTEM, LONG)
+    gate.set()
+    assert memory.finish(30)
+    assert 60 < len(planned) < 80
+    memory.after(SYSTEM, LONG)
+    assert memory.finish(30)
+    assert len(planned) < 80
+    assert planned[-1] == LONG

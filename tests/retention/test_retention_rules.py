@@ -232,6 +232,7 @@ def test_no_keys_have_no_scores(name: str) -> None:
         ("epicache:first=-1", "0 or more"),
         ("epicache:first=a", "expected int"),
         ("snapkv:kernel=4", "odd"),
+        ("snapkv:kernel=100001", "at most"),
         ("snapkv:window=0", "1 or more"),
         ("snapkv:pooling=sum", "one of avg, max"),
         ("keydiff:window=3", "has no option 'window'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from rag_pipeline import ModelTokenizer
 from rag_pipeline.memory import MemoryConfig, Utterance
 from rag_pipeline.opened_memory import Asked
 from rag_pipeline.protocol import GenerationPiece, GenerationRequest, SamplingOptions
+from rag_pipeline.server import memories as of_server
 from rag_pipeline.server.memories import Memories, Remembered
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
 
@@ -194,3 +197,84 @@ def test_a_record_that_was_gone_is_counted_and_built_again(
     missed = {"rag_fusion": {"memory": {"loaded": 0, "missed": 1}, **kinds}}
     asyncio.run(chat())
     assert memories.facts()["loaded"] == 0
+
+
+def test_one_tenant_of_many_configurations_takes_no_other_tenants_memory(
+    memories: Memories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_server, "MOST_MEMORIES", 4)
+
+    async def chat() -> None:
+        first = await memories.prepare(CONFIG, GLOBEX, asked(12), SAMPLING)  # type: ignore[arg-type]
+        assert first is not None
+        for slots in range(64, 72):
+            config = dataclasses.replace(CONFIG, budget_tokens=slots)
+            await memories.prepare(config, ACME, asked(12), SAMPLING)  # type: ignore[arg-type]
+        again = await memories.prepare(CONFIG, GLOBEX, asked(12), SAMPLING)  # type: ignore[arg-type]
+        assert again is not None
+        assert again.memory is first.memory
+
+    asyncio.run(chat())
+    assert memories.facts()["memories"] == 4
+    memories.close()
+
+
+def test_turns_are_of_tenants_however_many_configurations_one_has(
+    memories: Memories, engine: Engine
+) -> None:
+    """While eight memories of one tenant are built, every second step is another tenant's."""
+
+    async def chat() -> None:
+        many = [
+            asyncio.create_task(
+                memories.prepare(  # type: ignore[arg-type]
+                    dataclasses.replace(CONFIG, budget_tokens=slots), ACME, asked(60), SAMPLING
+                )
+            )
+            for slots in range(64, 72)
+        ]
+        while len(engine.salts) < 40:
+            await asyncio.sleep(0.001)
+        turn = await memories.prepare(CONFIG, GLOBEX, asked(30), SAMPLING)  # type: ignore[arg-type]
+        assert turn is not None
+        places = [place for place, salt in enumerate(engine.salts) if salt == "salt-g"]
+        between = [b - a for a, b in itertools.pairwise(places)]
+        assert len(between) > 4
+        assert sorted(between)[len(between) // 2] <= 3
+        memories.close()
+        await asyncio.gather(*many)
+
+    asyncio.run(chat())
+
+
+def test_reports_that_never_come_are_not_waited_for_without_end(
+    memories: Memories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_server, "_UNDER_WAY", 3)
+
+    async def chat() -> None:
+        for _ in range(6):
+            assert await memories.prepare(CONFIG, ACME, asked(12), SAMPLING) is not None  # type: ignore[arg-type]
+
+    asyncio.run(chat())
+    assert len(memories._under_way) == 3
+    memories.close()
+
+
+def test_a_server_that_stops_begins_no_step_and_waits_for_none(
+    memories: Memories, engine: Engine
+) -> None:
+    """SGLang's shutdown waits until the engine has nothing to do, and is killed where that never comes."""
+
+    async def chat() -> None:
+        building = asyncio.create_task(memories.prepare(CONFIG, ACME, asked(60), SAMPLING))  # type: ignore[arg-type]
+        other = asyncio.create_task(memories.prepare(CONFIG, GLOBEX, asked(60), SAMPLING))  # type: ignore[arg-type]
+        while len(engine.salts) < 5:
+            await asyncio.sleep(0.001)
+        memories.close()
+        at = len(engine.salts)
+        await asyncio.gather(building, other)
+        await asyncio.sleep(0.05)
+        assert len(engine.salts) <= at + 1
+
+    asyncio.run(chat())

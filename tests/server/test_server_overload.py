@@ -191,6 +191,24 @@ def test_a_stop_has_a_limit() -> None:
     assert stop(door, 0.05, leave=leave) == ["abort", "finish"]
 
 
+def test_background_work_is_ended_behind_the_last_request() -> None:
+    door, said = Door(), []
+
+    async def run() -> None:
+        stopper = GracefulStop(
+            door, limit_s=60, last_resort=lambda: None, end_background=lambda: said.append("end")
+        )
+        stopper.on_signal(lambda: None, lambda: said.append("finish"))
+        await asyncio.sleep(0.25)
+        assert not said
+        door.in_flight = 0
+        while "finish" not in said:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    assert said == ["end", "finish"]
+
+
 def test_a_second_signal_ends_the_waiting() -> None:
     door = Door()
 

@@ -162,7 +162,12 @@ def _register(app: Any, guard: Any, limits: HttpLimits) -> None:
         }
         return (config, guard, *args), options
 
-    stop = GracefulStop(guard, limit_s=limits.stop_s, last_resort=_end_now)
+    stop = GracefulStop(
+        guard,
+        limit_s=limits.stop_s,
+        last_resort=_end_now,
+        end_background=guard.end_background,
+    )
     hooks: list[tuple[HookTarget, Callable[..., Any]]] = [
         (
             HookTarget(

@@ -46,12 +46,22 @@ class GracefulStop:
         Seconds that requests have to end.
     last_resort : callable
         Ends this process and its children, whatever they do.
+    end_background : callable, optional
+        Ends work that no request waits for, at once: SGLang's shutdown waits for whatever the engine does.
     """
 
-    def __init__(self, door: Door, *, limit_s: float, last_resort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        door: Door,
+        *,
+        limit_s: float,
+        last_resort: Callable[[], None],
+        end_background: Callable[[], None] = lambda: None,
+    ) -> None:
         self._door = door
         self._limit_s = limit_s
         self._last_resort = last_resort
+        self._end_background = end_background
         self._task: asyncio.Task[None] | None = None
 
     def on_signal(self, abort_all: Callable[[], None], finish: Callable[[], None]) -> None:
@@ -76,6 +86,10 @@ class GracefulStop:
             until = loop.time() + _ABORT_S
             while self._door.in_flight and loop.time() < until:
                 await asyncio.sleep(0.1)
+        try:
+            self._end_background()
+        except Exception:
+            logger.exception("Background work was not ended")
         finish()
 
 

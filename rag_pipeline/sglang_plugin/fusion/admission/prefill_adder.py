@@ -101,9 +101,16 @@ def around_add_one_req(
             return AddReqResult.CONTINUE  # those behind it may go first
         admit(runtime, req, state)
         reason = refuse_batch(_mates(runtime, adder)) if state.is_fused else ""
+        if reason and _has_memory(state) and refuse_batch(adder.can_run_list):
+            from sglang.srt.managers.schedule_policy import AddReqResult
+
+            state.drop()
+            return (
+                AddReqResult.OTHER
+            )  # the next batch is soon, and no prefill gives what a memory holds
         if reason:
             state.give_up(reason)
-        elif state.spans and _is_dearer(runtime, adder, req, state):
+        elif state.spans and not _has_memory(state) and _is_dearer(runtime, adder, req, state):
             method = state.method
             state.give_up("no_savings")
             state.attend_by(method)  # loading does not pay; reading fewer keys still does
@@ -128,6 +135,11 @@ def around_add_chunked_req(
     if runtime is None or state is None or not state.is_fused:
         return original(adder, req, *args, **kwargs)
     return _add_fused(runtime, original, adder, req, args, kwargs)
+
+
+def _has_memory(state: RequestState) -> bool:
+    """Whether a request loads a memory: what is in its place otherwise is a sliding window, not the same at more cost."""
+    return state.memory is not None and bool(state.memory.loaded)
 
 
 def _is_admitted(adder: Any, req: Any) -> bool:
@@ -219,7 +231,8 @@ def _add_plain(
     """Add a request that no pass of fusion's own computes; one that cannot stand beside fused ones makes them ordinary.
 
     They then compute all their rows, so the batch has less room, and SGLang judges by that. A prompt whose earlier
-    pieces hold fused KV cannot become ordinary any more: the newcomer waits for its last piece.
+    pieces hold fused KV cannot become ordinary any more: the newcomer waits for its last piece. It waits for one that
+    loads a memory, too, whose prefill would be an answer that has forgotten the conversation.
     """
     reason = refuse_batch([req])
     fused = [(r, s) for r in adder.can_run_list if (s := state_of(r)) is not None and s.is_fused]
@@ -227,7 +240,7 @@ def _add_plain(
         return original(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if any(r.prefix_len > s.radix_len for r, s in fused):
+    if any(r.prefix_len > s.radix_len or _has_memory(s) for r, s in fused):
         return AddReqResult.OTHER
     saved = sum(_savings_of(r) for r, _ in fused)
     _raise_budget(adder, -saved)

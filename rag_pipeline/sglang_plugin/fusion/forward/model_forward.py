@@ -154,6 +154,7 @@ def _fused(
             fused.loader.finish()
     except Exception as error:
         _give_up(runtime, plan.fused, stage, error)
+        _forget_queries(runtime, plan)
     else:
         runtime.pass_succeeded()
         _count_rows(runtime, view, plan)
@@ -218,6 +219,15 @@ def _give_up(runtime: FusionRuntime, fused: list[BatchEntry], stage: str, error:
     for entry in fused:
         # What may be published as exact stays as it is: after a fault nothing is claimed.
         entry.state.forget_spans(reason)
+
+
+def _forget_queries(runtime: FusionRuntime, plan: BatchPlan) -> None:
+    """Make no memory of a batch that is computed anew: what was seen of it may be of a pass that went on with zeros."""
+    for entry in plan.entries:
+        work = entry.state.memory
+        if work is not None and work.target is not None:
+            work.store_nothing()
+            runtime.metrics.count("memories", "not_stored")
 
 
 def _is_load_fault(runtime: FusionRuntime, error: Exception) -> bool:

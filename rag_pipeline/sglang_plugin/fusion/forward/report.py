@@ -6,6 +6,7 @@ request-level value, so that it is sent once, and requests without one get no fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from rag_pipeline.sglang_plugin.fusion.request.memory_work import MemoryWork
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 from rag_pipeline.types import Truncated
+
+logger = logging.getLogger(__name__)
 
 LISTENERS: list[Callable[[Mapping[str, Any]], None]] = []
 """Told each ``meta_info`` with a report, in the tokenizer process: for who gave SGLang a request and reads no answer."""
@@ -145,7 +148,10 @@ def around_update_meta_info(
     if report:
         meta_info[FUSION_KEY] = report[0]
         for listen in LISTENERS:
-            listen(meta_info)
+            try:
+                listen(meta_info)
+            except Exception:  # behind this loop stand all other answers of the server
+                logger.exception("A report was not taken in")
 
 
 def after_coalesce(
