@@ -32,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
             torch.manual_seed(7)
             common = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1}
-            model = AutoModelForCausalLM.from_config(tiny_config(family, **common, **overrides))
+            model = AutoModelForCausalLM.from_config(tiny_config(family, **(common | overrides)))
             peak_attention(model)
             folder = tmp_path_factory.mktemp(key)
             model.to(torch.float32).save_pretrained(folder)

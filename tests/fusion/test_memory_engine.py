@@ -168,7 +168,7 @@ def test_a_budget_above_the_history_gives_the_logits_of_full_prefill(engine, wid
     for got, wanted in zip(
         told.logprob.output_top_logprobs_val, full.logprob.output_top_logprobs_val, strict=True
     ):
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_pieces_of_a_prompt_keep_what_the_whole_keeps(engine):
@@ -302,7 +302,7 @@ def test_a_missing_record_is_a_sliding_window_and_nothing_is_made_of_it(engine):
     local.runtime.store.clear()
     told = chat.step(BLOCKS[2], PROBES[2])
     assert told == {"loaded": 0, "missed": 1, "stored": False}
-    assert local.runtime.metrics.to_json()["memory.missed"] == 1
+    assert local.runtime.metrics.to_json()["memories.missed"] == 1
     assert not local.runtime.store.keys()
     chat.slots, chat.history = BUDGET, HISTORY[: 2 * BLOCK]
     one = chat.answer(QUESTION)
@@ -323,7 +323,7 @@ def test_a_record_that_is_there_is_not_made_again(engine):
     again = Chat(local)
     assert [told["stored"] for told in again.build(2)] == [True, True]
     counts = local.runtime.metrics.to_json()
-    assert (counts["memory.stored"], counts["memory.known"]) == (2, 2)
+    assert (counts["memories.stored"], counts["memories.known"]) == (2, 2)
     assert again.name == chat.name
 
 

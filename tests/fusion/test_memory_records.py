@@ -249,7 +249,7 @@ def test_the_best_of_each_head_stay_at_their_true_positions_and_old_ones_bit_for
                     assert torch.equal(record.k[layer, slot, head], wanted[0])
                     assert torch.equal(record.v[layer, slot, head], wanted[1])
         before = record
-    assert engine.counts()["memory.stored"] == 4
+    assert engine.counts()["memories.stored"] == 4
     assert state.memory is not None
 
 
@@ -337,7 +337,7 @@ def test_a_step_whose_queries_were_not_all_seen_leaves_nothing(engines):
     engine, talk = engines(), Talk()
     talk.step(engine, rows=slice(1, None))
     assert engine.found(talk.name) is None
-    assert engine.counts()["memory.incomplete"] == 1
+    assert engine.counts()["memories.incomplete"] == 1
 
 
 def test_what_is_there_is_known_and_not_computed_again(engines):
@@ -346,7 +346,7 @@ def test_what_is_there_is_known_and_not_computed_again(engines):
     one.step(engine)
     state, _ = two.step(engine)
     assert two.name == one.name
-    assert engine.counts()["memory.known"] == 1
+    assert engine.counts()["memories.known"] == 1
     assert (state.memory.name, state.memory.kept) == (one.name, BUDGET)
 
 

@@ -46,8 +46,8 @@ def fill_report(runtime: FusionRuntime, state: RequestState) -> None:
         report.truncated = Truncated(*state.request.truncated).to_json()
     if state.request.memory is not None:
         report.memory = _memory(state)
-        runtime.metrics.count("memory", "missed", report.memory["missed"])
-        runtime.metrics.count("memory", "slots_loaded", report.memory["loaded"])
+        runtime.metrics.count("memories", "missed", report.memory["missed"])
+        runtime.metrics.count("memories", "slots_loaded", report.memory["loaded"])
     if loaded:
         report.policy = state.policy.name
         report.ratio = round(state.planned_ratio, 6)

@@ -62,7 +62,7 @@ def conclude(runtime: FusionRuntime, state: RequestState, pool: Any, slots: Tens
             work.shares = kept_shares(state.spans[0].lease.record.side[POSITIONS], asked.spans)
     except Exception as error:
         runtime.say_fault("memory", error)
-        runtime.metrics.count("memory", "not_stored")
+        runtime.metrics.count("memories", "not_stored")
 
 
 def keep(runtime: FusionRuntime, state: RequestState, pool: Any, slots: Tensor) -> None:
@@ -119,10 +119,10 @@ def keep(runtime: FusionRuntime, state: RequestState, pool: Any, slots: Tensor) 
         work.store_nothing()
     if not is_good:
         for reason in sorted(outcome - _GOOD):
-            runtime.metrics.count("memory", reason)
+            runtime.metrics.count("memories", reason)
         return
     work.name, work.kept = target.name, int(target.token_ids.size)
-    runtime.metrics.count("memory", "known" if record is None else "stored")
+    runtime.metrics.count("memories", "known" if record is None else "stored")
     if record is not None:
         _note_shares(state, work, record)
         write_record(runtime, record, target.context, target.owner)

@@ -114,7 +114,7 @@ def lease(runtime: FusionRuntime, state: RequestState, tenant: RadixNamespace) -
         return
     if all(there for _, _, there in offers) and not memory.spans:
         work.name, work.kept = target.name, int(target.token_ids.size)
-        runtime.metrics.count("memory", "known")
+        runtime.metrics.count("memories", "known")
         return
     work.target = target
 

@@ -46,7 +46,7 @@ class FusionMetrics:
         Parameters
         ----------
         family : str
-            ``requests``, ``tokens``, ``spans``, ``turns``, ``memory``, ``fallbacks``, ``prefixes``, ``drafts`` or ``background``.
+            ``requests``, ``tokens``, ``spans``, ``turns``, ``memories``, ``fallbacks``, ``prefixes``, ``drafts`` or ``background``.
         kind : str
             Value of the label ``kind``.
         amount : float
@@ -154,7 +154,7 @@ def _make_families(names: tuple[str, ...]) -> dict[str, Any]:
         "tokens": counter("tokens", "Prompt tokens by what happened to them."),
         "spans": counter("spans", "Chunk look-ups by outcome."),
         "turns": counter("turns", "Turns of conversations by event, and tokens loaded from them."),
-        "memory": counter("memory", "Memory records by event, and slots loaded from them."),
+        "memories": counter("memories", "Memory records by event, and slots loaded from them."),
         "fallbacks": counter("fallbacks", "Prompts or chunks prefilled as usual, by reason."),
         "prefixes": counter(
             "prefixes", "Prompts of attention methods whose KV no later prompt finds, by reason."
