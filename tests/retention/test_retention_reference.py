@@ -174,3 +174,20 @@ def test_a_build_may_start_from_blocks_that_are_there(model: ShownModel) -> None
     for x, y in zip(a.kept, b.kept, strict=True):
         assert torch.equal(x.positions, y.positions)
         torch.testing.assert_close(x.k, y.k, rtol=1e-4, atol=1e-4)
+
+
+def test_own_tokens_of_a_block_stay_before_others(model: ShownModel) -> None:
+    own = {0: [(5, 11)], 1: [(5, 11), (30, 34)], 2: [(5, 11), (30, 34)], 3: [(64, 69)]}
+    kept = build(model, 12, own=own.__getitem__).kept
+    published = build(model, 12).kept
+    for layer, plain in zip(kept, published, strict=True):
+        for positions in layer.positions.tolist():
+            assert set(range(64, 69)) <= set(positions)
+        assert layer.positions.shape == plain.positions.shape
+    always = build(model, 12, own=lambda block: [(5, 11), (30, 34)]).kept
+    for layer in always:
+        for positions in layer.positions.tolist():
+            assert {*range(5, 11), *range(30, 34)} <= set(positions)
+    half = build(model, 12, own=lambda block: [(5, 69)], own_share=0.5).kept
+    for layer, plain in zip(half, published, strict=True):
+        assert torch.equal(layer.positions, plain.positions)  # all is own
