@@ -39,7 +39,7 @@ class MemoryConfig:
     """Most tokens of that text."""
     merge_margin: float = 0.03
     """A question whose second-best episode is within this similarity of the best is answered from both; 0 from the best only."""
-    own_share: float = 1.0
+    own_share: float = 0.75
     """Share of a record that tokens of the episode's own segments fill before others, whatever they score; 0 is the published rule."""
     verbatim_tokens: int | None = None
     """Histories up to this length stand in the prompt as they are; None for as long as the budget."""
