@@ -81,6 +81,8 @@ def test_an_erased_record_does_not_come_back_with_the_server(
         tier.put(kept)
         if keeping[0] == "--save":
             client_of(server).save()
+            # A snapshot of some seconds: it counts only when it has ended.
+            client_of(server).config_set("rdb-key-save-delay", 500_000)
         tier.remove(gone.key)
         tier.sync()
         server.kill()

@@ -75,10 +75,11 @@ class Durability:
             state = self._after_a_moment(until)
         before = state["rdb_saves"]
         self._client.bgsave()
-        while state["rdb_saves"] == before:
+        # The count rises when a snapshot begins, and it may be put off behind a rewrite of the log.
+        while state["rdb_saves"] == before or state["rdb_bgsave_in_progress"]:
             state = self._after_a_moment(until)
-            if not state["rdb_bgsave_in_progress"] and state["rdb_last_bgsave_status"] != "ok":
-                raise OSError(f"{self._shown} could not save its data")
+        if state["rdb_last_bgsave_status"] != "ok":
+            raise OSError(f"{self._shown} could not save its data")
 
     def _after_a_moment(self, until: float) -> dict[str, Any]:
         if time.monotonic() > until:
