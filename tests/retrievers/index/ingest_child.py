@@ -16,8 +16,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "support")]  # as pytest has them
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))  # as pytest has it
+sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import HashEmbedder, LineSplitter
 
