@@ -16,7 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chunk_cache import tenant_mark
@@ -148,7 +148,7 @@ class Remembered(RememberedTurn):
     """A turn on its way through the server's engine."""
 
     memories: Memories
-    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    rid: str
 
     def ended(self, answer: str | None) -> None:
         """Build ahead, and expect no report any more."""
@@ -230,6 +230,7 @@ class Memories:
             asked,
             SamplingOptions(max_new_tokens=chat.max_new_tokens or longest),
             cache_salt=chat.cache_salt or "",
+            rid=chat.rid,
         )
 
     async def prepare(
@@ -240,6 +241,7 @@ class Memories:
         sampling: SamplingOptions,
         *,
         cache_salt: str = "",
+        rid: str | None = None,
     ) -> Remembered | None:
         """Lay out one answer of a conversation.
 
@@ -255,6 +257,8 @@ class Memories:
             How it is decoded; room for the answer is left.
         cache_salt : str
             Namespace that the client names, inside the tenant's.
+        rid : str, optional
+            Id that the client gives its request.
 
         Returns
         -------
@@ -278,7 +282,12 @@ class Memories:
         builds = [memory.builder.build(chain, urgent=True) for chain in missing]
         await asyncio.gather(*map(asyncio.wrap_future, builds))
         turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
-        made = Remembered(memory=memory, prepared=turn.prepared, asked=asked, memories=self)
+        # Two of one id would have each other's report, so a second one under way has its own.
+        if not rid or rid in self._under_way:
+            rid = uuid.uuid4().hex
+        made = Remembered(
+            memory=memory, prepared=turn.prepared, asked=asked, memories=self, rid=rid
+        )
         self._under_way[made.rid] = made
         while len(self._under_way) > _UNDER_WAY:
             self._under_way.popitem(
