@@ -183,17 +183,15 @@ class ChatSession:
                 context_length=self._backend.context_length,
             )
             return GenerationRequest(input_ids=ids, sampling=self._sampling), None, cut
-        history = self._utterances()
         plan = self._memory.planner.plan(
-            self._system, history, text, max_new_tokens=self._sampling.max_new_tokens
-        )
-        prepared = self._memory.prepare(
             self._system,
-            history,
+            self._utterances(),
             text,
-            sampling=self._sampling,
-            wait=bool(awaited(self._memory, plan)),
+            max_new_tokens=self._sampling.max_new_tokens,
         )
+        if awaited(self._memory, plan):
+            self._memory.build_newest(plan)
+        prepared = self._memory.prepare_planned(plan, self._sampling)
         return prepared.request, prepared, NOTHING_CUT
 
     def _utterances(self) -> list[Utterance]:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 from chunk_cache import tenant_mark
 from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import (
-    Chain,
     Memory,
     MemoryConfig,
     Planner,
     Utterance,
     parse_memory,
 )
-from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
+from rag_pipeline.opened_memory import Asked, PlannedTurn, RememberedTurn, plan_turn, prepare_turn
 from rag_pipeline.protocol import (
     GenerationPiece,
     GenerationRequest,
@@ -274,19 +273,18 @@ class Memories:
             return None
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
-        memory, missing = await self._run(
+        planned = await self._run(
             tenant.name, lambda: self._plan(tenant.name, salt, config, asked, sampling, loop)
         )
-        if missing is None:
+        if planned is None:
             return None
-        builds = [memory.builder.build(chain, urgent=True) for chain in missing]
-        await asyncio.gather(*map(asyncio.wrap_future, builds))
-        turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
+        await asyncio.gather(*map(asyncio.wrap_future, planned.build()))
+        turn = await self._run(tenant.name, lambda: prepare_turn(planned, sampling))
         # Two of one id would have each other's report, so a second one under way has its own.
         if not rid or rid in self._under_way:
             rid = uuid.uuid4().hex
         made = Remembered(
-            memory=memory, prepared=turn.prepared, asked=asked, memories=self, rid=rid
+            memory=turn.memory, prepared=turn.prepared, asked=asked, memories=self, rid=rid
         )
         self._under_way[made.rid] = made
         while len(self._under_way) > _UNDER_WAY:
@@ -339,10 +337,8 @@ class Memories:
         asked: Asked,
         sampling: SamplingOptions,
         loop: asyncio.AbstractEventLoop,
-    ) -> tuple[Memory, Sequence[Chain] | None]:
-        """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
-        memory = self._memory(tenant, salt, config, loop)
-        return memory, plan_turn(memory, asked, sampling)
+    ) -> PlannedTurn | None:
+        return plan_turn(self._memory(tenant, salt, config, loop), asked, sampling)
 
     def _memory(
         self, tenant: str, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop
