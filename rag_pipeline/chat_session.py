@@ -150,14 +150,11 @@ class ChatSession:
         if self._memory is None:
             return {"method": "off"}
         config = self._memory.planner.config
-        facts = self._memory.stats().to_json()
-        build = facts.pop("build")
         return {
             "method": config.method,
             "budget_tokens": config.budget_tokens,
             "episodes": config.episodes,
-            **facts,
-            **{f"build_{name}": value for name, value in build.items()},
+            **self._memory.stats().to_flat_json(),
         }
 
     def close(self) -> None:

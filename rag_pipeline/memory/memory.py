@@ -77,6 +77,12 @@ class MemoryStats:
         """One object, `build` nested."""
         return asdict(self)
 
+    def to_flat_json(self) -> dict[str, Any]:
+        """The same on one level: the names of `build` begin with ``build_``."""
+        facts = self.to_json()
+        build = facts.pop("build")
+        return facts | {f"build_{name}": value for name, value in build.items()}
+
 
 class Memory:
     """Answers questions of long conversations from records of a fixed size.

@@ -6,20 +6,10 @@ import asyncio
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Mapping,
-    Sequence,
-)
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import tenant_mark
 from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import (
     Memory,
@@ -28,13 +18,9 @@ from rag_pipeline.memory import (
     Utterance,
     parse_memory,
 )
-from rag_pipeline.opened_memory import Asked, PlannedTurn, RememberedTurn, plan_turn, prepare_turn
-from rag_pipeline.protocol import (
-    GenerationPiece,
-    GenerationRequest,
-    SamplingOptions,
-)
-from rag_pipeline.protocol.cache_order import memories_order
+from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
+from rag_pipeline.protocol import SamplingOptions
+from rag_pipeline.server.memory_backend import MemoryBackend
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
@@ -52,94 +38,8 @@ _UNDER_WAY = 4096
 """Requests whose report is waited for."""
 _FRAME_TOKENS = 16
 """More than a chat template writes around a message."""
-_EXISTING_S = 20.0
-"""Longest wait for the engine to say which records it has."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
-
-
-class MemoryBackend:
-    """The server's engine for the builds of one namespace, from threads beside the event loop.
-
-    Parameters
-    ----------
-    engine : ServedEngine
-        Behind the server.
-    loop : asyncio.AbstractEventLoop
-        The server's.
-    salt : str
-        Namespace that records are kept in; empty for the operator's.
-    turns : sequence of Turns
-        Those of the tenant, then those that all tenants share: one step at a time, and whoever has just had one waits
-        behind the others, in however many namespaces and configurations.
-    check : callable
-        Called while a step waits for its turn; gives up by raising.
-    """
-
-    def __init__(
-        self,
-        engine: ServedEngine,
-        loop: asyncio.AbstractEventLoop,
-        salt: str,
-        turns: Sequence[Turns],
-        check: Callable[[], None],
-    ) -> None:
-        self._engine = engine
-        self._loop = loop
-        self._salt = salt
-        self._turns = turns
-        self._check = check
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.context_length
-
-    def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
-        """Yield the answer when it is whole; an answer of a build is one token."""
-        with ExitStack() as held:
-            for turns in self._turns:
-                held.enter_context(turns.turn(self._check))
-            self._check()
-            future = asyncio.run_coroutine_threadsafe(self._whole(request), self._loop)
-            try:
-                pieces = future.result()
-            finally:
-                future.cancel()
-        yield from pieces
-
-    async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
-        """As :meth:`generate`, in the server's event loop."""
-        for piece in await self._whole(request):
-            yield piece
-
-    def close(self) -> None:
-        """Nothing: the engine is the server's."""
-
-    def existing(self, ids: Sequence[str]) -> Collection[str]:
-        """Ask the engine which records it has.
-
-        Raises
-        ------
-        EngineError
-            It does not answer in time.
-        """
-        order = memories_order(ids, tenant_mark(self._salt.partition("/")[0]))
-        asked = self._engine.order(order, timeout_s=_EXISTING_S)
-        told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
-        return frozenset(told["present"])
-
-    async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
-        return [
-            piece
-            async for piece in self._engine.generate(
-                request,
-                params=request.sampling.to_params(),
-                http_request=None,
-                stream=False,
-                cache_salt=self._salt or None,
-            )
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +174,8 @@ class Memories:
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
         planned = await self._run(
-            tenant.name, lambda: self._plan(tenant.name, salt, config, asked, sampling, loop)
+            tenant.name,
+            lambda: plan_turn(self._memory(tenant.name, salt, config, loop), asked, sampling),
         )
         if planned is None:
             return None
@@ -288,9 +189,8 @@ class Memories:
         )
         self._under_way[made.rid] = made
         while len(self._under_way) > _UNDER_WAY:
-            self._under_way.popitem(
-                last=False
-            )  # of clients that went away before their answer began
+            # Of clients that went away before their answer began.
+            self._under_way.popitem(last=False)
         return made
 
     def forget(self, rid: str) -> None:
@@ -305,7 +205,7 @@ class Memories:
                 for (_, kept_in, _), memory in self._made.items()
                 if not salt or kept_in == salt or kept_in.startswith(f"{salt}/")
             ]
-        told = [_flat(memory.stats().to_json()) for memory in mine]
+        told = [memory.stats().to_flat_json() for memory in mine]
         names = told[0] if told else ()
         together = {
             name: (max if "peak" in name else sum)(one[name] for one in told) for name in names
@@ -328,17 +228,6 @@ class Memories:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the server stops")
-
-    def _plan(
-        self,
-        tenant: str,
-        salt: str,
-        config: MemoryConfig,
-        asked: Asked,
-        sampling: SamplingOptions,
-        loop: asyncio.AbstractEventLoop,
-    ) -> PlannedTurn | None:
-        return plan_turn(self._memory(tenant, salt, config, loop), asked, sampling)
 
     def _memory(
         self, tenant: str, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop
@@ -381,13 +270,3 @@ class Memories:
 def _most_tokens(history: Sequence[Utterance]) -> int:
     """More tokens than a history has, without a tokenizer: a token is a byte at least, a message has a frame."""
     return sum(len(said.text.encode()) + _FRAME_TOKENS for said in history)
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}_")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
