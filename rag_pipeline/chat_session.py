@@ -150,14 +150,11 @@ class ChatSession:
         if self._memory is None:
             return {"method": "off"}
         config = self._memory.planner.config
-        facts = self._memory.stats().to_json()
-        build = facts.pop("build")
         return {
             "method": config.method,
             "budget_tokens": config.budget_tokens,
             "episodes": config.episodes,
-            **facts,
-            **{f"build_{name}": value for name, value in build.items()},
+            **self._memory.stats().to_flat_json(),
         }
 
     def close(self) -> None:
@@ -183,17 +180,15 @@ class ChatSession:
                 context_length=self._backend.context_length,
             )
             return GenerationRequest(input_ids=ids, sampling=self._sampling), None, cut
-        history = self._utterances()
         plan = self._memory.planner.plan(
-            self._system, history, text, max_new_tokens=self._sampling.max_new_tokens
-        )
-        prepared = self._memory.prepare(
             self._system,
-            history,
+            self._utterances(),
             text,
-            sampling=self._sampling,
-            wait=bool(awaited(self._memory, plan)),
+            max_new_tokens=self._sampling.max_new_tokens,
         )
+        if awaited(self._memory, plan):
+            self._memory.build_newest(plan)
+        prepared = self._memory.prepare_planned(plan, self._sampling)
         return prepared.request, prepared, NOTHING_CUT
 
     def _utterances(self) -> list[Utterance]:

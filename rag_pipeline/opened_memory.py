@@ -10,6 +10,8 @@ from rag_pipeline.memory import Utterance
 from rag_pipeline.protocol import FusionRequest, SamplingOptions, fusion_report, memory_report
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from rag_pipeline.generation import Backend
     from rag_pipeline.memory import Chain, Memory, MemoryConfig, MemoryPlan, Prepared
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
@@ -89,16 +91,40 @@ def told_tokens(config: MemoryConfig) -> int:
     return config.budget_tokens + _TAIL_BLOCKS * config.block_tokens
 
 
-def prepare_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> RememberedTurn:
-    """Lay out the prompt of an answer."""
-    prepared = memory.prepare(
-        asked.system, asked.history, asked.question, sampling=sampling, query=asked.asked
-    )
-    return RememberedTurn(memory=memory, prepared=prepared, asked=asked)
+@dataclass(frozen=True, kw_only=True)
+class PlannedTurn:
+    """A turn that is answered from a memory, before its prompt is chosen.
+
+    Parameters
+    ----------
+    memory : Memory
+        Of the conversation.
+    asked : Asked
+        What was said.
+    plan : MemoryPlan
+        Of the turn.
+    missing : sequence of Chain
+        What the answer must wait for.
+    """
+
+    memory: Memory
+    asked: Asked
+    plan: MemoryPlan
+    missing: Sequence[Chain]
+
+    def build(self) -> list[Future[bool]]:
+        """Begin what is missing; the answer waits for these."""
+        return [self.memory.builder.build(chain, urgent=True) for chain in self.missing]
 
 
-def plan_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> Sequence[Chain] | None:
-    """What an answer must wait for; None for a conversation that is short enough as it is.
+def prepare_turn(planned: PlannedTurn, sampling: SamplingOptions) -> RememberedTurn:
+    """Choose the prompt of an answer, of what is there now; `sampling` as in the plan."""
+    prepared = planned.memory.prepare_planned(planned.plan, sampling)
+    return RememberedTurn(memory=planned.memory, prepared=prepared, asked=planned.asked)
+
+
+def plan_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> PlannedTurn | None:
+    """Plan an answer; None for a conversation that is short enough as it is.
 
     What the next turns of such a one may need is built behind it.
 
@@ -118,7 +144,7 @@ def plan_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> Sequen
     if plan.history_tokens <= told_tokens(config):
         memory.after(asked.system, asked.history)
         return None
-    return awaited(memory, plan)
+    return PlannedTurn(memory=memory, asked=asked, plan=plan, missing=awaited(memory, plan))
 
 
 def open_memory(config: MemoryConfig, backend: Backend, tokenizer: ModelTokenizer) -> Memory:

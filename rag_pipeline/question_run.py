@@ -211,12 +211,12 @@ class QuestionRun:
             question=message.text,
             asked=self.question,
         )
-        missing = plan_turn(memory, asked, sampling)
-        if missing is None:
+        planned = plan_turn(memory, asked, sampling)
+        if planned is None:
             return None
-        for build in [memory.builder.build(chain, urgent=True) for chain in missing]:
+        for build in planned.build():
             build.result()
-        turn = prepare_turn(memory, asked, sampling)
+        turn = prepare_turn(planned, sampling)
         layout = lay_out_message(builder, message, turn.input_ids)
         return AnswerRun(
             layout=layout,

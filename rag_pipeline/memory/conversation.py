@@ -220,6 +220,8 @@ class Conversations:
         history : sequence of Utterance
             Checked messages, none of them empty.
         """
+        if not history:  # nothing to find again: it takes no place from the others
+            return self._view_of(self._new_log(system, "user"), 0)
         key = hashlib.blake2b(system.strip().encode(), digest_size=16).digest()
         keys = [key]
         for said in history:
@@ -231,17 +233,19 @@ class Conversations:
             known = next((n for n in range(len(history), 0, -1) if keys[n] in self._places), 0)
             log, seen = self._places[keys[known]] if known else (None, 0)
             if log is None or (len(log.keys) > seen < len(history)):
-                log = self._begin(system, history)  # a new one, or one that left a known one
+                # A new one, or one that left a known one.
+                log = self._new_log(system, history[0].role)
+                self._logs[id(log)] = log
             self._extend(log, history, keys)
             self._logs.move_to_end(id(log))
             self._drop_oldest()
-        return View(log, len(history), self._config, self._vectors, self._renderer)
+        return self._view_of(log, len(history))
 
-    def _begin(self, system: str, history: Sequence[Utterance]) -> ConversationLog:
-        first = history[0].role if history else "user"
-        log = ConversationLog(self._renderer.prefix_ids(system, first), self._config)
-        self._logs[id(log)] = log
-        return log
+    def _view_of(self, log: ConversationLog, count: int) -> View:
+        return View(log, count, self._config, self._vectors, self._renderer)
+
+    def _new_log(self, system: str, first_role: str) -> ConversationLog:
+        return ConversationLog(self._renderer.prefix_ids(system, first_role), self._config)
 
     def _extend(
         self, log: ConversationLog, history: Sequence[Utterance], keys: Sequence[bytes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections import Counter
@@ -78,6 +77,12 @@ class MemoryStats:
         """One object, `build` nested."""
         return asdict(self)
 
+    def to_flat_json(self) -> dict[str, Any]:
+        """The same on one level: the names of `build` begin with ``build_``."""
+        facts = self.to_json()
+        build = facts.pop("build")
+        return facts | {f"build_{name}": value for name, value in build.items()}
+
 
 class Memory:
     """Answers questions of long conversations from records of a fixed size.
@@ -149,8 +154,24 @@ class Memory:
             system, history, question, max_new_tokens=sampling.max_new_tokens, query=query
         )
         if wait:
-            for job in [self.builder.build(one, urgent=True) for one in plan.candidates[0].chains]:
-                job.result()
+            self.build_newest(plan)
+        return self.prepare_planned(plan, sampling)
+
+    def build_newest(self, plan: MemoryPlan) -> None:
+        """Wait until the records of a plan's first candidate are built; one that fails is none."""
+        for job in [self.builder.build(one, urgent=True) for one in plan.candidates[0].chains]:
+            job.result()
+
+    def prepare_planned(self, plan: MemoryPlan, sampling: SamplingOptions) -> Prepared:
+        """Choose the prompt of an answer from a plan, as :meth:`prepare` does, and queue what is worth building.
+
+        Parameters
+        ----------
+        plan : MemoryPlan
+            By :attr:`planner`, with room for an answer of `sampling`.
+        sampling : SamplingOptions
+            How it is decoded.
+        """
         candidate = self._choose(plan)
         kind = "" if candidate.needs else "window" if plan.candidates[0].needs else "plain"
         with self._lock:
@@ -158,21 +179,6 @@ class Memory:
             self._peak = max(self._peak, len(candidate.input_ids))
         self._queue(plan.ahead)
         return Prepared(request=candidate.request(sampling), candidate=candidate, plan=plan)
-
-    async def aprepare(
-        self,
-        system: str,
-        history: Sequence[Utterance],
-        question: str,
-        *,
-        sampling: SamplingOptions | None = None,
-        wait: bool = False,
-        query: str = "",
-    ) -> Prepared:
-        """As :meth:`prepare`, without blocking the event loop."""
-        return await asyncio.to_thread(
-            self.prepare, system, history, question, sampling=sampling, wait=wait, query=query
-        )
 
     def note(self, prepared: Prepared, meta_info: Mapping[str, Any]) -> None:
         """Take in what the engine reported on the answer; a record that was gone is built again.

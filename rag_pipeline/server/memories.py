@@ -6,23 +6,12 @@ import asyncio
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Mapping,
-    Sequence,
-)
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chunk_cache import tenant_mark
 from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import (
-    Chain,
     Memory,
     MemoryConfig,
     Planner,
@@ -30,12 +19,8 @@ from rag_pipeline.memory import (
     parse_memory,
 )
 from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
-from rag_pipeline.protocol import (
-    GenerationPiece,
-    GenerationRequest,
-    SamplingOptions,
-)
-from rag_pipeline.protocol.cache_order import memories_order
+from rag_pipeline.protocol import SamplingOptions
+from rag_pipeline.server.memory_backend import MemoryBackend
 from rag_pipeline.server.turns import Turns
 from rag_pipeline.sglang_plugin.http.access import namespaced
 from rag_pipeline.sglang_plugin.http.chat_memory import AskedChat
@@ -53,94 +38,8 @@ _UNDER_WAY = 4096
 """Requests whose report is waited for."""
 _FRAME_TOKENS = 16
 """More than a chat template writes around a message."""
-_EXISTING_S = 20.0
-"""Longest wait for the engine to say which records it has."""
 _ANSWER_TOKENS = 512
 """Room for an answer whose length nobody says; at most a quarter of the context."""
-
-
-class MemoryBackend:
-    """The server's engine for the builds of one namespace, from threads beside the event loop.
-
-    Parameters
-    ----------
-    engine : ServedEngine
-        Behind the server.
-    loop : asyncio.AbstractEventLoop
-        The server's.
-    salt : str
-        Namespace that records are kept in; empty for the operator's.
-    turns : sequence of Turns
-        Those of the tenant, then those that all tenants share: one step at a time, and whoever has just had one waits
-        behind the others, in however many namespaces and configurations.
-    check : callable
-        Called while a step waits for its turn; gives up by raising.
-    """
-
-    def __init__(
-        self,
-        engine: ServedEngine,
-        loop: asyncio.AbstractEventLoop,
-        salt: str,
-        turns: Sequence[Turns],
-        check: Callable[[], None],
-    ) -> None:
-        self._engine = engine
-        self._loop = loop
-        self._salt = salt
-        self._turns = turns
-        self._check = check
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.context_length
-
-    def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
-        """Yield the answer when it is whole; an answer of a build is one token."""
-        with ExitStack() as held:
-            for turns in self._turns:
-                held.enter_context(turns.turn(self._check))
-            self._check()
-            future = asyncio.run_coroutine_threadsafe(self._whole(request), self._loop)
-            try:
-                pieces = future.result()
-            finally:
-                future.cancel()
-        yield from pieces
-
-    async def agenerate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPiece, None]:
-        """As :meth:`generate`, in the server's event loop."""
-        for piece in await self._whole(request):
-            yield piece
-
-    def close(self) -> None:
-        """Nothing: the engine is the server's."""
-
-    def existing(self, ids: Sequence[str]) -> Collection[str]:
-        """Ask the engine which records it has.
-
-        Raises
-        ------
-        EngineError
-            It does not answer in time.
-        """
-        order = memories_order(ids, tenant_mark(self._salt.partition("/")[0]))
-        asked = self._engine.order(order, timeout_s=_EXISTING_S)
-        told = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
-        return frozenset(told["present"])
-
-    async def _whole(self, request: GenerationRequest) -> list[GenerationPiece]:
-        return [
-            piece
-            async for piece in self._engine.generate(
-                request,
-                params=request.sampling.to_params(),
-                http_request=None,
-                stream=False,
-                cache_salt=self._salt or None,
-            )
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +47,7 @@ class Remembered(RememberedTurn):
     """A turn on its way through the server's engine."""
 
     memories: Memories
-    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    rid: str
 
     def ended(self, answer: str | None) -> None:
         """Build ahead, and expect no report any more."""
@@ -230,6 +129,7 @@ class Memories:
             asked,
             SamplingOptions(max_new_tokens=chat.max_new_tokens or longest),
             cache_salt=chat.cache_salt or "",
+            rid=chat.rid,
         )
 
     async def prepare(
@@ -240,6 +140,7 @@ class Memories:
         sampling: SamplingOptions,
         *,
         cache_salt: str = "",
+        rid: str | None = None,
     ) -> Remembered | None:
         """Lay out one answer of a conversation.
 
@@ -255,6 +156,8 @@ class Memories:
             How it is decoded; room for the answer is left.
         cache_salt : str
             Namespace that the client names, inside the tenant's.
+        rid : str, optional
+            Id that the client gives its request.
 
         Returns
         -------
@@ -270,20 +173,24 @@ class Memories:
             return None
         salt = str(namespaced(tenant.salt, cache_salt) or "") if tenant.salt else cache_salt
         loop = asyncio.get_running_loop()
-        memory, missing = await self._run(
-            tenant.name, lambda: self._plan(tenant.name, salt, config, asked, sampling, loop)
+        planned = await self._run(
+            tenant.name,
+            lambda: plan_turn(self._memory(tenant.name, salt, config, loop), asked, sampling),
         )
-        if missing is None:
+        if planned is None:
             return None
-        builds = [memory.builder.build(chain, urgent=True) for chain in missing]
-        await asyncio.gather(*map(asyncio.wrap_future, builds))
-        turn = await self._run(tenant.name, lambda: prepare_turn(memory, asked, sampling))
-        made = Remembered(memory=memory, prepared=turn.prepared, asked=asked, memories=self)
+        await asyncio.gather(*map(asyncio.wrap_future, planned.build()))
+        turn = await self._run(tenant.name, lambda: prepare_turn(planned, sampling))
+        # Two of one id would have each other's report, so a second one under way has its own.
+        if not rid or rid in self._under_way:
+            rid = uuid.uuid4().hex
+        made = Remembered(
+            memory=turn.memory, prepared=turn.prepared, asked=asked, memories=self, rid=rid
+        )
         self._under_way[made.rid] = made
         while len(self._under_way) > _UNDER_WAY:
-            self._under_way.popitem(
-                last=False
-            )  # of clients that went away before their answer began
+            # Of clients that went away before their answer began.
+            self._under_way.popitem(last=False)
         return made
 
     def forget(self, rid: str) -> None:
@@ -298,7 +205,7 @@ class Memories:
                 for (_, kept_in, _), memory in self._made.items()
                 if not salt or kept_in == salt or kept_in.startswith(f"{salt}/")
             ]
-        told = [_flat(memory.stats().to_json()) for memory in mine]
+        told = [memory.stats().to_flat_json() for memory in mine]
         names = told[0] if told else ()
         together = {
             name: (max if "peak" in name else sum)(one[name] for one in told) for name in names
@@ -321,19 +228,6 @@ class Memories:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the server stops")
-
-    def _plan(
-        self,
-        tenant: str,
-        salt: str,
-        config: MemoryConfig,
-        asked: Asked,
-        sampling: SamplingOptions,
-        loop: asyncio.AbstractEventLoop,
-    ) -> tuple[Memory, Sequence[Chain] | None]:
-        """Memory of a conversation, and what an answer must wait for; None where it needs no memory."""
-        memory = self._memory(tenant, salt, config, loop)
-        return memory, plan_turn(memory, asked, sampling)
 
     def _memory(
         self, tenant: str, salt: str, config: MemoryConfig, loop: asyncio.AbstractEventLoop
@@ -376,13 +270,3 @@ class Memories:
 def _most_tokens(history: Sequence[Utterance]) -> int:
     """More tokens than a history has, without a tokenizer: a token is a byte at least, a message has a frame."""
     return sum(len(said.text.encode()) + _FRAME_TOKENS for said in history)
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}_")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

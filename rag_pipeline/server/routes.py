@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
-from rag_pipeline.server import chat
+from rag_pipeline.server import chat, chat_prompt
 from rag_pipeline.server.errors import ApiError, RagRoute
 from rag_pipeline.server.file_names import safe_name, shown
 from rag_pipeline.server.indexes import ServedIndex
@@ -59,7 +59,7 @@ def make_router(service: RagService) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer from the indexed documents; OpenAI's schema with `rag` beside it."""
         tenant = service.tenant(request)
-        run = await chat.start(service, tenant, body)
+        run = await chat_prompt.start(service, tenant, body)
         if not body.stream:
             return JSONResponse(await chat.complete(service, run, request))
         events = chat.stream(service, run, request)

@@ -341,3 +341,11 @@ def test_a_short_conversation_asks_no_sentence_model(tokenizer: ModelTokenizer) 
 
     planner = Planner(MemoryConfig(), tokenizer, never, context_length=8192)  # type: ignore[arg-type]
     assert planner.plan(SYSTEM, LONG[:8], "q?").ahead == ()
+
+
+def test_first_questions_of_many_conversations_forget_none(make_planner: MakePlanner) -> None:
+    planner = make_planner()
+    log = planner._view(SYSTEM, LONG[:4]).log
+    for number in range(70):
+        assert planner.plan(SYSTEM, [], f"Question {number}?").history_tokens == 0
+    assert planner._view(SYSTEM, LONG[:4]).log is log

@@ -17,7 +17,7 @@ from rag_pipeline.prompts.document_order import check_document_order, ordered
 from rag_pipeline.prompts.power_order import placement_of
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
-from rag_pipeline.server.chat import prepare
+from rag_pipeline.server.chat_prompt import prepare
 from rag_pipeline.server.schemas import ChatRequest
 from retrievers.types import Chunk, SearchHit
 

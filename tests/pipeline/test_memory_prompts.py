@@ -133,11 +133,14 @@ def test_a_short_conversation_needs_no_memory_and_a_new_long_one_waits(memory: A
     short = Asked(system="S.", history=told(2), question="And?")
     assert plan_turn(memory, short, SAMPLING) is None
     long = Asked(system="S.", history=told(20), question="And?")
-    missing = plan_turn(memory, long, SAMPLING)
-    assert missing
-    assert all(memory.builder.build(chain, urgent=True).result(60) for chain in missing)
-    assert plan_turn(memory, long, SAMPLING) == ()
-    turn = prepare_turn(memory, long, SAMPLING)
+    planned = plan_turn(memory, long, SAMPLING)
+    assert planned is not None
+    assert planned.missing
+    assert all(build.result(60) for build in planned.build())
+    again = plan_turn(memory, long, SAMPLING)
+    assert again is not None
+    assert again.missing == ()
+    turn = prepare_turn(planned, SAMPLING)
     assert turn.fusion.memory is not None
     assert len(turn.input_ids) < told_tokens(CONFIG) + 40
     facts = turn.facts({FUSION_KEY: {"memory": {"loaded": 64, "missed": 0}}})

@@ -137,10 +137,11 @@ def test_records_and_orders_are_in_the_namespace_of_who_asked(
         scope = {"state": {"rag_tenant": ACME}}
         chat = AskedChat(
             wish=None, system="S.", history=tuple((one.role, one.text) for one in told(12)),
-            question="And?", max_new_tokens=4, cache_salt="mine", scope=scope,
+            question="And?", max_new_tokens=4, cache_salt="mine", scope=scope, rid="my-id",
         )  # fmt: skip
         turn = await memories.remember(chat)
         assert turn is not None
+        assert turn.rid == "my-id"  # an abort by it reaches the request
         await built(turn)
 
     asyncio.run(chat())

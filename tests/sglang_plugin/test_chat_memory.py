@@ -104,7 +104,7 @@ def test_a_conversation_is_read_and_its_prompt_put_into_the_request(fields: Any)
     said = SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="Biscuit."))])
     turn = Turn()
     memory = Memory(turn)
-    ask(memory, serving := Serving(said), max_tokens=9, cache_salt="mine", **fields)
+    ask(memory, serving := Serving(said), max_tokens=9, cache_salt="mine", rid="my-id", **fields)
     chat = memory.asked[0]
     assert chat == AskedChat(
         wish={"method": "epicache"},
@@ -114,6 +114,7 @@ def test_a_conversation_is_read_and_its_prompt_put_into_the_request(fields: Any)
         max_new_tokens=9,
         cache_salt="mine",
         scope={"state": {"rag_tenant": "acme"}},
+        rid="my-id",
     )
     assert serving.request.input_ids == list(turn.input_ids)
     assert serving.request.rid == "the-id"

@@ -55,6 +55,8 @@ class AskedChat:
         Namespace for cached KV that the client names, inside that of its tenant.
     scope : mapping
         Of the HTTP request.
+    rid : str or None
+        Id that the client gives its request, such as to abort it by.
     """
 
     wish: Any
@@ -64,6 +66,7 @@ class AskedChat:
     max_new_tokens: int | None
     cache_salt: str | None
     scope: Mapping[str, Any]
+    rid: str | None = None
 
 
 class RememberedChat(Protocol):
@@ -81,7 +84,7 @@ class RememberedChat(Protocol):
 
     @property
     def rid(self) -> str:
-        """Id for the request."""
+        """Id for the request; the client's where it gives one."""
         ...
 
     def ended(self, answer: str | None) -> None:
@@ -202,6 +205,7 @@ async def _remembered(
             max_new_tokens=request.max_completion_tokens or request.max_tokens,
             cache_salt=request.cache_salt,
             scope=raw_request.scope,
+            rid=request.rid if isinstance(request.rid, str) else None,
         )
     )
 
