@@ -1,7 +1,7 @@
 """Side tensors of a record: small tensors beside K and V that say more of its tokens, and how a header holds them.
 
-A record of a conversation's memory has three: which token each slot is, by what score it stayed, and all text that its KV
-has seen. They stand in the metadata of the header, as one text, so the header's checksum covers them.
+A record of a conversation's memory says by them which token each slot is, by what score it stayed, all text that its KV has
+seen, and what it is called. They stand in the metadata of the header, as one text, so the header's checksum covers them.
 """
 
 from __future__ import annotations

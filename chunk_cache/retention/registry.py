@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chunk_cache.retention.base import RetentionRule
 from rag_kernels import Registry
-from rag_kernels.options import make_config, split_options
+from rag_kernels.options import create_named
 
 RETENTION_RULES: Registry[type[RetentionRule]] = Registry(
     "retention rule",
@@ -35,7 +35,4 @@ def create_rule(text: str) -> RetentionRule:
     ValueError
         An unknown name or option, a wrong type or value; one line that says what is allowed.
     """
-    name, options = split_options("retention rule", text)
-    rule = RETENTION_RULES.get(name)
-    owner = f"retention rule {name!r}"
-    return rule(make_config(owner, rule.config_type, options, from_text=True))
+    return create_named(RETENTION_RULES, text)

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from rag_kernels.native.library import TYPES, GateStruct, NormStruct, TurnStruct, load_library
+from rag_kernels.native.library import TYPES, GateStruct, NormStruct, TurnStruct, library_for
 
 
 def norm_rows(
@@ -38,7 +38,7 @@ def norm_rows(
         the library does not serve the tensors.
     """
     given = [x, weight] if residual is None else [x, weight, residual]
-    library = _library_for(*given)
+    library = library_for(*given)
     is_whole = x.dim() == 2 and weight.shape == x.shape[1:]
     if library is None or not is_whole or (residual is not None and residual.shape != x.shape):
         return None
@@ -97,7 +97,7 @@ def turn_rows(
     IndexError
         A position that is not in the table.
     """
-    library = _library_for(q, k, table)
+    library = library_for(q, k, table)
     if library is None or positions.dtype != torch.int64 or q.dim() != 2 or k.dim() != 2:
         return None
     rows, rotary_dim = q.shape[0], table.shape[-1]
@@ -145,7 +145,7 @@ def gate_rows(x: Tensor) -> Tensor | None:
     Tensor or None
         ``[R, D]``; None where the library does not serve the tensor.
     """
-    library = _library_for(x)
+    library = library_for(x)
     if library is None or x.dim() != 2 or x.shape[1] % 2:
         return None
     rows, dim = x.shape[0], x.shape[1] // 2
@@ -161,14 +161,3 @@ def gate_rows(x: Tensor) -> Tensor | None:
     )
     library.rag_gate(ctypes.byref(call))
     return out
-
-
-def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where all tensors are of one type that it knows, on the CPU, and rows lie in one piece."""
-    dtype = tensors[0].dtype
-    if dtype not in TYPES:
-        return None
-    for one in tensors:
-        if one.device.type != "cpu" or one.dtype != dtype or one.stride(-1) != 1:
-            return None
-    return load_library()

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, Union
 
+from rag_kernels.registry import Registry
+
 T = TypeVar("T")
 
 _LARGEST = 2**53
@@ -54,13 +56,21 @@ def make_config(
     return config_type(**values)
 
 
-def split_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
-    """Split ``NAME`` or ``NAME:OPTION=VALUE+OPTION=VALUE`` into the name and its options, not read yet.
+def create_named(registry: Registry[type[T]], text: str) -> T:
+    """Make what a text names: ``NAME`` or ``NAME:OPTION=VALUE+OPTION=VALUE``.
+
+    Parameters
+    ----------
+    registry : Registry
+        Classes by name; each takes an instance of its own ``config_type``, the dataclass of its options.
+    text : str
+        A name in it, with options behind a colon.
 
     Raises
     ------
     ValueError
-        An option without a value, or one that is given twice; one line, with ``kind`` at its head.
+        An unknown name or option, an option without a value or given twice, a wrong type or value; one line that says
+        what is allowed.
     """
     name, _, tail = text.partition(":")
     options: dict[str, str] = {}
@@ -68,11 +78,14 @@ def split_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = pair.partition("=")
         if not equals or key in options:
             raise ValueError(
-                f"{kind} {text!r}: {pair!r} is not OPTION=VALUE, each once; "
+                f"{registry.kind} {text!r}: {pair!r} is not OPTION=VALUE, each once; "
                 f"write {name}:OPTION=VALUE+OPTION=VALUE."
             )
         options[key] = value
-    return name, options
+    made: Any = registry.get(name)
+    owner = f"{registry.kind} {name!r}"
+    found: T = made(make_config(owner, made.config_type, options, from_text=True))
+    return found
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

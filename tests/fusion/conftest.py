@@ -281,3 +281,19 @@ def make_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]
         monkeypatch.setattr(checks.Plan, name, lambda plan: None)
     yield method_server
     set_runtime(None)
+
+
+@pytest.fixture
+def memory_lives(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Begin lives of an engine that keeps memories; they end before the test's folder goes."""
+    from memory_lives import Engine
+
+    made: list[Any] = []
+
+    def begin(**settings: Any) -> Any:
+        made.append(Engine(**settings))
+        return made[-1]
+
+    yield begin
+    for one in made:
+        one.end()

@@ -13,10 +13,13 @@ from chunk_cache.policies import create_policy
 from rag_pipeline.protocol import FusionRequest
 from rag_pipeline.sglang_plugin.fusion.request.awaited import Awaited
 from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
+from rag_pipeline.sglang_plugin.fusion.request.state_view import StateView
 
 PLUGIN = Path(rag_pipeline.sglang_plugin.__file__).parent
-OWNERS = {PLUGIN / "fusion" / "request" / name for name in ("state.py", "awaited.py")}
-PARTS = (RequestState, Awaited)
+OWNERS = {
+    PLUGIN / "fusion" / "request" / name for name in ("state.py", "state_view.py", "awaited.py")
+}
+PARTS = (RequestState, StateView, Awaited)
 FIELDS = {name.removeprefix("_") for part in PARTS for name in part.__slots__} | {
     name for part in PARTS for name, value in vars(part).items() if isinstance(value, property)
 }

@@ -191,6 +191,17 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
+def library_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, where all tensors are of one type that it knows, on the CPU, and rows lie in one piece; else None."""
+    dtype = tensors[0].dtype
+    if dtype not in TYPES:
+        return None
+    for one in tensors:
+        if one.device.type != "cpu" or one.dtype != dtype or one.stride(-1) != 1:
+            return None
+    return load_library()
+
+
 def check_slots(slots: Tensor, *pools: Tensor) -> None:
     """Refuse slots that one of the pools does not have: the library does not look where it reads and writes."""
     if not slots.numel():

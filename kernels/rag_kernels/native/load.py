@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rag_kernels.native.library import TYPES, LoadStruct, check_slots, load_library
+from rag_kernels.native.library import TYPES, LoadStruct, check_slots, library_for
 
 if TYPE_CHECKING:
     from rag_kernels.span_load import SpanLoadPlan
@@ -23,14 +23,8 @@ def native_load(
     plan: SpanLoadPlan,
 ) -> bool:
     """:func:`rag_kernels.load_spans_inplace` of sources that fit; whether it was done."""
-    for pool, sources in ((k_pool, k_srcs), (v_pool, v_srcs)):
-        if pool.dtype not in TYPES or any(
-            one.device.type != "cpu" or one.dtype != pool.dtype or one.stride(-1) != 1
-            for one in (pool, *sources)
-        ):
-            return False
-    library = load_library()
-    if library is None:
+    library = library_for(k_pool, *k_srcs)
+    if library is None or library_for(v_pool, *v_srcs) is None:
         return False
     check_slots(plan.slots, k_pool, v_pool)
     distinct = {delta: row for row, delta in enumerate(sorted(set(plan.deltas)))}

@@ -14,7 +14,7 @@ from rag_kernels.native.library import (
     MassStruct,
     ShiftStruct,
     check_slots,
-    load_library,
+    library_for,
 )
 
 if TYPE_CHECKING:
@@ -127,11 +127,5 @@ def native_shift(
 
 
 def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where all tensors are of one type that it knows, on the CPU, and heads lie in one piece."""
-    dtype = tensors[0].dtype
-    if dtype not in TYPES or tensors[0].shape[-1] > LARGEST_HEAD:
-        return None
-    for one in tensors:
-        if one.device.type != "cpu" or one.dtype != dtype or one.stride(-1) != 1:
-            return None
-    return load_library()
+    """The library, where it serves tensors of such heads."""
+    return library_for(*tensors) if tensors[0].shape[-1] <= LARGEST_HEAD else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rag_kernels.options import make_config, split_options
+from rag_kernels.options import create_named
 from rag_kernels.registry import Registry
 from rag_kernels.sparse.base import AttentionMethod
 
@@ -39,7 +39,4 @@ def create_attention_method(text: str) -> AttentionMethod:
     ValueError
         An unknown name or option, a wrong type or value; one line that says what is allowed.
     """
-    name, options = split_options("attention method", text)
-    method = ATTENTION_METHODS.get(name)
-    owner = f"attention method {name!r}"
-    return method(make_config(owner, method.config_type, options, from_text=True))
+    return create_named(ATTENTION_METHODS, text)

@@ -32,8 +32,8 @@ def row_operations() -> Iterator[None]:
 
 
 def _serves(x: Tensor) -> bool:
-    """Whether the operation is one of a fused pass, in a number format that rounds more than the order of a sum does."""
-    return _depth > 0 and x.dtype is not torch.float32
+    """Whether it is one of a fused pass on the CPU, in a number format that rounds more than the order of a sum does."""
+    return _depth > 0 and x.is_cpu and x.dtype is not torch.float32
 
 
 def around_norm(
