@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, versions_of
 from rag_eval.benchmarks.retrieval_ingest import measure_ingest
 from rag_eval.benchmarks.retrieval_memory import measure_memory
 from rag_eval.benchmarks.retrieval_search import measure_search
-from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
+from rag_eval.command import Progress, no_progress, print_report, refusals_in_one_line, say_progress
 from retrievers import Embedder, choose_factory
 
 PARTS = ("search", "ingest", "memory")
