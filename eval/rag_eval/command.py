@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from rag_eval.arguments import INTERRUPTED
 from rag_pipeline.errors import RagPipelineError
@@ -14,6 +14,7 @@ from rag_pipeline.interrupts import one_interrupt
 from retrievers.errors import RetrievalError
 
 _P = ParamSpec("_P")
+_Report = TypeVar("_Report", bound=Mapping[str, Any])
 
 MEASURED_IS_PRINTED = "what was measured until then is printed"
 """Said where a run ends early."""
@@ -53,6 +54,25 @@ def broken_off(*, measured: bool) -> int:
     what = MEASURED_IS_PRINTED if measured else "there is no report yet"
     say_progress(f"error: interrupted; {what}")
     return INTERRUPTED
+
+
+def print_report(report: _Report, table: Callable[[_Report], str], *, as_json: bool) -> int:
+    """Print a report on stdout, and return the exit code that goes with it.
+
+    Parameters
+    ----------
+    report : mapping
+        ``interrupted`` is true where the run was broken off, ``failure`` says in one line of what it failed.
+    table : callable
+        The report as text.
+    as_json : bool
+        Whether it is printed as one JSON object instead.
+    """
+    print(json_line(report) if as_json else table(report), flush=True)
+    if report.get("failure"):
+        say_progress(f"error: {report['failure']}; {MEASURED_IS_PRINTED}")
+        return 1
+    return broken_off(measured=True) if report.get("interrupted") else 0
 
 
 def json_line(report: Mapping[str, Any]) -> str:

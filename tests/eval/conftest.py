@@ -28,12 +28,18 @@ def interrupt_at() -> Callable[[str], Callable[[str], None]]:
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must end with code 2 and one line on stderr, and returns that line."""
+    """Runs a command that must end with one line on stderr, and returns that line.
 
-    def refused(main: Callable[[list[str]], int], words: list[str]) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        assert stop.value.code == 2
+    With code 2 its options are refused, which ends the program; with another one the command returns it.
+    """
+
+    def refused(main: Callable[[list[str]], int], words: list[str], code: int = 2) -> str:
+        if code == 2:
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+            assert stop.value.code == 2
+        else:
+            assert main(words) == code
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("error: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -128,16 +129,9 @@ def test_a_calibrated_model_is_found_by_its_weights(
     ],
 )
 def test_a_bad_option_is_one_line(
-    words: list[str], code: int, message: str, tiny_path: Path, capsys: pytest.CaptureFixture
+    words: list[str], code: int, message: str, tiny_path: Path, refusal: Callable[..., str]
 ) -> None:
-    try:
-        ended = main(["--model", str(tiny_path), *words])
-    except SystemExit as stopped:
-        ended = stopped.code
-    said = capsys.readouterr().err
-    assert ended == code
-    assert message in said
-    assert said.count("\n") == 1
+    assert message in refusal(main, ["--model", str(tiny_path), *words], code)
 
 
 def test_the_packaged_model_has_its_thresholds(smollm2_path: Path) -> None:

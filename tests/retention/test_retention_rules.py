@@ -183,14 +183,18 @@ def test_an_identity_is_read_back(name: str) -> None:
     assert create_rule(f"{name}:first=7").identity != rule.identity
 
 
-@pytest.mark.parametrize("name", RETENTION_RULES.names())
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        (name, which)
+        for name in RETENTION_RULES.names()
+        for which in ((0, 1) if create_rule(name).probe == "none" else (0, 1, 2))
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("which", [0, 1, 2])
 def test_numbers_that_are_none_are_refused(name: str, value: float, which: int) -> None:
     given = list(inputs(40, 3, 3, 8, 7, torch.bfloat16))
     rule = create_rule(name)
-    if which == 2 and rule.probe == "none":
-        return
     given[which][3, 1, 2] = value
     with pytest.raises(RetentionError, match="infinities or NaN"):
         rule.scores(*given)

@@ -21,12 +21,12 @@ def submitted(server, fusion=None, tenant=NOBODY, ids=IDS):
     return server.waiting_queue[-1]
 
 
-def serve(server, req, answer=(), **kwargs):
+def serve(server, req, answer=(), rows=1000):
     """Compute a prompt and an answer, end the request, and return the tokens that were found in the tree."""
     for _ in range(40):
         if req in server.running:
             break
-        server.turn(kwargs.get("rows", 1000), ())
+        server.turn(rows, ())
     found = state_of(req).radix_len if state_of(req) else None
     server.decode(req, answer)
     server.finish(req)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rag_eval.benchmarks.conversation_growth_config import GrowthConfig
 from rag_eval.benchmarks.conversation_growth_plot import bars, plot_growth
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress
 from rag_eval.conversation.config import FULL
 from rag_eval.conversation.methods import SYSTEM, MethodRun
@@ -169,8 +169,8 @@ def targets(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        By method other than ``full``: ``memory_2n`` (the high-water at the longest length whose half was measured, in
-        units of that at the half), and at the longest length ``full`` in units of it: ``memory``, ``turn`` and
+        By method: ``memory_2n`` (the high-water at the longest length whose half was measured, in units of that at the
+        half), and for all but ``full``, at the longest length, ``full`` in units of it: ``memory``, ``turn`` and
         ``turn_cpu`` with the history in the radix tree, ``cold_turn`` without.
     """
     by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -178,7 +178,7 @@ def targets(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         by_method.setdefault(point["method"], {})[point["length"]] = point
     found: dict[str, Any] = {}
     for name, own in by_method.items():
-        doubled = [n for n in own if min(own, key=lambda one: abs(2 * one - n)) * 2 == n]
+        doubled = [n for n in own if n % 2 == 0 and n // 2 in own]
         told: dict[str, Any] = {}
         if doubled:
             longest = max(doubled)
@@ -224,17 +224,13 @@ def run(config: GrowthConfig, progress: Progress) -> dict[str, Any]:
     encode = sentence_encoder(config.embedder, progress)
     maker = PromptMaker(model, gold_tokens=1)
     points: list[dict[str, Any]] = []
-    interrupted = False
     with fusion_settings():
         session = start_session(maker, vocabulary, {"max_total_tokens": config.pool})
         try:
             growing = _Growing(config, session, encode, progress)
-            for name in config.method_names:
-                growing.points(name, ModelTokenizer.load(model), points)
-        except KeyboardInterrupt:
-            if not points:
-                raise
-            interrupted = True
+            with keep_measured(lambda: points) as end:
+                for name in config.method_names:
+                    growing.points(name, ModelTokenizer.load(model), points)
         finally:
             session.close()
     if config.plot:
@@ -247,8 +243,7 @@ def run(config: GrowthConfig, progress: Progress) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions_of("sglang", "torch", "rag-pipeline"),
-        "interrupted": interrupted,
-    }
+    } | end.report()
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -36,11 +36,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rag_eval.arguments import OneLineParser, parse_config
 from rag_eval.benchmarks.call_timer import CallTimer
 from rag_eval.command import (
-    MEASURED_IS_PRINTED,
     Progress,
-    broken_off,
-    json_line,
     no_progress,
+    print_report,
     refusals_in_one_line,
     say_progress,
 )
@@ -138,15 +136,6 @@ def run_benchmark(
     """
     config, given = parse_config(parser, kind, words)
     return print_report(run(config, say_progress), table, as_json=given.json)
-
-
-def print_report(report: Report, table: Callable[[Report], str], *, as_json: bool) -> int:
-    """Print a report on stdout, and return the exit code that goes with it."""
-    print(json_line(report) if as_json else table(report), flush=True)
-    if report.get("failure"):
-        say_progress(f"error: {report['failure']}; {MEASURED_IS_PRINTED}")
-        return 1
-    return broken_off(measured=True) if report.get("interrupted") else 0
 
 
 def versions_of(*names: str) -> dict[str, str]:

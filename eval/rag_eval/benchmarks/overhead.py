@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress
 from retrievers.types import Chunk, SearchHit
 
@@ -87,45 +87,45 @@ def run(config: OverheadConfig, progress: Progress) -> dict[str, Any]:
         pipeline = RagPipeline(FixedRetriever(num_chunks, 800), backend, folder, top_k=num_chunks)
         sampling = SamplingOptions(max_new_tokens=new_tokens)
         params = sampling.to_params()
-        bare, whole, alone = [], [], []
+        measured: list[tuple[tuple[float, float], tuple[float, float], float]] = []
         prompt_tokens = 0
-        for number in range(-3, repeats):  # three to warm up
-            question = f"What is said about point {number % 7}?"
-            hits = pipeline.retriever.search(question, k=num_chunks)
-            pipeline.ask(question, sampling=sampling)  # now the prompt is in the radix tree
-            started = time.perf_counter()
-            layout = pipeline.builder.build(question, hits, max_new_tokens=new_tokens)
-            laid_out = time.perf_counter() - started
-            ids = list(layout.input_ids)
+        with keep_measured(lambda: len(measured) > 1) as end:
+            for number in range(-3, repeats):  # three to warm up
+                question = f"What is said about point {number % 7}?"
+                hits = pipeline.retriever.search(question, k=num_chunks)
+                pipeline.ask(question, sampling=sampling)  # now the prompt is in the radix tree
+                started = time.perf_counter()
+                layout = pipeline.builder.build(question, hits, max_new_tokens=new_tokens)
+                laid_out = time.perf_counter() - started
+                ids = list(layout.input_ids)
 
-            def run_bare(ids: list[int] = ids) -> tuple[float, float]:
-                began, cpu = time.perf_counter(), time.process_time()
-                backend.engine.generate(input_ids=ids, sampling_params=params)
-                return time.perf_counter() - began, time.process_time() - cpu
+                def run_bare(ids: list[int] = ids) -> tuple[float, float]:
+                    began, cpu = time.perf_counter(), time.process_time()
+                    backend.engine.generate(input_ids=ids, sampling_params=params)
+                    return time.perf_counter() - began, time.process_time() - cpu
 
-            def run_whole(question: str = question) -> tuple[float, float]:
-                began, cpu = time.perf_counter(), time.process_time()
-                pipeline.ask(question, sampling=sampling)
-                return time.perf_counter() - began, time.process_time() - cpu
+                def run_whole(question: str = question) -> tuple[float, float]:
+                    began, cpu = time.perf_counter(), time.process_time()
+                    pipeline.ask(question, sampling=sampling)
+                    return time.perf_counter() - began, time.process_time() - cpu
 
-            # Whoever comes second is a little warmer; take turns.
-            if number % 2:
-                a, b = run_bare(), run_whole()
-            else:
-                b, a = run_whole(), run_bare()
-            if number >= 0:
-                bare.append(a)
-                whole.append(b)
-                alone.append(laid_out)
-                prompt_tokens = len(ids)
+                # Whoever comes second is a little warmer; take turns.
+                if number % 2:
+                    a, b = run_bare(), run_whole()
+                else:
+                    b, a = run_whole(), run_bare()
+                if number >= 0:
+                    measured.append((a, b, laid_out))
+                    prompt_tokens = len(ids)
     finally:
         backend.close()
+    bare, whole, alone = zip(*measured, strict=True)
     difference = [(b[0] - a[0]) * 1e3 for a, b in zip(bare, whole, strict=True)]
     # The model runs in other processes, so this process's CPU time is the pipeline's own and the
     # engine front's; unlike wall time it barely feels what else the machine does.
     cpu_difference = [(b[1] - a[1]) * 1e3 for a, b in zip(bare, whole, strict=True)]
     return {
-        "n": repeats,
+        "n": len(measured),
         "bare_ms_p50": statistics.median(wall for wall, _ in bare) * 1e3,
         "pipeline_ms_p50": statistics.median(wall for wall, _ in whole) * 1e3,
         "overhead_ms_p50": statistics.median(difference),
@@ -138,7 +138,7 @@ def run(config: OverheadConfig, progress: Progress) -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load_average": os.getloadavg()[0],
         "versions": versions_of("sglang", "torch"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rag_eval.arguments import require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
 from rag_pipeline.errors import RagPipelineError
@@ -85,43 +85,44 @@ def run(config: PowerOrderConfig, progress: Progress = no_progress) -> dict[str,
         prompts, ``n``), and ``place_ms``, the median of the search; ``config``, ``versions``.
     """
     random = np.random.default_rng(config.seed)
-    found = {}
-    for count in config.counts:
-        progress(f"{count} documents")
-        placed: dict[str, list[Placement]] = {order: [] for order in _ORDERS}
-        spent = []
-        for _ in range(config.prompts):
-            lengths = random.integers(config.shortest, config.longest + 1, count).tolist()
-            around: dict[str, Any] = {
-                "before": config.before,
-                "behind": config.behind,
-                "method": config.method,
-            }
-            began = time.perf_counter()
-            placed["placed"].append(place_for_power(lengths, **around))
-            spent.append(1e3 * (time.perf_counter() - began))
-            given = {
-                "best_first": list(range(count)),
-                "best_last": list(range(count))[::-1],
-                "both_ends": lost_in_the_middle_order(count),
-            }
-            for name, order in given.items():
-                placed[name].append(placement_of(order, lengths, **around))
-        found[str(count)] = {
-            name: {
-                "one_hop": _mean([each.one_hop(config.best) / config.best for each in all_of]),
-                "tokens_read": _mean(
-                    [float(np.mean(each.shares[: config.best])) for each in all_of]
-                ),
-            }
-            for name, all_of in placed.items()
-        } | {"place_ms": round(float(np.median(spent)), 2)}
+    found: dict[str, Any] = {}
+    with keep_measured(lambda: found) as end:
+        for count in config.counts:
+            progress(f"{count} documents")
+            placed: dict[str, list[Placement]] = {order: [] for order in _ORDERS}
+            spent = []
+            for _ in range(config.prompts):
+                lengths = random.integers(config.shortest, config.longest + 1, count).tolist()
+                around: dict[str, Any] = {
+                    "before": config.before,
+                    "behind": config.behind,
+                    "method": config.method,
+                }
+                began = time.perf_counter()
+                placed["placed"].append(place_for_power(lengths, **around))
+                spent.append(1e3 * (time.perf_counter() - began))
+                given = {
+                    "best_first": list(range(count)),
+                    "best_last": list(range(count))[::-1],
+                    "both_ends": lost_in_the_middle_order(count),
+                }
+                for name, order in given.items():
+                    placed[name].append(placement_of(order, lengths, **around))
+            found[str(count)] = {
+                name: {
+                    "one_hop": _mean([each.one_hop(config.best) / config.best for each in all_of]),
+                    "tokens_read": _mean(
+                        [float(np.mean(each.shares[: config.best])) for each in all_of]
+                    ),
+                }
+                for name, all_of in placed.items()
+            } | {"place_ms": round(float(np.median(spent)), 2)}
     return {
         "benchmark": "power_order",
         "documents": found,
         "config": dataclasses.asdict(config),
         "versions": versions_of("python", "numpy"),
-    }
+    } | end.report()
 
 
 def _mean(values: list[float]) -> dict[str, Any]:

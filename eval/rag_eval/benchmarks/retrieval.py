@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, versions_of
 from rag_eval.benchmarks.retrieval_ingest import measure_ingest
 from rag_eval.benchmarks.retrieval_memory import measure_memory
 from rag_eval.benchmarks.retrieval_search import measure_search
-from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
+from rag_eval.command import Progress, no_progress, print_report, refusals_in_one_line, say_progress
 from retrievers import Embedder, choose_factory
 
 PARTS = ("search", "ingest", "memory")
@@ -82,24 +82,27 @@ def run(
         (choice.factory.replace("Flat", "SQ8"), choice.search_options),
         ("HNSW32", "efSearch=64"),
     ]
-    if "search" not in skip:
-        result["search"] = measure_search(
-            embedder,
-            count=config.vectors,
-            num_queries=config.queries,
-            factories=factories,
-            progress=progress,
-        )
-    if "ingest" not in skip:
-        result["ingest"] = measure_ingest(
-            embedder, num_chunks=config.chunks, repeats=config.repeats, progress=progress
-        )
-    if "memory" not in skip:
-        sizes = (config.memory_chunks, 10 * config.memory_chunks)
-        result["memory"] = [
-            measure_memory(sizes, factory, progress=progress) for factory in ("IDMap2,Flat", "auto")
-        ]
-    return result
+    parts: dict[str, Any] = {}
+    with keep_measured(lambda: parts) as end:
+        if "search" not in skip:
+            parts["search"] = measure_search(
+                embedder,
+                count=config.vectors,
+                num_queries=config.queries,
+                factories=factories,
+                progress=progress,
+            )
+        if "ingest" not in skip:
+            parts["ingest"] = measure_ingest(
+                embedder, num_chunks=config.chunks, repeats=config.repeats, progress=progress
+            )
+        if "memory" not in skip:
+            sizes = (config.memory_chunks, 10 * config.memory_chunks)
+            parts["memory"] = [
+                measure_memory(sizes, factory, progress=progress)
+                for factory in ("IDMap2,Flat", "auto")
+            ]
+    return result | parts | end.report()
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, versions_of
 from rag_eval.benchmarks.local_server import local_server
 from rag_eval.benchmarks.router_process import (
     HINTS,
@@ -42,7 +42,7 @@ from rag_eval.benchmarks.router_process import (
     running_router,
 )
 from rag_eval.benchmarks.tiny_model import write_tiny_model
-from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
+from rag_eval.command import Progress, no_progress, print_report, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 from rag_pipeline.protocol import FusionRequest, build_requests
 

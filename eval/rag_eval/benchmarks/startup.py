@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rag_eval.arguments import add_json_option
-from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
-from rag_eval.command import refusals_in_one_line, say_progress
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, versions_of
+from rag_eval.command import print_report, refusals_in_one_line, say_progress
 
 __all__ = ["VARIANTS", "main", "run"]
 

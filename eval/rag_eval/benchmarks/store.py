@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from rag_eval.benchmarks.call_timer import timer_line
-from rag_eval.benchmarks.frame import benchmark_parser, run_benchmark, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.benchmarks.store_config import StoreBenchConfig
 from rag_eval.benchmarks.store_matching import time_matching
 from rag_eval.benchmarks.store_records import time_records
@@ -53,14 +53,17 @@ def run(config: StoreBenchConfig, progress: Progress = no_progress) -> dict[str,
         ``remove``, ``save``, ``load``, ``evict`` (milliseconds), ``index`` (bytes), ``config``,
         ``versions``, ``threads``.
     """
+    parts: dict[str, Any] = {}
+    with keep_measured(lambda: parts) as end:
+        parts |= time_matching(config, progress)
+        parts |= time_records(config, progress)
     return {
         "benchmark": "store",
-        **time_matching(config, progress),
-        **time_records(config, progress),
+        **parts,
         "config": dataclasses.asdict(config),
         "threads": torch.get_num_threads(),
         "versions": versions_of("python", "numpy", "torch"),
-    }
+    } | end.report()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -71,7 +74,9 @@ def table(report: dict[str, Any]) -> str:
         if isinstance(value, dict) and "wall_ms_p50" in value
     ]
     lines.append(f"index {report['index']}")
-    lines.append(f"one record {report['record_bytes']} bytes, torch threads {report['threads']}")
+    # A run that was broken off has no records.
+    size = f"one record {report['record_bytes']} bytes, " if "record_bytes" in report else ""
+    lines.append(f"{size}torch threads {report['threads']}")
     return "\n".join(lines)
 
 

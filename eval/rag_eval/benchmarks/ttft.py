@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_eval.arguments import parse_config, require_at_least
-from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, print_report, versions_of
+from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, versions_of
 from rag_eval.benchmarks.ttft_prompts import Point, make_prompts
-from rag_eval.command import Progress, no_progress, refusals_in_one_line, say_progress
+from rag_eval.command import Progress, no_progress, print_report, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 
 if TYPE_CHECKING:

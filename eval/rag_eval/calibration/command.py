@@ -6,12 +6,13 @@ made for, if it lies in the project's own folder, which is the default.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rag_eval.arguments import OneLineParser
-from rag_eval.command import json_line, no_progress, refusals_in_one_line, say_progress
+from rag_eval.calibration.out_file import write_calibration
+from rag_eval.command import no_progress, print_report, refusals_in_one_line, say_progress
 from rag_eval.errors import EvalError
 
 
@@ -45,7 +46,6 @@ def main(words: Sequence[str] | None = None) -> int:
     from rag_pipeline.config import attention_dir
     from rag_pipeline.models import fingerprint_checkpoint, resolve_llm
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
-    from rag_pipeline.whole_file import write_whole
 
     try:
         calibration = Calibration(given.theta, largest_tau=given.largest)
@@ -68,10 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
         given.model, fingerprint_checkpoint(found.path), [len(ids) for ids in prompts]
     )
     out = given.out or attention_dir() / f"{table.fingerprint}.json"
-    try:
-        write_whole(out, table.to_json())
-    except OSError as error:
-        raise EvalError(f"{out} cannot be written: {error}") from error
+    write_calibration(out, table.to_json())
     flat = [tau for heads in table.tau for tau in heads]
     report |= {
         "file": str(out),
@@ -83,14 +80,14 @@ def main(words: Sequence[str] | None = None) -> int:
         "dense_heads": sum(tau == 0 for tau in flat),
         "mean_tau": sum(flat) / len(flat),
     }
-    if given.json:
-        sys.stdout.write(json_line(report) + "\n")
-    else:
-        sys.stdout.write(
-            f"{report['heads']} heads, {report['dense_heads']} of them dense; mean threshold "
-            f"{report['mean_tau']:.5f}, largest error per row {report['largest_error']:.3f}\n{out}\n"
-        )
-    return 0
+    return print_report(report, _table, as_json=given.json)
+
+
+def _table(report: dict[str, Any]) -> str:
+    return (
+        f"{report['heads']} heads, {report['dense_heads']} of them dense; mean threshold "
+        f"{report['mean_tau']:.5f}, largest error per row {report['largest_error']:.3f}\n{report['file']}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ retention reads the file; engines keep equal budgets in all layers, which was me
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rag_eval.arguments import OneLineParser
-from rag_eval.command import json_line, no_progress, refusals_in_one_line, say_progress
-from rag_eval.errors import EvalError
+from rag_eval.calibration.out_file import write_calibration
+from rag_eval.command import no_progress, print_report, refusals_in_one_line, say_progress
 
 
 @refusals_in_one_line
@@ -41,7 +41,6 @@ def main(words: Sequence[str] | None = None) -> int:
     from rag_pipeline.config import layers_dir
     from rag_pipeline.models import fingerprint_checkpoint, resolve_llm
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
-    from rag_pipeline.whole_file import write_whole
 
     if given.tokens < least_tokens():
         parser.error(f"--tokens is {given.tokens}; it must be at least {least_tokens()}")
@@ -68,30 +67,28 @@ def main(words: Sequence[str] | None = None) -> int:
         cosines=tuple(round(fmean(layer), 6) for layer in zip(*each, strict=True)),
     )
     out = given.out or layers_dir() / f"{measured.fingerprint}.json"
-    try:
-        write_whole(out, measured.to_json())
-    except OSError as error:
-        raise EvalError(f"{out} cannot be written: {error}") from error
+    write_calibration(out, measured.to_json())
     budgets = layer_budgets(measured.cosines, given.budget, alpha=given.alpha)
-    if given.json:
-        report = {
-            "file": str(out),
-            "model": measured.model,
-            "fingerprint": measured.fingerprint,
-            "tokens": list(measured.tokens),
-            "window": measured.window,
-            "cosines": list(measured.cosines),
-            "budget": given.budget,
-            "alpha": given.alpha,
-            "budgets": list(budgets),
-        }
-        sys.stdout.write(json_line(report) + "\n")
-    else:
-        sys.stdout.write(
-            f"{len(budgets)} layers, cosines {min(measured.cosines):.3f} to {max(measured.cosines):.3f}; "
-            f"{given.budget} tokens per layer become {min(budgets)} to {max(budgets)}\n{out}\n"
-        )
-    return 0
+    report = {
+        "file": str(out),
+        "model": measured.model,
+        "fingerprint": measured.fingerprint,
+        "tokens": list(measured.tokens),
+        "window": measured.window,
+        "cosines": list(measured.cosines),
+        "budget": given.budget,
+        "alpha": given.alpha,
+        "budgets": list(budgets),
+    }
+    return print_report(report, _table, as_json=given.json)
+
+
+def _table(report: dict[str, Any]) -> str:
+    cosines, budgets = report["cosines"], report["budgets"]
+    return (
+        f"{len(budgets)} layers, cosines {min(cosines):.3f} to {max(cosines):.3f}; "
+        f"{report['budget']} tokens per layer become {min(budgets)} to {max(budgets)}\n{report['file']}"
+    )
 
 
 if __name__ == "__main__":

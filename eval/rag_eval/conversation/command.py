@@ -15,7 +15,7 @@ from rag_eval.arguments import (
     build_config,
     engine_arguments,
 )
-from rag_eval.command import broken_off, json_line, refusals_in_one_line, say_progress
+from rag_eval.command import print_report, refusals_in_one_line, say_progress
 from rag_eval.conversation.config import DEFAULT_METHODS, ConversationConfig
 from rag_eval.errors import EvalError
 
@@ -69,9 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from rag_eval.conversation.table import table
 
     say_progress(f"records of each question go to {config.out}")
-    report = run_conversations(config, say_progress)
-    print(json_line(report) if given["json"] else table(report), flush=True)
-    return broken_off(measured=True) if report["interrupted"] else 0
+    return print_report(run_conversations(config, say_progress), table, as_json=given["json"])
 
 
 def default_folder(config: ConversationConfig) -> Path:

@@ -75,8 +75,8 @@ def with_tail(model: ShownModel, talk: Talk, caches: Sequence[LayerCache]) -> li
     if not talk.tail:
         return list(caches)
     start = len(talk.system) + len(talk.history)
-    rows = model.forward(talk.tail, start, caches).layers
-    return joined(caches, [LayerCache.of_rows(one, start) for one in rows])
+    ids = [*talk.system, *talk.history, *talk.tail]
+    return joined(caches, rows_at(model, ids, start, len(ids), caches))
 
 
 def answer_loss(

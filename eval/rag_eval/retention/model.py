@@ -70,6 +70,12 @@ class LayerCache:
             positions=torch.cat((self.positions, other.positions), 1),
         )
 
+    def part(self, start: int, end: int) -> LayerCache:
+        """Columns ``start`` to ``end`` of every head, ``end`` not among them."""
+        return LayerCache(
+            k=self.k[:, start:end], v=self.v[:, start:end], positions=self.positions[:, start:end]
+        )
+
     def take(self, columns: Tensor, counts: Tensor | None = None) -> LayerCache:
         """Columns of each head, int64 ``[H, m]``; of head ``h`` the first ``counts[h]`` count, the others pad."""
         index = columns[..., None].expand(-1, -1, self.k.shape[-1])

@@ -85,8 +85,8 @@ def key_sensitivity(
         rows = rows_at(model, ids, start, start + window, joined(first, before))
         cosines.append(_cosines(full, rows, start))
         if not first:
-            first = [_part(one, 0, sinks) for one in rows]
-        before = [_part(one, max(window // 2, sinks - start), window) for one in rows]
+            first = [one.part(0, sinks) for one in rows]
+        before = [one.part(max(window // 2, sinks - start), window) for one in rows]
     return [float(value) for value in torch.cat(cosines, 1).mean(1)]
 
 
@@ -110,9 +110,3 @@ def _cosines(full: Sequence[LayerCache], cut: Sequence[LayerCache], start: int) 
         a, b = (x[:, : groups * step].reshape(heads * groups, -1) for x in (a, b))
         found.append(cosine_similarity(a, b, dim=1))
     return torch.stack(found)
-
-
-def _part(cache: LayerCache, start: int, end: int) -> LayerCache:
-    return LayerCache(
-        k=cache.k[:, start:end], v=cache.v[:, start:end], positions=cache.positions[:, start:end]
-    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rag_eval.errors import EvalError
+from rag_kernels.json_record import from_text, reason_of, to_text
 
 FORMAT = 1
 """Version of the file; others are not read."""
@@ -46,7 +46,7 @@ class LayerSensitivity:
 
     def to_json(self) -> str:
         """Text of the file; :meth:`from_json` reads it."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        return to_text(self, FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> LayerSensitivity:
@@ -57,15 +57,11 @@ class LayerSensitivity:
         ValueError
             One line: what is wrong with it.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(f"not a file of layers' sensitivity of format {FORMAT}")
-        try:
-            data["tokens"] = tuple(int(one) for one in data["tokens"])
-            data["cosines"] = tuple(float(one) for one in data["cosines"])
-            return cls(**data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"lacks or has too many fields: {error}") from None
+        read = {
+            "tokens": lambda counts: tuple(int(one) for one in counts),
+            "cosines": lambda values: tuple(float(one) for one in values),
+        }
+        return from_text(cls, text, FORMAT, "a file of layers' sensitivity", read)
 
 
 def read_sensitivity(path: Path, fingerprint: str) -> LayerSensitivity:
@@ -79,9 +75,8 @@ def read_sensitivity(path: Path, fingerprint: str) -> LayerSensitivity:
     try:
         found = LayerSensitivity.from_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EvalError(
-            f"{path} cannot be read ({reason}); write one with `rag-pipeline memory calibrate`"
+            f"{path} cannot be read ({reason_of(error)}); write one with `rag-pipeline memory calibrate`"
         ) from None
     if found.fingerprint != fingerprint:
         raise EvalError(

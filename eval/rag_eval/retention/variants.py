@@ -111,7 +111,7 @@ def build(
     if variant.system_competes:  # the grid of the blocks stays
         system, history = (), (*system, *history)
         budgets = [one + prefix for one in budgets]
-    known = [_columns(one, 0 if variant.system_competes else prefix, prefix + fits) for one in full]
+    known = [one.part(0 if variant.system_competes else prefix, prefix + fits) for one in full]
 
     def probe_of(patched: Sequence[int], block: int) -> Sequence[int]:
         if rule.probe == "repeat":
@@ -140,9 +140,3 @@ def build(
             talk.probes if rule.probe == "patched" else talk.probes[:1]
         )
     ]
-
-
-def _columns(cache: LayerCache, start: int, end: int) -> LayerCache:
-    return LayerCache(
-        k=cache.k[:, start:end], v=cache.v[:, start:end], positions=cache.positions[:, start:end]
-    )

@@ -14,14 +14,9 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "support"))  # as pytest has it
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conftest import HashEmbedder, LineSplitter
 
 import retrievers.embedding_reuse
+from rag_eval.reliability.instant_parts import HashEmbedder, LineSplitter
 from retrievers import Document, Embedder, IngestProgress, ingest
 
 NUM_DOCUMENTS = 330

@@ -55,8 +55,6 @@ def test_leftovers_of_a_killed_commit_are_cleared(folder: Path, hash_embedder, s
 
 
 Place = tuple[str, str]
-
-
 """Document and text of a chunk."""
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from rag_kernels.json_record import from_text, reason_of, to_text
 
 FORMAT = 1
 """Version of the file; others are not read."""
@@ -74,7 +74,7 @@ class ThresholdTable:
 
     def to_json(self) -> str:
         """Text of the file; :meth:`from_json` reads it."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        return to_text(self, FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> ThresholdTable:
@@ -85,17 +85,11 @@ class ThresholdTable:
         ValueError
             One line: what is wrong with it.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(f"not a table of thresholds of format {FORMAT}")
-        try:
-            data["tau"] = tuple(tuple(float(t) for t in heads) for heads in data["tau"])
-            data["tokens"] = tuple(int(n) for n in data["tokens"])
-            return cls(**data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"a table of thresholds lacks or has too many fields: {error}"
-            ) from None
+        read = {
+            "tau": lambda rows: tuple(tuple(float(t) for t in heads) for heads in rows),
+            "tokens": lambda counts: tuple(int(n) for n in counts),
+        }
+        return from_text(cls, text, FORMAT, "a table of thresholds", read)
 
 
 def load_table(name: str) -> ThresholdTable:
@@ -139,5 +133,6 @@ def _read(path: Path) -> ThresholdTable:
             raise ValueError(f"larger than {_LARGEST_FILE} bytes")
         return ThresholdTable.from_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        reason: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"thresholds {path}: {reason}; calibrate the model again.") from None
+        raise ValueError(
+            f"thresholds {path}: {reason_of(error)}; calibrate the model again."
+        ) from None
