@@ -183,10 +183,10 @@ def awaited(memory: Memory, plan: MemoryPlan) -> Sequence[Chain]:
     to compute it once takes about as long as to prefill it.
     """
     needs = [one.needs for one in plan.candidates]
-    known = memory.builder.is_known
-    if not needs[0] or any(all(map(known, one)) for one in needs):
+    records = memory.builder.records
+    if not needs[0] or any(all(map(records.is_known, one)) for one in needs):
         return ()
-    there = memory.builder.find([name for one in needs for name in one])
+    there = records.find([name for one in needs for name in one])
     if any(there.issuperset(one) for one in needs):
         return ()
     return min(plan.candidates, key=lambda one: len(one.needs)).chains

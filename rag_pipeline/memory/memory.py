@@ -196,8 +196,9 @@ class Memory:
         if candidate.needs:
             loaded = bool(memory_report(fusion_report(meta_info)).get("loaded"))
             counts["loaded" if loaded else "missed"] = 1
+            known = self.builder.records
             for one in candidate.needs:
-                (self.builder.note if loaded else self.builder.forget)(one)
+                (known.note if loaded else known.forget)(one)
             if not loaded:
                 self._queue(candidate.chains)
         with self._lock:
@@ -253,13 +254,14 @@ class Memory:
 
     def _choose(self, plan: MemoryPlan) -> Candidate:
         """Return the first candidate whose records are there."""
+        records = self.builder.records
         for candidate in plan.candidates:
-            if all(map(self.builder.is_known, candidate.needs)):
+            if all(map(records.is_known, candidate.needs)):
                 return candidate
-        if not self.builder.can_ask:
+        if not records.can_ask:
             # A record may be there from before a restart. If not, the engine makes a window of the same prompt.
             return min(plan.candidates, key=lambda one: len(one.needs))
-        there = self.builder.find([one for candidate in plan.candidates for one in candidate.needs])
+        there = records.find([one for candidate in plan.candidates for one in candidate.needs])
         for candidate in plan.candidates:
             if there.issuperset(candidate.needs):
                 return candidate
