@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rag_pipeline.errors import one_line
 from rag_pipeline.memory.bounded import BoundedTable
 from rag_pipeline.memory.known import KnownRecords
+from rag_pipeline.memory.stats import BuildStats
 from rag_pipeline.protocol import fusion_report, memory_report, usage_from_meta
 
 if TYPE_CHECKING:
@@ -43,36 +44,6 @@ class StepBackend(Protocol):
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
         """Yield pieces as they come; closing the generator aborts the request."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildStats:
-    """What building has cost so far.
-
-    Attributes
-    ----------
-    steps, failed, lost : int
-        Steps that were run; those among them that gave no record; those whose record before was gone.
-    forward_tokens : int
-        Tokens that were computed, as the engine reports: blocks, probes, and whatever was missing.
-    planned_tokens : int
-        Tokens of the blocks and probes of these steps.
-    probe_tokens : int
-        Those of the probes among them.
-    wall_s : float
-        Seconds of the steps, waits for answers left out.
-    peak_tokens : int
-        Tokens of the longest prompt of a step.
-    """
-
-    steps: int = 0
-    failed: int = 0
-    lost: int = 0
-    forward_tokens: int = 0
-    planned_tokens: int = 0
-    probe_tokens: int = 0
-    wall_s: float = 0.0
-    peak_tokens: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
