@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rag_pipeline.generation import Backend
     from rag_pipeline.memory import Chain, Memory, MemoryConfig, MemoryPlan, Prepared
+    from rag_pipeline.prompts.history import HistoryMessage
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 EMBEDDER = "all-minilm-l6-v2"
@@ -84,6 +85,11 @@ class RememberedTurn:
         if answer:
             said.append(Utterance("assistant", answer))
         self.memory.after(asked.system, said)
+
+
+def utterances(turns: Iterable[Iterable[HistoryMessage]]) -> tuple[Utterance, ...]:
+    """Messages of turns as a memory takes them."""
+    return tuple(Utterance(said.role, said.text) for turn in turns for said in turn)
 
 
 def told_tokens(config: MemoryConfig) -> int:
