@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rag_pipeline.errors import RagPipelineError
 from rag_pipeline.generation import Backend
-from rag_pipeline.memory import Utterance
 from rag_pipeline.models.decoding import repetition_penalty_of
-from rag_pipeline.opened_memory import awaited, open_memory
+from rag_pipeline.opened_memory import awaited, open_memory, utterances
 from rag_pipeline.prompts.history import HistoryMessage
 from rag_pipeline.prompts.segments import SegmentEncoder
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
@@ -182,7 +181,7 @@ class ChatSession:
             return GenerationRequest(input_ids=ids, sampling=self._sampling), None, cut
         plan = self._memory.planner.plan(
             self._system,
-            self._utterances(),
+            utterances([self._messages]),
             text,
             max_new_tokens=self._sampling.max_new_tokens,
         )
@@ -190,9 +189,6 @@ class ChatSession:
             self._memory.build_newest(plan)
         prepared = self._memory.prepare_planned(plan, self._sampling)
         return prepared.request, prepared, NOTHING_CUT
-
-    def _utterances(self) -> list[Utterance]:
-        return [Utterance(message.role, message.text) for message in self._messages]
 
     def _take(
         self,
@@ -217,4 +213,4 @@ class ChatSession:
         )
         if self._memory is not None and prepared is not None:
             self._memory.note(prepared, meta)
-            self._memory.after(self._system, self._utterances())
+            self._memory.after(self._system, utterances([self._messages]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rag_pipeline.generation import Backend
     from rag_pipeline.memory import Chain, Memory, MemoryConfig, MemoryPlan, Prepared
+    from rag_pipeline.prompts.history import HistoryMessage
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
 
 EMBEDDER = "all-minilm-l6-v2"
@@ -84,6 +85,11 @@ class RememberedTurn:
         if answer:
             said.append(Utterance("assistant", answer))
         self.memory.after(asked.system, said)
+
+
+def utterances(turns: Iterable[Iterable[HistoryMessage]]) -> tuple[Utterance, ...]:
+    """Messages of turns as a memory takes them."""
+    return tuple(Utterance(said.role, said.text) for turn in turns for said in turn)
 
 
 def told_tokens(config: MemoryConfig) -> int:
@@ -183,10 +189,10 @@ def awaited(memory: Memory, plan: MemoryPlan) -> Sequence[Chain]:
     to compute it once takes about as long as to prefill it.
     """
     needs = [one.needs for one in plan.candidates]
-    known = memory.builder.is_known
-    if not needs[0] or any(all(map(known, one)) for one in needs):
+    records = memory.builder.records
+    if not needs[0] or any(all(map(records.is_known, one)) for one in needs):
         return ()
-    there = memory.builder.find([name for one in needs for name in one])
+    there = records.find([name for one in needs for name in one])
     if any(there.issuperset(one) for one in needs):
         return ()
     return min(plan.candidates, key=lambda one: len(one.needs)).chains

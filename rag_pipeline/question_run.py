@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.memory import MemoryConfig, Utterance, parse_memory
-from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn, told_tokens
+from rag_pipeline.memory import MemoryConfig, parse_memory
+from rag_pipeline.opened_memory import (
+    Asked,
+    RememberedTurn,
+    plan_turn,
+    prepare_turn,
+    told_tokens,
+    utterances,
+)
 from rag_pipeline.prompts.builder import PromptBuilder
 from rag_pipeline.prompts.chunk_message import lay_out_message, write_message
 from rag_pipeline.prompts.history import HistoryMessage, Turn, turns_of
@@ -205,9 +212,7 @@ class QuestionRun:
         )
         asked = Asked(
             system=builder.system_prompt,
-            history=tuple(
-                Utterance(said.role, said.text) for turn in self.history for said in turn
-            ),
+            history=utterances(self.history),
             question=message.text,
             asked=self.question,
         )

@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING
 from rag_pipeline.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from rag_pipeline.memory.builder import BuildStats, MemoryBuilder
+    from rag_pipeline.memory.builder import MemoryBuilder
     from rag_pipeline.memory.config import MemoryConfig, parse_memory
-    from rag_pipeline.memory.memory import Memory, MemoryStats, Prepared
+    from rag_pipeline.memory.memory import Memory, Prepared
     from rag_pipeline.memory.methods import MEMORY_METHODS
     from rag_pipeline.memory.plan import Candidate, Chain, MemoryPlan, Step, Utterance
     from rag_pipeline.memory.planner import Planner
+    from rag_pipeline.memory.stats import BuildStats, MemoryStats
 
 _HOMES = {
     "MEMORY_METHODS": "methods",
-    "BuildStats": "builder",
+    "BuildStats": "stats",
     "Candidate": "plan",
     "Chain": "plan",
     "Memory": "memory",
     "MemoryBuilder": "builder",
     "MemoryConfig": "config",
     "MemoryPlan": "plan",
-    "MemoryStats": "memory",
+    "MemoryStats": "stats",
     "Planner": "planner",
     "Prepared": "memory",
     "Step": "plan",

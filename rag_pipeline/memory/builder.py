@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rag_pipeline.errors import one_line
 from rag_pipeline.memory.bounded import BoundedTable
+from rag_pipeline.memory.known import KnownRecords
+from rag_pipeline.memory.stats import BuildStats
 from rag_pipeline.protocol import fusion_report, memory_report, usage_from_meta
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KNOWN = 65_536
-"""Memory ids that are remembered."""
+_FAILURES = 65_536
+"""Steps whose failures are remembered."""
 _QUEUED = 1024
 """Chains that wait in the background; the oldest is dropped for another."""
 _TRIES = 3
@@ -34,8 +36,6 @@ _CLOSE_S = 60.0
 """Longest wait at the end for the step that runs."""
 _REST_S = 60.0
 """How long a step that has failed in each attempt is left alone, seconds."""
-_ASKED = 256
-"""Memory ids in one question for what exists."""
 
 
 class StepBackend(Protocol):
@@ -44,36 +44,6 @@ class StepBackend(Protocol):
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
         """Yield pieces as they come; closing the generator aborts the request."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildStats:
-    """What building has cost so far.
-
-    Attributes
-    ----------
-    steps, failed, lost : int
-        Steps that were run; those among them that gave no record; those whose record before was gone.
-    forward_tokens : int
-        Tokens that were computed, as the engine reports: blocks, probes, and whatever was missing.
-    planned_tokens : int
-        Tokens of the blocks and probes of these steps.
-    probe_tokens : int
-        Those of the probes among them.
-    wall_s : float
-        Seconds of the steps, waits for answers left out.
-    peak_tokens : int
-        Tokens of the longest prompt of a step.
-    """
-
-    steps: int = 0
-    failed: int = 0
-    lost: int = 0
-    forward_tokens: int = 0
-    planned_tokens: int = 0
-    probe_tokens: int = 0
-    wall_s: float = 0.0
-    peak_tokens: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +69,11 @@ class MemoryBuilder:
     existing : callable, optional
         Of memory ids, those whose records the engine has, in memory or a tier below; asked where nothing is known,
         for example after a restart. It may raise: nothing exists then.
+
+    Attributes
+    ----------
+    records : KnownRecords
+        What is known of the records that are there.
     """
 
     def __init__(
@@ -108,11 +83,8 @@ class MemoryBuilder:
         existing: Callable[[Sequence[str]], Collection[str]] | None = None,
     ) -> None:
         self._backend = backend
-        self._existing = existing
-        self._known: BoundedTable[str, bool] = BoundedTable(_KNOWN)
-        self._failures: BoundedTable[str, tuple[int, float]] = BoundedTable(_KNOWN)
-        # Said to exist, and then not loaded: in another namespace of the tenant, or damaged.
-        self._doubted: BoundedTable[str, bool] = BoundedTable(_KNOWN)
+        self.records = KnownRecords(existing)
+        self._failures: BoundedTable[str, tuple[int, float]] = BoundedTable(_FAILURES)
         self._state = threading.Condition()
         self._urgent: deque[_Job] = deque()
         self._waiting: deque[_Job] = deque()
@@ -136,7 +108,7 @@ class MemoryBuilder:
         # Several may wait for it: one that goes away must not cancel it for the others.
         job.done.set_running_or_notify_cancel()
         wanted = chain.ids[-1]
-        if self.is_known(wanted):
+        if self.records.is_known(wanted):
             _resolve(job, True)
             return job.done
         with self._state:
@@ -157,31 +129,6 @@ class MemoryBuilder:
                 self._thread.start()
             self._state.notify_all()
         return job.done
-
-    def find(self, ids: Sequence[str]) -> set[str]:
-        """Those of the ids whose records are there; asks the engine where that is possible."""
-        known = {one for one in ids if self._known.get(one)}
-        unknown = [one for one in ids if one not in known]
-        return known | self._ask(unknown) if unknown and self._existing is not None else known
-
-    @property
-    def can_ask(self) -> bool:
-        """Whether the engine can be asked what exists."""
-        return self._existing is not None
-
-    def is_known(self, memory_id: str) -> bool:
-        """Whether the record was there when it was last seen."""
-        return bool(self._known.get(memory_id))
-
-    def forget(self, memory_id: str) -> None:
-        """Note that a record is gone, as an answer has reported; whoever says that it exists is not believed."""
-        self._known.drop(memory_id)
-        self._doubted.put(memory_id, True)
-
-    def note(self, memory_id: str) -> None:
-        """Note that a record is there, as a step or an answer has reported."""
-        self._doubted.drop(memory_id)
-        self._known.put(memory_id, True)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -253,11 +200,11 @@ class MemoryBuilder:
     def _advance(self, job: _Job) -> bool | None:
         """Run the next step of a chain; whether its record is there, or None while there is more to do."""
         ids = job.chain.ids
-        newest = self._newest(ids)
-        if not job.asked and len(ids) - newest > _CHEAP and self._existing is not None:
+        newest = self.records.newest(ids)
+        if not job.asked and len(ids) - newest > _CHEAP and self.records.can_ask:
             job.asked = True
-            self._ask_backwards(ids[newest + 1 :])
-            newest = self._newest(ids)
+            self.records.ask_backwards(ids[newest + 1 :])
+            newest = self.records.newest(ids)
         if newest == len(ids) - 1:
             return True
         step = job.chain[newest + 1]
@@ -277,16 +224,15 @@ class MemoryBuilder:
         if made is None:
             # Others of the chain may be gone with it, and each that is tried costs the prefill of its slots.
             job.lost, job.asked = job.lost + 1, False
-            for one in ids:
-                self._known.drop(one)
+            self.records.unlearn(ids)
             for one in ids if job.lost > 1 else (step.previous,):
-                self.forget(one)
+                self.records.forget(one)
             return None
         if not made:
             failures, _ = self._failures.get(step.id) or (0, 0.0)
             self._failures.put(step.id, (failures + 1, time.monotonic()))
             return False
-        self.note(step.id)
+        self.records.note(step.id)
         return True if newest + 1 == len(ids) - 1 else None
 
     def _rests(self, memory_id: str) -> bool:
@@ -333,29 +279,6 @@ class MemoryBuilder:
             known = self._stats
             sums = {name: getattr(known, name) + value for name, value in more.items()}
             self._stats = replace(known, peak_tokens=max(known.peak_tokens, peak_tokens), **sums)
-
-    def _newest(self, ids: Sequence[str]) -> int:
-        """Last step whose record is known to be there; -1 for none."""
-        places = range(len(ids) - 1, -1, -1)
-        return next((place for place in places if self.is_known(ids[place])), -1)
-
-    def _ask_backwards(self, ids: Sequence[str]) -> None:
-        """Learn the newest of these that exist."""
-        for end in range(len(ids), 0, -_ASKED):
-            if self._ask(ids[max(0, end - _ASKED) : end]):
-                return
-
-    def _ask(self, ids: Sequence[str]) -> set[str]:
-        assert self._existing is not None
-        try:
-            there = set(self._existing(list(ids))) & set(ids)
-        except Exception as error:
-            logger.warning("the engine did not say which memories exist: %s", one_line(error, 300))
-            return set()
-        there = {one for one in there if not self._doubted.get(one)}
-        for one in there:
-            self._known.put(one, True)
-        return there
 
 
 def _resolve(job: _Job, made: bool) -> None:

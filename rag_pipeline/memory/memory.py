@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from rag_pipeline.errors import one_line
-from rag_pipeline.memory.builder import BuildStats, MemoryBuilder, StepBackend
+from rag_pipeline.memory.builder import MemoryBuilder, StepBackend
+from rag_pipeline.memory.stats import MemoryStats
 from rag_pipeline.protocol import SamplingOptions, fusion_report, memory_report, usage_from_meta
 
 if TYPE_CHECKING:
@@ -43,45 +44,6 @@ class Prepared:
     request: GenerationRequest
     candidate: Candidate
     plan: MemoryPlan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryStats:
-    """Counts since the memory was made.
-
-    Attributes
-    ----------
-    answers : int
-        Prompts that were prepared.
-    loaded, missed, plain, window : int
-        How they came out: from a record, with a record that was gone, without a memory because the history is short or the
-        method has none, and with a sliding window because nothing was built yet.
-    forward_tokens : int
-        Tokens of the prompts that were computed, of the answers that were noted.
-    peak_tokens : int
-        Tokens of the longest prompt of an answer.
-    build : BuildStats
-        What the records have cost.
-    """
-
-    answers: int
-    loaded: int
-    missed: int
-    plain: int
-    window: int
-    forward_tokens: int
-    peak_tokens: int
-    build: BuildStats
-
-    def to_json(self) -> dict[str, Any]:
-        """One object, `build` nested."""
-        return asdict(self)
-
-    def to_flat_json(self) -> dict[str, Any]:
-        """The same on one level: the names of `build` begin with ``build_``."""
-        facts = self.to_json()
-        build = facts.pop("build")
-        return facts | {f"build_{name}": value for name, value in build.items()}
 
 
 class Memory:
@@ -196,8 +158,9 @@ class Memory:
         if candidate.needs:
             loaded = bool(memory_report(fusion_report(meta_info)).get("loaded"))
             counts["loaded" if loaded else "missed"] = 1
+            known = self.builder.records
             for one in candidate.needs:
-                (self.builder.note if loaded else self.builder.forget)(one)
+                (known.note if loaded else known.forget)(one)
             if not loaded:
                 self._queue(candidate.chains)
         with self._lock:
@@ -253,13 +216,14 @@ class Memory:
 
     def _choose(self, plan: MemoryPlan) -> Candidate:
         """Return the first candidate whose records are there."""
+        records = self.builder.records
         for candidate in plan.candidates:
-            if all(map(self.builder.is_known, candidate.needs)):
+            if all(map(records.is_known, candidate.needs)):
                 return candidate
-        if not self.builder.can_ask:
+        if not records.can_ask:
             # A record may be there from before a restart. If not, the engine makes a window of the same prompt.
             return min(plan.candidates, key=lambda one: len(one.needs))
-        there = self.builder.find([one for candidate in plan.candidates for one in candidate.needs])
+        there = records.find([one for candidate in plan.candidates for one in candidate.needs])
         for candidate in plan.candidates:
             if there.issuperset(candidate.needs):
                 return candidate

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.memory import Utterance
-from rag_pipeline.opened_memory import Asked, told_tokens
+from rag_pipeline.opened_memory import Asked, told_tokens, utterances
 from rag_pipeline.prompts.chunk_message import ChunkMessage, lay_out_message, write_message
 from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import (
@@ -181,9 +180,6 @@ async def remember(
         A question that does not fit.
     """
     builder, talk = service.builder, found.talk
-    history = tuple(
-        Utterance(message.role, message.text) for turn in talk.turns for message in turn
-    )
 
     def write() -> ChunkMessage:
         return write_message(
@@ -199,7 +195,10 @@ async def remember(
 
     message = await service.for_question(tenant, write)
     asked = Asked(
-        system=builder.system_prompt, history=history, question=message.text, asked=talk.said
+        system=builder.system_prompt,
+        history=utterances(talk.turns),
+        question=message.text,
+        asked=talk.said,
     )
     remembered = await service.memories.prepare(memory, tenant, asked, found.sampling)
     if remembered is None:

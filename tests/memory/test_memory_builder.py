@@ -89,7 +89,7 @@ def test_a_record_that_is_lost_is_made_again_from_what_is_left(
     assert builder.build(chains[0]).result(30)
     for name in chains[0].ids[2:]:
         del book.records[name]
-    builder.forget(chains[0].ids[-1])
+    builder.records.forget(chains[0].ids[-1])
     assert builder.build(chains[0]).result(30)
     assert set(chains[0].ids[-2:]) <= set(book.records)
     assert builder.stats().lost >= 1
