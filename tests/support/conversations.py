@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+from memory_steps import stored_id
+
 from rag_pipeline.errors import EngineError
 from rag_pipeline.memory import Utterance
-from rag_pipeline.protocol import GenerationPiece, GenerationRequest, memory_id
+from rag_pipeline.protocol import GenerationPiece, GenerationRequest
 from rag_pipeline.protocol.fields import parse_fields
 
 TOPICS = {
@@ -101,18 +103,8 @@ class RecordBook:
             "stored": False,
         }
         if memory.store is not None and loaded:
-            start = memory.load_end or asked.prefix_len
             seen = ids[asked.prefix_len : memory.store.end]
-            name = memory_id(
-                memory.load[0].id if memory.load else "",
-                ids[: asked.prefix_len],
-                ids[start : memory.store.end],
-                ids[memory.store.end :],
-                memory.store.rule,
-                memory.store.budget,
-                memory.store.own,
-                memory.store.own_share,
-            )
+            name = stored_id(asked, ids)
             self.records[name] = seen[-memory.store.budget :]
             report |= {"stored": True, "id": name}
         usage = {"exact_prefix_tokens": asked.prefix_len, "reused_tokens": report["loaded"]}

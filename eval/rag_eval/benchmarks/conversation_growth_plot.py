@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rag_eval.drawing import drawing, save_png
+
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c4033", "#00798c")
 _WIDTH = 56
 
@@ -35,13 +37,8 @@ def plot_growth(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     title : str
         Of the figure.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     methods = list(dict.fromkeys(point["method"] for point in points))
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with drawing(10) as plt:
         figure, panes = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         for axes, key, label in zip(
             panes,
@@ -65,8 +62,5 @@ def plot_growth(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
             axes.set_ylim(bottom=0)
         panes[0].legend(frameon=False)
         panes[0].set_title(title, fontsize=10, loc="left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(path)
+        save_png(figure, path, dpi=130)
         plt.close(figure)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chunk_cache import Interval, Timeline
+from rag_eval.drawing import drawing, save_png
 
 COLUMNS = ("load_start", "load_end", "wait_start", "compute_start", "compute_end")
 """Of a row of a trace, milliseconds since the request was sent; loads are null where all came from memory."""
@@ -86,12 +87,7 @@ def plot_traces(traces: Mapping[str, Sequence[Sequence[float | None]]], path: Pa
     path : Path
         File to write; its folder is made. Written under a temporary name first.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with drawing(10) as plt:
         figure, panes = plt.subplots(
             1, len(traces), figsize=(4.2 * len(traces), 4.4), layout="constrained", sharey=True
         )
@@ -116,8 +112,5 @@ def plot_traces(traces: Mapping[str, Sequence[Sequence[float | None]]], path: Pa
         first.set_ylabel("layer")
         first.invert_yaxis()
         first.legend(frameon=False, loc="lower left", fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(path)
+        save_png(figure, path, dpi=130)
         plt.close(figure)

@@ -23,7 +23,7 @@ from rag_eval.arguments import require_at_least
 from rag_eval.benchmarks.frame import benchmark_parser, keep_measured, run_benchmark, versions_of
 from rag_eval.command import Progress, no_progress
 from rag_eval.errors import EvalError
-from rag_eval.metrics.bootstrap import paired_bootstrap
+from rag_eval.metrics import paired_bootstrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def run(config: RetentionConfig, progress: Progress = no_progress) -> dict[str, 
         ``variants{NAME}`` with the mean of each measure, its paired difference to ``epicache`` (``mean``, ``low``,
         ``high``, ``n``) and ``peak_tokens``; ``sensitivity``, ``budgets`` by variant, ``config``, ``versions``.
     """
-    from rag_eval.datasets.talk_files import read_conversations
+    from rag_eval.datasets import read_conversations
     from rag_eval.retention.model import ShownModel
     from rag_eval.retention.sensitivity import key_sensitivity
     from rag_eval.retention.sensitivity_file import read_sensitivity

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rag_eval.drawing import drawing, save_png
+
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c4033", "#00798c")
 _LINES = ("-", "--", ":", "-.")
 
@@ -20,16 +22,11 @@ def plot_ttft(report: Mapping[str, Any], path: Path) -> None:
     path : Path
         File to write; its folder is made. Written under a temporary name first.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     points = report["points"]
     # Numbers of chunks that were asked for at every length make lines of their own.
     asked = str(report["config"]["chunks"])
     groups = sorted({point["chunks"] for point in points}) if asked != "auto" else [None]
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with drawing(11) as plt:
         figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
         for index, mode in enumerate(points[0]["modes"]):
             for group, chunks in enumerate(groups):
@@ -61,8 +58,5 @@ def plot_ttft(report: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=160, format="png")
-        temporary.replace(path)
+        save_png(figure, path, dpi=160)
         plt.close(figure)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rag_eval.drawing import drawing, save_png
+
 if TYPE_CHECKING:
     from rag_eval.result import EvalResult
 
@@ -41,13 +43,8 @@ def write_plots(
     list of Path
         The files written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     written = []
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with drawing(11) as plt:
         for name, draw in (
             ("kl_over_computed.png", _kl_over_computed),
             ("quality_over_ttft.png", _quality_over_ttft),
@@ -55,11 +52,8 @@ def write_plots(
         ):
             figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
             if draw(axes, result, records):
-                path = folder / name
-                temporary = folder / f".{name}"
-                figure.savefig(temporary, dpi=160, format="png")
-                temporary.replace(path)
-                written.append(path)
+                save_png(figure, folder / name, dpi=160)
+                written.append(folder / name)
             plt.close(figure)
     return written
 

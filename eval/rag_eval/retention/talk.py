@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rag_eval.datasets.talks import Conversation
+from rag_eval.datasets import Conversation
 from rag_eval.errors import EvalError
 from rag_pipeline.memory import MemoryConfig, Utterance
 from rag_pipeline.memory.conversation import Conversations, TextVectors
