@@ -133,6 +133,17 @@ def test_rules_without_a_probe_take_the_blocks_own_rows_or_none(memory_lives, ru
     assert leasing.matched_until(state) == PREFIX
 
 
+@pytest.mark.parametrize("window", [BLOCK, BLOCK + 2])
+def test_a_window_beyond_the_first_block_ends_at_the_prefix(memory_lives, window):
+    engine, talk = memory_lives(), Talk(rule=f"snapkv:window={window}+kernel=1")
+    for begin in (PREFIX, PREFIX + BLOCK):
+        talk.step(engine)
+        record = engine.found(talk.name)
+        assert record is not None
+        # All of the block is pinned, and the budget holds its beginning.
+        assert (record.side["positions"] == torch.arange(begin, begin + BUDGET)).all()
+
+
 def test_a_step_whose_queries_were_not_all_seen_leaves_nothing(memory_lives):
     engine, talk = memory_lives(), Talk()
     talk.step(engine, rows=slice(1, None))

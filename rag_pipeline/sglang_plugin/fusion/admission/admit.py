@@ -162,10 +162,8 @@ def _find_chunks(runtime: FusionRuntime, state: RequestState, tenant: RadixNames
     state.note_looked_up(sum(not span.is_turn for span in state.spans), len(missing))
     state.note_cost(costs.agree([cost for _, _, cost in offers], agreed))
     reused = sum(span.end - span.start for span in state.spans)
-    has_memory = (
-        state.memory is not None and state.memory.loaded
-    )  # loaded however few its slots are
-    if reused < runtime.config.min_reused_tokens and not has_memory:
+    # A memory is loaded however few its slots are.
+    if reused < runtime.config.min_reused_tokens and not state.loads_memory:
         state.drop()
         if request.spans and not missing:
             state.note_fallback("in_exact_prefix")

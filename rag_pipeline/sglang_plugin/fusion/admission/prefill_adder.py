@@ -101,16 +101,15 @@ def around_add_one_req(
             return AddReqResult.CONTINUE  # those behind it may go first
         admit(runtime, req, state)
         reason = refuse_batch(_mates(runtime, adder)) if state.is_fused else ""
-        if reason and _has_memory(state) and refuse_batch(adder.can_run_list):
+        if reason and state.loads_memory and refuse_batch(adder.can_run_list):
             from sglang.srt.managers.schedule_policy import AddReqResult
 
+            # The next batch is soon, and no prefill gives what a memory holds.
             state.drop()
-            return (
-                AddReqResult.OTHER
-            )  # the next batch is soon, and no prefill gives what a memory holds
+            return AddReqResult.OTHER
         if reason:
             state.give_up(reason)
-        elif state.spans and not _has_memory(state) and _is_dearer(runtime, adder, req, state):
+        elif state.spans and not state.loads_memory and _is_dearer(runtime, adder, req, state):
             method = state.method
             state.give_up("no_savings")
             state.attend_by(method)  # loading does not pay; reading fewer keys still does
@@ -135,11 +134,6 @@ def around_add_chunked_req(
     if runtime is None or state is None or not state.is_fused:
         return original(adder, req, *args, **kwargs)
     return _add_fused(runtime, original, adder, req, args, kwargs)
-
-
-def _has_memory(state: RequestState) -> bool:
-    """Whether a request loads a memory: what is in its place otherwise is a sliding window, not the same at more cost."""
-    return state.memory is not None and bool(state.memory.loaded)
 
 
 def _is_admitted(adder: Any, req: Any) -> bool:
@@ -240,7 +234,7 @@ def _add_plain(
         return original(adder, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if any(r.prefix_len > s.radix_len or _has_memory(s) for r, s in fused):
+    if any(r.prefix_len > s.radix_len or s.loads_memory for r, s in fused):
         return AddReqResult.OTHER
     saved = sum(_savings_of(r) for r, _ in fused)
     _raise_budget(adder, -saved)

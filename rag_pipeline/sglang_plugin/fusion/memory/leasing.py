@@ -37,19 +37,24 @@ def matched_until(state: RequestState) -> int | None:
         return None
     if memory.load:
         return memory.load[0].start
-    return first_query(memory, int(state.prompt.size))
+    return first_query(state, memory)
 
 
-def first_query(memory: MemoryFields, prompt_len: int) -> int:
+def first_query(state: RequestState, memory: MemoryFields) -> int:
     """First prompt position whose query scores; the end of the prompt where none does."""
-    store = memory.store
+    store, prompt_len = memory.store, int(state.prompt.size)
     if store is None:
         return prompt_len
     rule = create_rule(store.rule)
     if rule.probe == "none":
         return prompt_len
-    begin = max(memory.load_end, store.end - rule.window_rows)
+    begin = max(_block_start(state, memory), store.end - rule.window_rows)
     return begin if rule.probe == "window" else store.end
+
+
+def _block_start(state: RequestState, memory: MemoryFields) -> int:
+    """Where the tokens of a step's own begin: behind what is loaded, else behind the prefix."""
+    return memory.load_end or state.request.prefix_len
 
 
 def wanted(
@@ -182,7 +187,6 @@ def _target(
         )
         return None
     start, prompt = state.request.prefix_len, state.prompt
-    behind = memory.load_end or start
     count = min(store.budget, store.end - start)
     try:
         ids = as_token_ids(prompt[store.end - count : store.end])
@@ -193,7 +197,7 @@ def _target(
     name = memory_id(
         memory.load[0].id if memory.load else "",
         prompt[:start],
-        prompt[behind : store.end],
+        prompt[_block_start(state, memory) : store.end],
         prompt[store.end :],
         rule.identity,
         store.budget,
@@ -201,7 +205,7 @@ def _target(
         store.own_share,
     )
     context = context_of(facts, name, prompt[:start], tenant)
-    first = first_query(memory, int(prompt.size))
+    first = first_query(state, memory)
     last = {"none": first, "window": store.end}.get(rule.probe, int(prompt.size))
     return MemoryTarget(
         name=name,

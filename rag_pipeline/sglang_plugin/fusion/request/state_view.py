@@ -166,6 +166,11 @@ class StateView(Awaited):
         return self._found.memory
 
     @property
+    def loads_memory(self) -> bool:
+        """Whether slots of a memory are loaded: prefilled instead, they are a sliding window, not the same at more cost."""
+        return self.memory is not None and bool(self.memory.loaded)
+
+    @property
     def radix_len(self) -> int:
         """Exact tokens found in the tree when the prompt was admitted."""
         return self._attempt.radix_len
