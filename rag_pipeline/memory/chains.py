@@ -146,10 +146,10 @@ class BlockChain(Chain):
             id=self.ids[block],
             previous=self.ids[block - 1] if block else "",
             prefix_ids=view.prefix_ids,
-            slot_ids=view.ids(start - min(start, config.budget_tokens), start),
+            slot_ids=view.ids(start - min(start, config.record_tokens), start),
             block_ids=block_ids,
             probe_ids=step.probe,
-            budget=config.budget_tokens,
+            budget=config.record_tokens,
             rule=step.rule,
             block=block,
             episode=self.episode,
@@ -175,7 +175,7 @@ def chain_ids(view: View, recipe: Recipe, blocks: int) -> tuple[str, ...]:
 
 def asked(view: View, recipe: Recipe, block: int, block_ids: Sequence[int]) -> Asked:
     """What a step asks for; where nothing is evicted, the same for every recipe."""
-    if (block + 1) * view.config.block_tokens <= view.config.budget_tokens:
+    if (block + 1) * view.config.block_tokens <= view.config.record_tokens:
         return Asked(rule=rule_identity(FILLING_RULE))
     maker = recipe.maker(block)
     own = maker.own(block)
@@ -191,7 +191,7 @@ def step_id(view: View, previous: str, block_ids: Sequence[int], step: Asked) ->
         block_ids,
         step.probe,
         step.rule,
-        view.config.budget_tokens,
+        view.config.record_tokens,
         step.own,
         step.own_share,
     )
@@ -227,7 +227,7 @@ class WholeChain(Chain):
             slot_ids=(),
             block_ids=history,
             probe_ids=step.probe,
-            budget=config.budget_tokens,
+            budget=config.record_tokens,
             rule=step.rule,
             block=blocks - 1,
             episode=recipe.episode,

@@ -37,8 +37,11 @@ class MemoryConfig:
     """Segments closest to the centre of an episode, whose text asks what to keep for it."""
     probe_tokens: int = 512
     """Most tokens of that text."""
-    merge_margin: float = 0.03
-    """A question whose second-best episode is within this similarity of the best is answered from both; 0 from the best only."""
+    retrieved_share: float = 0.25
+    """Share of the budget that messages nearest to the question take, word for word behind a record of the rest, with methods
+    that have episodes; 0 is the published method."""
+    merge_margin: float = 0.2
+    """A question whose second-best episode has a share of the votes within this of the best's is answered from both; 0 from the best only."""
     own_share: float = 0.75
     """Share of a record that tokens of the episode's own segments fill before others, whatever they score; 0 is the published rule."""
     verbatim_tokens: int | None = None
@@ -68,6 +71,7 @@ class MemoryConfig:
         self._check_whole("switch_segments", 0, 64)
         if self.verbatim_tokens is not None:
             self._check_whole("verbatim_tokens", 0, 1 << 24)
+        self._check_number("retrieved_share", 0.0, 0.9)
         self._check_number("merge_margin", 0.0, 2.0)
         self._check_number("own_share", 0.0, 1.0)
         self._check_number("recluster_growth", 1.01, 100.0)
@@ -77,6 +81,16 @@ class MemoryConfig:
     def verbatim_limit(self) -> int:
         """Tokens of history up to which it stands in the prompt as it is."""
         return self.budget_tokens if self.verbatim_tokens is None else self.verbatim_tokens
+
+    @property
+    def retrieved_tokens(self) -> int:
+        """Tokens of the budget that retrieved messages may take."""
+        return int(self.budget_tokens * self.retrieved_share)
+
+    @property
+    def record_tokens(self) -> int:
+        """Slots of a record, per layer and KV head."""
+        return self.budget_tokens - self.retrieved_tokens
 
     @property
     def first_clustering(self) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rag_pipeline.memory.bounded import BoundedTable
 from rag_pipeline.memory.config import MemoryConfig
 from rag_pipeline.memory.growth import Growth, Version
+from rag_pipeline.memory.matching import Words
 from rag_pipeline.memory.plan import Range, Utterance
 from rag_pipeline.memory.rendering import Renderer
 
@@ -70,6 +71,7 @@ class ConversationLog:
         self.growth = Growth(config)
         self.chain_ids: dict[Hashable, list[str]] = {}
         self.probes: dict[Hashable, tuple[int, ...]] = {}
+        self.words: tuple[int, Words] | None = None
         self.lock = RLock()
 
     def append(self, utterance: Utterance, ids: Sequence[int], key: bytes) -> None:
@@ -144,6 +146,11 @@ class View:
         """Tokens of a message, as the history counts them."""
         return (self.log.ends[message - 1] if message else 0, self.log.ends[message])
 
+    def message_length(self, message: int) -> int:
+        """Tokens of a message."""
+        start, end = self.message_range(message)
+        return end - start
+
     def message_at(self, token: int) -> int:
         """Message that a token of the history belongs to."""
         return bisect_right(self.log.ends, token, hi=self.count)
@@ -184,9 +191,18 @@ class View:
         with self.log.lock:
             return version.labels_at(self.num_segments)
 
-    def message_vectors(self, messages: int) -> list[Vectors]:
-        """Vectors of the first messages."""
-        return self.vectors.of([said.text for said in self.log.utterances[:messages]])
+    def segment_vectors(self, segments: int) -> list[Vectors]:
+        """Vectors of the first segments, ``(dim,)`` each."""
+        return self.vectors.of([self.segment_text(segment) for segment in range(segments)])
+
+    def segment_words(self, segments: int) -> Words:
+        """BM25 of the first segments; kept until the conversation has another number."""
+        with self.log.lock:
+            known = self.log.words
+            if known is None or known[0] != segments:
+                texts = [self.segment_text(segment) for segment in range(segments)]
+                known = self.log.words = (segments, Words(texts))
+            return known[1]
 
 
 class Conversations:

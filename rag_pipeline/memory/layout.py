@@ -1,4 +1,4 @@
-"""Prompts of answers: ``[prefix][slots][tail][question]``, and what becomes of it without a record."""
+"""Prompts of answers: ``[prefix][slots][repeated messages][tail][question]``, and what becomes of it without a record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain_candidate(view: View, question: Question, ranges: Sequence[Range]) -> 
     return Candidate(
         input_ids=(*view.prefix_ids, *told, *question.ids),
         fusion=FusionRequest(prefix_len=prefix),
-        verbatim=tuple((prefix + start, prefix + end) for start, end in ranges if end > start),
+        verbatim=_verbatim(prefix, ranges),
         prefix_len=prefix,
         tail_len=len(told),
     )
@@ -68,7 +68,11 @@ def window_candidate(view: View, question: Question) -> Candidate:
 
 
 def memory_candidate(
-    view: View, question: Question, chains: Sequence[Chain], blocks: int
+    view: View,
+    question: Question,
+    chains: Sequence[Chain],
+    blocks: int,
+    repeated: Sequence[Range] = (),
 ) -> Candidate:
     """Lay out a prompt with one record, or with two that the engine merges.
 
@@ -82,25 +86,34 @@ def memory_candidate(
         What makes the records, the best episode first.
     blocks : int
         Blocks of the history that the records have seen; the tokens behind them are the tail.
+    repeated : sequence of (int, int)
+        Tokens of the history that stand between record and tail as they are, in order.
     """
     prefix, seen = len(view.prefix_ids), blocks * view.config.block_tokens
-    slots = min(view.config.budget_tokens, seen)
+    slots = min(view.config.record_tokens, seen)
     by_id = {chain.ids[-1]: chain for chain in chains}  # records of two episodes may be one
     load = tuple(MemoryLoad(start=prefix, end=prefix + slots, id=one) for one in by_id)
-    tail = view.ids(seen, view.num_tokens)
+    told = [*repeated, (seen, view.num_tokens)]
+    shown = tuple(token for start, end in told for token in view.ids(start, end))
+    again = sum(end - start for start, end in repeated)
     return Candidate(
         input_ids=(
             *view.prefix_ids,
             *view.ids(seen - slots, seen),
-            *tail,
+            *shown,
             *question.ids,
         ),
         fusion=FusionRequest(prefix_len=prefix, memory=MemoryFields(load=load)),
         needs=tuple(by_id),
         chains=tuple(by_id.values()),
-        verbatim=((prefix + seen, prefix + view.num_tokens),) if tail else (),
+        verbatim=_verbatim(prefix, told),
         prefix_len=prefix,
         slots=slots,
-        tail_len=len(tail),
+        repeated_len=again,
+        tail_len=len(shown) - again,
         episodes=tuple(chain.episode for chain in by_id.values()),
     )
+
+
+def _verbatim(prefix: int, ranges: Sequence[Range]) -> tuple[Range, ...]:
+    return tuple((prefix + start, prefix + end) for start, end in ranges if end > start)

@@ -132,7 +132,7 @@ class Chain(Sequence[Step]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One way to lay out the prompt of an answer: ``[prefix][slots][tail][question]``.
+    """One way to lay out the prompt of an answer: ``[prefix][slots][repeated messages][tail][question]``.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ class Candidate:
         The steps that make each of `needs`, in the same order.
     verbatim : tuple of (int, int)
         True positions of the history's tokens that stand in the prompt as they are, whatever a record holds.
-    prefix_len, slots, tail_len : int
+    prefix_len, slots, repeated_len, tail_len : int
         Tokens of the parts; the rest is the question.
     episodes : tuple of int
         Which episodes it answers from, best first.
@@ -160,13 +160,14 @@ class Candidate:
     verbatim: tuple[Range, ...] = ()
     prefix_len: int = 0
     slots: int = 0
+    repeated_len: int = 0
     tail_len: int = 0
     episodes: tuple[int, ...] = ()
 
     @property
     def told(self) -> int:
         """Tokens of the history in the prompt."""
-        return self.slots + self.tail_len
+        return self.slots + self.repeated_len + self.tail_len
 
     def request(
         self, sampling: SamplingOptions | None = None, spans: Sequence[Range] = ()

@@ -54,12 +54,12 @@ class Planner:
         *,
         context_length: int,
     ) -> None:
-        self.config = config
-        self.context_length = context_length
         self.method = create_method(config)
+        self.config = config = self.method.config
+        self.context_length = context_length
         if (wanted := self.method.step_tokens()) >= context_length:
             raise RagPipelineError(
-                f"memory: a step of {config.budget_tokens} slots and a block of {config.block_tokens} needs {wanted} "
+                f"memory: a step of {config.record_tokens} slots and a block of {config.block_tokens} needs {wanted} "
                 f"tokens, the context has {context_length}; lower budget_tokens or block_tokens"
             )
         self._renderer = Renderer(tokenizer)

@@ -46,6 +46,7 @@ def make_planner(tokenizer: ModelTokenizer, encode: Encode) -> Callable[..., Pla
             "episodes": 3,
             "probe_tokens": 128,
             "cluster_segments": 2,
+            "retrieved_share": 0.0,
         }
         config = MemoryConfig(**{**sizes, **fields})
         return Planner(config, tokenizer, encode, context_length=context_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ class MemoryMethod(ABC):
     name : str
         Its name in the registry.
     config : MemoryConfig
-        Budget, block and the rest.
+        Budget, block and the rest, as the method uses them.
     """
 
     name: ClassVar[str]
     keeps_verbatim: ClassVar[bool] = True
     """Whether a history within :attr:`~.MemoryConfig.verbatim_limit` stands in the prompt as it is."""
+
+    retrieves: ClassVar[bool] = False
+    """Whether messages nearest to the question take their :attr:`~.MemoryConfig.retrieved_share` of the budget."""
 
     def __init__(self, config: MemoryConfig, options: str = "") -> None:
         """Make it; `options` is what stands behind the colon of the method's name.
@@ -40,7 +44,7 @@ class MemoryMethod(ABC):
         RagPipelineError
             Options that it does not have.
         """
-        self.config = config
+        self.config = config if self.retrieves else replace(config, retrieved_share=0.0)
         self._read_options(options)
 
     @abstractmethod

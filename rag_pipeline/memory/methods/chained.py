@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rag_pipeline.memory.chains import BlockChain, Recipe, rule_identity
 from rag_pipeline.memory.layout import memory_candidate
+from rag_pipeline.memory.matching import recalled
 from rag_pipeline.memory.methods.base import MemoryMethod
 
 if TYPE_CHECKING:
     from rag_pipeline.memory.conversation import View
     from rag_pipeline.memory.layout import Question
-    from rag_pipeline.memory.plan import Candidate, Chain
+    from rag_pipeline.memory.plan import Candidate, Chain, Range
 
 BLOCKS_BEHIND = 1
 """How many blocks a record may be behind the history: the tail has fewer than two blocks."""
@@ -43,7 +44,12 @@ class ChainedMethod(MemoryMethod):
 
     def step_tokens(self) -> int:
         """Slots, block and probe."""
-        return self.config.budget_tokens + self.config.block_tokens + self.probe_tokens()
+        return self.config.record_tokens + self.config.block_tokens + self.probe_tokens()
+
+    def repeated(self, view: View, question: Question, end: int) -> Sequence[Range]:
+        """Tokens of the history that stand behind a record of its first `end`, word for word."""
+        room = self.config.retrieved_tokens
+        return [view.message_range(one) for one in recalled(view, question, end, room)]
 
     def chain(self, view: View, recipe: Recipe, blocks: int) -> Chain:
         """The steps of a record."""
@@ -57,13 +63,16 @@ class ChainedMethod(MemoryMethod):
 
     def candidates(self, view: View, question: Question) -> Sequence[Candidate]:
         """Newest version first, and within it the newest record."""
-        newest = view.num_blocks
+        newest, size = view.num_blocks, self.config.block_tokens
+        behind = range(newest, max(0, newest - 1 - BLOCKS_BEHIND), -1)
+        repeated = {blocks: self.repeated(view, question, blocks * size) for blocks in behind}
         found = []
         for choices in self.choices(view, question):
-            for blocks in range(newest, max(0, newest - 1 - BLOCKS_BEHIND), -1):
+            for blocks in behind:
                 for recipes in choices:
                     chains = [self.chain(view, recipe, blocks) for recipe in recipes]
-                    found.append(memory_candidate(view, question, chains, blocks))
+                    one = memory_candidate(view, question, chains, blocks, repeated[blocks])
+                    found.append(one)
         return found
 
     def ahead(self, view: View, question: Question | None) -> Sequence[Chain]:

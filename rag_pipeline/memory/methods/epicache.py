@@ -10,6 +10,7 @@ import numpy as np
 
 from rag_pipeline.memory.chains import Recipe
 from rag_pipeline.memory.clustering import unit
+from rag_pipeline.memory.matching import near_segments, votes
 from rag_pipeline.memory.methods.chained import ChainedMethod
 from rag_pipeline.memory.owned import own_spans
 from rag_pipeline.memory.probes import patched_probe
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
 
 
 class EpiCache(ChainedMethod):
-    """Loads the record of the episode whose centre is closest to the question.
+    """Loads the record of the episode that the segments nearest to the question vote for (:mod:`rag_pipeline.memory.matching`).
 
     Every record has seen the whole history; they differ in the text that decides what stays: the segments that stand for the
     episode. Where the paper is silent, see :mod:`rag_pipeline.memory.growth` for a conversation that grows and for a
     switch of topic. A question whose second-best episode is within :attr:`~.MemoryConfig.merge_margin` of the best is answered
-    from both records, merged to the budget of one.
+    from both records, merged to the size of one.
 
     Deviation: tokens of the episode's own segments stay before others in :attr:`~.MemoryConfig.own_share` of the budget
-    (:mod:`rag_pipeline.memory.owned`); 0 is the published rule.
+    (:mod:`rag_pipeline.memory.owned`); 0 is the published rule. The messages nearest to the question stand behind the record word
+    for word, in :attr:`~.MemoryConfig.retrieved_share` of the budget.
 
     https://arxiv.org/abs/2509.17396
     """
 
     name = "epicache"
+    retrieves = True
 
     def recipes(self, view: View, question: Question | None) -> Sequence[Recipe]:
         """Those of the newest version."""
@@ -64,17 +67,18 @@ class EpiCache(ChainedMethod):
     def _ranked(
         self, view: View, version: Version, question: Question | None
     ) -> list[tuple[int, float]]:
-        """Episodes with their similarity to the question, the best first; without one, the latest topic first."""
+        """Episodes with their share of the question's votes, the best first; without one, the latest topic first."""
         count = len(version.episodes_at(view.num_segments))
         if count == 1:
             return [(0, 1.0)]
         if question is None:
             latest = view.latest_episode(version)
             return sorted(((place, float(place == latest)) for place in range(count)), key=_last)
-        # By direction: a mean's length says how alike its segments are, not how near they are to a question. Of the
-        # evidence in LoCoMo, some 4% more lie in the matched episode than by the paper's plain means.
+        labels = view.labels(version)  # of an older version, up to the next clustering
+        shares = votes(near_segments(view, question)[: len(labels)], labels, count)
         near = np.stack([unit(centre) for centre in view.centres(version)]) @ question.vector
-        return sorted(((place, float(near[place])) for place in range(count)), key=_last)
+        order = sorted(range(count), key=lambda place: (-shares[place], -near[place], place))
+        return [(place, float(shares[place])) for place in order]
 
     def _of_version(self, view: View, version: Version) -> list[Recipe]:
         recipes: list[Recipe] = []

@@ -1,14 +1,12 @@
-"""Retrieval of messages by sentence vectors: what most programs do today with a long conversation."""
+"""Retrieval of messages by sentence vectors and words: what most programs do today with a long conversation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rag_pipeline.memory.layout import plain_candidate
+from rag_pipeline.memory.matching import recalled
 from rag_pipeline.memory.methods.base import MemoryMethod
-from rag_pipeline.prompts.builder import fitting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,15 +27,8 @@ class TurnRetrieval(MemoryMethod):
     def candidates(self, view: View, question: Question) -> Sequence[Candidate]:
         """One."""
         recent = view.message_at(view.num_blocks * view.config.block_tokens)
-        ranges = [view.message_range(message) for message in range(recent)]
-        chosen: list[int] = []
-        if ranges:
-            near = np.stack(view.message_vectors(recent)) @ question.vector
-            best = np.argsort(-near, kind="stable")
-            room = question.room - len(view.prefix_ids) - (view.num_tokens - ranges[-1][1])
-            lengths = [ranges[message][1] - ranges[message][0] for message in best]
-            kept = fitting(lengths, min(view.config.budget_tokens, room))
-            chosen = sorted(int(best[place]) for place in kept)
-        start = ranges[-1][1] if ranges else 0
-        told = [*(ranges[message] for message in chosen), (start, view.num_tokens)]
+        start = view.message_range(recent - 1)[1] if recent else 0
+        room = question.room - len(view.prefix_ids) - (view.num_tokens - start)
+        chosen = recalled(view, question, start, min(view.config.budget_tokens, room))
+        told = [*(view.message_range(message) for message in chosen), (start, view.num_tokens)]
         return [plain_candidate(view, question, told)]
