@@ -73,6 +73,7 @@ class RememberedTurn:
             "budget_tokens": config.budget_tokens,
             "history_tokens": self.prepared.plan.history_tokens,
             "slots": candidate.slots,
+            "repeated_tokens": candidate.repeated_len,
             "tail_tokens": candidate.tail_len,
             "loaded": told.get("loaded", 0),
             "missed": told.get("missed", 0),

@@ -8,6 +8,7 @@ questions) 0.73 lie in the episode nearest by its centre, 0.81 in the one that i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ class Words:
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s  # takes a second, and most methods need none of it
 
+        logging.getLogger("bm25s").setLevel(
+            logging.WARNING
+        )  # it sets DEBUG, and tells of each index
         self._count = len(texts)
         found = [terms(text) for text in texts]
         self._bm25: Any = None
