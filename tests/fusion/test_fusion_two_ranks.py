@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fusion_helpers import CHUNK, PREFIX, tokens
+from memory_chats import QUESTION, Chat
 
 
 def free_port():
@@ -95,6 +96,22 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
         assert (run["ids"], run["logprobs"]) == (plain["ids"], plain["logprobs"])
     # The chunk that rank 1 had lost was missing on both.
     assert seen[0]["runs"][-1]["report"]["reused_tokens"] == 2 * CHUNK
+    # A memory: each rank keeps what the whole model keeps in its heads, and what one lost is missing on both.
+    mine, theirs = (one["memory"] for one in seen)
+    assert mine["runs"] == theirs["runs"]
+    local.fresh()
+    chat = Chat(local)
+    assert [step["stored"] for step in chat.build(3)] == mine["stored"] == theirs["stored"]
+    kept = chat.record().side["positions"].tolist()
+    for layer, heads in enumerate(kept):
+        assert heads == [*mine["positions"][layer], *theirs["positions"][layer]]
+    req = chat.answer(QUESTION)
+    answer, window = mine["runs"]
+    assert answer["report"]["memory"]["loaded"] == chat.slots
+    assert answer["ids"] == list(req.output_ids)
+    pairs = zip(answer["logprobs"], req.logprob.output_token_logprobs_val, strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-3
+    assert (window["report"]["memory"]["loaded"], window["report"]["memory"]["missed"]) == (0, 1)
     # Each rank finds its own shards again: in memory after a restart, and in the folder for a request.
     built, after, fetched = seen[0]["tiers"]
     assert seen[1]["tiers"] == seen[0]["tiers"]

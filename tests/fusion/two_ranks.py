@@ -81,8 +81,27 @@ def main() -> None:
         assert store.evict(lost)
     engine.flush()
     note(engine.ask(case["ids"], 4, fusion=case["policies"][1]))
+    seen["memory"] = remembered(engine, told, rank)
     seen["tiers"] = restarted(engine, case, told)
     Path(out_file).write_text(json.dumps(seen))
+
+
+def remembered(engine, told, rank):
+    """A conversation's record, made in three steps: what this rank's heads keep, an answer, and one after rank 1 lost it."""
+    from memory_chats import QUESTION, Chat
+
+    engine.fresh()
+    chat = Chat(engine)
+    stored = [step["stored"] for step in chat.build(3)]
+    record = chat.record()
+    answer = told(chat.answer(QUESTION))
+    if rank == "1":
+        engine.runtime.store.clear()
+    return {
+        "stored": stored,
+        "positions": record.side["positions"].tolist(),
+        "runs": [answer, told(chat.answer(QUESTION))],
+    }
 
 
 def restarted(engine, case, told):
