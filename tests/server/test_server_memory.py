@@ -6,12 +6,17 @@ import json
 import time
 from typing import Any
 
+import httpx
 import pytest
+from langchain_core.messages import convert_to_messages
+
+from rag_pipeline.langchain import ChatSGLangRag
 
 pytestmark = pytest.mark.engine
 
 STOCK, RAG, CACHE = "/v1/chat/completions", "/v1/rag/chat/completions", "/v1/rag/cache"
 BUDGET, BLOCK = 128, 32
+RECORD = BUDGET * 3 // 4  # the rest is for messages near the question
 MEMORY = {"method": "epicache", "budget_tokens": BUDGET, "episodes": 2, "block_tokens": BLOCK}
 TOPICS = ("the lighthouse", "a violin", "my garden", "the night train")
 
@@ -60,7 +65,7 @@ def test_a_growing_chat_is_answered_from_prompts_of_one_size(rag_server: Any) ->
         loaded.append(report.get("memory", {}).get("loaded", 0))
     whole = ask(rag_server, messages=talk(32))["usage"]["prompt_tokens"]
     assert loaded[0] == 0
-    assert loaded[1:] == [BUDGET] * 4
+    assert loaded[1:] == [RECORD] * 4
     assert whole > 1000
     assert max(lengths) < BUDGET + 2 * BLOCK + 60
     told = facts(rag_server)
@@ -97,7 +102,7 @@ def test_the_rag_route_answers_from_documents_and_the_memory(rag_server: Any) ->
     answer = rag_server.post(RAG, body)
     assert answer.status_code == 200, answer.text
     told = answer.json()["rag"]
-    assert told["memory"]["loaded"] == told["memory"]["slots"] == BUDGET
+    assert told["memory"]["loaded"] == told["memory"]["slots"] == RECORD
     assert told["memory"]["missed"] == 0
     assert told["memory"]["history_tokens"] > 500
     usage = answer.json()["usage"]
@@ -105,7 +110,7 @@ def test_the_rag_route_answers_from_documents_and_the_memory(rag_server: Any) ->
     kinds = ("exact_prefix", "reused", "recomputed", "fresh")
     assert sum(details[f"{kind}_tokens"] for kind in kinds) == usage["prompt_tokens"]
     start, end = told["citations"][0]["tokens"]
-    assert BUDGET < start < end < usage["prompt_tokens"]
+    assert RECORD < start < end < usage["prompt_tokens"]
     # A short one has its chunk where it always stands.
     body["messages"] = talk(1)
     assert "memory" not in rag_server.post(RAG, body).json()["rag"]
@@ -141,10 +146,70 @@ def test_a_tenants_memory_is_its_own(rag_server: Any) -> None:
     for tenant in ("acme", "globex"):
         answer = ask(rag_server, tenant, messages=talk(10), memory=MEMORY, return_meta_info=True)
         memory = answer["choices"][0]["meta_info"]["rag_fusion"]["memory"]
-        assert (memory["loaded"], memory["missed"]) == (BUDGET, 0)
+        assert (memory["loaded"], memory["missed"]) == (RECORD, 0)
         built(rag_server, tenant)
     acme, globex = (facts(rag_server, tenant) for tenant in ("acme", "globex"))
     assert acme["answers"] == globex["answers"] == 1
     assert acme["build_steps"] == globex["build_steps"] > 0
     assert "left_alone" not in acme
     assert facts(rag_server)["answers"] > 2
+
+
+def own_talk(turns: int, mark: str) -> list[dict[str, str]]:
+    """A conversation that no other test has."""
+    _, *others = talk(turns)
+    return [{"role": "system", "content": f"Be brief, {mark}."}, *others]
+
+
+def loaded(server: Any, messages: list[dict[str, str]]) -> int:
+    """Slots that an answer was made from."""
+    answer = ask(server, messages=messages, memory=MEMORY, return_meta_info=True)
+    return int(answer["choices"][0]["meta_info"]["rag_fusion"]["memory"]["loaded"])
+
+
+def test_a_client_that_leaves_while_its_record_is_made_harms_nobody(rag_server: Any) -> None:
+    messages = own_talk(40, "leaver")
+    body = {"model": "default", "max_tokens": 4, "messages": messages, "memory": MEMORY}
+    before = facts(rag_server)
+    with rag_server.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post(STOCK, json=body, timeout=0.3)
+    assert loaded(rag_server, own_talk(10, "stayer")) == RECORD
+    assert loaded(rag_server, messages) == RECORD
+    built(rag_server)
+    after = facts(rag_server)
+    assert after.get("build_failed", 0) == before.get("build_failed", 0)
+    rag_server.wait_idle()  # no slot of the pool is held, or the tree could not be emptied
+
+
+def test_an_answer_is_aborted_by_its_rid_and_the_next_one_is_made(rag_server: Any) -> None:
+    messages = own_talk(20, "aborter")
+    assert loaded(rag_server, messages) == RECORD
+    body = {"model": "default", "max_tokens": 1500, "messages": messages, "memory": MEMORY}
+    body |= {"stream": True, "rid": "of-the-aborter", "ignore_eos": True}
+    with rag_server.client() as client, client.stream("POST", STOCK, json=body) as response:
+        assert response.status_code == 200
+        lines = (line for line in response.iter_lines() if line)
+        first = next(lines)
+        rag_server.post("/abort_request", {"rid": "of-the-aborter"})
+        rest = list(lines)
+    assert first.startswith("data: ")
+    assert len(rest) < 1500
+    assert loaded(rag_server, messages) == RECORD
+    rag_server.wait_idle()
+
+
+def test_langchain_answers_from_the_memory_whole_and_in_a_stream(rag_server: Any) -> None:
+    model = ChatSGLangRag(
+        base_url=f"{rag_server.url}/v1", api_key=rag_server.keys["operator"], max_tokens=4
+    )
+    messages = convert_to_messages(own_talk(20, "chain"))
+    told = model.invoke(messages, memory=MEMORY).response_metadata["rag"]
+    assert (told["memory"]["loaded"], told["memory"]["missed"]) == (RECORD, 0)
+    assert told["usage"]["prompt_tokens"] < BUDGET + 2 * BLOCK + 60
+    whole: Any = None
+    for piece in model.stream(messages, memory=MEMORY):
+        whole = piece if whole is None else whole + piece
+    assert whole.response_metadata["rag"]["memory"]["loaded"] == RECORD
+    plain = model.invoke(messages, memory="off").response_metadata["rag"]
+    assert "memory" not in plain
+    assert plain["usage"]["prompt_tokens"] > 600

@@ -214,8 +214,23 @@ def _refusals_on_one_connection(url: str, bodies: list[str]) -> list[tuple[int, 
     return seen
 
 
+def begin_records(url: str) -> None:
+    """Ask about a long conversation, and leave while its records are being made."""
+    said = [
+        {"role": ("user", "assistant")[n % 2], "content": f"Note {n}: the tower was of blue stone."}
+        for n in range(120)
+    ]
+    memory = {"method": "epicache", "budget_tokens": 256, "block_tokens": 32, "episodes": 4}
+    body = {"model": "default", "max_tokens": 2, "memory": memory}
+    body["messages"] = [*said, {"role": "user", "content": "Of what was the tower?"}]
+    with client(url) as asking, suppress(httpx.ReadTimeout):
+        asking.post("/v1/chat/completions", json=body, timeout=1)
+    with client(url) as asking:
+        assert asking.get("/v1/rag/cache").json()["memory"]["build_steps"] >= 0
+
+
 def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: Any) -> None:
-    url, pid, _ = lone_server
+    url, pid, log = lone_server
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     body = {
         "messages": [{"role": "user", "content": "Who paints the door?"}],
@@ -229,6 +244,7 @@ def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: 
     ):
         pieces = answer.iter_lines()
         assert next(pieces).startswith("data: ")
+        begin_records(url)
         for process in family:  # as a supervisor does, whichever comes first
             process.send_signal(signal.SIGTERM)
         refused = late.get("/v1/rag/health")
@@ -243,3 +259,5 @@ def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: 
     gone, alive = psutil.wait_procs(family, timeout=120)
     assert not alive
     assert len(gone) == len(family)
+    assert "Traceback" not in log.read_text(errors="replace")
+    assert not list((log.parent / "kv").rglob("*.tmp*"))
