@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 EMBEDDER = "all-minilm-l6-v2"
 """Embeds what is said, where no index has an embedder."""
 
-_TAIL_BLOCKS = 2
-"""Blocks behind a record that stand in the prompt as they are, at most."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -93,11 +90,6 @@ def utterances(turns: Iterable[Iterable[HistoryMessage]]) -> tuple[Utterance, ..
     return tuple(Utterance(said.role, said.text) for turn in turns for said in turn)
 
 
-def told_tokens(config: MemoryConfig) -> int:
-    """Most tokens of a conversation in a prompt with a memory: the slots, and what stands behind them as it is."""
-    return config.budget_tokens + _TAIL_BLOCKS * config.block_tokens
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlannedTurn:
     """A turn that is answered from a memory, before its prompt is chosen.
@@ -148,7 +140,7 @@ def plan_turn(memory: Memory, asked: Asked, sampling: SamplingOptions) -> Planne
         max_new_tokens=sampling.max_new_tokens,
         query=asked.asked,
     )
-    if plan.history_tokens <= told_tokens(config):
+    if plan.history_tokens <= config.most_told_tokens:
         memory.after(asked.system, asked.history)
         return None
     return PlannedTurn(memory=memory, asked=asked, plan=plan, missing=awaited(memory, plan))

@@ -14,7 +14,6 @@ from rag_pipeline.opened_memory import (
     RememberedTurn,
     plan_turn,
     prepare_turn,
-    told_tokens,
     utterances,
 )
 from rag_pipeline.prompts.builder import PromptBuilder
@@ -208,7 +207,7 @@ class QuestionRun:
             hits,
             max_new_tokens=sampling.max_new_tokens,
             context_length=context_length,
-            told_tokens=told_tokens(memory.planner.config),
+            told_tokens=memory.planner.config.most_told_tokens,
         )
         asked = Asked(
             system=builder.system_prompt,

@@ -93,6 +93,11 @@ class MemoryConfig:
         return self.budget_tokens - self.retrieved_tokens
 
     @property
+    def most_told_tokens(self) -> int:
+        """Most tokens of a conversation in a prompt: the budget, and a tail of fewer than two blocks."""
+        return self.budget_tokens + 2 * self.block_tokens
+
+    @property
     def first_clustering(self) -> int:
         """Whole segments at which a conversation is clustered first."""
         return self.cluster_segments * self.episodes

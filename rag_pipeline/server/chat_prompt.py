@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rag_pipeline.errors import RagPipelineError
-from rag_pipeline.opened_memory import Asked, told_tokens, utterances
+from rag_pipeline.opened_memory import Asked, utterances
 from rag_pipeline.prompts.chunk_message import ChunkMessage, lay_out_message, write_message
 from rag_pipeline.prompts.document_order import check_document_order
 from rag_pipeline.protocol import (
@@ -188,7 +188,7 @@ async def remember(
             found.hits,
             max_new_tokens=found.sampling.max_new_tokens,
             context_length=service.engine.context_length,
-            told_tokens=told_tokens(memory),
+            told_tokens=memory.most_told_tokens,
             rules=talk.rules,
             document_order=found.body.rag.document_order,
         )

@@ -74,13 +74,28 @@ class Message(NeutralMessage):
         return self.content or self.refusal or ""
 
 
+_Whole = Annotated[int, Field(strict=True)]
+_Number = Annotated[float, Field(ge=0, le=100)]
+
+
 class MemoryOptions(Strict):
-    """Memory of a long conversation; what is not said is the server's default."""
+    """Memory of a long conversation, with the fields of `MemoryConfig`, which says their ranges; what is not said is the server's default."""
 
     method: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    budget_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
-    episodes: Annotated[int, Field(ge=1, le=64, strict=True)] | None = None
-    block_tokens: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
+    budget_tokens: _Whole | None = None
+    episodes: _Whole | None = None
+    block_tokens: _Whole | None = None
+    segment_utterances: _Whole | None = None
+    medoids: _Whole | None = None
+    probe_tokens: _Whole | None = None
+    retrieved_share: _Number | None = None
+    merge_margin: _Number | None = None
+    own_share: _Number | None = None
+    verbatim_tokens: _Whole | None = None
+    cluster_segments: _Whole | None = None
+    recluster_growth: _Number | None = None
+    recluster_drift: _Number | None = None
+    switch_segments: _Whole | None = None
 
 
 MemoryWish = Annotated[

@@ -93,6 +93,34 @@ def test_an_erased_record_does_not_come_back_with_the_server(
         server.kill()
 
 
+def test_a_snapshot_that_another_has_just_begun_is_waited_for(
+    tmp_path: Path, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, "--save", "3600 1")
+    try:
+        tier, other = tier_of(server, "?timeout=5"), client_of(server)
+        record = make_record(range(8))
+        tier.put(record)
+        other.config_set("rdb-key-save-delay", 200_000)
+        tier.remove(record.key)
+        client, begun = tier.tier._durability._client, []
+        real = client.info
+
+        def info(*sections: str) -> Any:
+            state = real(*sections)
+            if not begun:
+                begun.append(other.bgsave())
+            return state
+
+        monkeypatch.setattr(client, "info", info)
+        saves = other.info("persistence")["rdb_saves"]
+        tier.sync()
+        assert begun
+        assert other.info("persistence")["rdb_saves"] == saves + 2
+    finally:
+        server.kill()
+
+
 def test_a_server_that_does_not_sync_its_log_says_so(tmp_path: Path, make_record: Make) -> None:
     server = Server(tmp_path, "--appendonly", "yes", "--appendfsync", "no")
     try:

@@ -12,7 +12,7 @@ from memory_steps import meta_of
 
 from rag_pipeline import PromptBuilder, RagPipeline, RagPipelineError
 from rag_pipeline.memory import Memory, MemoryConfig, Planner, Utterance
-from rag_pipeline.opened_memory import Asked, plan_turn, prepare_turn, told_tokens
+from rag_pipeline.opened_memory import Asked, plan_turn, prepare_turn
 from rag_pipeline.prompts.chunk_message import lay_out_message, write_message
 from rag_pipeline.prompts.history import HistoryMessage
 from rag_pipeline.prompts.segments import SegmentEncoder
@@ -142,7 +142,7 @@ def test_a_short_conversation_needs_no_memory_and_a_new_long_one_waits(memory: A
     assert again.missing == ()
     turn = prepare_turn(planned, SAMPLING)
     assert turn.fusion.memory is not None
-    assert len(turn.input_ids) < told_tokens(CONFIG) + 40
+    assert len(turn.input_ids) < CONFIG.most_told_tokens + 40
     facts = turn.facts({FUSION_KEY: {"memory": {"loaded": 64, "missed": 0}}})
     assert facts["slots"] == facts["loaded"] == 64
     assert facts["history_tokens"] > 400

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from rag_pipeline.memory import MemoryConfig
 from rag_pipeline.prompts.history import question_part
 from rag_pipeline.protocol import Usage
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.errors import refusal_of
 from rag_pipeline.server.question_part import read_conversation
-from rag_pipeline.server.schemas import ChatRequest, DocumentsRequest, Message, SearchRequest
+from rag_pipeline.server.schemas import (
+    ChatRequest,
+    DocumentsRequest,
+    MemoryOptions,
+    Message,
+    SearchRequest,
+)
 from rag_pipeline.server.token_strip import segments_of
 from rag_pipeline.types import PromptLayout, Span
 
@@ -252,3 +260,12 @@ def test_what_was_given_is_shown_as_far_as_it_is_shown_without_writing_it_all() 
         assert refusal[1].isascii()
         assert len(refusal[1]) < 120
     assert Item.written < 200
+
+
+def test_a_request_may_set_every_field_of_a_memory() -> None:
+    """One that a memory learns must not be left out here."""
+    assert tuple(MemoryOptions.model_fields) == tuple(
+        field.name for field in dataclasses.fields(MemoryConfig)
+    )
+    given = {"own_share": 0, "retrieved_share": 0.5, "episodes": 2}
+    assert MemoryOptions(**given).model_dump(exclude_none=True) == given

@@ -192,6 +192,7 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==
         ),
         ({"messages": TALK[:3]}, "no question last"),
         ({"messages": TALK[:1]}, "no question last"),
+        ({"messages": [*TALK[:-1], {"role": "user", "content": " \n"}]}, "an empty question"),
         ({"input_ids": [1, 2]}, "a prompt of its own"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "template options"),
         ({"model": "m:adapter"}, "another model"),

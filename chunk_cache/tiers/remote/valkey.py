@@ -91,7 +91,11 @@ class ValkeyTier(HeaderFirstTier):
         self._client = self._server.client
         self._groups = Groups(self._server, ttl_ms=self._ttl_ms)
         self._durability = Durability(
-            self._client, shown=url.shown, wait_s=self.wait_s, scratch=_SCRATCH
+            self._client,
+            shown=url.shown,
+            wait_s=self.wait_s,
+            scratch=_SCRATCH,
+            errors=self._server.errors,
         )
         self._removed = False
         """Whether anything was removed since the last :meth:`sync`."""

@@ -27,10 +27,15 @@ class Durability:
         Longest read of a socket, seconds.
     scratch : str
         Beginning of names that may be written and expire by themselves.
+    errors : module
+        The client's exceptions.
     """
 
-    def __init__(self, client: Any, *, shown: str, wait_s: float, scratch: str) -> None:
+    def __init__(
+        self, client: Any, *, shown: str, wait_s: float, scratch: str, errors: Any
+    ) -> None:
         self._client = client
+        self._errors = errors
         self._shown = shown
         self._wait_s = wait_s
         self._scratch = scratch
@@ -70,11 +75,19 @@ class Durability:
     def _save(self, state: dict[str, Any]) -> None:
         """Have a snapshot made that begins now."""
         until = time.monotonic() + _SAVE_S
-        while state["rdb_bgsave_in_progress"]:
-            # It holds what was there when it began.
+        while True:
+            while state["rdb_bgsave_in_progress"]:
+                # It holds what was there when it began.
+                state = self._after_a_moment(until)
+            before = state["rdb_saves"]
+            try:
+                self._client.bgsave()
+                break
+            except self._errors.ResponseError as error:
+                # Another client's, or the server's own, has begun since it was asked.
+                if "in progress" not in str(error):
+                    raise
             state = self._after_a_moment(until)
-        before = state["rdb_saves"]
-        self._client.bgsave()
         # The count rises when a snapshot begins, and it may be put off behind a rewrite of the log.
         while state["rdb_saves"] == before or state["rdb_bgsave_in_progress"]:
             state = self._after_a_moment(until)

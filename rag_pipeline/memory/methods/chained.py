@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rag_pipeline.memory.plan import Candidate, Chain, Range
 
 BLOCKS_BEHIND = 1
-"""How many blocks a record may be behind the history: the tail has fewer than two blocks."""
+"""How many whole blocks a record may be behind the history."""
 
 
 class ChainedMethod(MemoryMethod):

@@ -244,6 +244,8 @@ def _why_not(serving: Any, request: Any) -> str:
         return "instructions inside"
     if roles[-1] != "user" or not set(behind) <= {"user", "assistant"}:
         return "no question last"
+    if not _text_of(messages[-1]).strip():
+        return "an empty question"
     # What SGLang's own template would do otherwise, and prompts that somebody has laid out.
     if request.input_ids is not None or request.continue_final_message:
         return "a prompt of its own"
