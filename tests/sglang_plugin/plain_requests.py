@@ -9,6 +9,7 @@ SHORT = ["The capital of France is", "Hello", "def fib(n):", "1 2 3 4 5", "Once 
 # Stock attention pays for the square of a length at every token: one prompt is long.
 CHARACTERS = (50, 77, 133, 200, 260, 333, 400, 500, 640, 770, 900, 1200, 1500, 2500, 5200)
 SAMPLING = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+ASKED = {"return_logprob": True, "top_logprobs_num": 2}
 
 
 def prompts() -> list[str]:
@@ -21,13 +22,14 @@ def prompts() -> list[str]:
 
 
 def answers(engine: Any) -> dict[str, list[dict[str, Any]]]:
-    """Greedy tokens and their log-probabilities."""
+    """Greedy tokens, their log-probabilities, and how far each is above the second best."""
 
     def facts(output: dict[str, Any]) -> dict[str, Any]:
         meta = output["meta_info"]
         return {
             "ids": list(output["output_ids"]),
             "logprobs": [entry[0] for entry in meta["output_token_logprobs"]],
+            "margins": [best[0][0] - best[1][0] for best in meta["output_top_logprobs"]],
             "cached": meta["cached_tokens"],
         }
 
@@ -38,12 +40,12 @@ def answers(engine: Any) -> dict[str, list[dict[str, Any]]]:
     result: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "batch": []}
     for prompt in prompts():
         empty_cache()
-        result["cold"].append(facts(engine.generate(prompt, SAMPLING, return_logprob=True)))
+        result["cold"].append(facts(engine.generate(prompt, SAMPLING, **ASKED)))
         again = prompt + " And so the next question is: what"
-        result["warm"].append(facts(engine.generate(again, SAMPLING, return_logprob=True)))
+        result["warm"].append(facts(engine.generate(again, SAMPLING, **ASKED)))
     empty_cache()
     for start in range(0, 20, 8):
-        outputs = engine.generate(prompts()[start : start + 8], SAMPLING, return_logprob=True)
+        outputs = engine.generate(prompts()[start : start + 8], SAMPLING, **ASKED)
         result["batch"].extend(facts(output) for output in outputs)
     empty_cache()
     return result
