@@ -146,10 +146,10 @@ class BlockChain(Chain):
             id=self.ids[block],
             previous=self.ids[block - 1] if block else "",
             prefix_ids=view.prefix_ids,
-            slot_ids=view.ids(start - min(start, config.record_tokens), start),
+            slot_ids=view.ids(start - config.slots(start), start),
             block_ids=block_ids,
             probe_ids=step.probe,
-            budget=config.record_tokens,
+            budget=config.step_budget(start + config.block_tokens),
             rule=step.rule,
             block=block,
             episode=self.episode,
@@ -169,13 +169,13 @@ def chain_ids(view: View, recipe: Recipe, blocks: int) -> tuple[str, ...]:
         for block in range(len(ids), blocks):
             block_ids = view.ids(block * size, (block + 1) * size)
             step = asked(view, recipe, block, block_ids)
-            ids.append(step_id(view, ids[-1] if ids else "", block_ids, step))
+            ids.append(step_id(view, ids[-1] if ids else "", block_ids, step, (block + 1) * size))
         return tuple(ids[:blocks])
 
 
 def asked(view: View, recipe: Recipe, block: int, block_ids: Sequence[int]) -> Asked:
     """What a step asks for; where nothing is evicted, the same for every recipe."""
-    if (block + 1) * view.config.block_tokens <= view.config.record_tokens:
+    if (block + 1) * view.config.block_tokens <= view.config.budget_tokens:
         return Asked(rule=rule_identity(FILLING_RULE))
     maker = recipe.maker(block)
     own = maker.own(block)
@@ -183,15 +183,15 @@ def asked(view: View, recipe: Recipe, block: int, block_ids: Sequence[int]) -> A
     return Asked(rule=maker.rule, probe=maker.probe(block_ids), own=own, own_share=share)
 
 
-def step_id(view: View, previous: str, block_ids: Sequence[int], step: Asked) -> str:
-    """Memory id of a step."""
+def step_id(view: View, previous: str, block_ids: Sequence[int], step: Asked, tokens: int) -> str:
+    """Memory id of a step behind which so many tokens of the history were seen."""
     return memory_id(
         previous,
         view.prefix_ids,
         block_ids,
         step.probe,
         step.rule,
-        view.config.record_tokens,
+        view.config.step_budget(tokens),
         step.own,
         step.own_share,
     )
@@ -217,7 +217,7 @@ class WholeChain(Chain):
         with view.log.lock:
             ids = view.log.chain_ids.setdefault((recipe.key, blocks), [])
             if not ids:
-                ids.append(step_id(view, "", history, step))
+                ids.append(step_id(view, "", history, step, len(history)))
         self.ids = tuple(ids)
         self.episode = recipe.episode
         self._step = Step(
@@ -227,7 +227,7 @@ class WholeChain(Chain):
             slot_ids=(),
             block_ids=history,
             probe_ids=step.probe,
-            budget=config.record_tokens,
+            budget=config.step_budget(len(history)),
             rule=step.rule,
             block=blocks - 1,
             episode=recipe.episode,

@@ -89,8 +89,16 @@ class MemoryConfig:
 
     @property
     def record_tokens(self) -> int:
-        """Slots of a record, per layer and KV head."""
+        """Slots of a record that something was evicted from, per layer and KV head."""
         return self.budget_tokens - self.retrieved_tokens
+
+    def step_budget(self, tokens: int) -> int:
+        """Slots that a record of so many tokens of the history may have: the whole budget as long as all of them fit."""
+        return self.budget_tokens if tokens <= self.budget_tokens else self.record_tokens
+
+    def slots(self, tokens: int) -> int:
+        """Slots that a record of so many tokens of the history has."""
+        return min(tokens, self.step_budget(tokens))
 
     @property
     def most_told_tokens(self) -> int:

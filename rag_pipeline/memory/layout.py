@@ -90,7 +90,7 @@ def memory_candidate(
         Tokens of the history that stand between record and tail as they are, in order.
     """
     prefix, seen = len(view.prefix_ids), blocks * view.config.block_tokens
-    slots = min(view.config.record_tokens, seen)
+    slots = view.config.slots(seen)
     by_id = {chain.ids[-1]: chain for chain in chains}  # records of two episodes may be one
     load = tuple(MemoryLoad(start=prefix, end=prefix + slots, id=one) for one in by_id)
     told = [*repeated, (seen, view.num_tokens)]

@@ -59,7 +59,7 @@ class Planner:
         self.context_length = context_length
         if (wanted := self.method.step_tokens()) >= context_length:
             raise RagPipelineError(
-                f"memory: a step of {config.record_tokens} slots and a block of {config.block_tokens} needs {wanted} "
+                f"memory: a step of {config.budget_tokens} slots and a block of {config.block_tokens} needs {wanted} "
                 f"tokens, the context has {context_length}; lower budget_tokens or block_tokens"
             )
         self._renderer = Renderer(tokenizer)

@@ -82,7 +82,22 @@ def test_records_do_not_depend_on_the_question(make_planner: MakePlanner) -> Non
     asked = [planner.plan(SYSTEM, LONG, text) for text in (ASKED, "Which song was it?")]
     ids = [{chain.ids[-1] for chain in plan.ahead} for plan in asked]
     assert ids[0] == ids[1]
-    assert all(step.budget == 192 - 76 for plan in asked for chain in plan.ahead for step in chain)
+    for plan in asked:
+        for chain in plan.ahead:
+            # As long as everything fits, everything stays.
+            assert [step.budget for step in chain] == [192] * 3 + [192 - 76] * (len(chain) - 3)
+            assert [len(step.slot_ids) for step in chain][:5] == [0, 64, 128, 192, 192 - 76]
+
+
+def test_a_record_with_room_for_everything_has_it_and_repeats_nothing(
+    make_planner: MakePlanner,
+) -> None:
+    planner = make_planner(budget_tokens=2000, verbatim_tokens=0, retrieved_share=0.4)
+    candidate = planner.plan(SYSTEM, LONG, ASKED).candidates[0]
+    plan = make_planner(method="full").plan(SYSTEM, LONG, ASKED)
+    assert candidate.repeated_len == 0
+    assert candidate.slots == plan.history_tokens // 64 * 64
+    assert candidate.input_ids == plan.candidates[0].input_ids
 
 
 @pytest.mark.parametrize("method", ["snapkv", "streaming", "keydiff", "kvzip"])

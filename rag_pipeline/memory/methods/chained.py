@@ -44,11 +44,12 @@ class ChainedMethod(MemoryMethod):
 
     def step_tokens(self) -> int:
         """Slots, block and probe."""
-        return self.config.record_tokens + self.config.block_tokens + self.probe_tokens()
+        return self.config.budget_tokens + self.config.block_tokens + self.probe_tokens()
 
     def repeated(self, view: View, question: Question, end: int) -> Sequence[Range]:
         """Tokens of the history that stand behind a record of its first `end`, word for word."""
-        room = self.config.retrieved_tokens
+        # A record that all of them fit holds them already.
+        room = self.config.retrieved_tokens if end > self.config.budget_tokens else 0
         return [view.message_range(one) for one in recalled(view, question, end, room)]
 
     def chain(self, view: View, recipe: Recipe, blocks: int) -> Chain:
