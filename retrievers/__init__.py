@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
     from retrievers.splitter import TokenSplitter
-    from retrievers.terms import terms
+    from retrievers.terms import text_terms
     from retrievers.text_embedder import TextEmbedder
     from retrievers.tokenizer import HFTokenizer
     from retrievers.types import Chunk, Document, Retriever, Scalar, SearchHit, Tokenizer
@@ -96,7 +96,7 @@ _EXPORTS = {
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",
     "storable_document": "retrievers.metadata",
-    "terms": "retrievers.terms",
+    "text_terms": "retrievers.terms",
 }
 
 __all__ = [
@@ -150,7 +150,7 @@ __all__ = [
     "load_corpus",
     "load_file",
     "storable_document",
-    "terms",
+    "text_terms",
 ]
 
 

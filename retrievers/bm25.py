@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from retrievers.dense import top_k
 from retrievers.errors import CorruptIndexError, RetrievalError
-from retrievers.terms import ANALYSIS, terms
+from retrievers.terms import ANALYSIS, text_terms
 
 MAX_QUERY_TERMS = 1000
 """Distinct terms of a query that are scored, the rarest; each costs a look at every row that has it."""
@@ -93,7 +93,7 @@ class Bm25Index:
         """
         if k < 1:
             raise RetrievalError(f"k must be at least 1, got {k}")
-        counts = Counter(word for word in terms(query) if word in self.vocabulary)
+        counts = Counter(word for word in text_terms(query) if word in self.vocabulary)
         if not counts or not self._num_rows:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
         scores = self._scores({self.vocabulary[word]: count for word, count in counts.items()})

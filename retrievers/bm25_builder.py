@@ -32,7 +32,7 @@ from retrievers.bm25 import (
 )
 from retrievers.chunk_texts import runs
 from retrievers.durable import create_file, make_folders, write_array, write_text
-from retrievers.terms import ANALYSIS, terms
+from retrievers.terms import ANALYSIS, text_terms
 
 K1 = 1.5
 B = 0.75
@@ -71,7 +71,7 @@ class Bm25Builder:
         """Tokenise and add the next rows."""
         ends, lengths, pairs = [], [], []
         for text in texts:
-            words = terms(text)
+            words = text_terms(text)
             counts = Counter(words)
             for word, count in counts.items():
                 column = self._vocabulary.get(word)

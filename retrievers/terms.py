@@ -67,7 +67,7 @@ def _base_letters() -> dict[int, str]:
 _BASE_LETTERS = _base_letters()
 
 
-def terms(text: str) -> list[str]:
+def text_terms(text: str) -> list[str]:
     """Terms BM25 counts: folded words, without a stop list or stemming.
 
     No words are dropped because in technical text ``with``, ``not`` or ``C`` carry the meaning;

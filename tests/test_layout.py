@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -58,6 +60,21 @@ def imported_modules(
 
 def files_of(package: str) -> list[Path]:
     return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def test_no_lazy_name_is_that_of_a_module_beside_it() -> None:
+    """Importing the module would put it in the place of the name, depending on who imports what first."""
+    lazy = 0
+    for package, folder in PACKAGES.items():
+        door = importlib.import_module(package)
+        if not hasattr(door, "__getattr__"):
+            continue
+        lazy += 1
+        modules = {path.stem for path in folder.iterdir() if path.name != "__init__.py"}
+        taken = [name for name in door.__all__ if name in modules]
+        for name in taken:
+            assert inspect.ismodule(getattr(door, name)), f"{package}.{name} is a module, too"
+    assert lazy >= 2
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))

@@ -37,7 +37,7 @@ class MemoryConfig:
     """Segments closest to the centre of an episode, whose text asks what to keep for it."""
     probe_tokens: int = 512
     """Most tokens of that text."""
-    retrieved_share: float = 0.25
+    retrieved_share: float = 0.5
     """Share of the budget that messages nearest to the question take, word for word behind a record of the rest, with methods
     that have episodes; 0 is the published method."""
     merge_margin: float = 0.2

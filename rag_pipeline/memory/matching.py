@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rag_pipeline.prompts.builder import fitting
-from retrievers import terms
+from retrievers import text_terms
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class Words:
             logging.WARNING
         )  # it sets DEBUG, and tells of each index
         self._count = len(texts)
-        found = [terms(text) for text in texts]
+        found = [text_terms(text) for text in texts]
         self._bm25: Any = None
         if any(found):
             self._bm25 = bm25s.BM25(method="lucene")
@@ -61,7 +61,7 @@ class Words:
 
     def scores(self, query: str) -> Scores:
         """Score every text, ``(texts,)``; 0 for one that shares no term with `query`."""
-        asked = list(dict.fromkeys(terms(query)))
+        asked = list(dict.fromkeys(text_terms(query)))
         if self._bm25 is None or not asked:
             return np.zeros(self._count)
         found: Scores = np.asarray(self._bm25.get_scores(asked), dtype=np.float64)

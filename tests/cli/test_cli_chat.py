@@ -199,14 +199,14 @@ def test_a_chat_through_a_server_is_answered_from_a_memory_and_goes_on(
     *turns, facts = map(json.loads, capsys.readouterr().out.splitlines())
     assert [turn["turn"] for turn in turns] == list(range(1, 10))
     assert turns[0]["memory"] == {}
-    assert turns[-1]["memory"]["loaded"] == 48
+    assert turns[-1]["memory"]["loaded"] == 32
     assert max(turn["usage"]["prompt_tokens"] for turn in turns) < 64 + 2 * 32 + 60
     assert facts["memory"]["build_steps"] > 0
     # Another run goes on where this one ended.
     typed(monkeypatch, "What was built of blue stone?\n")
     assert main(words) == 0
     (turn,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert turn["memory"]["loaded"] == 48
+    assert turn["memory"]["loaded"] == 32
     assert len(Transcript(file).messages) == 20
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 SYSTEM = "Be brief."
 BUDGET, BLOCK, PROBE = 128, 64, 64
-RECORD = BUDGET * 3 // 4
+RECORD = BUDGET // 2
 SAID = chat(("garden", 8), ("music", 8), ("travel", 8))
 SHORT = SamplingOptions(max_new_tokens=8)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 STOCK, RAG, CACHE = "/v1/chat/completions", "/v1/rag/chat/completions", "/v1/rag/cache"
 BUDGET, BLOCK = 128, 32
-RECORD = BUDGET * 3 // 4  # the rest is for messages near the question
+RECORD = BUDGET // 2  # the rest is for messages near the question
 MEMORY = {"method": "epicache", "budget_tokens": BUDGET, "episodes": 2, "block_tokens": BLOCK}
 TOPICS = ("the lighthouse", "a violin", "my garden", "the night train")
 

@@ -11,7 +11,7 @@ import pytest
 
 from retrievers import Bm25Builder, Bm25Index, CorruptIndexError, RetrievalError
 from retrievers.bm25 import MAX_QUERY_TERMS
-from retrievers.terms import terms
+from retrievers.terms import text_terms
 
 
 def nfd(text: str) -> str:
@@ -50,7 +50,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Bm25Index:
 @pytest.fixture(scope="module")
 def direct() -> bm25s.BM25:
     model = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-    model.index([terms(text) for text in TEXTS], show_progress=False)
+    model.index([text_terms(text) for text in TEXTS], show_progress=False)
     return model
 
 
@@ -58,7 +58,7 @@ def direct() -> bm25s.BM25:
 def test_equals_bm25s(query: str, index: Bm25Index, direct: bm25s.BM25) -> None:
     assert len(TEXTS) > 2000
     rows, scores = index.search(query, 25)
-    expected = direct.get_scores([word for word in terms(query) if word in direct.vocab_dict])
+    expected = direct.get_scores([word for word in text_terms(query) if word in direct.vocab_dict])
     np.testing.assert_allclose(scores, np.sort(expected)[::-1][:25], rtol=1e-6)
     np.testing.assert_allclose(scores, expected[rows], rtol=1e-6)
 
@@ -100,21 +100,21 @@ def test_a_repeated_word_counts_each_time_and_is_looked_up_once(
     query = "generator " * 500 + "the import"
     rows, scores = counted.search(query, 25)
     words = {"generator", "the", "import"}
-    assert Slices.num_read == sum(len(words & set(terms(text))) for text in TEXTS)
-    np.testing.assert_allclose(scores, direct.get_scores(terms(query))[rows], rtol=1e-5)
+    assert Slices.num_read == sum(len(words & set(text_terms(text))) for text in TEXTS)
+    np.testing.assert_allclose(scores, direct.get_scores(text_terms(query))[rows], rtol=1e-5)
 
 
 @pytest.mark.parametrize("query", QUERIES[:5])
 def test_without_a_repetition_the_scores_are_those_of_bm25s_bit_for_bit(
     query: str, index: Bm25Index
 ) -> None:
-    words = [word for word in dict.fromkeys(terms(query)) if word in index.vocabulary]
+    words = [word for word in dict.fromkeys(text_terms(query)) if word in index.vocabulary]
     rows, scores = index.search(" ".join(words), 25)
     np.testing.assert_array_equal(scores, index._bm25.get_scores(words)[rows])
 
 
 def test_of_very_many_words_the_rarest_are_scored(counted: Bm25Index) -> None:
-    found = Counter(word for text in TEXTS for word in set(terms(text)))
+    found = Counter(word for text in TEXTS for word in set(text_terms(text)))
     assert len(found) > MAX_QUERY_TERMS + 500
     counted.search(" ".join(found), 5)
     assert Slices.num_read == sum(sorted(found.values())[:MAX_QUERY_TERMS])
@@ -151,10 +151,10 @@ def test_empty(tmp_path: Path) -> None:
 
 
 def test_terms() -> None:
-    assert terms("The C-API's __init__, snake_case") == [
+    assert text_terms("The C-API's __init__, snake_case") == [
         "the", "c", "api", "s", "__init__", "snake_case",
     ]  # fmt: skip
-    assert terms("日本語 text") == ["日", "本", "語", "日本", "本語", "text"]
+    assert text_terms("日本語 text") == ["日", "本", "語", "日本", "本語", "text"]
 
 
 _SAME_WORDS = {
@@ -190,15 +190,15 @@ _SAME_WORDS = {
 @pytest.mark.parametrize("name", _SAME_WORDS)
 def test_every_spelling_of_a_word_is_one_term(name: str) -> None:
     text, query = _SAME_WORDS[name]
-    assert set(terms(query)) <= set(terms(text))
-    assert max(map(len, terms(query))) > 1
+    assert set(text_terms(query)) <= set(text_terms(text))
+    assert max(map(len, text_terms(query))) > 1
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("мой", "мои"), ("10½", "101"), ("10²", "102"), ("が", "か"), ("คน", "กน")]
 )
 def test_letters_that_tell_words_apart_stay(one: str, other: str) -> None:
-    assert not set(terms(other)) <= set(terms(one))
+    assert not set(text_terms(other)) <= set(text_terms(one))
 
 
 def test_truncated_file(tmp_path: Path) -> None:
