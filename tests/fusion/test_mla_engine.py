@@ -88,6 +88,7 @@ def test_the_pool_holds_one_latent_and_one_position_part_per_token(served: tuple
 
 
 def test_fusion_is_off_for_it_and_says_why(served: tuple[Any, Any]) -> None:
-    runtime = served[0].runtime
-    assert not runtime.is_on
-    print(vars(runtime).get("why_off"), runtime.metrics.to_json())
+    status = served[0].runtime.status()
+    assert not status["on"]
+    assert "architecture DeepseekV2ForCausalLM" in status["off_reason"]
+    assert "MLA" in status["off_reason"]

@@ -70,7 +70,9 @@ def decode_is_fast() -> bool:
 def refusal(runner: Any) -> str | None:
     """Why this backend cannot serve the model of ``runner``, in one line; None when it can."""
     if runner.use_mla_backend and runner.server_args.speculative_algorithm:
-        return "trees of drafted tokens (speculative_algorithm) with multi-head latent attention (MLA)"
+        return (
+            "trees of drafted tokens (speculative_algorithm) with multi-head latent attention (MLA)"
+        )
     for module in runner.model.modules():
         if not isinstance(module, RadixAttention):
             continue
