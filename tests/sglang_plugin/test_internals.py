@@ -101,6 +101,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
     """Every row, as the plugin registers them, without registering a hook."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    from rag_pipeline.sglang_plugin.cpu.mla import FORM_TARGETS, ROPE_TARGETS
     from rag_pipeline.sglang_plugin.cpu.speculation import install
     from rag_pipeline.sglang_plugin.fusion.hooks import hook_rows
 
@@ -113,6 +114,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
         *HICACHE,
         *QUANTISED,
         *SPECULATING,
+        *ROPE_TARGETS,
+        *FORM_TARGETS,
     ]
 
 

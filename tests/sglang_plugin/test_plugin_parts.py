@@ -139,8 +139,10 @@ def test_drafted_tokens_need_a_backend_that_knows_trees():
     layer = RadixAttention(4, 16, 0.25, 2, layer_id=0, sliding_window_size=8)
     runner = SimpleNamespace(use_mla_backend=False, model=layer, server_args=arguments)
     assert "trees of drafted tokens" in refusal(runner)
+    runner.use_mla_backend = True
+    assert "MLA" in refusal(runner)
     arguments.speculative_algorithm = None
-    assert refusal(runner) is None
+    assert refusal(runner) is None  # MLA itself is served
 
 
 # ---- noise --------------------------------------------------------------------------------------

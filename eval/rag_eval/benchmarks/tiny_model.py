@@ -16,7 +16,17 @@ from rag_eval.arguments import OneLineParser
 from rag_eval.command import refusals_in_one_line
 from rag_eval.errors import EvalError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "gemma2", "gemma3")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "mixtral",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "deepseek_v2",
+)
 """What a tiny model can be; of Gemma 3 the text model."""
 
 WINDOW = 24
@@ -70,6 +80,23 @@ def tiny_config(family: str, **given: Any) -> Any:
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
             return transformers.Qwen3MoeConfig(
                 head_dim=16, norm_topk_prob=True, **experts, **common
+            )
+        case "deepseek_v2":
+            latent = {"kv_lora_rank": 32, "q_lora_rank": None, "v_head_dim": 16}
+            heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "num_key_value_heads": 4}
+            # The first layer is dense, the others choose two of four experts.
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+            groups = {
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "moe_layer_freq": 1,
+            }
+            sizes: dict[str, Any] = {"moe_intermediate_size": 64, "routed_scaling_factor": 1.0}
+            # SGLang reads what published checkpoints have and transformers has no field for.
+            sizes |= {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+            return transformers.DeepseekV2Config(
+                **(latent | heads | experts | groups | sizes | common | heads | given)
             )
         case "gemma2":
             caps = {"attn_logit_softcapping": 5.0, "hidden_act": _TANH, "sliding_window": WINDOW}

@@ -26,6 +26,7 @@ from rag_kernels.attention.torch_softmax import written_out_attention
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND, offer_attention_backend
 from rag_pipeline.sglang_plugin.cpu.decode_reads import DecodeReads, find_reads
+from rag_pipeline.sglang_plugin.cpu.mla import absorb_always
 from rag_pipeline.sglang_plugin.cpu.slot_plan import (
     PADDING_ALLOWED,
     SlotPlan,
@@ -68,8 +69,10 @@ def decode_is_fast() -> bool:
 
 def refusal(runner: Any) -> str | None:
     """Why this backend cannot serve the model of ``runner``, in one line; None when it can."""
-    if runner.use_mla_backend:
-        return "multi-head latent attention (MLA)"
+    if runner.use_mla_backend and runner.server_args.speculative_algorithm:
+        return (
+            "trees of drafted tokens (speculative_algorithm) with multi-head latent attention (MLA)"
+        )
     for module in runner.model.modules():
         if not isinstance(module, RadixAttention):
             continue
@@ -132,7 +135,8 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     Grouped-query attention, sliding windows (also with SGLang's separate window pool), caps on logits,
     attention sinks, any page size and any KV dtype are served, and trees of drafted tokens (NGRAM speculation) in
-    layers without a window, cap or sinks. Encoders, cross-attention, MLA and draft models are refused with one line.
+    layers without a window, cap or sinks. Multi-head latent attention is served in its absorbed form (:mod:`.mla`).
+    Encoders, cross-attention and draft models are refused with one line.
     """
 
     gathers_positions = True
@@ -147,6 +151,8 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
                 f"{model_runner.model_config.model_path} uses; start with "
                 "attention_backend='torch_native', or take another model."
             )
+        if model_runner.use_mla_backend:
+            absorb_always()
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         pool = self.token_to_kv_pool

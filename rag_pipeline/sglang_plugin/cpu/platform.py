@@ -163,12 +163,14 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from sglang.srt.mem_cache import allocation
 
         from rag_pipeline.sglang_plugin.cpu.attention_backend import register_backend
+        from rag_pipeline.sglang_plugin.cpu.mla import rotate_without_yarn
         from rag_pipeline.sglang_plugin.hook_table import fail_hard, verify_targets
 
         with fail_hard():
             add_targets(_TARGETS)
             verify_targets(_TARGETS)
             register_backend()
+            rotate_without_yarn()
             # SGLang takes the torch variant for its own CPU backend by *name* and a Triton kernel
             # for any other, in spite of capabilities.supports_triton (pages above one token). Set
             # by hand: this runs inside an import, where HookRegistry could not apply other hooks.

@@ -29,6 +29,7 @@ Where there are experts, each row is routed by itself, so a pass over fewer rows
 _WHY_NOT = {
     "GptOssForCausalLM": "SGLang serves it on attention backends of GPUs only, so chunk KV beside attention sinks was "
     "never proven in an engine",
+    "DeepseekV2ForCausalLM": "its pool holds one latent per token for all heads (MLA), which chunk KV has no layout for yet",
     "Gemma3ForConditionalGeneration": "its prompts may hold images, which attend both ways",
 }
 """Families that were looked at, and what stands in the way."""
