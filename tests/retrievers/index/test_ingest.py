@@ -183,7 +183,7 @@ def test_an_index_with_terms_of_other_rules_is_searched_right_and_mended_by_an_i
     documents = [replace(corpus(1)[0], text="Prüfbericht und Größe")]
     with monkeypatch.context() as older:
         older.setattr("retrievers.bm25_builder.ANALYSIS", 1)
-        older.setattr("retrievers.bm25_builder.terms", lambda text: text.split())
+        older.setattr("retrievers.bm25_builder.text_terms", lambda text: text.split())
         ingest(documents, tmp_path, splitter=splitter, embedder=hash_embedder)
     with Index.open(tmp_path) as index:
         assert len(index.search_terms("prufbericht", k=3)) == 1
