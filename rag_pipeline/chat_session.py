@@ -185,8 +185,7 @@ class ChatSession:
             text,
             max_new_tokens=self._sampling.max_new_tokens,
         )
-        if awaited(self._memory, plan):
-            self._memory.build_newest(plan)
+        self._memory.build_now(awaited(self._memory, plan))
         prepared = self._memory.prepare_planned(plan, self._sampling)
         return prepared.request, prepared, NOTHING_CUT
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from chunk_cache.retention.base import RetentionRule
 from rag_kernels import Registry
 from rag_kernels.options import create_named
@@ -23,7 +25,7 @@ RETENTION_RULES: Registry[type[RetentionRule]] = Registry(
 
 
 def create_rule(text: str) -> RetentionRule:
-    """Make a rule.
+    """Make a rule; the one of the same text where it was made before, since a rule keeps nothing between calls.
 
     Parameters
     ----------
@@ -35,4 +37,10 @@ def create_rule(text: str) -> RetentionRule:
     ValueError
         An unknown name or option, a wrong type or value; one line that says what is allowed.
     """
+    return _created(RETENTION_RULES.get(text.partition(":")[0]), text)
+
+
+@lru_cache(maxsize=256)
+def _created(kind: type[RetentionRule], text: str) -> RetentionRule:
+    """Make a rule once; by its class too, as a name may be registered anew."""
     return create_named(RETENTION_RULES, text)

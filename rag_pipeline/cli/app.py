@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from rag_pipeline.cli.cache_commands import cache_app
-from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS
+from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, MEMORY_DEFAULTS, refuse_unread_memory
 from rag_pipeline.cli.config_commands import config_app
 from rag_pipeline.cli.options import (
     DEFAULT_MODEL,
@@ -207,11 +207,12 @@ def ask(
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     memory: MemoryOption = "off",
-    memory_budget: MemoryBudgetOption = 2048,
-    memory_episodes: MemoryEpisodesOption = 4,
-    memory_block: MemoryBlockOption = 512,
+    memory_budget: MemoryBudgetOption = MEMORY_DEFAULTS.budget_tokens,
+    memory_episodes: MemoryEpisodesOption = MEMORY_DEFAULTS.episodes,
+    memory_block: MemoryBlockOption = MEMORY_DEFAULTS.block_tokens,
     system: Annotated[
         str | None, typer.Option(help="What the model is told before the conversation.")
     ] = None,
@@ -231,6 +232,7 @@ def chat(
     """Chat in the terminal or through a pipe; with --memory from a cache of fixed size."""
     from rag_pipeline.cli.chat import ChatOptions, run_chat
 
+    refuse_unread_memory(context)
     run_chat(
         ChatOptions(
             model=model,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_pipeline.cli.chat_lines import COMMANDS, help_text, read_messages
-from rag_pipeline.cli.common import chosen_memory, resolve_llm_shown
+from rag_pipeline.cli.common import MEMORY_DEFAULTS, chosen_memory, resolve_llm_shown
 from rag_pipeline.cli.console import emit_json, say, step, write, write_error
 from rag_pipeline.cli.transcript import Transcript
 from rag_pipeline.errors import RagPipelineError
@@ -25,9 +25,9 @@ class ChatOptions:
 
     model: str
     memory: str = "off"
-    memory_budget: int = 2048
-    memory_episodes: int = 4
-    memory_block: int = 512
+    memory_budget: int = MEMORY_DEFAULTS.budget_tokens
+    memory_episodes: int = MEMORY_DEFAULTS.episodes
+    memory_block: int = MEMORY_DEFAULTS.block_tokens
     system: str | None = None
     server: str | None = None
     history: Path | None = None

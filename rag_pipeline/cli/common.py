@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rag_pipeline.cli.console import Advance, step
+from rag_pipeline.errors import RagPipelineError
+from rag_pipeline.memory.config import MemoryConfig
 
 if TYPE_CHECKING:
-    from rag_pipeline.memory import MemoryConfig
+    import typer
+
     from rag_pipeline.models import ResolvedModel
     from retrievers import Embedder, Index
 
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 DEFAULT_CHUNK_TOKENS = 192
 """The default embedder reads 256 of its own tokens; prose of 192 model tokens and a title fits."""
+MEMORY_DEFAULTS = MemoryConfig()
+_MEMORY_FLAGS = ("memory_budget", "memory_episodes", "memory_block")
 
 
 def resolve_llm_shown(name: str) -> ResolvedModel:
@@ -90,3 +95,23 @@ def chosen_memory(options: MemoryOptions) -> MemoryConfig | None:
             "block_tokens": options.memory_block,
         }
     )
+
+
+def refuse_unread_memory(context: typer.Context) -> None:
+    """Refuse flags of a memory where there is none; what a settings file says of one may wait for it.
+
+    Raises
+    ------
+    RagPipelineError
+        A flag that nothing would read.
+    """
+    method = context.params["memory"]
+    if method != "off":
+        return
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in _MEMORY_FLAGS and source is not None and source.name == "COMMANDLINE":
+            raise RagPipelineError(
+                f"{option.opts[0]} is {context.params[option.name]} and --memory is off; "
+                f"give --memory {MEMORY_DEFAULTS.method}, or leave {option.opts[0]} out"
+            )

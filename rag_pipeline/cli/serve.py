@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rag_pipeline.cli.common import (
     DEFAULT_CHUNK_TOKENS,
     DEFAULT_EMBEDDER,
+    MEMORY_DEFAULTS,
     chosen_memory,
     resolve_llm_shown,
 )
@@ -51,9 +52,9 @@ class ServeOptions:
     policy: str = "query"
     attention: str | None = None
     memory: str = "off"
-    memory_budget: int = 2048
-    memory_episodes: int = 4
-    memory_block: int = 512
+    memory_budget: int = MEMORY_DEFAULTS.budget_tokens
+    memory_episodes: int = MEMORY_DEFAULTS.episodes
+    memory_block: int = MEMORY_DEFAULTS.block_tokens
     search: str = "dense"
     top_k: int = 4
     document_order: str = "retrieved"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS
+from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, MEMORY_DEFAULTS, refuse_unread_memory
 from rag_pipeline.cli.options import (
     DEFAULT_MODEL,
     DocumentOrderOption,
@@ -72,9 +72,9 @@ def serve(
         ),
     ] = None,
     memory: MemoryOption = "off",
-    memory_budget: MemoryBudgetOption = 2048,
-    memory_episodes: MemoryEpisodesOption = 4,
-    memory_block: MemoryBlockOption = 512,
+    memory_budget: MemoryBudgetOption = MEMORY_DEFAULTS.budget_tokens,
+    memory_episodes: MemoryEpisodesOption = MEMORY_DEFAULTS.episodes,
+    memory_block: MemoryBlockOption = MEMORY_DEFAULTS.block_tokens,
     search: SearchOption = "dense",
     top_k: TopKOption = 4,
     document_order: DocumentOrderOption = "retrieved",
@@ -128,6 +128,7 @@ def serve(
     """Start SGLang's server with the RAG routes and the page; other flags go to SGLang."""
     from rag_pipeline.cli.serve import ServeOptions, run_serve
 
+    refuse_unread_memory(context)
     run_serve(
         ServeOptions(
             index=tuple(indexes),

@@ -121,7 +121,11 @@ class Memory:
 
     def build_newest(self, plan: MemoryPlan) -> None:
         """Wait until the records of a plan's first candidate are built; one that fails is none."""
-        for job in [self.builder.build(one, urgent=True) for one in plan.candidates[0].chains]:
+        self.build_now(plan.candidates[0].chains)
+
+    def build_now(self, chains: Sequence[Chain]) -> None:
+        """Wait until these are built, before any that nobody waits for; one that fails is none."""
+        for job in [self.builder.build(one, urgent=True) for one in chains]:
             job.result()
 
     def prepare_planned(self, plan: MemoryPlan, sampling: SamplingOptions) -> Prepared:

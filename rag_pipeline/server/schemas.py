@@ -5,10 +5,20 @@ Lists stop at their first fault: a body is checked on the event loop, and may ho
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    model_validator,
+)
 
+from rag_pipeline.memory.config import MemoryConfig
 from rag_pipeline.prompts.document_order import MAX_DOCUMENT_ORDER
 from rag_pipeline.prompts.truncation import Truncation
 from rag_pipeline.protocol.fields import MAX_ATTENTION, MAX_CONVERSATION
@@ -74,28 +84,28 @@ class Message(NeutralMessage):
         return self.content or self.refusal or ""
 
 
-_Whole = Annotated[int, Field(strict=True)]
-_Number = Annotated[float, Field(ge=0, le=100)]
+_MEMORY_KINDS: dict[Any, Any] = {
+    str: Annotated[str, Field(min_length=1, max_length=64)],
+    int: Annotated[int, Field(strict=True)],
+    float: Annotated[float, Field(strict=True, allow_inf_nan=False)],
+}
+"""How a field of that type is written in JSON; `MemoryConfig` says its range."""
 
 
-class MemoryOptions(Strict):
+def _memory_fields() -> dict[str, Any]:
+    """Every field of `MemoryConfig`, so that one that it learns is a request's at once."""
+    fields = {}
+    for name, hint in get_type_hints(MemoryConfig).items():
+        (kind,) = {*(get_args(hint) or (hint,))} - {NoneType}
+        fields[name] = (_MEMORY_KINDS[kind] | None, None)
+    return fields
+
+
+_MemoryFields: Any = create_model("_MemoryFields", __base__=Strict, **_memory_fields())
+
+
+class MemoryOptions(_MemoryFields):  # type: ignore[misc]
     """Memory of a long conversation, with the fields of `MemoryConfig`, which says their ranges; what is not said is the server's default."""
-
-    method: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    budget_tokens: _Whole | None = None
-    episodes: _Whole | None = None
-    block_tokens: _Whole | None = None
-    segment_utterances: _Whole | None = None
-    medoids: _Whole | None = None
-    probe_tokens: _Whole | None = None
-    retrieved_share: _Number | None = None
-    merge_margin: _Number | None = None
-    own_share: _Number | None = None
-    verbatim_tokens: _Whole | None = None
-    cluster_segments: _Whole | None = None
-    recluster_growth: _Number | None = None
-    recluster_drift: _Number | None = None
-    switch_segments: _Whole | None = None
 
 
 MemoryWish = Annotated[

@@ -179,6 +179,19 @@ def test_a_default_attention_that_does_not_exist(
     assert "--attention: " in refused([*words, "power:window=0"], capsys)
 
 
+def test_a_server_without_a_memory_refuses_flags_of_one(
+    small_index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--index", str(small_index), "--model", "no-such-model"]
+    for given in ([], ["--memory", "off"]):
+        said = refused([*words, *given, "--memory-budget", "1024"], capsys)
+        assert "--memory-budget is 1024 and --memory is off; give --memory epicache" in said
+    # What a file says of a memory waits for one that is asked for.
+    file = tmp_path / "settings.toml"
+    file.write_text("[memory]\nbudget_tokens = 1024\n")
+    assert "no-such-model" in refused(["--config", str(file), *words], capsys)
+
+
 @pytest.mark.parametrize("command", [["serve"], ["ask", "Why?"]])
 def test_an_order_of_documents_that_does_not_exist(
     small_index: Path, capsys: pytest.CaptureFixture[str], command: list[str]

@@ -228,6 +228,26 @@ def test_no_keys_have_no_scores(name: str) -> None:
     ).shape == (3, 0)
 
 
+def test_a_rule_is_made_once_per_text_and_anew_for_another_class_of_its_name() -> None:
+    text = "streaming:first=3"
+    assert create_rule(text) is create_rule(text)
+    assert create_rule(text) is not create_rule("streaming:first=5")
+    made = []
+    for _ in range(2):
+
+        class Mine(type(create_rule("streaming"))):  # type: ignore[misc]
+            name = "mine"
+
+        RETENTION_RULES.register("mine", Mine)
+        try:
+            made.append(create_rule("mine"))
+        finally:
+            RETENTION_RULES.unregister("mine")
+        assert type(made[-1]) is Mine
+        with pytest.raises(ValueError, match="choose one of"):
+            create_rule("mine")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rag_pipeline.memory import MemoryConfig
 from rag_pipeline.prompts.history import question_part
 from rag_pipeline.protocol import Usage
+from rag_pipeline.server import schemas
 from rag_pipeline.server.attribution import attribute
 from rag_pipeline.server.errors import refusal_of
 from rag_pipeline.server.question_part import read_conversation
@@ -269,3 +270,19 @@ def test_a_request_may_set_every_field_of_a_memory() -> None:
     )
     given = {"own_share": 0, "retrieved_share": 0.5, "episodes": 2}
     assert MemoryOptions(**given).model_dump(exclude_none=True) == given
+    default = dataclasses.asdict(MemoryConfig())
+    assert MemoryOptions(**default).model_dump() == default
+    for wrong in ({"own_share": "0.5"}, {"own_share": True}, {"episodes": 2.0}, {"medoids": "4"}):
+        with pytest.raises(ValidationError):
+            MemoryOptions(**wrong)
+
+
+def test_a_field_that_a_memory_learns_is_a_requests_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Learned(MemoryConfig):
+        forgets: float | None = None
+
+    monkeypatch.setattr(schemas, "MemoryConfig", Learned)
+    assert tuple(schemas._memory_fields()) == (*MemoryOptions.model_fields, "forgets")
