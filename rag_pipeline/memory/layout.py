@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from rag_pipeline.memory.matching import near_segments
 from rag_pipeline.memory.plan import Candidate, Chain, Range
 from rag_pipeline.protocol import FusionRequest, MemoryFields, MemoryLoad
 
 if TYPE_CHECKING:
     from rag_pipeline.memory.clustering import Vectors
     from rag_pipeline.memory.conversation import View
+    from rag_pipeline.memory.matching import Scores
 
 
 @dataclass(kw_only=True)
@@ -21,6 +23,8 @@ class Question:
 
     Parameters
     ----------
+    view : View
+        The history that it is asked behind.
     text : str
         As asked.
     ids : tuple of int
@@ -31,6 +35,7 @@ class Question:
         Text to its sentence vector.
     """
 
+    view: View
     text: str
     ids: tuple[int, ...]
     room: int
@@ -40,6 +45,11 @@ class Question:
     def vector(self) -> Vectors:
         """Its sentence vector, ``(dim,)``; computed when it is asked for first."""
         return self.encode(self.text)
+
+    @cached_property
+    def near_segments(self) -> Scores:
+        """How near each whole segment of the history is, ``(segments,)``; computed when it is asked for first."""
+        return near_segments(self.view, self.text, self.vector)
 
 
 def plain_candidate(view: View, question: Question, ranges: Sequence[Range]) -> Candidate:

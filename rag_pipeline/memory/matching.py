@@ -1,8 +1,8 @@
 """What of a conversation is near a question: sentence vectors and words (BM25), by reciprocal rank fusion.
 
 EpiCache (https://arxiv.org/abs/2509.17396) compares a question with the centre of each episode. Deviation: segments are
-ranked, and the best of them vote for their episodes. Of the evidence in the first 4,096 tokens of five LoCoMo conversations (125
-questions) 0.73 lie in the episode nearest by its centre, 0.81 in the one that is voted for; of the first 7,600 (221 questions)
+ranked, and the best of them vote for their episodes. Of the evidence in the first 4,096 tokens of five LoCoMo conversations (123
+questions) 0.73 lie in the episode nearest by its centre, 0.81 in the one that is voted for; of the first 7,600 (220 questions)
 0.67 and 0.71.
 """
 
@@ -86,11 +86,13 @@ def fused(near: Sequence[Scores | Vectors], words: Sequence[Scores]) -> Scores:
     return total
 
 
-def near_segments(view: View, question: Question) -> Scores:
-    """Score each whole segment of the history, ``(segments,)``; the higher, the nearer."""
+def near_segments(view: View, text: str, vector: Vectors) -> Scores:
+    """Score each whole segment of the history, ``(segments,)``; the higher, the nearer to a text and its vector."""
     count = view.num_segments
+    if not count:
+        return np.zeros(0)
     vectors = np.stack(view.segment_vectors(count))
-    return fused([vectors @ question.vector], [view.segment_words(count).scores(question.text)])
+    return fused([vectors @ vector], [view.segment_words(count).scores(text)])
 
 
 def votes(near: Scores, labels: Sequence[int], episodes: int) -> Scores:
@@ -123,7 +125,7 @@ def recalled(view: View, question: Question, end: int, room: int) -> list[int]:
     last = view.message_at(end) if end < view.num_tokens else view.count
     if room <= 0 or not last:
         return []
-    segments = near_segments(view, question) if view.num_segments else np.zeros(0)
+    segments = question.near_segments
     messages: list[int] = []
     tokens = 0
     for place, segment in enumerate(np.argsort(-segments, kind="stable")):

@@ -151,6 +151,7 @@ class Planner:
                 "answer have fewer tokens"
             )
         return Question(
+            view=view,
             text=query.strip() or text,
             ids=ids,
             room=room,

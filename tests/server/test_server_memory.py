@@ -173,6 +173,8 @@ def test_a_client_that_leaves_while_its_record_is_made_harms_nobody(rag_server: 
     before = facts(rag_server)
     with rag_server.client() as client, pytest.raises(httpx.ReadTimeout):
         client.post(STOCK, json=body, timeout=0.3)
+    # It left while the answer waited for its record.
+    assert facts(rag_server)["answers"] == before["answers"]
     assert loaded(rag_server, own_talk(10, "stayer")) == RECORD
     assert loaded(rag_server, messages) == RECORD
     built(rag_server)

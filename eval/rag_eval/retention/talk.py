@@ -108,7 +108,13 @@ def lay_out(
     questions = []
     for one in (cut.questions[i] for i in _spread(len(cut.questions), most_questions)):
         ids = renderer.question_ids(view.last_role, one.text)
-        asked = Question(text=one.text, ids=ids, room=0, encode=lambda text: vectors.of([text])[0])
+        asked = Question(
+            view=view,
+            text=one.text,
+            ids=ids,
+            room=0,
+            encode=lambda text: vectors.of([text])[0],
+        )
         questions.append(
             AskedQuestion(
                 id=one.id,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rag_pipeline.memory.chains import Recipe
 from rag_pipeline.memory.clustering import unit
-from rag_pipeline.memory.matching import near_segments, votes
+from rag_pipeline.memory.matching import votes
 from rag_pipeline.memory.methods.chained import ChainedMethod
 from rag_pipeline.memory.owned import own_spans
 from rag_pipeline.memory.probes import patched_probe
@@ -75,7 +75,7 @@ class EpiCache(ChainedMethod):
             latest = view.latest_episode(version)
             return sorted(((place, float(place == latest)) for place in range(count)), key=_last)
         labels = view.labels(version)  # of an older version, up to the next clustering
-        shares = votes(near_segments(view, question)[: len(labels)], labels, count)
+        shares = votes(question.near_segments[: len(labels)], labels, count)
         near = np.stack([unit(centre) for centre in view.centres(version)]) @ question.vector
         order = sorted(range(count), key=lambda place: (-shares[place], -near[place], place))
         return [(place, float(shares[place])) for place in order]
