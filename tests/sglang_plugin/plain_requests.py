@@ -22,14 +22,14 @@ def prompts() -> list[str]:
 
 
 def answers(engine: Any) -> dict[str, list[dict[str, Any]]]:
-    """Greedy tokens, their log-probabilities, the second best, and how far each is above it."""
+    """Greedy tokens, their log-probabilities, the best two at each place, and how far they are apart."""
 
     def facts(output: dict[str, Any]) -> dict[str, Any]:
         meta = output["meta_info"]
         return {
             "ids": list(output["output_ids"]),
             "logprobs": [entry[0] for entry in meta["output_token_logprobs"]],
-            "seconds": [best[1][1] for best in meta["output_top_logprobs"]],
+            "best_two": [[one[1] for one in best] for best in meta["output_top_logprobs"]],
             "margins": [best[0][0] - best[1][0] for best in meta["output_top_logprobs"]],
             "cached": meta["cached_tokens"],
         }

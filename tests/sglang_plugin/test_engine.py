@@ -81,7 +81,8 @@ def test_twenty_prompts_have_the_tokens_and_logprobs_of_stock(engine, stock):
                 pairs = zip(got["ids"], want["ids"], strict=True)
                 same = next(place for place, (one, other) in enumerate(pairs) if one != other)
                 assert want["margins"][same] <= tolerance, f"{kind} prompt {number}"
-                assert got["ids"][same] == want["seconds"][same], f"{kind} prompt {number}"
+                # Of two that tie exactly, the chosen one may be listed second.
+                assert got["ids"][same] in want["best_two"][same], f"{kind} prompt {number}"
                 ties += 1
             assert got["ids"][:same] == want["ids"][:same], f"{kind} prompt {number}"
             near = pytest.approx(want["logprobs"][:same], abs=tolerance)
