@@ -187,6 +187,25 @@ def test_a_record_beyond_the_budget_is_declined(server: Server, make_record: Mak
     assert list(tier.keys()) == []
 
 
+def test_a_record_that_is_evicted_before_it_has_its_name_is_not_stored(
+    server: Server, make_record: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, record = tier_of(server), make_record(range(8))
+    client = tier.tier._client
+    real = client.renamenx
+
+    def renamenx(temporary: str, name: str) -> Any:
+        assert client_of(server).unlink(temporary) == 1  # as a full server does
+        return real(temporary, name)
+
+    monkeypatch.setattr(client, "renamenx", renamenx)
+    assert not tier.put(record)
+    assert tier.read(record.key) is None
+    monkeypatch.undo()
+    assert tier.put(record)
+    assert tier.stats()["state"] == "closed"
+
+
 def test_writers_of_one_key_and_a_reader_beside_a_server_that_evicts(
     tmp_path: Path, make_record: Make
 ) -> None:

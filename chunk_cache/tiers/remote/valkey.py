@@ -186,6 +186,10 @@ class ValkeyTier(HeaderFirstTier):
                         self._client.rename(temporary, name)  # what is there can be read by nobody
                 except self._server.errors.OutOfMemoryError:
                     return False
+                except self._server.errors.ResponseError as error:
+                    if str(error) != "no such key":
+                        raise
+                    return False  # a server that is full evicted it before it had its name
                 finally:
                     with contextlib.suppress(self._server.errors.ValkeyError):
                         self._client.unlink(temporary)
