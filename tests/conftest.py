@@ -115,6 +115,9 @@ def warm_start() -> WarmStart:
     return _warm()
 
 
+_served: dict[int, WarmProcess] = {}
+
+
 @contextmanager
 def _serving(
     words: Sequence[str | Path], log: Path, *, ready: Callable[[str], bool], **variables: str
@@ -137,6 +140,7 @@ def _serving(
         port = int(probe.getsockname()[1])
     command = [*map(str, words), "--host", "127.0.0.1", "--port", str(port)]
     process = _warm().popen(command, environment=os.environ | variables, stdout=log)
+    _served[process.pid] = process
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 600
@@ -148,6 +152,13 @@ def _serving(
     finally:
         process.kill_group()  # SGLang's children among it
         process.wait()
+        del _served[process.pid]
+
+
+@pytest.fixture(scope="session")
+def exit_code() -> Callable[[int], int]:
+    """``exit_code(pid)``: wait for a server of `serving` to end, and say how it did."""
+    return lambda pid: _served[pid].wait()
 
 
 def _answers_health(url: str) -> bool:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MOST_MEMORIES = 64
 """Namespaces and configurations with a memory of their own. Beyond, of the tenant with most of them the one that was not used
 for longest is planned anew."""
+STEP_S = 300.0
+"""Longest that one step takes, its wait in the engine's queue included: as long as SGLang lets a batch take."""
 _UNDER_WAY = 4096
 """Requests whose report is waited for."""
 _FRAME_TOKENS = 16
@@ -239,7 +241,12 @@ class Memories:
             if memory is None:
                 turns = self._tenant_turns.setdefault(tenant, Turns())
                 backend = MemoryBackend(
-                    self._engine, loop, salt, (turns, self._turns), self._check_open
+                    self._engine,
+                    loop,
+                    salt,
+                    (turns, self._turns),
+                    self._check_open,
+                    step_s=STEP_S,
                 )
                 planner = Planner(
                     config,

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from chunk_cache import tenant_mark
+from rag_pipeline.errors import EngineError
 from rag_pipeline.protocol import GenerationPiece, GenerationRequest
 from rag_pipeline.protocol.cache_order import memories_order
 from rag_pipeline.server.turns import Turns
@@ -35,6 +36,9 @@ class MemoryBackend:
         behind the others, in however many namespaces and configurations.
     check : callable
         Called while a step waits for its turn; gives up by raising.
+    step_s : float
+        Seconds that one step may take once it has its turn. All tenants wait behind it, so one that the engine never
+        ends must not hold them.
     """
 
     def __init__(
@@ -44,12 +48,15 @@ class MemoryBackend:
         salt: str,
         turns: Sequence[Turns],
         check: Callable[[], None],
+        *,
+        step_s: float,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._salt = salt
         self._turns = turns
         self._check = check
+        self._step_s = step_s
 
     @property
     def context_length(self) -> int:
@@ -57,14 +64,22 @@ class MemoryBackend:
         return self._engine.context_length
 
     def generate(self, request: GenerationRequest) -> Generator[GenerationPiece, None, None]:
-        """Yield the answer when it is whole; an answer of a build is one token."""
+        """Yield the answer when it is whole; an answer of a build is one token.
+
+        Raises
+        ------
+        EngineError
+            The engine has not ended the step in time; it is aborted there.
+        """
         with ExitStack() as held:
             for turns in self._turns:
                 held.enter_context(turns.turn(self._check))
             self._check()
             future = asyncio.run_coroutine_threadsafe(self._whole(request), self._loop)
             try:
-                pieces = future.result()
+                pieces = future.result(self._step_s)
+            except TimeoutError:
+                raise EngineError(f"the engine has not ended it in {self._step_s:g} s") from None
             finally:
                 future.cancel()
         yield from pieces

@@ -39,7 +39,8 @@ class Engine:
     def __init__(self) -> None:
         self.salts: list[str | None] = []
         self.orders: list[Any] = []
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.given_up = 0
+        self.deaf_to: str | None = None
         self.listen: Callable[[dict[str, Any]], None]
 
     def on_report(self, listen: Callable[[dict[str, Any]], None]) -> None:
@@ -49,6 +50,11 @@ class Engine:
         self, request: GenerationRequest, *, cache_salt: str | None, **others: Any
     ) -> AsyncGenerator[GenerationPiece, None]:
         self.salts.append(cache_salt)
+        if cache_salt is not None and cache_salt == self.deaf_to:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.given_up += 1
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await asyncio.sleep(0.002)
@@ -246,6 +252,29 @@ def test_turns_are_of_tenants_however_many_configurations_one_has(
         await asyncio.gather(*many)
 
     asyncio.run(chat())
+
+
+def test_a_step_that_the_engine_never_ends_is_given_up_and_holds_no_other_tenant(
+    memories: Memories, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_server, "STEP_S", 0.2)
+    engine.deaf_to = "salt-a"
+
+    async def chat() -> None:
+        stuck = asyncio.create_task(memories.prepare(CONFIG, ACME, asked(20), SAMPLING))  # type: ignore[arg-type]
+        while not engine.salts:
+            await asyncio.sleep(0.001)
+        turn = await memories.prepare(CONFIG, GLOBEX, asked(20), SAMPLING)  # type: ignore[arg-type]
+        assert turn is not None
+        assert turn.fusion.memory is not None
+        window = await stuck
+        assert window is not None
+        assert window.fusion.memory is None  # who waited has a window
+        await built(turn)
+
+    asyncio.run(chat())
+    assert memories.facts("salt-a")["build_failed"] == engine.given_up > 0
+    assert memories.facts("salt-g")["build_failed"] == 0
 
 
 def test_reports_that_never_come_are_not_waited_for_without_end(

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from rag_eval.benchmarks.route_matrix import MatrixTarget, run_matrix
 from rag_pipeline.sglang_plugin.cpu.detect import accelerator_present
@@ -48,6 +49,7 @@ def lone_server(
     words += ["serve", "--model", tiny_llm, "--index", folder / "index", "--store", folder / "kv"]
     words += ["--max-searches", "8", "--max-questions", "2"]
     words += ["--stop-seconds", "2", "--max-body-mb", "1"]
+    words += ["--memory", "epicache", "--memory-budget", "256", "--memory-block", "32"]
     words += ["--max-total-tokens", "8192", "--context-length", "4096"]
     log = folder / "log.txt"
     with serving(
@@ -214,23 +216,61 @@ def _refusals_on_one_connection(url: str, bodies: list[str]) -> list[tuple[int, 
     return seen
 
 
-def begin_records(url: str) -> None:
-    """Ask about a long conversation, and leave while its records are being made."""
+def conversation(messages: int) -> list[dict[str, str]]:
+    """So many messages of about twenty tokens, and a question."""
     said = [
         {"role": ("user", "assistant")[n % 2], "content": f"Note {n}: the tower was of blue stone."}
-        for n in range(120)
+        for n in range(messages)
     ]
-    memory = {"method": "epicache", "budget_tokens": 256, "block_tokens": 32, "episodes": 4}
-    body = {"model": "default", "max_tokens": 2, "memory": memory}
-    body["messages"] = [*said, {"role": "user", "content": "Of what was the tower?"}]
+    return [*said, {"role": "user", "content": "Of what was the tower?"}]
+
+
+def test_a_chat_whose_memory_is_off_is_answered_as_by_stock_sglang(
+    lone_server: Any, tiny_llm: Path
+) -> None:
+    """Tokens and log-probabilities are those of SGLang's own route, given the tokens of the whole conversation."""
+    url, messages = lone_server[0], conversation(40)
+    ids = AutoTokenizer.from_pretrained(tiny_llm).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    sampling = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    whole = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
+    chat = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 6}
+    chat |= {"ignore_eos": True, "logprobs": True, "top_logprobs": 4, "return_meta_info": True}
     with client(url) as asking:
+        asking.post("/flush_cache").raise_for_status()
+        stock = asking.post("/generate", json=whole | {"top_logprobs_num": 4}).json()["meta_info"]
+        asking.post("/flush_cache").raise_for_status()
+        off = asking.post("/v1/chat/completions", json=chat | {"memory": "off"}).json()
+        on = asking.post("/v1/chat/completions", json=chat).json()
+    choice = off["choices"][0]
+    assert off["usage"]["prompt_tokens"] == stock["prompt_tokens"] == len(ids) > 600
+    assert "memory" not in choice["meta_info"].get("rag_fusion", {})
+    told = choice["logprobs"]["content"]
+    assert [one["logprob"] for one in told] == [one[0] for one in stock["output_token_logprobs"]]
+    assert [[top["logprob"] for top in one["top_logprobs"]] for one in told] == [
+        [top[0] for top in tops] for tops in stock["output_top_logprobs"]
+    ]
+    # Off is not what this server does by itself.
+    assert on["usage"]["prompt_tokens"] < len(ids)
+    assert on["choices"][0]["meta_info"]["rag_fusion"]["memory"]["loaded"] == 128
+
+
+def begin_records(url: str) -> None:
+    """Ask about a long conversation, and leave while its records are being made."""
+    body = {"model": "default", "max_tokens": 2, "messages": conversation(120)}
+    with client(url) as asking:
+        before = asking.get("/v1/rag/cache").json()["memory"]
         with pytest.raises(httpx.ReadTimeout):
             asking.post("/v1/chat/completions", json=body, timeout=1)
         memory = asking.get("/v1/rag/cache").json()["memory"]
-    assert (memory["memories"], memory["answers"]) == (1, 0)  # the answer waits for its record
+    assert memory["memories"] == 1
+    assert memory["answers"] == before["answers"]  # the answer waits for its record
 
 
-def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: Any) -> None:
+def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(
+    lone_server: Any, exit_code: Callable[[int], int]
+) -> None:
     url, pid, log = lone_server
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     body = {
@@ -260,5 +300,6 @@ def test_sigterm_takes_no_more_gives_up_on_time_and_leaves_nothing(lone_server: 
     gone, alive = psutil.wait_procs(family, timeout=120)
     assert not alive
     assert len(gone) == len(family)
+    assert exit_code(pid) == 0
     assert "Traceback" not in log.read_text(errors="replace")
     assert not list((log.parent / "kv").rglob("*.tmp*"))
