@@ -23,7 +23,9 @@ class HeadsLayout(KVLayout):
         kind = type(pool).__name__
         if kind == "MHATokenToKVPool":
             return None
-        return f"KV pool {kind}: only plain multi-head pools are supported (no MLA, SWA, hybrid)"
+        return (
+            f"KV pool {kind}: only plain multi-head and latent pools are supported (no SWA, hybrid)"
+        )
 
     def check(self, record: ChunkKV) -> None:
         """Check that K and V differ in the head size at most."""

@@ -85,10 +85,3 @@ def test_the_pool_holds_one_latent_and_one_position_part_per_token(served: tuple
     pool = served[0].scheduler.tp_worker.model_runner.token_to_kv_pool
     assert type(pool).__name__ == "MLATokenToKVPool"
     assert {tuple(buffer.shape[1:]) for buffer in pool.kv_buffer} == {(1, 32 + 8)}
-
-
-def test_fusion_is_off_for_it_and_says_why(served: tuple[Any, Any]) -> None:
-    status = served[0].runtime.status()
-    assert not status["on"]
-    assert "architecture DeepseekV2ForCausalLM" in status["off_reason"]
-    assert "MLA" in status["off_reason"]
