@@ -48,7 +48,7 @@ class KVLayout(abc.ABC):
 
     @abc.abstractmethod
     def refuse_pool(self, pool: Any) -> str | None:
-        """Reason why an engine's pool is not of this layout, or None; asked once, at start."""
+        """Reason why an engine's pool is not of this layout, as a part of a sentence, or None; asked once, at start."""
 
     @abc.abstractmethod
     def check(self, record: ChunkKV) -> None:
@@ -167,7 +167,7 @@ def layout_of_pool(pool: Any) -> KVLayout:
     Raises
     ------
     ChunkCacheError
-        If it has none; the message is the reason of the first layout.
+        If it has none; the message has the reason of every layout.
     """
     reasons = []
     for name in KV_LAYOUTS.names():
@@ -176,7 +176,7 @@ def layout_of_pool(pool: Any) -> KVLayout:
         if reason is None:
             return layout
         reasons.append(reason)
-    raise ChunkCacheError(reasons[0])
+    raise ChunkCacheError(f"KV pool {type(pool).__name__} has no layout here: {'; '.join(reasons)}")
 
 
 @functools.cache

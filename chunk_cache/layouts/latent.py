@@ -27,12 +27,11 @@ class LatentLayout(HeadsLayout):
 
     def refuse_pool(self, pool: Any) -> str | None:
         """Accept SGLang's plain latent pool, by the name of its type."""
-        kind = type(pool).__name__
-        if kind != "MLATokenToKVPool":
-            return f"KV pool {kind}: not of one latent per token"
+        if type(pool).__name__ != "MLATokenToKVPool":
+            return "latent takes pools of one latent per token only"
         rows = int(pool.kv_lora_rank) + int(pool.qk_rope_head_dim)
         if getattr(pool, "use_dsa", False) or int(pool.kv_cache_dim) != rows:
-            return f"KV pool {kind} of rows of {pool.kv_cache_dim} instead of {rows}: sparse or packed latents are refused"
+            return f"rows of {pool.kv_cache_dim} instead of {rows}: sparse or packed latents are refused"
         return None
 
     def check(self, record: ChunkKV) -> None:
