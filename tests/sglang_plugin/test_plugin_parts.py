@@ -111,10 +111,22 @@ def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
         tp_size=1,
         pp_size=1,
         dp_size=1,
+        dcp_size=1,
     )
     platform.RagCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
     assert arguments.attention_backend == "rag_cpu"
+
+
+@pytest.mark.parametrize("backend", [None, "rag_cpu", "torch_native"])
+def test_tokens_dealt_out_over_the_ranks_are_refused_in_one_line(backend):
+    import sglang.srt.server_args  # noqa: F401  # as above
+
+    from rag_pipeline.sglang_plugin.cpu.platform import RagCpuPlatform
+
+    arguments = SimpleNamespace(attention_backend=backend, dcp_size=2, tp_size=2)
+    with pytest.raises(EngineError, match=r"^dcp_size 2: .*; start with dcp_size=1, .*\.$"):
+        RagCpuPlatform().apply_server_args_defaults(arguments)
 
 
 def test_drafted_tokens_need_a_backend_that_knows_trees():
@@ -125,7 +137,10 @@ def test_drafted_tokens_need_a_backend_that_knows_trees():
 
     platform = RagCpuPlatform()
     arguments = SimpleNamespace(
-        attention_backend="torch_native", speculative_algorithm="NGRAM", dtype="float32"
+        attention_backend="torch_native",
+        speculative_algorithm="NGRAM",
+        dtype="float32",
+        dcp_size=1,
     )
     with pytest.raises(EngineError, match=r"torch_native.*trees.*'rag_cpu'"):
         platform.apply_server_args_defaults(arguments)
