@@ -112,6 +112,7 @@ def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
         tp_size=1,
         pp_size=1,
         dp_size=1,
+        dcp_size=1,
     )
     platform.RagCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
@@ -148,6 +149,17 @@ def test_a_cpu_that_computes_bf16_is_not_left_to_emulate_fp16(
     assert arguments.dtype == wanted
 
 
+@pytest.mark.parametrize("backend", [None, "rag_cpu", "torch_native"])
+def test_tokens_dealt_out_over_the_ranks_are_refused_in_one_line(backend):
+    import sglang.srt.server_args  # noqa: F401  # as above
+
+    from rag_pipeline.sglang_plugin.cpu.platform import RagCpuPlatform
+
+    arguments = SimpleNamespace(attention_backend=backend, dcp_size=2, tp_size=2)
+    with pytest.raises(EngineError, match=r"^dcp_size 2: .*; start with dcp_size=1, .*\.$"):
+        RagCpuPlatform().apply_server_args_defaults(arguments)
+
+
 def test_drafted_tokens_need_a_backend_that_knows_trees():
     import sglang.srt.server_args  # noqa: F401  # as above
 
@@ -156,7 +168,10 @@ def test_drafted_tokens_need_a_backend_that_knows_trees():
 
     platform = RagCpuPlatform()
     arguments = SimpleNamespace(
-        attention_backend="torch_native", speculative_algorithm="NGRAM", dtype="float32"
+        attention_backend="torch_native",
+        speculative_algorithm="NGRAM",
+        dtype="float32",
+        dcp_size=1,
     )
     with pytest.raises(EngineError, match=r"torch_native.*trees.*'rag_cpu'"):
         platform.apply_server_args_defaults(arguments)

@@ -115,7 +115,7 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return "native"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Choose the attention backend, the dtype and, for several ranks, the cores of each.
+        """Choose the attention backend, the dtype and, for several ranks, the cores of each; refuse what cannot run here.
 
         SGLang has already filled in ``intel_amx`` where the user named no backend and the device
         is an x86 CPU; out of tree it cannot work, its kernels are not in the wheels of PyPI. (On
@@ -123,13 +123,20 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         has to be given; :func:`rag_pipeline.sglang_plugin.create_engine` does.)
 
         ``dtype`` "auto" becomes fp32 where the CPU computes no bf16, and bf16 where SGLang would take fp16, that is for
-        checkpoints of fp32 and fp16: CPUs emulate it, 65 times slower than bf16 as measured here. Speculation needs our backend: no other one
-        that runs here masks the keys of a tree.
+        checkpoints of fp32 and fp16: CPUs emulate it, 65 times slower than bf16 as measured here. Speculation needs
+        our backend: no other one that runs here masks the keys of a tree. Decode context parallelism is refused: no
+        backend that runs here reads tokens that are dealt out over the ranks, and SGLang would only fail at the first
+        prompt.
 
         SGLang refuses more ranks than NUMA nodes unless ``SGLANG_CPU_OMP_THREADS_BIND`` names the
         cores of each. With one rank the variable stays unset, because setting it also makes
         SGLang give up on reading the memory size.
         """
+        if server_args.dcp_size > 1:
+            raise EngineError(
+                f"dcp_size {server_args.dcp_size}: decode context parallelism needs kernels that there are for GPUs "
+                "only; start with dcp_size=1, tensor parallelism alone."
+            )
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
         algorithm, backend = server_args.speculative_algorithm, server_args.attention_backend
@@ -143,7 +150,9 @@ class RagCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             logger.info("This CPU has no bf16 instructions: float32. --dtype bfloat16 forces bf16.")
         elif server_args.dtype == "auto" and checkpoint_dtype(server_args.model_path) in _AS_FP16:
             server_args.dtype = "bfloat16"
-            logger.info("This CPU computes bf16 much faster than fp16. --dtype float16 forces fp16.")
+            logger.info(
+                "This CPU computes bf16 much faster than fp16. --dtype float16 forces fp16."
+            )
         ranks = int(server_args.tp_size) * int(server_args.pp_size) * int(server_args.dp_size)
         if ranks > 1:
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", core_groups(ranks))
