@@ -45,7 +45,7 @@ def fused(engine: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     for chunk in case["chunks"]:
         engine.build(case["prefix"], chunk)
     told = []
-    for policy in ("off", "full", "query:1.0", "cacheblend:0.6", "reuse"):
+    for policy in ("off", "full", "query:1.0", "query:0.5", "reuse"):
         engine.flush()
         given = {"spans": case["spans"], "policy": policy}
         req = engine.ask(case["ids"], 4, fusion={"mode": "off"} if policy == "off" else given)

@@ -118,14 +118,14 @@ def test_two_ranks_hold_half_the_heads_and_all_latents_and_say_what_transformers
         seen, model = one[name], reference(folder)
         assert seen["pool"] == ["MLATokenToKVPool", [[1, 32 + 8]]]
         assert seen["heads"] == 4 // 2
-        plain, *exact, blended, reused = seen["fused"]
+        plain, *exact, partly, reused = seen["fused"]
         assert [run["fallback"] for run in seen["fused"]] == [""] * 5
         for run in exact:
             assert (
                 max(abs(a - b) for a, b in zip(run["logprobs"], plain["logprobs"], strict=True))
                 < 5e-4
             )
-        assert 0 < blended["reused"] < reused["reused"] == 4 * CHUNK
+        assert 0 < partly["reused"] < reused["reused"] == 4 * CHUNK
         assert abs(reused["logprobs"][0] - plain["logprobs"][0]) > 1e-3
         assert seen["answers"]["hit"]["cached"] == 100
         assert len(seen["answers"]) == 7
