@@ -142,7 +142,7 @@ def test_a_cpu_that_computes_bf16_is_not_left_to_emulate_fp16(
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     arguments = SimpleNamespace(
-        attention_backend=None, dtype=asked, speculative_algorithm=None, model_path=str(tmp_path),
+        attention_backend=None, dtype=asked, speculative_algorithm=None, dcp_size=1, model_path=str(tmp_path),
         tp_size=1, pp_size=1, dp_size=1,
     )  # fmt: skip
     platform.RagCpuPlatform().apply_server_args_defaults(arguments)
