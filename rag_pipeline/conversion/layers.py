@@ -1,0 +1,135 @@
+"""Layers in plain torch: the parts that original and latent form share, the original's attention, the latent form's.
+
+Shapes: B windows, T tokens, D hidden, H query heads, K key-value heads, E numbers per head, F = E / 2
+frequencies, R numbers with a position, C numbers of the latent. Heads hold the real parts of all frequencies
+before the imaginary ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rag_pipeline.conversion.source import LayerWeights, SourceShape
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Divide by the root of the mean square and `eps`, and scale."""
+    return functional.rms_norm(x, (x.shape[-1],), scale, eps)
+
+
+def network(layer: LayerWeights, x: Tensor, eps: float) -> Tensor:
+    """What a layer's SwiGLU network adds to the residual stream `x`, both ``(..., D)``."""
+    h = rms_norm(x, layer.network_norm, eps)
+    return (functional.silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
+
+
+def rotations(length: int, frequencies: Tensor) -> Tensor:
+    """Unit complex numbers ``(length, F)``, complex64, by which RoPE turns."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn ``(..., T, E)`` by position; `turn` is of :func:`rotations`."""
+    real, imaginary = x.chunk(2, -1)
+    cos, sin = turn.real, turn.imag
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+
+def causal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention probabilities ``(..., T, T)`` of queries and keys ``(..., T, E)``."""
+    length = q.shape[-2]
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(later, float("-inf")).softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The original's attention over one window.
+
+    Parameters
+    ----------
+    q_THE, k_TKE, v_TKE : Tensor
+        Before RoPE.
+    weights_HTT : Tensor
+        Probabilities.
+    heads_out : Tensor
+        ``(T, H * E)``, before the output projection.
+    """
+
+    q_THE: Tensor
+    k_TKE: Tensor
+    v_TKE: Tensor
+    weights_HTT: Tensor
+    heads_out: Tensor
+
+
+def attend(layer: LayerWeights, h_TD: Tensor, shape: SourceShape, turn: Tensor) -> Attended:
+    """Compute grouped-query attention of normed inputs."""
+    length, group = len(h_TD), shape.heads // shape.kv_heads
+    q, k, v = (
+        (h_TD @ weight.T).view(length, -1, shape.head_dim) for weight in (layer.q, layer.k, layer.v)
+    )
+    turned_q, turned_k = (rotate(x.transpose(0, 1), turn) for x in (q, k))
+    weights = causal_weights(turned_q, turned_k.repeat_interleave(group, 0), shape.head_dim**-0.5)
+    out = weights @ v.transpose(0, 1).repeat_interleave(group, 0)
+    return Attended(q, k, v, weights, out.transpose(0, 1).flatten(1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentLayer:
+    """Attention of one layer in latent form, fp32.
+
+    Parameters
+    ----------
+    q_HED, q_rope_HRD : Tensor
+        Queries for the keys without and with a position; scaled for a softmax over ``E + R`` numbers.
+    latent_CD, k_rope_RD : Tensor
+        What is stored per token: the latent, and the keys with a position.
+    k_up_HEC, v_up_HEC : Tensor
+        From the latent to keys without a position, and to values.
+    o : Tensor
+        Output projection ``(D, H * E)``.
+    """
+
+    q_HED: Tensor
+    q_rope_HRD: Tensor
+    latent_CD: Tensor
+    k_rope_RD: Tensor
+    k_up_HEC: Tensor
+    v_up_HEC: Tensor
+    o: Tensor
+
+    def heads_out(self, h_TD: Tensor, turn: Tensor) -> Tensor:
+        """Attention over one window, ``(T, H * E)``, before the output projection.
+
+        Parameters
+        ----------
+        h_TD : Tensor
+            Normed inputs.
+        turn : Tensor
+            Of :func:`rotations`, for the R / 2 frequencies.
+        """
+        latent = h_TD @ self.latent_CD.T
+        k_rope = rotate(h_TD @ self.k_rope_RD.T, turn)
+        q_rope = rotate(torch.einsum("td,hrd->htr", h_TD, self.q_rope_HRD), turn)
+        q = torch.cat([torch.einsum("td,hed->hte", h_TD, self.q_HED), q_rope], -1)
+        k = torch.einsum("tc,hec->hte", latent, self.k_up_HEC)
+        k = torch.cat([k, k_rope.expand(len(k), -1, -1)], -1)
+        v = torch.einsum("tc,hec->hte", latent, self.v_up_HEC)
+        out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
+        return out[0].transpose(0, 1).flatten(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name."""
+        return {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Self:
+        """Make one of what :meth:`tensors` gave."""
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
