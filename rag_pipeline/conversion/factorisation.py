@@ -2,9 +2,9 @@
 
 Keys of all heads at one frequency are complex numbers that RoPE turns alike, so any complex combination of heads
 commutes with RoPE. Per frequency the combination is chosen by principal components of the keys, weighted by the
-energy of the queries that read them. The first components keep their position. The others are turned by the mean
-rotation over the distances that attention reaches, and share a latent with the values; the latent keeps what matters
-most for logits and outputs.
+energy of the queries that read them and need to know where. The first components keep their position. The others are
+read as if they stood at the distances that a head's attention reaches, by the mean rotation over these, and share a
+latent with the values; the latent keeps what matters most for logits and outputs.
 """
 
 from __future__ import annotations
@@ -46,15 +46,24 @@ def as_real(maps: Tensor) -> Tensor:
     return out.reshape(rows * 2 * count, columns * 2 * count)
 
 
-def virtual_heads(statistics: LayerStatistics, shape: SourceShape) -> tuple[Tensor, Tensor]:
+def virtual_heads(
+    statistics: LayerStatistics, shape: SourceShape, mean_HF: Tensor
+) -> tuple[Tensor, Tensor]:
     """Find virtual heads, the most important first.
+
+    Parameters
+    ----------
+    statistics, shape : LayerStatistics, SourceShape
+        Of the original.
+    mean_HF : Tensor
+        Mean rotation of each query head, complex: a query that reads one distance only needs no position.
 
     Returns
     -------
     tuple of Tensor
         Complex ``(F, K, K)``: from heads to virtual heads, and back.
     """
-    heads, head, half = shape.kv_heads, shape.head_dim, shape.head_dim // 2
+    heads, half = shape.kv_heads, shape.head_dim // 2
     width = shape.kv_width
     keys = (statistics.kv[:width, :width] / statistics.tokens).view(heads, 2, half, heads, 2, half)
     moments = torch.diagonal(keys, dim1=2, dim2=5)  # (K, 2, K, 2, F)
@@ -62,11 +71,12 @@ def virtual_heads(statistics: LayerStatistics, shape: SourceShape) -> tuple[Tens
         moments[:, 0, :, 0] + moments[:, 1, :, 1], moments[:, 1, :, 0] - moments[:, 0, :, 1]
     ).permute(2, 0, 1)
     queries = torch.diagonal(statistics.q_HEE, dim1=1, dim2=2) / statistics.tokens
-    energy = queries.view(heads, -1, 2, half).sum((1, 2)).T.sqrt()  # (F, K)
+    unknown = (1 - mean_HF.abs() ** 2).clamp(min=_LEAST)
+    energy = queries.view(heads, -1, 2, half).sum(2) * unknown.view(heads, -1, half)
+    energy = energy.sum(1).T.sqrt()  # (F, K)
     energy = energy.clamp(min=max(float(energy.max()) * _LEAST, torch.finfo(energy.dtype).tiny))
     weighted = energy[:, :, None] * covariance * energy[:, None, :]
     basis = torch.linalg.eigh(weighted).eigenvectors.flip(-1)
-    assert head == 2 * half
     return basis.mH * energy[:, None, :], basis / energy[:, :, None]
 
 
@@ -94,6 +104,8 @@ def factorise(
         The original.
     statistics : LayerStatistics
         Of the layer's own inputs.
+    shape : SourceShape
+        Of the original.
     rope_heads : int
         Virtual heads that keep their position, 0 to ``kv_heads``; a stock checkpoint holds one.
     latent : int
@@ -111,13 +123,13 @@ def factorise(
     q, k, v, o = (x.double() for x in (layer.q, layer.k, layer.v, layer.o))
     q = q.view(heads, head, shape.hidden)
 
-    there, back = virtual_heads(statistics, shape)
-    kept = there.clone()
-    kept[:, rope_heads:] *= statistics.mean_rotation(shape.frequencies)[:, None, None]
-    to_virtual = as_real(kept)  # (K E, K E): keys
+    mean = statistics.mean_rotations(shape.frequencies)
+    there, back = virtual_heads(statistics, shape, mean)
+    to_virtual = as_real(there)  # (K E, K E): keys
     # What a head's query becomes at each virtual head: the conjugate of the way back.
-    query_maps = torch.stack([as_real(back[:, [h], :].mH) for h in range(shape.kv_heads)])
-    query_maps = query_maps.repeat_interleave(group, 0)  # (H, K E, E)
+    read = back.repeat_interleave(group, 1)  # (F, H, K)
+    read[:, :, rope_heads:] *= mean.T[:, :, None]
+    query_maps = torch.stack([as_real(read[:, [number]].mH) for number in range(heads)])
 
     positioned, rest = to_virtual[:rope], to_virtual[rope:]
     inputs = torch.block_diag(rest, torch.eye(width, dtype=torch.float64))
@@ -158,6 +170,8 @@ def error_metric(
         ``(H, E, E)``: mean products of queries.
     o, values : Tensor
         Output projection ``(D, H E)``, and mean products of values ``(K E, K E)``.
+    shape : SourceShape
+        Of the original.
 
     Returns
     -------

@@ -35,10 +35,12 @@ def rotations(length: int, frequencies: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn ``(..., T, E)`` by position; `turn` is of :func:`rotations`."""
-    real, imaginary = x.chunk(2, -1)
-    cos, sin = turn.real, turn.imag
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+    """Turn one head or several side by side, ``(..., T, n * E)``, by position; `turn` is of :func:`rotations`."""
+    heads = x.unflatten(-1, (-1, 2, turn.shape[-1]))
+    real, imaginary = heads.unbind(-2)
+    cos, sin = turn.real[:, None], turn.imag[:, None]
+    turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], -2)
+    return turned.flatten(-3)
 
 
 def causal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -113,7 +115,7 @@ class LatentLayer:
         h_TD : Tensor
             Normed inputs.
         turn : Tensor
-            Of :func:`rotations`, for the R / 2 frequencies.
+            Of :func:`rotations`; all of the R / E heads with a position turn alike.
         """
         latent = h_TD @ self.latent_CD.T
         k_rope = rotate(h_TD @ self.k_rope_RD.T, turn)

@@ -21,15 +21,15 @@ class LayerStatistics:
         ``(2 K E, 2 K E)``: products of keys (before RoPE) and values of a token.
     q_HEE : Tensor
         Products of each head's query, before RoPE.
-    reach : Tensor
-        ``(window,)``: attention by distance in tokens, without what goes to a window's first token.
+    reach_HW : Tensor
+        ``(heads, window)``: attention by distance in tokens, without what goes to a window's first token.
     tokens : int
         Tokens seen.
     """
 
     kv: Tensor
     q_HEE: Tensor
-    reach: Tensor
+    reach_HW: Tensor
     tokens: int = 0
 
     @classmethod
@@ -39,7 +39,7 @@ class LayerStatistics:
         return cls(
             kv=torch.zeros(width, width, dtype=torch.float64),
             q_HEE=torch.zeros(shape.heads, head, head, dtype=torch.float64),
-            reach=torch.zeros(window, dtype=torch.float64),
+            reach_HW=torch.zeros(shape.heads, window, dtype=torch.float64),
         )
 
     def add(self, seen: Attended) -> None:
@@ -48,19 +48,24 @@ class LayerStatistics:
         self.kv += (kv.T @ kv).double()
         q = seen.q_THE.transpose(0, 1)
         self.q_HEE += (q.transpose(1, 2) @ q).double()
-        weights = seen.weights_HTT.sum(0).double()
+        weights = seen.weights_HTT.clone()
         # What models give to the first token for want of a better place says nothing about distances.
-        weights[:, 0] = 0
-        place = torch.arange(len(weights))
-        self.reach.index_add_(0, (place[:, None] - place).clamp(min=0).flatten(), weights.flatten())
+        weights[..., 0] = 0
+        place = torch.arange(weights.shape[-1])
+        distance = (place[:, None] - place).clamp(min=0).flatten()
+        self.reach_HW.index_add_(1, distance, weights.flatten(1).double())
         self.tokens += len(kv)
 
-    def mean_rotation(self, frequencies: Tensor) -> Tensor:
-        """Mean turn of RoPE over the distances that attention reaches, complex ``(F,)``; 1 keeps all, 0 nothing."""
-        total = self.reach.sum()
-        if total <= 0:
-            return torch.ones(len(frequencies), dtype=torch.complex128)
-        distances = torch.arange(len(self.reach), dtype=torch.float64)
+    def mean_rotations(self, frequencies: Tensor) -> Tensor:
+        """Mean turn of RoPE over the distances that each head's attention reaches.
+
+        Returns
+        -------
+        Tensor
+            Complex ``(H, F)``: of absolute value 1 where all distances turn alike, near 0 where position decides.
+        """
+        share = self.reach_HW / self.reach_HW.sum(1, keepdim=True).clamp(min=1e-300)
+        share[self.reach_HW.sum(1) <= 0, 0] = 1.0
+        distances = torch.arange(share.shape[1], dtype=torch.float64)
         angles = torch.outer(distances, frequencies)
-        turns = torch.polar(torch.ones_like(angles), -angles)
-        return ((self.reach / total)[:, None] * turns).sum(0)
+        return share.to(torch.complex128) @ torch.polar(torch.ones_like(angles), -angles)
