@@ -22,10 +22,11 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, (x.shape[-1],), scale, eps)
 
 
-def network(layer: LayerWeights, x: Tensor, eps: float) -> Tensor:
-    """What a layer's SwiGLU network adds to the residual stream `x`, both ``(..., D)``."""
-    h = rms_norm(x, layer.network_norm, eps)
-    return (functional.silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
+def network(layer: LayerWeights, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """What a layer's SwiGLU network adds to the residual stream `x`, both ``(..., D)`` fp32; computed in `dtype`."""
+    h = rms_norm(x, layer.network_norm, eps).to(dtype)
+    gate, up, down = (weight.to(dtype) for weight in (layer.gate, layer.up, layer.down))
+    return ((functional.silu(h @ gate.T) * (h @ up.T)) @ down.T).float()
 
 
 def rotations(length: int, frequencies: Tensor) -> Tensor:
@@ -43,11 +44,15 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return turned.flatten(-3)
 
 
-def causal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention probabilities ``(..., T, T)`` of queries and keys ``(..., T, E)``."""
-    length = q.shape[-2]
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return (q @ k.transpose(-1, -2) * scale).masked_fill(later, float("-inf")).softmax(-1)
+def causal_attention(q_HTE: Tensor, k_HTE: Tensor, v_HTE: Tensor) -> Tensor:
+    """Attention over one window, ``(T, H * E)``; logits are divided by the root of the queries' size."""
+    size = v_HTE.shape[-1]
+    # The fast kernel wants values as wide as keys.
+    v_HTE = functional.pad(v_HTE, (0, q_HTE.shape[-1] - size))
+    out = functional.scaled_dot_product_attention(
+        q_HTE[None], k_HTE[None], v_HTE[None], is_causal=True
+    )
+    return out[0, ..., :size].transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class Attended:
     ----------
     q_THE, k_TKE, v_TKE : Tensor
         Before RoPE.
-    weights_HTT : Tensor
-        Probabilities.
+    turned_q_HTE, turned_k_HTE : Tensor
+        Behind RoPE; keys of each query head.
     heads_out : Tensor
         ``(T, H * E)``, before the output projection.
     """
@@ -67,8 +72,16 @@ class Attended:
     q_THE: Tensor
     k_TKE: Tensor
     v_TKE: Tensor
-    weights_HTT: Tensor
+    turned_q_HTE: Tensor
+    turned_k_HTE: Tensor
     heads_out: Tensor
+
+    def weights(self) -> Tensor:
+        """Attention probabilities, ``(H, T, T)``."""
+        length, head = self.turned_q_HTE.shape[-2:]
+        later = torch.full((length, length), float("-inf")).triu(1)
+        logits = self.turned_q_HTE * head**-0.5 @ self.turned_k_HTE.transpose(-1, -2)
+        return (logits + later).softmax(-1)
 
 
 def attend(layer: LayerWeights, h_TD: Tensor, shape: SourceShape, turn: Tensor) -> Attended:
@@ -78,9 +91,9 @@ def attend(layer: LayerWeights, h_TD: Tensor, shape: SourceShape, turn: Tensor) 
         (h_TD @ weight.T).view(length, -1, shape.head_dim) for weight in (layer.q, layer.k, layer.v)
     )
     turned_q, turned_k = (rotate(x.transpose(0, 1), turn) for x in (q, k))
-    weights = causal_weights(turned_q, turned_k.repeat_interleave(group, 0), shape.head_dim**-0.5)
-    out = weights @ v.transpose(0, 1).repeat_interleave(group, 0)
-    return Attended(q, k, v, weights, out.transpose(0, 1).flatten(1))
+    turned_k = turned_k.repeat_interleave(group, 0)
+    out = causal_attention(turned_q, turned_k, v.transpose(0, 1).repeat_interleave(group, 0))
+    return Attended(q, k, v, turned_q, turned_k, out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,13 +132,11 @@ class LatentLayer:
         """
         latent = h_TD @ self.latent_CD.T
         k_rope = rotate(h_TD @ self.k_rope_RD.T, turn)
-        q_rope = rotate(torch.einsum("td,hrd->htr", h_TD, self.q_rope_HRD), turn)
-        q = torch.cat([torch.einsum("td,hed->hte", h_TD, self.q_HED), q_rope], -1)
-        k = torch.einsum("tc,hec->hte", latent, self.k_up_HEC)
+        q_rope = rotate(_each_head(h_TD, self.q_rope_HRD), turn)
+        q = torch.cat([_each_head(h_TD, self.q_HED), q_rope], -1)
+        k = _each_head(latent, self.k_up_HEC)
         k = torch.cat([k, k_rope.expand(len(k), -1, -1)], -1)
-        v = torch.einsum("tc,hec->hte", latent, self.v_up_HEC)
-        out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
-        return out[0].transpose(0, 1).flatten(1)
+        return causal_attention(q, k, _each_head(latent, self.v_up_HEC))
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name."""
@@ -135,3 +146,9 @@ class LatentLayer:
     def of(cls, tensors: dict[str, Tensor]) -> Self:
         """Make one of what :meth:`tensors` gave."""
         return cls(**{field.name: tensors[field.name] for field in fields(cls)})
+
+
+def _each_head(x_TN: Tensor, maps_HEN: Tensor) -> Tensor:
+    """``(H, T, E)``: inputs through each head's map."""
+    together = x_TN @ maps_HEN.flatten(0, 1).T
+    return together.view(len(x_TN), len(maps_HEN), -1).transpose(0, 1)

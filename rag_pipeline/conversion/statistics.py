@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rag_pipeline.conversion.layers import Attended
 from rag_pipeline.conversion.source import SourceShape
@@ -42,19 +43,18 @@ class LayerStatistics:
             reach_HW=torch.zeros(shape.heads, window, dtype=torch.float64),
         )
 
-    def add(self, seen: Attended) -> None:
-        """Count a window."""
+    def add(self, seen: Attended, *, reach: bool = True) -> None:
+        """Count a window; its attention by distance, which takes longest, only if `reach`."""
         kv = torch.cat([seen.k_TKE.flatten(1), seen.v_TKE.flatten(1)], 1)
         self.kv += (kv.T @ kv).double()
         q = seen.q_THE.transpose(0, 1)
         self.q_HEE += (q.transpose(1, 2) @ q).double()
-        weights = seen.weights_HTT.clone()
-        # What models give to the first token for want of a better place says nothing about distances.
-        weights[..., 0] = 0
-        place = torch.arange(weights.shape[-1])
-        distance = (place[:, None] - place).clamp(min=0).flatten()
-        self.reach_HW.index_add_(1, distance, weights.flatten(1).double())
         self.tokens += len(kv)
+        if reach:
+            weights = seen.weights()
+            # What models give to the first token for want of a better place says nothing about distances.
+            weights[..., 0] = 0
+            self.reach_HW += by_distance(weights)
 
     def mean_rotations(self, frequencies: Tensor) -> Tensor:
         """Mean turn of RoPE over the distances that each head's attention reaches.
@@ -69,3 +69,13 @@ class LayerStatistics:
         distances = torch.arange(share.shape[1], dtype=torch.float64)
         angles = torch.outer(distances, frequencies)
         return share.to(torch.complex128) @ torch.polar(torch.ones_like(angles), -angles)
+
+
+def by_distance(weights_HTT: Tensor) -> Tensor:
+    """Sums over the diagonals of lower triangular matrices, fp64 ``(H, T)``: the main one first."""
+    length = weights_HTT.shape[-1]
+    # Rows turned round, with a row's length of zeros behind each; read as rows that are one shorter, entries of
+    # one diagonal stand below each other.
+    padded = functional.pad(weights_HTT.flip(-1), (0, length)).flatten(1)
+    skewed = padded[:, : length * (2 * length - 1)].view(-1, length, 2 * length - 1)
+    return skewed.sum(1)[:, length - 1 :].double()

@@ -11,9 +11,12 @@ import torch
 from conversion_parts import WINDOW, Sample, sample_of
 from torch import Tensor
 
+from rag_pipeline.conversion import ConversionConfig
 from rag_pipeline.conversion.factorisation import as_real, factorise, roots
 from rag_pipeline.conversion.refit import Ridge
+from rag_pipeline.conversion.source import SourceWeights, read_shape
 from rag_pipeline.conversion.statistics import LayerStatistics
+from rag_pipeline.conversion.streams import convert_layer, embed
 
 
 def outputs(sample: Sample, rope_heads: int, latent: int) -> tuple[Tensor, float]:
@@ -100,7 +103,7 @@ def test_the_refit_finds_the_map_that_made_the_targets() -> None:
     fit = Ridge.empty(12, 5)
     for part in x.split(50):
         fit.add(part, part @ true.T)
-    torch.testing.assert_close(fit.solve(torch.zeros(5, 12), 0.0), true, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fit.solve(torch.zeros(5, 12), 0.0), true, rtol=1e-4, atol=1e-4)
 
 
 def test_the_refit_stays_at_the_known_map_where_it_is_held_or_knows_nothing() -> None:
@@ -113,7 +116,24 @@ def test_the_refit_stays_at_the_known_map_where_it_is_held_or_knows_nothing() ->
     # One row leaves eleven directions open: they stay as they are.
     alone = Ridge.empty(12, 5)
     alone.add(x[:1], torch.zeros(1, 5))
-    found = alone.solve(known, 0.0)
-    torch.testing.assert_close(found @ x[0], torch.zeros(5), rtol=0, atol=1e-4)
-    across = torch.linalg.qr(torch.cat([x[:1].T, torch.eye(12)], 1)).Q[:, 1]
-    torch.testing.assert_close(found @ across, known @ across, rtol=1e-3, atol=1e-3)
+    found = alone.solve(known, 1e-3)
+    torch.testing.assert_close(found @ x[0], torch.zeros(5), rtol=0, atol=0.05)
+    across = x[1] - x[0] * (x[0] @ x[1]) / x[0].square().sum()
+    torch.testing.assert_close(found @ across, known @ across, rtol=1e-2, atol=1e-2)
+
+
+def test_the_refit_brings_the_streams_nearer(llama: Callable[..., Path]) -> None:
+    """A layer behind which the original's stream is known: errors count by the size of the stream at a token."""
+    shape, weights = read_shape(llama()), SourceWeights(llama())
+    rows = torch.randint(2, 400, (8, WINDOW), generator=torch.Generator().manual_seed(1))
+    apart = {}
+    for refit in (False, True):
+        streams = embed(rows, weights.embedding())
+        streams.original[:, 3] *= 100  # a token that would decide alone
+        streams.converted[:, 3] *= 101
+        config = ConversionConfig(rope=16, latent=16, refit=refit, ridge=1e-3)
+        with torch.inference_mode():
+            layer = replace(weights.layer(0), down=torch.zeros(shape.hidden, shape.intermediate))
+            convert_layer(layer, streams, shape, config)
+        apart[refit] = streams.error
+    assert apart[True] < 0.95 * apart[False]

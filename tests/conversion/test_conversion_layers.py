@@ -26,13 +26,13 @@ def test_layers_are_those_of_transformers(llama: Callable[..., Path], heads: int
         stream = weights.embedding()[ids]
         turn = rotations(len(ids), shape.frequencies)
         for index in range(shape.layers):
-            torch.testing.assert_close(stream, wanted[index][0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(stream, wanted[index][0], rtol=1e-4, atol=1e-4)
             layer = weights.layer(index)
             seen = attend(layer, rms_norm(stream, layer.attention_norm, shape.eps), shape, turn)
             stream = stream + seen.heads_out @ layer.o.T
-            stream = stream + network(layer, stream, shape.eps)
+            stream = stream + network(layer, stream, shape.eps, torch.float32)
         final = rms_norm(stream, weights.tensor("model.norm.weight"), shape.eps)
-    torch.testing.assert_close(final, wanted[-1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final, wanted[-1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_several_heads_turn_as_each_alone() -> None:
