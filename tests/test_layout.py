@@ -172,7 +172,7 @@ PIPELINE_ORDER = (
     {"config", "protocol"},
     {"models", "types"},
     {"prompts"},
-    {"memory"},
+    {"conversion", "memory"},
     {"erasure"},
     {"sglang_plugin"},
     {"generation"},

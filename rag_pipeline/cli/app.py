@@ -15,6 +15,7 @@ import typer
 from rag_pipeline.cli.cache_commands import cache_app
 from rag_pipeline.cli.common import DEFAULT_CHUNK_TOKENS, MEMORY_DEFAULTS, refuse_unread_memory
 from rag_pipeline.cli.config_commands import config_app
+from rag_pipeline.cli.convert_commands import convert_app
 from rag_pipeline.cli.options import (
     DEFAULT_MODEL,
     DocumentOrderOption,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
+app.add_typer(convert_app, name="convert")
 
 _HELP = frozenset({"-h", "--help"})
 
