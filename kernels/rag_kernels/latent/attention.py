@@ -103,7 +103,7 @@ def tpla_attention(
 
     Parameters
     ----------
-    rows, weights, scale
+    rows, weights, scale : LatentRows, LatentWeights, float
         As for :func:`rank_attention`.
     ranks : int
         Number of slices.

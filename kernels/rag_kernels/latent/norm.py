@@ -32,7 +32,7 @@ def sliced_norm(latent_TD: Tensor, gamma: float, eps: float, shares: Sequence[fl
 
     Parameters
     ----------
-    latent_TD, gamma, eps
+    latent_TD, gamma, eps : Tensor, float, float
         As for :func:`exact_norm`.
     shares : sequence of float
         Of each rank's slice in the energy of the latent (:func:`energy_shares`).
