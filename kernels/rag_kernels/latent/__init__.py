@@ -17,6 +17,7 @@ from rag_kernels.latent.attention import (
 from rag_kernels.latent.bases import BASES, create_basis
 from rag_kernels.latent.norm import energy_shares, exact_norm, literal_scales, sliced_norm
 from rag_kernels.latent.statistics import LatentStatistics, StatisticsSum
+from rag_kernels.latent.statistics_file import ModelStatistics
 from rag_kernels.latent.weights import LatentWeights, rank_slice
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LatentRows",
     "LatentStatistics",
     "LatentWeights",
+    "ModelStatistics",
     "StatisticsSum",
     "create_basis",
     "energy_shares",
