@@ -69,7 +69,13 @@ def sliced(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("basis", "fields"), [("pca", {}), ("hadamard", {"q_lora_rank": 24})], ids=["pca", "q_lora"]
+    ("basis", "fields"),
+    [
+        ("pca", {"kv_lora_rank": 192}),
+        # DeepSeek's own widths.
+        ("hadamard", {"q_lora_rank": 24, "kv_lora_rank": 512}),
+    ],
+    ids=["pca", "q_lora"],
 )
 def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
     basis: str,
@@ -78,7 +84,7 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
     tmp_path: Path,
     warm_start: Any,
 ) -> None:
-    folder = tiny_model("deepseek_v2", f"tpla-{basis}", **fields)
+    folder = tiny_model("deepseek_v2", f"tpla-{basis}", qk_rope_head_dim=64, **fields)
     model = LatentModel.load(folder)
     text = torch.randint(0, VOCAB, (4, 64), generator=torch.manual_seed(1))
     measured = calibrate(model, list(text))
@@ -100,9 +106,10 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
     )
     for one in seen:
         assert isinstance(one, dict), one[-3000:]
-        # A token's row is allocated this wide: 16 of the 32 numbers of a latent, and the position part.
-        assert one["shapes"] == [[1, 16 + 8]] * 5
-        assert one["bytes"] == [(16 + 8) * 4] * 5
+        # A token's row is allocated this wide: half of a latent's numbers, and the position part.
+        width = {192: 160, 512: 320}[fields["kv_lora_rank"]]
+        assert one["shapes"] == [[1, width]] * 5
+        assert one["bytes"] == [width * 4] * 5
         assert "latents in slices" in one["fusion"]
         done, why = one["update"]
         assert not done

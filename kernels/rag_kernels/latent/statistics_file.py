@@ -47,7 +47,8 @@ class ModelStatistics:
             tensors[f"layers.{number}.latent"] = layer.latent_DD.contiguous()
             tensors[f"layers.{number}.weight"] = layer.weight_DD.contiguous()
         about = {"model": self.model, "fingerprint": self.fingerprint, "tokens": str(self.tokens)}
-        return save(tensors, metadata={"format": FORMAT, **about})
+        content: bytes = save(tensors, metadata={"format": FORMAT, **about})
+        return content
 
     @classmethod
     def read(cls, path: Path) -> ModelStatistics:

@@ -26,7 +26,7 @@ from rag_pipeline.errors import EngineError
 __all__ = ["SlicedLatentAttention"]
 
 
-class SlicedLatentAttention(torch.nn.Module):
+class SlicedLatentAttention(torch.nn.Module):  # type: ignore[misc]
     """One layer's attention over this rank's slice of the latents.
 
     Parameters
