@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from retrievers.live_index import LiveIndex, LiveRetriever
     from retrievers.loaders import LoadReport, SkippedSource, load_corpus, load_file
     from retrievers.manifest import Manifest
-    from retrievers.metadata import storable_document
+    from retrievers.metadata import storable_document, storable_text
     from retrievers.prepared import PreparedDocument
     from retrievers.removal import Erase, Removal
     from retrievers.rerank import CrossEncoderReranker, RerankedRetriever, Reranker
@@ -96,6 +96,7 @@ _EXPORTS = {
     "load_corpus": "retrievers.loaders",
     "load_file": "retrievers.loaders",
     "storable_document": "retrievers.metadata",
+    "storable_text": "retrievers.metadata",
     "text_terms": "retrievers.terms",
 }
 
@@ -150,6 +151,7 @@ __all__ = [
     "load_corpus",
     "load_file",
     "storable_document",
+    "storable_text",
     "text_terms",
 ]
 

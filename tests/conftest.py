@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from kept_fork_server import keep_fork_server
-from warm import WarmStart
+from warm import WarmProcess, WarmStart
 
 # One thread per process: several processes with one thread per core each wait for one another at every
 # operation on a small machine (a request of a second took minutes), and results then do not depend

@@ -43,10 +43,12 @@ class KVLayout(abc.ABC):
 
     name: ClassVar[str]
     """As in the files and in :data:`KV_LAYOUTS`."""
+    reads_rows: ClassVar[bool] = False
+    """Whether a value is the beginning of its key: both lie in one row, and a model may say that they differ in size."""
 
     @abc.abstractmethod
     def refuse_pool(self, pool: Any) -> str | None:
-        """Reason why an engine's pool is not of this layout, or None; asked once, at start."""
+        """Reason why an engine's pool is not of this layout, as a part of a sentence, or None; asked once, at start."""
 
     @abc.abstractmethod
     def check(self, record: ChunkKV) -> None:
@@ -61,6 +63,21 @@ class KVLayout(abc.ABC):
     @abc.abstractmethod
     def pool_layer(self, pool: Any, layer: int) -> tuple[Tensor, Tensor]:
         """Views of the rotated part ``[N, H, D]`` and of the rest ``[N, H, D_v]`` of a layer's pool."""
+
+    def attended(self, pool: Any, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's pool as an attention kernel reads them, ``[N, H, E]`` both.
+
+        ``E`` is the size of a query. Of what a kernel returns, the first ``v_head_dim`` of each head are the output.
+        """
+        return self.pool_layer(pool, layer)
+
+    def new_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated part and rest of computed rows ``[R, H, ...]``, from the keys and values that a model attends with."""
+        return k, v
+
+    def keys(self, rotated: Tensor, rest: Tensor) -> Tensor:
+        """Keys ``[T, H, E]`` that queries score, of a rotated part and a rest."""
+        return rotated
 
     def unpack(self, source: LayerKV) -> tuple[Tensor, Tensor]:
         """Rotated part and rest of a record's layer, arranged as :meth:`pool_layer` has them."""
@@ -121,7 +138,10 @@ class KVLayout(abc.ABC):
 KV_LAYOUTS: Registry[type[KVLayout]] = Registry(
     "KV layout",
     "rag_pipeline.kv_layouts",
-    {"heads": "chunk_cache.layouts.heads:HeadsLayout"},
+    {
+        "heads": "chunk_cache.layouts.heads:HeadsLayout",
+        "latent": "chunk_cache.layouts.latent:LatentLayout",
+    },
     base=KVLayout,
 )
 """Layouts by name, as files name them; an engine takes the first one that its pool has."""
@@ -147,7 +167,7 @@ def layout_of_pool(pool: Any) -> KVLayout:
     Raises
     ------
     ChunkCacheError
-        If it has none; the message is the reason of the first layout.
+        If it has none; the message has the reason of every layout.
     """
     reasons = []
     for name in KV_LAYOUTS.names():
@@ -156,7 +176,7 @@ def layout_of_pool(pool: Any) -> KVLayout:
         if reason is None:
             return layout
         reasons.append(reason)
-    raise ChunkCacheError(reasons[0])
+    raise ChunkCacheError(f"KV pool {type(pool).__name__} has no layout here: {'; '.join(reasons)}")
 
 
 @functools.cache

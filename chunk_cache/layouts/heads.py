@@ -20,10 +20,9 @@ class HeadsLayout(KVLayout):
 
     def refuse_pool(self, pool: Any) -> str | None:
         """Accept SGLang's plain multi-head pool, by the name of its type."""
-        kind = type(pool).__name__
-        if kind == "MHATokenToKVPool":
+        if type(pool).__name__ == "MHATokenToKVPool":
             return None
-        return f"KV pool {kind}: only plain multi-head pools are supported (no MLA, SWA, hybrid)"
+        return f"{self.name} takes plain multi-head pools only (no sliding window, no hybrid)"
 
     def check(self, record: ChunkKV) -> None:
         """Check that K and V differ in the head size at most."""

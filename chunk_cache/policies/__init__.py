@@ -11,7 +11,7 @@ from chunk_cache.policies.base import Policy, top_positions
 from chunk_cache.policies.cacheblend import CacheBlendConfig, CacheBlendPolicy
 from chunk_cache.policies.epic import EpicConfig, EpicPolicy
 from chunk_cache.policies.full import FullPolicy
-from chunk_cache.policies.layout import ReuseLayout, qkv_share
+from chunk_cache.policies.layout import ReuseLayout, latent_qkv_share, qkv_share
 from chunk_cache.policies.query import QueryConfig, QueryPolicy
 from chunk_cache.policies.registry import DEFAULT_POLICY, POLICIES, create_policy, policy_names
 from chunk_cache.policies.reuse import ReusePolicy
@@ -49,6 +49,7 @@ __all__ = [
     "Signal",
     "balance_ratio",
     "create_policy",
+    "latent_qkv_share",
     "policy_names",
     "qkv_share",
     "top_positions",

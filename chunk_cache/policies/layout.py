@@ -20,6 +20,24 @@ def qkv_share(
     return qkv / (qkv + out + 3 * hidden_size * intermediate_size)
 
 
+def latent_qkv_share(
+    hidden_size: int,
+    num_q_heads: int,
+    *,
+    nope_dim: int,
+    rope_dim: int,
+    value_dim: int,
+    latent: int,
+    q_latent: int,
+    intermediate_size: int,
+) -> float:
+    """:func:`qkv_share` of latent attention (MLA) in its absorbed form; ``q_latent`` is 0 where queries have none."""
+    q = (q_latent or hidden_size) * num_q_heads * (nope_dim + rope_dim) + hidden_size * q_latent
+    qkv = q + hidden_size * (latent + rope_dim) + num_q_heads * nope_dim * latent
+    out = num_q_heads * value_dim * (latent + hidden_size)
+    return qkv / (qkv + out + 3 * hidden_size * intermediate_size)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseLayout:
     """One request as a policy sees it.

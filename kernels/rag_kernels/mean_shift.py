@@ -38,7 +38,8 @@ def mean_shift_inplace(
     Parameters
     ----------
     k_pool, v_pool : Tensor
-        ``[num_slots, N, H]``; the rows that stay cached are rewritten. They must be private to the request.
+        ``[num_slots, N, H]``, values of any ``H``; the rows that stay cached are rewritten. They must be private to the
+        request.
     k_new, v_new : Tensor
         ``[R, N, H]`` the layer's new rotated keys and values of all computed rows.
     plan : MeanShiftPlan
@@ -64,7 +65,6 @@ def mean_shift_inplace(
         mean_shift_inplace(k_pool, v_pool, k_new, v_new, part, k_old=k_old, v_old=v_old)
     if plan.parts:
         return
-    heads, dim = k_new.shape[1:]
     averaging = to_device(plan.averaging(), k_pool.device)
     chunks = averaging.shape[0]
     old_k = (
@@ -80,8 +80,8 @@ def mean_shift_inplace(
     moved_k = k_new.index_select(0, plan.probe_rows).float() - old_k
     moved_v = v_new.index_select(0, plan.probe_rows).float() - old_v
     level = rotate(moved_k, plan.probe_cos, plan.probe_sin, plan.spec)
-    shift_k = torch.mm(averaging, level.flatten(1)).view(chunks, heads, dim)
-    shift_v = torch.mm(averaging, moved_v.flatten(1)).view(chunks, heads, dim)
+    shift_k = torch.mm(averaging, level.flatten(1)).view(chunks, *k_new.shape[1:])
+    shift_v = torch.mm(averaging, moved_v.flatten(1)).view(chunks, *v_new.shape[1:])
 
     stays_k = gather_kv(k_pool, plan.other_slots).float()
     stays_v = gather_kv(v_pool, plan.other_slots).float()

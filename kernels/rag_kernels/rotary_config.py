@@ -8,6 +8,8 @@ from rag_kernels.errors import RotaryUnsupportedError
 from rag_kernels.rotary import RotarySpec
 
 _ROTATABLE = ("default", "linear", "llama3", "yarn")
+_ALIASES = {"deepseek_yarn": "yarn"}
+"""Other names of the same frequencies: SGLang calls YaRN so where the model scales its attention by a rule of its own."""
 _REASONS = {
     "dynamic": "dynamic NTK scaling changes the frequencies with the length of the prompt",
     "longrope": "longrope switches between two sets of frequencies with the length of the prompt",
@@ -41,6 +43,7 @@ def rotary_spec_from_config(hf_config: Any, is_neox_style: bool = True) -> Rotar
             "so cached keys cannot be moved; chunk reuse stays off for it."
         )
     kind = params.get("rope_type") or params.get("type") or "default"
+    kind = _ALIASES.get(kind, kind)
     if kind not in _ROTATABLE:
         reason = _REASONS.get(
             kind, "it is not known to rotate every key by position times a fixed frequency"
@@ -49,7 +52,12 @@ def rotary_spec_from_config(hf_config: Any, is_neox_style: bool = True) -> Rotar
             f"rope type {kind!r} is not supported: {reason}; allowed: {', '.join(_ROTATABLE)}. "
             "Chunk reuse stays off for this model."
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Of latent attention (MLA) only a part of each key is rotated, and that whole.
+    head_dim = (
+        getattr(config, "qk_rope_head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     partial = (
         params.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_pipeline.errors import RagPipelineError
+from retrievers import storable_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -55,9 +56,9 @@ class Transcript:
             ) from None
 
     def append(self, messages: Sequence[tuple[str, str]]) -> None:
-        """Write messages behind the others, all at once, and sync the file."""
+        """Write messages behind the others, all at once, and sync the file; what UTF-8 cannot hold is replaced."""
         lines = [
-            json.dumps({"role": role, "content": text}, ensure_ascii=False)
+            json.dumps({"role": role, "content": storable_text(text)}, ensure_ascii=False)
             for role, text in messages
         ]
         head = "\n" if self._needs_break else ""
@@ -84,7 +85,7 @@ class Transcript:
     def _message(self, line: str, number: int) -> tuple[str, str]:
         try:
             given: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._refused(number, "no JSON") from None
         if not isinstance(given, dict) or given.get("role") not in ROLES:
             raise self._refused(number, f"no message with a role of {', '.join(ROLES)}")

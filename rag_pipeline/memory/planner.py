@@ -12,6 +12,7 @@ from rag_pipeline.memory.layout import Question, plain_candidate, window_candida
 from rag_pipeline.memory.methods import create_method
 from rag_pipeline.memory.plan import Chain, MemoryPlan, Range, Utterance
 from rag_pipeline.memory.rendering import Renderer, checked
+from retrievers import storable_text
 
 if TYPE_CHECKING:
     from rag_pipeline.memory.clustering import Vectors
@@ -55,13 +56,9 @@ class Planner:
         context_length: int,
     ) -> None:
         self.method = create_method(config)
-        self.config = config = self.method.config
+        self.config = self.method.config
         self.context_length = context_length
-        if (wanted := self.method.step_tokens()) >= context_length:
-            raise RagPipelineError(
-                f"memory: a step of {config.budget_tokens} slots and a block of {config.block_tokens} needs {wanted} "
-                f"tokens, the context has {context_length}; lower budget_tokens or block_tokens"
-            )
+        self.method.check_room(context_length)
         self._renderer = Renderer(tokenizer)
         self._vectors = TextVectors(encode)
         self._conversations = Conversations(self._renderer, config, self._vectors)
@@ -136,10 +133,11 @@ class Planner:
 
     def _view(self, system: str, history: Sequence[Utterance]) -> View:
         told = [checked(said) for said in history]
-        return self._conversations.view(system, [said for said in told if said.text])
+        told = [said for said in told if said.text]
+        return self._conversations.view(storable_text(system), told)
 
     def _question(self, view: View, question: str, max_new_tokens: int, query: str) -> Question:
-        text = question.strip()
+        text = storable_text(question).strip()
         if not text:
             raise RagPipelineError("the question is empty; give at least one word")
         ids = self._renderer.question_ids(view.last_role, text)
@@ -152,7 +150,7 @@ class Planner:
             )
         return Question(
             view=view,
-            text=query.strip() or text,
+            text=storable_text(query).strip() or text,
             ids=ids,
             room=room,
             encode=lambda asked: self._vectors.of([asked])[0],

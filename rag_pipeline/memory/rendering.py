@@ -12,6 +12,7 @@ from rag_pipeline.memory.bounded import BoundedTable
 from rag_pipeline.memory.plan import Utterance
 from rag_pipeline.prompts.chat_template import template_parts
 from rag_pipeline.prompts.tokenizer import ModelTokenizer
+from retrievers import storable_text
 
 ROLES = ("user", "assistant")
 
@@ -102,7 +103,7 @@ class Renderer:
 
 
 def checked(message: Utterance) -> Utterance:
-    """Refuse a message of another role; outer white space is removed, as clients send it or not.
+    """Refuse a message of another role; outer white space is removed, as clients send it or not, and what UTF-8 cannot hold.
 
     Raises
     ------
@@ -114,4 +115,4 @@ def checked(message: Utterance) -> Utterance:
             f"a conversation's memory holds a message of role {message.role!r:.40} whose text is a "
             f"{type(message.text).__name__}; give role user or assistant, and a text"
         )
-    return Utterance(message.role, message.text.strip())
+    return Utterance(message.role, storable_text(message.text).strip())

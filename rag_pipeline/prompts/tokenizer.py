@@ -18,6 +18,7 @@ from typing import Any
 
 from rag_pipeline.errors import ModelError, one_line
 from rag_pipeline.models.stock_tokenizer import load_stock_tokenizer
+from retrievers import storable_text
 
 PROMPT_DATE = date(2024, 7, 26)
 """What a chat template with a date writes at the head of a prompt: the day that Llama 3's own template
@@ -116,14 +117,14 @@ class ModelTokenizer:
         return {text: index for text, (index, _) in self._special.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` alone; special-token strings in it are ordinary text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of `text` alone; special-token strings in it are ordinary text, half a surrogate pair is U+FFFD."""
+        ids: list[int] = self._backend.encode(storable_text(text), add_special_tokens=False).ids
         return ids
 
     def encode_offsets(self, text: str) -> Sequence[tuple[int, int]]:
         """Character span ``(start, end)`` of every token of :meth:`encode`."""
         offsets: list[tuple[int, int]] = self._backend.encode(
-            text, add_special_tokens=False
+            storable_text(text), add_special_tokens=False
         ).offsets
         return offsets
 

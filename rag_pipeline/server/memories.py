@@ -18,6 +18,7 @@ from rag_pipeline.memory import (
     Utterance,
     parse_memory,
 )
+from rag_pipeline.memory.methods import create_method
 from rag_pipeline.opened_memory import Asked, RememberedTurn, plan_turn, prepare_turn
 from rag_pipeline.protocol import SamplingOptions
 from rag_pipeline.server.memory_backend import MemoryBackend
@@ -95,6 +96,17 @@ class Memories:
         self._under_way: OrderedDict[str, Remembered] = OrderedDict()
         self._left_alone: Counter[str] = Counter()
         engine.on_report(self._take_report)
+
+    def check(self) -> None:
+        """Refuse a default memory that the engine has no room for; called when the engine runs.
+
+        Raises
+        ------
+        RagPipelineError
+            Otherwise every long conversation would be refused, of clients that have asked for no memory.
+        """
+        if self._default is not None:
+            create_method(self._default).check_room(self._engine.context_length)
 
     def config(self, wish: Any) -> MemoryConfig | None:
         """What a request's wish comes to; None for no memory.

@@ -40,6 +40,7 @@ from rag_pipeline.sglang_plugin.http.server import (
 from retrievers import IndexBusyError, RetrievalError, finish_removals
 
 if TYPE_CHECKING:
+    from rag_pipeline.server.memories import Memories
     from rag_pipeline.server.settings import ServerSettings
     from rag_pipeline.server.tenants import Tenants
     from retrievers import Erase, Removal
@@ -104,7 +105,15 @@ def serve(
 
     jobs = IngestJobs(settings, erase=erase)
 
+    memories: Memories | None = None
+
+    def ready(facts: ServerFacts) -> None:
+        assert memories is not None
+        memories.check()
+        on_ready(facts)
+
     def attach(app: Any, engine: ServedEngine, facts: ServerFacts) -> Guard:
+        nonlocal memories
         service = RagService(
             settings=settings,
             engine=engine,
@@ -124,7 +133,8 @@ def serve(
                 model_gate=model_gate,
             ),
         )
-        chat_memory.register(service.memories)
+        memories = service.memories
+        chat_memory.register(memories)
         app.include_router(make_router(service))
         app.include_router(make_cache_router(service))
         app.include_router(make_page_router())
@@ -154,14 +164,14 @@ def serve(
             closed=facts.closed,
         )
         guard = Guard(app, rules)
-        guard.background.append(service.memories.close)
+        guard.background.append(memories.close)
         return guard
 
     log_requests()
     limits = HttpLimits(max_connections=settings.max_connections, stop_s=settings.stop_seconds)
     try:
         run_http_server(
-            settings.model, words, attach=attach, keys=keys, limits=limits, on_ready=on_ready
+            settings.model, words, attach=attach, keys=keys, limits=limits, on_ready=ready
         )
     finally:
         jobs.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV
+from chunk_cache import ChunkCacheError, ChunkKey, ChunkKV, LayerKV, layout_of_pool
+from rag_kernels import RotarySpec, plan_span_load, rerotate_keys
 
 Make = Callable[..., ChunkKV]
 
@@ -57,9 +60,56 @@ def test_a_key_of_other_ids_or_another_namespace_is_refused(make_record: Make):
         dataclasses.replace(record, key=dataclasses.replace(record.key, namespace="0" * 32))
 
 
-def test_latents_are_refused_until_they_are_implemented(make_record: Make):
-    with pytest.raises(ChunkCacheError, match="'latent' is not implemented"):
-        dataclasses.replace(make_record(range(4)), layout="latent")
+def test_a_layout_that_nobody_brings_is_refused(make_record: Make):
+    with pytest.raises(ChunkCacheError, match="'sharded' is not implemented"):
+        dataclasses.replace(make_record(range(4)), layout="sharded")
+
+
+def test_a_latent_is_one_for_all_heads(make_record: Make):
+    record = make_record(range(4))
+    with pytest.raises(ChunkCacheError, match="2 heads: a latent is one for all of them"):
+        dataclasses.replace(record, layout="latent")
+    k, v = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 32)
+    one = dataclasses.replace(record, layout="latent", k=k, v=v)
+    assert (one.k.shape[-1], one.v.shape[-1]) == (8, 32)
+
+
+def latent_pool(**other: Any) -> Any:
+    class MLATokenToKVPool(SimpleNamespace):
+        def get_key_buffer(self, layer: int) -> torch.Tensor:
+            return self.rows[layer]
+
+        def get_value_buffer(self, layer: int) -> torch.Tensor:
+            return self.rows[layer][..., : self.kv_lora_rank]
+
+    fields = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "kv_cache_dim": 40, "use_dsa": False}
+    rows = torch.randn(3, 20, 1, 40)
+    return MLATokenToKVPool(rows=rows, **(fields | other))
+
+
+def test_latents_are_copied_and_only_position_parts_are_turned():
+    pool, slots = latent_pool(), torch.tensor([3, 9, 4, 17])
+    layout = layout_of_pool(pool)
+    assert layout.name == "latent"
+    k, v = layout.gather(pool, 3, slots)
+    assert torch.equal(k, pool.rows[:, slots][..., 32:])
+    assert torch.equal(v, pool.rows[:, slots][..., :32])
+    assert torch.equal(layout.keys(k[1], v[1]), pool.rows[1, slots])
+    spec = RotarySpec.from_inv_freq(10000.0 ** (-torch.arange(0, 8, 2) / 8), 8, False)
+    to, before = torch.tensor([0, 1, 2, 5]), pool.rows.clone()
+    plan = plan_span_load([to], [7], spec)
+    layout.load_inplace(*layout.pool_layer(pool, 1), [LayerKV(k[1], v[1])], plan)
+    assert torch.equal(pool.rows[1, to][..., :32], v[1])
+    assert torch.equal(pool.rows[1, to][..., 32:], rerotate_keys(k[1], 7, spec))
+    others = torch.tensor([slot for slot in range(20) if slot not in to.tolist()])
+    assert torch.equal(pool.rows[1, others], before[1, others])
+    assert torch.equal(pool.rows[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("other", [{"use_dsa": True}, {"kv_cache_dim": 656}])
+def test_sparse_and_packed_latents_are_refused(other: dict[str, Any]):
+    with pytest.raises(ChunkCacheError, match="sparse or packed latents are refused"):
+        layout_of_pool(latent_pool(**other))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -125,6 +125,8 @@ def test_a_transcript_is_read_back_and_gone_on_with(tmp_path: Path) -> None:
     again = Transcript(file)
     assert again.system == "Be brief."
     assert again.messages == [("user", "line\u2028one\ntwo"), ("assistant", "\N{GRINNING FACE}")]
+    again.append([("user", "half \ud83d")])  # typed as bytes that are no UTF-8
+    assert Transcript(file).messages[-1] == ("user", "half \ufffd")
     # What another program left without an end of line is a line all the same.
     file.write_text('{"role": "user", "content": "a"}')
     Transcript(file).append([("assistant", "b")])
@@ -135,6 +137,7 @@ def test_a_transcript_is_read_back_and_gone_on_with(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ('{"role": "user", "content": "a"}\n{"role": "us', "line 2: no JSON"),
+        ("[" * 100_000, "line 1: no JSON"),
         ("[]", "line 1: no message with a role"),
         ('{"role": "tool", "content": "a"}', "system, user, assistant"),
         ('{"role": "user", "content": ["a"]}', "content is no text"),

@@ -51,11 +51,15 @@ def say(local, ids, fusion, **more):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"page_size": 16, "disable_overlap_schedule": False}],
-    ids=["page 1", "page 16 and overlap"],
+    [
+        {},
+        {"page_size": 16, "disable_overlap_schedule": False},
+        {"family": "deepseek_v2"},
+    ],
+    ids=["page 1", "page 16 and overlap", "latents"],
 )
 def test_the_second_turn_loads_the_first_and_says_the_same(engine, settings):
-    local = stored(engine("llama", **settings))
+    local = stored(engine(**({"family": "llama"} | settings)))
     exact = PREFIX // settings.get("page_size", 1) * settings.get("page_size", 1)
     # EPIC chooses the same rows whatever comes behind: turn two without the conversation is the oracle.
     plain_one = say(local, IDS, fields(""))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_helpers import CHUNK, PREFIX, largest_difference, lay_out, logprobs, report, tokens
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "deepseek_v2"]
 
 
 def slot_kv(local, req, layer):

@@ -10,7 +10,7 @@ from fusion_helpers import CHUNKS, PREFIX_IDS, largest_difference, lay_out, logp
 
 from rag_pipeline.sglang_plugin.fusion.self_check.check import run_self_check
 
-FAMILIES = ("gemma2", "gemma3", "mixtral", "qwen3_moe")
+FAMILIES = ("gemma2", "gemma3", "mixtral", "qwen3_moe", "deepseek_v2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
-from pathlib import Path
-
 import pytest
 from fusion_helpers import CHUNK, PREFIX, tokens
 from memory_chats import QUESTION, Chat
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from rank_programs import run_ranks
 
 
 @pytest.mark.slow
@@ -32,37 +21,15 @@ def test_two_ranks_agree_with_each_other_and_with_one(engine, tiny_model, tmp_pa
         {"spans": spans, "policy": policy}
         for policy in ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.9")
     ]
-    case = tmp_path / "case.json"
-    case.write_text(
-        json.dumps(
-            {
-                "prefix": prefix,
-                "chunks": chunks,
-                "ids": ids,
-                "policies": policies,
-                "store_dir": str(tmp_path / "kv"),
-            }
-        )
-    )
-    folder, port = tiny_model("llama"), free_port()
-    outs = [tmp_path / f"rank{rank}.json" for rank in range(2)]
-    program = Path(__file__).with_name("two_ranks.py")
-    ranks = [
-        warm_start.popen(
-            [sys.executable, program, *map(str, (rank, port, folder, case, outs[rank]))],
-            environment=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=tmp_path / f"log{rank}.txt",
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=400) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill_group()
-    for rank, code in enumerate(codes):
-        assert code == 0, (tmp_path / f"log{rank}.txt").read_text()[-3000:]
-    seen = [json.loads(out.read_text()) for out in outs]
+    case = {
+        "model": str(tiny_model("llama")),
+        "prefix": prefix,
+        "chunks": chunks,
+        "ids": ids,
+        "policies": policies,
+        "store_dir": str(tmp_path / "kv"),
+    }
+    seen = run_ranks("two_ranks.py", case, tmp_path, warm_start)
     assert seen[0]["on"]
     assert seen[1]["on"]
     assert seen[0]["shard"][2] == 1  # one of two KV heads each

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fusion_helpers import chunk_limit, tokens
+from fusion_helpers import CHUNK, CHUNKS, PREFIX_IDS, chunk_limit, lay_out, tokens
+from rank_programs import run_ranks
 
 YARN = {
     "rope_type": "yarn",
@@ -24,6 +26,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn": {"rope_parameters": YARN},
     "dense": {"first_k_dense_replace": 5},
 }
+RANKED: dict[str, dict[str, Any]] = {
+    "dense": VARIANTS["dense"],
+    "experts": {"q_lora_rank": 24, "rope_parameters": YARN},
+}
 LONG = tokens(150, 60)
 ALONG = [*LONG[:100], *tokens(23, 61)]
 BATCH = [tokens(37, 62), tokens(60, 63), tokens(21, 64)]
@@ -32,24 +38,32 @@ BATCH = [tokens(37, 62), tokens(60, 63), tokens(21, 64)]
 @pytest.fixture(params=VARIANTS)
 def served(request: pytest.FixtureRequest, engine: Any, tiny_model: Any) -> tuple[Any, Any]:
     """An engine, and the same model by transformers."""
-    from transformers import AutoModelForCausalLM
-
     name = f"deepseek-{request.param}"
     folder = tiny_model("deepseek_v2", name, **VARIANTS[request.param])
-    model = AutoModelForCausalLM.from_pretrained(
+    return engine(name), reference(folder)
+
+
+def reference(folder: Path) -> Any:
+    """The model by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return engine(name), model.eval()
+    ).eval()
 
 
 def agrees(model: Any, prompt: list[int], req: Any) -> None:
     """Log-probabilities of prompt's end and of every decoded token are the reference's."""
-    said = list(req.output_ids)
+    likeliest = req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx
+    said_as(model, prompt, list(req.output_ids), likeliest)
+
+
+def said_as(model: Any, prompt: list[int], said: list[int], likeliest: Any) -> None:
+    """The reference says the same tokens, with the same log-probabilities of the likeliest."""
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt, *said[:-1]]])).logits[0, len(prompt) - 1 :]
     wanted = logits.double().log_softmax(-1)
-    top = zip(req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx, strict=True)
-    for row, (values, ids) in zip(wanted, top, strict=True):
+    for row, values, ids in zip(wanted, *likeliest, strict=True):
         torch.testing.assert_close(
             torch.tensor(values).double(), row[torch.tensor(ids)], rtol=0, atol=1e-4
         )
@@ -87,8 +101,33 @@ def test_the_pool_holds_one_latent_and_one_position_part_per_token(served: tuple
     assert {tuple(buffer.shape[1:]) for buffer in pool.kv_buffer} == {(1, 32 + 8)}
 
 
-def test_fusion_is_off_for_it_and_says_why(served: tuple[Any, Any]) -> None:
-    status = served[0].runtime.status()
-    assert not status["on"]
-    assert "architecture DeepseekV2ForCausalLM" in status["off_reason"]
-    assert "MLA" in status["off_reason"]
+def test_two_ranks_hold_half_the_heads_and_all_latents_and_say_what_transformers_says(
+    tiny_model: Any, tmp_path: Path, warm_start: Any
+) -> None:
+    folders = {
+        name: tiny_model("deepseek_v2", f"deepseek-{name}", **fields)
+        for name, fields in RANKED.items()
+    }
+    case = {"models": {name: str(folder) for name, folder in folders.items()}}
+    ids, spans = lay_out(CHUNKS[::-1], tokens(9, 2))
+    case |= {"long": LONG, "along": ALONG, "batch": BATCH}
+    case |= {"prefix": PREFIX_IDS, "chunks": CHUNKS, "ids": ids, "spans": spans}
+    one, two = run_ranks("mla_ranks.py", case, tmp_path, warm_start, engines=len(folders))
+    assert one == two
+    for name, folder in folders.items():
+        seen, model = one[name], reference(folder)
+        assert seen["pool"] == ["MLATokenToKVPool", [[1, 32 + 8]]]
+        assert seen["heads"] == 4 // 2
+        plain, *exact, blended, reused = seen["fused"]
+        assert [run["fallback"] for run in seen["fused"]] == [""] * 5
+        for run in exact:
+            assert (
+                max(abs(a - b) for a, b in zip(run["logprobs"], plain["logprobs"], strict=True))
+                < 5e-4
+            )
+        assert 0 < blended["reused"] < reused["reused"] == 4 * CHUNK
+        assert abs(reused["logprobs"][0] - plain["logprobs"][0]) > 1e-3
+        assert seen["answers"]["hit"]["cached"] == 100
+        assert len(seen["answers"]) == 7
+        for answer in seen["answers"].values():
+            said_as(model, answer["prompt"], answer["ids"], answer["top"])

@@ -1,29 +1,24 @@
 """One of two tensor-parallel ranks: drives its scheduler by the same script as the other, writes what it saw.
 
-Usage: two_ranks.py RANK PORT MODEL_FOLDER CASE.json OUT.json
+Usage: two_ranks.py RANK CASE.json OUT.json
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
 import sys
 from pathlib import Path
 
 
 def main() -> None:
-    rank, port, folder, case_file, out_file = sys.argv[1:6]
-    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-    spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
-    local = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(local)
+    from rank_programs import RankProgram
+
     from rag_pipeline.sglang_plugin.fusion.forward import layer_pass as attention
 
-    case = json.loads(Path(case_file).read_text())
-    engine = local.LocalEngine(folder, tp_size=2, nccl_port=int(port), world_rank=int(rank))
+    program = RankProgram()
+    case, rank = program.case, program.rank
+    engine = program.engine(case["model"])
     seen = {"on": engine.runtime.is_on, "self_check": engine.runtime.self_check, "runs": []}
 
     def told(req):
@@ -56,12 +51,12 @@ def main() -> None:
     note(engine.ask(case["ids"], 4, fusion=talk))
     turn = [*case["ids"], *seen["runs"][-1]["ids"], 5]
     note(engine.ask(turn, 4, fusion=talk))
-    if rank == "0":
+    if rank == 0:
         ((first, *_),) = engine.runtime.conversations.table._spaces.of("")
         assert store.evict(first.key)
     note(engine.ask(turn, 4, fusion=talk))
     # A fault on one rank only: both prefill as usual, in step.
-    original, layer = attention.FusedPass._run_layer, 3 if rank == "1" else -1
+    original, layer = attention.FusedPass._run_layer, 3 if rank == 1 else -1
 
     def fails(self, at, *args):
         if at.layer_id == layer:
@@ -72,18 +67,18 @@ def main() -> None:
     for fusion in (case["policies"][3], case["policies"][4]):
         engine.flush()
         note(engine.ask(case["ids"], 4, fusion=fusion))
-    layer = 1 if rank == "0" else -1
+    layer = 1 if rank == 0 else -1
     engine.flush()
     note(engine.ask(case["ids"], 4, fusion=case["policies"][5]))
     attention.FusedPass._run_layer = original
     # One rank loses a chunk: both must treat it as missing, or their shapes differ and they hang.
-    if rank == "1":
+    if rank == 1:
         assert store.evict(lost)
     engine.flush()
     note(engine.ask(case["ids"], 4, fusion=case["policies"][1]))
     seen["memory"] = remembered(engine, told, rank)
     seen["tiers"] = restarted(engine, case, told)
-    Path(out_file).write_text(json.dumps(seen))
+    program.write(seen)
 
 
 def remembered(engine, told, rank):
@@ -95,7 +90,7 @@ def remembered(engine, told, rank):
     stored = [step["stored"] for step in chat.build(3)]
     record = chat.record()
     answer = told(chat.answer(QUESTION))
-    if rank == "1":
+    if rank == 1:
         engine.runtime.store.clear()
     return {
         "stored": stored,

@@ -83,7 +83,17 @@ def attend(kernel, case, threads=1, **more):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "dim"),
-    [(9, 3, 64), (2, 2, 80), (8, 1, 128), (6, 2, 96), (4, 1, 256), (7, 1, 40), (5, 1, 17)],
+    [
+        (9, 3, 64),
+        (2, 2, 80),
+        (8, 1, 128),
+        (6, 2, 96),
+        (4, 1, 256),
+        (7, 1, 40),
+        (5, 1, 17),
+        (12, 1, 320),
+        (2, 1, 576),
+    ],
 )
 def test_every_shape_against_the_reference(q_heads, kv_heads, dim, dtype, mask):
     case = (q_heads, kv_heads, dim, dtype, mask)

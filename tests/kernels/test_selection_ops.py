@@ -181,6 +181,22 @@ def test_mean_shift_moves_only_the_rows_that_stay(neox, dim, rotary_dim, given_o
     torch.testing.assert_close(v_pool.double(), want_v, rtol=1e-5, atol=1e-6)
 
 
+def test_mean_shift_of_position_parts_and_latents_that_lie_in_one_row():
+    """Rotated part and rest differ in size, and are views of one pool: as of latent attention."""
+    torch.manual_seed(4)
+    spec = make_spec(8, 8, False)
+    pool = torch.randn(120, 1, 40)
+    slots, chunks = torch.randperm(120)[:90], [(10, 50), (50, 80)]
+    rows = torch.tensor([12, 20, 31, 49, 60, 61, 79, 85])
+    new = torch.randn(rows.numel(), 1, 40)
+    parts = (pool[..., 32:], pool[..., :32], new[..., 32:], new[..., :32])
+    want = reference_shift(*parts, chunks, rows, slots, spec, 0.4)
+    plan = plan_mean_shift(chunks, rows, slots, spec, 0.4)
+    mean_shift_inplace(*parts, plan)
+    for got, wanted in zip(parts[:2], want, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-6)
+
+
 def test_shift_of_a_common_offset_repairs_the_others():
     """Every cached key off by the same un-rotated vector: strength 1 and many probes remove nearly all of it."""
     spec = make_spec(32)

@@ -349,3 +349,15 @@ def test_first_questions_of_many_conversations_forget_none(make_planner: MakePla
     for number in range(70):
         assert planner.plan(SYSTEM, [], f"Question {number}?").history_tokens == 0
     assert planner._view(SYSTEM, LONG[:4]).log is log
+
+
+def test_half_a_surrogate_pair_is_a_character_like_another(make_planner: MakePlanner) -> None:
+    """As a transcript's JSON may have it; neither a digest nor a sentence model takes it."""
+
+    def plan(mark: str) -> MemoryPlan:
+        history = [Utterance(said.role, f"{said.text} {mark}") for said in LONG]
+        return make_planner(method="epicache").plan(f"S. {mark}", history, f"What? {mark}")
+
+    odd, replaced = plan("\ud83d"), plan("\ufffd")
+    assert odd.candidates[0].needs == replaced.candidates[0].needs != ()
+    assert odd.candidates[0].input_ids == replaced.candidates[0].input_ids

@@ -16,7 +16,7 @@ import pytest
 from memory_steps import meta_of
 
 from chunk_cache import tenant_mark
-from rag_pipeline import ModelTokenizer
+from rag_pipeline import ModelTokenizer, RagPipelineError
 from rag_pipeline.memory import MemoryConfig, Utterance
 from rag_pipeline.opened_memory import Asked
 from rag_pipeline.protocol import GenerationPiece, GenerationRequest, SamplingOptions
@@ -107,6 +107,18 @@ def memories(engine: Engine, tokenizer: ModelTokenizer) -> Any:
 async def built(turn: Remembered) -> None:
     """Wait until everything behind an answer is there."""
     assert await asyncio.to_thread(turn.memory.finish, 60)
+
+
+def test_a_default_memory_that_the_context_has_no_room_for_is_refused_before_any_chat(
+    engine: Engine, tokenizer: ModelTokenizer
+) -> None:
+    def check(default: MemoryConfig | None) -> None:
+        Memories(engine, tokenizer, None, default, None).check()  # type: ignore[arg-type]
+
+    check(None)
+    check(CONFIG)
+    with pytest.raises(RagPipelineError, match="needs 3072 tokens, the context has 2048"):
+        check(MemoryConfig())
 
 
 def test_a_short_conversation_is_left_as_it_is_and_a_long_one_waits_for_its_record(

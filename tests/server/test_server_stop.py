@@ -236,12 +236,13 @@ def test_a_chat_whose_memory_is_off_is_answered_as_by_stock_sglang(
     sampling = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
     whole = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
     chat = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 6}
-    chat |= {"ignore_eos": True, "logprobs": True, "top_logprobs": 4, "return_meta_info": True}
+    chat |= {"ignore_eos": True, "return_meta_info": True}
+    numbers = {"logprobs": True, "top_logprobs": 4, "memory": "off"}
     with client(url) as asking:
         asking.post("/flush_cache").raise_for_status()
         stock = asking.post("/generate", json=whole | {"top_logprobs_num": 4}).json()["meta_info"]
         asking.post("/flush_cache").raise_for_status()
-        off = asking.post("/v1/chat/completions", json=chat | {"memory": "off"}).json()
+        off = asking.post("/v1/chat/completions", json=chat | numbers).json()
         on = asking.post("/v1/chat/completions", json=chat).json()
     choice = off["choices"][0]
     assert off["usage"]["prompt_tokens"] == stock["prompt_tokens"] == len(ids) > 600

@@ -198,6 +198,10 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==
         ({"model": "m:adapter"}, "another model"),
         ({"session_params": {"id": "s"}}, "a session"),
         ({"custom_params": {"rag_conversation": "c"}}, "fusion fields"),
+        ({"max_tokens": 0}, "no new token"),
+        ({"max_tokens": 0, "memory": "epicache"}, "no new token"),
+        ({"logprobs": True}, "numbers of the model's own"),
+        ({"return_hidden_states": "last"}, "numbers of the model's own"),
     ],
 )
 def test_what_no_memory_can_be_of_is_left_alone_with_a_reason(fields: Any, reason: str) -> None:
@@ -206,6 +210,11 @@ def test_what_no_memory_can_be_of_is_left_alone_with_a_reason(fields: Any, reaso
     assert memory.reasons == [reason]
     assert made.serving.seen == [made.before]
     assert memory.asked == []
+
+
+def test_who_asks_for_a_memory_has_one_with_log_probabilities_too() -> None:
+    made = ask(Memory(Turn()), memory="epicache", logprobs=True)
+    assert made.request.input_ids == list(Turn.input_ids)
 
 
 def test_fields_that_a_client_laid_out_itself_are_the_engines() -> None:

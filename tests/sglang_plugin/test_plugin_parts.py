@@ -107,14 +107,57 @@ def test_a_cpu_without_bf16_computes_in_fp32_unless_told_otherwise(
     arguments = SimpleNamespace(
         attention_backend=None,
         dtype=asked,
+        model_path="nowhere",
         speculative_algorithm=None,
         tp_size=1,
         pp_size=1,
         dp_size=1,
+        dcp_size=1,
     )
     platform.RagCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
     assert arguments.attention_backend == "rag_cpu"
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "wanted"),
+    [
+        ('{"dtype": "float32"}', "auto", "bfloat16"),
+        ('{"torch_dtype": "float16"}', "auto", "bfloat16"),
+        ("{}", "auto", "bfloat16"),  # SGLang takes it for fp32
+        ('{"dtype": "bfloat16"}', "auto", "auto"),
+        ('{"dtype": "float32"}', "float16", "float16"),
+        ("[]", "auto", "auto"),
+        (None, "auto", "auto"),
+    ],
+)
+def test_a_cpu_that_computes_bf16_is_not_left_to_emulate_fp16(
+    monkeypatch, tmp_path, config, asked, wanted
+):
+    import sglang.srt.server_args  # noqa: F401
+
+    from rag_pipeline.sglang_plugin.cpu import platform
+
+    monkeypatch.setattr(platform, "computes_bf16", lambda: True)
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    arguments = SimpleNamespace(
+        attention_backend=None, dtype=asked, speculative_algorithm=None, model_path=str(tmp_path),
+        tp_size=1, pp_size=1, dp_size=1,
+    )  # fmt: skip
+    platform.RagCpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.dtype == wanted
+
+
+@pytest.mark.parametrize("backend", [None, "rag_cpu", "torch_native"])
+def test_tokens_dealt_out_over_the_ranks_are_refused_in_one_line(backend):
+    import sglang.srt.server_args  # noqa: F401  # as above
+
+    from rag_pipeline.sglang_plugin.cpu.platform import RagCpuPlatform
+
+    arguments = SimpleNamespace(attention_backend=backend, dcp_size=2, tp_size=2)
+    with pytest.raises(EngineError, match=r"^dcp_size 2: .*; start with dcp_size=1, .*\.$"):
+        RagCpuPlatform().apply_server_args_defaults(arguments)
 
 
 def test_drafted_tokens_need_a_backend_that_knows_trees():
@@ -125,7 +168,10 @@ def test_drafted_tokens_need_a_backend_that_knows_trees():
 
     platform = RagCpuPlatform()
     arguments = SimpleNamespace(
-        attention_backend="torch_native", speculative_algorithm="NGRAM", dtype="float32"
+        attention_backend="torch_native",
+        speculative_algorithm="NGRAM",
+        dtype="float32",
+        dcp_size=1,
     )
     with pytest.raises(EngineError, match=r"torch_native.*trees.*'rag_cpu'"):
         platform.apply_server_args_defaults(arguments)

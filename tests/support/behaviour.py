@@ -11,8 +11,6 @@ checkouts. Floats depend on the machine: record both on one.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -170,10 +168,10 @@ def engine_part(folder: Path) -> dict[str, Any]:
 
 def ranks_part(scratch: Path) -> Any:
     """Two tensor-parallel ranks of a tiny random model, by the script of their test."""
-    import socket
-
     import torch
+    from rank_programs import run_ranks
     from transformers import AutoModelForCausalLM, LlamaConfig
+    from warm import WarmStart
 
     torch.manual_seed(7)
     config = LlamaConfig(
@@ -194,24 +192,13 @@ def ranks_part(scratch: Path) -> Any:
     ids += question
     names = ("reuse", "full", "epic:0.3", "query:0.6", "cacheblend:0.9")
     policies = [{"mode": "off"}, *({"spans": spans, "policy": name} for name in names)]
-    case = scratch / "case.json"
-    case.write_text(
-        json.dumps({"prefix": prefix, "chunks": chunks, "ids": ids, "policies": policies})
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = Path(__file__).parents[1] / "fusion" / "two_ranks.py"
-    outs = [scratch / f"rank{rank}.json" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(port), str(folder), str(case), str(out)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank, out in enumerate(outs)
-    ]
-    assert [rank.wait(timeout=400) for rank in ranks] == [0, 0]
-    return [json.loads(out.read_text())["runs"] for out in outs]
+    case = {"model": str(folder), "prefix": prefix, "chunks": chunks, "ids": ids}
+    case |= {"policies": policies, "store_dir": str(scratch / "kv")}
+    warm_start = WarmStart()
+    try:
+        return [seen["runs"] for seen in run_ranks("two_ranks.py", case, scratch, warm_start)]
+    finally:
+        warm_start.close()
 
 
 def record(out: Path) -> None:

@@ -154,7 +154,7 @@ struct Worker {
     void pack_keys(const Keys& keys, const RagRequest& r, int head) {
         typedef typename E::type type;
         const type* pool = static_cast<const type*>(c.k) + head * c.k_head;
-        word spare[LANES][256 + 16];
+        word spare[LANES][WIDEST + 16];
         const bool in_place = (T::PAIR == 2 || std::is_same<E, Float>::value) && words == padded_words;
         for (int from = 0; from < keys.count; from += LANES) {
             const word* rows[LANES];

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rag_kernels.native.library import (
-    LARGEST_HEAD,
     TYPES,
     SaleGroupStruct,
     SaleStruct,
@@ -20,6 +19,10 @@ from rag_kernels.native.library import (
 if TYPE_CHECKING:
     from rag_kernels.attention.base import AttentionCall
     from rag_kernels.sparse.sale.layout import RequestLayout
+
+
+_LARGEST_HEAD = 256
+"""Most dimensions of a head whose keys it rounds to 4 bits."""
 
 
 def native_choice(
@@ -64,7 +67,12 @@ def native_choice(
     q, pool, plan = call.q_RNH, call.k_pool, call.plan
     if q.device.type != "cpu" or not {q.dtype, pool.dtype} <= set(TYPES):
         return False
-    if plan.head_dim > LARGEST_HEAD or q.stride(2) != 1 or pool.stride(2) != 1 or call.scale <= 0.0:
+    if (
+        plan.head_dim > _LARGEST_HEAD
+        or q.stride(2) != 1
+        or pool.stride(2) != 1
+        or call.scale <= 0.0
+    ):
         return False
     library = load_library()
     if library is None:

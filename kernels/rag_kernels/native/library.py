@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "RAG_PIPELINE_CPU_KERNELS"
 """Environment variable: ``native`` (default) or ``torch``, which neither builds nor loads the library."""
 
-LARGEST_HEAD = 256
-"""Most dimensions of a head that it takes."""
+LARGEST_HEAD = 576
+"""Most dimensions of a head that it takes: DeepSeek's latent of 512 and its position part of 64."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of tensors that the library knows, and what it calls them."""

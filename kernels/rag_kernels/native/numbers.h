@@ -33,6 +33,7 @@ constexpr int LANES = 4, NV = 2, MR = 4;
 #endif
 constexpr int PANEL = NV * LANES;  // columns that one call of the inner loop computes
 constexpr int STEP = 256;          // keys of a step; a multiple of every PANEL
+constexpr int WIDEST = 576;        // dimensions of a head: a latent of 512 and its position part of 64
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(LANES * 4)));

@@ -43,7 +43,7 @@ void mass_of(const RagMass& c, int64_t head, int first, int count, float* out) {
         put_row<T, E>(static_cast<const type*>(c.q) + row * c.q_row + own * c.q_head, dim, queries + i * words, words);
     }
     const type* pool = static_cast<const type*>(c.k) + head * c.k_head;
-    word spare[LANES][256 + 16];
+    word spare[LANES][WIDEST + 16];
     for (int from = 0; from < c.kv_len; from += PANEL) {
         for (int at = 0; at < PANEL; at += LANES) {
             const word* rows[LANES];
@@ -115,7 +115,7 @@ void mean_of(const RagShift& c, int64_t chunk, int64_t head, float* k_sum) {
         return static_cast<const type*>(rows) + row * stride + head * dim;
     };
     const type *k_pool = static_cast<type*>(c.k_pool) + head * c.k_head, *v_pool = static_cast<type*>(c.v_pool) + head * c.v_head;
-    float *v_sum = k_sum + dim, moved[256], turned[256];
+    float *v_sum = k_sum + dim, moved[WIDEST], turned[WIDEST];
     std::fill(k_sum, k_sum + 2 * dim, 0.0f);
     for (int64_t p = chunk == 0 ? 0 : c.probe_ends[chunk - 1]; p < c.probe_ends[chunk]; p++) {
         const int64_t row = c.probe_rows[p], slot = c.probe_slots[p];
@@ -134,7 +134,7 @@ template <class E>
 void add_to(const RagShift& c, int64_t token, const float* sums) {
     typedef typename E::type type;
     const int dim = int(c.dim), half = int(c.rotary_dim) / 2;
-    float turned[256];
+    float turned[WIDEST];
     for (int64_t h = 0; h < c.heads; h++, sums += 2 * dim) {
         type* k = static_cast<type*>(c.k_pool) + c.other_slots[token] * c.k_slot + h * c.k_head;
         type* v = static_cast<type*>(c.v_pool) + c.other_slots[token] * c.v_slot + h * c.v_head;

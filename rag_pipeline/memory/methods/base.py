@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from rag_pipeline.errors import RagPipelineError
+
 if TYPE_CHECKING:
     from rag_pipeline.memory.config import MemoryConfig
     from rag_pipeline.memory.conversation import View
@@ -59,10 +61,23 @@ class MemoryMethod(ABC):
         """Most tokens that a step's prompt holds behind the prefix; 0 for a method without steps."""
         return 0
 
+    def check_room(self, context_length: int) -> None:
+        """Refuse a budget that a context of so many tokens has no room for.
+
+        Raises
+        ------
+        RagPipelineError
+            One line: what a step needs, what there is.
+        """
+        if (wanted := self.step_tokens()) >= context_length:
+            budget, block = self.config.budget_tokens, self.config.block_tokens
+            raise RagPipelineError(
+                f"memory: a step of {budget} slots and a block of {block} needs {wanted} tokens, the context has "
+                f"{context_length}; lower budget_tokens or block_tokens"
+            )
+
     def _read_options(self, options: str) -> None:
         if options:
-            from rag_pipeline.errors import RagPipelineError
-
             raise RagPipelineError(
                 f"memory method {self.name!r} has no options, got {options!r:.80}; leave them out"
             )

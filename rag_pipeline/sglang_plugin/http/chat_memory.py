@@ -31,6 +31,8 @@ FIELD = "memory"
 """Of the body of a request."""
 _PARAM = f"{PARAM_PREFIX}{FIELD}"
 _INSTRUCTIONS = ("system", "developer")
+_NUMBERS = ("logprobs", "return_hidden_states", "return_routed_experts", "return_sampling_mask")
+"""Fields of a request that ask for numbers beside the text: who reads them cannot see that they are near and not equal."""
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +192,7 @@ async def _remembered(
     wish = await _take_wish(request, raw_request)
     if not memory.may_apply(wish):
         return None
-    reason = _why_not(serving, request)
+    reason = _why_not(serving, request, is_asked=wish is not None)
     if reason:
         memory.left_alone(reason)
         return None
@@ -202,7 +204,7 @@ async def _remembered(
             system="\n".join(text for _, text in said[:head]),
             history=tuple(said[head:-1]),
             question=said[-1][1],
-            max_new_tokens=request.max_completion_tokens or request.max_tokens,
+            max_new_tokens=_new_tokens(request),
             cache_salt=request.cache_salt,
             scope=raw_request.scope,
             rid=request.rid if isinstance(request.rid, str) else None,
@@ -229,9 +231,14 @@ def _is_engines(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("{")
 
 
-def _why_not(serving: Any, request: Any) -> str:
+def _why_not(serving: Any, request: Any, *, is_asked: bool) -> str:
     """Why no memory can be of this request; empty where one can."""
     messages = request.messages
+    # As :mod:`rag_pipeline.sglang_plugin.fusion.request.consent` has it: the engine approximates neither.
+    if _new_tokens(request) == 0:
+        return "no new token"
+    if not is_asked and any(getattr(request, name) for name in _NUMBERS):
+        return "numbers of the model's own"
     if not messages:
         return "no message"
     if request.tools or any(_has_tools(message) for message in messages):
@@ -259,6 +266,12 @@ def _why_not(serving: Any, request: Any) -> str:
     if isinstance(fields, Mapping) and any(str(name).startswith(PARAM_PREFIX) for name in fields):
         return "fusion fields"
     return ""
+
+
+def _new_tokens(request: Any) -> int | None:
+    """Most tokens of the answer, as SGLang reads them; None where the client does not say."""
+    wanted: int | None = request.max_completion_tokens or request.max_tokens
+    return wanted
 
 
 def _has_tools(message: Any) -> bool:

@@ -79,7 +79,8 @@ def run_http_server(
     limits : HttpLimits
         Of connections, and of the time that a header, a body and a stop may take.
     on_ready : callable
-        Called when the engine has answered its warm-up and the plugin has proved to be active.
+        Called when the engine has answered its warm-up and the plugin has proved to be active. A RagPipelineError that it
+        raises ends the server, with that line.
 
     Raises
     ------
@@ -122,9 +123,16 @@ def _launch(
     _register(http_server.app, attach(http_server.app, engine, facts), limits)
 
     def ready() -> None:
-        if not plugin_is_off() and startup.plugin_allowed():
-            _verify(engine)
-        on_ready(facts)
+        # In SGLang's warm-up thread, which would lose an error and let the server go on.
+        try:
+            if not plugin_is_off() and startup.plugin_allowed():
+                _verify(engine)
+            on_ready(facts)
+        except RagPipelineError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
+            _end_children()
+            os._exit(1)
 
     schedule = Engine.run_scheduler_process_func
     if not (plugin_is_off() or accelerator_present()):
@@ -215,7 +223,7 @@ def _end_now(code: int = 1) -> None:
 
 
 def _verify(engine: ServedEngine) -> None:
-    """End the server when the plugin is not active in its scheduler; runs in SGLang's warm-up thread."""
+    """Refuse a server whose scheduler the plugin is not active in; runs in SGLang's warm-up thread."""
     loop = engine._manager.event_loop
     try:
         info = asyncio.run_coroutine_threadsafe(engine.state(), loop).result()
@@ -224,13 +232,10 @@ def _verify(engine: ServedEngine) -> None:
     except EngineError as error:
         fault = str(error)
     if fault:
-        sys.stderr.write(
-            f"error: the engine started, but {fault}; reinstall rag-pipeline and sglang together, or "
-            "set RAG_PIPELINE_PLUGIN=off to run stock SGLang\n"
+        raise EngineError(
+            f"the engine started, but {fault}; reinstall rag-pipeline and sglang together, or "
+            "set RAG_PIPELINE_PLUGIN=off to run stock SGLang"
         )
-        sys.stderr.flush()
-        _end_children()
-        os._exit(1)
 
 
 def _end_children() -> None:

@@ -114,6 +114,7 @@ def make_pass(
         attention=plan,
         loader=loader,
         scaling=runtime.facts.scaling,
+        layout=runtime.facts.layout,
         shifts=shifts,
         observer=observer,
         holds_faults=runtime.group.size > 1,

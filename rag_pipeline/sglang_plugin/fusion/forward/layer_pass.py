@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from chunk_cache import KVLayout
 from rag_kernels import (
     AttentionCall,
     BlockMask,
@@ -48,11 +49,11 @@ class Observer(Protocol):
     def before_write(
         self, layer_id: int, k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        """Look at the loaded pool and the new keys and values ``[R, N, H]`` of all rows."""
+        """Look at the loaded pool and the new rows of all requests: rotated part and rest, ``[R, N, H]`` each."""
         ...
 
     def after_write(self, layer_id: int, q: Tensor, k_pool: Tensor) -> None:
-        """Look at the rotated queries ``[R, Hq, H]`` when the new rows are in the pool."""
+        """Look at the rotated queries ``[R, Hq, E]`` when the new rows are in the pool, whose keys are ``[N, H, E]``."""
         ...
 
 
@@ -70,6 +71,8 @@ class FusedPass:
         Shared by the passes of a forward.
     scaling : float
         Softmax scale.
+    layout : KVLayout
+        Of the pool.
     shifts : tuple of MeanShiftPlan
         Applied to the cached rows of each layer but the first, those of the layer's own rotation.
     observer : Observer or None
@@ -91,6 +94,7 @@ class FusedPass:
     attention: PositionCausalPlan
     loader: Loader
     scaling: float
+    layout: KVLayout
     shifts: tuple[MeanShiftPlan, ...] = ()
     observer: Observer | None = None
     holds_faults: bool = False
@@ -102,8 +106,7 @@ class FusedPass:
     def prepare(self, runner: Any) -> None:
         """Plan the attention before layer 0, where nothing of the pass waits for it; masks come with their layers."""
         if self.methods is None:
-            pool = runner.token_to_kv_pool
-            k_pool, v_pool = pool.get_key_buffer(0), pool.get_value_buffer(0)
+            k_pool, v_pool = self.layout.attended(runner.token_to_kv_pool, 0)
             prepare_attention(self.attention, k_pool, v_pool, runner.dtype, self.scaling)
 
     def run_layer(
@@ -125,17 +128,18 @@ class FusedPass:
         ----------
         layer : RadixAttention
             The layer.
-        pool : MHATokenToKVPool
+        pool : KVCache
             The paged pool.
         q, k, v : Tensor
-            Rotated queries and keys, and values, ``[R, heads * head_dim]`` or ``[R, heads, head_dim]``.
+            Rotated queries and keys, and values, ``[R, heads * head_dim]`` or ``[R, heads, head_dim]``; of latent
+            attention in the absorbed form, with the latents as values.
         sinks : Tensor, optional
             ``[Hq]``: logit per query head of a key without a value that every row reads too.
 
         Returns
         -------
         Tensor
-            ``[R, Hq * head_dim]``.
+            ``[R, Hq * v_head_dim]``.
         """
         if not self.holds_faults:
             return self._run_layer(layer, pool, q, k, v, sinks)
@@ -154,20 +158,22 @@ class FusedPass:
         self, layer: Any, pool: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         index = int(layer.layer_id)
-        k_pool, v_pool = pool.get_key_buffer(index), pool.get_value_buffer(index)
+        rotated_pool, rest_pool = self.layout.pool_layer(pool, index)
+        k_pool, v_pool = self.layout.attended(pool, index)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        self.loader.ensure(index, k_pool, v_pool)
+        rotated, rest = self.layout.new_rows(k, v)
+        self.loader.ensure(index, rotated_pool, rest_pool)
         if self.observer is not None:
-            self.observer.before_write(index, k_pool, v_pool, k, v)
+            self.observer.before_write(index, rotated_pool, rest_pool, rotated, rest)
         if index > 0:
             turned = self.loader.spec_of(index)
             for shift in self.shifts:
                 if shift.spec is turned:
-                    mean_shift_inplace(k_pool, v_pool, k, v, shift)
-        k_pool.index_copy_(0, self.row_slots, k.to(k_pool.dtype))
-        v_pool.index_copy_(0, self.row_slots, v.to(v_pool.dtype))
+                    mean_shift_inplace(rotated_pool, rest_pool, rotated, rest, shift)
+        rotated_pool.index_copy_(0, self.row_slots, rotated.to(rotated_pool.dtype))
+        rest_pool.index_copy_(0, self.row_slots, rest.to(rest_pool.dtype))
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
         rules = rules_of(layer)
@@ -184,7 +190,7 @@ class FusedPass:
             "rows",
             lambda: self.attend(q, k_pool, v_pool, self.attention, self.scaling, **given),
         )
-        return out.reshape(out.shape[0], -1)
+        return out[..., : layer.v_head_dim].reshape(out.shape[0], -1)
 
     def _mask(
         self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor, rules: LogitRules

@@ -111,8 +111,11 @@ class Loader:
         """How the keys of a layer are moved."""
         return self._by_layer[layer_id] if self._by_layer else self._spec
 
-    def ensure(self, layer_id: int, k_pool: Tensor, v_pool: Tensor) -> None:
-        """Load a layer unless that was done; waits for the readers of that layer."""
+    def ensure(self, layer_id: int, rotated_pool: Tensor, rest_pool: Tensor) -> None:
+        """Load a layer, given as :meth:`~chunk_cache.KVLayout.pool_layer` has it, unless that was done.
+
+        Waits for the readers of that layer.
+        """
         if layer_id in self._done:
             return
         self._done.add(layer_id)
@@ -127,7 +130,7 @@ class Loader:
             moment = None if timer is None else timer.begin()
             if self._copies is not None:
                 layers = self._copies.arrive(ahead[index])
-            layout.load_inplace(k_pool, v_pool, layers, plan)
+            layout.load_inplace(rotated_pool, rest_pool, layers, plan)
             if timer is not None:
                 num_bytes = sum(tensor.nbytes for run in layers for tensor in run)
                 timer.end(moment, functools.partial(self._took, num_bytes))

@@ -209,7 +209,11 @@ def _keep_layer(
     positions = positions.to(keys.device)
     queries = work.queries_of(layer)
     scores = target.rule.scores(
-        keys, values, _scaled(facts, queries) if queries else None, positions, next_position
+        facts.layout.keys(keys, values),
+        values,
+        _scaled(facts, queries) if queries else None,
+        positions,
+        next_position,
     )
     count, pinned = int(target.token_ids.size), target.rule.pinned(positions, next_position)
     if target.own:

@@ -25,6 +25,9 @@ from rag_pipeline.sglang_plugin.fusion.request.state import RequestState
 from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
 
+_LAYOUTS = ("heads", "latent")
+"""Layouts whose records hold what lies in the pool, slot by slot."""
+
 
 def matched_until(state: RequestState) -> int | None:
     """Tokens that a prompt may take from the radix tree; None for any number.
@@ -142,7 +145,7 @@ def _acquire(
             if found is None:
                 break
             leases.append(found)
-            if not is_memory(found.record, facts.num_layers, facts.num_kv_heads):
+            if not is_memory(found.record, facts):
                 break
         else:
             held = _joined(leases)
@@ -178,7 +181,7 @@ def _target(
     assert memory is not None
     assert facts is not None
     store = memory.store
-    if store is None or facts.layout.name != "heads":
+    if store is None or facts.layout.name not in _LAYOUTS:
         return None
     if any(rules_of(layer).sliding_window is not None for layer in facts.layers):
         # A window counts slots; where tokens were evicted it would reach too far.

@@ -28,13 +28,18 @@ class MergedMemory:
         Memory records of the same slots and the same true position behind them, made by one rule.
     """
 
-    layout = "heads"
-
     def __init__(self, one: Stored, other: Stored) -> None:
-        if one.base_position != other.base_position or one.num_tokens != other.num_tokens:
+        if (one.base_position, one.num_tokens, one.layout) != (
+            *(other.base_position, other.num_tokens, other.layout),
+        ):
             raise ValueError("memories of different histories cannot be merged")
         self._parts = (one, other)
         self._layers: dict[int, Kept] = {}
+
+    @property
+    def layout(self) -> str:
+        """Of both."""
+        return self._parts[0].layout
 
     @property
     def token_ids(self) -> TokenIds:

@@ -70,13 +70,13 @@ def name_of(record: ChunkKV) -> str | None:
     return None if name is None else name.numpy().astype("<i4").tobytes().hex()
 
 
-def is_memory(record: ChunkKV | LoadingChunk, num_layers: int, num_heads: int) -> bool:
-    """Whether a record is one of this engine's shape."""
-    shape = (num_layers, num_heads, record.num_tokens)
+def is_memory(record: ChunkKV | LoadingChunk, facts: ModelFacts) -> bool:
+    """Whether a record is one of this engine's layout and shape."""
+    shape = (facts.num_layers, facts.num_kv_heads, record.num_tokens)
     positions, scores = record.side.get(POSITIONS), record.side.get(SCORES)
     return (
-        record.layout == "heads"
-        and record.num_layers == num_layers
+        record.layout == facts.layout.name
+        and record.num_layers == facts.num_layers
         and positions is not None
         and scores is not None
         and (positions.shape, positions.dtype) == (shape, torch.int32)

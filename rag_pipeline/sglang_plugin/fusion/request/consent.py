@@ -12,7 +12,8 @@ anything of a deterministic engine             never                       never
 
 Numbers of the model's own are log-probabilities, of the prompt too, hidden states and the like: who reads them
 compares them, with other prompts or with another engine, and cannot see that they are near and not equal. Matching is
-automatic (:attr:`.FusionConfig.automatic`) where the operator says so, for the whole engine or for a tenant.
+automatic (:attr:`.FusionConfig.automatic`) where the operator says so, for the whole engine or for a tenant. A server's
+default memory keeps to the same rule (:mod:`rag_pipeline.sglang_plugin.http.chat_memory`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from chunk_cache import KVContext, KVLayout, canonical_json, layout_of_pool
-from chunk_cache.policies import qkv_share
+from chunk_cache.policies import latent_qkv_share, qkv_share
 from rag_kernels import RotarySpec
 from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
     describe_settings,
@@ -99,7 +99,11 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     from sglang.srt.layers.radix_attention import RadixAttention
 
     modules = dict(model_runner.model.named_modules())
-    named = [(name, m) for name, m in modules.items() if isinstance(m, RadixAttention)]
+    named = [
+        (name, module)
+        for name, module in modules.items()
+        if isinstance(module, RadixAttention) and _reads_pool(modules, name)
+    ]
     named.sort(key=lambda pair: int(pair[1].layer_id))
     layers = [module for _, module in named]
     config = model_runner.model_config.hf_config
@@ -142,15 +146,32 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             "tp_rank": tp_rank,
             "tp_size": tp_size,
         },
-        qkv_share=qkv_share(
-            int(text.hidden_size),
-            int(text.num_attention_heads),
-            int(text.num_key_value_heads),
-            int(first.qk_head_dim),
-            int(text.intermediate_size),
-        ),
+        qkv_share=_qkv_share(text, first),
         model_path=str(model_runner.model_config.model_path),
     )
+
+
+def _reads_pool(modules: dict[str, Any], name: str) -> bool:
+    """Whether an attention layer is the one of its module that reads the pool; latent attention has a second."""
+    absorbed = getattr(modules[name.rpartition(".")[0]], "attn_mqa", None)
+    return absorbed is None or absorbed is modules[name]
+
+
+def _qkv_share(config: Any, layer: Any) -> float:
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):
+        return latent_qkv_share(
+            hidden,
+            heads,
+            nope_dim=int(config.qk_nope_head_dim),
+            rope_dim=int(config.qk_rope_head_dim),
+            value_dim=int(config.v_head_dim),
+            latent=int(config.kv_lora_rank),
+            q_latent=int(config.q_lora_rank or 0),
+            intermediate_size=int(config.intermediate_size),
+        )
+    kv_heads, size = int(config.num_key_value_heads), int(layer.qk_head_dim)
+    return qkv_share(hidden, heads, kv_heads, size, int(config.intermediate_size))
 
 
 def _backends(model_runner: Any) -> tuple[str, str]:

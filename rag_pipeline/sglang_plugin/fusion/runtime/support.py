@@ -22,15 +22,15 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "DeepseekV2ForCausalLM",
 )
-"""Tested families. They keep rotated keys and plain values of every layer in one paged pool.
+"""Tested families. They keep rotated keys and plain values of every layer in one paged pool, or position parts and latents.
 
 Where there are experts, each row is routed by itself, so a pass over fewer rows routes them alike."""
 
 _WHY_NOT = {
     "GptOssForCausalLM": "SGLang serves it on attention backends of GPUs only, so chunk KV beside attention sinks was "
     "never proven in an engine",
-    "DeepseekV2ForCausalLM": "its pool holds one latent per token for all heads (MLA), which chunk KV has no layout for yet",
     "Gemma3ForConditionalGeneration": "its prompts may hold images, which attend both ways",
 }
 """Families that were looked at, and what stands in the way."""
@@ -127,7 +127,7 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
             "--disable-hybrid-swa-memory"
         )
     try:
-        layout_of_pool(pool)
+        layout = layout_of_pool(pool)
     except ChunkCacheError as error:
         return str(error)
     if pool.dtype not in _KV_DTYPES or pool.store_dtype != pool.dtype:
@@ -143,7 +143,7 @@ def refuse_model(hf_config: Any, pool: Any, layers: list[Any]) -> str | None:
             return f"logits of layer {layer.layer_id} are capped by {layer.logit_capping_method!r}, not by tanh"
         if layer.scaling != layers[0].scaling:
             return f"layer {layer.layer_id} scales its logits by {layer.scaling}, layer 0 by {layers[0].scaling}"
-        if layer.qk_head_dim != layer.v_head_dim:
+        if layer.qk_head_dim != layer.v_head_dim and not layout.reads_rows:
             return f"layer {layer.layer_id} has keys and values of different size"
     return None
 
