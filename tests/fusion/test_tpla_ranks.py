@@ -71,7 +71,8 @@ def sliced(
 @pytest.mark.parametrize(
     ("basis", "fields"),
     [
-        ("pca", {"kv_lora_rank": 192}),
+        # As wide as the latent has directions: in fewer, the first slice would hold all of it.
+        ("pca", {"kv_lora_rank": 192, "hidden_size": 256}),
         # DeepSeek's own widths.
         ("hadamard", {"q_lora_rank": 24, "kv_lora_rank": 512}),
     ],
