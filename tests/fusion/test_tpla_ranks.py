@@ -30,20 +30,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(warm_start: Any, folder: Path, tmp_path: Path, **variables: str) -> list[Any]:
+def run_ranks(
+    warm_start: Any, folder: Path, tmp_path: Path, *, count: int = RANKS, **variables: str
+) -> list[Any]:
     """What each rank wrote, and its log where it failed."""
     case, port = tmp_path / "case.json", free_port()
     case.write_text(json.dumps({"prompts": [LONG, ALONG], "batch": BATCH}))
     program = Path(__file__).with_name("tpla_rank.py")
-    outs = [tmp_path / f"rank{rank}.json" for rank in range(RANKS)]
-    logs = [tmp_path / f"log{rank}.txt" for rank in range(RANKS)]
+    outs = [tmp_path / f"rank{rank}.json" for rank in range(count)]
+    logs = [tmp_path / f"log{rank}.txt" for rank in range(count)]
     ranks = [
         warm_start.popen(
-            [sys.executable, program, *map(str, (rank, RANKS, port, folder, case, outs[rank]))],
+            [sys.executable, program, *map(str, (rank, count, port, folder, case, outs[rank]))],
             environment=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             stdout=logs[rank],
         )
-        for rank in range(RANKS)
+        for rank in range(count)
     ]
     try:
         codes = [process.wait(timeout=240) for process in ranks]
@@ -133,6 +135,16 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
         for row, values, places in zip(wanted, run["values"], run["tokens"], strict=True):
             torch.testing.assert_close(torch.tensor(values), row[places], rtol=0, atol=2e-4)
     assert differs > 1e-2
+
+
+@pytest.mark.slow
+def test_one_rank_has_nothing_to_slice_over(
+    tiny_model: Any, tmp_path: Path, warm_start: Any
+) -> None:
+    folder = tiny_model("deepseek_v2")
+    (log,) = run_ranks(warm_start, folder, tmp_path, count=1, RAG_PIPELINE_TPLA="identity")
+    assert isinstance(log, str)
+    assert "RAG_PIPELINE_TPLA=identity does not work with one rank" in log
 
 
 @pytest.mark.slow

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from rag_pipeline.errors import EngineError
-from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, add_targets
 from rag_pipeline.sglang_plugin.tpla.choice import TPLA, chosen_basis, statistics_file
 
-__all__ = ["register"]
+__all__ = ["TARGETS", "register"]
 
 logger = logging.getLogger(__name__)
 _SRT = "sglang.srt."
@@ -65,6 +64,9 @@ _USED = (
         params=("model",),
     ),
 )
+TARGETS = (_LOAD, *_USED)
+"""Rows of the hook table; in force where the environment asks for slices."""
+
 _NO_UPDATE = (
     f"weights cannot be changed while {TPLA} slices the model's latents: they are in another basis than a checkpoint's; "
     "start the engine with the new weights"
@@ -100,6 +102,8 @@ def _latent_layers(model: torch.nn.Module) -> list[Any]:
 
 def _refusal(runner: Any, layers: Sequence[Any]) -> str | None:
     """What keeps the latents from being sliced, in one line; None for nothing."""
+    from rag_pipeline.sglang_plugin.cpu.backend_name import ATTENTION_BACKEND
+
     args = runner.server_args
     if not layers or not runner.use_mla_backend:
         return f"{runner.model_config.model_path}, which has no multi-head latent attention (MLA)"
