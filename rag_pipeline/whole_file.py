@@ -1,4 +1,4 @@
-"""Text files that appear whole or not at all, and survive a power cut."""
+"""Files that appear whole or not at all, and survive a power cut."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def write_whole(path: Path, text: str) -> None:
         Where the disk refuses; nothing is left behind, and an older file stays as it was. Only where the
         folder cannot be synced, the new file is there and may not survive a power cut.
     """
+    write_whole_bytes(path, text.encode("utf-8"))
+
+
+def write_whole_bytes(path: Path, content: bytes) -> None:
+    """Write bytes as :func:`write_whole` writes text, and raise what it raises."""
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replace_file(path, temporary, text.encode("utf-8"), private=False)
+    replace_file(path, temporary, content, private=False)
     for folder in (path.parent, *(made.parent for made in missing)):
         sync_folder(folder)

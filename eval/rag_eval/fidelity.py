@@ -20,7 +20,7 @@ def _parser() -> OneLineParser:
         prog="rag-pipeline eval",
         description="Quality, distance to full prefill, and cost of every mode, in one engine. "
         "`rag-pipeline eval gate` checks one model before it serves, `rag-pipeline eval conversation` compares "
-        "memories of long conversations.",
+        "memories of long conversations, `rag-pipeline eval tpla` slices the latents of an MLA model over ranks.",
     )
     add = parser.add_argument
     add("--dataset", required=True, help="file, or planted-1hop, planted-2hop, ruler-multikey, ...")
@@ -48,7 +48,7 @@ def _parser() -> OneLineParser:
 
 @refusals_in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code. The words ``gate`` and ``conversation`` run the model gate, and memories."""
+    """Run the command; returns the exit code. The words ``gate``, ``conversation`` and ``tpla`` run other ones."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["gate"]:
         from rag_eval.gate import main as gate
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rag_eval.conversation.command import main as conversation
 
         return conversation(words[1:])
+    if words[:1] == ["tpla"]:
+        from rag_eval.tpla.command import main as tpla
+
+        return tpla(words[1:])
     given = _parser().parse_args(words)
     from rag_eval.runner import EvalConfig, run_eval, table_text
 

@@ -309,6 +309,13 @@ def memory(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_FORWARD)
+def tpla(context: typer.Context) -> None:
+    """Measure the latents of an MLA model, for an engine that slices them over its ranks (calibrate)."""
+    modules = {"calibrate": "rag_eval.tpla.calibrate_command"}
+    _run_named("tpla", "command", modules, context.args)
+
+
+@app.command(context_settings=_FORWARD)
 def simulate(context: typer.Context) -> None:
     """Play a trace of requests through a model of the store (tiers); needs no engine."""
     _run_named("simulate", "simulation", {"tiers": "rag_eval.simulator.command"}, context.args)

@@ -51,6 +51,7 @@ class ServeOptions:
     embedder: str | None = None
     policy: str = "query"
     attention: str | None = None
+    tpla: str = "off"
     memory: str = "off"
     memory_budget: int = MEMORY_DEFAULTS.budget_tokens
     memory_episodes: int = MEMORY_DEFAULTS.episodes
@@ -96,6 +97,7 @@ def run_serve(options: ServeOptions) -> None:
     check_document_order(options.document_order)
     memory = chosen_memory(options)
     _choose_attention(options.attention)
+    _choose_tpla(options.tpla)
     _choose_remote(options.kv_remote)
     indexes = parse_indexes(options.index)
     tenants = Tenants.load(indexes, options.tenants, operator_key=keys.api_key)
@@ -162,6 +164,15 @@ def _choose_automatic(tenants: Tenants, given: bool | None) -> None:
     chosen = tuple(sorted({*config.automatic_tenants, *chosen}))
     config = dataclasses.replace(config, automatic=everybody, automatic_tenants=chosen)
     os.environ[FUSION_VARIABLE] = config.to_env()
+
+
+def _choose_tpla(given: str) -> None:
+    """Tell the engine in which basis latents are sliced; a bad name ends the command here."""
+    from rag_pipeline.sglang_plugin.tpla.choice import TPLA, chosen_basis
+
+    if given != "off" or TPLA in os.environ:
+        os.environ[TPLA] = given
+    chosen_basis()
 
 
 def _choose_attention(given: str | None) -> None:

@@ -71,6 +71,13 @@ def serve(
             help="Attention method of requests that name none, of any client (fusion.attention): dense, sale, power, ..."
         ),
     ] = None,
+    tpla: Annotated[
+        str,
+        typer.Option(
+            help="Basis in which the latents of an MLA model are sliced over the ranks of --tp-size (CPU): pca, identity, "
+            "..., off."
+        ),
+    ] = "off",
     memory: MemoryOption = "off",
     memory_budget: MemoryBudgetOption = MEMORY_DEFAULTS.budget_tokens,
     memory_episodes: MemoryEpisodesOption = MEMORY_DEFAULTS.episodes,
@@ -144,6 +151,7 @@ def serve(
             embedder=embedder,
             policy=policy,
             attention=attention,
+            tpla=tpla,
             memory=memory,
             memory_budget=memory_budget,
             memory_episodes=memory_episodes,

@@ -15,6 +15,7 @@ from rag_pipeline.config.folders import (
     kv_store_dir,
     layers_dir,
     models_dir,
+    tpla_dir,
     uploads_dir,
 )
 from rag_pipeline.config.sources import (
@@ -49,6 +50,7 @@ __all__ = [
     "models_dir",
     "settings_table",
     "template",
+    "tpla_dir",
     "uploads_dir",
 ]
 

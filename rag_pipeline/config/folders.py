@@ -46,6 +46,11 @@ def layers_dir() -> Path:
     return home_dir() / "layers"
 
 
+def tpla_dir() -> Path:
+    """Folder of statistics of models' latents, found by engines."""
+    return home_dir() / "tpla"
+
+
 def kv_store_dir() -> Path:
     """Folder of the chunk-KV store on disk."""
     return home_dir() / "kv"

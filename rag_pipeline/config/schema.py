@@ -334,6 +334,13 @@ class Settings(_Section):
         default="native",
         description="torch: fused passes on the CPU without the kernels that a C++ compiler builds.",
     )
+    tpla: Literal["off", "identity", "hadamard", "pca", "output"] = Field(
+        default="off",
+        description="Slice the latents of an MLA model over the ranks of a CPU engine, in this basis; approximate.",
+    )
+    tpla_statistics: str | None = Field(
+        default=None, description="File of `tpla calibrate`; the one of the model when unset."
+    )
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     ask: AskSettings = Field(default_factory=AskSettings)
     chat: ChatSettings = Field(default_factory=ChatSettings)

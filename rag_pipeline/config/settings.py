@@ -39,11 +39,18 @@ _PATHS = frozenset(
         "serve.tenants",
         "serve.api_key_file",
         "serve.admin_api_key_file",
+        "tpla_statistics",
     }
 )
 _NAMED_PATHS = "serve.indexes"
 _NAMES_OR_PATHS = frozenset({"model", "embedder"})
 _DEFAULT = Origin(kind="default")
+
+ENGINE_KEYS = (
+    *("home", "plugin", "fast_start", "cpu_decode", "cpu_kernels"),
+    *("tpla", "tpla_statistics"),
+)
+"""Settings that an engine's processes read from the environment, each from its own variable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +85,7 @@ class ResolvedSettings:
         Only what was given: an engine started without settings sees the environment it always saw.
         """
         given = self.given()
-        variables = {
-            variable_of(key): str(given[key])
-            for key in ("home", "plugin", "fast_start", "cpu_decode", "cpu_kernels")
-            if key in given
-        }
+        variables = {variable_of(key): str(given[key]) for key in ENGINE_KEYS if key in given}
         fusion = {
             key.removeprefix("fusion."): value
             for key, value in given.items()

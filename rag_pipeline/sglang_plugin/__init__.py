@@ -87,6 +87,7 @@ def register() -> None:
         from rag_pipeline.sglang_plugin import activation, fusion, integrity, request_check
         from rag_pipeline.sglang_plugin.http import chat_window
         from rag_pipeline.sglang_plugin.launch import launch_hooks, noise
+        from rag_pipeline.sglang_plugin.tpla import loading as tpla
 
         noise.hide_bars()
         activation.register()
@@ -95,6 +96,7 @@ def register() -> None:
         integrity.register()
         request_check.register()
         chat_window.register()
+        tpla.register()
         verify_targets()
 
 

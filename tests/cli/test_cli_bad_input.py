@@ -179,6 +179,14 @@ def test_a_default_attention_that_does_not_exist(
     assert "--attention: " in refused([*words, "power:window=0"], capsys)
 
 
+def test_a_basis_that_does_not_exist(
+    small_index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAG_PIPELINE_TPLA", "off")
+    line = refused(["serve", "--index", str(small_index), "--tpla", "svd"], capsys)
+    assert "RAG_PIPELINE_TPLA is 'svd'; allowed are 'off', 'identity'" in line
+
+
 def test_a_server_without_a_memory_refuses_flags_of_one(
     small_index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from rag_pipeline.cli.app import app
 from rag_pipeline.cli.config import MEASURING, MEMORY_OPTIONS, command_defaults
 from rag_pipeline.config import FILE_NAME, HOME_VARIABLE, load_settings, template
 from rag_pipeline.config.schema import MEMORY_METHODS as MEMORY_SETTING_METHODS
-from rag_pipeline.config.settings import all_keys, fields_by_key
+from rag_pipeline.config.settings import ENGINE_KEYS, all_keys, fields_by_key
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 FUSION = "RAG_PIPELINE_FUSION"
@@ -118,7 +118,7 @@ def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
         assert option.default == default or (default in (None, []) and not option.default), (
             f"{place}: {option.name}"
         )
-    left = set(fields) - seen - {"home", "plugin", "fast_start", "cpu_decode", "cpu_kernels"}
+    left = set(fields) - seen - set(ENGINE_KEYS)
     assert {key for key in left if not key.startswith("fusion.")} == set()
 
 

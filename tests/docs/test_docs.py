@@ -35,6 +35,8 @@ OWN_PARSERS = {
     "eval": "rag_eval.fidelity",
     "eval gate": "rag_eval.gate.command",
     "eval conversation": "rag_eval.conversation.command",
+    "eval tpla": "rag_eval.tpla.command",
+    "tpla calibrate": "rag_eval.tpla.calibrate_command",
     "bench ttft": "rag_eval.benchmarks.ttft",
     "bench throughput": "rag_eval.benchmarks.throughput",
     "bench store": "rag_eval.benchmarks.store",

@@ -29,6 +29,7 @@ from rag_pipeline.sglang_plugin.cpu.decode_reads import DecodeReads, find_reads
 from rag_pipeline.sglang_plugin.cpu.mla import absorb_always
 from rag_pipeline.sglang_plugin.cpu.slot_plan import (
     PADDING_ALLOWED,
+    ExtendSpan,
     SlotPlan,
     plan_kept_slots,
     plan_slots,
@@ -204,6 +205,11 @@ class RagCpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         if mode.is_decode():
             self._reads = find_reads(forward_batch)
             self._batch = None if self._reads is None else forward_batch
+
+    @property
+    def extend_spans(self) -> list[ExtendSpan]:
+        """Requests of the extend batch whose metadata was made last, with their slots."""
+        return self._plans[0].spans
 
     def _kept_plan(self, layer_id: int) -> SlotPlan | None:
         """Slots of a layer where some tokens read chosen positions; None where all read everything."""

@@ -1,0 +1,61 @@
+"""One of the ranks over which latents are sliced: drives its scheduler by a script, and writes what it saw.
+
+Usage: tpla_rank.py RANK RANKS PORT MODEL_FOLDER CASE.json OUT.json
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    rank, ranks, port, folder, case_file, out_file = sys.argv[1:7]
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * int(ranks))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    local = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local)
+    from fusion_helpers import chunk_limit
+
+    case = json.loads(Path(case_file).read_text())
+    engine = local.LocalEngine(
+        folder, tp_size=int(ranks), nccl_port=int(port), world_rank=int(rank)
+    )
+    runner = engine.scheduler.tp_worker.model_runner
+
+    def told(req: Any) -> dict[str, Any]:
+        return {
+            "ids": list(req.output_ids),
+            "cached": req.cached_tokens,
+            "values": req.logprob.output_top_logprobs_val,
+            "tokens": req.logprob.output_top_logprobs_idx,
+        }
+
+    seen: dict[str, Any] = {
+        "shapes": [list(buffer.shape[1:]) for buffer in runner.token_to_kv_pool.kv_buffer],
+        "bytes": [
+            buffer[0].numel() * buffer.element_size()
+            for buffer in runner.token_to_kv_pool.kv_buffer
+        ],
+        "fusion": engine.runtime.status()["off_reason"],
+        "runs": [told(engine.ask(ids, 6)) for ids in case["prompts"]],
+    }
+    reqs = [engine.submit(ids, 6) for ids in case["batch"]]
+    engine.run(*reqs)
+    seen["runs"] += [told(req) for req in reqs]
+    engine.flush()
+    with chunk_limit(engine, 32):
+        seen["runs"].append(told(engine.ask(case["prompts"][0], 6)))
+    seen["update"] = runner.weight_updater.update_weights_from_disk(folder, "auto")
+    Path(out_file).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
