@@ -37,32 +37,9 @@ def answers(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fused(engine: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Plain prefill of a prompt of moved chunks, then with each policy what is reused and said."""
-    from fusion_helpers import logprobs, report
-
-    assert engine.runtime.is_on, engine.runtime.off_reason
-    for chunk in case["chunks"]:
-        engine.build(case["prefix"], chunk)
-    told = []
-    for policy in ("off", "full", "query:1.0", "query:0.5", "reuse"):
-        engine.flush()
-        given = {"spans": case["spans"], "policy": policy}
-        req = engine.ask(case["ids"], 4, fusion={"mode": "off"} if policy == "off" else given)
-        said = report(req) if policy != "off" else {}
-        told.append(
-            {
-                "policy": policy,
-                "fallback": said.get("fallback", ""),
-                "reused": said.get("reused_tokens", 0),
-                "logprobs": logprobs(req),
-            }
-        )
-    return told
-
-
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    from fused_runs import fused
     from rank_programs import RankProgram
 
     program = RankProgram()

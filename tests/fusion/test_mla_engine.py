@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_helpers import CHUNK, CHUNKS, PREFIX_IDS, chunk_limit, lay_out, tokens
+from fused_runs import check_fused, fused_case
+from fusion_helpers import chunk_limit, tokens
 from rank_programs import run_ranks
 
 YARN = {
@@ -109,24 +110,14 @@ def test_two_ranks_hold_half_the_heads_and_all_latents_and_say_what_transformers
         for name, fields in RANKED.items()
     }
     case = {"models": {name: str(folder) for name, folder in folders.items()}}
-    ids, spans = lay_out(CHUNKS[::-1], tokens(9, 2))
-    case |= {"long": LONG, "along": ALONG, "batch": BATCH}
-    case |= {"prefix": PREFIX_IDS, "chunks": CHUNKS, "ids": ids, "spans": spans}
+    case |= {"long": LONG, "along": ALONG, "batch": BATCH, **fused_case()}
     one, two = run_ranks("mla_ranks.py", case, tmp_path, warm_start, engines=len(folders))
     assert one == two
     for name, folder in folders.items():
         seen, model = one[name], reference(folder)
         assert seen["pool"] == ["MLATokenToKVPool", [[1, 32 + 8]]]
         assert seen["heads"] == 4 // 2
-        plain, *exact, partly, reused = seen["fused"]
-        assert [run["fallback"] for run in seen["fused"]] == [""] * 5
-        for run in exact:
-            assert (
-                max(abs(a - b) for a, b in zip(run["logprobs"], plain["logprobs"], strict=True))
-                < 5e-4
-            )
-        assert 0 < partly["reused"] < reused["reused"] == 4 * CHUNK
-        assert abs(reused["logprobs"][0] - plain["logprobs"][0]) > 1e-3
+        check_fused(seen["fused"])
         assert seen["answers"]["hit"]["cached"] == 100
         assert len(seen["answers"]) == 7
         for answer in seen["answers"].values():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_runs import check_fused, fused_case
 from fusion_helpers import VOCAB, tokens
 
 from rag_eval.tpla.calibrate import calibrate
@@ -35,7 +36,7 @@ def run_ranks(
 ) -> list[Any]:
     """What each rank wrote, and its log where it failed."""
     case, port = tmp_path / "case.json", free_port()
-    case.write_text(json.dumps({"prompts": [LONG, ALONG], "batch": BATCH}))
+    case.write_text(json.dumps({"prompts": [LONG, ALONG], "batch": BATCH, **fused_case()}))
     program = Path(__file__).with_name("tpla_rank.py")
     outs = [tmp_path / f"rank{rank}.json" for rank in range(count)]
     logs = [tmp_path / f"log{rank}.txt" for rank in range(count)]
@@ -113,7 +114,14 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
         width = {192: 160, 512: 320}[fields["kv_lora_rank"]]
         assert one["shapes"] == [[1, width]] * 5
         assert one["bytes"] == [width * 4] * 5
-        assert "latents in slices" in one["fusion"]
+        # Chunks are stored in slices; a fused prefill attends with whole latents, so it is as exact as any other.
+        assert one["self_check"].startswith("passed")
+        check_fused(one["fused"])
+        # A fault on one rank, before and behind the layer's exchange: both prefill as usual, and nobody waits for ever.
+        assert [fallback for fallback, _ in one["faults"]] == ["fused_pass_error"] * 2
+        for _, values in one["faults"]:
+            pairs = zip(values, one["fused"][0]["logprobs"], strict=True)
+            assert max(abs(a - b) for a, b in pairs) < 5e-4
         done, why = one["update"]
         assert not done
         assert "weights cannot be changed" in why

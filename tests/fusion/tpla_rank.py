@@ -13,6 +13,31 @@ from pathlib import Path
 from typing import Any
 
 
+def faults(engine: Any, case: dict[str, Any], rank: int) -> list[tuple[str, list[float]]]:
+    """Answers of a fused prompt while rank 1 fails in a layer: before it has exchanged its slices there, and behind that."""
+    from fusion_helpers import logprobs, report
+
+    from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass
+
+    told = []
+    for name, layer in (("_run_layer", 2), ("_mask", 3)):
+        original = getattr(FusedPass, name)
+
+        def fails(
+            fused: Any, at: Any, *args: Any, original: Any = original, layer: int = layer
+        ) -> Any:
+            if rank == 1 and layer == getattr(at, "layer_id", at):
+                raise RuntimeError("injected")
+            return original(fused, at, *args)
+
+        setattr(FusedPass, name, fails)
+        engine.flush()
+        req = engine.ask(case["ids"], 4, fusion={"spans": case["spans"], "policy": "reuse"})
+        setattr(FusedPass, name, original)
+        told.append((report(req)["fallback"], logprobs(req)))
+    return told
+
+
 def main() -> None:
     rank, ranks, port, folder, case_file, out_file = sys.argv[1:7]
     os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * int(ranks))
@@ -22,6 +47,7 @@ def main() -> None:
     assert spec.loader is not None
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
+    from fused_runs import fused
     from fusion_helpers import chunk_limit
 
     case = json.loads(Path(case_file).read_text())
@@ -44,7 +70,9 @@ def main() -> None:
             buffer[0].numel() * buffer.element_size()
             for buffer in runner.token_to_kv_pool.kv_buffer
         ],
-        "fusion": engine.runtime.status()["off_reason"],
+        "self_check": engine.runtime.self_check,
+        "fused": fused(engine, case),
+        "faults": faults(engine, case, int(rank)),
         "runs": [told(engine.ask(ids, 6)) for ids in case["prompts"]],
     }
     reqs = [engine.submit(ids, 6) for ids in case["batch"]]

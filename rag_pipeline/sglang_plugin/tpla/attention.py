@@ -7,6 +7,7 @@ that each rank goes on with all of the latent for its own heads. The second one 
 ``[o_1, o_2] w_vc = o_1 w_vc_1 + o_2 w_vc_2``. No weight is held twice for it.
 
 Prefill is exact: queries attend with the whole latent, new tokens' as just computed, cached ones' gathered from the ranks.
+A pass of chunk-KV fusion goes through SGLang's own layer, where fusion's hook takes it up.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from sglang.srt.model_executor.forward_context import get_attn_backend, get_toke
 from torch import Tensor
 
 from rag_kernels.attention.torch_sdpa import extend_attention
-from rag_kernels.latent import rank_slice
 from rag_pipeline.errors import EngineError
+from rag_pipeline.sglang_plugin.pass_key import PASS_KEY
+from rag_pipeline.sglang_plugin.tpla.slices import LatentSlices
 
 __all__ = ["SlicedLatentAttention"]
 
@@ -37,13 +39,20 @@ class SlicedLatentAttention(torch.nn.Module):  # type: ignore[misc]
         The ranks of attention, in the order of the slices.
     dim : int
         Width of the whole latent.
+
+    Attributes
+    ----------
+    whole : RadixAttention
+        As given.
+    slices : LatentSlices
+        What lies where.
     """
 
     def __init__(self, whole: RadixAttention, group: Any, dim: int) -> None:
         super().__init__()
         self._group, self._dim = group, dim
-        self._own = rank_slice(dim, group.rank_in_group, group.world_size)
-        self.width = self._own.stop - self._own.start
+        self.whole, self.slices = whole, LatentSlices(group=group, dim=dim)
+        self._own, self.width = self.slices.own, self.slices.width
         self._heads = whole.tp_q_head_num
         self._scale = whole.scaling
         self.sliced = RadixAttention(
@@ -84,6 +93,9 @@ class SlicedLatentAttention(torch.nn.Module):  # type: ignore[misc]
         Tensor
             ``[T, H, D]``, this rank's heads over the whole latent.
         """
+        if PASS_KEY in (forward_batch.model_specific_states or ()):
+            fused: Tensor = self.whole(q, k, v, forward_batch, save_kv_cache, **unserved)
+            return fused.view(-1, self._heads, self._dim)
         given = [name for name, value in unserved.items() if value is not None]
         if given:
             raise EngineError(f"latents in slices do not serve {', '.join(given)}")
@@ -114,17 +126,10 @@ class SlicedLatentAttention(torch.nn.Module):  # type: ignore[misc]
         spans = get_attn_backend().extend_spans
         buffer = get_token_to_kv_pool().get_key_buffer(self.sliced.layer_id)
         cached = [buffer[span.slots][: -(span.stop - span.start)] for span in spans]
-        whole = self._gathered(torch.cat(cached).to(q.dtype)) if cached else k[:0]
+        whole = self.slices.whole(torch.cat(cached).to(q.dtype)) if cached else k[:0]
         out = q.new_zeros(*q.shape[:2], self._dim)
         for span, prefix in zip(spans, whole.split([len(part) for part in cached]), strict=True):
             rows = slice(span.start, span.stop)
             keys = torch.cat([prefix, k[rows]])
             out[rows] = extend_attention(q[rows], keys, keys[..., : self._dim], scale=self._scale)
         return out
-
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """Whole keys of cached tokens, ``[P, 1, D + R]``, from each rank's slices of them; every rank has the same tokens."""
-        if not len(rows):
-            return rows.new_empty(0, 1, self._dim + rows.shape[-1] - self.width)
-        latent = self._group.all_gather(rows[..., : self.width].contiguous(), dim=-1)
-        return torch.cat([latent, rows[..., self.width :]], -1)

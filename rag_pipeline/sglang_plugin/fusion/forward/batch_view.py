@@ -21,11 +21,12 @@ from rag_kernels import (
     plan_position_causal,
     to_device,
 )
-from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import PASS_KEY, FusedPass, Observer
+from rag_pipeline.sglang_plugin.fusion.forward.layer_pass import FusedPass, Observer
 from rag_pipeline.sglang_plugin.fusion.forward.loader import Loader
 from rag_pipeline.sglang_plugin.fusion.forward.write_guard import WriteGuard
 from rag_pipeline.sglang_plugin.fusion.runtime.model_facts import ModelFacts
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import FusionRuntime
+from rag_pipeline.sglang_plugin.pass_key import PASS_KEY
 
 PADDING_SLOT = 0
 """SGLang's pools keep slot 0 out of circulation for rows whose KV nobody wants."""
@@ -115,6 +116,7 @@ def make_pass(
         loader=loader,
         scaling=runtime.facts.scaling,
         layout=runtime.facts.layout,
+        slices=runtime.facts.slices,
         shifts=shifts,
         observer=observer,
         holds_faults=runtime.group.size > 1,

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from chunk_cache import KVLayout
@@ -30,8 +31,8 @@ from rag_pipeline.sglang_plugin.fusion.memory.queries import find_tap
 from rag_pipeline.sglang_plugin.fusion.runtime.attention_clock import AttentionClock, timed
 from rag_pipeline.sglang_plugin.fusion.runtime.layer_rules import rules_of
 from rag_pipeline.sglang_plugin.fusion.runtime.runtime import get_runtime
-
-PASS_KEY = "rag_fused_pass"
+from rag_pipeline.sglang_plugin.pass_key import PASS_KEY
+from rag_pipeline.sglang_plugin.tpla.slices import LatentSlices
 
 
 class StopPassError(Exception):
@@ -73,6 +74,9 @@ class FusedPass:
         Softmax scale.
     layout : KVLayout
         Of the pool.
+    slices : LatentSlices or None
+        Of a pool that holds this rank's slice of each latent: records hold as much, and rows attend to whole latents,
+        which come together layer by layer.
     shifts : tuple of MeanShiftPlan
         Applied to the cached rows of each layer but the first, those of the layer's own rotation.
     observer : Observer or None
@@ -95,6 +99,7 @@ class FusedPass:
     loader: Loader
     scaling: float
     layout: KVLayout
+    slices: LatentSlices | None = None
     shifts: tuple[MeanShiftPlan, ...] = ()
     observer: Observer | None = None
     holds_faults: bool = False
@@ -102,10 +107,14 @@ class FusedPass:
     methods: MethodsOfPass | None = None
     attend: Callable[..., Tensor] = position_causal_attention
     clock: AttentionClock | None = None
+    _scratch: Tensor | None = None
+    """One layer's whole latents, by slot; only the slots of the pass are ever touched."""
+    _met: int = -1
+    """Last layer whose slices were brought together: the other ranks wait for that in every layer."""
 
     def prepare(self, runner: Any) -> None:
         """Plan the attention before layer 0, where nothing of the pass waits for it; masks come with their layers."""
-        if self.methods is None:
+        if self.methods is None and self.slices is None:
             k_pool, v_pool = self.layout.attended(runner.token_to_kv_pool, 0)
             prepare_attention(self.attention, k_pool, v_pool, runner.dtype, self.scaling)
 
@@ -150,6 +159,8 @@ class FusedPass:
                 raise
             except Exception as error:
                 self.fault = error
+        if self.slices is not None and self._met < int(layer.layer_id):
+            self._meet(pool.get_key_buffer(int(layer.layer_id)), int(layer.layer_id))
         if self.observer is not None and int(layer.layer_id) >= self.observer.last_layer:
             raise StopPassError
         return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
@@ -159,11 +170,12 @@ class FusedPass:
     ) -> Tensor:
         index = int(layer.layer_id)
         rotated_pool, rest_pool = self.layout.pool_layer(pool, index)
-        k_pool, v_pool = self.layout.attended(pool, index)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         rotated, rest = self.layout.new_rows(k, v)
+        if self.slices is not None:
+            rest = self.slices.part(rest)
         self.loader.ensure(index, rotated_pool, rest_pool)
         if self.observer is not None:
             self.observer.before_write(index, rotated_pool, rest_pool, rotated, rest)
@@ -174,6 +186,10 @@ class FusedPass:
                     mean_shift_inplace(rotated_pool, rest_pool, rotated, rest, shift)
         rotated_pool.index_copy_(0, self.row_slots, rotated.to(rotated_pool.dtype))
         rest_pool.index_copy_(0, self.row_slots, rest.to(rest_pool.dtype))
+        if self.slices is None:
+            k_pool, v_pool = self.layout.attended(pool, index)
+        else:
+            k_pool = v_pool = self._meet(pool.get_key_buffer(index), index)
         if self.observer is not None:
             self.observer.after_write(index, q, k_pool)
         rules = rules_of(layer)
@@ -191,6 +207,17 @@ class FusedPass:
             lambda: self.attend(q, k_pool, v_pool, self.attention, self.scaling, **given),
         )
         return out[..., : layer.v_head_dim].reshape(out.shape[0], -1)
+
+    def _meet(self, rows: Tensor, index: int) -> Tensor:
+        """Bring the ranks' slices of the pass's slots together, ``[N, 1, D + R]`` by slot; on every rank in every layer."""
+        assert self.slices is not None
+        slots = torch.cat([part.to(rows.device, torch.int64) for part in self.attention.slots])
+        self._met = index
+        whole = self.slices.whole(rows[slots])
+        if self._scratch is None:
+            self._scratch = whole.new_empty(rows.shape[0], *whole.shape[1:])
+        self._scratch[slots] = whole
+        return self._scratch
 
     def _mask(
         self, index: int, q: Tensor, k_pool: Tensor, v_pool: Tensor, rules: LogitRules

@@ -183,6 +183,12 @@ def _target(
     store = memory.store
     if store is None or facts.layout.name not in _LAYOUTS:
         return None
+    if facts.slices is not None:
+        # Each rank would keep other tokens, and only all slices of a token are its latent.
+        runtime.say_once(
+            "memory slices", "No memory is made: latents are sliced over the ranks (TPLA)."
+        )
+        return None
     if any(rules_of(layer).sliding_window is not None for layer in facts.layers):
         # A window counts slots; where tokens were evicted it would reach too far.
         runtime.say_once(

@@ -21,6 +21,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.rotations import (
     read_rotations,
 )
 from rag_pipeline.sglang_plugin.fusion.runtime.support import refuse_model
+from rag_pipeline.sglang_plugin.tpla.slices import LatentSlices
 
 __all__ = ["ModelFacts", "UnsupportedModelError", "read_model"]
 
@@ -45,6 +46,8 @@ class ModelFacts:
         Fields of :class:`KVContext` that do not depend on the request.
     qkv_share : float
         Share of a layer's linear work that is the query, key and value projection.
+    slices : LatentSlices or None
+        Where each rank keeps a slice of every latent (TPLA).
     model_path : str
         Folder that the weights were loaded from.
     """
@@ -59,6 +62,7 @@ class ModelFacts:
     fingerprint: str
     context_fields: dict[str, Any]
     qkv_share: float
+    slices: LatentSlices | None = None
     model_path: str = ""
     rotary_by_layer: tuple[RotarySpec, ...] = ()
 
@@ -106,6 +110,9 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     ]
     named.sort(key=lambda pair: int(pair[1].layer_id))
     layers = [module for _, module in named]
+    slices = next(
+        (_holder(modules, name).slices for name, _ in named if _is_sliced(modules, name)), None
+    )
     config = model_runner.model_config.hf_config
     pool = model_runner.token_to_kv_pool
     reason = (
@@ -116,7 +123,7 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
     if reason is not None:
         raise UnsupportedModelError(reason)
     rotations = read_rotations(
-        config, model_runner.model, [modules[name.rpartition(".")[0]] for name, _ in named]
+        config, model_runner.model, [_attention_of(modules, name) for name, _ in named]
     )
     by_layer = tuple(one.spec for one in rotations)
     differ = len({id(one) for one in by_layer}) > 1
@@ -146,14 +153,31 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
             "tp_rank": tp_rank,
             "tp_size": tp_size,
         },
+        slices=slices,
         qkv_share=_qkv_share(text, first),
         model_path=str(model_runner.model_config.model_path),
     )
 
 
+def _holder(modules: dict[str, Any], name: str) -> Any:
+    return modules[name.rpartition(".")[0]]
+
+
+def _is_sliced(modules: dict[str, Any], name: str) -> bool:
+    return isinstance(getattr(_holder(modules, name), "slices", None), LatentSlices)
+
+
+def _attention_of(modules: dict[str, Any], name: str) -> Any:
+    """What holds a layer's ``RadixAttention`` and its rotation; one module further out where latents are sliced."""
+    outer = name.rpartition(".")[0]
+    return _holder(modules, outer if _is_sliced(modules, name) else name)
+
+
 def _reads_pool(modules: dict[str, Any], name: str) -> bool:
-    """Whether an attention layer is the one of its module that reads the pool; latent attention has a second."""
-    absorbed = getattr(modules[name.rpartition(".")[0]], "attn_mqa", None)
+    """Whether an attention layer is the one of its module that a prompt is attended with; latent attention has others."""
+    if _is_sliced(modules, name):
+        return _holder(modules, name).whole is modules[name]
+    absorbed = getattr(_holder(modules, name), "attn_mqa", None)
     return absorbed is None or absorbed is modules[name]
 
 

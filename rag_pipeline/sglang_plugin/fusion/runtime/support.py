@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from chunk_cache import ChunkCacheError, layout_of_pool
-from rag_pipeline.sglang_plugin.tpla.choice import TPLA, chosen_basis
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -50,8 +49,6 @@ def refuse_settings(server_args: Any) -> str | None:
     def setting(name: str, default: Any = None) -> Any:
         return getattr(server_args, name, default)
 
-    if chosen_basis() is not None:
-        return f"latents in slices ({TPLA}): a rank holds only a part of what chunk KV would store"
     if setting("pp_size", 1) > 1:
         return (
             "pipeline parallelism (--pp-size): rows and positions are not passed between stages yet"
