@@ -40,10 +40,10 @@ def batch(seed, kv_heads, dim, dtype, lengths, row_counts):
     return slots, positions, k, v
 
 
-@pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["amx", "cpp", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
-    ("q_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 128), (8, 1, 64), (14, 2, 24)]
+    ("q_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 128), (8, 1, 64), (14, 2, 24), (12, 1, 320)]
 )
 def test_scattered_unsorted_rows_of_a_mixed_batch(kernel, dtype, q_heads, kv_heads, dim):
     lengths, counts = [170, 1, 60, 7, 90], [97, 1, 0, 7, 31]
@@ -62,6 +62,30 @@ def test_scattered_unsorted_rows_of_a_mixed_batch(kernel, dtype, q_heads, kv_hea
     )
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 70, 1000])
+@pytest.mark.parametrize("shares", [True, False], ids=["one pool", "two pools"])
+def test_blocks_in_tiles_see_what_single_rows_see(window, shares):
+    """Whatever stands beside a row in its block, and whether values are the keys' own rows."""
+    lengths, counts = [300, 90, 64], [200, 90, 1]
+    slots, positions, k, v = batch(5, 2, 32, torch.bfloat16, lengths, counts)
+    v = k if shares else v
+    q = torch.randn(sum(counts), 6, 32).bfloat16()
+    heads = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 32, "kernel": "amx"}
+    plan = plan_position_causal(positions, slots, **heads)
+    got = position_causal_attention(q, k, v, plan, 32**-0.5, sliding_window=window)
+    rows = q.split(counts)
+    want = torch.cat(
+        [
+            reference(r, k, v, p, s, 32**-0.5, window)
+            for r, p, s in zip(rows, positions, slots, strict=True)
+        ]
+    )
+    torch.testing.assert_close(got.float(), want, **TOLERANCE[torch.bfloat16])
+    alone = plan_position_causal([positions[0][:1]], slots[:1], **heads)
+    one = position_causal_attention(q[:1], k, v, alone, 32**-0.5, sliding_window=window)
+    torch.testing.assert_close(one.float(), want[:1], **TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kernel", ["cpp", "cpu", "reference"])
@@ -97,7 +121,7 @@ def test_all_rows_are_ordinary_causal_attention():
     plan = plan_position_causal(
         [torch.arange(257)], slots, num_q_heads=9, num_kv_heads=3, head_dim=64
     )
-    assert plan.kernel in ("cpp", "cpu")
+    assert plan.kernel in ("amx", "cpp", "cpu")
     got = position_causal_attention(q, k, v, plan, 0.125)
     want = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],

@@ -14,6 +14,7 @@ ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
     "attention kernel",
     "rag_pipeline.attention_kernels",
     {
+        "amx": "rag_kernels.attention.amx:AmxKernel",
         "cpp": "rag_kernels.attention.cpp:CppKernel",
         "cpu": "rag_kernels.attention.cpu:CpuKernel",
         "flashinfer": "rag_kernels.attention.flashinfer:FlashInferKernel",
@@ -25,7 +26,7 @@ ATTENTION_KERNELS: Registry[type[AttentionKernel]] = Registry(
 )
 """Kernels by name. One of another distribution is asked for by its name; ``auto`` never takes it."""
 
-_DEFAULTS = {"cpu": ("cpp", "cpu"), "cuda": ("flashinfer", "triton")}
+_DEFAULTS = {"cpu": ("amx", "cpp", "cpu"), "cuda": ("flashinfer", "triton")}
 """What ``auto`` chooses from by type of device, the best first. What does not stand here is not even imported there."""
 
 
