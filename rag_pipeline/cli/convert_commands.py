@@ -40,13 +40,13 @@ def convert_mla(
     ] = None,
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens to calibrate on.")
-    ] = 24 * 512,
+    ] = 64 * 512,
     held_out_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of each text to measure on.")
     ] = 8 * 512,
     ridge: Annotated[
         float, typer.Option(min=0, help="How strongly refitted projections are held.")
-    ] = 0.01,
+    ] = 0.03,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto, float32 or bfloat16.")
     ] = "auto",

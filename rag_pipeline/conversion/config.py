@@ -47,10 +47,10 @@ class ConversionConfig:
     rope: int
     latent: int
     pad_heads_to: int | None = None
-    calibration_tokens: int = 24 * 512
+    calibration_tokens: int = 64 * 512
     held_out_tokens: int = 8 * 512
     window: int = 512
-    ridge: float = 0.01
+    ridge: float = 0.03
     refit: bool = True
     dtype: DType = "auto"
 
