@@ -124,8 +124,10 @@ def test_a_mask_that_allows_all_changes_no_bit(dtype, is_triangle):
         for blocks in mask.requests:
             if blocks is not None:
                 blocks.allowed.tril_(-1)
-    plan = plan_position_causal(positions, slots, num_q_heads=4, num_kv_heads=2, head_dim=32)
-    assert plan.kernel in ("amx", "cpp", "cpu")
+    heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    auto = plan_position_causal(positions, slots, **heads).kernel
+    # The one of tiles reads no masks.
+    plan = plan_position_causal(positions, slots, kernel="cpp" if auto == "amx" else auto, **heads)
     got = position_causal_attention(q, k, v, plan, 0.2, mask=mask)
     assert torch.equal(got, position_causal_attention(q, k, v, plan, 0.2))
 

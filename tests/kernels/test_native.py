@@ -98,7 +98,10 @@ def attend(kernel, case, threads=1, **more):
 def test_every_shape_against_the_reference(q_heads, kv_heads, dim, dtype, mask):
     case = (q_heads, kv_heads, dim, dtype, mask)
     got, want = attend("cpp", case), attend("reference", case)
-    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+    # Logits of so many products are off by as many roundings.
+    wide = max(1.0, dim / 160)
+    near = {name: wide * by for name, by in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(got, want, **near)
 
 
 @needs_library
@@ -262,6 +265,10 @@ def test_a_forked_process_has_threads_of_its_own():
     assert out.strip() == "0", errors
 
 
+WITHOUT = "amx" if torch.cpu._is_amx_tile_supported() else "cpu"
+"""What ``auto`` takes where the library is not."""
+
+
 def test_without_a_compiler_torch_computes_and_it_is_said_once(tmp_path):
     script = (
         "import logging, torch; logging.basicConfig();"
@@ -276,12 +283,12 @@ def test_without_a_compiler_torch_computes_and_it_is_said_once(tmp_path):
         timeout=120
     )
     assert out.splitlines() == [
-        "cpu",
+        WITHOUT,
         "attention kernel 'cpp' could not be built on this machine; use 'auto'.",
     ]
     assert errors.count("no C++ compiler (no-such-compiler)") == 1
     out, errors = run(script, RAG_PIPELINE_CPU_KERNELS="torch").communicate(timeout=120)
-    assert out.startswith("cpu\n")
+    assert out.startswith(f"{WITHOUT}\n")
     assert not errors
 
 
