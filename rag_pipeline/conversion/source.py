@@ -105,7 +105,7 @@ def read_shape(folder: Path) -> SourceShape:
         kv_heads=int(given.get("num_key_value_heads") or heads),
         head_dim=int(given.get("head_dim") or hidden // heads),
         eps=float(given.get("rms_norm_eps", 1e-6)),
-        theta=float(rope.get("rope_theta", 10000.0)),
+        theta=float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
         tied=bool(given.get("tie_word_embeddings", False)),
         dtype=str(given.get("dtype") or given.get("torch_dtype") or "float32"),
         context=int(given.get("max_position_embeddings", 2048)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def test_a_llama_that_deepseek_cannot_express_is_refused(
 ) -> None:
     with pytest.raises(ConversionError, match=named):
         read_shape(llama(**fields))
+
+
+def test_the_base_of_rope_may_stand_beside_its_parameters(
+    tmp_path: Path, llama: Callable[..., Path]
+) -> None:
+    """transformers reads it there too; another base would turn keys otherwise than the model was trained with."""
+    from transformers import AutoConfig
+
+    given = json.loads((llama() / "config.json").read_text("utf-8"))
+    given |= {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps(given), "utf-8")
+    assert read_shape(tmp_path).theta == 5e5
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 5e5
 
 
 def test_a_folder_without_weights_or_with_a_missing_one_is_refused(

@@ -14,6 +14,7 @@ from rag_pipeline.sglang_plugin.fusion.runtime.model_identity import (
     describe_settings,
     fingerprint_weights,
 )
+from rag_pipeline.sglang_plugin.tpla.slices import LatentSlices
 
 PREFIX_IDS, CHUNK_IDS = tokens(PREFIX, 1), tokens(CHUNK, 10)
 IDS = [*PREFIX_IDS, *CHUNK_IDS, *tokens(9, 3)]
@@ -177,6 +178,19 @@ def test_the_engine_counts_and_what_no_kv_depends_on_does_not():
     for name in ("quantization", "kv_cache_dtype", "json_model_override_args", "model_impl"):
         other = SimpleNamespace(**{name: "other"})
         assert describe_settings(config(), other, "a") != wanted
+
+
+def test_a_slice_of_a_latent_is_another_identity_than_the_whole_and_than_another_slice():
+    """Weights do not tell: in the checkpoint's own basis, with a norm of equal weights, no byte of them changes."""
+
+    def told(rank: int, ranks: int) -> str:
+        group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
+        slices = LatentSlices(group=group, dim=64)
+        return describe_settings(config(), SimpleNamespace(), "a", slices)
+
+    whole = describe_settings(config(), SimpleNamespace(), "a")
+    assert describe_settings(config(), SimpleNamespace(), "a", None) == whole
+    assert len({whole, told(0, 2), told(1, 2), told(0, 4)}) == 4
 
 
 def test_the_identity_of_an_engine_holds_what_it_really_runs(local):

@@ -38,6 +38,20 @@ def faults(engine: Any, case: dict[str, Any], rank: int) -> list[tuple[str, list
     return told
 
 
+def turn_round_basis() -> None:
+    """Let this process find eigenvectors of other signs, as another number of threads may do."""
+    from rag_kernels import latent
+
+    original = latent.create_basis
+
+    def create_basis(*args: Any, **options: Any) -> Any:
+        basis = original(*args, **options)
+        basis[:, ::3] *= -1
+        return basis
+
+    latent.create_basis = create_basis
+
+
 def main() -> None:
     rank, ranks, port, folder, case_file, out_file = sys.argv[1:7]
     os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * int(ranks))
@@ -51,6 +65,8 @@ def main() -> None:
     from fusion_helpers import chunk_limit
 
     case = json.loads(Path(case_file).read_text())
+    if int(rank):  # the ranks hold slices of one basis all the same
+        turn_round_basis()
     engine = local.LocalEngine(
         folder, tp_size=int(ranks), nccl_port=int(port), world_rank=int(rank)
     )

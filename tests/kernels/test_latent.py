@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -215,6 +217,19 @@ def test_the_output_weighted_basis_leaves_out_what_nobody_reads() -> None:
     first = create_basis("output", DIM, seen)[:, :12]
     assert float(first[:12].abs().max()) < 1e-2
     assert float(create_basis("pca", DIM, seen)[12:, :12].abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("gamma", ["trained", "equal"])
+def test_a_folded_norm_loses_nothing_in_half_precision(gamma: str) -> None:
+    """What rounding it took off would be missing from every latent, and so from all logits and outputs alike."""
+    weights = layer(gamma=gamma == "trained")
+    half = (weights.gamma_D * 1.2345).bfloat16()
+    folded = dataclasses.replace(weights, gamma_D=half).folded()
+    assert torch.equal(folded.gamma_D.bfloat16().float(), folded.gamma_D)
+    kept = folded.gamma_D.bfloat16().float() * folded.w_kc_HND
+    torch.testing.assert_close(kept, half.float() * weights.w_kc_HND, rtol=1e-6, atol=0)
+    if gamma == "equal":
+        assert torch.equal(folded.w_kc_HND, weights.w_kc_HND)
 
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:

@@ -104,6 +104,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
     from rag_pipeline.sglang_plugin.cpu.mla import FORM_TARGETS, ROPE_TARGETS
     from rag_pipeline.sglang_plugin.cpu.speculation import install
     from rag_pipeline.sglang_plugin.fusion.hooks import hook_rows
+    from rag_pipeline.sglang_plugin.tpla.loading import TARGETS as TPLA_TARGETS
 
     install()  # without it, the worker's module asks for a compiled kernel
     monkeypatch.setattr(HookRegistry, "register", lambda *args: None)
@@ -116,6 +117,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[HookTarget]:
         *SPECULATING,
         *ROPE_TARGETS,
         *FORM_TARGETS,
+        *TPLA_TARGETS,
     ]
 
 

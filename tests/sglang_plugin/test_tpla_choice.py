@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_off_hooks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     loading.register()
     assert targets() == before
     assert not any("TPLA" in row.why for row in hooked_targets())
+
+
+@pytest.mark.parametrize("part", ["prefill_attention_backend", "decode_attention_backend"])
+def test_another_backend_for_prompts_or_for_decoding_is_refused(part: str) -> None:
+    """Both are served by one backend: the other one knows no slices of latents, and would fail at the first prompt."""
+    import sglang.srt.server_args  # noqa: F401  # first: it imports the platforms, and they the backend's name
+
+    own = dict.fromkeys(("prefill_attention_backend", "decode_attention_backend"))
+    told = {}
+    for value in ("rag_cpu", "torch_native"):
+        args = SimpleNamespace(**own | {"attention_backend": None, "tp_size": 1, part: value})
+        runner = SimpleNamespace(server_args=args, use_mla_backend=True, device="cpu")
+        told[value] = loading._refusal(runner, [object()])
+    assert told["rag_cpu"].startswith("one rank")
+    assert told["torch_native"].startswith("attention by 'torch_native'")
 
 
 def test_what_it_relies_on_is_in_the_installed_sglang() -> None:

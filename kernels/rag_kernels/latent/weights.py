@@ -55,7 +55,8 @@ class LatentWeights:
             In fp32; the same attention up to rounding.
         """
         gamma = self.gamma_D.float()
-        common = gamma.square().mean().sqrt()
+        # As the model's type holds it: half precision would scale all latents by what it rounds off.
+        common = gamma.square().mean().sqrt().to(self.gamma_D.dtype).float()
         if common == 0:
             raise ValueError("the norm's weight is zero in all entries.")
         share = gamma / common

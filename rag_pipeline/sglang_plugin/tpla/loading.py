@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rag_pipeline.errors import EngineError
 from rag_pipeline.sglang_plugin.hook_table import HookTarget, add_hooks, add_targets
@@ -34,6 +35,23 @@ _USED = (
         ),
     ),
     HookTarget(
+        path=f"{_SRT}configs.model_config.ModelConfig",
+        kind="uses",
+        why="TPLA: the pool is made, and sized, by its width of a latent",
+        attributes=("kv_lora_rank",),
+    ),
+    HookTarget(
+        path=f"{_SRT}model_executor.model_runner.ModelRunner",
+        kind="uses",
+        why="TPLA: which runners hold latents, and where",
+        attributes=("device", "is_draft_worker"),
+    ),
+    HookTarget(
+        path=f"{_SRT}model_executor.forward_context.get_attn_backend",
+        kind="uses",
+        why="TPLA: slots of the requests of a prefill",
+    ),
+    HookTarget(
         path=f"{_SRT}layers.radix_attention.RadixAttention",
         kind="uses",
         why="TPLA: attention of all heads over a slice of the latent",
@@ -54,8 +72,8 @@ _USED = (
     HookTarget(
         path=f"{_SRT}distributed.parallel_state.GroupCoordinator",
         kind="uses",
-        why="TPLA: gathers queries, what was read, and cached slices",
-        attributes=("all_gather", "rank_in_group", "world_size"),
+        why="TPLA: gathers queries, what was read, and cached slices; one basis for all ranks",
+        attributes=("all_gather", "broadcast", "rank_in_group", "world_size"),
     ),
     HookTarget(
         path=f"{_SRT}model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error",
@@ -108,11 +126,11 @@ def _refusal(runner: Any, layers: Sequence[Any]) -> str | None:
     if not layers or not runner.use_mla_backend:
         return f"{runner.model_config.model_path}, which has no multi-head latent attention (MLA)"
     # None where nobody chose one: the platform's own, which on a CPU is ours.
-    named = args.attention_backend or (
-        ATTENTION_BACKEND if runner.device == "cpu" else runner.device
-    )
-    if named != ATTENTION_BACKEND:
-        return f"attention by {named!r}; it is served by {ATTENTION_BACKEND!r} only, on a CPU"
+    own = ATTENTION_BACKEND if runner.device == "cpu" else runner.device
+    for part in (args.prefill_attention_backend, args.decode_attention_backend):
+        named = part or args.attention_backend or own
+        if named != ATTENTION_BACKEND:
+            return f"attention by {named!r}; it is served by {ATTENTION_BACKEND!r} only, on a CPU"
     for name, off in (
         ("pp_size", 1),
         ("dp_size", 1),
@@ -128,19 +146,19 @@ def _refusal(runner: Any, layers: Sequence[Any]) -> str | None:
             return f"{name}={value!r}"
     if args.tp_size < 2:
         return "one rank: there is nothing to slice over; give tp_size 2 or more"
-    for layer in layers:
-        if layer.kv_lora_rank % args.tp_size:
-            return f"tp_size {args.tp_size}: latents of {layer.kv_lora_rank} cannot be cut into so many equal slices"
-        weights = (_down_proj(layer).weight, layer.kv_b_proj.weight, layer.w_kc, layer.w_vc)
-        if layer.use_dsa or layer.use_deep_gemm_bmm or not all(w.is_floating_point() and w.element_size() > 1 for w in weights):  # fmt: skip
-            return f"layer {layer.layer_id}: its latent attention is sparse or quantised"
-        if getattr(_down_proj(layer), "bias", None) is not None:
-            return f"layer {layer.layer_id}: its latent projection has a bias"
+    for mla in layers:
+        if mla.kv_lora_rank % args.tp_size:
+            return f"tp_size {args.tp_size}: latents of {mla.kv_lora_rank} cannot be cut into so many equal slices"
+        weights = (_down_proj(mla).weight, mla.kv_b_proj.weight, mla.w_kc, mla.w_vc)
+        if mla.use_dsa or mla.use_deep_gemm_bmm or not all(w.is_floating_point() and w.element_size() > 1 for w in weights):  # fmt: skip
+            return f"layer {mla.layer_id}: its latent attention is sparse or quantised"
+        if getattr(_down_proj(mla), "bias", None) is not None:
+            return f"layer {mla.layer_id}: its latent projection has a bias"
     return None
 
 
-def _down_proj(layer: Any) -> Any:
-    return layer.fused_qkv_a_proj_with_mqa if layer.has_fused_proj else layer.kv_a_proj_with_mqa
+def _down_proj(mla: Any) -> Any:
+    return mla.fused_qkv_a_proj_with_mqa if mla.has_fused_proj else mla.kv_a_proj_with_mqa
 
 
 def _slice(runner: Any, layers: Sequence[Any], basis: str) -> None:
@@ -150,30 +168,31 @@ def _slice(runner: Any, layers: Sequence[Any], basis: str) -> None:
     from rag_pipeline.sglang_plugin.tpla.attention import SlicedLatentAttention
 
     group = get_attn_tp_group()
-    dims = [layer.kv_lora_rank for layer in layers]
+    dims = [mla.kv_lora_rank for mla in layers]
     statistics = _statistics(Path(runner.model_config.model_path), dims, basis)
     with torch.no_grad():
-        for number, layer in enumerate(layers):
-            dim = layer.kv_lora_rank
-            first = layer.q_lora_rank or 0
-            down = _down_proj(layer).weight[first : first + dim]
+        for number, mla in enumerate(layers):
+            dim = mla.kv_lora_rank
+            first = mla.q_lora_rank or 0
+            down = _down_proj(mla).weight[first : first + dim]
             weights = LatentWeights(
                 down_DX=down,
-                gamma_D=layer.kv_a_layernorm.weight,
-                w_kc_HND=layer.w_kc,
-                w_vc_HDV=layer.w_vc,
+                gamma_D=mla.kv_a_layernorm.weight,
+                w_kc_HND=mla.w_kc,
+                w_vc_HDV=mla.w_vc,
             ).folded()
             own = None if statistics is None else statistics[number]
-            # Each rank makes the same basis: of one file, or of one seed.
-            turned = weights.rotated(create_basis(basis, dim, own, seed=layer.layer_id))
+            turned = weights.rotated(
+                _shared_basis(group, create_basis(basis, dim, own, seed=mla.layer_id))
+            )
             down.copy_(turned.down_DX)
-            layer.kv_a_layernorm.weight.copy_(turned.gamma_D)
-            layer.w_kc.copy_(turned.w_kc_HND)
-            layer.w_vc.copy_(turned.w_vc_HDV)
+            mla.kv_a_layernorm.weight.copy_(turned.gamma_D)
+            mla.w_kc.copy_(turned.w_kc_HND)
+            mla.w_vc.copy_(turned.w_vc_HDV)
             # Read by no form that is computed here; kept the same weights all the same.
             up = torch.cat([turned.w_kc_HND, turned.w_vc_HDV.mT], 1).flatten(0, 1)
-            layer.kv_b_proj.weight.copy_(up)
-            layer.attn_mqa = SlicedLatentAttention(layer.attn_mqa, group, dim)
+            mla.kv_b_proj.weight.copy_(up)
+            mla.attn_mqa = SlicedLatentAttention(mla.attn_mqa, group, dim)
     runner.model._derived_weight_cache_error = _NO_UPDATE
     # The pool is made of this, and sized by it.
     runner.model_config.kv_lora_rank = dims[0] // group.world_size
@@ -182,6 +201,15 @@ def _slice(runner: Any, layers: Sequence[Any], basis: str) -> None:
         *(len(layers), basis, group.rank_in_group + 1, group.world_size),
         *(runner.model_config.kv_lora_rank, dims[0]),
     )
+
+
+def _shared_basis(group: Any, basis_DD: Tensor) -> Tensor:
+    """Basis of the first rank, on all of them.
+
+    Eigenvectors of the same matrix may have other signs, or be others where energies are equal, on another number of
+    threads. Slices of two bases are slices of no latent.
+    """
+    return torch.as_tensor(group.broadcast(basis_DD.contiguous(), src=0))
 
 
 def _statistics(folder: Path, dims: list[int], basis: str) -> Sequence[Any] | None:

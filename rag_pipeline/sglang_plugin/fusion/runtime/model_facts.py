@@ -148,7 +148,10 @@ def read_model(model_runner: Any, *, tp_rank: int, tp_size: int) -> ModelFacts:
                 {"layers": [one.identity for one in rotations]} if differ else rotations[0].identity
             ),
             "settings": describe_settings(
-                config, model_runner.server_args, model_runner.prefill_attention_backend_str
+                config,
+                model_runner.server_args,
+                model_runner.prefill_attention_backend_str,
+                slices,
             ),
             "tp_rank": tp_rank,
             "tp_size": tp_size,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from rag_pipeline.sglang_plugin.fusion.runtime.quantised import quantiser
+
+if TYPE_CHECKING:
+    from rag_pipeline.sglang_plugin.tpla.slices import LatentSlices
 
 _NO_MATTER = frozenset(
     {
@@ -103,7 +106,9 @@ def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
             yield name, key, module._buffers[key]
 
 
-def describe_settings(hf_config: Any, settings: Any, attention: str) -> str:
+def describe_settings(
+    hf_config: Any, settings: Any, attention: str, slices: LatentSlices | None = None
+) -> str:
     """Digest of everything in a model's configuration and an engine's settings that may change chunk KV.
 
     Parameters
@@ -115,12 +120,17 @@ def describe_settings(hf_config: Any, settings: Any, attention: str) -> str:
         Of the engine; of these a few count.
     attention : str
         Attention backend that prefills.
+    slices : LatentSlices, optional
+        Where this rank keeps a part of each latent. The weights do not always tell: in the checkpoint's own basis, with
+        a norm of equal weights, they are those of an engine that keeps whole latents.
     """
-    said = {
+    said: dict[str, Any] = {
         "config": _without(hf_config.to_dict()),
         "attention": attention,
         "engine": {name: str(getattr(settings, name, None)) for name in _SETTINGS},
     }
+    if slices is not None:
+        said["latent"] = [slices.own.start, slices.own.stop, slices.dim]
     text = json.dumps(said, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"ragkv-settings").hexdigest()
 
