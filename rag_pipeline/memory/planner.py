@@ -61,7 +61,7 @@ class Planner:
         self.method.check_room(context_length)
         self._renderer = Renderer(tokenizer)
         self._vectors = TextVectors(encode)
-        self._conversations = Conversations(self._renderer, config, self._vectors)
+        self._conversations = Conversations(self._renderer, self.config, self._vectors)
 
     def plan(
         self,

@@ -112,6 +112,8 @@ def test_every_option_of_a_command_is_a_setting_with_the_same_default() -> None:
             key = MEMORY_OPTIONS.get(option.name, option.name)
         if " " in place and key not in fields:
             continue  # inside a group: what one run of `cache pin` is about
+        if " " in place and option.required:
+            continue  # no run of `convert mla` is about the model that is served
         assert key in fields, f"{place}: {option.name} is in no section of the schema"
         seen.add(key)
         default = fields[key].default

