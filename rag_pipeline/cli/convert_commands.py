@@ -55,7 +55,7 @@ def convert_mla(
     """Turn a grouped-query model into a stock DeepSeek-V2 checkpoint with multi-head latent attention."""
     from rag_pipeline.cli.common import resolve_llm_shown
     from rag_pipeline.cli.console import emit_json, say, write
-    from rag_pipeline.conversion import ConversionConfig, convert_to_mla
+    from rag_pipeline.conversion import ConversionConfig, convert_to_mla, refuse_early
     from rag_pipeline.conversion.texts import CORPUS
 
     config = ConversionConfig(
@@ -67,6 +67,7 @@ def convert_mla(
         ridge=ridge,
         dtype=dtype,  # type: ignore[arg-type]  # checked by the config
     )
+    refuse_early(model, out)
     report = convert_to_mla(
         resolve_llm_shown(model).path,
         out,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rag_pipeline.conversion.config import ConversionConfig, ConversionError
-from rag_pipeline.conversion.convert import convert_to_mla
+from rag_pipeline.conversion.convert import convert_to_mla, refuse_early
 from rag_pipeline.conversion.report import ConversionReport, TextPerplexity
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "ConversionReport",
     "TextPerplexity",
     "convert_to_mla",
+    "refuse_early",
 ]

@@ -74,10 +74,13 @@ class ConversionConfig:
             One line: the size, what is allowed, what to give.
         """
         head, width = shape.head_dim, shape.kv_width
-        for name, value in (("rope", self.rope), ("latent", self.latent)):
+        for name, value, allowed in (
+            ("rope", self.rope, str(head)),
+            ("latent", self.latent, _multiples(head, 2 * width - head)),
+        ):
             if value % head:
                 raise ConversionError(
-                    f"{name} is {value}; it must be a multiple of the model's head dimension {head}"
+                    f"{name} is {value}; it must be a multiple of the model's head dimension {head}: give {allowed}"
                 )
         if self.rope > width:
             raise ConversionError(f"rope is {self.rope}; the model's keys have {width} numbers")
@@ -91,14 +94,15 @@ class ConversionConfig:
                 f"which {self.rope} keep their position: give at most {most}"
             )
         heads = self.heads(shape)
+        fitting = [n for n in range(shape.heads, shape.hidden + 1) if shape.hidden % n == 0]
+        allowed = f"give pad_heads_to of {', '.join(map(str, fitting[:6]))}"
         if heads < shape.heads:
             raise ConversionError(
-                f"pad_heads_to is {heads}; the model has {shape.heads} heads, and none is taken away"
+                f"pad_heads_to is {heads}; the model has {shape.heads} heads, and none is taken away: {allowed}"
             )
         if shape.hidden % heads:
             raise ConversionError(
-                f"{heads} heads do not divide the hidden size {shape.hidden}, which transformers demands; "
-                "give another pad_heads_to"
+                f"{heads} heads do not divide the hidden size {shape.hidden}, which transformers demands: {allowed}"
             )
 
     def heads(self, shape: SourceShape) -> int:
@@ -110,3 +114,9 @@ class ConversionConfig:
         if self.dtype != "auto":
             return self.dtype
         return "float32" if shape.dtype == "float32" else "bfloat16"
+
+
+def _multiples(step: int, most: int) -> str:
+    """Multiples of a number as people list them, such as ``64, 128, ... 320``."""
+    found = [str(number) for number in range(step, most + 1, step)]
+    return ", ".join(found if len(found) < 4 else [*found[:2], f"... {found[-1]}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from rag_pipeline.conversion.config import ConversionConfig, ConversionError
 from rag_pipeline.conversion.layers import LatentLayer
 from rag_pipeline.conversion.perplexity import perplexities, predicted
 from rag_pipeline.conversion.report import ConversionReport, TextPerplexity
-from rag_pipeline.conversion.source import SourceShape, SourceWeights, read_shape
+from rag_pipeline.conversion.source import SourceShape, SourceWeights, check_gguf, read_shape
 from rag_pipeline.conversion.streams import Streams, convert_layer, embed
 from rag_pipeline.conversion.texts import CORPUS, Windows, read_windows
 from rag_pipeline.conversion.work import WorkFolder, digest, work_folder
@@ -31,6 +32,28 @@ _STREAMS = "streams"
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 Progress = Callable[[str], None]
+
+
+def refuse_early(model: str, out: Path) -> None:
+    """Refuse what is wrong without the weights, which may take minutes to unpack or fetch.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model, as a user gives it.
+    out : Path
+        Folder to make.
+
+    Raises
+    ------
+    ConversionError
+        The folder is there, or the model is a GGUF file of a family that cannot be converted.
+    """
+    if os.path.lexists(out):
+        raise ConversionError(f"{out} exists already; remove it, or name another folder")
+    file = Path(model).expanduser()
+    if file.suffix == ".gguf" and file.is_file():
+        check_gguf(file)
 
 
 def convert_to_mla(
@@ -67,8 +90,7 @@ def convert_to_mla(
     ConversionError
         One line: a model, size, text or folder that cannot be used.
     """
-    if out.exists():
-        raise ConversionError(f"{out} exists already; remove it, or name another folder")
+    refuse_early(str(model), out)
     shape = read_shape(model)
     config.check(shape)
     weights = SourceWeights(model)

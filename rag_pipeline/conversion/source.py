@@ -88,11 +88,7 @@ def read_shape(folder: Path) -> SourceShape:
         kind = str(given["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{folder} has no readable config.json ({error})") from error
-    if kind not in _FAMILIES:
-        reason = _REASONS.get(kind, "it is not made of the layers that the conversion knows")
-        raise ConversionError(
-            f"{folder} is of family {kind} and cannot be converted: {reason}; allowed: {', '.join(_FAMILIES)}"
-        )
+    _check_family(folder, kind)
     _refuse_variants(folder, given)
     rope = given.get("rope_parameters") or given
     heads, hidden = int(given["num_attention_heads"]), int(given["hidden_size"])
@@ -113,6 +109,30 @@ def read_shape(folder: Path) -> SourceShape:
             name: given.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         },
     )
+
+
+def check_gguf(file: Path) -> None:
+    """Refuse a GGUF file by the family that its header names, before its weights are unpacked.
+
+    Raises
+    ------
+    ConversionError
+        Another family; names it.
+    ModelError
+        No GGUF file, or a damaged one.
+    """
+    from rag_pipeline.models.gguf_file import read_gguf
+
+    kind = read_gguf(file).architecture
+    _check_family(file, "deepseek_v2" if kind == "deepseek2" else kind)
+
+
+def _check_family(place: Path, kind: str) -> None:
+    if kind not in _FAMILIES:
+        reason = _REASONS.get(kind, "it is not made of the layers that the conversion knows")
+        raise ConversionError(
+            f"{place} is of family {kind} and cannot be converted: {reason}; allowed: {', '.join(_FAMILIES)}"
+        )
 
 
 def _refuse_variants(folder: Path, given: dict[str, Any]) -> None:

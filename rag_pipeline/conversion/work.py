@@ -104,7 +104,7 @@ def work_folder(out: Path, job: Mapping[str, object]) -> Iterator[WorkFolder]:
     Raises
     ------
     ConversionError
-        Another process converts into the same folder, or the disk refuses.
+        Another process converts into the same folder or has made it, or the disk refuses.
     """
     from filelock import FileLock, Timeout
 
@@ -119,8 +119,14 @@ def work_folder(out: Path, job: Mapping[str, object]) -> Iterator[WorkFolder]:
             f"another process converts into {out}; wait for it, or name another folder"
         ) from None
     except OSError as error:
-        raise ConversionError(f"{path} cannot be made ({error.strerror})") from error
+        raise ConversionError(
+            f"{out} cannot be made: {path} is refused ({error.strerror}); name a place that you may write to"
+        ) from error
     try:
+        if os.path.lexists(out):
+            # Another process finished it, and removed its stages, while this one was reading its text.
+            shutil.rmtree(path, ignore_errors=True)
+            raise ConversionError(f"{out} was made by another process; name another folder")
         folder = WorkFolder(path, resumed=False)
         resumed = folder.load_json(_JOB.removesuffix(".json")) == mark
         if not resumed:

@@ -63,6 +63,17 @@ def test_two_conversions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     out = tmp_path / "file" / "out"
-    with pytest.raises(ConversionError, match="cannot be made"), work_folder(out, JOB):
+    with (
+        pytest.raises(ConversionError, match=r"out cannot be made.*name a place"),
+        work_folder(out, JOB),
+    ):
         pass
     assert work_path(out).name == ".out.work"
+
+
+def test_a_result_that_another_made_meanwhile_is_refused_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ConversionError, match="made by another"), work_folder(out, JOB):
+        pytest.fail("work began")
+    assert list(tmp_path.iterdir()) == [out]

@@ -196,3 +196,14 @@ def test_other_models_are_refused_in_one_line(tiny_path: Path, refusal: Callable
     assert "the model is a 'llama'" in refusal(main, ["--model", str(tiny_path)], 1)
     words = ["--model", str(tiny_path), "--window", "2"]
     assert "--window is 2; it must be at least 3" in refusal(calibrate_command, words)
+
+
+def test_a_place_for_statistics_is_refused_before_anything_is_measured(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    # The model does not exist: the place is refused first.
+    given = ["--model", str(tmp_path / "nowhere"), "--out"]
+    assert "is a folder; name a file" in refusal(calibrate_command, [*given, str(tmp_path)], 1)
+    (tmp_path / "file").write_text("", "utf-8")
+    line = refusal(calibrate_command, [*given, str(tmp_path / "file" / "x")], 1)
+    assert "file is a file; name another place" in line

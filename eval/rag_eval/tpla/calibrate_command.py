@@ -6,6 +6,7 @@ with, if it lies in the project's own folder, which is the default.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
     from rag_pipeline.prompts.tokenizer import ModelTokenizer
     from rag_pipeline.whole_file import write_whole_bytes
 
+    if given.out is not None:
+        _check_place(given.out)
     folder = resolve_llm(given.model).path
     ids = text_tokens(given.text, ModelTokenizer.load(folder).encode, given.tokens)
     measured = measured_statistics(
@@ -75,6 +78,17 @@ def main(words: Sequence[str] | None = None) -> int:
         "first_half_energy": sum(firsts) / len(firsts) if firsts else None,
     }
     return print_report(report, _table, as_json=given.json)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place where nothing can be written, before minutes are spent on measuring."""
+    found = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if out.is_dir():
+        raise EvalError(f"--out {out} is a folder; name a file in it")
+    if found != out and not found.is_dir():
+        raise EvalError(f"--out {out} cannot be written: {found} is a file; name another place")
+    if not os.access(found, os.W_OK):
+        raise EvalError(f"--out {out} cannot be written: {found} is read-only; name another place")
 
 
 def _table(report: dict[str, Any]) -> str:

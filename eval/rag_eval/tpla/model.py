@@ -134,7 +134,8 @@ def check_folder(folder: Path) -> None:
 def _check(config: Any) -> None:
     if config.model_type != "deepseek_v2":
         raise EvalError(
-            f"the model is a {config.model_type!r}; TPLA is for latent attention in the form of DeepSeek-V2"
+            f"the model is a {config.model_type!r}; TPLA is for latent attention in the form of "
+            "DeepSeek-V2, into which `rag-pipeline convert mla` brings Llama and Mistral"
         )
     if config.attention_bias:
         raise EvalError(

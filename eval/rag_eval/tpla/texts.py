@@ -35,7 +35,10 @@ def read_text(path: Path | None) -> str:
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise EvalError(f"text {path} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise EvalError(
+                f"text {path} cannot be read ({reason}); give a UTF-8 file or a data set"
+            ) from error
     if not text.strip():
         raise EvalError(f"text {path} holds no text")
     return text
@@ -101,7 +104,8 @@ class Windows:
         fit = len(starts) * self.scored
         if not fit or (scored is not None and fit < scored):
             raise EvalError(
-                f"the text has {len(ids)} tokens, enough to score {fit}; {scored or self.scored} asked"
+                f"the text has {len(ids)} tokens, enough to score {fit} in windows of {self.window} with prompts of "
+                f"{self.prompt}; {scored or self.scored} are to be scored: give more text, or ask for fewer or smaller ones"
             )
         count = len(starts) if scored is None else -(-scored // self.scored)
         return [torch.tensor(ids[start : start + self.window]) for start in starts[:count]]
