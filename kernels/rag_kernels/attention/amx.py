@@ -32,7 +32,7 @@ class AmxKernel(AttentionKernel):
 
     def is_default_on(self, device: torch.device) -> bool:
         """Take it where the CPU has tiles."""
-        return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
     def refuse(self, call: AttentionCall) -> str | None:
         """Refuse what torch's fused attention has no tiles or no rule for."""
