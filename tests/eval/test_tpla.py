@@ -97,7 +97,9 @@ def test_windows_score_each_decoded_token_once() -> None:
     assert scored.tolist() == text[CUT.prompt + 1 :][: len(scored)]
     assert len(text) - len(scored) < CUT.window + CUT.scored
     assert len(CUT.cut(text, 30)) == 2
-    with pytest.raises(EvalError, match="enough to score 986 in windows .*; 2000 are to be scored"):
+    with pytest.raises(
+        EvalError, match=r"enough to score 986 in windows .*; 2000 are to be scored"
+    ):
         CUT.cut(text, 2000)
     with pytest.raises(EvalError, match="prompt 39 and window 40"):
         Windows(prompt=39, window=40)
