@@ -211,7 +211,10 @@ class FusedPass:
     def _meet(self, rows: Tensor, index: int) -> Tensor:
         """Bring the ranks' slices of the pass's slots together, ``[N, 1, D + R]`` by slot; on every rank in every layer."""
         assert self.slices is not None
-        slots = torch.cat([part.to(rows.device, torch.int64) for part in self.attention.slots])
+        memo = self.attention.memo
+        slots = memo.get("slots of all")
+        if slots is None:
+            slots = memo["slots of all"] = torch.cat(self.attention.slots)
         self._met = index
         whole = self.slices.whole(rows[slots])
         if self._scratch is None:
