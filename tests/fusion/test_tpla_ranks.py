@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from fused_runs import check_fused, fused_case
 from fusion_helpers import VOCAB, tokens
+from rank_programs import run_ranks
 
 from rag_eval.tpla.calibrate import calibrate
 from rag_eval.tpla.model import LatentModel, SlicedLayer
@@ -25,38 +22,8 @@ BATCH = [tokens(37, 62), tokens(60, 63), tokens(21, 64)]
 RANKS = 2
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(
-    warm_start: Any, folder: Path, tmp_path: Path, *, count: int = RANKS, **variables: str
-) -> list[Any]:
-    """What each rank wrote, and its log where it failed."""
-    case, port = tmp_path / "case.json", free_port()
-    case.write_text(json.dumps({"prompts": [LONG, ALONG], "batch": BATCH, **fused_case()}))
-    program = Path(__file__).with_name("tpla_rank.py")
-    outs = [tmp_path / f"rank{rank}.json" for rank in range(count)]
-    logs = [tmp_path / f"log{rank}.txt" for rank in range(count)]
-    ranks = [
-        warm_start.popen(
-            [sys.executable, program, *map(str, (rank, count, port, folder, case, outs[rank]))],
-            environment=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-            stdout=logs[rank],
-        )
-        for rank in range(count)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill_group()
-    return [
-        json.loads(out.read_text()) if code == 0 else log.read_text()
-        for code, out, log in zip(codes, outs, logs, strict=True)
-    ]
+def case_of(folder: Path) -> dict[str, Any]:
+    return {"model": str(folder), "prompts": [LONG, ALONG], "batch": BATCH, **fused_case()}
 
 
 def sliced(
@@ -102,14 +69,14 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
     file = tmp_path / "statistics.safetensors"
     file.write_bytes(kept.to_bytes())
     seen = run_ranks(
-        warm_start,
-        folder,
+        "tpla_rank.py",
+        case_of(folder),
         tmp_path,
+        warm_start,
         RAG_PIPELINE_TPLA=basis,
         RAG_PIPELINE_TPLA_STATISTICS=str(file),
     )
     for one in seen:
-        assert isinstance(one, dict), one[-3000:]
         # A token's row is allocated this wide: half of a latent's numbers, and the position part.
         width = {192: 160, 512: 320}[fields["kv_lora_rank"]]
         assert one["shapes"] == [[1, width]] * 5
@@ -149,8 +116,11 @@ def test_two_ranks_prefill_exactly_and_decode_on_their_slices(
 def test_one_rank_has_nothing_to_slice_over(
     tiny_model: Any, tmp_path: Path, warm_start: Any
 ) -> None:
-    folder = tiny_model("deepseek_v2")
-    (log,) = run_ranks(warm_start, folder, tmp_path, count=1, RAG_PIPELINE_TPLA="identity")
+    case = case_of(tiny_model("deepseek_v2"))
+    (log,) = run_ranks(
+        "tpla_rank.py", case, tmp_path, warm_start, count=1, may_fail=True,
+        RAG_PIPELINE_TPLA="identity",
+    )  # fmt: skip
     assert isinstance(log, str)
     assert "RAG_PIPELINE_TPLA=identity does not work with one rank" in log
 
@@ -159,8 +129,8 @@ def test_one_rank_has_nothing_to_slice_over(
 def test_a_model_without_its_statistics_does_not_start(
     tiny_model: Any, tmp_path: Path, warm_start: Any
 ) -> None:
-    folder, none = tiny_model("deepseek_v2"), str(tmp_path / "none.safetensors")
+    case, none = case_of(tiny_model("deepseek_v2")), str(tmp_path / "none.safetensors")
     variables = {"RAG_PIPELINE_TPLA": "pca", "RAG_PIPELINE_TPLA_STATISTICS": none}
-    for log in run_ranks(warm_start, folder, tmp_path, **variables):
+    for log in run_ranks("tpla_rank.py", case, tmp_path, warm_start, may_fail=True, **variables):
         assert isinstance(log, str)
         assert f"needs statistics of the model, and there is no {none}" in log

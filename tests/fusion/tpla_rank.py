@@ -1,13 +1,10 @@
 """One of the ranks over which latents are sliced: drives its scheduler by a script, and writes what it saw.
 
-Usage: tpla_rank.py RANK RANKS PORT MODEL_FOLDER CASE.json OUT.json
+Usage: tpla_rank.py RANK CASE.json OUT.json
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,23 +50,16 @@ def turn_round_basis() -> None:
 
 
 def main() -> None:
-    rank, ranks, port, folder, case_file, out_file = sys.argv[1:7]
-    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * int(ranks))
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-    spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    local = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(local)
     from fused_runs import fused
     from fusion_helpers import chunk_limit
+    from rank_programs import RankProgram
 
-    case = json.loads(Path(case_file).read_text())
-    if int(rank):  # the ranks hold slices of one basis all the same
+    program = RankProgram()
+    case, rank = program.case, program.rank
+    if rank:  # the ranks hold slices of one basis all the same
         turn_round_basis()
-    engine = local.LocalEngine(
-        folder, tp_size=int(ranks), nccl_port=int(port), world_rank=int(rank)
-    )
+    engine = program.engine(case["model"])
     runner = engine.scheduler.tp_worker.model_runner
 
     def told(req: Any) -> dict[str, Any]:
@@ -88,7 +78,7 @@ def main() -> None:
         ],
         "self_check": engine.runtime.self_check,
         "fused": fused(engine, case),
-        "faults": faults(engine, case, int(rank)),
+        "faults": faults(engine, case, rank),
         "runs": [told(engine.ask(ids, 6)) for ids in case["prompts"]],
     }
     reqs = [engine.submit(ids, 6) for ids in case["batch"]]
@@ -97,9 +87,8 @@ def main() -> None:
     engine.flush()
     with chunk_limit(engine, 32):
         seen["runs"].append(told(engine.ask(case["prompts"][0], 6)))
-    seen["update"] = runner.weight_updater.update_weights_from_disk(folder, "auto")
-    Path(out_file).write_text(json.dumps(seen))
+    seen["update"] = runner.weight_updater.update_weights_from_disk(case["model"], "auto")
+    program.write(seen)
 
 
-if __name__ == "__main__":
-    main()
+main()

@@ -22,31 +22,44 @@ def free_port() -> int:
 
 
 def run_ranks(
-    program: str, case: dict[str, Any], tmp_path: Path, warm_start: Any, engines: int = 1
+    program: str,
+    case: dict[str, Any],
+    tmp_path: Path,
+    warm_start: Any,
+    engines: int = 1,
+    *,
+    count: int = 2,
+    may_fail: bool = False,
+    **variables: str,
 ) -> list[Any]:
-    """Run a program of ``tests/fusion`` as rank 0 and as rank 1; what they wrote, in this order.
+    """Run a program of ``tests/fusion`` as rank 0 and as rank 1, or of so many; what they wrote, in this order.
 
-    Its words are RANK CASE.json OUT.json; `case` is what both read. It may start so many engines, one after another.
+    Its words are RANK CASE.json OUT.json; `case` is what all read. It may start so many engines, one after another.
+    `variables` are added to the environment. Where they `may_fail`, what a failed rank printed stands for what it wrote.
     """
     given = tmp_path / "case.json"
-    given.write_text(json.dumps(case | {"ports": [free_port() for _ in range(engines)]}))
-    outs = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    ports = [free_port() for _ in range(engines)]
+    given.write_text(json.dumps(case | {"ports": ports, "ranks": count}))
+    outs = [tmp_path / f"rank{rank}.json" for rank in range(count)]
     ranks = [
         warm_start.popen(
             [sys.executable, FUSION / program, *map(str, (rank, given, outs[rank]))],
-            environment=os.environ | {"OMP_NUM_THREADS": "1"},
+            environment=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             stdout=tmp_path / f"log{rank}.txt",
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
-        codes = ended(ranks)
+        codes = [one.wait(timeout=240) for one in ranks] if may_fail else ended(ranks)
     finally:
         for process in ranks:
             process.kill_group()
-    for rank, code in enumerate(codes):
-        assert not code, (tmp_path / f"log{rank}.txt").read_text()[-3000:]
-    return [json.loads(out.read_text()) for out in outs]
+    logs = [tmp_path / f"log{rank}.txt" for rank in range(count)]
+    assert may_fail or not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    return [
+        json.loads(out.read_text()) if code == 0 else log.read_text()
+        for code, out, log in zip(codes, outs, logs, strict=True)
+    ]
 
 
 def ended(ranks: list[Any], limit_s: float = 400.0) -> list[int | None]:
@@ -65,9 +78,10 @@ class RankProgram:
 
     def __init__(self) -> None:
         rank, given, out = sys.argv[1:4]
-        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
         self.rank, self._out = int(rank), Path(out)
         self.case = json.loads(Path(given).read_text())
+        self._ranks = int(self.case["ranks"])
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self._ranks)))
         self._ports = iter(self.case["ports"])
 
     def engine(self, folder: str, **settings: Any) -> Any:
@@ -78,7 +92,11 @@ class RankProgram:
         local = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(local)
         return local.LocalEngine(
-            folder, tp_size=2, nccl_port=next(self._ports), world_rank=self.rank, **settings
+            folder,
+            tp_size=self._ranks,
+            nccl_port=next(self._ports),
+            world_rank=self.rank,
+            **settings,
         )
 
     def write(self, seen: Any) -> None:
