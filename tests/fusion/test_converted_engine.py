@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conversion_parts import write_llama
-from fusion_helpers import tokens
+from latent_answers import answers_agree, reference
 
 from rag_pipeline.conversion import ConversionConfig, convert_to_mla
-
-LONG = tokens(150, 60)
-ALONG = [*LONG[:100], *tokens(23, 61)]
-BATCH = [tokens(37, 62), tokens(60, 63), tokens(21, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +27,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> P
 @pytest.fixture
 def served(converted: Path, engine: Callable[..., Any]) -> tuple[Any, Any]:
     """An engine, and the same folder by transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        converted, dtype=torch.float32, attn_implementation="eager"
-    )
-    return engine(str(converted)), model.eval()
-
-
-def agrees(model: Any, prompt: list[int], req: Any) -> None:
-    """Log-probabilities of the prompt's end and of every decoded token are the reference's."""
-    said = list(req.output_ids)
-    with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *said[:-1]]])).logits[0, len(prompt) - 1 :]
-    wanted = logits.double().log_softmax(-1)
-    top = zip(req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx, strict=True)
-    for row, (values, ids) in zip(wanted, top, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(values).double(), row[torch.tensor(ids)], rtol=0, atol=1e-4
-        )
-    assert said == wanted.argmax(-1).tolist()
+    return engine(str(converted)), reference(converted)
 
 
 def test_the_engine_answers_as_transformers_does(served: tuple[Any, Any]) -> None:
-    local, model = served
-    agrees(model, LONG, local.ask(LONG, 6))
-    hit = local.ask(ALONG, 6)
-    assert hit.cached_tokens == 100
-    agrees(model, ALONG, hit)
-    reqs = [local.submit(ids, 6) for ids in BATCH]
-    local.run(*reqs)
-    for ids, req in zip(BATCH, reqs, strict=True):
-        agrees(model, ids, req)
+    answers_agree(*served)
 
 
 def test_the_pool_holds_the_latent_and_the_position_part(served: tuple[Any, Any]) -> None:

@@ -18,6 +18,7 @@ from fusion_helpers import (
     store_chunks,
     tokens,
 )
+from latent_answers import YARN, reference
 from memory_chats import BLOCKS, BUDGET, HISTORY, PROBES, QUESTION, Chat
 from tier_below import opened, outcome
 
@@ -25,16 +26,6 @@ from rag_pipeline.sglang_plugin.fusion.self_check.check import run_self_check
 
 LATENT, POSITION = 32, 8
 IDS, SPANS = lay_out(CHUNKS[::-1], tokens(9, 2))
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.7,
-    "mscale_all_dim": 0.7,
-    "rope_theta": 10000.0,
-}
 NAME = "deepseek-latents"
 
 
@@ -50,12 +41,8 @@ def local(engine: Any, tiny_model: Any) -> Any:
 @pytest.fixture
 def model(tiny_model: Any) -> Any:
     """The same by transformers, which caches latents and rotated position parts too."""
-    from transformers import AutoModelForCausalLM
-
     folder = tiny_model("deepseek_v2", NAME, q_lora_rank=24, rope_parameters=YARN)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return reference(folder)
 
 
 def cached(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:

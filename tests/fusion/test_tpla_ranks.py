@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fused_runs import check_fused, fused_case
-from fusion_helpers import VOCAB, tokens
+from fusion_helpers import VOCAB
+from latent_answers import ALONG, BATCH, LONG
 from rank_programs import run_ranks
 
 from rag_eval.tpla.calibrate import calibrate
@@ -16,9 +17,6 @@ from rag_eval.tpla.model import LatentModel, SlicedLayer
 from rag_kernels.latent import LatentStatistics, ModelStatistics, create_basis
 from rag_pipeline.models import fingerprint_checkpoint
 
-LONG = tokens(150, 60)
-ALONG = [*LONG[:100], *tokens(23, 61)]
-BATCH = [tokens(37, 62), tokens(60, 63), tokens(21, 64)]
 RANKS = 2
 
 
