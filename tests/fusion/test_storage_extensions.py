@@ -9,6 +9,7 @@ import pytest
 import torch
 from fusion_helpers import registered, report, tokens
 from shelf import Shelf
+from tier_below import outcome
 
 from chunk_cache import KV_LAYOUTS, TIERS, LayerKV
 from chunk_cache.layouts.heads import HeadsLayout
@@ -19,16 +20,6 @@ from rag_pipeline.sglang_plugin.fusion.forward.loader import LoadItem
 PREFIX, CHUNKS, QUESTION = tokens(20, 1), [tokens(40, 10 + i) for i in range(2)], tokens(9, 2)
 PROMPT = [*PREFIX, *CHUNKS[1], *CHUNKS[0], *QUESTION]
 FUSE = {"spans": [20, 60, 60, 100], "policy": "epic:0.3"}
-
-
-def outcome(req):
-    told = report(req)
-    return (
-        list(req.output_ids),
-        list(req.logprob.output_token_logprobs_val),
-        told["reused_tokens"],
-        told["recomputed_tokens"],
-    )
 
 
 def build(local):

@@ -15,8 +15,6 @@ TPLA = "RAG_PIPELINE_TPLA"
 STATISTICS = "RAG_PIPELINE_TPLA_STATISTICS"
 """Environment variable: the file of ``rag-pipeline tpla calibrate``; by default the one of the weights in the own folder."""
 
-_BASES = ("identity", "hadamard", "pca", "output")
-
 
 def chosen_basis() -> str | None:
     """Name of the basis, or None where nothing is sliced.
@@ -29,10 +27,10 @@ def chosen_basis() -> str | None:
     value = os.environ.get(TPLA, "").strip() or "off"
     if value == "off":
         return None
-    if value not in _BASES:
-        raise EngineError(
-            f"{TPLA} is {value!r}; allowed are 'off', {', '.join(map(repr, _BASES))}."
-        )
+    from rag_kernels.latent import BASES
+
+    if value not in BASES:
+        raise EngineError(f"{TPLA} is {value!r}; allowed are 'off', {', '.join(map(repr, BASES))}.")
     return value
 
 
